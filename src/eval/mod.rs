@@ -1,1 +1,73 @@
-//! eval
+//! Evaluation: perplexity, and synthetic long-context tasks that need no download.
+//!
+//! The tasks are passkey retrieval and those of RULER (Hsieh et al. 2024, arXiv:2404.06654) that
+//! use no question-answering corpus, with RULER's parameters, answer lengths and scoring. Wording,
+//! words and filler text are this crate's own, generated from a seed, so scores compare between
+//! models run here; they are close to, but not the same as, published RULER scores.
+
+pub mod score;
+pub mod task;
+
+mod aggregate;
+mod fit;
+mod needle;
+mod text;
+
+pub use task::{Sample, TaskKind, TaskOptions, generate};
+
+/// What can go wrong in an evaluation.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// A setting is out of its range.
+    #[error("{name}: expected {expected}, got {got}")]
+    Argument {
+        /// The setting's name.
+        name: &'static str,
+        /// Its range.
+        expected: String,
+        /// The value given.
+        got: String,
+    },
+    /// The task's smallest prompt does not fit in the length.
+    #[error("{task}: expected a length of at least {expected} tokens, got {got}")]
+    TooShort {
+        /// The task.
+        task: TaskKind,
+        /// Tokens that the smallest prompt needs.
+        expected: usize,
+        /// Tokens there are.
+        got: usize,
+    },
+    /// Longer texts do not have more tokens, so no length can be met.
+    #[error(
+        "tokenizer: expected more tokens for a longer text, got {tokens} tokens for {units} pieces of text"
+    )]
+    Tokenizer {
+        /// Tokens of the longest text tried.
+        tokens: usize,
+        /// Its pieces.
+        units: usize,
+    },
+    /// The model or its tokenizer failed.
+    #[error("model: {0}")]
+    Model(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl EvalError {
+    /// Wraps an error of the model.
+    pub fn model(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Model(error.into())
+    }
+
+    pub(crate) fn argument(
+        name: &'static str,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> Self {
+        Self::Argument {
+            name,
+            expected: expected.into(),
+            got: got.to_string(),
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Seeded raw material of the tasks: random numbers, invented words, identifiers and filler text.
+
+use rand_chacha::ChaCha12Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::HashSet;
+
+/// Random numbers that stay the same over versions of any dependency: only raw ChaCha output is used.
+pub(crate) struct Random(ChaCha12Rng);
+
+impl Random {
+    /// The generator that belongs to one purpose of one sample.
+    pub(crate) fn new(seed: u64, task: u8, length: usize, index: usize, purpose: u8) -> Self {
+        let mut key = [0u8; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        key[8..16].copy_from_slice(&(length as u64).to_le_bytes());
+        key[16..24].copy_from_slice(&(index as u64).to_le_bytes());
+        key[24] = task;
+        key[25] = purpose;
+        Self(ChaCha12Rng::from_seed(key))
+    }
+
+    /// Uniform in `0..n`; `n` of 0 counts as 1.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        let n = n.max(1) as u64;
+        // Draws from the incomplete last cycle are thrown away, so that none is favoured.
+        let limit = u64::MAX - u64::MAX % n;
+        loop {
+            let x = self.0.next_u64();
+            if x < limit {
+                return (x % n) as usize;
+            }
+        }
+    }
+
+    /// Uniform in [0, 1).
+    pub(crate) fn unit(&mut self) -> f64 {
+        (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn pick<'a>(&mut self, list: &[&'a str]) -> &'a str {
+        list[self.below(list.len())]
+    }
+
+    pub(crate) fn shuffle<T>(&mut self, list: &mut [T]) {
+        for i in (1..list.len()).rev() {
+            list.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Draws until `draw` gives something neither seen before nor part of `avoid` (lower case).
+pub(crate) fn distinct(
+    seen: &mut HashSet<String>,
+    avoid: &str,
+    mut draw: impl FnMut() -> String,
+) -> String {
+    loop {
+        let s = draw();
+        if !avoid.contains(&s.to_lowercase()) && seen.insert(s.clone()) {
+            return s;
+        }
+    }
+}
+
+/// A pronounceable word of three syllables and six letters, one of 343,000. As all have the same
+/// length, none is part of another.
+pub(crate) fn word(random: &mut Random) -> String {
+    const CONSONANTS: &[u8; 14] = b"bdfgklmnprstvz";
+    const VOWELS: &[u8; 5] = b"aeiou";
+    (0..3)
+        .flat_map(|_| {
+            let c = CONSONANTS[random.below(14)];
+            let v = VOWELS[random.below(5)];
+            [char::from(c), char::from(v)]
+        })
+        .collect()
+}
+
+/// Two words with a hyphen: the key of a needle.
+pub(crate) fn key(random: &mut Random) -> String {
+    format!("{}-{}", word(random), word(random))
+}
+
+/// A number of exactly `digits` digits.
+pub(crate) fn number(random: &mut Random, digits: u32) -> String {
+    let low = 10usize.pow(digits - 1);
+    (low + random.below(9 * low)).to_string()
+}
+
+/// Random letters, `'a'` or `'A'` being the first of their alphabet.
+pub(crate) fn letters(random: &mut Random, first: u8, count: usize) -> String {
+    (0..count)
+        .map(|_| char::from(first + random.below(26) as u8))
+        .collect()
+}
+
+/// A random (version 4) UUID in lower case.
+pub(crate) fn uuid(random: &mut Random) -> String {
+    let mut hex: Vec<char> = (0..32)
+        .filter_map(|_| char::from_digit(random.below(16) as u32, 16))
+        .collect();
+    hex[12] = '4';
+    hex[16] = ['8', '9', 'a', 'b'][random.below(4)];
+    let part = |range: std::ops::Range<usize>| hex[range].iter().collect::<String>();
+    [
+        part(0..8),
+        part(8..12),
+        part(12..16),
+        part(16..20),
+        part(20..32),
+    ]
+    .join("-")
+}
+
+/// The `index`-th sentence of the noise that repeats for ever.
+pub(crate) fn noise(index: usize) -> &'static str {
+    const SENTENCES: [&str; 5] = [
+        "Rain fell on the roof all day.",
+        "The kettle stood on the stove.",
+        "A cat slept by the door.",
+        "Nobody came up the path.",
+        "Then it was evening again.",
+    ];
+    SENTENCES[index % SENTENCES.len()]
+}
+
+/// A sentence of calm, meandering prose without digits, hyphens or quotes.
+pub(crate) fn prose(random: &mut Random) -> String {
+    const WHO: &[&str] = &[
+        "a careful builder",
+        "the old teacher",
+        "my neighbour",
+        "every gardener",
+        "a young painter",
+        "the night watch",
+        "a travelling merchant",
+        "the village doctor",
+        "an honest critic",
+        "the ferryman",
+        "a patient reader",
+        "the mapmaker",
+    ];
+    const DID: &[&str] = &[
+        "learned to distrust",
+        "kept returning to",
+        "wrote at length about",
+        "quietly repaired",
+        "could never explain",
+        "spoke fondly of",
+        "spent years on",
+        "gave away",
+        "began with",
+        "misjudged",
+        "wanted to understand",
+        "made little of",
+    ];
+    const WHAT: &[&str] = &[
+        "the first draft",
+        "small habits",
+        "an unfinished bridge",
+        "the price of bread",
+        "other people's advice",
+        "a broken clock",
+        "the shape of the coast",
+        "long winters",
+        "a simple question",
+        "the noise of the market",
+        "borrowed tools",
+        "the weather",
+    ];
+    const WHEN: &[&str] = &[
+        "before the harvest",
+        "after a long illness",
+        "in the quiet months",
+        "on the way home",
+        "without much hope",
+        "for no clear reason",
+        "while the others argued",
+        "once the debts were paid",
+    ];
+    const VIEW: &[&str] = &[
+        "That was not a matter of talent",
+        "It is easy to call this luck",
+        "The reason is plain enough",
+        "Most of us would have stopped there",
+        "Nothing about it was urgent",
+        "The lesson took years to sink in",
+    ];
+    let (who, did, what) = (random.pick(WHO), random.pick(DID), random.pick(WHAT));
+    let sentence = match random.below(6) {
+        0 => format!("{who} {did} {what} {}.", random.pick(WHEN)),
+        1 => format!("{}, {who} {did} {what}.", random.pick(WHEN)),
+        2 => format!("{}, and {who} {did} {what}.", random.pick(VIEW)),
+        3 => format!(
+            "{who} {did} {what}, but {} {} it.",
+            random.pick(WHO),
+            random.pick(DID)
+        ),
+        4 => {
+            let name = capital(&word(random));
+            format!("in {name}, {who} {did} {what} {}.", random.pick(WHEN))
+        }
+        _ => format!(
+            "what {who} {did} was less {what} than {}.",
+            random.pick(WHAT)
+        ),
+    };
+    capital(&sentence)
+}
+
+fn capital(s: &str) -> String {
+    let mut chars = s.chars();
+    let first = chars.next().map(|c| c.to_ascii_uppercase());
+    first.into_iter().chain(chars).collect()
+}
