@@ -1,3 +1,9 @@
-//! Generation: the choice of tokens and the end of a text.
+//! Generation: the loop over a session, the choice of tokens and the end of a text.
+
+pub mod generator;
 pub mod sampler;
 pub mod stop;
+
+pub use generator::{
+    Finish, GenerateError, Generated, Generator, GeneratorConfig, NewToken, Prompt,
+};

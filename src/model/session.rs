@@ -72,6 +72,30 @@ impl<'m, D: Device> Session<'m, D> {
         self.positions[sequence]
     }
 
+    /// Number of sequences.
+    pub fn sequences(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Segments of a sequence computed side by side.
+    pub fn segments_per_step(&self) -> usize {
+        self.side_by_side
+    }
+
+    /// The model that reads.
+    pub fn model(&self) -> &'m Decoder<D> {
+        self.model
+    }
+
+    /// Most tokens that a sequence can read; `usize::MAX` where only memory for the pool bounds it.
+    pub fn capacity(&self) -> usize {
+        if self.model.config.segment.is_none() || self.slots.room < self.plan.segment_len {
+            self.slots.room
+        } else {
+            usize::MAX
+        }
+    }
+
     /// Logits for the token after the last one read; empty before the first.
     pub fn logits(&self, sequence: usize) -> &[f32] {
         &self.logits[sequence]

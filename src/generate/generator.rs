@@ -1,0 +1,339 @@
+//! The generation loop: prompts are read side by side, then every sequence goes on token by token.
+//!
+//! Each sequence stands at its own position of its own state, draws from its own stream and ends by
+//! itself, so nothing that a sequence yields depends on its neighbours: not its tokens and not the
+//! bits of their log-probabilities.
+
+use super::sampler::{Sampler, SamplerConfig, SamplerError};
+use crate::device::{Device, DeviceError};
+use crate::model::session::{Feed, Session};
+use std::ops::ControlFlow;
+
+/// Tokens of each prompt read in one call where the model has no segments to bound the memory that
+/// activations take.
+const PLAIN_CHUNK: usize = 1024;
+
+/// Generation that cannot begin or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    /// Prompts and sequences of the session do not match.
+    #[error("prompts: expected one for each of the session's {expected} sequences, got {got}")]
+    Prompts {
+        /// Sequences of the session.
+        expected: usize,
+        /// Prompts given.
+        got: usize,
+    },
+    /// A sequence that has read nothing needs a token to begin with.
+    #[error("prompt {prompt}: expected at least one token, got none")]
+    EmptyPrompt {
+        /// Which prompt, from 0.
+        prompt: usize,
+    },
+    /// A token that the model does not have.
+    #[error("prompt {prompt}, token {at}: expected an id below {vocab_size}, got {got}")]
+    Token {
+        /// Which prompt, from 0.
+        prompt: usize,
+        /// Which of its tokens, from 0.
+        at: usize,
+        /// The vocabulary's size.
+        vocab_size: usize,
+        /// The id given.
+        got: u32,
+    },
+    /// The session has no room for the prompt and the tokens after it.
+    #[error("prompt {prompt}: expected at most {capacity} tokens with those to come, got {got}")]
+    TooLong {
+        /// Which prompt, from 0.
+        prompt: usize,
+        /// Tokens that the session has room for.
+        capacity: usize,
+        /// Tokens there would be.
+        got: usize,
+    },
+    /// The next token could not be chosen.
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Settings that all sequences share.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct GeneratorConfig {
+    /// How tokens are chosen.
+    pub sampler: SamplerConfig,
+    /// Most new tokens of each sequence.
+    pub max_new: usize,
+    /// Tokens that end a sequence; the one met is its last token. Empty: only the length does.
+    pub end_tokens: Vec<u32>,
+}
+
+/// What one sequence begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prompt<'a> {
+    /// Its tokens, read after what the session's sequence has read already.
+    pub tokens: &'a [u32],
+    /// Number of the sequence's random stream.
+    pub stream: u64,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// It came to an end token.
+    EndToken,
+    /// It has all the tokens it may have.
+    Length,
+    /// The caller ended it.
+    Stopped,
+}
+
+/// A token just chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NewToken {
+    /// The sequence it belongs to.
+    pub sequence: usize,
+    /// Its id.
+    pub token: u32,
+    /// Its natural-log probability by the model's own distribution: before penalties and temperature.
+    pub log_probability: f32,
+    /// Why it is the sequence's last token, where it is.
+    pub finish: Option<Finish>,
+}
+
+/// A sequence's new tokens.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Generated {
+    /// Their ids, with the end token if there was one.
+    pub tokens: Vec<u32>,
+    /// Their log-probabilities, see [`NewToken::log_probability`].
+    pub log_probabilities: Vec<f32>,
+    /// Why it ended; `None` while it goes on.
+    pub finish: Option<Finish>,
+}
+
+/// A sequence being generated.
+#[derive(Debug)]
+struct Sequence {
+    /// The prompt and what came after it.
+    history: Vec<u32>,
+    /// Where the new tokens begin.
+    prompt: usize,
+    /// Tokens of the history that the session has read.
+    read: usize,
+    sampler: Sampler,
+    log_probabilities: Vec<f32>,
+    finish: Option<Finish>,
+}
+
+impl Sequence {
+    fn new_tokens(&self) -> usize {
+        self.history.len() - self.prompt
+    }
+}
+
+/// Sequences of a session that go on by tokens of their own.
+#[derive(Debug)]
+pub struct Generator<'s, 'm, D: Device> {
+    session: &'s mut Session<'m, D>,
+    config: GeneratorConfig,
+    sequences: Vec<Sequence>,
+}
+
+impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
+    /// A generator over all sequences of `session`, one prompt for each. The repetition penalty sees
+    /// the prompt and the new tokens. A prompt may be empty where the session's sequence has read
+    /// something before.
+    ///
+    /// # Errors
+    /// Every [`GenerateError`] but `Device`; nothing has been read then.
+    pub fn new(
+        session: &'s mut Session<'m, D>,
+        prompts: &[Prompt<'_>],
+        config: GeneratorConfig,
+    ) -> Result<Self, GenerateError> {
+        if prompts.len() != session.sequences() {
+            return Err(GenerateError::Prompts {
+                expected: session.sequences(),
+                got: prompts.len(),
+            });
+        }
+        let mut sequences = Vec::with_capacity(prompts.len());
+        for (i, prompt) in prompts.iter().enumerate() {
+            check(session, i, prompt.tokens, config.max_new)?;
+            sequences.push(Sequence {
+                history: prompt.tokens.to_vec(),
+                prompt: prompt.tokens.len(),
+                read: 0,
+                sampler: Sampler::new(config.sampler, prompt.stream)?,
+                log_probabilities: Vec::new(),
+                finish: (config.max_new == 0).then_some(Finish::Length),
+            });
+        }
+        Ok(Self {
+            session,
+            config,
+            sequences,
+        })
+    }
+
+    /// Reads what is left of the prompts, at most a chunk of each, and says how many tokens are
+    /// still to be read: 0 means that all have been.
+    ///
+    /// # Errors
+    /// [`GenerateError::Device`].
+    pub fn read_prompts(&mut self) -> Result<usize, GenerateError> {
+        let chunk = self.chunk();
+        let end = |s: &Sequence| s.prompt.min(s.read.saturating_add(chunk));
+        let feeds: Vec<Feed<'_>> = self
+            .sequences
+            .iter()
+            .enumerate()
+            .filter(|(_, s)| s.read < s.prompt)
+            .map(|(sequence, s)| Feed {
+                sequence,
+                tokens: &s.history[s.read..end(s)],
+                targets: &[],
+            })
+            .collect();
+        self.session.feed(&feeds)?;
+        let mut left = 0;
+        for sequence in &mut self.sequences {
+            sequence.read = end(sequence).max(sequence.read);
+            left += sequence.prompt.saturating_sub(sequence.read);
+        }
+        Ok(left)
+    }
+
+    /// Tokens of a prompt in one call: some segments, so that a caller can show how far it is.
+    fn chunk(&self) -> usize {
+        let segment = self.session.model().config.segment.as_ref();
+        segment.map_or(PLAIN_CHUNK, |s| {
+            s.segment_len
+                .saturating_mul(self.session.segments_per_step())
+                .max(PLAIN_CHUNK)
+        })
+    }
+
+    /// One more token for every sequence that has not ended; empty once all have. Reads the
+    /// prompts first if they have not been read.
+    ///
+    /// # Errors
+    /// [`GenerateError::Device`] and [`GenerateError::Sampler`].
+    pub fn step(&mut self) -> Result<Vec<NewToken>, GenerateError> {
+        while self.read_prompts()? > 0 {}
+        let feeds: Vec<Feed<'_>> = self
+            .sequences
+            .iter()
+            .enumerate()
+            .filter(|(_, s)| s.finish.is_none() && s.read < s.history.len())
+            .map(|(sequence, s)| Feed {
+                sequence,
+                tokens: &s.history[s.read..],
+                targets: &[],
+            })
+            .collect();
+        self.session.feed(&feeds)?;
+        let mut chosen = Vec::new();
+        for (i, sequence) in self.sequences.iter_mut().enumerate() {
+            if sequence.finish.is_some() {
+                continue;
+            }
+            sequence.read = sequence.history.len();
+            let logits = self.session.logits(i);
+            let token = sequence.sampler.sample(logits, &sequence.history)?;
+            let log_probability = self.session.log_probability(i, token)?;
+            sequence.history.push(token);
+            sequence.log_probabilities.push(log_probability);
+            if self.config.end_tokens.contains(&token) {
+                sequence.finish = Some(Finish::EndToken);
+            } else if sequence.new_tokens() == self.config.max_new {
+                sequence.finish = Some(Finish::Length);
+            }
+            chosen.push(NewToken {
+                sequence: i,
+                token,
+                log_probability,
+                finish: sequence.finish,
+            });
+        }
+        Ok(chosen)
+    }
+
+    /// Ends a sequence that has not ended yet.
+    pub fn stop(&mut self, sequence: usize) {
+        self.sequences[sequence]
+            .finish
+            .get_or_insert(Finish::Stopped);
+    }
+
+    /// What every sequence has yielded so far.
+    pub fn generated(&self) -> Vec<Generated> {
+        let one = |s: &Sequence| Generated {
+            tokens: s.history[s.prompt..].to_vec(),
+            log_probabilities: s.log_probabilities.clone(),
+            finish: s.finish,
+        };
+        self.sequences.iter().map(one).collect()
+    }
+
+    /// Goes on until every sequence has ended. `on_token` sees each token as it comes; `Break` ends
+    /// its sequence.
+    ///
+    /// # Errors
+    /// As [`Generator::step`].
+    pub fn run(
+        &mut self,
+        mut on_token: impl FnMut(&NewToken) -> ControlFlow<()>,
+    ) -> Result<Vec<Generated>, GenerateError> {
+        loop {
+            let chosen = self.step()?;
+            if chosen.is_empty() {
+                return Ok(self.generated());
+            }
+            for token in &chosen {
+                if on_token(token).is_break() {
+                    self.stop(token.sequence);
+                }
+            }
+        }
+    }
+}
+
+fn check<D: Device>(
+    session: &Session<'_, D>,
+    prompt: usize,
+    tokens: &[u32],
+    max_new: usize,
+) -> Result<(), GenerateError> {
+    let read = session.position(prompt);
+    if tokens.is_empty() && read == 0 {
+        return Err(GenerateError::EmptyPrompt { prompt });
+    }
+    let vocab_size = session.model().config.vocab_size;
+    if let Some(at) = tokens.iter().position(|t| *t as usize >= vocab_size) {
+        let got = tokens[at];
+        return Err(GenerateError::Token {
+            prompt,
+            at,
+            vocab_size,
+            got,
+        });
+    }
+    // The last new token is never read.
+    let got = read
+        .saturating_add(tokens.len())
+        .saturating_add(max_new.saturating_sub(1));
+    let capacity = session.capacity();
+    if got > capacity {
+        return Err(GenerateError::TooLong {
+            prompt,
+            capacity,
+            got,
+        });
+    }
+    Ok(())
+}
