@@ -5,6 +5,8 @@
 //! words and filler text are this crate's own, generated from a seed, so scores compare between
 //! models run here; they are close to, but not the same as, published RULER scores.
 
+pub mod execution;
+pub mod perplexity;
 pub mod score;
 pub mod task;
 
@@ -13,6 +15,8 @@ mod fit;
 mod needle;
 mod text;
 
+pub use execution::{Execution, SegmentOverrides};
+pub use perplexity::{Document, PerplexityConfig, PerplexityReport, perplexity};
 pub use task::{Sample, TaskKind, TaskOptions, generate};
 
 /// What can go wrong in an evaluation.
