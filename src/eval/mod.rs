@@ -7,6 +7,7 @@
 
 pub mod execution;
 pub mod perplexity;
+pub mod run;
 pub mod score;
 pub mod task;
 
@@ -17,6 +18,7 @@ mod text;
 
 pub use execution::{Execution, SegmentOverrides};
 pub use perplexity::{Document, PerplexityConfig, PerplexityReport, perplexity};
+pub use run::{Greedy, Progress, Report, Respond, RunConfig, run};
 pub use task::{Sample, TaskKind, TaskOptions, generate};
 
 /// What can go wrong in an evaluation.

@@ -1,0 +1,315 @@
+//! Runs synthetic tasks over lengths and samples and reports the scores.
+
+use super::EvalError;
+use super::score::{interval, string_match_all, string_match_part};
+use super::task::{Sample, TaskKind, TaskOptions, generate};
+use crate::device::Device;
+use crate::generate::sampler::SamplerConfig;
+use crate::generate::{Finish, Generator, GeneratorConfig, Prompt};
+use crate::model::decoder::Decoder;
+use crate::model::session::Session;
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+
+/// What is run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunConfig {
+    /// The tasks.
+    pub tasks: Vec<TaskKind>,
+    /// Lengths in tokens, answers included.
+    pub lengths: Vec<usize>,
+    /// Samples of each task and length.
+    pub samples: usize,
+    /// Seed of all samples.
+    pub seed: u64,
+    /// Samples answered side by side.
+    pub batch: usize,
+    /// Share of the filler before the statements asked for, see [`TaskOptions::depth`].
+    pub depth: Option<f64>,
+}
+
+/// Answers samples; a model with its tokenizer, or anything else in tests.
+pub trait Respond {
+    /// Tokens of a whole prompt, with whatever the model wants at its start.
+    ///
+    /// # Errors
+    /// [`EvalError::Model`] if the tokenizer fails.
+    fn encode(&self, text: &str) -> Result<Vec<u32>, EvalError>;
+
+    /// The answers to samples of one task, without their prompts, in their order.
+    ///
+    /// # Errors
+    /// [`EvalError::Model`] if the model fails.
+    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<String>, EvalError>;
+}
+
+/// One sample's outcome.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SampleResult {
+    /// Its number.
+    pub index: usize,
+    /// Tokens of its prompt.
+    pub prompt_tokens: usize,
+    /// Share of the filler before each statement asked for.
+    pub depths: Vec<f64>,
+    /// What the answer had to contain.
+    pub references: Vec<String>,
+    /// The answer.
+    pub prediction: String,
+    /// Its score, 0 to 1.
+    pub score: f64,
+}
+
+/// A task at a length.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// The task.
+    pub task: TaskKind,
+    /// The length in tokens.
+    pub length: usize,
+    /// Mean score in percent, as RULER reports it; `None` where the task does not fit the length.
+    pub score: Option<f64>,
+    /// 95% confidence interval of the score, in percent.
+    pub interval: Option<(f64, f64)>,
+    /// Why there is no score.
+    pub skipped: Option<String>,
+    /// The samples.
+    pub samples: Vec<SampleResult>,
+}
+
+/// Scores of all tasks and lengths.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// What was run.
+    pub config: RunConfig,
+    /// By task, then length, in the order asked for.
+    pub cells: Vec<Cell>,
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// The task at work.
+    pub task: TaskKind,
+    /// Its length.
+    pub length: usize,
+    /// Samples answered, of all tasks and lengths.
+    pub done: usize,
+    /// Samples there are.
+    pub total: usize,
+}
+
+/// Runs every task at every length. A length too short for a task makes a cell without a score.
+/// `progress` hears before each batch where the run stands.
+///
+/// # Errors
+/// [`EvalError::Argument`] for settings out of range, and what `respond` returns.
+pub fn run(
+    config: &RunConfig,
+    model: &mut dyn Respond,
+    mut progress: impl FnMut(Progress),
+) -> Result<Report, EvalError> {
+    check(config)?;
+    let mut cells = Vec::new();
+    let total = config.tasks.len() * config.lengths.len() * config.samples;
+    for task in &config.tasks {
+        for length in &config.lengths {
+            let before = cells.len() * config.samples;
+            let cell = run_cell(config, *task, *length, model, &mut |done| {
+                progress(Progress {
+                    task: *task,
+                    length: *length,
+                    done: before + done,
+                    total,
+                });
+            })?;
+            cells.push(cell);
+        }
+    }
+    Ok(Report {
+        config: config.clone(),
+        cells,
+    })
+}
+
+fn check(config: &RunConfig) -> Result<(), EvalError> {
+    let some = |name, count: usize| {
+        if count > 0 {
+            return Ok(());
+        }
+        Err(EvalError::argument(name, "at least one", "none"))
+    };
+    some("tasks", config.tasks.len())?;
+    some("lengths", config.lengths.len())?;
+    some("samples", config.samples)?;
+    some("batch", config.batch)?;
+    match config.depth {
+        Some(depth) => config
+            .tasks
+            .iter()
+            .try_for_each(|t| super::task::check_depth(*t, depth)),
+        None => Ok(()),
+    }
+}
+
+fn run_cell(
+    config: &RunConfig,
+    task: TaskKind,
+    length: usize,
+    model: &mut dyn Respond,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Cell, EvalError> {
+    let mut samples = Vec::with_capacity(config.samples);
+    let indices: Vec<usize> = (0..config.samples).collect();
+    for batch in indices.chunks(config.batch) {
+        progress(samples.len());
+        let batch = match make(config, task, length, batch, model) {
+            Ok(batch) => batch,
+            Err(error @ EvalError::TooShort { .. }) => return Ok(skipped(task, length, &error)),
+            Err(error) => return Err(error),
+        };
+        let predictions = model.respond(&batch)?;
+        if predictions.len() != batch.len() {
+            let expected = format!("one for each of {} samples", batch.len());
+            return Err(EvalError::argument("answers", expected, predictions.len()));
+        }
+        samples.extend(batch.into_iter().zip(predictions).map(outcome));
+    }
+    let mean = samples.iter().map(|s| s.score).sum::<f64>() / samples.len() as f64;
+    let (low, high) = interval(mean, samples.len());
+    Ok(Cell {
+        task,
+        length,
+        score: Some(100.0 * mean),
+        interval: Some((100.0 * low, 100.0 * high)),
+        skipped: None,
+        samples,
+    })
+}
+
+fn make(
+    config: &RunConfig,
+    task: TaskKind,
+    length: usize,
+    batch: &[usize],
+    model: &dyn Respond,
+) -> Result<Vec<Sample>, EvalError> {
+    let options = TaskOptions {
+        depth: config.depth,
+        reserve_answer: true,
+    };
+    let encode = |text: &str| model.encode(text);
+    batch
+        .iter()
+        .map(|i| generate(task, length, *i, config.seed, options, &encode))
+        .collect()
+}
+
+fn skipped(task: TaskKind, length: usize, error: &EvalError) -> Cell {
+    Cell {
+        task,
+        length,
+        score: None,
+        interval: None,
+        skipped: Some(error.to_string()),
+        samples: Vec::new(),
+    }
+}
+
+fn outcome((sample, prediction): (Sample, String)) -> SampleResult {
+    // A passkey is one answer, found or not; RULER's synthetic tasks all count shares.
+    let score = match sample.task {
+        TaskKind::Passkey => string_match_part(&prediction, &sample.references),
+        _ => string_match_all(&prediction, &sample.references),
+    };
+    SampleResult {
+        index: sample.index,
+        prompt_tokens: sample.tokens.len(),
+        depths: sample.depths,
+        references: sample.references,
+        prediction,
+        score,
+    }
+}
+
+impl Report {
+    /// A table for people: a row for each task, a column for each length, scores in percent.
+    pub fn table(&self) -> String {
+        let mut table = format!("{:<16}", "task");
+        for length in &self.config.lengths {
+            let _ = write!(table, "{length:>9}");
+        }
+        let row = |table: &mut String, name: &str, scores: &[Option<f64>]| {
+            let _ = write!(table, "\n{name:<16}");
+            for score in scores {
+                let shown = score.map_or("-".to_owned(), |s| format!("{s:.1}"));
+                let _ = write!(table, "{shown:>9}");
+            }
+        };
+        let columns = self.config.lengths.len().max(1);
+        for cells in self.cells.chunks(columns) {
+            let scores: Vec<Option<f64>> = cells.iter().map(|c| c.score).collect();
+            row(&mut table, cells[0].task.name(), &scores);
+        }
+        if self.config.tasks.len() > 1 {
+            let means: Vec<Option<f64>> = (0..columns).map(|c| self.mean(c, columns)).collect();
+            row(&mut table, "mean", &means);
+        }
+        table
+    }
+
+    fn mean(&self, column: usize, columns: usize) -> Option<f64> {
+        let cells = self.cells.iter().skip(column).step_by(columns);
+        let scores: Vec<f64> = cells.filter_map(|c| c.score).collect();
+        (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64)
+    }
+}
+
+/// A model that answers greedily, up to an end token or the task's longest answer.
+pub struct Greedy<'a, D: Device> {
+    /// The model.
+    pub model: &'a Decoder<D>,
+    /// Tokens of a prompt.
+    pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, EvalError>,
+    /// Text of new tokens.
+    pub decode: &'a dyn Fn(&[u32]) -> Result<String, EvalError>,
+    /// Segments of a prompt computed side by side.
+    pub segments_per_step: usize,
+}
+
+impl<D: Device> Respond for Greedy<'_, D> {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, EvalError> {
+        (self.encode)(text)
+    }
+
+    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<String>, EvalError> {
+        let max_new = samples.iter().map(|s| s.task.max_new()).max().unwrap_or(0);
+        let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(0) + max_new;
+        let mut session = Session::new(self.model, samples.len(), longest, self.segments_per_step)
+            .map_err(EvalError::model)?;
+        let prompts: Vec<Prompt<'_>> = samples
+            .iter()
+            .map(|s| Prompt {
+                tokens: &s.tokens,
+                stream: 0,
+            })
+            .collect();
+        let config = GeneratorConfig {
+            sampler: SamplerConfig::greedy(),
+            max_new,
+            end_tokens: self.model.config.eos_token_id.clone(),
+        };
+        let mut generator =
+            Generator::new(&mut session, &prompts, config).map_err(EvalError::model)?;
+        let generated = generator
+            .run(|_| std::ops::ControlFlow::Continue(()))
+            .map_err(EvalError::model)?;
+        generated
+            .iter()
+            .map(|g| {
+                let ended = g.finish == Some(Finish::EndToken);
+                (self.decode)(&g.tokens[..g.tokens.len() - usize::from(ended)])
+            })
+            .collect()
+    }
+}
