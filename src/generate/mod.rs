@@ -3,6 +3,7 @@
 pub mod generator;
 pub mod sampler;
 pub mod stop;
+pub mod text;
 
 pub use generator::{
     Finish, GenerateError, Generated, Generator, GeneratorConfig, NewToken, Prompt,
