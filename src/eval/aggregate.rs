@@ -139,7 +139,7 @@ const COMMON_TIMES: usize = 30;
 const OTHER_TIMES: usize = 3;
 /// Of the 343,000 words; the more are taken, the longer a new one is looked for.
 const MOST_OTHERS: usize = 300_000;
-const LIST: &str = "Below is a numbered list of words. Some of them occur more often than the rest: remember those.\n\n";
+const LIST: &str = "Here are numbered words, a few of which occur far more often than the rest. Keep track of those.\n\n";
 const LIST_QUESTION: &str = "\n\nQuestion: Which 10 words occur most often in the list above?\n\
     Answer: The 10 words that occur most often in the list are:";
 

@@ -200,12 +200,16 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
             })
             .collect();
         self.session.feed(&feeds)?;
-        let mut left = 0;
         for sequence in &mut self.sequences {
             sequence.read = end(sequence).max(sequence.read);
-            left += sequence.prompt.saturating_sub(sequence.read);
         }
-        Ok(left)
+        Ok(self.unread())
+    }
+
+    /// Tokens of the prompts that are still to be read.
+    pub fn unread(&self) -> usize {
+        let left = |s: &Sequence| s.prompt.saturating_sub(s.read);
+        self.sequences.iter().map(left).sum()
     }
 
     /// Tokens of a prompt in one call: some segments, so that a caller can show how far it is.
