@@ -1,1 +1,108 @@
-//! cli
+//! The command line: one file a command; this one parses, dispatches, and reports errors.
+
+mod documents;
+mod eval;
+mod files;
+mod generate;
+mod load;
+mod model;
+mod text;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{ArgAction, Parser, Subcommand};
+
+/// Segment attention: train and generate over long sequences in memory that does not grow.
+#[derive(Debug, Parser)]
+#[command(
+    name = "segattn",
+    version,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, clap::Args)]
+struct Global {
+    /// Threads to compute with; results do not depend on it [default: one for each core]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<std::num::NonZeroUsize>,
+    /// More log messages: -v for info, -vv for debug
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// No progress bars, only errors and results
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Continue prompts, one or several in a batch
+    Generate(generate::Args),
+    /// Measure perplexity and synthetic long-context tasks
+    Eval(eval::Args),
+}
+
+/// Parses the arguments, runs the command, and turns its result into an exit code: 0 done, 1 failed,
+/// 2 wrong usage.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(&cli.global);
+    let done = start_threads(&cli.global).and_then(|()| run(cli.command, cli.global.quiet));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if reader_left(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command, quiet: bool) -> Result<()> {
+    match command {
+        Command::Generate(args) => generate::run(&args, quiet),
+        Command::Eval(args) => eval::run(&args, quiet),
+    }
+}
+
+/// Whether the output went into a pipe whose reader has seen enough (`segattn ... | head`).
+fn reader_left(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn start_threads(global: &Global) -> Result<()> {
+    if let Some(threads) = global.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.get())
+            .build_global()?;
+    }
+    Ok(())
+}
+
+/// Messages go to stderr; `RUST_LOG` overrides the flags.
+fn start_logging(global: &Global) {
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "segattn=info,warn",
+        (false, _) => "segattn=debug,info",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+}

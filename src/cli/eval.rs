@@ -1,0 +1,229 @@
+//! `segattn eval`: perplexity on documents and synthetic long-context tasks, as a table and as JSON.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::ProgressBar;
+use segattn::device::Device;
+use segattn::eval::{
+    Document, EvalError, Greedy, PerplexityConfig, PerplexityReport, Report, RunConfig, TaskKind,
+    perplexity, run as run_tasks,
+};
+use segattn::model::decoder::Decoder;
+use serde::Serialize;
+
+use super::documents::read_documents;
+use super::files::write_atomically;
+use super::generate::progress;
+use super::model::{ModelArgs, Text};
+
+/// Tasks: perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah
+/// (its needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
+/// vt, cwe, fwe. Several are separated by commas.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What to run
+    #[arg(
+        short,
+        long,
+        value_name = "TASK,...",
+        value_delimiter = ',',
+        required = true
+    )]
+    task: Vec<String>,
+    /// Lengths in tokens, answers included; of windows for perplexity [default: 4096; whole
+    /// documents for perplexity]
+    #[arg(short, long, value_name = "N,...", value_delimiter = ',')]
+    lengths: Vec<usize>,
+    /// Samples of each synthetic task and length
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    samples: usize,
+    /// Seed of the samples
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Where needles lie, from 0 at the start to 1 at the end [default: anywhere]
+    #[arg(long, value_name = "SHARE")]
+    depth: Option<f64>,
+    /// Text files or folders, JSONL with a `text` field, or JSON arrays of token ids
+    #[arg(long, value_name = "PATH")]
+    data: Vec<PathBuf>,
+    /// Tokens between the starts of two windows of perplexity [default: windows share one token]
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
+    /// Samples or windows computed side by side; changes no result
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    batch: usize,
+    /// Segments computed side by side; changes no result
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    segments_per_step: usize,
+    /// Where the results go, with every answer, JSON
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+/// Everything that was found, as it lies in the `--out` file.
+#[derive(Serialize)]
+struct Results {
+    model: PathBuf,
+    device: String,
+    execution: String,
+    /// The segments the model ran with.
+    segment: Option<serde_json::Value>,
+    perplexity: Vec<WindowResult>,
+    tasks: Option<Report>,
+}
+
+#[derive(Serialize)]
+struct WindowResult {
+    config: PerplexityConfig,
+    result: PerplexityReport,
+}
+
+pub fn run(args: &Args, quiet: bool) -> Result<()> {
+    let (tasks, with_perplexity) = parse_tasks(&args.task)?;
+    ensure!(
+        args.data.is_empty() != with_perplexity,
+        "--data and the task perplexity go together"
+    );
+    let (model, text) = args.model.load(!tasks.is_empty())?;
+    let mut results = Results {
+        model: args.model.path().to_owned(),
+        device: model.device.description(),
+        execution: args.model.execution().to_string(),
+        segment: model.config.to_json().get("segment").cloned(),
+        perplexity: Vec::new(),
+        tasks: None,
+    };
+    if with_perplexity {
+        let documents = read_documents(&args.data, text.as_ref(), model.config.vocab_size)?;
+        results.perplexity = args.perplexity(&model, &documents, quiet)?;
+        print_perplexity(&results.perplexity);
+    }
+    if !tasks.is_empty() {
+        let text = text.context("the model has no tokenizer, which these tasks need")?;
+        let report = args.tasks(&model, &text, tasks, quiet)?;
+        println!("{}", report.table());
+        for cell in report.cells.iter().filter_map(|c| c.skipped.as_ref()) {
+            tracing::warn!("skipped: {cell}");
+        }
+        results.tasks = Some(report);
+    }
+    match &args.out {
+        Some(path) => write_atomically(path, &serde_json::to_vec_pretty(&results)?),
+        None => Ok(()),
+    }
+}
+
+/// The synthetic tasks named, each once, and whether perplexity is among the names.
+fn parse_tasks(names: &[String]) -> Result<(Vec<TaskKind>, bool)> {
+    let (mut tasks, mut perplexity) = (Vec::new(), false);
+    for name in names {
+        let more: &[TaskKind] = match name.as_str() {
+            "perplexity" => {
+                perplexity = true;
+                &[]
+            }
+            "ruler" => TaskKind::ruler(),
+            "niah" => TaskKind::niah(),
+            name => match TaskKind::from_str(name) {
+                Ok(task) => &[task],
+                Err(error) => bail!("{error}; or perplexity, ruler, niah"),
+            },
+        };
+        for task in more {
+            if !tasks.contains(task) {
+                tasks.push(*task);
+            }
+        }
+    }
+    Ok((tasks, perplexity))
+}
+
+impl Args {
+    fn perplexity<D: Device>(
+        &self,
+        model: &Decoder<D>,
+        documents: &[Document],
+        quiet: bool,
+    ) -> Result<Vec<WindowResult>> {
+        let windows: Vec<Option<usize>> = match &self.lengths[..] {
+            [] => vec![None],
+            lengths => lengths.iter().copied().map(Some).collect(),
+        };
+        let one = |window| {
+            let config = PerplexityConfig {
+                window,
+                stride: self.stride,
+                batch: self.batch,
+                segments_per_step: self.segments_per_step,
+            };
+            let bar = progress(!quiet, 0, "tokens");
+            let result = perplexity(model, documents, &config, |done, total| {
+                bar.set_length(total);
+                bar.set_position(done);
+            });
+            bar.finish_and_clear();
+            Ok(WindowResult {
+                config,
+                result: result?,
+            })
+        };
+        windows.into_iter().map(one).collect()
+    }
+
+    fn tasks<D: Device>(
+        &self,
+        model: &Decoder<D>,
+        text: &Text,
+        tasks: Vec<TaskKind>,
+        quiet: bool,
+    ) -> Result<Report> {
+        let config = RunConfig {
+            tasks,
+            lengths: match &self.lengths[..] {
+                [] => vec![4096],
+                lengths => lengths.to_vec(),
+            },
+            samples: self.samples,
+            seed: self.seed,
+            batch: self.batch,
+            depth: self.depth,
+        };
+        let encode = |s: &str| text.encode(s).map_err(EvalError::model);
+        let decode = |tokens: &[u32]| text.decode(tokens).map_err(EvalError::model);
+        let mut greedy = Greedy {
+            model,
+            encode: &encode,
+            decode: &decode,
+            segments_per_step: self.segments_per_step,
+        };
+        let bar: ProgressBar = progress(!quiet, 0, "samples");
+        let report = run_tasks(&config, &mut greedy, |at| {
+            bar.set_length(at.total as u64);
+            bar.set_position(at.done as u64);
+            bar.set_message(format!("{} at {}", at.task, at.length));
+        });
+        bar.finish_and_clear();
+        Ok(report?)
+    }
+}
+
+fn print_perplexity(results: &[WindowResult]) {
+    println!(
+        "{:<16}{:>9}{:>12}{:>10}{:>12}{:>12}",
+        "perplexity", "window", "tokens", "loss", "perplexity", "bits/byte"
+    );
+    for WindowResult { config, result } in results {
+        let window = config.window.map_or("whole".to_owned(), |w| w.to_string());
+        let bits = result
+            .bits_per_byte
+            .map_or("-".to_owned(), |b| format!("{b:.4}"));
+        println!(
+            "{:<16}{window:>9}{:>12}{:>10.4}{:>12.3}{bits:>12}",
+            "", result.tokens, result.loss, result.perplexity
+        );
+    }
+}

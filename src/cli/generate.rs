@@ -1,0 +1,350 @@
+//! `segattn generate`: continues prompts, one or several in a batch, printing as it goes.
+
+use std::io::{IsTerminal, Read, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use segattn::device::Device;
+use segattn::generate::sampler::SamplerConfig;
+use segattn::generate::text::TextStream;
+use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
+use segattn::model::decoder::Decoder;
+use segattn::model::session::Session;
+use serde::Serialize;
+
+use super::files::{read_tokens, write_atomically};
+use super::model::{ModelArgs, Text};
+
+/// Largest prompt file that is read, in bytes.
+const MAX_PROMPT_FILE: u64 = 1 << 30;
+
+/// The new text goes to standard output, everything else to standard error.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to continue; several make a batch, and none sees the others
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: Vec<String>,
+    /// File with a text to continue, `-` for standard input; several make a batch
+    #[arg(short = 'f', long, value_name = "FILE")]
+    prompt_file: Vec<PathBuf>,
+    /// JSON array of token ids to continue; no tokenizer is needed, ids are printed
+    #[arg(long, value_name = "FILE")]
+    tokens: Vec<PathBuf>,
+    /// Most new tokens of each prompt
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
+    max_new: usize,
+    /// Divides the logits; 0 takes the likeliest token every time
+    #[arg(
+        short,
+        long,
+        value_name = "T",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
+    temperature: f32,
+    /// Choose among the K likeliest tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Leave out tokens less likely than this share of the likeliest
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Penalty on tokens of the text so far; 1 for none
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Seed; the same seed gives the same text, in any batch
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// End before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on after an end-of-text token
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Where the new tokens and the model's own log-probabilities of them go, JSON
+    #[arg(long, value_name = "FILE")]
+    logprobs: Option<PathBuf>,
+    /// Segments of a prompt computed side by side: faster, more memory, the same bits
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    segments_per_step: usize,
+}
+
+/// One prompt: how it is shown, and its tokens.
+struct Input {
+    title: String,
+    tokens: Vec<u32>,
+}
+
+/// New tokens of one sequence as they lie in the `--logprobs` file.
+#[derive(Serialize)]
+struct LogProbs<'a> {
+    tokens: &'a [u32],
+    /// Widened, because the digits of an f64 survive readers of either width.
+    logprobs: Vec<f64>,
+}
+
+pub fn run(args: &Args, quiet: bool) -> Result<()> {
+    let (model, text) = args.model.load(args.tokens.is_empty())?;
+    let inputs = args.inputs(&model, text.as_ref())?;
+    let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
+    let longest = longest.saturating_add(args.max_new);
+    let mut session = Session::new(&model, inputs.len(), longest, args.segments_per_step)?;
+    let prompts: Vec<Prompt<'_>> = inputs
+        .iter()
+        .enumerate()
+        .map(|(i, input)| Prompt {
+            tokens: &input.tokens,
+            stream: copies_before(&inputs, i),
+        })
+        .collect();
+    let mut generator = Generator::new(&mut session, &prompts, args.settings(&model))?;
+    let started = Instant::now();
+    read_prompts(&mut generator, quiet)?;
+    let read = started.elapsed();
+    let started = Instant::now();
+    let generated = match text.as_ref().filter(|_| args.tokens.is_empty()) {
+        Some(text) => args.stream(&mut generator, text, &inputs, quiet)?,
+        None => print_tokens(&mut generator)?,
+    };
+    if !quiet {
+        let prompt: usize = inputs.iter().map(|i| i.tokens.len()).sum();
+        let new: usize = generated.iter().map(|g| g.tokens.len()).sum();
+        let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
+        let seconds = [read.as_secs_f64(), started.elapsed().as_secs_f64()];
+        eprintln!(
+            "prompt: {prompt} tokens, {:.1}/s; new: {new} tokens, {:.1}/s",
+            rate(prompt, seconds[0]),
+            rate(new, seconds[1])
+        );
+    }
+    match &args.logprobs {
+        Some(path) => write_log_probabilities(path, &generated),
+        None => Ok(()),
+    }
+}
+
+impl Args {
+    fn settings<D: Device>(&self, model: &Decoder<D>) -> GeneratorConfig {
+        GeneratorConfig {
+            sampler: SamplerConfig {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                repetition_penalty: self.repetition_penalty,
+                seed: self.seed,
+            },
+            max_new: self.max_new,
+            end_tokens: if self.ignore_eos {
+                Vec::new()
+            } else {
+                model.config.eos_token_id.clone()
+            },
+        }
+    }
+
+    fn inputs<D: Device>(&self, model: &Decoder<D>, text: Option<&Text>) -> Result<Vec<Input>> {
+        if !self.tokens.is_empty() {
+            ensure!(
+                self.prompt.is_empty() && self.prompt_file.is_empty(),
+                "--tokens goes with neither --prompt nor --prompt-file"
+            );
+            ensure!(
+                self.stop.is_empty(),
+                "--stop needs text; it does not go with --tokens"
+            );
+            let read = |path: &PathBuf| {
+                Ok(Input {
+                    title: path.display().to_string(),
+                    tokens: read_tokens(path, model.config.vocab_size)?,
+                })
+            };
+            return self.tokens.iter().map(read).collect();
+        }
+        let Some(text) = text else {
+            bail!("the model has no tokenizer; give --tokens");
+        };
+        let mut inputs = Vec::new();
+        for prompt in &self.prompt {
+            inputs.push(Input {
+                title: summary(prompt),
+                tokens: text.encode(prompt)?,
+            });
+        }
+        for path in &self.prompt_file {
+            inputs.push(Input {
+                title: path.display().to_string(),
+                tokens: text.encode(&read_prompt(path)?)?,
+            });
+        }
+        if inputs.is_empty() && !std::io::stdin().is_terminal() {
+            inputs.push(Input {
+                title: "standard input".to_owned(),
+                tokens: text.encode(&read_prompt(Path::new("-"))?)?,
+            });
+        }
+        ensure!(
+            !inputs.is_empty(),
+            "nothing to continue; give --prompt TEXT, --prompt-file FILE or --tokens FILE"
+        );
+        Ok(inputs)
+    }
+
+    /// Prints text as it comes if there is one sequence, else each when all have ended.
+    fn stream<D: Device>(
+        &self,
+        generator: &mut Generator<'_, '_, D>,
+        text: &Text,
+        inputs: &[Input],
+        quiet: bool,
+    ) -> Result<Vec<Generated>> {
+        let mut streams = inputs
+            .iter()
+            .map(|_| TextStream::new(self.stop.clone()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut texts = vec![String::new(); inputs.len()];
+        let alone = inputs.len() == 1;
+        let bar = progress(
+            !alone && !quiet,
+            (self.max_new * inputs.len()) as u64,
+            "new",
+        );
+        let mut out = std::io::stdout().lock();
+        let decode = |tokens: &[u32]| text.decode(tokens);
+        let mut emit = |sequence: usize, part: &str| -> Result<()> {
+            if alone {
+                out.write_all(part.as_bytes())?;
+                out.flush()?;
+            } else {
+                texts[sequence].push_str(part);
+            }
+            Ok(())
+        };
+        loop {
+            let chosen = generator.step()?;
+            if chosen.is_empty() {
+                break;
+            }
+            for token in chosen {
+                bar.inc(1);
+                let stream = &mut streams[token.sequence];
+                if token.finish != Some(Finish::EndToken) {
+                    let output = stream.push(token.token, decode)?;
+                    emit(token.sequence, &output.text)?;
+                }
+                if stream.stopped().is_some() {
+                    generator.stop(token.sequence);
+                } else if token.finish.is_some() {
+                    emit(token.sequence, &stream.finish(decode)?)?;
+                }
+            }
+        }
+        bar.finish_and_clear();
+        if alone {
+            writeln!(out)?;
+        } else {
+            for (i, (input, text)) in inputs.iter().zip(&texts).enumerate() {
+                writeln!(out, "=== {} of {}: {}", i + 1, inputs.len(), input.title)?;
+                writeln!(out, "{text}\n")?;
+            }
+        }
+        Ok(generator.generated())
+    }
+}
+
+/// How often the prompt stands earlier in the batch: the number of its random stream, so that it
+/// draws the same alone and in any place of a batch, and copies of it draw something else.
+fn copies_before(inputs: &[Input], i: usize) -> u64 {
+    let same = |other: &&Input| other.tokens == inputs[i].tokens;
+    inputs[..i].iter().filter(same).count() as u64
+}
+
+/// The beginning of a prompt, on one line.
+fn summary(prompt: &str) -> String {
+    const SHOWN: usize = 60;
+    let line = prompt.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(SHOWN) {
+        Some((at, _)) => format!("{}...", &line[..at]),
+        None => line,
+    }
+}
+
+fn read_prompt(path: &Path) -> Result<String> {
+    let limited: Box<dyn Read> = if path == Path::new("-") {
+        Box::new(std::io::stdin().lock())
+    } else {
+        let opened = std::fs::File::open(path);
+        Box::new(opened.with_context(|| format!("cannot open {}", path.display()))?)
+    };
+    let mut text = String::new();
+    limited
+        .take(MAX_PROMPT_FILE + 1)
+        .read_to_string(&mut text)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    ensure!(
+        text.len() as u64 <= MAX_PROMPT_FILE,
+        "{}: expected at most {MAX_PROMPT_FILE} bytes",
+        path.display()
+    );
+    Ok(text)
+}
+
+/// A bar on standard error that shows only on a terminal.
+pub(super) fn progress(shown: bool, total: u64, what: &'static str) -> ProgressBar {
+    if !shown {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(total);
+    let style = "{prefix:8} [{bar:30}] {human_pos}/{human_len} {per_sec} {eta} left {msg}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_prefix(what);
+    bar
+}
+
+fn read_prompts<D: Device>(generator: &mut Generator<'_, '_, D>, quiet: bool) -> Result<()> {
+    let total = generator.unread() as u64;
+    let bar = progress(!quiet, total, "prompt");
+    loop {
+        let left = generator.read_prompts()?;
+        bar.set_position(total - left as u64);
+        if left == 0 {
+            bar.finish_and_clear();
+            return Ok(());
+        }
+    }
+}
+
+/// Generates without a tokenizer; prints the ids of each sequence as a JSON array on a line.
+fn print_tokens<D: Device>(generator: &mut Generator<'_, '_, D>) -> Result<Vec<Generated>> {
+    let generated = generator.run(|_| ControlFlow::Continue(()))?;
+    let mut out = std::io::stdout().lock();
+    for one in &generated {
+        writeln!(out, "{}", serde_json::to_string(&one.tokens)?)?;
+    }
+    Ok(generated)
+}
+
+/// One object for one sequence, an array of them for several.
+fn write_log_probabilities(path: &Path, generated: &[Generated]) -> Result<()> {
+    let all: Vec<LogProbs<'_>> = generated
+        .iter()
+        .map(|g| LogProbs {
+            tokens: &g.tokens,
+            logprobs: g.log_probabilities.iter().map(|x| f64::from(*x)).collect(),
+        })
+        .collect();
+    let json = match &all[..] {
+        [one] => serde_json::to_vec(one)?,
+        several => serde_json::to_vec(several)?,
+    };
+    write_atomically(path, &json)
+}

@@ -1,0 +1,87 @@
+//! Flags that name a model folder and say how it runs, shared by commands; and its loading.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use segattn::device::reference::Reference;
+use segattn::eval::execution::apply;
+use segattn::eval::{Execution, SegmentOverrides};
+use segattn::model::config::ModelConfig;
+use segattn::model::decoder::Decoder;
+
+use super::load::load;
+pub use super::text::Text;
+
+/// Which model, and how it runs.
+#[derive(Debug, clap::Args)]
+pub struct ModelArgs {
+    /// Folder of the model: config.json, *.safetensors, tokenizer.json
+    #[arg(short, long, value_name = "DIR")]
+    model: PathBuf,
+    /// Run as the checkpoint says, in segments, or as full attention
+    #[arg(
+        long,
+        value_name = "checkpoint|segmented|full",
+        default_value = "checkpoint",
+        help_heading = "Segments"
+    )]
+    execution: Execution,
+    /// Tokens of a segment, instead of the checkpoint's
+    #[arg(long, value_name = "N", help_heading = "Segments")]
+    segment_len: Option<usize>,
+    /// Rows of the prior tail, instead of the checkpoint's
+    #[arg(long, value_name = "N", help_heading = "Segments")]
+    prior_len: Option<usize>,
+    /// Rows retrieved from the past, instead of the checkpoint's
+    #[arg(long, value_name = "N", help_heading = "Segments")]
+    past_len: Option<usize>,
+    /// Layers that read the past, instead of the checkpoint's
+    #[arg(
+        long,
+        value_name = "L,...",
+        value_delimiter = ',',
+        help_heading = "Segments"
+    )]
+    past_layers: Option<Vec<usize>>,
+    /// KV heads that read the past in these layers; the rest read the prior tail
+    #[arg(
+        long,
+        value_name = "H,...",
+        value_delimiter = ',',
+        help_heading = "Segments"
+    )]
+    past_heads: Option<Vec<usize>>,
+}
+
+impl ModelArgs {
+    pub fn path(&self) -> &Path {
+        &self.model
+    }
+
+    pub fn execution(&self) -> Execution {
+        self.execution
+    }
+
+    /// The model and, where the folder has one, its tokenizer; without `needs_text` a tokenizer
+    /// that cannot be read is no error.
+    pub fn load(&self, needs_text: bool) -> Result<(Decoder<Reference>, Option<Text>)> {
+        let mut config = ModelConfig::load(&self.model)?;
+        let overrides = SegmentOverrides {
+            segment_len: self.segment_len,
+            prior_len: self.prior_len,
+            past_len: self.past_len,
+            past_layers: self.past_layers.clone(),
+            past_heads: self.past_heads.clone(),
+        };
+        apply(&mut config, self.execution, &overrides)?;
+        let text = match Text::open(&self.model, config.vocab_size) {
+            Ok(text) => Some(text),
+            Err(error) if needs_text => return Err(error),
+            Err(error) => {
+                tracing::debug!("no tokenizer: {error:#}");
+                None
+            }
+        };
+        Ok((load(&self.model, config, Reference)?, text))
+    }
+}

@@ -1,0 +1,127 @@
+//! `segattn eval`, run as a command.
+
+#![cfg(feature = "cli")]
+
+mod cli_model;
+
+use cli_model::{config, fails, json, printed, save, tokens};
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), &config());
+    let data = folder.path().join("data");
+    std::fs::create_dir_all(data.join("more")).unwrap();
+    std::fs::write(data.join("a.txt"), "A text of its own. ".repeat(20)).unwrap();
+    let lines = "{\"text\": \"first line\"}\n\n{\"text\": \"second\", \"id\": 7}\n";
+    std::fs::write(data.join("more/b.jsonl"), lines).unwrap();
+    let ids = serde_json::to_string(&tokens(3, 150)).unwrap();
+    std::fs::write(data.join("more/c.json"), ids).unwrap();
+    folder
+}
+
+#[test]
+fn tasks_make_a_table_and_a_file_with_every_answer() {
+    let dir = folder();
+    let dir = dir.path();
+    let args = [
+        "eval",
+        "-m",
+        ".",
+        "--task",
+        "passkey,niah,vt",
+        "--lengths",
+        "600,2000",
+        "--samples",
+        "2",
+        "--seed",
+        "4",
+        "--out",
+        "r.json",
+    ];
+    let shown = printed(dir, &args);
+    let rows: Vec<&str> = shown.lines().collect();
+    assert_eq!(rows.len(), 12, "{shown}");
+    assert!(rows[0].contains("600") && rows[0].contains("2000"));
+    assert!(rows[1].starts_with("passkey") && rows[11].starts_with("mean"));
+    let first = json(&dir.join("r.json"));
+    assert_eq!(first["segment"]["segment_len"], 64);
+    let cells = first["tasks"]["cells"].as_array().unwrap();
+    assert_eq!(cells.len(), 20);
+    for cell in cells.iter().filter(|c| c["skipped"].is_null()) {
+        assert_eq!(cell["samples"].as_array().unwrap().len(), 2);
+        assert!(cell["samples"][0]["prediction"].is_string());
+    }
+    // The same again, whatever runs side by side.
+    let again = [&args[..], &["--batch", "1", "--segments-per-step", "5"]].concat();
+    printed(dir, &again);
+    assert_eq!(
+        json(&dir.join("r.json"))["tasks"]["cells"],
+        first["tasks"]["cells"]
+    );
+}
+
+#[test]
+fn perplexity_reads_text_lines_and_ids() {
+    let dir = folder();
+    let dir = dir.path();
+    let perplexity = |args: &[&str]| {
+        let fixed = [
+            "eval",
+            "-m",
+            ".",
+            "--task",
+            "perplexity",
+            "--data",
+            "data",
+            "--out",
+            "r.json",
+        ];
+        let shown = printed(dir, &[&fixed[..], args].concat());
+        (shown, json(&dir.join("r.json"))["perplexity"].clone())
+    };
+    let (shown, whole) = perplexity(&[]);
+    assert!(shown.contains("whole"));
+    assert_eq!(whole[0]["result"]["documents"], 4);
+    assert_eq!(whole[0]["result"]["tokens"], 379 + 9 + 5 + 149);
+    let (_, windows) = perplexity(&["--lengths", "100,300", "--stride", "50"]);
+    assert_eq!(windows[0]["config"]["window"], 100);
+    assert_eq!(windows[1]["result"]["tokens"], whole[0]["result"]["tokens"]);
+    let (_, full) = perplexity(&["--execution", "full"]);
+    assert_ne!(full[0]["result"]["loss"], whole[0]["result"]["loss"]);
+    let segments = [
+        "--execution",
+        "segmented",
+        "--segment-len",
+        "64",
+        "--prior-len",
+        "16",
+    ];
+    let (_, same) = perplexity(&segments);
+    assert_eq!(same, whole);
+    let (_, shorter) = perplexity(&["--segment-len", "32"]);
+    assert_ne!(shorter[0]["result"]["loss"], whole[0]["result"]["loss"]);
+}
+
+#[test]
+fn wrong_use_is_explained() {
+    let dir = folder();
+    let dir = dir.path();
+    let fails = |args: &[&str], what| fails(dir, &[&["eval", "-m", "."], args].concat(), what);
+    fails(&["--task", "niah_single_9"], "niah_single_9");
+    fails(&["--task", "perplexity"], "--data");
+    fails(&["--task", "passkey", "--data", "data"], "--data");
+    fails(&["--task", "perplexity", "--data", "nowhere"], "nowhere");
+    fails(&["--task", "passkey", "--samples", "0"], "samples");
+    fails(&["--task", "cwe", "--depth", "0.5"], "depth");
+    let both = [
+        "--task",
+        "passkey",
+        "--execution",
+        "full",
+        "--segment-len",
+        "32",
+    ];
+    fails(&both, "execution");
+    std::fs::write(dir.join("bad.jsonl"), "{\"text\": 3}\n").unwrap();
+    fails(&["--task", "perplexity", "--data", "bad.jsonl"], "line 1");
+}
