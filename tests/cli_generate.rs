@@ -226,3 +226,56 @@ fn damaged_folders_are_explained() {
     other.save(dir).unwrap();
     fails("model.layers.2.");
 }
+
+#[test]
+fn prompts_go_through_the_tokenizer_of_the_folder() {
+    let dir = folder();
+    let dir = dir.path();
+    let mut vocab = serde_json::Map::new();
+    vocab.insert("<s>".to_owned(), 0.into());
+    for id in 1..256 {
+        vocab.insert(format!("w{id}"), id.into());
+    }
+    let begin = serde_json::json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+    let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": [{
+            "id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        }],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        },
+        "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w255"},
+    });
+    std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(dir.join("ids.json"), "[0, 7, 40, 200, 255]").unwrap();
+    let greedy = ["--temperature", "0", "--ignore-eos"];
+    let ids = generate(dir, &[&greedy[..], &["--tokens", "ids.json"]].concat());
+    let ids: Vec<u32> = serde_json::from_str(&ids).unwrap();
+    let words: Vec<String> = ids
+        .iter()
+        .filter(|i| **i != 0)
+        .map(|i| format!("w{i}"))
+        .collect();
+    let prompt = ["--prompt", "w7 w40 w200 unknown"];
+    let shown = generate(dir, &[&greedy[..], &prompt].concat());
+    assert_eq!(shown.trim_end(), words.join(" "));
+    std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+    fails(
+        dir,
+        &["generate", "--model", ".", "--prompt", "a"],
+        "tokenizer.json",
+    );
+    // A broken tokenizer does not matter where none is needed.
+    generate(dir, &["--tokens", "ids.json"]);
+}
