@@ -15,6 +15,7 @@ use super::optimizer::MAX_GRADIENT;
 
 /// When to skip and when to give up.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct GuardConfig {
     /// Skip steps this many standard deviations above the mean; `None` looks for non-finite values only.
     pub z_score: Option<f64>,

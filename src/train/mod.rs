@@ -1,5 +1,6 @@
 //! Training: exact TBPTT by gradient streams.
 
+pub mod config;
 pub mod error;
 pub mod guard;
 pub mod optimizer;

@@ -1,0 +1,391 @@
+//! Configuration of a training run: a TOML file, with every key also a command-line flag that wins.
+//!
+//! Overrides are laid over the file's value tree before it becomes a [`Config`], and the list of flags is
+//! made from the default's own tree, so neither can drift from the structs. Defaults stand in the `Default`
+//! of each section, explanations in the commented example, from which `--help` takes them too.
+
+mod flags;
+mod model;
+mod overrides;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use flags::{EXAMPLE, Flag, flags};
+pub use model::{ModelSection, SegmentSection, ShapeSection};
+
+use super::error::{Result, TrainError};
+use super::guard::{Guard, GuardConfig};
+use super::optimizer::AdamW;
+use super::schedule::{Schedule, ScheduleKind};
+
+/// Largest configuration file that is read, in bytes.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Everything that defines a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// What is trained.
+    pub model: ModelSection,
+    /// What it is trained on.
+    pub data: DataSection,
+    /// How it is trained.
+    pub training: TrainingSection,
+    /// The update.
+    pub optimizer: OptimizerSection,
+    /// The learning rate.
+    pub schedule: ScheduleSection,
+    /// Which steps are skipped.
+    pub guard: GuardConfig,
+    /// When to save.
+    pub checkpoint: CheckpointSection,
+    /// What to report.
+    pub log: LogSection,
+}
+
+/// Section `data`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataSection {
+    /// Files and folders to train on.
+    pub train: Vec<PathBuf>,
+    /// Files and folders to validate on; empty: a share of the training data is held out.
+    pub validation: Vec<PathBuf>,
+    /// Which files of a folder are read, by the end of their names.
+    pub extensions: Vec<String>,
+    /// Field of a JSONL line that holds its text (a string) or tokens (a list of ids).
+    pub jsonl_field: String,
+    /// Width of the ids in `.bin` files.
+    pub bin_type: BinType,
+    /// Id that ends a document inside a token file.
+    pub document_end: Option<u32>,
+    /// Puts the model's `bos_token_id` before each text, where it has one.
+    pub add_bos: bool,
+    /// Puts the model's `eos_token_id` after each text, where it has one.
+    pub add_eos: bool,
+    /// How the held-out share is chosen.
+    pub split: Split,
+    /// Size of the held-out share, from 0 to below 1.
+    pub validation_share: f64,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self {
+            train: Vec::new(),
+            validation: Vec::new(),
+            extensions: ["txt", "md", "jsonl"].map(String::from).to_vec(),
+            jsonl_field: "text".into(),
+            bin_type: BinType::U16,
+            document_end: None,
+            add_bos: true,
+            add_eos: true,
+            split: Split::Auto,
+            validation_share: 0.05,
+        }
+    }
+}
+
+/// Width of the token ids in a `.bin` file, little endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BinType {
+    /// Two bytes.
+    U16,
+    /// Four bytes.
+    U32,
+}
+
+/// How validation data are held out of the training data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// By document where that leaves both sides some, by tail otherwise.
+    Auto,
+    /// Whole documents, chosen by a hash of their tokens: equal documents are on one side, and new
+    /// documents move no old one.
+    Document,
+    /// The end of every document.
+    Tail,
+}
+
+/// Section `training`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingSection {
+    /// Folder for checkpoints, metrics and the plot.
+    pub output: PathBuf,
+    /// Steps of the run, skipped ones included.
+    pub steps: u64,
+    /// Saves and stops after this time, in minutes, counted anew by `resume`.
+    pub time_limit_minutes: Option<f64>,
+    /// Seed of initial weights and of the data's order.
+    pub seed: u64,
+    /// Sequences computed side by side.
+    pub batch: usize,
+    /// Batches whose gradients are added up in one step.
+    pub accumulation: usize,
+    /// Tokens predicted in a sequence at most; longer documents are cut. 0: documents run whole.
+    pub sequence_len: usize,
+    /// Segments that a loss reaches back (TBPTT); 0 detaches the state.
+    pub tbptt: usize,
+    /// Segments of a sequence computed side by side; 0 for all.
+    pub segments_per_step: usize,
+    /// Computes activations again in the backward instead of keeping them: less memory, same bits.
+    pub recompute: bool,
+    /// Whether past gates are learned.
+    pub learn_gates: bool,
+    /// Steps between two validations; 0 for none.
+    pub validate_every: u64,
+    /// Sequences of a validation, always the same; 0 for all.
+    pub validation_sequences: usize,
+}
+
+impl Default for TrainingSection {
+    fn default() -> Self {
+        Self {
+            output: PathBuf::from("run"),
+            steps: 1000,
+            time_limit_minutes: None,
+            seed: 0,
+            batch: 8,
+            accumulation: 1,
+            sequence_len: 4096,
+            tbptt: 1,
+            segments_per_step: 1,
+            recompute: false,
+            learn_gates: false,
+            validate_every: 100,
+            validation_sequences: 32,
+        }
+    }
+}
+
+/// Section `optimizer`: AdamW.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerSection {
+    /// Decay of the first and second moment.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay of matrices.
+    pub weight_decay: f64,
+    /// Whether it applies to the embedding.
+    pub decay_embeddings: bool,
+    /// Gradients are scaled down to this global norm.
+    pub clip_norm: Option<f64>,
+    /// Factor on the learning rate of learned past gates.
+    pub gate_lr_scale: f64,
+}
+
+impl Default for OptimizerSection {
+    fn default() -> Self {
+        Self {
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.1,
+            decay_embeddings: false,
+            clip_norm: Some(1.0),
+            gate_lr_scale: 1.0,
+        }
+    }
+}
+
+/// Section `schedule`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScheduleSection {
+    /// Shape after the warm-up.
+    pub kind: ScheduleKind,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Lowest, as a share of the highest.
+    pub min_lr_ratio: f64,
+    /// Steps of the linear warm-up.
+    pub warmup_steps: u64,
+    /// Steps of the fall; by default all after the warm-up (cosine), or the last fifth (wsd).
+    pub decay_steps: Option<u64>,
+}
+
+impl Default for ScheduleSection {
+    fn default() -> Self {
+        Self {
+            kind: ScheduleKind::Cosine,
+            lr: 3e-4,
+            min_lr_ratio: 0.1,
+            warmup_steps: 50,
+            decay_steps: None,
+        }
+    }
+}
+
+/// Section `checkpoint`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSection {
+    /// Steps between two checkpoints; 0 saves at the end and at Ctrl-C only.
+    pub every: u64,
+    /// Checkpoints that are kept.
+    pub keep: usize,
+}
+
+impl Default for CheckpointSection {
+    fn default() -> Self {
+        Self {
+            every: 250,
+            keep: 2,
+        }
+    }
+}
+
+/// Section `log`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogSection {
+    /// Steps between two lines of metrics.
+    pub every: u64,
+    /// Whether to draw the loss at the end.
+    pub plot: bool,
+}
+
+impl Default for LogSection {
+    fn default() -> Self {
+        Self {
+            every: 1,
+            plot: true,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a TOML file, lays `overrides` (dotted key, value) over it, and checks the result.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if the file cannot be read, [`TrainError::Config`] with the key, what it expects
+    /// and what it got.
+    pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<Self> {
+        let read = |source| TrainError::Io {
+            action: "read",
+            path: path.to_owned(),
+            source,
+        };
+        let size = std::fs::metadata(path).map_err(read)?.len();
+        if size > MAX_FILE_BYTES {
+            let expected = format!("a file of at most {MAX_FILE_BYTES} bytes");
+            return Err(TrainError::config(
+                path.display().to_string(),
+                expected,
+                size,
+            ));
+        }
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        Self::parse(&text, overrides)
+    }
+
+    /// [`Config::load`] on the file's text.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`].
+    pub fn parse(text: &str, overrides: &[(String, String)]) -> Result<Self> {
+        let config = overrides::parse(text, overrides)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML, every key written out that has a value.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("numbers, strings, lists and tables are TOML")
+    }
+
+    /// Checks what types cannot.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for the first key out of range.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.data.validate()?;
+        self.training.validate()?;
+        let clip = self.optimizer.clip_norm.unwrap_or(1.0);
+        positive("optimizer.clip_norm", clip)?;
+        positive("optimizer.gate_lr_scale", self.optimizer.gate_lr_scale)?;
+        if self.checkpoint.keep < 2 {
+            let expected = "at least 2, so that one is whole while the next is written";
+            let key = "checkpoint.keep";
+            return Err(TrainError::config(key, expected, self.checkpoint.keep));
+        }
+        at_least_one("log.every", self.log.every)?;
+        self.schedule()?;
+        self.adamw()?;
+        Guard::new(self.guard.clone())?;
+        Ok(())
+    }
+
+    /// The learning-rate schedule.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] where the numbers do not fit together.
+    pub fn schedule(&self) -> Result<Schedule> {
+        let s = &self.schedule;
+        Schedule::new(
+            s.kind,
+            s.lr,
+            self.training.steps,
+            s.warmup_steps,
+            s.decay_steps,
+            s.min_lr_ratio,
+        )
+    }
+
+    /// The optimizer's checked constants.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for one out of range.
+    pub fn adamw(&self) -> Result<AdamW> {
+        let o = &self.optimizer;
+        AdamW::new(o.betas, o.eps, o.weight_decay)
+    }
+}
+
+impl DataSection {
+    fn validate(&self) -> Result<()> {
+        if self.train.is_empty() {
+            let expected = "at least one file or folder";
+            return Err(TrainError::config("data.train", expected, "none"));
+        }
+        if !(0.0..1.0).contains(&self.validation_share) {
+            let expected = "a number from 0 to below 1";
+            let key = "data.validation_share";
+            return Err(TrainError::config(key, expected, self.validation_share));
+        }
+        Ok(())
+    }
+}
+
+impl TrainingSection {
+    fn validate(&self) -> Result<()> {
+        at_least_one("training.steps", self.steps)?;
+        at_least_one("training.batch", self.batch as u64)?;
+        at_least_one("training.accumulation", self.accumulation as u64)?;
+        positive(
+            "training.time_limit_minutes",
+            self.time_limit_minutes.unwrap_or(1.0),
+        )
+    }
+}
+
+fn positive(key: &str, value: f64) -> Result<()> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(TrainError::config(key, "a finite number > 0", value))
+}
+
+fn at_least_one(key: &str, value: u64) -> Result<()> {
+    if value >= 1 {
+        return Ok(());
+    }
+    Err(TrainError::config(key, "at least 1", value))
+}

@@ -1,0 +1,211 @@
+//! The training configuration: file, flags over it, and errors that name the key.
+
+use segattn::train::TrainError;
+use segattn::train::config::{Config, EXAMPLE, flags};
+
+fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
+    let owned = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
+    list.iter().map(owned).collect()
+}
+
+const SMALL: &str = "[data]\ntrain = [\"a.txt\"]\n";
+
+fn refusal(text: &str, overrides: &[(&str, &str)]) -> (String, String, String) {
+    match Config::parse(text, &pairs(overrides)).unwrap_err() {
+        TrainError::Config { key, expected, got } => (key, expected, got),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn the_example_loads_and_differs_from_the_defaults_only_where_a_run_needs_it() {
+    let example = Config::parse(EXAMPLE, &[]).unwrap();
+    let mut default = Config::default();
+    default.model.segment = example.model.segment.clone();
+    default.data.train = example.data.train.clone();
+    default.data.extensions = example.data.extensions.clone();
+    assert_eq!(example, default);
+    assert!(example.model.new_config(256).unwrap().segment.is_some());
+}
+
+#[test]
+fn every_key_is_a_flag_with_an_explanation_from_the_example() {
+    let flags = flags();
+    assert!(flags.len() > 60, "{}", flags.len());
+    for flag in &flags {
+        assert!(!flag.help.is_empty(), "{} is not explained", flag.key);
+    }
+    let keys: Vec<&str> = flags.iter().map(|f| f.key.as_str()).collect();
+    for key in [
+        "model.folder",
+        "model.segment.past_len",
+        "guard.z_score",
+        "log.plot",
+    ] {
+        assert!(keys.contains(&key), "{key}");
+    }
+}
+
+#[test]
+fn every_flag_accepts_its_own_default() {
+    let plain = Config::parse(SMALL, &[]).unwrap();
+    for flag in flags() {
+        if flag.key == "data.train" {
+            continue;
+        }
+        let same = Config::parse(SMALL, &pairs(&[(&flag.key, &flag.default)])).unwrap();
+        assert_eq!(same, plain, "{}", flag.key);
+    }
+}
+
+#[test]
+fn flags_win_over_the_file_and_may_be_written_with_dashes() {
+    let text = "[data]\ntrain = [\"a.txt\"]\n[training]\nsteps = 7\n[guard]\nz_score = 3.0\n";
+    let overrides = [
+        ("training.steps", "9"),
+        ("schedule.warmup-steps", "2"),
+        ("guard.z_score", "none"),
+        ("data.train", "b.txt, c.txt"),
+        ("data.extensions", "[\"rs\"]"),
+        ("model.folder", "here/models"),
+        ("training.output", "2024"),
+        ("optimizer.betas", "[0.8, 0.9]"),
+        ("schedule.kind", "wsd"),
+        ("model.segment.segment_len", "64"),
+    ];
+    let config = Config::parse(text, &pairs(&overrides)).unwrap();
+    assert_eq!(config.training.steps, 9);
+    assert_eq!(config.schedule.warmup_steps, 2);
+    assert_eq!(config.guard.z_score, None);
+    assert_eq!(
+        config.data.train,
+        ["b.txt", "c.txt"].map(std::path::PathBuf::from)
+    );
+    assert_eq!(config.data.extensions, ["rs"]);
+    assert_eq!(config.model.folder, Some("here/models".into()));
+    assert_eq!(config.training.output, std::path::PathBuf::from("2024"));
+    assert_eq!(config.optimizer.betas, [0.8, 0.9]);
+    assert_eq!(config.model.segment.segment_len, Some(64));
+}
+
+#[test]
+fn a_written_configuration_reads_back_the_same() {
+    let config = Config::parse(EXAMPLE, &pairs(&[("guard.z_score", "5.5")])).unwrap();
+    assert_eq!(Config::parse(&config.to_toml(), &[]).unwrap(), config);
+}
+
+#[test]
+fn errors_name_the_key_what_it_expects_and_what_it_got() {
+    let (key, expected, got) = refusal(SMALL, &[("training.steps", "many")]);
+    assert_eq!((key.as_str(), expected.as_str()), ("training.steps", "u64"));
+    assert!(got.contains("many"), "{got}");
+
+    let (key, expected, got) = refusal(SMALL, &[("training.stepz", "3")]);
+    assert_eq!((key.as_str(), got.as_str()), ("training.stepz", "`stepz`"));
+    assert!(expected.contains("steps"), "{expected}");
+
+    let (key, expected, got) = refusal("[data]\ntrain = [\"a\"]\n[optimizer]\nlr = 1.0\n", &[]);
+    assert!(key.starts_with("optimizer"), "{key}");
+    assert!(
+        expected.contains("betas") && got.contains("lr"),
+        "{expected} {got}"
+    );
+
+    for (text, overrides, key) in [
+        ("", &[][..], "data.train"),
+        ("[", &[], "(the file)"),
+        ("data = 3", &[], "data"),
+        (
+            SMALL,
+            &[("data.validation_share", "1.0")],
+            "data.validation_share",
+        ),
+        (
+            SMALL,
+            &[("optimizer.betas", "[0.9, 1.0]")],
+            "optimizer.betas",
+        ),
+        (
+            SMALL,
+            &[("schedule.warmup_steps", "5000")],
+            "schedule.warmup_steps",
+        ),
+        (SMALL, &[("checkpoint.keep", "1")], "checkpoint.keep"),
+        (SMALL, &[("training.batch", "0")], "training.batch"),
+        (SMALL, &[("training.batch", "-1")], "training.batch"),
+        (
+            SMALL,
+            &[("model.shape.num_key_value_heads", "3")],
+            "model.shape.num_key_value_heads",
+        ),
+        (
+            SMALL,
+            &[("model.segment.past_len", "8")],
+            "model.segment.segment_len",
+        ),
+        (
+            SMALL,
+            &[("model.segment.segment_len", "9")],
+            "model.segment.segment_len",
+        ),
+        (
+            SMALL,
+            &[
+                ("model.segment.segment_len", "16"),
+                ("model.segment.long_range_heads", "[4]"),
+            ],
+            "model.segment.long_range_heads",
+        ),
+        (SMALL, &[("model", "3")], "model"),
+        (
+            SMALL,
+            &[("training.steps.more", "3")],
+            "training.steps.more",
+        ),
+    ] {
+        assert_eq!(refusal(text, overrides).0, key, "{text} {overrides:?}");
+    }
+}
+
+#[test]
+fn long_range_heads_read_the_past_in_their_layers_and_nothing_in_the_others() {
+    let overrides = [
+        ("model.segment.segment_len", "64"),
+        ("model.segment.past_len", "16"),
+        ("model.segment.long_range_heads", "[1, 3]"),
+        ("model.segment.long_range_layers", "[2]"),
+    ];
+    let config = Config::parse(SMALL, &pairs(&overrides)).unwrap();
+    let model = config.model.new_config(256).unwrap();
+    for layer in 0..4 {
+        for head in 0..4 {
+            let long_range = head % 2 == 1;
+            assert_eq!(model.reads_prior(layer, head), !long_range);
+            assert_eq!(model.reads_past(layer, head), long_range && layer == 2);
+        }
+    }
+}
+
+#[test]
+fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_them() {
+    let of_folder = Config::parse(EXAMPLE, &[])
+        .unwrap()
+        .model
+        .new_config(256)
+        .unwrap();
+    let lay = |overrides: &[(&str, &str)]| {
+        let mut model = of_folder.clone();
+        let config = Config::parse(SMALL, &pairs(overrides)).unwrap_or_else(|e| panic!("{e}"));
+        config.model.apply_segments(&mut model).unwrap();
+        model.segment
+    };
+    let kept = of_folder.segment.clone().unwrap();
+    assert_eq!(lay(&[]), Some(kept.clone()));
+    assert_eq!(lay(&[("model.segment.segment_len", "0")]), None);
+    let longer = lay(&[("model.segment.segment_len", "512")]).unwrap();
+    assert_eq!(
+        (longer.segment_len, longer.prior_len),
+        (512, kept.prior_len)
+    );
+    assert_eq!(longer.head_reads, kept.head_reads);
+}
