@@ -59,7 +59,7 @@ pub struct DataSection {
     pub jsonl_field: String,
     /// Width of the ids in `.bin` files.
     pub bin_type: BinType,
-    /// Id that ends a document inside a token file.
+    /// Id that ends a document inside a `.bin` file.
     pub document_end: Option<u32>,
     /// Puts the model's `bos_token_id` before each text, where it has one.
     pub add_bos: bool,

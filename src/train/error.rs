@@ -40,6 +40,9 @@ pub enum TrainError {
         /// Its value.
         value: f32,
     },
+    /// The device could not carry out a call.
+    #[error(transparent)]
+    Device(#[from] crate::device::DeviceError),
     /// A file or folder could not be read, written, synced or renamed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

@@ -1,10 +1,12 @@
 //! Training: exact TBPTT by gradient streams.
 
 pub mod config;
+pub mod data;
 pub mod error;
 pub mod guard;
 pub mod optimizer;
 pub mod schedule;
 pub mod streams;
+pub mod trainer;
 
 pub use error::{Result, TrainError};

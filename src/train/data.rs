@@ -1,0 +1,147 @@
+//! Training data: documents, cut into sequences, in an order that is a function of seed and epoch.
+//!
+//! A sequence lies inside one document and starts with a fresh state, so documents never see each other;
+//! short documents are short sequences of a ragged batch and are never joined. A document longer than
+//! `sequence_len` becomes several sequences, each beginning with the last token of the one before, so that
+//! every token but a document's first is predicted exactly once. Nothing but the index of documents is in
+//! memory: tokens stay in files.
+
+mod corpus;
+mod ids;
+mod permutation;
+
+use serde::{Deserialize, Serialize};
+
+pub use corpus::{Corpus, Document, Reading};
+pub use permutation::Permutation;
+
+use super::config::Split;
+use super::error::{Result, TrainError};
+
+/// Where in the data a run is. Serialisable: with the seed, all that a resumed run needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Passes over the data that are complete.
+    pub epoch: u64,
+    /// Sequences taken of the current pass.
+    pub index: u64,
+}
+
+/// Sequences of one side of a corpus.
+#[derive(Debug, Clone)]
+pub struct Sequences {
+    documents: Vec<Document>,
+    /// Sequences in all documents up to and with each.
+    ends: Vec<u64>,
+    sequence_len: u64,
+}
+
+impl Sequences {
+    /// The sequences of `documents`: at most `sequence_len` predicted tokens each, 0 for whole documents.
+    /// Documents of fewer than two tokens predict nothing and have none.
+    pub fn new(documents: Vec<Document>, sequence_len: usize) -> Self {
+        let sequence_len = match sequence_len {
+            0 => u64::MAX,
+            len => len as u64,
+        };
+        let mut total = 0;
+        let count = |d: &Document| {
+            total += d.len.saturating_sub(1).div_ceil(sequence_len);
+            total
+        };
+        let ends = documents.iter().map(count).collect();
+        Self {
+            documents,
+            ends,
+            sequence_len,
+        }
+    }
+
+    /// Number of sequences.
+    pub fn len(&self) -> u64 {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Predicted tokens of one pass.
+    pub fn tokens(&self) -> u64 {
+        let predicted = |d: &Document| d.len.saturating_sub(1);
+        self.documents.iter().map(predicted).sum()
+    }
+
+    /// Sequence `i` in the files' order.
+    ///
+    /// # Errors
+    /// [`TrainError::Argument`] beyond the last, [`TrainError::Io`] if its file cannot be read.
+    pub fn get(&self, corpus: &Corpus, i: u64) -> Result<Vec<u32>> {
+        let d = self.ends.partition_point(|end| *end <= i);
+        let Some(document) = self.documents.get(d) else {
+            let expected = format!("a number below {}", self.len());
+            return Err(TrainError::argument("sequence", expected, i));
+        };
+        let first = if d == 0 { 0 } else { self.ends[d - 1] };
+        let start = (i - first).saturating_mul(self.sequence_len);
+        let end = start.saturating_add(self.sequence_len).saturating_add(1);
+        corpus.tokens(document, start..end.min(document.len))
+    }
+
+    /// The next `count` sequences from `position` on, which moves past them, on into the next epoch.
+    ///
+    /// # Errors
+    /// As [`Sequences::get`]; [`TrainError::Argument`] if there is no sequence at all.
+    pub fn next_batch(
+        &self,
+        corpus: &Corpus,
+        seed: u64,
+        position: &mut Position,
+        count: usize,
+    ) -> Result<Vec<Vec<u32>>> {
+        if self.is_empty() {
+            let expected = "at least one document of two tokens";
+            return Err(TrainError::argument("data.train", expected, "none"));
+        }
+        let mut batch = Vec::with_capacity(count);
+        for _ in 0..count {
+            let order = Permutation::new(self.len(), seed, position.epoch);
+            batch.push(self.get(corpus, order.at(position.index))?);
+            position.index += 1;
+            if position.index == self.len() {
+                *position = Position {
+                    epoch: position.epoch + 1,
+                    index: 0,
+                };
+            }
+        }
+        Ok(batch)
+    }
+}
+
+/// Holds out `share` of the documents' data for validation: (training, validation).
+pub fn split(documents: &[Document], split: Split, share: f64) -> (Vec<Document>, Vec<Document>) {
+    let usable = documents.iter().filter(|d| d.len >= 2).copied();
+    if share <= 0.0 {
+        return (usable.collect(), Vec::new());
+    }
+    if split != Split::Tail {
+        let held_out = |d: &Document| (d.hash as f64) < share * u64::MAX as f64;
+        let (validation, train): (Vec<_>, Vec<_>) = usable.clone().partition(held_out);
+        if split == Split::Document || (!validation.is_empty() && !train.is_empty()) {
+            return (train, validation);
+        }
+    }
+    let cut = |d: Document| {
+        let tail = ((d.len as f64 * share).ceil() as u64).min(d.len);
+        let body = d.len - tail;
+        let rest = Document {
+            start: d.start + body,
+            len: tail,
+            ..d
+        };
+        (Document { len: body, ..d }, rest)
+    };
+    usable.map(cut).unzip()
+}

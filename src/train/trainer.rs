@@ -1,0 +1,372 @@
+//! The training step: gradients of several batches, the guard's decision, AdamW, prepared weights.
+//!
+//! Nothing reaches weights or moments before the guard has seen loss and gradient norm, so a skipped step
+//! leaves both as they are. Counters, data and learning rate go on (see [`schedule`](super::schedule)).
+
+use serde::{Deserialize, Serialize};
+
+use super::config::Config;
+use super::data::{Corpus, Position, Sequences};
+use super::error::{Result, TrainError};
+use super::guard::{Guard, SkipReason, Verdict};
+use super::optimizer::{MIN_GATE, decays};
+use super::schedule::Schedule;
+use super::streams::{Gradients, StreamConfig, accumulate};
+use crate::device::{AdamW, Device, GradTensor};
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Decoder;
+use crate::model::parameters::{Role, TensorSpec, index, specs};
+use crate::model::session::score;
+
+/// Where a run is: with weights and moments, all that the next step depends on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps done, skipped ones included.
+    pub step: u64,
+    /// Updates applied.
+    pub updates: u64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Where in the data.
+    pub position: Position,
+    /// What has been skipped, and what counts as normal.
+    pub guard: Guard,
+}
+
+/// Values of every tensor, in the order of the model's specs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensors {
+    /// Weights.
+    pub values: Vec<Vec<f32>>,
+    /// First moments.
+    pub m: Vec<Vec<f32>>,
+    /// Second moments.
+    pub v: Vec<Vec<f32>>,
+}
+
+impl Tensors {
+    /// Weights that have not been updated yet.
+    pub fn new(values: Vec<Vec<f32>>) -> Self {
+        let zeros: Vec<Vec<f32>> = values.iter().map(|t| vec![0.0; t.len()]).collect();
+        Self {
+            m: zeros.clone(),
+            v: zeros,
+            values,
+        }
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport {
+    /// Its number, from 0.
+    pub step: u64,
+    /// Mean negative log-probability of its tokens.
+    pub loss: f64,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Why it was skipped, if it was.
+    pub skipped: Option<SkipReason>,
+    /// Whether the guard ends the run.
+    pub stop: bool,
+}
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Trainer<D: Device> {
+    config: Config,
+    schedule: Schedule,
+    model: Decoder<D>,
+    values: Vec<D::Buffer>,
+    m: Vec<D::Buffer>,
+    v: Vec<D::Buffer>,
+    gradients: Gradients<D>,
+    progress: Progress,
+}
+
+impl<D: Device> Trainer<D> {
+    /// A trainer at the start of a run, or, with `progress`, where that run is.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`], [`TrainError::Device`], or [`TrainError::Argument`] for tensors of other sizes
+    /// than the model's.
+    pub fn new(
+        device: D,
+        model: ModelConfig,
+        config: Config,
+        tensors: &Tensors,
+        progress: Option<Progress>,
+    ) -> Result<Self> {
+        check_sizes(&specs(&model), tensors)?;
+        let upload = |list: &[Vec<f32>]| -> Result<Vec<D::Buffer>> {
+            list.iter().map(|t| buffer(&device, t)).collect()
+        };
+        let (values, m, v) = (
+            upload(&tensors.values)?,
+            upload(&tensors.m)?,
+            upload(&tensors.v)?,
+        );
+        let progress = match progress {
+            Some(progress) => progress,
+            None => Progress {
+                step: 0,
+                updates: 0,
+                tokens: 0,
+                position: Position::default(),
+                guard: Guard::new(config.guard.clone())?,
+            },
+        };
+        let mut prepared = Vec::new();
+        for t in &tensors.values {
+            prepared.push(Some(buffer(&device, t)?));
+        }
+        let take = |i: usize| Ok(prepared[i].take().expect("each tensor is asked for once"));
+        let model = Decoder::new(device, model, take, true)?;
+        Ok(Self {
+            schedule: config.schedule()?,
+            gradients: Gradients::new(&model)?,
+            config,
+            model,
+            values,
+            m,
+            v,
+            progress,
+        })
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Decoder<D> {
+        &self.model
+    }
+
+    /// The run's configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the run is.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Weights and moments, read back.
+    ///
+    /// # Errors
+    /// [`TrainError::Device`].
+    pub fn tensors(&self) -> Result<Tensors> {
+        let device = &self.model.device;
+        let read = |list: &[D::Buffer]| -> Result<Vec<Vec<f32>>> {
+            let one = |b: &D::Buffer| Ok(device.read(b, 0..device.len(b))?);
+            list.iter().map(one).collect()
+        };
+        Ok(Tensors {
+            values: read(&self.values)?,
+            m: read(&self.m)?,
+            v: read(&self.v)?,
+        })
+    }
+
+    /// One step on the next sequences of the data.
+    ///
+    /// # Errors
+    /// As [`Sequences::next_batch`] and [`Trainer::step_on`]; the run is where it was then.
+    pub fn step(&mut self, corpus: &Corpus, data: &Sequences) -> Result<StepReport> {
+        let training = &self.config.training;
+        let mut position = self.progress.position;
+        let batches: Vec<Vec<Vec<u32>>> = (0..training.accumulation)
+            .map(|_| data.next_batch(corpus, training.seed, &mut position, training.batch))
+            .collect::<Result<_>>()?;
+        let report = self.step_on(&batches)?;
+        self.progress.position = position;
+        Ok(report)
+    }
+
+    /// One step on these batches of sequences, whose gradients add up to that of the mean over all tokens.
+    ///
+    /// # Errors
+    /// [`TrainError::Device`], or [`TrainError::Argument`] for a sequence without a prediction.
+    pub fn step_on(&mut self, batches: &[Vec<Vec<u32>>]) -> Result<StepReport> {
+        let sequences = batches.iter().flatten();
+        if sequences.clone().any(|s| s.len() < 2) || sequences.clone().next().is_none() {
+            let expected = "sequences of at least two tokens";
+            return Err(TrainError::argument(
+                "batches",
+                expected,
+                "none or a shorter one",
+            ));
+        }
+        let tokens: usize = sequences.map(|s| s.len() - 1).sum();
+        let loss = self.gradient(batches, 1.0 / tokens as f64)?;
+        let lr = self.schedule.lr(self.progress.step);
+        let grad_norm = self.adamw(lr, true)?;
+        let step = self.progress.step;
+        let (skipped, stop) = match self.progress.guard.decide(step, loss, grad_norm) {
+            Verdict::Apply => {
+                self.adamw(lr, false)?;
+                self.progress.updates += 1;
+                self.refresh()?;
+                (None, false)
+            }
+            Verdict::Skip(reason) => (Some(reason), false),
+            Verdict::Stop(reason) => (Some(reason), true),
+        };
+        self.progress.step += 1;
+        self.progress.tokens += tokens as u64;
+        Ok(StepReport {
+            step,
+            loss,
+            grad_norm,
+            lr,
+            tokens,
+            skipped,
+            stop,
+        })
+    }
+
+    /// Mean negative log-probability over all predicted tokens of `sequences`; `None` without any.
+    ///
+    /// # Errors
+    /// [`TrainError::Device`].
+    pub fn validate(&self, sequences: &[Vec<u32>]) -> Result<Option<f64>> {
+        let (mut sum, mut tokens) = (0.0, 0usize);
+        for sequence in sequences {
+            let scored = score(&self.model, sequence, self.streams().segments_per_step)?;
+            sum -= scored.iter().map(|x| f64::from(*x)).sum::<f64>();
+            tokens += scored.len();
+        }
+        Ok((tokens > 0).then(|| sum / tokens as f64))
+    }
+
+    fn streams(&self) -> StreamConfig {
+        let training = &self.config.training;
+        StreamConfig {
+            tbptt: training.tbptt,
+            segments_per_step: match training.segments_per_step {
+                0 => usize::MAX,
+                n => n,
+            },
+        }
+    }
+
+    /// Leaves the gradient of the mean loss in `gradients` and returns the loss.
+    fn gradient(&mut self, batches: &[Vec<Vec<u32>>], scale: f64) -> Result<f64> {
+        self.gradients.clear(&self.model.device)?;
+        let (streams, mut sum) = (self.streams(), 0.0);
+        for batch in batches {
+            let scored = accumulate(&self.model, batch, streams, scale, &mut self.gradients)?;
+            sum += scored.iter().flatten().sum::<f64>();
+        }
+        self.gradients.finish(&self.model.device)?;
+        Ok(-sum * scale)
+    }
+
+    /// The gradients' norm; applies the update too unless `only_measure`.
+    fn adamw(&mut self, lr: f64, only_measure: bool) -> Result<f64> {
+        let optimizer = &self.config.optimizer;
+        let learned =
+            |role: Role| self.config.training.learn_gates || !matches!(role, Role::Gate { .. });
+        let device = &self.model.device;
+        let moments = self.m.iter_mut().zip(&mut self.v);
+        let buffers = self.values.iter_mut().zip(self.gradients.finish(device)?);
+        let mut tensors = Vec::with_capacity(self.model.specs.len());
+        for ((spec, (values, grads)), (m, v)) in self.model.specs.iter().zip(buffers).zip(moments) {
+            if !learned(spec.role) {
+                continue;
+            }
+            let gate = matches!(spec.role, Role::Gate { .. });
+            let (name, shape) = &spec.parts[0];
+            tensors.push(GradTensor {
+                values,
+                grads,
+                m,
+                v,
+                decay: decays(name, shape, optimizer.decay_embeddings),
+                lr_scale: if gate { optimizer.gate_lr_scale } else { 1.0 },
+                floor: gate.then_some(f64::from(MIN_GATE)),
+            });
+        }
+        let update = AdamW {
+            lr,
+            betas: optimizer.betas,
+            eps: optimizer.eps,
+            weight_decay: optimizer.weight_decay,
+            clip_norm: optimizer.clip_norm,
+            step: self.progress.updates + 1,
+            only_measure,
+        };
+        Ok(device.adamw(&mut tensors, &update)?.grad_norm)
+    }
+
+    /// Takes over the changed values wherever the model holds prepared ones.
+    fn refresh(&mut self) -> Result<()> {
+        for i in 0..self.values.len() {
+            let gate = matches!(self.model.specs[i].role, Role::Gate { .. });
+            if !gate || self.config.training.learn_gates {
+                let (device, values) = (&self.model.device, &self.values[i]);
+                self.model.weights.refresh(device, i, values)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn buffer<D: Device>(device: &D, values: &[f32]) -> Result<D::Buffer> {
+    let mut buffer = device.zeros(values.len())?;
+    device.write(&mut buffer, 0, values)?;
+    Ok(buffer)
+}
+
+fn check_sizes(specs: &[TensorSpec], tensors: &Tensors) -> Result<()> {
+    for (kind, list) in [
+        ("values", &tensors.values),
+        ("m", &tensors.m),
+        ("v", &tensors.v),
+    ] {
+        if list.len() != specs.len() {
+            let expected = format!("{} tensors", specs.len());
+            return Err(TrainError::argument(kind, expected, list.len()));
+        }
+        for (spec, tensor) in specs.iter().zip(list) {
+            if tensor.len() != spec.role.len() {
+                let name = format!("{kind} of `{}`", spec.parts[0].0);
+                let expected = format!("{} elements", spec.role.len());
+                return Err(TrainError::argument(name, expected, tensor.len()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Initial weights of a new model: matrices normal with standard deviation 0.02, those that write into the
+/// residual stream divided by `sqrt(2 * layers)` (Radford et al. 2019), norms and gates 1. A function of
+/// the seed and the tensor's place alone.
+pub fn initial_values(model: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
+    use rand::{RngExt, SeedableRng};
+    let layers = model.num_hidden_layers;
+    let residual = (0..layers).flat_map(|l| [index::output(l), index::down(l)]);
+    let residual: Vec<usize> = residual.collect();
+    let tensor = |(i, spec): (usize, &TensorSpec)| match spec.role {
+        Role::Norm { len } | Role::Gate { len } => vec![1.0; len],
+        Role::Matrix { out, inner } => {
+            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(i as u64);
+            let shrink = if residual.contains(&i) {
+                (2.0 * layers as f64).sqrt()
+            } else {
+                1.0
+            };
+            let mut normal = || {
+                // Box & Muller 1958; the first draw is kept off 0.
+                let u = 1.0 - rng.random::<f64>();
+                let angle = std::f64::consts::TAU * rng.random::<f64>();
+                (0.02 / shrink * (-2.0 * u.ln()).sqrt() * angle.cos()) as f32
+            };
+            (0..out * inner).map(|_| normal()).collect()
+        }
+    };
+    specs(model).iter().enumerate().map(tensor).collect()
+}

@@ -1,0 +1,285 @@
+//! Training data: documents of every format, sequences that never cross them, orders, splits, bad files.
+
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use segattn::train::TrainError;
+use segattn::train::config::{BinType, DataSection, Split};
+use segattn::train::data::{Corpus, Permutation, Position, Reading, Sequences, split};
+
+fn bytes(text: &str) -> Result<Vec<u32>, String> {
+    Ok(text.bytes().map(u32::from).collect())
+}
+
+fn read_with(
+    paths: &[PathBuf],
+    section: &DataSection,
+    scratch: &Path,
+) -> Result<Corpus, TrainError> {
+    let reading = Reading {
+        section,
+        vocab_size: 300,
+        bos: Some(256),
+        eos: Some(257),
+        encode: &bytes,
+        scratch,
+    };
+    Corpus::read(paths, &reading)
+}
+
+fn documents(corpus: &Corpus) -> Vec<Vec<u32>> {
+    let whole = |d: &segattn::train::data::Document| corpus.tokens(d, 0..d.len).unwrap();
+    corpus.documents().iter().map(whole).collect()
+}
+
+fn ids(text: &str) -> Vec<u32> {
+    let mut ids = vec![256];
+    ids.extend(text.bytes().map(u32::from));
+    ids.push(257);
+    ids
+}
+
+#[test]
+fn every_format_gives_its_documents_in_order_of_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::create_dir(at("b")).unwrap();
+    std::fs::write(at("b/two.txt"), "zwei ü").unwrap();
+    std::fs::write(at("a.txt"), "one").unwrap();
+    std::fs::write(at("skipped.log"), "no").unwrap();
+    std::fs::write(
+        at("c.jsonl"),
+        "{\"text\": \"three\"}\n\n{\"text\": [1, 2, 3], \"x\": 0}\n",
+    )
+    .unwrap();
+    let corpus = read_with(
+        &[folder.path().into()],
+        &DataSection::default(),
+        folder.path(),
+    )
+    .unwrap();
+    let expected = vec![ids("one"), ids("zwei ü"), ids("three"), vec![1, 2, 3]];
+    assert_eq!(documents(&corpus), expected);
+
+    std::fs::write(at("flat.json"), "[5, 6, 7]").unwrap();
+    std::fs::write(at("nested.json"), "[[5, 6], [], [8]]").unwrap();
+    let words: Vec<u8> = [9u16, 299, 2, 11, 12]
+        .iter()
+        .flat_map(|x| x.to_le_bytes())
+        .collect();
+    std::fs::write(at("x.bin"), words).unwrap();
+    let section = DataSection {
+        document_end: Some(2),
+        ..DataSection::default()
+    };
+    let files = ["flat.json", "nested.json", "x.bin"].map(at);
+    let corpus = read_with(&files, &section, folder.path()).unwrap();
+    let got: Vec<_> = documents(&corpus)
+        .into_iter()
+        .filter(|d| !d.is_empty())
+        .collect();
+    assert_eq!(
+        got,
+        [
+            vec![5, 6, 7],
+            vec![5, 6],
+            vec![8],
+            vec![9, 299, 2],
+            vec![11, 12]
+        ]
+    );
+
+    let wide: Vec<u8> = [7u32, 8].iter().flat_map(|x| x.to_le_bytes()).collect();
+    std::fs::write(at("x.bin"), wide).unwrap();
+    let section = DataSection {
+        bin_type: BinType::U32,
+        ..DataSection::default()
+    };
+    let files = ["x.bin", "a.txt"].map(at);
+    let corpus = read_with(&files, &section, folder.path()).unwrap();
+    assert_eq!(documents(&corpus), [vec![7, 8], ids("one")]);
+}
+
+#[test]
+fn a_text_longer_than_a_piece_is_one_document_with_every_character() {
+    let folder = tempfile::tempdir().unwrap();
+    for text in ["ä€x".repeat(400_000), "a line\n".repeat(300_000)] {
+        let path = folder.path().join("long.txt");
+        std::fs::write(&path, &text).unwrap();
+        let corpus = read_with(&[path], &DataSection::default(), folder.path()).unwrap();
+        assert_eq!(documents(&corpus), [ids(&text)]);
+    }
+}
+
+#[test]
+fn files_that_do_not_fit_are_named_with_what_was_expected() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, content, part) in [
+        ("a.txt", &b"good \xff bad"[..], "UTF-8"),
+        ("a.txt", b"cut \xe2\x82", "UTF-8"),
+        ("a.bin", b"odd", "2 bytes"),
+        ("a.bin", b"\xff\xff", "vocab_size = 300"),
+        ("a.jsonl", b"{\"text\": \"x\"}\n{\"text\": 3}\n", "line 2"),
+        ("a.jsonl", b"{\"txt\": \"x\"}\n", "`text`"),
+        ("a.jsonl", b"{", "line 1"),
+        ("a.json", b"[1, [2, [3]]]", "token ids"),
+        ("a.json", b"{\"a\": 1}", "token ids"),
+        ("a.json", b"[1, -2]", "token ids"),
+        ("a.json", b"[1, 4294967296]", "32 bits"),
+        ("a.json", b"[1", "token ids"),
+        ("a.json", b"[300]", "vocab_size"),
+    ] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let error = read_with(&[path], &DataSection::default(), folder.path()).unwrap_err();
+        assert!(matches!(error, TrainError::Data { .. }), "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    let missing = [folder.path().join("none.txt")];
+    let error = read_with(&missing, &DataSection::default(), folder.path()).unwrap_err();
+    assert!(matches!(error, TrainError::Io { .. }), "{error}");
+}
+
+fn corpus_of(lens: &[usize], folder: &Path) -> Corpus {
+    let mut next = 0;
+    let mut document = |len: usize| -> Vec<u32> {
+        (0..len)
+            .map(|_| {
+                next = (next * 7 + 11) % 293;
+                next
+            })
+            .collect()
+    };
+    let all: Vec<Vec<u32>> = lens.iter().map(|l| document(*l)).collect();
+    let path = folder.join("documents.json");
+    std::fs::write(&path, serde_json::to_string(&all).unwrap()).unwrap();
+    read_with(&[path], &DataSection::default(), folder).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn sequences_predict_every_token_but_a_documents_first_once_and_never_cross(
+        lens in prop::collection::vec(0usize..40, 1..8),
+        sequence_len in 0usize..12,
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let corpus = corpus_of(&lens, folder.path());
+        let sequences = Sequences::new(corpus.documents().to_vec(), sequence_len);
+        let mut rebuilt = Vec::new();
+        let mut i = 0;
+        for document in documents(&corpus).into_iter().filter(|d| d.len() > 1) {
+            let mut whole = vec![document[0]];
+            while whole.len() < document.len() {
+                let s = sequences.get(&corpus, i).unwrap();
+                prop_assert!(s.len() >= 2 && (sequence_len == 0 || s.len() <= sequence_len + 1));
+                prop_assert_eq!(s[0], whole[whole.len() - 1]);
+                whole.extend(&s[1..]);
+                i += 1;
+            }
+            prop_assert_eq!(&whole, &document);
+            rebuilt.push(whole);
+        }
+        prop_assert_eq!(sequences.len(), i);
+        prop_assert_eq!(sequences.tokens(), rebuilt.iter().map(|d| d.len() as u64 - 1).sum::<u64>());
+        prop_assert!(sequences.get(&corpus, i).is_err());
+    }
+
+    #[test]
+    fn an_order_is_a_permutation_and_differs_by_seed_and_epoch(len in 1u64..3000, seed: u64, epoch in 0u64..9) {
+        let order = |seed, epoch| -> Vec<u64> {
+            let p = Permutation::new(len, seed, epoch);
+            (0..len).map(|i| p.at(i)).collect()
+        };
+        let mut sorted = order(seed, epoch);
+        if len > 100 {
+            prop_assert_ne!(&sorted, &order(seed, epoch + 1));
+            prop_assert_ne!(&sorted, &order(seed ^ 1, epoch));
+        }
+        sorted.sort_unstable();
+        prop_assert!(sorted.into_iter().eq(0..len));
+    }
+}
+
+#[test]
+fn every_place_of_an_order_is_equally_likely() {
+    let mut counts = [[0u32; 10]; 10];
+    for seed in 0..10_000 {
+        let order = Permutation::new(10, seed, 3);
+        for (i, row) in counts.iter_mut().enumerate() {
+            row[order.at(i as u64) as usize] += 1;
+        }
+    }
+    // 1000 expected, standard deviation 30.
+    assert!(
+        counts.iter().flatten().all(|c| (850..1150).contains(c)),
+        "{counts:?}"
+    );
+}
+
+#[test]
+fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = corpus_of(&[9, 30, 2, 17, 1, 5], folder.path());
+    let sequences = Sequences::new(corpus.documents().to_vec(), 4);
+    let take = |position: &mut Position, n| sequences.next_batch(&corpus, 5, position, n).unwrap();
+    let mut position = Position::default();
+    let mut epoch = take(&mut position, sequences.len() as usize);
+    assert_eq!(position, Position { epoch: 1, index: 0 });
+    let mut all: Vec<_> = (0..sequences.len())
+        .map(|i| sequences.get(&corpus, i).unwrap())
+        .collect();
+    assert_ne!(epoch, all);
+    epoch.sort();
+    all.sort();
+    assert_eq!(epoch, all);
+
+    let mut position = Position::default();
+    take(&mut position, 5);
+    let saved = serde_json::to_string(&position).unwrap();
+    let next = [take(&mut position, 7), take(&mut position, 9)].concat();
+    let mut restored = serde_json::from_str(&saved).unwrap();
+    assert_eq!(next, take(&mut restored, 16));
+    assert_eq!(position, restored);
+}
+
+#[test]
+fn a_split_by_document_keeps_equal_documents_together_and_survives_new_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let lens: Vec<usize> = (0..200).map(|i| 5 + i % 7).collect();
+    let corpus = corpus_of(&lens, folder.path());
+    let (train, validation) = split(corpus.documents(), Split::Auto, 0.2);
+    assert_eq!(train.len() + validation.len(), 200);
+    assert!((15..80).contains(&validation.len()), "{}", validation.len());
+    let read = |d: &segattn::train::data::Document| corpus.tokens(d, 0..d.len).unwrap();
+    let held: Vec<_> = validation.iter().map(read).collect();
+    assert!(train.iter().all(|d| !held.contains(&read(d))));
+    let (_, fewer) = split(&corpus.documents()[..100], Split::Auto, 0.2);
+    assert_eq!(fewer[..], validation[..fewer.len()]);
+}
+
+#[test]
+fn a_single_document_is_split_by_its_tail() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = corpus_of(&[100], folder.path());
+    let (train, validation) = split(corpus.documents(), Split::Auto, 0.1);
+    assert_eq!((train[0].len, validation[0].len), (90, 10));
+    let whole = documents(&corpus).remove(0);
+    assert_eq!(corpus.tokens(&train[0], 0..90).unwrap(), whole[..90]);
+    assert_eq!(corpus.tokens(&validation[0], 0..10).unwrap(), whole[90..]);
+    let (all, none) = split(corpus.documents(), Split::Auto, 0.0);
+    assert_eq!((all[0].len, none.len()), (100, 0));
+}
+
+#[test]
+fn equal_data_have_one_fingerprint_and_a_changed_token_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |text: &str| {
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, text).unwrap();
+        let corpus = read_with(&[path], &DataSection::default(), folder.path()).unwrap();
+        corpus.fingerprint().to_owned()
+    };
+    assert_eq!(of("abc"), of("abc"));
+    assert_ne!(of("abc"), of("abd"));
+}
