@@ -2,5 +2,9 @@
 
 #[path = "model_files/config.rs"]
 mod config;
+#[path = "model_files/hostile_weights.rs"]
+mod hostile_weights;
 #[path = "model_files/rope.rs"]
 mod rope;
+#[path = "model_files/weights.rs"]
+mod weights;

@@ -4,7 +4,6 @@ mod documents;
 mod eval;
 mod files;
 mod generate;
-mod load;
 mod model;
 mod text;
 

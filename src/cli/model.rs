@@ -8,8 +8,8 @@ use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::weights::Checkpoint;
 
-use super::load::load;
 pub use super::text::Text;
 
 /// Which model, and how it runs.
@@ -82,6 +82,7 @@ impl ModelArgs {
                 None
             }
         };
-        Ok((load(&self.model, config, Reference)?, text))
+        let weights = Checkpoint::open(&self.model)?;
+        Ok((weights.load(Reference, config, false)?, text))
     }
 }

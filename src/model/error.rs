@@ -17,6 +17,9 @@ pub enum ModelError {
     /// The tokenizer cannot be read, or does not fit the configuration.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The device cannot take the model.
+    #[error(transparent)]
+    Device(#[from] crate::device::DeviceError),
 }
 
 /// A file that cannot be read or written as a whole, whatever it holds.
@@ -183,11 +186,32 @@ pub enum WeightsError {
         /// Its gate.
         got: f32,
     },
-    /// A name that is no parameter of the configuration.
-    #[error("tensor `{name}` is no parameter of this model")]
-    Unknown {
-        /// The name asked for.
+    /// A weight that is infinite or not a number: a model with one computes nothing.
+    #[error("tensor `{name}`[{index}]: expected a finite number, got {got}")]
+    NotFinite {
+        /// The tensor.
         name: String,
+        /// Flat index of the number.
+        index: usize,
+        /// The number.
+        got: f32,
+    },
+    /// A head beside the embedding it is said to be tied to, with other values.
+    #[error(
+        "{folder}: `lm_head.weight` differs from the embedding; \
+         expected the same values with `tie_word_embeddings`, or that key false in config.json"
+    )]
+    TiedHead {
+        /// The model folder.
+        folder: PathBuf,
+    },
+    /// A tensor does not fit the host's memory.
+    #[error("tensor `{name}`: out of memory, {bytes} bytes were asked for")]
+    OutOfMemory {
+        /// The tensor, or its first part.
+        name: String,
+        /// Bytes asked for.
+        bytes: usize,
     },
     /// A tensor to be saved has the wrong number of elements.
     #[error("tensor `{name}`: expected {expected} numbers, got {got}")]

@@ -8,3 +8,4 @@ pub mod parameters;
 pub mod rope;
 pub mod session;
 pub mod state;
+pub mod weights;

@@ -177,13 +177,13 @@ pub struct Weights<D: Device> {
 
 impl<D: Device> Weights<D> {
     /// Prepares every tensor's values; `training` also prepares gradients of inputs.
-    pub fn prepare(
+    pub fn prepare<E: From<crate::device::DeviceError>>(
         device: &D,
         specs: &[TensorSpec],
-        mut values: impl FnMut(usize) -> Result<D::Buffer>,
+        mut values: impl FnMut(usize) -> std::result::Result<D::Buffer, E>,
         training: bool,
-    ) -> Result<Self> {
-        let prepare = |(i, spec): (usize, &TensorSpec)| {
+    ) -> std::result::Result<Self, E> {
+        let prepare = |(i, spec): (usize, &TensorSpec)| -> std::result::Result<_, E> {
             let buffer = values(i)?;
             Ok(match spec.role {
                 Role::Matrix { out, inner } => {
@@ -198,7 +198,7 @@ impl<D: Device> Weights<D> {
                 .iter()
                 .enumerate()
                 .map(prepare)
-                .collect::<Result<_>>()?,
+                .collect::<std::result::Result<_, E>>()?,
         })
     }
 
