@@ -7,5 +7,6 @@ mod files;
 pub mod parameters;
 pub mod rope;
 pub mod session;
+pub mod session_file;
 pub mod state;
 pub mod weights;

@@ -1,0 +1,298 @@
+//! Sessions saved to a file and restored: a long prompt is read once and used again.
+//!
+//! The file is a safetensors file. Its metadata hold the format's name, the tokens each sequence has
+//! read, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, and
+//! of each layer `l`, keys (before rotation) and values one after the other:
+//!
+//! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
+//! - `s.l.pool [2, tokens, heads, head_dim]`, of the KV heads that read the past, and of each of them
+//!   `s.l.picks.h [rows]` (I64), the tokens chosen for the current segment;
+//! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
+//!   `s.l.probes [rows, q_heads, head_dim]`, its queries among those that make probes.
+//!
+//! Numbers are f32, so that on an f32 device a restored session goes on to the same bits.
+
+mod layout;
+mod reader;
+
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::Dtype;
+
+use super::error::FileError;
+use super::files::{io_error, new_beside, persist, sync_folder};
+use super::session::Session;
+use super::state::open_segment;
+use crate::device::{Device, DeviceError, Fold, Rows, RowsMut};
+use layout::{Part, Shapes, fingerprint};
+use reader::Reader;
+
+/// The format's name in the metadata.
+const FORMAT: &str = "segattn session 1";
+
+/// A session that cannot be saved, or a file that cannot be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum StateFileError {
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The file breaks the format.
+    #[error("{path}: {what}: expected {expected}, got {got}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The part of it.
+        what: String,
+        /// What would be accepted.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+    /// The file is good, but belongs to another model or does not fit the session.
+    #[error("{path}: does not fit: {what}: expected {expected}, got {got}")]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// What the session needs.
+        expected: String,
+        /// What the file has.
+        got: String,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// A saved session, checked against its own header.
+#[derive(Debug)]
+pub struct StateFile {
+    reader: Reader,
+    positions: Vec<usize>,
+}
+
+impl StateFile {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// [`StateFileError::File`] and [`StateFileError::Malformed`].
+    pub fn open(path: &Path) -> Result<Self, StateFileError> {
+        let reader = Reader::open(path)?;
+        let format = reader.metadata("format")?;
+        if format != FORMAT {
+            return Err(reader.malformed("metadata `format`", FORMAT, format));
+        }
+        let text = reader.metadata("positions")?;
+        let positions: Vec<usize> = serde_json::from_str(text)
+            .map_err(|_| reader.malformed("metadata `positions`", "an array of numbers", text))?;
+        Ok(Self { reader, positions })
+    }
+
+    /// Tokens that each sequence has read.
+    pub fn positions(&self) -> &[usize] {
+        &self.positions
+    }
+
+    /// Puts the saved sequences into those of `session`; a single saved one into each. What the
+    /// session has read before is lost, also after an error.
+    ///
+    /// # Errors
+    /// Every [`StateFileError`].
+    pub fn restore<D: Device>(
+        &mut self,
+        session: &mut Session<'_, D>,
+    ) -> Result<(), StateFileError> {
+        let wanted = fingerprint(session.model)?;
+        let got = self.reader.metadata("model")?;
+        if got != wanted {
+            let (got, wanted) = (got.to_owned(), wanted);
+            return Err(self.reader.mismatch("the model", &wanted, &got));
+        }
+        let (saved, sequences) = (self.positions.len(), session.sequences());
+        if saved != sequences && saved != 1 {
+            let expected = format!("1 or {sequences}");
+            return Err(self
+                .reader
+                .mismatch("sequences", &expected, &saved.to_string()));
+        }
+        for to in 0..sequences {
+            let from = if saved == 1 { 0 } else { to };
+            let position = self.positions[from];
+            if position > session.capacity() {
+                let expected = format!("at most {}", session.capacity());
+                let got = position.to_string();
+                return Err(self
+                    .reader
+                    .mismatch("tokens of a sequence", &expected, &got));
+            }
+            self.restore_sequence(from, to, position, session)?;
+        }
+        Ok(())
+    }
+
+    fn restore_sequence<D: Device>(
+        &mut self,
+        from: usize,
+        to: usize,
+        position: usize,
+        session: &mut Session<'_, D>,
+    ) -> Result<(), StateFileError> {
+        let shapes = Shapes::new(session, position);
+        session.positions[to] = position;
+        session.logits[to] = self.floats(from, Part::Logits, &shapes.logits())?;
+        for l in 0..session.model.config.num_hidden_layers {
+            self.restore_carry(from, to, l, &shapes, session)?;
+            if shapes.rows > 0 {
+                self.restore_segment(from, to, l, &shapes, session)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn floats(
+        &mut self,
+        sequence: usize,
+        part: Part,
+        shape: &[usize],
+    ) -> Result<Vec<f32>, StateFileError> {
+        if shape.contains(&0) {
+            return Ok(Vec::new());
+        }
+        let bytes = self
+            .reader
+            .read(&part.name(sequence), Dtype::F32, Some(shape))?;
+        let numbers = bytes.as_chunks().0.iter();
+        Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    /// The prior tail, the pool and the choice of past rows of one layer.
+    fn restore_carry<D: Device>(
+        &mut self,
+        from: usize,
+        to: usize,
+        l: usize,
+        shapes: &Shapes,
+        session: &mut Session<'_, D>,
+    ) -> Result<(), StateFileError> {
+        let device = &session.model.device;
+        let prior = self.floats(from, Part::Prior(l), &shapes.prior(l))?;
+        let pool = self.floats(from, Part::Pool(l), &shapes.pool(l))?;
+        let carry = &mut session.states[to].layers[l];
+        let (k, v) = prior.split_at(prior.len() / 2);
+        device.write(&mut carry.prior_k, 0, k)?;
+        device.write(&mut carry.prior_v, 0, v)?;
+        carry.prior_rows = shapes.prior(l)[1];
+        let Some(to_pool) = &mut carry.pool else {
+            return Ok(());
+        };
+        let (k, v) = pool.split_at(pool.len() / 2);
+        device.pool_write(to_pool, k, v)?;
+        for h in 0..shapes.past_heads(l) {
+            let picks = self.picks(from, l, h, shapes)?;
+            session.states[to].layers[l].picks[h] = picks;
+        }
+        Ok(())
+    }
+
+    fn picks(
+        &mut self,
+        sequence: usize,
+        l: usize,
+        h: usize,
+        shapes: &Shapes,
+    ) -> Result<Vec<usize>, StateFileError> {
+        if shapes.completed == 0 {
+            return Ok(Vec::new());
+        }
+        let name = Part::Picks(l, h).name(sequence);
+        let bytes = self.reader.read(&name, Dtype::I64, None)?;
+        let tokens = shapes.completed;
+        let picks: Vec<usize> = bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| usize::try_from(i64::from_le_bytes(*b)).unwrap_or(usize::MAX))
+            .collect();
+        let ascending = picks.windows(2).all(|w| w[0] < w[1]);
+        if !ascending || picks.len() > shapes.past_len || picks.last().is_some_and(|p| *p >= tokens)
+        {
+            let expected = format!(
+                "at most {} ascending numbers below {tokens}",
+                shapes.past_len
+            );
+            let what = format!("tensor `{name}`");
+            return Err(self.reader.malformed(&what, &expected, "other numbers"));
+        }
+        Ok(picks)
+    }
+
+    /// What has been read of the current segment, in its slot: prior and past rows come from the
+    /// carry, as when the segment began.
+    fn restore_segment<D: Device>(
+        &mut self,
+        from: usize,
+        to: usize,
+        l: usize,
+        shapes: &Shapes,
+        session: &mut Session<'_, D>,
+    ) -> Result<(), StateFileError> {
+        let rows = self.floats(from, Part::Segment(l), &shapes.segment())?;
+        let probes = self.floats(from, Part::Probes(l), &shapes.probes(l))?;
+        let device = &session.model.device;
+        let (plan, slots) = (&session.plan, &mut session.slots);
+        let slot = to * session.side_by_side + shapes.segment_number % session.side_by_side;
+        let (tables, layer) = ((&slots.cos, &slots.sin), &mut slots.layers[l]);
+        let carry = &session.states[to].layers[l];
+        open_segment(device, plan, l, carry, layer, slot, tables)?;
+        let width = plan.kv_width();
+        let first = slot * slots.room;
+        let (k, v) = rows.split_at(rows.len() / 2);
+        device.write(&mut layer.kv.raw_k, first * width, k)?;
+        device.write(&mut layer.kv.v, first * width, v)?;
+        let angles: Vec<usize> = (0..shapes.rows).map(|p| plan.origin() + p).collect();
+        device.rope(
+            Rows::packed(&layer.kv.raw_k, first, width),
+            RowsMut::packed(&mut layer.kv.k, first, width),
+            plan.heads.kv,
+            plan.heads.dim,
+            tables,
+            &angles,
+            false,
+            Fold::Set,
+        )?;
+        if let Some(buffer) = &mut layer.probes {
+            let start = slot * plan.probe_rows * plan.q_width();
+            device.write(buffer, start, &probes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Saves all sequences of a session; the file appears whole or not at all.
+///
+/// # Errors
+/// [`StateFileError::File`] and [`StateFileError::Device`].
+pub fn save<D: Device>(session: &Session<'_, D>, path: &Path) -> Result<(), StateFileError> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let parts = layout::parts(session);
+    let header = layout::header(session, &parts, FORMAT)?;
+    let failed = |error| io_error(path, error);
+    let mut beside = new_beside(folder)?;
+    let mut out = BufWriter::new(&mut beside);
+    out.write_all(&(header.len() as u64).to_le_bytes())
+        .and_then(|()| out.write_all(&header))
+        .map_err(failed)?;
+    for (sequence, part, _) in &parts {
+        let bytes = layout::bytes(session, *sequence, *part)?;
+        out.write_all(&bytes).map_err(failed)?;
+    }
+    out.flush().map_err(failed)?;
+    drop(out);
+    persist(beside, path)?;
+    Ok(sync_folder(folder)?)
+}

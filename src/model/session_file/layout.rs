@@ -1,0 +1,261 @@
+//! Which tensors a saved session has, their shapes, and their values in the session.
+
+use safetensors::tensor::Dtype;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::device::{Device, Result};
+use crate::model::decoder::Decoder;
+use crate::model::parameters::index;
+use crate::model::session::Session;
+use crate::model::state::Plan;
+
+/// Keys of the configuration that a state depends on.
+const MODEL_KEYS: [&str; 12] = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "segment",
+];
+
+/// What is saved of a sequence; numbers are those of layer and head.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Part {
+    Logits,
+    Prior(usize),
+    Pool(usize),
+    Picks(usize, usize),
+    Segment(usize),
+    Probes(usize),
+}
+
+impl Part {
+    pub(super) fn name(self, sequence: usize) -> String {
+        match self {
+            Self::Logits => format!("{sequence}.logits"),
+            Self::Prior(l) => format!("{sequence}.{l}.prior"),
+            Self::Pool(l) => format!("{sequence}.{l}.pool"),
+            Self::Picks(l, h) => format!("{sequence}.{l}.picks.{h}"),
+            Self::Segment(l) => format!("{sequence}.{l}.segment"),
+            Self::Probes(l) => format!("{sequence}.{l}.probes"),
+        }
+    }
+}
+
+/// The shapes that a sequence's parts have after so many tokens; those with a zero are left out.
+#[derive(Debug)]
+pub(super) struct Shapes {
+    /// Tokens of completed segments.
+    pub(super) completed: usize,
+    /// Rows of the current segment that have been read.
+    pub(super) rows: usize,
+    /// The current segment's number.
+    pub(super) segment_number: usize,
+    pub(super) past_len: usize,
+    position: usize,
+    vocab: usize,
+    plan: Plan,
+}
+
+impl Shapes {
+    pub(super) fn new<D: Device>(session: &Session<'_, D>, position: usize) -> Self {
+        let (plan, config) = (&session.plan, &session.model.config);
+        // A plain model's only segment is never closed.
+        let rows = match config.segment {
+            Some(_) => position % plan.segment_len,
+            None => position,
+        };
+        Self {
+            completed: position - rows,
+            rows,
+            segment_number: (position - rows) / plan.segment_len,
+            past_len: plan.past_len,
+            position,
+            vocab: config.vocab_size,
+            plan: plan.clone(),
+        }
+    }
+
+    pub(super) fn past_heads(&self, l: usize) -> usize {
+        self.plan.reads[l].past.len()
+    }
+
+    pub(super) fn logits(&self) -> [usize; 1] {
+        [if self.position > 0 { self.vocab } else { 0 }]
+    }
+
+    pub(super) fn prior(&self, l: usize) -> [usize; 4] {
+        let read = self.completed > 0 && self.plan.reads[l].prior.contains(&true);
+        let rows = if read { self.plan.prior_len } else { 0 };
+        [2, rows, self.plan.heads.kv, self.plan.heads.dim]
+    }
+
+    pub(super) fn pool(&self, l: usize) -> [usize; 4] {
+        [2, self.completed, self.past_heads(l), self.plan.heads.dim]
+    }
+
+    pub(super) fn segment(&self) -> [usize; 4] {
+        [2, self.rows, self.plan.heads.kv, self.plan.heads.dim]
+    }
+
+    pub(super) fn probes(&self, l: usize) -> [usize; 3] {
+        let before = self.plan.segment_len - self.plan.probe_rows;
+        let read = self.past_heads(l) > 0 && self.past_len > 0;
+        let rows = if read {
+            self.rows.saturating_sub(before)
+        } else {
+            0
+        };
+        [rows, self.plan.heads.q, self.plan.heads.dim]
+    }
+}
+
+/// Every tensor that is saved, with its sequence and shape, in the file's order.
+pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Vec<usize>)> {
+    let mut parts = Vec::new();
+    for (s, position) in session.positions.iter().enumerate() {
+        let shapes = Shapes::new(session, *position);
+        let mut push = |part, shape: &[usize]| {
+            if !shape.contains(&0) {
+                parts.push((s, part, shape.to_vec()));
+            }
+        };
+        push(Part::Logits, &shapes.logits());
+        for l in 0..session.states[s].layers.len() {
+            push(Part::Prior(l), &shapes.prior(l));
+            push(Part::Pool(l), &shapes.pool(l));
+            push(Part::Segment(l), &shapes.segment());
+            push(Part::Probes(l), &shapes.probes(l));
+        }
+        if shapes.completed == 0 {
+            continue;
+        }
+        for (l, carry) in session.states[s].layers.iter().enumerate() {
+            for (h, picks) in carry.picks.iter().enumerate() {
+                parts.push((s, Part::Picks(l, h), vec![picks.len()]));
+            }
+        }
+    }
+    parts
+}
+
+/// The header: tensors in order, metadata, and spaces up to a multiple of 8 bytes.
+pub(super) fn header<D: Device>(
+    session: &Session<'_, D>,
+    parts: &[(usize, Part, Vec<usize>)],
+    format: &str,
+) -> Result<Vec<u8>> {
+    let mut header = Map::new();
+    let positions = json!(session.positions).to_string();
+    let model = fingerprint(session.model)?;
+    let metadata = json!({"format": format, "positions": positions, "model": model});
+    header.insert("__metadata__".to_owned(), metadata);
+    let mut start = 0;
+    for (sequence, part, shape) in parts {
+        let dtype = match part {
+            Part::Picks(..) => Dtype::I64,
+            _ => Dtype::F32,
+        };
+        let end = start + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let entry = json!({
+            "dtype": if dtype == Dtype::I64 { "I64" } else { "F32" },
+            "shape": shape,
+            "data_offsets": [start, end],
+        });
+        header.insert(part.name(*sequence), entry);
+        start = end;
+    }
+    let mut text = Value::Object(header).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    Ok(text)
+}
+
+/// The values of one tensor, little endian.
+pub(super) fn bytes<D: Device>(
+    session: &Session<'_, D>,
+    sequence: usize,
+    part: Part,
+) -> Result<Vec<u8>> {
+    let (device, plan) = (&session.model.device, &session.plan);
+    let carry = |l: usize| &session.states[sequence].layers[l];
+    let shapes = Shapes::new(session, session.positions[sequence]);
+    let slot = sequence * session.side_by_side + shapes.segment_number % session.side_by_side;
+    let width = plan.kv_width();
+    let values = match part {
+        Part::Logits => session.logits[sequence].clone(),
+        Part::Prior(l) => {
+            let range = 0..carry(l).prior_rows * width;
+            let mut values = device.read(&carry(l).prior_k, range.clone())?;
+            values.extend(device.read(&carry(l).prior_v, range)?);
+            values
+        }
+        Part::Pool(l) => match &carry(l).pool {
+            Some(pool) => {
+                let (mut values, v) = device.pool_read(pool)?;
+                values.extend(v);
+                values
+            }
+            None => Vec::new(),
+        },
+        Part::Picks(l, h) => {
+            let picks = carry(l).picks[h].iter();
+            return Ok(picks.flat_map(|p| (*p as i64).to_le_bytes()).collect());
+        }
+        Part::Segment(l) => {
+            let kv = &session.slots.layers[l].kv;
+            let first = slot * session.slots.room * width;
+            let range = first..first + shapes.rows * width;
+            let mut values = device.read(&kv.raw_k, range.clone())?;
+            values.extend(device.read(&kv.v, range)?);
+            values
+        }
+        Part::Probes(l) => match &session.slots.layers[l].probes {
+            Some(probes) => {
+                let first = slot * plan.probe_rows * plan.q_width();
+                let rows = shapes.probes(l)[0];
+                device.read(probes, first..first + rows * plan.q_width())?
+            }
+            None => Vec::new(),
+        },
+    };
+    Ok(values.iter().flat_map(|x| x.to_le_bytes()).collect())
+}
+
+/// What a state depends on in the model: its shape, how it runs, and a digest of its last norm and
+/// its gates, which no two trainings share.
+pub(super) fn fingerprint<D: Device>(model: &Decoder<D>) -> Result<String> {
+    let mut digest = Sha256::new();
+    let layers = model.config.num_hidden_layers;
+    let norm = model.weights.vector(index::final_norm(layers));
+    for value in model.device.read(norm, 0..model.config.hidden_size)? {
+        digest.update(value.to_le_bytes());
+    }
+    for l in 0..layers {
+        for gate in model.weights.gate(index::past_gate(l)) {
+            digest.update(gate.to_le_bytes());
+        }
+    }
+    let mut shown = Map::new();
+    if let Value::Object(mut config) = model.config.to_json() {
+        for key in MODEL_KEYS {
+            if let Some(value) = config.remove(key) {
+                shown.insert(key.to_owned(), value);
+            }
+        }
+    }
+    let hex: String = digest
+        .finalize()
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    shown.insert("weights".to_owned(), hex.into());
+    Ok(Value::Object(shown).to_string())
+}

@@ -1,0 +1,213 @@
+//! A saved session goes on as if it had never been saved, and no file makes restoring panic.
+
+mod common;
+
+use common::{config, model, random, values};
+use segattn::device::reference::Reference;
+use segattn::model::config::{HeadReads, ModelConfig};
+use segattn::model::decoder::Decoder;
+use segattn::model::session::{Feed, Session};
+use segattn::model::session_file::{StateFile, StateFileError, save};
+use std::path::Path;
+
+fn tokens(seed: u64, len: usize) -> Vec<u32> {
+    let mut next = random(seed);
+    (0..len).map(|_| ((next() + 0.5) * 11.0) as u32).collect()
+}
+
+/// The past is read in the second layer only: in the first, equal tokens have equal keys, and ties
+/// between a rounded key and one that is not break the wrong way on an f64 device.
+fn segmented() -> ModelConfig {
+    let mut config = config(true);
+    if let Some(segment) = &mut config.segment {
+        segment.head_reads[0] = vec![HeadReads::PRIOR; 4];
+        segment.head_reads[1][1] = HeadReads {
+            prior: false,
+            past: true,
+        };
+    }
+    config
+}
+
+fn plain() -> ModelConfig {
+    let mut config = config(true);
+    config.segment = None;
+    config
+}
+
+/// Reads tokens `[from, to)` of every sequence; log-probabilities of the token after each.
+fn read(
+    session: &mut Session<'_, Reference>,
+    sequences: &[Vec<u32>],
+    from: usize,
+    to: usize,
+) -> Vec<Vec<f32>> {
+    let feeds: Vec<Feed<'_>> = sequences
+        .iter()
+        .enumerate()
+        .map(|(sequence, s)| Feed {
+            sequence,
+            tokens: &s[from.min(s.len() - 1)..to.min(s.len() - 1)],
+            targets: &s[(from + 1).min(s.len())..(to + 1).min(s.len())],
+        })
+        .collect();
+    session.feed(&feeds).unwrap()
+}
+
+fn assert_close(got: &[Vec<f32>], expected: &[Vec<f32>]) {
+    // The file is f32, the device f64; on an f32 device the bits are equal.
+    for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {
+        assert!((got - expected).abs() < 1e-5, "{got} for {expected}");
+    }
+}
+
+#[test]
+fn a_restored_session_goes_on_wherever_it_was_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, again) = (dir.path().join("state"), dir.path().join("again"));
+    for config in [segmented(), plain()] {
+        let model = model(&config, &values(&config, 4));
+        let sequences = [tokens(1, 40), tokens(2, 40)];
+        // Around a segment's end (8), in its middle, among the probes, and before anything is read.
+        for cut in [0, 1, 4, 7, 8, 9, 15, 16, 21, 24, 39] {
+            let mut session = Session::new(&model, 2, 39, 2).unwrap();
+            read(&mut session, &sequences, 0, cut);
+            save(&session, &path).unwrap();
+            let expected = read(&mut session, &sequences, cut, 39);
+            let mut file = StateFile::open(&path).unwrap();
+            assert_eq!(file.positions(), [cut, cut]);
+            let mut session = Session::new(&model, 2, 39, 1).unwrap();
+            // What was there before is gone.
+            read(&mut session, &[tokens(8, 40), tokens(9, 40)], 0, 19);
+            file.restore(&mut session).unwrap();
+            assert_eq!((session.position(0), session.position(1)), (cut, cut));
+            save(&session, &again).unwrap();
+            assert_eq!(
+                std::fs::read(&path).unwrap(),
+                std::fs::read(&again).unwrap()
+            );
+            assert_close(&read(&mut session, &sequences, cut, 39), &expected);
+        }
+    }
+}
+
+#[test]
+fn one_saved_sequence_begins_many() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let config = segmented();
+    let model = model(&config, &values(&config, 4));
+    let sequence = tokens(1, 40);
+    let mut session = Session::new(&model, 1, 39, 1).unwrap();
+    read(&mut session, std::slice::from_ref(&sequence), 0, 21);
+    save(&session, &path).unwrap();
+    let expected = read(&mut session, std::slice::from_ref(&sequence), 21, 39);
+    let mut session = Session::new(&model, 3, 39, 1).unwrap();
+    StateFile::open(&path)
+        .unwrap()
+        .restore(&mut session)
+        .unwrap();
+    let all = vec![sequence; 3];
+    for got in read(&mut session, &all, 21, 39) {
+        assert_close(&[got], &expected);
+    }
+}
+
+fn saved(path: &Path, model: &Decoder<Reference>, sequences: usize, len: usize) {
+    let mut session = Session::new(model, sequences, 40, 1).unwrap();
+    let all: Vec<Vec<u32>> = (0..sequences).map(|s| tokens(s as u64 + 1, 60)).collect();
+    read(&mut session, &all, 0, len);
+    save(&session, path).unwrap();
+}
+
+#[test]
+fn files_of_another_model_or_size_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let config = config(true);
+    let trained = model(&config, &values(&config, 4));
+    let refused = |model: &Decoder<Reference>, sequences, longest| {
+        let mut session = Session::new(model, sequences, longest, 1).unwrap();
+        match StateFile::open(&path).unwrap().restore(&mut session) {
+            Err(StateFileError::Mismatch { what, .. }) => what,
+            other => panic!("{other:?}"),
+        }
+    };
+    saved(&path, &trained, 2, 21);
+    assert_eq!(
+        refused(&model(&config, &values(&config, 5)), 2, 40),
+        "the model"
+    );
+    let mut shorter = config.clone();
+    shorter.segment.as_mut().unwrap().prior_len = 2;
+    assert_eq!(
+        refused(&model(&shorter, &values(&shorter, 4)), 2, 40),
+        "the model"
+    );
+    assert_eq!(refused(&trained, 3, 40), "sequences");
+    assert_eq!(refused(&trained, 2, 6), "tokens of a sequence");
+    let plain = plain();
+    let plain = model(&plain, &values(&plain, 4));
+    saved(&path, &plain, 1, 21);
+    assert_eq!(refused(&plain, 1, 20), "tokens of a sequence");
+}
+
+#[test]
+fn damaged_files_are_errors_and_never_panics() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let config = config(true);
+    let model = model(&config, &values(&config, 4));
+    saved(&path, &model, 1, 21);
+    let whole = std::fs::read(&path).unwrap();
+    let restore = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let mut session = Session::new(&model, 1, 40, 1).unwrap();
+        let mut file = StateFile::open(&path)?;
+        file.restore(&mut session)?;
+        let next = tokens(7, 12);
+        read(&mut session, &[next], 0, 11);
+        Ok::<(), StateFileError>(())
+    };
+    restore(&whole).unwrap();
+    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize + 8;
+    for len in (0..header).step_by(37).chain([header, whole.len() - 1]) {
+        assert!(restore(&whole[..len]).is_err(), "cut to {len} bytes");
+    }
+    let mut next = random(3);
+    for _ in 0..300 {
+        let mut bytes = whole.clone();
+        for _ in 0..3 {
+            let at = ((next() + 0.5) * header as f64) as usize;
+            bytes[at] = ((next() + 0.5) * 256.0) as u8;
+        }
+        // Some changes are harmless; what matters is that nothing panics or takes all memory.
+        let _ = restore(&bytes);
+    }
+    let text = String::from_utf8_lossy(&whole[8..header]).into_owned();
+    for (from, to) in [
+        ("[21]", "[22]"),
+        ("[21]", "[13]"),
+        ("[21]", "[99999999999]"),
+        ("[21]", "[]"),
+        ("session 1", "session 2"),
+        ("\"positions\"", "\"position\""),
+        ("0.0.prior", "0.9.prior"),
+    ] {
+        assert!(text.contains(from), "{from} in {text}");
+        let changed = text.replace(from, to);
+        let mut bytes = (changed.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(changed.bytes());
+        bytes.extend(&whole[header..]);
+        assert!(restore(&bytes).is_err(), "{from} became {to}");
+    }
+    // Choices outside the pool.
+    let picks = text.split("\"0.0.picks.0\":").nth(1).unwrap();
+    let offsets = picks.split("\"data_offsets\":[").nth(1).unwrap();
+    let first: usize = offsets.split(',').next().unwrap().parse().unwrap();
+    for bad in [-1i64, 16, i64::MAX] {
+        let mut bytes = whole.clone();
+        bytes[header + first..header + first + 8].copy_from_slice(&bad.to_le_bytes());
+        assert!(restore(&bytes).is_err(), "choice of {bad}");
+    }
+}
