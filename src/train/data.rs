@@ -12,7 +12,8 @@ mod permutation;
 
 use serde::{Deserialize, Serialize};
 
-pub use corpus::{Corpus, Document, Reading};
+pub(in crate::train) use corpus::hex;
+pub use corpus::{Corpus, Document, Encode, Reading};
 pub use permutation::Permutation;
 
 use super::config::Split;

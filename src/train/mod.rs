@@ -1,5 +1,6 @@
 //! Training: exact TBPTT by gradient streams.
 
+pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;

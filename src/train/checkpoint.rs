@@ -1,0 +1,235 @@
+//! Crash-safe checkpoints: a folder each, from which a run goes on to the same bits and which is a model
+//! folder for the other commands at the same time.
+//!
+//! ```text
+//! step-00000250/
+//!   config.json           model.safetensors        the model, in the Hugging Face layout, f32
+//!   optimizer.safetensors  m.<name> and v.<name>: AdamW's moments
+//!   run.toml  state.json   the run's configuration; step, data position, guard, data fingerprint
+//!   manifest.json          SHA-256 of every file and of every tensor
+//! ```
+//!
+//! A checkpoint is written beside its place, every file synced, then renamed, and the folder above synced;
+//! only then are older ones removed, and at least the one before is kept. So whenever the power goes, the
+//! newest folder with a manifest that holds is a whole checkpoint.
+
+mod manifest;
+mod storage;
+mod tensors;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use manifest::{Manifest, Writer};
+pub use storage::{Disk, Storage};
+
+use super::config::Config;
+use super::error::{Result, TrainError};
+use super::trainer::{Progress, Tensors};
+use crate::model::config::ModelConfig;
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const RUN: &str = "run.toml";
+/// Start of the names of folders that are being written or removed.
+const BESIDE: &str = ".writing-";
+const STEP: &str = "step-";
+
+/// All that a run needs to go on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// The run's configuration.
+    pub config: Config,
+    /// The model's.
+    pub model: ModelConfig,
+    /// Weights and moments.
+    pub tensors: Tensors,
+    /// Step, data position, guard.
+    pub progress: Progress,
+    /// [`Corpus::fingerprint`](super::data::Corpus::fingerprint) of the data.
+    pub data: String,
+    /// Further files for users of the model folder, such as `tokenizer.json`: name and content.
+    pub extra: Vec<(String, Vec<u8>)>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    progress: Progress,
+    data: String,
+    extra: Vec<String>,
+}
+
+/// Saves into `root`, keeps the newest `keep` checkpoints, and returns the new one's folder.
+///
+/// # Errors
+/// [`TrainError::Io`]; checkpoints that were there before are there still.
+pub fn save(
+    storage: &mut dyn Storage,
+    root: &Path,
+    checkpoint: &Checkpoint,
+    keep: usize,
+) -> Result<PathBuf> {
+    storage::run("create", root, |p| storage.create_folder(p))?;
+    remove_leftovers(storage, root)?;
+    let name = format!("{STEP}{:010}", checkpoint.progress.step);
+    let (beside, place) = (root.join(format!("{BESIDE}{name}")), root.join(name));
+    storage::run("create", &beside, |p| storage.create_folder(p))?;
+    write(storage, &beside, checkpoint)?;
+    storage::run("sync", &beside, |p| storage.sync_folder(p))?;
+    if place.exists() {
+        discard(storage, root, &place)?;
+    }
+    storage::run("rename", &beside, |p| storage.rename(p, &place))?;
+    storage::run("sync", root, |p| storage.sync_folder(p))?;
+    for (_, old) in list(root)?.into_iter().skip(keep.max(2)) {
+        discard(storage, root, &old)?;
+    }
+    Ok(place)
+}
+
+fn write(storage: &mut dyn Storage, folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
+    let Checkpoint { config, model, .. } = checkpoint;
+    let mut writer = Writer::new(storage, folder);
+    let weights = tensors::parts(model, "", &checkpoint.tensors.values);
+    writer.tensors(MODEL, &weights)?;
+    let mut moments = tensors::parts(model, "m.", &checkpoint.tensors.m);
+    moments.extend(tensors::parts(model, "v.", &checkpoint.tensors.v));
+    writer.tensors(OPTIMIZER, &moments)?;
+    let json = format!("{:#}\n", model.to_json());
+    writer.file(crate::model::config::CONFIG_FILE, json.as_bytes())?;
+    writer.file(RUN, config.to_toml().as_bytes())?;
+    let state = State {
+        progress: checkpoint.progress.clone(),
+        data: checkpoint.data.clone(),
+        extra: checkpoint.extra.iter().map(|f| f.0.clone()).collect(),
+    };
+    let state = serde_json::to_vec_pretty(&state).expect("numbers, strings and lists are JSON");
+    writer.file(STATE, &state)?;
+    for (name, content) in &checkpoint.extra {
+        writer.file(name, content)?;
+    }
+    writer.finish()
+}
+
+/// Loads one checkpoint and checks every hash.
+///
+/// # Errors
+/// [`TrainError::Checkpoint`] that names the file or tensor that does not hold, [`TrainError::Io`].
+pub fn load(folder: &Path) -> Result<Checkpoint> {
+    let manifest = Manifest::read(folder)?;
+    let broken = |what: &str, got: String| damaged(folder, what, "a readable file", got);
+    let state = manifest.read_file(folder, STATE)?;
+    let state: State = serde_json::from_slice(&state).map_err(|e| broken(STATE, e.to_string()))?;
+    let run = manifest.read_file(folder, RUN)?;
+    let run = String::from_utf8(run).map_err(|e| broken(RUN, e.to_string()))?;
+    let config = Config::parse(&run, &[]).map_err(|e| broken(RUN, e.to_string()))?;
+    let name = crate::model::config::CONFIG_FILE;
+    let json = manifest.read_file(folder, name)?;
+    let json = serde_json::from_slice(&json).map_err(|e| broken(name, e.to_string()))?;
+    let model = ModelConfig::from_json(json).map_err(|e| broken(name, e.to_string()))?;
+    let weights = manifest.read_tensors(folder, MODEL)?;
+    let values = weights.take(folder, &model, "", 1.0)?;
+    let moments = manifest.read_tensors(folder, OPTIMIZER)?;
+    let extra = state.extra.into_iter().map(|name| {
+        let content = manifest.read_file(folder, &name)?;
+        Ok((name, content))
+    });
+    Ok(Checkpoint {
+        tensors: Tensors {
+            values,
+            m: moments.take(folder, &model, "m.", 0.0)?,
+            v: moments.take(folder, &model, "v.", 0.0)?,
+        },
+        config,
+        model,
+        progress: state.progress,
+        data: state.data,
+        extra: extra.collect::<Result<_>>()?,
+    })
+}
+
+/// Loads the newest checkpoint in `root` that holds, with its folder. One that does not is reported as a
+/// warning and passed over.
+///
+/// # Errors
+/// [`TrainError::NoValidCheckpoint`] if none holds, [`TrainError::Checkpoint`] if there is none.
+pub fn load_latest(root: &Path) -> Result<(PathBuf, Checkpoint)> {
+    let mut newest = None;
+    for (_, folder) in list(root)? {
+        match load(&folder) {
+            Ok(checkpoint) => return Ok((folder, checkpoint)),
+            Err(error) => {
+                tracing::warn!("{error}; trying the one before");
+                newest.get_or_insert(error);
+            }
+        }
+    }
+    Err(match newest {
+        Some(newest) => TrainError::NoValidCheckpoint {
+            path: root.to_owned(),
+            newest: Box::new(newest),
+        },
+        None => damaged(root, "folder", "a checkpoint in it", "none".into()),
+    })
+}
+
+/// Checkpoints in `root`, newest first, with their steps. None if there is no such folder.
+///
+/// # Errors
+/// [`TrainError::Io`].
+pub fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let step = |name: &str| name.strip_prefix(STEP)?.parse::<u64>().ok();
+    let mut found: Vec<_> = names(root)?
+        .into_iter()
+        .filter_map(|name| Some((step(&name)?, root.join(name))))
+        .collect();
+    found.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(found)
+}
+
+fn names(root: &Path) -> Result<Vec<String>> {
+    let failed = |source| TrainError::Io {
+        action: "read",
+        path: root.to_owned(),
+        source,
+    };
+    if !root.exists() {
+        return Ok(Vec::new());
+    }
+    let mut names = Vec::new();
+    for entry in fs::read_dir(root).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        names.extend(entry.file_name().into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// Takes the name away first, so that no half-removed checkpoint has one.
+fn discard(storage: &mut dyn Storage, root: &Path, folder: &Path) -> Result<()> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let beside = root.join(format!("{BESIDE}removed-{name}"));
+    storage::run("rename", folder, |p| storage.rename(p, &beside))?;
+    storage::run("remove", &beside, |p| storage.remove_folder(p))
+}
+
+fn remove_leftovers(storage: &mut dyn Storage, root: &Path) -> Result<()> {
+    let leftovers = names(root)?.into_iter().filter(|n| n.starts_with(BESIDE));
+    for name in leftovers {
+        storage::run("remove", &root.join(name), |p| storage.remove_folder(p))?;
+    }
+    Ok(())
+}
+
+fn damaged(path: &Path, what: &str, expected: impl Into<String>, got: String) -> TrainError {
+    TrainError::Checkpoint {
+        path: path.to_owned(),
+        what: what.to_owned(),
+        expected: expected.into(),
+        got,
+    }
+}

@@ -1,0 +1,69 @@
+//! The model's stacked tensors as the named tensors of a safetensors file, and back.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use super::damaged;
+use crate::model::config::ModelConfig;
+use crate::model::parameters::specs;
+use crate::train::error::Result;
+
+/// A named tensor: name, shape, values.
+pub(super) type Part<'a> = (String, Vec<usize>, &'a [f32]);
+
+/// Named tensors of a file: shape and values.
+pub(super) struct Named(pub(super) BTreeMap<String, (Vec<usize>, Vec<f32>)>);
+
+/// The parts of all tensors, each name behind `prefix`. Gates that no head uses have no place in a file.
+pub(super) fn parts<'a>(
+    model: &ModelConfig,
+    prefix: &str,
+    tensors: &'a [Vec<f32>],
+) -> Vec<Part<'a>> {
+    let known: HashSet<String> = model.parameters().into_iter().map(|p| p.name).collect();
+    let mut parts = Vec::new();
+    for (spec, values) in specs(model).into_iter().zip(tensors) {
+        let mut rest = values.as_slice();
+        for (name, shape) in spec.parts {
+            let (part, after) = rest.split_at(shape.iter().product());
+            rest = after;
+            if known.contains(&name) {
+                parts.push((format!("{prefix}{name}"), shape, part));
+            }
+        }
+    }
+    parts
+}
+
+impl Named {
+    /// The model's stacked tensors; gates that the file does not have are `absent`.
+    pub(super) fn take(
+        &self,
+        folder: &Path,
+        model: &ModelConfig,
+        prefix: &str,
+        absent: f32,
+    ) -> Result<Vec<Vec<f32>>> {
+        let known: HashSet<String> = model.parameters().into_iter().map(|p| p.name).collect();
+        let mut tensors = Vec::new();
+        for spec in specs(model) {
+            let mut values = Vec::with_capacity(spec.role.len());
+            for (name, shape) in &spec.parts {
+                if !known.contains(name) {
+                    values.resize(spec.role.len(), absent);
+                    continue;
+                }
+                let name = format!("{prefix}{name}");
+                let found = self.0.get(&name);
+                let Some((_, part)) = found.filter(|(got, _)| got == shape) else {
+                    let got = found.map_or("none".into(), |(got, _)| format!("{got:?}"));
+                    let what = format!("tensor `{name}`");
+                    return Err(damaged(folder, &what, format!("shape {shape:?}"), got));
+                };
+                values.extend_from_slice(part);
+            }
+            tensors.push(values);
+        }
+        Ok(tensors)
+    }
+}
