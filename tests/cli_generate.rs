@@ -279,3 +279,52 @@ fn prompts_go_through_the_tokenizer_of_the_folder() {
     // A broken tokenizer does not matter where none is needed.
     generate(dir, &["--tokens", "ids.json"]);
 }
+
+#[test]
+fn a_prompt_read_once_is_used_again() {
+    let dir = folder();
+    let dir = dir.path();
+    let (story, question) = ("A long story. ".repeat(12), "And then?");
+    let whole = format!("{story}{question}");
+    let greedy = ["--temperature", "0", "--ignore-eos"];
+    let expected = generate(dir, &[&greedy[..], &["--prompt", &whole]].concat());
+    let read = [
+        "generate",
+        "--model",
+        ".",
+        "--quiet",
+        "--prompt",
+        &story,
+        "--max-new",
+        "0",
+    ];
+    printed(dir, &[&read[..], &["--state-out", "story.state"]].concat());
+    let after = ["--state-in", "story.state", "--prompt", question];
+    let got = generate(
+        dir,
+        &[&greedy[..], &after, &["--state-out", "asked.state"]].concat(),
+    );
+    assert_eq!(got, expected);
+    // Nothing more to read: it goes on at once.
+    let got = generate(dir, &[&greedy[..], &["--state-in", "asked.state"]].concat());
+    assert_eq!(got, expected);
+    // Two questions about one story.
+    let two = [
+        "--state-in",
+        "story.state",
+        "--prompt",
+        "Why?",
+        "--prompt",
+        question,
+    ];
+    let got = generate(dir, &[&greedy[..], &two].concat());
+    assert!(got.trim_end().ends_with(expected.trim_end()), "{got}");
+    let fails = |args: &[&str], what| {
+        fails(dir, &[&["generate", "--model", "."], args].concat(), what);
+    };
+    fails(&["--state-in", "0.json"], "0.json");
+    fails(
+        &["--state-in", "story.state", "--execution", "full"],
+        "the model",
+    );
+}

@@ -13,6 +13,7 @@ use segattn::generate::text::TextStream;
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::session::Session;
+use segattn::model::session_file::{StateFile, save};
 use serde::Serialize;
 
 use super::files::{read_tokens, write_atomically};
@@ -71,6 +72,13 @@ pub struct Args {
     /// Where the new tokens and the model's own log-probabilities of them go, JSON
     #[arg(long, value_name = "FILE")]
     logprobs: Option<PathBuf>,
+    /// Go on from a state that --state-out saved: prompts follow what was read then, and a single
+    /// saved sequence begins all of them
+    #[arg(long, value_name = "FILE")]
+    state_in: Option<PathBuf>,
+    /// Save the state after the prompts, before the new tokens; with --max-new 0 they are only read
+    #[arg(long, value_name = "FILE")]
+    state_out: Option<PathBuf>,
     /// Segments of a prompt computed side by side: faster, more memory, the same bits
     #[arg(long, value_name = "N", default_value_t = 1)]
     segments_per_step: usize,
@@ -92,10 +100,17 @@ struct LogProbs<'a> {
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let (model, text) = args.model.load(args.tokens.is_empty())?;
-    let inputs = args.inputs(&model, text.as_ref())?;
+    let mut state = args.state_in.as_deref().map(StateFile::open).transpose()?;
+    let saved = state.as_ref().map_or(&[][..], StateFile::positions);
+    let inputs = args.inputs(&model, text.as_ref(), saved.len())?;
     let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
-    let longest = longest.saturating_add(args.max_new);
+    let longest = longest
+        .saturating_add(saved.iter().copied().max().unwrap_or(0))
+        .saturating_add(args.max_new);
     let mut session = Session::new(&model, inputs.len(), longest, args.segments_per_step)?;
+    if let Some(state) = &mut state {
+        state.restore(&mut session)?;
+    }
     let prompts: Vec<Prompt<'_>> = inputs
         .iter()
         .enumerate()
@@ -108,6 +123,9 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let started = Instant::now();
     read_prompts(&mut generator, quiet)?;
     let read = started.elapsed();
+    if let Some(path) = &args.state_out {
+        save(generator.session(), path)?;
+    }
     let started = Instant::now();
     let generated = match text.as_ref().filter(|_| args.tokens.is_empty()) {
         Some(text) => args.stream(&mut generator, text, &inputs, quiet)?,
@@ -150,7 +168,13 @@ impl Args {
         }
     }
 
-    fn inputs<D: Device>(&self, model: &Decoder<D>, text: Option<&Text>) -> Result<Vec<Input>> {
+    /// The prompts. Those that follow a saved state may be left out.
+    fn inputs<D: Device>(
+        &self,
+        model: &Decoder<D>,
+        text: Option<&Text>,
+        saved: usize,
+    ) -> Result<Vec<Input>> {
         if !self.tokens.is_empty() {
             ensure!(
                 self.prompt.is_empty() && self.prompt_file.is_empty(),
@@ -168,28 +192,39 @@ impl Args {
             };
             return self.tokens.iter().map(read).collect();
         }
-        let Some(text) = text else {
-            bail!("the model has no tokenizer; give --tokens");
-        };
-        let mut inputs = Vec::new();
+        let mut texts = Vec::new();
         for prompt in &self.prompt {
-            inputs.push(Input {
-                title: summary(prompt),
-                tokens: text.encode(prompt)?,
-            });
+            texts.push((summary(prompt), prompt.clone()));
         }
         for path in &self.prompt_file {
-            inputs.push(Input {
-                title: path.display().to_string(),
-                tokens: text.encode(&read_prompt(path)?)?,
-            });
+            texts.push((path.display().to_string(), read_prompt(path)?));
         }
-        if inputs.is_empty() && !std::io::stdin().is_terminal() {
-            inputs.push(Input {
-                title: "standard input".to_owned(),
-                tokens: text.encode(&read_prompt(Path::new("-"))?)?,
-            });
+        if texts.is_empty() && saved > 0 {
+            let one = |i| Input {
+                title: format!("saved sequence {i}"),
+                tokens: Vec::new(),
+            };
+            return Ok((1..=saved).map(one).collect());
         }
+        if texts.is_empty() && !std::io::stdin().is_terminal() {
+            let text = read_prompt(Path::new("-"))?;
+            texts.push(("standard input".to_owned(), text));
+        }
+        let Some(tokenizer) = text else {
+            bail!("the model has no tokenizer; give --tokens");
+        };
+        let encode = |(title, text): (String, String)| {
+            let tokens = if saved > 0 {
+                tokenizer.encode_more(&text)?
+            } else {
+                tokenizer.encode(&text)?
+            };
+            Ok(Input { title, tokens })
+        };
+        let inputs = texts
+            .into_iter()
+            .map(encode)
+            .collect::<Result<Vec<Input>>>()?;
         ensure!(
             !inputs.is_empty(),
             "nothing to continue; give --prompt TEXT, --prompt-file FILE or --tokens FILE"

@@ -41,10 +41,19 @@ impl Text {
 
     /// Tokens of a whole prompt, with the special ones the tokenizer puts around it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokens(text, true)
+    }
+
+    /// Tokens of a text that goes on from another: without special ones.
+    pub fn encode_more(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokens(text, false)
+    }
+
+    fn tokens(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         match self {
             Self::Bytes => Ok(text.bytes().map(u32::from).collect()),
             Self::Tokenizer(tokenizer) => tokenizer
-                .encode_fast(text, true)
+                .encode_fast(text, special)
                 .map(|e| e.get_ids().to_vec())
                 .map_err(|e| anyhow!("tokenizer: {e}")),
         }

@@ -206,6 +206,11 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         Ok(self.unread())
     }
 
+    /// The session, for saving its state.
+    pub fn session(&self) -> &Session<'m, D> {
+        self.session
+    }
+
     /// Tokens of the prompts that are still to be read.
     pub fn unread(&self) -> usize {
         let left = |s: &Sequence| s.prompt.saturating_sub(s.read);
