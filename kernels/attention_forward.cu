@@ -1,0 +1,484 @@
+// Segment attention, forward: out = softmax(scale q k^T + log gate) v over past, prior and current keys, and
+// lse = ln sum exp. Written, not added to; padding rows get out = 0 and lse = -inf.
+//
+// A block takes items (a tile of query rows, a run of key tiles) until none is left. Chunks of kChunkKeys keys
+// are accumulated from zero and folded left to right into sections, sections likewise into the result; where a
+// tile has several items each leaves its part in the workspace and the combine kernel folds them. A row
+// therefore sees the same operations in the same order in every kernel of this file (docs/kernels.md).
+#include "attention_items.cuh"
+#include "pipeline.cuh"
+#include "softmax.cuh"
+
+// kPrefill: many query rows. 4 warps x 32 rows (16 at D 256, where the accumulators of 32 do not fit), a block folds
+//   a whole section of chunks.
+// kDecode: at most a few rows per head. One warp x 16 rows, query heads of a group side by side; every chunk is an item
+//   of its own, so that one token's keys are spread over the chip.
+// Keys per tile: 64 keeps scores (64 registers) beside out (128 at D 128); 32 at D 256. Part of the numbers' definition: both
+// kernels of a head_dim must agree on it. Two stages: 96 KB at D 128, so two blocks fit on Hopper, one on sm_86.
+enum Phase { kPrefill, kDecode };
+
+template <class T_, int kHeadDim_, Phase kPhase>
+struct ForwardConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kPacked = kPhase == kDecode;
+  static constexpr int kWarps = kPacked ? 1 : 4;
+  static constexpr int kRowTiles = kPacked || kHeadDim == 256 ? 1 : 2;
+  static constexpr int kRows = kWarps * kRowTiles * 16;
+  static constexpr int kKeys = kHeadDim == 256 ? 32 : 64;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kBlocks = kPacked ? 8 : 2;
+  static constexpr int kItemKeys = kPacked ? kChunkKeys : kChunkKeys * kSectionChunks;
+  static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
+  static constexpr int kChunkSteps = kChunkKeys / kKeys;
+  using QueryTile = Tile<T, kRows, kHeadDim>;
+  using KeyTile = Tile<T, kKeys, kHeadDim>;
+};
+
+// A warp's place: its rows' range of positions, empty where all are padding.
+struct WarpRows {
+  int first_row, first_position, last_position;
+};
+
+template <class C>
+struct ForwardShared {
+  typename C::QueryTile q;  // later the output on its way to global memory
+  typename C::KeyTile k[C::kStages], v[C::kStages];
+  SourceRows<typename C::T> sources;
+  Item item;  // here and not in registers, which are full
+  bool done;
+  WarpRows warps[C::kWarps];
+  RowState totals[C::kRows];  // of the chunks before the current one, then of the item
+};
+
+// What a warp accumulates over a chunk, and a section.
+template <class C>
+struct Accumulator {
+  float out[C::kRowTiles][C::kOutTiles][4];
+  RowState rows[C::kRowTiles][2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; m++) {
+#pragma unroll
+      for (int n = 0; n < C::kOutTiles; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) out[m][n][e] = 0.f;
+      rows[m][0] = rows[m][1] = {SEGATTN_NEG_INF, 0.f};
+    }
+  }
+};
+
+template <class C>
+SEGATTN_FN WarpRows warp_rows(const Item& item, int heads_per_tile, int warp) {
+  const int first_row = warp * C::kRowTiles * 16;
+  const int first = query_row<C::kRows>(item, first_row, heads_per_tile).query;
+  const int last = min(query_row<C::kRows>(item, first_row + C::kRowTiles * 16 - 1, heads_per_tile).query, item.query_rows - 1);
+  return {first_row, item.keys.query_start + first, first <= last ? item.keys.query_start + last : -1};
+}
+
+template <class C>
+SEGATTN_FN void load_keys(ForwardShared<C>& shared, const Item& item, int step, bool values, int thread) {
+  if (step < item.end_step) {
+    const KeyTile tile = item.keys.tile<C::kKeys>(step);
+    const int stage = Ring<C::kStages>::stage(step - item.first_step);
+    const SharedAddress target = shared_address(values ? &shared.v[stage] : &shared.k[stage]);
+    const auto& rows = values ? shared.sources.v[tile.source] : shared.sources.k[tile.source];
+    copy_rows_async<typename C::KeyTile, C::kThreads>(target, rows, tile.first, tile.end, thread);
+  }
+  cp_async_commit();
+}
+
+// A negative scale goes into the queries, whose sign is free. Each warp turns its own rows.
+template <class C>
+SEGATTN_FN void negate_queries(ForwardShared<C>& shared, int warp, int lane) {
+  constexpr int kWarpRows = C::kRowTiles * 16, kRowWords = C::QueryTile::kRowBytes / 4;
+  for (int panel = 0; panel < C::kHeadDim / C::QueryTile::kPanelCols; panel++) {
+    uint32_t* words = (uint32_t*)&shared.q + (panel * C::kRows + warp * kWarpRows) * kRowWords;
+    for (int i = lane; i < kWarpRows * kRowWords; i += 32) words[i] ^= 0x80008000u;
+  }
+  __syncwarp();
+}
+
+template <class C>
+SEGATTN_FN void multiply_scores(float (&s)[C::kRowTiles][C::kColTiles][4], SharedAddress q_base, SharedAddress k_base,
+                                int first_row) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[m][n][e] = 0.f;
+#pragma unroll 4
+  for (int k = 0; k < C::kHeadDim; k += 16) {
+    uint32_t a[C::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; m++) load_a<typename C::QueryTile>(a[m], q_base, first_row + m * 16, k);
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n += 2) {
+      uint32_t b[4];
+      load_b<typename C::KeyTile>(b, k_base, n * 8, k);
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; m++) {
+        mma_16x8x16(s[m][n], a[m], b[0], b[1], typename C::T{});
+        mma_16x8x16(s[m][n + 1], a[m], b[2], b[3], typename C::T{});
+      }
+    }
+  }
+}
+
+template <class C>
+SEGATTN_FN void mask_scores(float (&s)[C::kRowTiles][C::kColTiles][4], const Item& item, const KeyTile& tile,
+                            int first_row, int heads_per_tile, int lane) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const QueryRow row = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
+      const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; n++) {
+        if (n * 8 >= limit) s[m][n][half * 2] = SEGATTN_NEG_INF;
+        if (n * 8 + 1 >= limit) s[m][n][half * 2 + 1] = SEGATTN_NEG_INF;
+      }
+    }
+}
+
+// A tile's weights as operands of the next product: packed at once, which halves their registers.
+template <class C>
+struct Weights {
+  uint32_t a[C::kRowTiles][C::kKeys / 16][4];
+};
+
+// Scores to weights; what was accumulated is brought to the new maximum where it changed.
+template <class C>
+SEGATTN_FN void softmax_tile(Weights<C>& p, float (&s)[C::kRowTiles][C::kColTiles][4], Accumulator<C>& acc, const float (&bias)[C::kRowTiles][2],
+                             bool past, float scale) {
+  float factor[C::kRowTiles][2];
+  bool changed = false;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      factor[m][half] = softmax_row(s[m], half, acc.rows[m][half], scale, past ? bias[m][half] : 0.f);
+      changed |= factor[m][half] != 1.f;
+    }
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        p.a[m][n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[m][n][half * 2], s[m][n][half * 2 + 1]);
+  if (!warp_any(changed)) return;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc.out[m][n][e] = mul_rn(acc.out[m][n][e], factor[m][e / 2]);
+}
+
+template <class C>
+SEGATTN_FN void add_values(Accumulator<C>& acc, const Weights<C>& p, SharedAddress v_base) {
+  using T = typename C::T;
+#pragma unroll 4
+  for (int k = 0; k < C::kKeys; k += 16) {
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; n += 2) {
+      uint32_t b[4];
+      load_bt<typename C::KeyTile>(b, v_base, k, n * 8);
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; m++) {
+        mma_16x8x16(acc.out[m][n], p.a[m][k / 16], b[0], b[1], T{});
+        mma_16x8x16(acc.out[m][n + 1], p.a[m][k / 16], b[2], b[3], T{});
+      }
+    }
+  }
+}
+
+// 16 rows' values joined with those of the chunks before, which lie kThreads apart.
+template <class C>
+SEGATTN_FN void fold_row_tile(float (&out)[C::kOutTiles][4], const FoldFactors (&factors)[2], float4* place, bool first, bool last) {
+#pragma unroll
+  for (int n = 0; n < C::kOutTiles; n++, place += C::kThreads) {
+    if (!first) {
+      const float4 total = *place;
+      out[n][0] = fold_value(total.x, out[n][0], factors[0]);
+      out[n][1] = fold_value(total.y, out[n][1], factors[0]);
+      out[n][2] = fold_value(total.z, out[n][2], factors[1]);
+      out[n][3] = fold_value(total.w, out[n][3], factors[1]);
+    }
+    if (!last) *place = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
+  }
+}
+
+// A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
+// each value in a place of its thread's own (they would fill the registers of a second accumulator). At the last
+// chunk of the item acc.rows and acc.out are the item's.
+template <class C>
+SEGATTN_FN void close_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_fold, bool first, bool last, int thread) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++) {
+    FoldFactors factors[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      RowState &row = acc.rows[m][half], &total = s_totals[m * 16 + half * 8 + thread % 32 / 4];
+      row.sum = quad_sum(row.sum);
+      if (!first) {
+        factors[half] = fold_factors(total.max, row.max);
+        row = {factors[half].max, fold_value(total.sum, row.sum, factors[half])};
+      }
+      if (!last) {
+        __syncwarp();
+        if (thread % 4 == 0) total = row;
+      }
+    }
+    if (!(first && last)) fold_row_tile<C>(acc.out[m], factors, (float4*)g_fold + m * C::kOutTiles * C::kThreads + thread, first, last);
+  }
+}
+
+// The end of a row, shared with the combine kernel. Adding 0 makes -0 and 0 one.
+SEGATTN_FN float row_inverse(float sum) { return sum > 0.f || sum != sum ? 1.f / sum : 0.f; }
+SEGATTN_FN float finish_value(float x, float inverse) { return fma_rn(x, inverse, 0.f); }
+SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_INF ? row.max : (row.max + log2_approx(row.sum)) * kLn2; }
+
+template <class C>
+SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, ForwardShared<C>& shared,
+                            int first_row, int warp, int lane) {
+  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const RowState& row = acc.rows[m][half];
+      const float inverse = row_inverse(row.sum);
+#pragma unroll
+      for (int n = 0; n < C::kOutTiles; n++) {
+        acc.out[m][n][half * 2] = finish_value(acc.out[m][n][half * 2], inverse);
+        acc.out[m][n][half * 2 + 1] = finish_value(acc.out[m][n][half * 2 + 1], inverse);
+      }
+      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
+      if (lane % 4 == 0 && q.query < p.problem.q.rows)
+        p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+    }
+  store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&shared.q), (unsigned char*)&shared, p.out,
+                                                              item, heads_per_tile, warp, lane);
+}
+
+template <class C>
+SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, const Accumulator<C>& acc, int first_row, int lane) {
+  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
+      if (q.position < 0) continue;
+      const int64_t row = partial_row(p.problem, item.split, item.entry, q.head, q.query);
+      float2* out = (float2*)(p.partial_out + row * C::kHeadDim);
+#pragma unroll
+      for (int n = 0; n < C::kOutTiles; n++)
+        out[n * 4 + lane % 4] = make_float2(acc.out[m][n][half * 2], acc.out[m][n][half * 2 + 1]);
+      if (lane % 4 == 0) ((float2*)p.partial_state)[row] = make_float2(acc.rows[m][half].max, acc.rows[m][half].sum);
+    }
+}
+
+template <class C>
+SEGATTN_FN void fill_bias(float (&bias)[C::kRowTiles][2], float value) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++) bias[m][0] = bias[m][1] = value;
+}
+
+// What the gate adds to a past row's scores, where the rows of a tile are of several heads.
+template <class C>
+SEGATTN_FN void packed_bias(float (&bias)[C::kRowTiles][2], const SegattnProblem& p, const Item& item, int first_row,
+                            int heads_per_tile, int lane) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float gate = p.past_gate[query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile).head];
+      bias[m][half] = gate > 0.f ? log2_approx(gate) : 0.f;
+    }
+}
+
+// One item: the copies of key tiles run kStages ahead of the products. Two barriers a tile: K is there (and V
+// of the tile before is done with), V is there (and K is done with).
+template <class C>
+SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+  const Item& item = shared.item;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  WarpRows& rows = shared.warps[warp];
+  if (lane == 0) rows = warp_rows<C>(item, heads_per_tile, warp);
+  __syncwarp();
+  const float scale = scale_log2(p.problem.scale);
+  float bias[C::kRowTiles][2];
+  if (C::kPacked) packed_bias<C>(bias, p.problem, item, rows.first_row, heads_per_tile, lane);
+  const SharedAddress q_base = a_base<typename C::QueryTile>(shared_address(&shared.q), lane);
+
+  copy_query_rows_async<typename C::QueryTile, C::kThreads, typename C::T>(shared_address(&shared.q), p.problem.q, item, heads_per_tile, thread);
+#pragma unroll
+  for (int ahead = 0; ahead < C::kStages; ahead++) {
+    load_keys(shared, item, item.first_step + ahead, false, thread);
+    if (ahead < C::kStages - 1) load_keys(shared, item, item.first_step + ahead, true, thread);
+  }
+  Accumulator<C> acc;
+  acc.clear();
+  for (int step = item.first_step; step < item.end_step; step++) {
+    const KeyTile tile = item.keys.tile<C::kKeys>(step);
+    const int stage = Ring<C::kStages>::stage(step - item.first_step);
+    const bool sees = rows.last_position >= 0 && tile.first < item.keys.limit(tile, rows.last_position);
+    Weights<C> weights;
+
+    arrive_and_wait<Ring<C::kStages>::kInFlight>();
+    load_keys(shared, item, step + C::kStages - 1, true, thread);
+    if (step == item.first_step && p.problem.scale < 0.f) negate_queries(shared, warp, lane);
+    if (sees) {
+      float s[C::kRowTiles][C::kColTiles][4];
+      multiply_scores<C>(s, q_base, b_base<typename C::KeyTile>(shared_address(&shared.k[stage]), lane), rows.first_row);
+      if (tile.first + C::kKeys > item.keys.limit(tile, rows.first_position))
+        mask_scores<C>(s, item, tile, rows.first_row, heads_per_tile, lane);
+      if (!C::kPacked) fill_bias<C>(bias, item.keys.gate_log2);
+      softmax_tile<C>(weights, s, acc, bias, tile.source == kPast, scale);
+    }
+    arrive_and_wait<Ring<C::kStages>::kInFlight>();
+    load_keys(shared, item, step + C::kStages, false, thread);
+    if (sees) add_values<C>(acc, weights, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), lane));
+
+    const bool last = step + 1 == item.end_step;
+    if (last || (step + 1) % C::kChunkSteps == 0) {
+      float* g_fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+      close_chunk<C>(acc, shared.totals + rows.first_row, g_fold, step - item.first_step < C::kChunkSteps, last, thread);
+      if (!last) acc.clear();
+    }
+  }
+  cp_async_wait<0>();
+  if (item.splits > 1)
+    store_partial<C>(p, item, acc, rows.first_row, lane);
+  else
+    store_final<C>(p, item, acc, shared, rows.first_row, warp, lane);
+}
+
+template <class C>
+SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
+  ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
+  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  const uint32_t items = (uint32_t)p.max_items * p.tiles * (p.problem.q_heads / heads_per_tile) * p.problem.batch;
+  for (;;) {
+    __syncthreads();  // the item before is done with shared memory
+    if (threadIdx.x == 0) {
+      do {
+        const uint32_t index = atomic_add(p.next_item, 1);
+        shared.done = index >= items;
+        if (shared.done) break;
+        shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, heads_per_tile, p.max_items);
+      } while (shared.item.split >= shared.item.splits);
+    }
+    __syncthreads();
+    if (shared.done) return;
+    shared.sources.fill(p.problem, shared.item.entry, shared.item.head / (p.problem.q_heads / p.problem.kv_heads), threadIdx.x);
+    __syncthreads();
+    run_item<C>(p, shared);
+  }
+}
+
+// Folds the parts of a row's items: chunks (where items are chunks) into sections, sections into the row. One
+// warp a row, lane l holding columns l, l + 32, ...
+template <class C>
+struct CombinedRow {
+  static constexpr int kValues = C::kHeadDim / 32;
+  float out[kValues];
+  RowState state;
+
+  __device__ __forceinline__ void load(const SegattnForwardParams& p, int64_t row, int lane) {
+    const float2 s = ((const float2*)p.partial_state)[row];
+    state = {s.x, s.y};
+#pragma unroll
+    for (int i = 0; i < kValues; i++) out[i] = p.partial_out[row * C::kHeadDim + i * 32 + lane];
+  }
+  __device__ __forceinline__ void fold(const CombinedRow& part) {
+    const FoldFactors f = fold_factors(state.max, part.state.max);
+    state = {f.max, fold_value(state.sum, part.state.sum, f)};
+#pragma unroll
+    for (int i = 0; i < kValues; i++) out[i] = fold_value(out[i], part.out[i], f);
+  }
+};
+
+template <class C>
+SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
+  using T = typename C::T;
+  const int lane = threadIdx.x & 31, rows = (int)p.problem.q.rows;
+  const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
+  if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
+  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
+  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  const KeyList keys = KeyList::of(p.problem, entry, head);
+  const int query_rows = keys.query_rows(rows);
+  const int tile = (query * heads_per_tile + head % heads_per_tile) / C::kRows;
+  const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, heads_per_tile, query_rows);
+  const int splits = ceil_div(steps, C::kItemKeys / C::kKeys);
+  if (splits <= 1) return;  // already final
+
+  constexpr int kSectionItems = kSectionChunks * kChunkKeys / C::kItemKeys;
+  CombinedRow<C> total, section, part;
+  for (int first = 0; first < splits && query < query_rows; first += kSectionItems) {
+    section.load(p, partial_row(p.problem, first, entry, head, query), lane);
+    for (int split = first + 1; split < min(splits, first + kSectionItems); split++) {
+      part.load(p, partial_row(p.problem, split, entry, head, query), lane);
+      section.fold(part);
+    }
+    if (first == 0) total = section;
+    else total.fold(section);
+  }
+  uint16_t* out = (uint16_t*)Rows<T>::of(p.out, entry, head).row(query);
+  const float inverse = query < query_rows ? row_inverse(total.state.sum) : 0.f;
+#pragma unroll
+  for (int i = 0; i < CombinedRow<C>::kValues; i++)
+    out[i * 32 + lane] = query < query_rows ? (uint16_t)pack<T>(finish_value(total.out[i], inverse), 0.f) : (uint16_t)0;
+  if (lane == 0) p.lse[index] = query < query_rows ? row_lse(total.state) : SEGATTN_NEG_INF;
+}
+
+template <class C>
+constexpr SegattnKernelInfo forward_info() {
+  return {C::kThreads, (int)sizeof(ForwardShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
+}
+
+struct CombineConfig {
+  static constexpr int kThreads = 128, kBlocks = 8;
+};
+constexpr SegattnKernelInfo kCombineInfo = {128, 0, 8, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
+
+#define FORWARD(name, T, kHeadDim, kPhase)                                                  \
+  using Config_##name = ForwardConfig<T, kHeadDim, kPhase>;                                 \
+  SEGATTN_INFO(attention_##name, forward_info<Config_##name>())                             \
+  SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
+  SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) {                   \
+    attention_forward<Config_##name>(params);                                               \
+  }                                                                                         \
+  SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \
+    attention_combine<Config_##name>(params);                                               \
+  }
+
+FORWARD(prefill_bf16_d32, Bf16, 32, kPrefill)
+FORWARD(prefill_bf16_d64, Bf16, 64, kPrefill)
+FORWARD(prefill_bf16_d96, Bf16, 96, kPrefill)
+FORWARD(prefill_bf16_d128, Bf16, 128, kPrefill)
+FORWARD(prefill_bf16_d256, Bf16, 256, kPrefill)
+FORWARD(prefill_f16_d32, F16, 32, kPrefill)
+FORWARD(prefill_f16_d64, F16, 64, kPrefill)
+FORWARD(prefill_f16_d96, F16, 96, kPrefill)
+FORWARD(prefill_f16_d128, F16, 128, kPrefill)
+FORWARD(prefill_f16_d256, F16, 256, kPrefill)
+FORWARD(decode_bf16_d32, Bf16, 32, kDecode)
+FORWARD(decode_bf16_d64, Bf16, 64, kDecode)
+FORWARD(decode_bf16_d96, Bf16, 96, kDecode)
+FORWARD(decode_bf16_d128, Bf16, 128, kDecode)
+FORWARD(decode_bf16_d256, Bf16, 256, kDecode)
+FORWARD(decode_f16_d32, F16, 32, kDecode)
+FORWARD(decode_f16_d64, F16, 64, kDecode)
+FORWARD(decode_f16_d96, F16, 96, kDecode)
+FORWARD(decode_f16_d128, F16, 128, kDecode)
+FORWARD(decode_f16_d256, F16, 256, kDecode)

@@ -1,0 +1,123 @@
+// Work of a query-stationary kernel: a tile of query rows and a run of its key tiles, the *item*. Rows of a
+// tile are packed: row r of tile t is query (t * kRows + r) / heads_per_tile of head (...) % heads_per_tile.
+// The keys of a tile are split into items at multiples of kItemKeys, so that a long past is worked on by many
+// blocks; items with the most keys come first.
+#pragma once
+#include "tile.cuh"
+#include "visibility.cuh"
+
+struct Item {
+  int entry, head, tile, split;
+  int first_step, end_step;  // key tiles of the head's list
+  int splits;                // items of this tile; 1: the results are final
+  int query_rows;            // valid queries of the entry
+  KeyList keys;
+};
+
+// The valid rows of a thread's query: position -1 is padding.
+struct QueryRow {
+  int query, head, position;
+};
+
+template <int kRows>
+SEGATTN_FN QueryRow query_row(const Item& item, int tile_row, int heads_per_tile) {
+  const int index = item.tile * kRows + tile_row;
+  const int query = heads_per_tile == 1 ? index : index / heads_per_tile;
+  const int head = item.head + (heads_per_tile == 1 ? 0 : index % heads_per_tile);
+  return {query, head, query < item.query_rows ? item.keys.query_start + query : -1};
+}
+
+// Key tiles that some row of the tile sees.
+template <int kRows, int kKeys>
+SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int heads_per_tile, int query_rows) {
+  const int end_query = (tile * kRows + kRows - 1) / heads_per_tile + 1;
+  const int last = min(end_query, query_rows) - 1;
+  if (last * heads_per_tile + heads_per_tile - 1 < tile * kRows) return 0;
+  return keys.tiles_of<kKeys>(keys.query_start + last);
+}
+
+template <int kRows, int kKeys, int kItemKeys>
+SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads_per_tile, int max_items) {
+  const int head_tiles = p.q_heads / heads_per_tile, per_split = tiles * head_tiles * p.batch;
+  Item item;
+  item.split = max_items - 1 - index / per_split;
+  index %= per_split;
+  item.tile = tiles - 1 - index % tiles;
+  index /= tiles;
+  item.head = index % head_tiles * heads_per_tile;
+  item.entry = index / head_tiles;
+  item.keys = KeyList::of(p, item.entry, item.head);
+  item.query_rows = item.keys.query_rows((int)p.q.rows);
+  const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, heads_per_tile, item.query_rows);
+  constexpr int kItemSteps = kItemKeys / kKeys;
+  item.splits = max(1, ceil_div(steps, kItemSteps));
+  item.first_step = item.split * kItemSteps;
+  item.end_step = min(steps, item.first_step + kItemSteps);
+  return item;
+}
+
+// Where a row's partial result lies: [split, batch, q_heads, rows].
+SEGATTN_FN int64_t partial_row(const SegattnProblem& p, int split, int entry, int head, int query) {
+  return (((int64_t)split * p.batch + entry) * p.q_heads + head) * p.q.rows + query;
+}
+
+// Keys and values of the three sources, as one KV head of one batch entry sees them.
+template <class T>
+struct SourceRows {
+  Rows<const T> k[3], v[3];
+
+  // Written by the first six threads.
+  __device__ __forceinline__ void fill(const SegattnProblem& p, int entry, int kv_head, int thread) {
+    if (thread == 0) k[kPast] = Rows<const T>::of(p.past_k, entry, kv_head);
+    if (thread == 1) v[kPast] = Rows<const T>::of(p.past_v, entry, kv_head);
+    if (thread == 2) k[kPrior] = Rows<const T>::of(p.prior_k, entry, kv_head);
+    if (thread == 3) v[kPrior] = Rows<const T>::of(p.prior_v, entry, kv_head);
+    if (thread == 4) k[kCurrent] = Rows<const T>::of(p.k, entry, kv_head);
+    if (thread == 5) v[kCurrent] = Rows<const T>::of(p.v, entry, kv_head);
+  }
+};
+
+// Starts copying the packed query rows of a tile of a tensor like q; rows that are none become zero.
+template <class Tile, int kThreads, class T>
+SEGATTN_FN void copy_query_rows_async(SharedAddress tile, const SegattnTensor& tensor, const Item& item,
+                                      int heads_per_tile, int thread) {
+  constexpr int kRowChunks = Tile::kCols / 8;
+#pragma unroll 4
+  for (int i = thread; i < Tile::kRows * kRowChunks; i += kThreads) {
+    const int row = i / kRowChunks, column = i % kRowChunks;
+    const QueryRow q = query_row<Tile::kRows>(item, row, heads_per_tile);
+    const bool valid = q.position >= 0;
+    const Rows<const T> rows = Rows<const T>::of(tensor, item.entry, valid ? q.head : item.head);
+    cp_async_16(Tile::chunk(tile, row, column), rows.row(valid ? q.query : 0) + column * 8, valid ? 16 : 0);
+  }
+}
+
+// Writes a warp's accumulators as 16-bit rows of a tensor like q: through the warp's own rows of a tile, so that
+// global memory is written 16 bytes at a time. Rows that are padding become zero.
+template <class T, class Tile, int kRowTiles>
+SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4], SharedAddress tile, unsigned char* shared,
+                                 const SegattnTensor& tensor, const Item& item, int heads_per_tile, int warp, int lane) {
+  const int row0 = warp * kRowTiles * 16;
+  const SharedAddress origin = shared_address(shared);
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m++)
+#pragma unroll
+    for (int n = 0; n < Tile::kCols / 8; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = row0 + m * 16 + half * 8 + lane / 4;
+        unsigned char* chunk = shared + (Tile::chunk(tile, row, n) - origin);
+        *(uint32_t*)(chunk + lane % 4 * 4) = pack<T>(x[m][n][half * 2], x[m][n][half * 2 + 1]);
+      }
+  __syncwarp();
+  constexpr int kRowChunks = Tile::kCols / 8;
+  for (int i = lane; i < kRowTiles * 16 * kRowChunks; i += 32) {
+    const int row = row0 + i / kRowChunks, column = i % kRowChunks;
+    const QueryRow q = query_row<Tile::kRows>(item, row, heads_per_tile);
+    if (q.query >= tensor.rows) continue;
+    const uint4 value = *(const uint4*)(shared + (Tile::chunk(tile, row, column) - origin));
+    T* target = Rows<T>::of(tensor, item.entry, q.head).row(q.query) + column * 8;
+    *(uint4*)target = q.position >= 0 ? value : make_uint4(0, 0, 0, 0);
+  }
+}

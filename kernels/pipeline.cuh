@@ -1,0 +1,20 @@
+// Copies in flight: a ring of kStages key tiles, K and V each a group of their own, committed in the order
+// K0 V0 K1 V1 ... One group is committed per call, empty or not, so that counting groups says what arrived.
+#pragma once
+#include "tile.cuh"
+
+template <int kStages>
+struct Ring {
+  // Groups that may still be in flight when the oldest one needed must have arrived: K(t) while V(t) and the
+  // later stages' K and V travel, and likewise V(t) while K(t+1) and so on do.
+  static constexpr int kInFlight = 2 * (kStages - 1);
+  SEGATTN_FN int stage(int step) { return kStages == 1 ? 0 : kStages == 2 ? step & 1 : step % kStages; }
+};
+
+// Waits until the oldest copies that are needed have landed for every thread of the block, and until every
+// thread is done with what it read before.
+template <int kInFlight>
+SEGATTN_FN void arrive_and_wait() {
+  cp_async_wait<kInFlight>();
+  __syncthreads();
+}

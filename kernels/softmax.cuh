@@ -1,0 +1,72 @@
+// Online softmax of the rows a thread holds: the accumulator of m16n8k16 gives it rows lane / 4 and lane / 4 + 8,
+// columns 2 * (lane % 4) and the next. Scores are in base 2 with the scale folded into the exponent:
+// p = exp2(s * scale_log2 + bias - max).
+//
+// Bits: a tile in which a row sees nothing leaves max, sum and out of that row as they are (factor exactly 1,
+// summand 0), so it makes no difference whether such a tile is run or skipped.
+#pragma once
+#include "ptx.cuh"
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+#define SEGATTN_NEG_INF (-INFINITY)
+
+struct RowState {
+  float max;  // of the scores seen, in base 2
+  float sum;  // of exp2(score - max): this thread's columns until reduce_sums, then all
+};
+
+SEGATTN_FN float finite_max(float max) { return max == SEGATTN_NEG_INF ? 0.f : max; }
+
+// Reduces over the four threads that share a row. The same order in every thread.
+SEGATTN_FN float quad_max(float x) {
+  x = max_f32(x, shuffle_xor(x, 1));
+  return max_f32(x, shuffle_xor(x, 2));
+}
+SEGATTN_FN float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// Turns one row's scores of a tile (elements half * 2 and half * 2 + 1 of each accumulator) into weights,
+// updates the row and returns the factor for what was accumulated before.
+template <int kColTiles>
+SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, float scale_log2, float bias) {
+  float top = s[0][half * 2];
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++) top = max_f32(top, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
+  top = quad_max(top);
+  const float max = max_f32(row.max, fma_rn(top, scale_log2, bias));
+  const float reference = finite_max(max);
+  const float factor = exp2_approx(row.max - reference);
+  const float offset = bias - reference;
+  float even = 0.f, odd = 0.f;
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++) {
+    s[n][half * 2] = exp2_approx(fma_rn(s[n][half * 2], scale_log2, offset));
+    s[n][half * 2 + 1] = exp2_approx(fma_rn(s[n][half * 2 + 1], scale_log2, offset));
+    even += s[n][half * 2];
+    odd += s[n][half * 2 + 1];
+  }
+  row.sum = fma_rn(row.sum, factor, even + odd);
+  row.max = max;
+  return factor;
+}
+
+// Factors that bring two parts of a row to their common maximum.
+struct FoldFactors {
+  float total, part, max;
+};
+SEGATTN_FN FoldFactors fold_factors(float total_max, float part_max) {
+  const float max = max_f32(total_max, part_max), reference = finite_max(max);
+  return {exp2_approx(total_max - reference), exp2_approx(part_max - reference), max};
+}
+SEGATTN_FN float fold_value(float total, float part, const FoldFactors& f) {
+  return fma_rn(part, f.part, mul_rn(total, f.total));
+}
+
+// The factor of the exponent's argument. A scale of 0 becomes one so small that every exponent is 0, because
+// 0 times a masked score would be no number; the sign of the scale is put into the queries.
+SEGATTN_FN float scale_log2(float scale) {
+  const float magnitude = mul_rn(scale < 0.f ? -scale : scale, kLog2E);
+  return max_f32(magnitude, 1e-37f);
+}

@@ -1,0 +1,96 @@
+// Shared-memory tiles: the only address arithmetic. A tile of kRows x kCols 16-bit elements is a row of
+// panels, each kRows x 64 elements (32 where kCols is no multiple of 64); within a panel the 16-byte chunks of
+// a row are permuted by the row, so that the eight rows an ldmatrix reads fall into eight different bank
+// groups. The layout is that of a tensor copy with 128-byte (64-byte) swizzle.
+#pragma once
+#include "ptx.cuh"
+
+
+template <class T, int kTileRows, int kTileCols>
+struct alignas(1024) Tile {
+  static constexpr int kRows = kTileRows, kCols = kTileCols;
+  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kPanelChunks = kPanelCols / 8;
+  static constexpr int kRowBytes = kPanelCols * 2;
+  static constexpr int kPanelBytes = kRows * kRowBytes;
+  static_assert(kCols % 32 == 0 && kRows % 8 == 0, "whole panels of whole swizzle periods");
+  T data[kRows * kCols];
+
+  // The permutation: chunk c of row r lies where chunk c ^ twist(r) would.
+  SEGATTN_FN int twist(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
+
+  SEGATTN_FN SharedAddress chunk(SharedAddress tile, int row, int chunk) {
+    const int panel = chunk / kPanelChunks, within = chunk % kPanelChunks;
+    return tile + panel * kPanelBytes + row * kRowBytes + ((within ^ twist(row)) << 4);
+  }
+
+  // Address of chunk first_chunk + bit of row first_row + lane_row, where first_row is a multiple of 8 and
+  // first_chunk even, given base = lane_base(tile, lane_row, bit): one exclusive-or and a constant.
+  SEGATTN_FN SharedAddress lane_base(SharedAddress tile, int lane_row, int bit) {
+    return tile + lane_row * kRowBytes + ((bit ^ twist(lane_row)) << 4);
+  }
+  SEGATTN_FN SharedAddress lane_chunk(SharedAddress base, int first_row, int first_chunk) {
+    const int panel = first_chunk / kPanelChunks, within = first_chunk % kPanelChunks;
+    return (base ^ (within << 4)) + panel * kPanelBytes + first_row * kRowBytes;
+  }
+};
+
+// Operands of m16n8k16 read from a tile. `base` comes from the matching *_base, once per tile.
+
+// A: 16 rows x 16 columns of a [m][k] tile.
+template <class Tile>
+SEGATTN_FN SharedAddress a_base(SharedAddress tile, int lane) { return Tile::lane_base(tile, lane & 15, lane >> 4); }
+template <class Tile>
+SEGATTN_FN void load_a(uint32_t (&a)[4], SharedAddress base, int row, int col) {
+  ldmatrix_x4(a, Tile::lane_chunk(base, row, col / 8));
+}
+
+// B of two neighbouring n8 tiles from a [n][k] tile: {b[0], b[1]} for rows n..n+7, {b[2], b[3]} for n+8..n+15.
+template <class Tile>
+SEGATTN_FN SharedAddress b_base(SharedAddress tile, int lane) {
+  return Tile::lane_base(tile, (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+}
+template <class Tile>
+SEGATTN_FN void load_b(uint32_t (&b)[4], SharedAddress base, int n, int k) {
+  ldmatrix_x4(b, Tile::lane_chunk(base, n, k / 8));
+}
+
+// The same from a [k][n] tile, transposed on the way.
+template <class Tile>
+SEGATTN_FN SharedAddress bt_base(SharedAddress tile, int lane) { return Tile::lane_base(tile, lane & 15, lane >> 4); }
+template <class Tile>
+SEGATTN_FN void load_bt(uint32_t (&b)[4], SharedAddress base, int k, int n) {
+  ldmatrix_x4_trans(b, Tile::lane_chunk(base, k, n / 8));
+}
+
+// One head of one batch entry of a tensor.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  SEGATTN_FN Rows of(const SegattnTensor& tensor, int entry, int head) {
+    const int64_t start = tensor.batch_offsets ? tensor.batch_offsets[entry] : entry * tensor.batch_stride;
+    return {(T*)tensor.data + start + head * tensor.head_stride, tensor.row_stride};
+  }
+  __device__ __forceinline__ T* row(int64_t index) const { return data + index * stride; }
+};
+
+// Starts copying rows [first, first + kRows) into a tile; rows at or beyond `end` become zero and are not read.
+template <class Tile, int kThreads, class T>
+SEGATTN_FN void copy_rows_async(SharedAddress tile, const Rows<T>& rows, int first, int end, int thread) {
+  constexpr int kRowChunks = Tile::kCols / 8;
+  constexpr int kUnit = (kRowChunks & (kRowChunks - 1)) == 0 ? kRowChunks : Tile::kPanelChunks;
+  constexpr int kRowsPerPass = kThreads / kUnit;
+  static_assert(kThreads % kUnit == 0, "a thread keeps its column");
+  const int row0 = thread / kUnit, column = thread % kUnit;
+#pragma unroll
+  for (int pass = 0; pass < ceil_div(Tile::kRows, kRowsPerPass); pass++) {
+    const int row = row0 + pass * kRowsPerPass;
+    if (Tile::kRows % kRowsPerPass != 0 && row >= Tile::kRows) break;
+    const bool valid = first + row < end;
+    const T* src = rows.row(valid ? first + row : 0) + column * 8;
+#pragma unroll
+    for (int chunk = 0; chunk < kRowChunks; chunk += kUnit)
+      cp_async_16(Tile::chunk(tile, row, chunk + column), src + chunk * 8, valid ? 16 : 0);
+  }
+}

@@ -1,0 +1,62 @@
+// Which keys a query row sees (segment-attention.md, section 1), said once.
+//
+// The keys of a head are one list of tiles: past, prior, current, each source beginning a tile of its own. A
+// row sees a prefix of that list, because only the last source is causal. The list is cut into chunks of
+// kChunkKeys and sections of kSectionChunks chunks, counted from its start. So the tile, chunk and section
+// of a key depend on the row's own lengths and head alone: not on the batch, the other rows, or the kernel.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int kChunkKeys = 1024;
+constexpr int kSectionChunks = 8;
+
+enum Source { kPast, kPrior, kCurrent };
+
+// A key tile: rows [first, end) of a source, at most kKeys of them.
+struct KeyTile {
+  Source source;
+  int first;
+  int end;  // length of the source
+};
+
+// The tiles of one query head in one batch entry.
+struct KeyList {
+  int past_len, prior_len, segment_len, query_start;
+  float gate_log2;  // added to the scores of past rows
+
+  SEGATTN_FN KeyList of(const SegattnProblem& p, int entry, int head) {
+    const int kv_head = head / (p.q_heads / p.kv_heads);
+    const float gate = p.past_gate[head];
+    KeyList list;
+    list.past_len = gate > 0.f ? p.past_len[entry * p.past_len_batch_stride + kv_head * p.past_len_head_stride] : 0;
+    list.prior_len = p.prior_heads[head] ? p.prior_len[entry] : 0;
+    list.segment_len = p.segment_len[entry];
+    list.query_start = p.query_start ? p.query_start[entry] : 0;
+    list.gate_log2 = gate > 0.f ? log2_approx(gate) : 0.f;
+    return list;
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ KeyTile tile(int index) const {
+    const int past_tiles = ceil_div(past_len, kKeys), prior_tiles = ceil_div(prior_len, kKeys);
+    if (index < past_tiles) return {kPast, index * kKeys, past_len};
+    index -= past_tiles;
+    if (index < prior_tiles) return {kPrior, index * kKeys, prior_len};
+    return {kCurrent, (index - prior_tiles) * kKeys, segment_len};
+  }
+
+  // Tiles that the row at `position` sees; 0 for a position that is none.
+  template <int kKeys>
+  __device__ __forceinline__ int tiles_of(int position) const {
+    if (position < 0 || position >= segment_len) return 0;
+    return ceil_div(past_len, kKeys) + ceil_div(prior_len, kKeys) + position / kKeys + 1;
+  }
+
+  // Keys of the tile's source that the row at `position` sees: rows [0, limit).
+  __device__ __forceinline__ int limit(const KeyTile& tile, int position) const {
+    return tile.source == kCurrent ? min(position + 1, segment_len) : tile.end;
+  }
+
+  // Valid query rows, at most `rows`.
+  __device__ __forceinline__ int query_rows(int rows) const { return max(0, min(rows, segment_len - query_start)); }
+};
