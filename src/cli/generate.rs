@@ -311,7 +311,8 @@ fn summary(prompt: &str) -> String {
     }
 }
 
-fn read_prompt(path: &Path) -> Result<String> {
+/// A text from a file, or from standard input for `-`.
+pub(super) fn read_prompt(path: &Path) -> Result<String> {
     let limited: Box<dyn Read> = if path == Path::new("-") {
         Box::new(std::io::stdin().lock())
     } else {

@@ -4,7 +4,9 @@ mod documents;
 mod eval;
 mod files;
 mod generate;
+mod grad;
 mod model;
+mod score;
 mod text;
 
 use std::process::ExitCode;
@@ -45,6 +47,10 @@ struct Global {
 enum Command {
     /// Continue prompts, one or several in a batch
     Generate(generate::Args),
+    /// Log-probability of each token of a text, and its perplexity
+    Score(score::Args),
+    /// Gradient of the mean next-token loss, for comparison with other programs
+    Grad(grad::Args),
     /// Measure perplexity and synthetic long-context tasks
     Eval(eval::Args),
 }
@@ -68,6 +74,8 @@ pub fn main() -> ExitCode {
 fn run(command: Command, quiet: bool) -> Result<()> {
     match command {
         Command::Generate(args) => generate::run(&args, quiet),
+        Command::Score(args) => score::run(&args, quiet),
+        Command::Grad(args) => grad::run(&args),
         Command::Eval(args) => eval::run(&args, quiet),
     }
 }

@@ -65,15 +65,7 @@ impl ModelArgs {
     /// The model and, where the folder has one, its tokenizer; without `needs_text` a tokenizer
     /// that cannot be read is no error.
     pub fn load(&self, needs_text: bool) -> Result<(Decoder<Reference>, Option<Text>)> {
-        let mut config = ModelConfig::load(&self.model)?;
-        let overrides = SegmentOverrides {
-            segment_len: self.segment_len,
-            prior_len: self.prior_len,
-            past_len: self.past_len,
-            past_layers: self.past_layers.clone(),
-            past_heads: self.past_heads.clone(),
-        };
-        apply(&mut config, self.execution, &overrides)?;
+        let config = self.config()?;
         let text = match Text::open(&self.model, config.vocab_size) {
             Ok(text) => Some(text),
             Err(error) if needs_text => return Err(error),
@@ -84,5 +76,24 @@ impl ModelArgs {
         };
         let weights = Checkpoint::open(&self.model)?;
         Ok((weights.load(Reference, config, false)?, text))
+    }
+
+    /// The model, prepared for gradients.
+    pub fn load_for_gradients(&self) -> Result<Decoder<Reference>> {
+        let weights = Checkpoint::open(&self.model)?;
+        Ok(weights.load(Reference, self.config()?, true)?)
+    }
+
+    fn config(&self) -> Result<ModelConfig> {
+        let mut config = ModelConfig::load(&self.model)?;
+        let overrides = SegmentOverrides {
+            segment_len: self.segment_len,
+            prior_len: self.prior_len,
+            past_len: self.past_len,
+            past_layers: self.past_layers.clone(),
+            past_heads: self.past_heads.clone(),
+        };
+        apply(&mut config, self.execution, &overrides)?;
+        Ok(config)
     }
 }

@@ -1,0 +1,92 @@
+//! `segattn grad`: the gradient of the mean next-token loss, for comparison with other programs.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use safetensors::tensor::{Dtype, TensorView};
+use segattn::device::Device;
+use segattn::model::decoder::Decoder;
+use segattn::model::parameters::Role;
+use segattn::model::state::Plan;
+use segattn::train::streams::{Gradients, StreamConfig, accumulate};
+
+use super::files::{read_tokens, write_atomically};
+use super::model::ModelArgs;
+
+/// Writes the exact gradient of every weight under its own name (F32), and the loss in the metadata:
+/// the mean negative log-probability of all tokens but the first. Past gates of layers that do not
+/// read the past have none.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+    /// Segments that a loss reaches back through the prior tail
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    tbptt: usize,
+    /// Where the gradients go, safetensors
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+    /// Segments computed side by side: faster, more memory, the same bits
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    segments_per_step: usize,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let model = args.model.load_for_gradients()?;
+    let tokens = read_tokens(&args.tokens, model.config.vocab_size)?;
+    ensure!(
+        tokens.len() >= 2,
+        "{}: expected at least 2 tokens, got {}",
+        args.tokens.display(),
+        tokens.len()
+    );
+    let config = StreamConfig {
+        tbptt: args.tbptt,
+        segments_per_step: args.segments_per_step,
+    };
+    let count = tokens.len() - 1;
+    let mut gradients = Gradients::new(&model)?;
+    let scale = 1.0 / count as f64;
+    let scored = accumulate(&model, &[tokens], config, scale, &mut gradients)?;
+    let loss = -scored.concat().iter().sum::<f64>() / count as f64;
+    println!("loss {loss:.6}");
+    let tensors = named(&model, gradients.finish(&model.device)?)?;
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| {
+            let view = TensorView::new(Dtype::F32, shape.clone(), bytes)?;
+            Ok((name.as_str(), view))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let metadata = HashMap::from([("loss".to_owned(), loss.to_string())]);
+    write_atomically(&args.out, &safetensors::serialize(views, Some(metadata))?)
+}
+
+type Named = (String, Vec<usize>, Vec<u8>);
+
+/// The gradients under the names of the checkpoint, which are parts of the model's tensors.
+fn named<D: Device>(model: &Decoder<D>, gradients: &[D::Buffer]) -> Result<Vec<Named>> {
+    let plan = Plan::new(&model.config, 1);
+    let reads_past = |name: &str| {
+        let layer = name.split('.').nth(2).and_then(|l| l.parse::<usize>().ok());
+        layer.is_some_and(|l| plan.reads.get(l).is_some_and(|r| !r.past.is_empty()))
+    };
+    let mut all = Vec::new();
+    for (spec, gradient) in model.specs.iter().zip(gradients) {
+        let mut at = 0;
+        for (name, shape) in &spec.parts {
+            let end = at + shape.iter().product::<usize>();
+            if !matches!(spec.role, Role::Gate { .. }) || reads_past(name) {
+                let values = model.device.read(gradient, at..end)?;
+                let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                all.push((name.clone(), shape.clone(), bytes));
+            }
+            at = end;
+        }
+    }
+    Ok(all)
+}
