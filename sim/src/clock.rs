@@ -1,0 +1,81 @@
+//! Vector clocks: what each actor of a block knows to have happened.
+//!
+//! An actor is a CUDA thread or an asynchronous agent (a bulk-copy engine slot, the tensor core of a
+//! warpgroup). Inside one block a clock is a dense vector over its actors. Knowledge about other blocks is
+//! rare (it needs a global atomic), so it is kept beside it in a shared, usually empty map.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// What is known about the actors of other blocks, by block serial number.
+#[derive(Clone, Default)]
+pub(crate) struct Foreign(Option<Rc<BTreeMap<u32, Vec<u32>>>>);
+
+impl Foreign {
+    /// The last known clock of actor `id` of block `serial`; 0 if nothing is known.
+    pub fn known(&self, serial: u32, id: usize) -> u32 {
+        self.0
+            .as_ref()
+            .and_then(|map| map.get(&serial))
+            .and_then(|clock| clock.get(id))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// Adds everything `other` knows.
+    pub fn join(&mut self, other: &Foreign) {
+        let Some(theirs) = &other.0 else { return };
+        match &self.0 {
+            Some(mine) if Rc::ptr_eq(mine, theirs) => {}
+            None => self.0 = Some(theirs.clone()),
+            Some(_) => theirs
+                .iter()
+                .for_each(|(&serial, clock)| self.join_block(serial, clock)),
+        }
+    }
+
+    /// Adds the knowledge `clock` about block `serial`.
+    pub fn join_block(&mut self, serial: u32, clock: &[u32]) {
+        let map = Rc::make_mut(self.0.get_or_insert_default());
+        let mine = map.entry(serial).or_insert_with(|| vec![0; clock.len()]);
+        max_into(mine, clock);
+    }
+
+    /// The part about block `serial`, if any.
+    pub fn block(&self, serial: u32) -> Option<&[u32]> {
+        self.0
+            .as_ref()
+            .and_then(|map| map.get(&serial))
+            .map(Vec::as_slice)
+    }
+}
+
+/// One actor's knowledge: of its own block (`local`, one entry an actor) and of others.
+#[derive(Clone, Default)]
+pub(crate) struct Clock {
+    pub local: Vec<u32>,
+    pub foreign: Foreign,
+}
+
+impl Clock {
+    /// A clock over `actors` that knows nothing.
+    pub fn new(actors: usize) -> Self {
+        Clock {
+            local: vec![0; actors],
+            foreign: Foreign::default(),
+        }
+    }
+
+    /// Adds everything `other`, a clock of the same block, knows.
+    pub fn join(&mut self, other: &Clock) {
+        max_into(&mut self.local, &other.local);
+        self.foreign.join(&other.foreign);
+    }
+}
+
+/// `into[i] = max(into[i], from[i])`.
+fn max_into(into: &mut [u32], from: &[u32]) {
+    for (mine, theirs) in into.iter_mut().zip(from) {
+        *mine = (*mine).max(*theirs);
+    }
+}

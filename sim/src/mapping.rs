@@ -1,0 +1,46 @@
+//! Zeroed anonymous memory that costs nothing until it is touched.
+
+use std::io;
+
+/// A private anonymous mapping without swap reservation: terabytes of addresses, paid for by the page touched.
+pub(crate) struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    /// Maps `len` zeroed bytes (at least one page).
+    pub fn new(len: usize) -> io::Result<Mapping> {
+        let len = len.max(1);
+        // SAFETY: a fresh anonymous private mapping; no existing memory is touched.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping {
+            base: base.cast(),
+            len,
+        })
+    }
+
+    /// First address; page aligned.
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are those of a mapping this value owns alone.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}

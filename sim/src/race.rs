@@ -1,0 +1,197 @@
+//! Happens-before detection: a shadow cell for every two bytes of memory, after FastTrack
+//! (Flanagan and Freund, PLDI 2009).
+//!
+//! A cell remembers its last write and its reads as epochs (actor, clock). An access that is not ordered
+//! after them by a barrier, a fence or an atomic is a race, whatever values were seen in this schedule.
+//! The same cell carries the poison: memory that was never written, or whose asynchronous copy has not
+//! been waited for, cannot be read.
+
+use crate::clock::Foreign;
+
+/// Bytes covered by one cell: the smallest element that kernels share between threads.
+pub(crate) const GRANULE: usize = 2;
+
+/// The cell holds a value.
+pub(crate) const INITIALIZED: u16 = 1;
+/// An asynchronous copy into the cell has been issued and not yet waited for.
+pub(crate) const PENDING: u16 = 2;
+/// The last write (or read) was atomic.
+pub(crate) const ATOMIC: u16 = 4;
+/// The cell belongs to an mbarrier object.
+pub(crate) const BARRIER: u16 = 16;
+/// `read.clock` is an index into the pool of reader lists.
+const MANY_READERS: u16 = 32;
+
+/// One access in time and space: clock of actor `id` of block `block`, at code site `site`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Epoch {
+    pub clock: u32,
+    pub block: u32,
+    pub site: u32,
+    pub id: u16,
+    pub flags: u16,
+}
+
+/// Shadow of `GRANULE` bytes. All zero means: never touched.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Cell {
+    pub write: Epoch,
+    pub read: Epoch,
+}
+
+/// Who accesses memory: an epoch to record, and what its actor knows.
+pub(crate) struct Actor<'a> {
+    pub epoch: Epoch,
+    pub local: &'a [u32],
+    pub foreign: &'a Foreign,
+    /// Blocks with a smaller serial number belong to launches that have ended.
+    pub first_block: u32,
+}
+
+impl Actor<'_> {
+    /// Whether `past` is ordered before everything this actor does now.
+    pub fn knows(&self, past: &Epoch) -> bool {
+        if past.clock == 0 || past.block < self.first_block {
+            true
+        } else if past.block == self.epoch.block {
+            past.clock <= self.local[past.id as usize]
+        } else {
+            past.clock <= self.foreign.known(past.block, past.id as usize)
+        }
+    }
+}
+
+/// What is wrong with an access to a cell.
+#[derive(Clone, Copy)]
+pub(crate) enum Conflict {
+    /// Read or write not ordered after that write.
+    AfterWrite(Epoch),
+    /// Write not ordered after that read.
+    AfterRead(Epoch),
+    /// The cell is the destination of a copy that was issued there and never waited for.
+    Pending(Epoch),
+    /// Read of a cell that was never written.
+    Uninitialized,
+    /// Plain access to an mbarrier.
+    Barrier(Epoch),
+}
+
+/// Reader lists of cells that several unordered actors have read since the last write.
+#[derive(Default)]
+pub(crate) struct Readers {
+    lists: Vec<Vec<Epoch>>,
+    free: Vec<u32>,
+}
+
+impl Readers {
+    fn allocate(&mut self, first: Epoch, second: Epoch) -> u32 {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.lists.push(Vec::with_capacity(4));
+            self.lists.len() as u32 - 1
+        });
+        self.lists[index as usize].extend([first, second]);
+        index
+    }
+
+    fn release(&mut self, index: u32) {
+        self.lists[index as usize].clear();
+        self.free.push(index);
+    }
+}
+
+impl Cell {
+    /// Forgets what blocks that no longer exist did to a cell of shared memory.
+    pub fn claim_for_block(&mut self, serial: u32) {
+        if self.write.block != serial {
+            *self = Cell::default();
+            self.write.block = serial;
+        }
+    }
+
+    /// Checks and records a read.
+    pub fn on_read(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
+        let conflict = self.problem_of_read(actor);
+        let new = actor.epoch;
+        if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
+            let list = &mut readers.lists[self.read.clock as usize];
+            list.retain(|old| !actor.knows(old));
+            list.push(new);
+        } else if actor.knows(&self.read) || self.read.flags & MANY_READERS != 0 {
+            self.read = new;
+        } else {
+            let index = readers.allocate(self.read, new);
+            self.read = Epoch {
+                clock: index,
+                flags: MANY_READERS,
+                ..new
+            };
+        }
+        conflict
+    }
+
+    fn problem_of_read(&self, actor: &Actor) -> Option<Conflict> {
+        let (write, both_atomic) = (
+            self.write,
+            self.write.flags & actor.epoch.flags & ATOMIC != 0,
+        );
+        if write.flags & BARRIER != 0 {
+            Some(Conflict::Barrier(write))
+        } else if write.flags & PENDING != 0 {
+            Some(Conflict::Pending(write))
+        } else if !both_atomic && !actor.knows(&write) {
+            Some(Conflict::AfterWrite(write))
+        } else if write.flags & INITIALIZED == 0 {
+            Some(Conflict::Uninitialized)
+        } else {
+            None
+        }
+    }
+
+    /// Checks and records a write; `actor.epoch.flags` become the cell's flags.
+    pub fn on_write(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
+        let conflict = self.problem_of_write(actor, readers);
+        if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
+            readers.release(self.read.clock);
+        }
+        *self = Cell {
+            write: actor.epoch,
+            read: Epoch::default(),
+        };
+        conflict
+    }
+
+    /// The copy issued into the cell has landed and is now the actor's own write. A write that came in between
+    /// was reported when it was made.
+    pub fn on_land(&mut self, actor: &Actor) -> Option<Conflict> {
+        if self.write.flags & PENDING != 0 {
+            self.write = actor.epoch;
+        }
+        None
+    }
+
+    fn problem_of_write(&self, actor: &Actor, readers: &Readers) -> Option<Conflict> {
+        let (write, flags) = (self.write, actor.epoch.flags);
+        if write.flags & BARRIER != 0 && flags & BARRIER == 0 {
+            return Some(Conflict::Barrier(write));
+        }
+        if write.flags & PENDING != 0 {
+            return Some(Conflict::Pending(write));
+        }
+        if write.flags & flags & ATOMIC == 0 && !actor.knows(&write) {
+            return Some(Conflict::AfterWrite(write));
+        }
+        let unordered = |read: &Epoch| read.flags & flags & ATOMIC == 0 && !actor.knows(read);
+        if self.read.flags & MANY_READERS == 0 {
+            return unordered(&self.read).then_some(Conflict::AfterRead(self.read));
+        }
+        if self.read.block < actor.first_block {
+            return None;
+        }
+        let list = &readers.lists[self.read.clock as usize];
+        list.iter()
+            .find(|read| unordered(read))
+            .map(|read| Conflict::AfterRead(*read))
+    }
+}
