@@ -6,5 +6,7 @@ mod config;
 mod hostile_weights;
 #[path = "model_files/rope.rs"]
 mod rope;
+#[path = "model_files/tokenizer.rs"]
+mod tokenizer;
 #[path = "model_files/weights.rs"]
 mod weights;

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::Document;
+use segattn::model::tokenizer::Tokenizer;
 use serde::Deserialize;
 
 use super::files::read_tokens;
-use super::model::Text;
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 32;
@@ -26,7 +26,7 @@ struct Line {
 /// `text`, `.json` is an array of token ids, everything else is one document of text.
 pub fn read_documents(
     paths: &[PathBuf],
-    text: Option<&Text>,
+    text: Option<&Tokenizer>,
     vocab: usize,
 ) -> Result<Vec<Document>> {
     let mut files = Vec::new();
@@ -71,7 +71,7 @@ fn collect(path: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
 
 fn read_file(
     path: &Path,
-    text: Option<&Text>,
+    text: Option<&Tokenizer>,
     vocab: usize,
     documents: &mut Vec<Document>,
 ) -> Result<()> {
@@ -92,7 +92,7 @@ fn read_file(
     let content = read_text(path)?;
     let mut push = |content: &str| -> Result<()> {
         documents.push(Document {
-            tokens: text.encode(content)?,
+            tokens: text.encode(content, true)?,
             bytes: Some(content.len() as u64),
         });
         Ok(())

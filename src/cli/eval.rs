@@ -11,12 +11,13 @@ use segattn::eval::{
     perplexity, run as run_tasks,
 };
 use segattn::model::decoder::Decoder;
+use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use super::documents::read_documents;
 use super::files::write_atomically;
 use super::generate::progress;
-use super::model::{ModelArgs, Text};
+use super::model::ModelArgs;
 
 /// Tasks: perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah
 /// (its needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
@@ -177,7 +178,7 @@ impl Args {
     fn tasks<D: Device>(
         &self,
         model: &Decoder<D>,
-        text: &Text,
+        text: &Tokenizer,
         tasks: Vec<TaskKind>,
         quiet: bool,
     ) -> Result<Report> {
@@ -192,8 +193,8 @@ impl Args {
             batch: self.batch,
             depth: self.depth,
         };
-        let encode = |s: &str| text.encode(s).map_err(EvalError::model);
-        let decode = |tokens: &[u32]| text.decode(tokens).map_err(EvalError::model);
+        let encode = |s: &str| text.encode(s, true).map_err(EvalError::model);
+        let decode = |tokens: &[u32]| text.decode(tokens, true).map_err(EvalError::model);
         let mut greedy = Greedy {
             model,
             encode: &encode,

@@ -14,10 +14,11 @@ use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::session::Session;
 use segattn::model::session_file::{StateFile, save};
+use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use super::files::{read_tokens, write_atomically};
-use super::model::{ModelArgs, Text};
+use super::model::ModelArgs;
 
 /// Largest prompt file that is read, in bytes.
 const MAX_PROMPT_FILE: u64 = 1 << 30;
@@ -172,7 +173,7 @@ impl Args {
     fn inputs<D: Device>(
         &self,
         model: &Decoder<D>,
-        text: Option<&Text>,
+        text: Option<&Tokenizer>,
         saved: usize,
     ) -> Result<Vec<Input>> {
         if !self.tokens.is_empty() {
@@ -214,11 +215,8 @@ impl Args {
             bail!("the model has no tokenizer; give --tokens");
         };
         let encode = |(title, text): (String, String)| {
-            let tokens = if saved > 0 {
-                tokenizer.encode_more(&text)?
-            } else {
-                tokenizer.encode(&text)?
-            };
+            // What goes on from a saved state has its beginning there.
+            let tokens = tokenizer.encode(&text, saved == 0)?;
             Ok(Input { title, tokens })
         };
         let inputs = texts
@@ -236,7 +234,7 @@ impl Args {
     fn stream<D: Device>(
         &self,
         generator: &mut Generator<'_, '_, D>,
-        text: &Text,
+        text: &Tokenizer,
         inputs: &[Input],
         quiet: bool,
     ) -> Result<Vec<Generated>> {
@@ -252,7 +250,7 @@ impl Args {
             "new",
         );
         let mut out = std::io::stdout().lock();
-        let decode = |tokens: &[u32]| text.decode(tokens);
+        let decode = |tokens: &[u32]| text.decode(tokens, true);
         let mut emit = |sequence: usize, part: &str| -> Result<()> {
             if alone {
                 out.write_all(part.as_bytes())?;

@@ -7,7 +7,6 @@ mod generate;
 mod grad;
 mod model;
 mod score;
-mod text;
 
 use std::process::ExitCode;
 

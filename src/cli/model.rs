@@ -8,9 +8,8 @@ use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
-
-pub use super::text::Text;
 
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
@@ -64,13 +63,14 @@ impl ModelArgs {
 
     /// The model and, where the folder has one, its tokenizer; without `needs_text` a tokenizer
     /// that cannot be read is no error.
-    pub fn load(&self, needs_text: bool) -> Result<(Decoder<Reference>, Option<Text>)> {
-        let config = self.config()?;
-        let text = match Text::open(&self.model, config.vocab_size) {
+    pub fn load(&self, needs_text: bool) -> Result<(Decoder<Reference>, Option<Tokenizer>)> {
+        let mut config = self.config()?;
+        config.eos_token_id = end_ids(&self.model, &config)?;
+        let text = match Tokenizer::open(&self.model, &config) {
             Ok(text) => Some(text),
-            Err(error) if needs_text => return Err(error),
+            Err(error) if needs_text => return Err(error.into()),
             Err(error) => {
-                tracing::debug!("no tokenizer: {error:#}");
+                tracing::debug!("no tokenizer: {error}");
                 None
             }
         };

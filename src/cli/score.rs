@@ -45,7 +45,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let (model, text) = args.model.load(args.tokens.is_none())?;
     let tokens = match (&args.tokens, &args.text, text) {
         (Some(path), ..) => read_tokens(path, model.config.vocab_size)?,
-        (None, Some(path), Some(text)) => text.encode(&read_prompt(path)?)?,
+        (None, Some(path), Some(text)) => text.encode(&read_prompt(path)?, true)?,
         (None, Some(_), None) => bail!("the model has no tokenizer; give --tokens"),
         (None, None, _) => bail!("nothing to score; give --tokens or --text"),
     };

@@ -275,13 +275,26 @@ pub enum TokenizerError {
         /// The file.
         path: PathBuf,
     },
-    /// An id the tokenizer does not have.
-    #[error("token id {id}: expected an id below {vocab_size}")]
-    UnknownId {
-        /// The id.
-        id: u32,
-        /// Ids the tokenizer has.
+    /// No `tokenizer.json`, and too few ids for one of each byte.
+    #[error(
+        "{folder}: no tokenizer.json, and vocab_size = {vocab_size} is too few for bytes; \
+         expected at least 256"
+    )]
+    TooFewIds {
+        /// The model folder.
+        folder: PathBuf,
+        /// Rows of the model's embedding.
         vocab_size: usize,
+    },
+    /// The ids that end a text are none.
+    #[error("{path}: `eos_token_id` expected {expected}, got {got}")]
+    EndIds {
+        /// The file.
+        path: PathBuf,
+        /// What would be accepted.
+        expected: String,
+        /// What is there, shortened.
+        got: String,
     },
     /// The tokenizer makes ids for which the model has no embedding.
     #[error("tokenizer has ids up to {largest}, the model only vocab_size = {vocab_size}")]

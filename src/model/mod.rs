@@ -9,4 +9,5 @@ pub mod rope;
 pub mod session;
 pub mod session_file;
 pub mod state;
+pub mod tokenizer;
 pub mod weights;
