@@ -10,6 +10,7 @@
 //!
 //! [`Problem`] holds the arguments, [`mod@reference`] computes it in f64 for tests.
 
+pub mod cpu;
 mod error;
 mod problem;
 pub mod reference;

@@ -1,0 +1,430 @@
+//! Backward: five products for each pair of a query tile and a key tile (S, dP, dV, dK, dQ), three
+//! where the keys get no gradient (past, read-only prior), and no more: nothing is computed twice.
+//!
+//! Gradients are summed in place, in the order of [`super::schedule`]. A cell goes through its query
+//! heads one after another, so that a key tile is transposed once for all heads of the group.
+
+use std::cell::RefCell;
+
+use rayon::Scope;
+use rayon::prelude::*;
+
+use super::kernels::Kernels;
+use super::schedule::Walks;
+use super::shared::{SharedRows, SharedSlice};
+use super::softmax::BackwardRows;
+use super::tile::{Accumulate, KEYS, Rows, Scores};
+use super::{past_bias, scale, source_rows};
+use crate::attention::problem::{Grads, Problem, Saved, Source};
+
+/// Query rows whose scores are in memory at a time.
+const CHUNK: usize = 64;
+
+/// Rows of a query tile and keys of a cell: enough products for the transposition of its keys.
+fn tile_rows(group: usize) -> usize {
+    if group == 1 { 2 * CHUNK } else { CHUNK }
+}
+
+/// Writes all gradients of a validated problem.
+pub(super) fn run(
+    problem: &Problem<'_, f32>,
+    saved: &Saved<'_, f32>,
+    grads: Grads<'_, f32>,
+    kernels: &Kernels,
+) {
+    let head_dim = problem.head_dim;
+    let Grads {
+        d_q,
+        d_k,
+        d_v,
+        d_prior,
+        d_past_gate,
+    } = grads;
+    let rows = |view| SharedRows::new(view, head_dim);
+    let d_q = rows(d_q);
+    let current = [rows(d_k), rows(d_v)];
+    let prior = d_prior.map(|(d_k, d_v)| [rows(d_k), rows(d_v)]);
+    clear(&d_q, problem.batch, problem.q_heads);
+    for view in current.iter().chain(prior.iter().flatten()) {
+        clear(view, problem.batch, problem.kv_heads);
+    }
+    let tiles = problem
+        .q
+        .layout
+        .rows
+        .div_ceil(tile_rows(problem.group()))
+        .max(1);
+    let mut gates = vec![0.0; problem.batch * problem.q_heads * tiles];
+    let delta = deltas(problem, saved);
+    let pass = Pass {
+        problem,
+        saved,
+        kernels,
+        delta: &delta,
+        d_q: &d_q,
+        current: &current,
+        prior: prior.as_ref(),
+        gates: &SharedSlice::new(&mut gates),
+        tiles,
+    };
+    pass.run();
+    for (idx, d_gate) in d_past_gate.iter_mut().enumerate() {
+        let gate = problem.past_gate[idx % problem.q_heads];
+        let sum: f64 = gates[idx * tiles..][..tiles].iter().sum();
+        *d_gate = if gate > 0.0 {
+            (sum / f64::from(gate)) as f32
+        } else {
+            0.0
+        };
+    }
+}
+
+fn clear(view: &SharedRows<'_>, batch: usize, heads: usize) {
+    let rows = view.rows();
+    (0..batch * rows).into_par_iter().for_each(|idx| {
+        for head in 0..heads {
+            // SAFETY: each row is one iteration's only.
+            unsafe { view.row([idx / rows, idx % rows, head]) }.fill(0.0);
+        }
+    });
+}
+
+/// `d_out . out - d_lse` of every valid query row, `[batch, q_heads, rows]`.
+fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>) -> Vec<f32> {
+    let rows = problem.q.layout.rows;
+    let mut delta = vec![0.0; problem.batch * problem.q_heads * rows];
+    if rows == 0 {
+        return delta;
+    }
+    delta
+        .par_chunks_mut(rows)
+        .enumerate()
+        .for_each(|(idx, delta)| {
+            let (entry, head) = (idx / problem.q_heads, idx % problem.q_heads);
+            for (row, delta) in delta[..problem.query_rows(entry)].iter_mut().enumerate() {
+                let [d_out, out] =
+                    [saved.d_out, saved.out].map(|t| t.row([entry, row, head], problem.head_dim));
+                let products = d_out.iter().zip(out);
+                let dot: f64 = products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                let d_lse = saved.d_lse.map_or(0.0, |d_lse| d_lse[idx * rows + row]);
+                *delta = (dot - f64::from(d_lse)) as f32;
+            }
+        });
+    delta
+}
+
+/// What all tasks of a backward pass share.
+struct Pass<'a> {
+    problem: &'a Problem<'a, f32>,
+    saved: &'a Saved<'a, f32>,
+    kernels: &'a Kernels,
+    /// `[batch, q_heads, rows]`.
+    delta: &'a [f32],
+    d_q: &'a SharedRows<'a>,
+    /// Gradients of keys and values.
+    current: &'a [SharedRows<'a>; 2],
+    prior: Option<&'a [SharedRows<'a>; 2]>,
+    /// `[batch, q_heads, tiles]`: sums of score gradients over past keys.
+    gates: &'a SharedSlice<'a, f64>,
+    tiles: usize,
+}
+
+/// One KV head of one entry.
+struct Head {
+    entry: usize,
+    kv_head: usize,
+    walks: Walks,
+    prior_tiles: usize,
+}
+
+/// Up to [`KEYS`] keys of a source.
+#[derive(Clone, Copy)]
+struct KeyTile {
+    source: Source,
+    first: usize,
+    count: usize,
+}
+
+/// Up to [`CHUNK`] query rows of one query head.
+#[derive(Clone, Copy)]
+struct Chunk {
+    q_head: usize,
+    first: usize,
+    rows: usize,
+}
+
+impl Pass<'_> {
+    fn run(&self) {
+        let problem = self.problem;
+        let heads: Vec<Head> = (0..problem.batch * problem.kv_heads)
+            .map(|idx| self.head(idx / problem.kv_heads, idx % problem.kv_heads))
+            .collect();
+        rayon::scope(|scope| {
+            for head in &heads {
+                for walk in 0..self.query_tiles(head.entry) {
+                    scope.spawn(move |scope| self.walk(scope, head, walk));
+                }
+            }
+        });
+    }
+
+    fn query_tiles(&self, entry: usize) -> usize {
+        let rows = self.problem.query_rows(entry);
+        rows.div_ceil(tile_rows(self.problem.group()))
+    }
+
+    fn head(&self, entry: usize, kv_head: usize) -> Head {
+        let (problem, group) = (self.problem, self.problem.group());
+        let read = (0..group).any(|h| problem.reads(Source::Prior, kv_head * group + h));
+        let prior_tiles = match self.prior {
+            Some(_) if read => problem
+                .source_rows(Source::Prior, entry, kv_head)
+                .div_ceil(tile_rows(group)),
+            _ => 0,
+        };
+        Head {
+            entry,
+            kv_head,
+            walks: Walks::new(self.query_tiles(entry), prior_tiles),
+            prior_tiles,
+        }
+    }
+
+    /// Takes the steps of a query tile until the tile before it is in the way.
+    fn walk<'s>(&'s self, scope: &Scope<'s>, head: &'s Head, walk: usize) {
+        while let Some(step) = head.walks.next(walk) {
+            self.with_cell(head, walk, |cell| cell.step(step));
+            if let Some(next) = head.walks.finish(walk) {
+                scope.spawn(move |scope| self.walk(scope, head, next));
+            }
+            if step + 1 == head.walks.steps(walk) {
+                self.with_cell(head, walk, |cell| cell.read_only());
+                return;
+            }
+        }
+    }
+
+    fn with_cell(&self, head: &Head, walk: usize, f: impl FnOnce(&mut Cell<'_>)) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.reserve(self.problem.head_dim);
+            f(&mut Cell {
+                pass: self,
+                head,
+                walk,
+                scratch,
+            });
+        });
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Memory of one cell, reused by the next of the same thread.
+#[derive(Default)]
+struct Scratch {
+    /// Keys and values of a tile, transposed.
+    keys: [Vec<f32>; 2],
+    /// Scores and their gradients of a chunk.
+    s: Vec<f32>,
+    ds: Vec<f32>,
+}
+
+impl Scratch {
+    fn reserve(&mut self, head_dim: usize) {
+        for keys in &mut self.keys {
+            if keys.len() < head_dim * KEYS {
+                keys.resize(head_dim * KEYS, 0.0);
+            }
+        }
+        self.s.resize(CHUNK * KEYS, 0.0);
+        self.ds.resize(CHUNK * KEYS, 0.0);
+    }
+}
+
+/// A query tile at one step of its walk.
+struct Cell<'a> {
+    pass: &'a Pass<'a>,
+    head: &'a Head,
+    walk: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl Cell<'_> {
+    /// The keys of one step, the last first.
+    fn step(&mut self, step: usize) {
+        let tile = tile_rows(self.pass.problem.group());
+        if step <= self.walk {
+            self.keys(Source::Current, (self.walk - step) * tile, tile, true);
+        } else {
+            let column = self.head.prior_tiles - (step - self.walk);
+            self.keys(Source::Prior, column * tile, tile, true);
+        }
+    }
+
+    /// The sources that get no gradient.
+    fn read_only(&mut self) {
+        if self.pass.prior.is_none() {
+            self.keys(Source::Prior, 0, usize::MAX, false);
+        }
+        self.keys(Source::Past, 0, usize::MAX, false);
+    }
+
+    /// At most `most` keys of a source from `first` on.
+    fn keys(&mut self, source: Source, first: usize, most: usize, key_grads: bool) {
+        let (problem, group) = (self.pass.problem, self.pass.problem.group());
+        let (entry, kv_head) = (self.head.entry, self.head.kv_head);
+        if !(0..group).any(|h| problem.reads(source, kv_head * group + h)) {
+            return;
+        }
+        let len = problem.source_rows(source, entry, kv_head);
+        let end = first.saturating_add(most).min(len);
+        let (k, v) = problem.source(source);
+        for first in (first..end).step_by(KEYS).rev() {
+            let keys = KeyTile {
+                source,
+                first,
+                count: KEYS.min(end - first),
+            };
+            let rows = [k, v].map(|view| source_rows(&view, [entry, first, kv_head]));
+            for (to, rows) in self.scratch.keys.iter_mut().zip(rows) {
+                let kernels = self.pass.kernels;
+                kernels.transpose(rows, keys.count, problem.head_dim, to);
+            }
+            self.chunks(keys, rows[0], key_grads);
+        }
+    }
+
+    fn chunks(&mut self, keys: KeyTile, k: Rows<'_>, key_grads: bool) {
+        let problem = self.pass.problem;
+        let tile = tile_rows(problem.group());
+        let valid = problem.query_rows(self.head.entry);
+        let tile = self.walk * tile..((self.walk + 1) * tile).min(valid);
+        for h in 0..problem.group() {
+            let q_head = self.head.kv_head * problem.group() + h;
+            if !problem.reads(keys.source, q_head) {
+                continue;
+            }
+            for first in tile.clone().step_by(CHUNK) {
+                let rows = CHUNK.min(tile.end - first);
+                // Rows before the first key see none of them.
+                if keys.source != Source::Current || first + rows > keys.first {
+                    let chunk = Chunk {
+                        q_head,
+                        first,
+                        rows,
+                    };
+                    self.chunk(keys, k, chunk, key_grads);
+                }
+            }
+        }
+    }
+
+    /// Keys that a row of the chunk sees.
+    fn seen(keys: KeyTile, chunk: Chunk, row: usize) -> usize {
+        match keys.source {
+            Source::Current => (chunk.first + row + 1)
+                .saturating_sub(keys.first)
+                .min(keys.count),
+            Source::Past | Source::Prior => keys.count,
+        }
+    }
+
+    fn chunk(&mut self, keys: KeyTile, k: Rows<'_>, chunk: Chunk, key_grads: bool) {
+        let Pass {
+            problem,
+            saved,
+            kernels,
+            ..
+        } = *self.pass;
+        let (entry, head_dim) = (self.head.entry, problem.head_dim);
+        let mut counts = [0; CHUNK];
+        let mut spans = [[0; 2]; CHUNK];
+        for row in 0..chunk.rows {
+            counts[row] = Self::seen(keys, chunk, row);
+            spans[row] = [0, counts[row]];
+        }
+        let counts = &counts[..chunk.rows];
+        let at = [entry, chunk.first, chunk.q_head];
+        let q = source_rows(&problem.q, at);
+        let d_out = source_rows(&saved.d_out, at);
+        let Scratch { keys: kv, s, ds } = &mut *self.scratch;
+        for (a, keys, s) in [(q, &kv[0], &mut *s), (d_out, &kv[1], &mut *ds)] {
+            kernels.scores(Scores {
+                a,
+                keys,
+                counts,
+                head_dim,
+                s,
+            });
+        }
+        let lse = (entry * problem.q_heads + chunk.q_head) * problem.q.layout.rows + chunk.first;
+        let past = keys.source == Source::Past;
+        let rows = BackwardRows {
+            scale: scale(problem),
+            bias: past_bias(problem, keys.source, chunk.q_head),
+            bias_grad: past,
+            counts,
+            lse: &saved.lse[lse..][..chunk.rows],
+            delta: &self.pass.delta[lse..][..chunk.rows],
+        };
+        let sum = kernels.score_gradients(s, ds, rows);
+        if past {
+            let gate = (entry * problem.q_heads + chunk.q_head) * self.pass.tiles + self.walk;
+            // SAFETY: this tile of this head is this walk's only.
+            unsafe { self.pass.gates.part(gate, 1)[0] += sum };
+        }
+        if key_grads {
+            self.key_grads(keys, chunk, q, d_out);
+        }
+        let accumulate = Accumulate {
+            c: self.pass.d_q.pointer(at, chunk.rows),
+            c_stride: self.pass.d_q.row_stride(),
+            alpha: None,
+            w: &self.scratch.ds,
+            w_row: KEYS,
+            w_step: 1,
+            spans: &spans[..chunk.rows],
+            b: k,
+            head_dim,
+        };
+        // SAFETY: these rows of this head are this walk's only, and walks do not overlap themselves.
+        unsafe { kernels.accumulate(accumulate) };
+    }
+
+    /// `d_k += ds^T q`, `d_v += p^T d_out`.
+    fn key_grads(&mut self, keys: KeyTile, chunk: Chunk, q: Rows<'_>, d_out: Rows<'_>) {
+        let pass = self.pass;
+        let grads = match (keys.source, pass.prior) {
+            (Source::Current, _) => pass.current,
+            (Source::Prior, Some(prior)) => prior,
+            (Source::Prior, None) | (Source::Past, _) => return,
+        };
+        let mut spans = [[0, chunk.rows]; KEYS];
+        if keys.source == Source::Current {
+            for (key, span) in spans.iter_mut().enumerate() {
+                span[0] = (keys.first + key)
+                    .saturating_sub(chunk.first)
+                    .min(chunk.rows);
+            }
+        }
+        let at = [self.head.entry, keys.first, self.head.kv_head];
+        let Scratch { s, ds, .. } = &*self.scratch;
+        for (grads, w, b) in [(&grads[0], ds, q), (&grads[1], s, d_out)] {
+            let accumulate = Accumulate {
+                c: grads.pointer(at, keys.count),
+                c_stride: grads.row_stride(),
+                alpha: None,
+                w,
+                w_row: 1,
+                w_step: KEYS,
+                spans: &spans[..keys.count],
+                b,
+                head_dim: pass.problem.head_dim,
+            };
+            // SAFETY: the schedule lets one walk at a time add to a column of keys.
+            unsafe { pass.kernels.accumulate(accumulate) };
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Forward: one task per batch entry, KV head and tile of query rows.
+//!
+//! A task holds the rows of all query heads of its group, so that a tile of keys is read and transposed
+//! once for all of them, and one row of decoding still fills the registers. It walks the tiles of the
+//! past, the prior and the current source in this order with an online softmax; there is no score
+//! matrix. How many rows a task holds changes no bit (see [`super::tile`]).
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::kernels::Kernels;
+use super::shared::{SharedRows, SharedSlice};
+use super::simd::LANES;
+use super::softmax::{Affine, Softmax, pairwise_sum};
+use super::tile::{Accumulate, KEYS, Rows, Scores};
+use super::{head_runs, past_bias, scale, source_rows};
+use crate::attention::problem::{Problem, Source};
+
+/// Rows of a task over all heads of the group: scores, queries and outputs stay in the second-level
+/// cache, and the transposition of a key tile costs a thirtieth of its products.
+const TASK_ROWS: usize = 128;
+/// What a task is cut down to where there are too few for all threads.
+const LEAST_TASK_ROWS: usize = 16;
+/// Tasks per thread that even out their different lengths.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Writes `out` and `lse` of a validated problem.
+pub(super) fn run(
+    problem: &Problem<'_, f32>,
+    out: &SharedRows<'_>,
+    lse: &SharedSlice<'_, f32>,
+    kernels: &Kernels,
+) {
+    let tasks = Tasks::new(problem, out.rows());
+    (0..tasks.count())
+        .into_par_iter()
+        .with_max_len(1)
+        .for_each(|idx| {
+            let (entry, kv_head, rows) = tasks.get(idx);
+            let end = rows.end.min(problem.query_rows(entry));
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.reserve(rows.len() * problem.group(), problem.head_dim);
+                Task {
+                    problem,
+                    kernels,
+                    entry,
+                    kv_head,
+                    first: rows.start,
+                    valid: end.saturating_sub(rows.start),
+                    scratch,
+                }
+                .run(rows.len(), out, lse);
+            });
+        });
+}
+
+/// The query rows of a problem cut into tasks: entry, KV head, range of rows.
+struct Tasks {
+    rows: usize,
+    tile: usize,
+    tiles: usize,
+    kv_heads: usize,
+    batch: usize,
+}
+
+impl Tasks {
+    fn new(problem: &Problem<'_, f32>, rows: usize) -> Self {
+        let heads = problem.batch * problem.kv_heads;
+        let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
+        let mut task_rows = TASK_ROWS;
+        while task_rows > LEAST_TASK_ROWS
+            && heads * (rows * problem.group()).div_ceil(task_rows) < wanted
+        {
+            task_rows /= 2;
+        }
+        let tile = (task_rows / problem.group()).max(1);
+        Tasks {
+            rows,
+            tile,
+            tiles: rows.div_ceil(tile),
+            kv_heads: problem.kv_heads,
+            batch: problem.batch,
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.batch * self.kv_heads * self.tiles
+    }
+
+    /// The last rows of a head first: they see the most keys.
+    fn get(&self, idx: usize) -> (usize, usize, Range<usize>) {
+        let first = (self.tiles - 1 - idx % self.tiles) * self.tile;
+        let head = idx / self.tiles;
+        let rows = first..self.rows.min(first + self.tile);
+        (head / self.kv_heads, head % self.kv_heads, rows)
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Memory of one task, reused by the next of the same thread.
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    out: Vec<f32>,
+    scores: Vec<f32>,
+    keys: Vec<f32>,
+    max: Vec<f32>,
+    sum: Vec<[f32; LANES]>,
+    alpha: Vec<f32>,
+    bias: Vec<f32>,
+    counts: Vec<usize>,
+    spans: Vec<[usize; 2]>,
+}
+
+impl Scratch {
+    fn reserve(&mut self, rows: usize, head_dim: usize) {
+        grow(&mut self.q, rows * head_dim, 0.0);
+        grow(&mut self.out, rows * head_dim, 0.0);
+        grow(&mut self.scores, rows * KEYS, 0.0);
+        grow(&mut self.keys, head_dim * KEYS, 0.0);
+        grow(&mut self.max, rows, 0.0);
+        grow(&mut self.sum, rows, [0.0; LANES]);
+        grow(&mut self.alpha, rows.next_multiple_of(LANES), 0.0);
+        grow(&mut self.bias, rows, 0.0);
+        grow(&mut self.counts, rows, 0);
+        grow(&mut self.spans, rows, [0; 2]);
+    }
+}
+
+fn grow<T: Clone>(vec: &mut Vec<T>, len: usize, value: T) {
+    if vec.len() < len {
+        vec.resize(len, value);
+    }
+}
+
+/// `valid` query rows from row `first` of one entry, for each query head of one KV head. In the
+/// scratch, row `r` of the group's head `h` is at `h * valid + r`.
+struct Task<'a> {
+    problem: &'a Problem<'a, f32>,
+    kernels: &'a Kernels,
+    entry: usize,
+    kv_head: usize,
+    first: usize,
+    valid: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl Task<'_> {
+    fn run(mut self, rows: usize, out: &SharedRows<'_>, lse: &SharedSlice<'_, f32>) {
+        self.load();
+        for source in Source::ALL {
+            self.read(source);
+        }
+        self.write(rows, out, lse);
+    }
+
+    /// The queries side by side, and the state before any key.
+    fn load(&mut self) {
+        let (group, head_dim) = (self.problem.group(), self.problem.head_dim);
+        let slots = group * self.valid;
+        for slot in 0..slots {
+            let (head, row) = (slot / self.valid, slot % self.valid);
+            let at = [self.entry, self.first + row, self.kv_head * group + head];
+            let to = &mut self.scratch.q[slot * head_dim..][..head_dim];
+            to.copy_from_slice(self.problem.q.row(at, head_dim));
+        }
+        self.scratch.out[..slots * head_dim].fill(0.0);
+        self.scratch.max[..slots].fill(f32::NEG_INFINITY);
+        self.scratch.sum[..slots].fill([0.0; LANES]);
+    }
+
+    fn read(&mut self, source: Source) {
+        let problem = self.problem;
+        let mut len = problem.source_rows(source, self.entry, self.kv_head);
+        let position = problem.query_start(self.entry) + self.first;
+        if source == Source::Current {
+            len = len.min(position + self.valid);
+        }
+        let runs = head_runs(problem, source, self.kv_head);
+        if self.valid == 0 || runs.is_empty() {
+            return;
+        }
+        for run in &runs {
+            for head in run.clone() {
+                let bias = past_bias(problem, source, self.kv_head * problem.group() + head);
+                self.scratch.bias[head * self.valid..][..self.valid].fill(bias);
+            }
+        }
+        let (k, v) = problem.source(source);
+        for first_key in (0..len).step_by(KEYS) {
+            let count = KEYS.min(len - first_key);
+            let at = [self.entry, first_key, self.kv_head];
+            let k = source_rows(&k, at);
+            self.kernels
+                .transpose(k, count, problem.head_dim, &mut self.scratch.keys);
+            let v = source_rows(&v, at);
+            for run in &runs {
+                let slots = run.start * self.valid..run.end * self.valid;
+                for slot in slots.clone() {
+                    let seen = match source {
+                        Source::Current => (position + slot % self.valid + 1)
+                            .saturating_sub(first_key)
+                            .min(count),
+                        Source::Past | Source::Prior => count,
+                    };
+                    self.scratch.counts[slot] = seen;
+                    self.scratch.spans[slot] = [0, seen];
+                }
+                self.tile(slots, v);
+            }
+        }
+    }
+
+    /// One tile of keys, transposed in the scratch, for some of the task's rows.
+    fn tile(&mut self, slots: Range<usize>, v: Rows<'_>) {
+        let head_dim = self.problem.head_dim;
+        let Scratch {
+            q,
+            out,
+            scores,
+            keys,
+            max,
+            sum,
+            alpha,
+            bias,
+            counts,
+            spans,
+        } = &mut *self.scratch;
+        let counts = &counts[slots.clone()];
+        let elements = slots.start * head_dim..slots.end * head_dim;
+        self.kernels.scores(Scores {
+            a: Rows {
+                data: &q[elements.clone()],
+                stride: head_dim,
+            },
+            keys,
+            counts,
+            head_dim,
+            s: scores,
+        });
+        let affine = Affine {
+            scale: scale(self.problem),
+            bias: &bias[slots.clone()],
+        };
+        let state = Softmax {
+            max: &mut max[slots.clone()],
+            sum: &mut sum[slots.clone()],
+            alpha,
+        };
+        self.kernels.softmax(scores, counts, affine, state);
+        let accumulate = Accumulate {
+            c: out[elements].as_mut_ptr(),
+            c_stride: head_dim,
+            alpha: Some(alpha),
+            w: scores,
+            w_row: KEYS,
+            w_step: 1,
+            spans: &spans[slots],
+            b: v,
+            head_dim,
+        };
+        // SAFETY: one row of the scratch for each slot.
+        unsafe { self.kernels.accumulate(accumulate) };
+    }
+
+    fn write(&self, rows: usize, out: &SharedRows<'_>, lse: &SharedSlice<'_, f32>) {
+        let (group, head_dim) = (self.problem.group(), self.problem.head_dim);
+        for head in 0..group {
+            let q_head = self.kv_head * group + head;
+            let lse_start = (self.entry * self.problem.q_heads + q_head) * out.rows() + self.first;
+            // SAFETY: these rows of this head are this task's only, and taken once.
+            let lse = unsafe { lse.part(lse_start, rows) };
+            for (row, lse) in lse.iter_mut().enumerate() {
+                // SAFETY: as above.
+                let out = unsafe { out.row([self.entry, self.first + row, q_head]) };
+                if row >= self.valid {
+                    out.fill(0.0);
+                    *lse = f32::NEG_INFINITY;
+                    continue;
+                }
+                let slot = head * self.valid + row;
+                let sum = pairwise_sum(self.scratch.sum[slot]);
+                let inverse = 1.0 / sum;
+                let from = &self.scratch.out[slot * head_dim..][..head_dim];
+                for (to, from) in out.iter_mut().zip(from) {
+                    *to = from * inverse;
+                }
+                *lse = self.scratch.max[slot] + sum.ln();
+            }
+        }
+    }
+}

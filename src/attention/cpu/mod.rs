@@ -1,0 +1,147 @@
+//! Segment attention on the CPU in f32: blocked, online softmax, all cores, the machine's widest
+//! vectors.
+//!
+//! The bits of a query row depend on that row and the keys it sees only (segment-attention.md,
+//! section 4): the module `tile` says how. They are the same on any number of threads and for any
+//! instruction set; gradients have a fixed order, which the module `schedule` explains.
+
+mod backward;
+mod forward;
+mod kernels;
+mod schedule;
+mod shared;
+mod simd;
+mod softmax;
+mod tile;
+
+use std::ops::Range;
+
+use kernels::Kernels;
+use shared::{SharedRows, SharedSlice};
+use tile::Rows;
+
+use super::error::Error;
+use super::problem::{Grads, Problem, Saved, Source};
+use super::view::{View, ViewMut};
+use crate::device::cpu::Isa;
+
+/// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
+///
+/// # Errors
+/// See [`Problem::validate`]; likewise for `out` and `lse`. `head_dim` must be a multiple of 8 up to
+/// 256.
+pub fn forward(
+    problem: &Problem<'_, f32>,
+    out: ViewMut<'_, f32>,
+    lse: &mut [f32],
+) -> Result<(), Error> {
+    forward_on(Isa::best(), problem, out, lse)
+}
+
+/// [`forward`] with a given instruction set: the bits are the same for all. One that this machine
+/// lacks gives way to [`Isa::Portable`].
+///
+/// # Errors
+/// Those of [`forward`].
+pub fn forward_on(
+    isa: Isa,
+    problem: &Problem<'_, f32>,
+    out: ViewMut<'_, f32>,
+    lse: &mut [f32],
+) -> Result<(), Error> {
+    problem.validate_forward(&out, lse)?;
+    check_head_dim(problem)?;
+    let out = SharedRows::new(out, problem.head_dim);
+    forward::run(problem, &out, &SharedSlice::new(lse), Kernels::of(isa));
+    Ok(())
+}
+
+/// Computes the gradients of a loss from `d_out = dL/d out` and `d_lse = dL/d lse`.
+///
+/// `out` and `lse` are those of [`forward`]. The bits of an entry's gradients depend on that entry
+/// only.
+///
+/// # Errors
+/// See [`Problem::validate`]; likewise for every other argument. `query_start` must be 0, `head_dim`
+/// a multiple of 8 up to 256.
+pub fn backward(
+    problem: &Problem<'_, f32>,
+    out: View<'_, f32>,
+    lse: &[f32],
+    d_out: View<'_, f32>,
+    d_lse: Option<&[f32]>,
+    grads: Grads<'_, f32>,
+) -> Result<(), Error> {
+    backward_on(Isa::best(), problem, out, lse, d_out, d_lse, grads)
+}
+
+/// [`backward`] with a given instruction set, as [`forward_on`].
+///
+/// # Errors
+/// Those of [`backward`].
+pub fn backward_on(
+    isa: Isa,
+    problem: &Problem<'_, f32>,
+    out: View<'_, f32>,
+    lse: &[f32],
+    d_out: View<'_, f32>,
+    d_lse: Option<&[f32]>,
+    grads: Grads<'_, f32>,
+) -> Result<(), Error> {
+    let saved = Saved {
+        out,
+        lse,
+        d_out,
+        d_lse,
+    };
+    problem.validate_backward(&saved, &grads)?;
+    check_head_dim(problem)?;
+    backward::run(problem, &saved, grads, Kernels::of(isa));
+    Ok(())
+}
+
+fn check_head_dim(problem: &Problem<'_, f32>) -> Result<(), Error> {
+    if problem.head_dim.is_multiple_of(8) && problem.head_dim <= 256 {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        argument: "head_dim",
+        expected: "multiples of 8 up to 256",
+        got: problem.head_dim.to_string(),
+    })
+}
+
+fn scale(problem: &Problem<'_, f32>) -> f32 {
+    problem
+        .scale
+        .unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt())
+}
+
+/// What a head adds to the scores of a source that it reads.
+fn past_bias(problem: &Problem<'_, f32>, source: Source, q_head: usize) -> f32 {
+    match source {
+        Source::Past => problem.past_gate[q_head].ln(),
+        Source::Prior | Source::Current => 0.0,
+    }
+}
+
+/// The group's heads that read a source, as runs of neighbours, counted from the group's first.
+fn head_runs(problem: &Problem<'_, f32>, source: Source, kv_head: usize) -> Vec<Range<usize>> {
+    let group = problem.group();
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for head in (0..group).filter(|head| problem.reads(source, kv_head * group + head)) {
+        match runs.last_mut() {
+            Some(run) if run.end == head => run.end = head + 1,
+            _ => runs.push(head..head + 1),
+        }
+    }
+    runs
+}
+
+/// The rows from one row of a head on.
+fn source_rows<'a>(view: &View<'a, f32>, [entry, row, head]: [usize; 3]) -> Rows<'a> {
+    Rows {
+        data: &view.data[view.layout.offset(entry, row, head)..],
+        stride: view.layout.row_stride,
+    }
+}

@@ -1,0 +1,86 @@
+//! Output tensors that several threads write, each its own rows.
+
+use std::marker::PhantomData;
+
+use crate::attention::view::{Layout, ViewMut};
+
+/// A slice of which each thread takes its own parts.
+pub(super) struct SharedSlice<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it hands out disjoint parts only, the contract of `part`.
+unsafe impl<T: Send> Send for SharedSlice<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
+
+impl<'a, T> SharedSlice<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
+        SharedSlice {
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+            borrow: PhantomData,
+        }
+    }
+
+    /// Elements `[start, start + len)`.
+    ///
+    /// # Safety
+    /// No other part that is alive shares an element with it.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(len <= self.len && start <= self.len - len);
+        // SAFETY: within the slice by the assertion, exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+/// An output view of which each thread takes its own rows.
+pub(super) struct SharedRows<'a> {
+    data: SharedSlice<'a, f32>,
+    layout: Layout<'a>,
+    head_dim: usize,
+}
+
+impl<'a> SharedRows<'a> {
+    /// The view has passed validation: its rows do not overlap.
+    pub(super) fn new(view: ViewMut<'a, f32>, head_dim: usize) -> Self {
+        SharedRows {
+            data: SharedSlice::new(view.data),
+            layout: view.layout,
+            head_dim,
+        }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.layout.rows
+    }
+
+    pub(super) fn row_stride(&self) -> usize {
+        self.layout.row_stride
+    }
+
+    /// Where a row begins; `count` rows from it on are in bounds.
+    pub(super) fn pointer(&self, [entry, row, head]: [usize; 3], count: usize) -> *mut f32 {
+        assert!(row + count <= self.layout.rows);
+        let start = self.layout.offset(entry, row, head);
+        assert!(
+            count == 0 || start + (count - 1) * self.row_stride() + self.head_dim <= self.data.len
+        );
+        // SAFETY: within the slice by the assertion.
+        unsafe { self.data.start.add(start) }
+    }
+
+    /// One row.
+    ///
+    /// # Safety
+    /// The same row is not alive elsewhere.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn row(&self, [entry, row, head]: [usize; 3]) -> &mut [f32] {
+        let start = self.layout.offset(entry, row, head);
+        // SAFETY: rows are disjoint by validation, and this one is the caller's.
+        unsafe { self.data.part(start, self.head_dim) }
+    }
+}

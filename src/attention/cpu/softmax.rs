@@ -1,0 +1,196 @@
+//! The softmax of one tile of keys, forward and backward, for any instruction set.
+//!
+//! **Bits.** A row's sum is sixteen chains, key `j` of a tile in chain `j % 16`; the factor on what was
+//! accumulated before is a matter of the row alone. Forward and backward round `scale * s + ln gate`
+//! alike, so that backward's probabilities are those of forward.
+
+use super::simd::{LANES, Lanes, exp};
+use super::tile::KEYS;
+
+/// How products become scores: `scale * product + bias[row]`.
+#[derive(Clone, Copy)]
+pub(super) struct Affine<'a> {
+    pub scale: f32,
+    /// `[rows]`.
+    pub bias: &'a [f32],
+}
+
+/// Running state of the softmax of some rows; lengths are multiples of 16.
+pub(super) struct Softmax<'a> {
+    /// Largest score so far.
+    pub max: &'a mut [f32],
+    /// Sixteen partial sums of `exp(score - max)` per row.
+    pub sum: &'a mut [[f32; LANES]],
+    /// Set by each tile: the factor on what was accumulated before it.
+    pub alpha: &'a mut [f32],
+}
+
+/// What [`score_gradients`] knows of each row.
+#[derive(Clone, Copy)]
+pub(super) struct BackwardRows<'a> {
+    pub scale: f32,
+    pub bias: f32,
+    /// Whether the gradient of the bias is wanted.
+    pub bias_grad: bool,
+    /// Keys seen, a prefix.
+    pub counts: &'a [usize],
+    pub lse: &'a [f32],
+    pub delta: &'a [f32],
+}
+
+/// One step of the online softmax: products `s[row, j]` for `j < counts[row]` become
+/// `exp(scale * s[row, j] + bias[row] - max[row])`, and the state moves on.
+///
+/// A row with count 0 keeps its state, with `alpha` 1.
+///
+/// # Safety
+/// The instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn softmax<L: Lanes>(
+    s: &mut [f32],
+    counts: &[usize],
+    affine: Affine<'_>,
+    state: Softmax<'_>,
+) {
+    let rows = counts.len();
+    let Softmax { max, sum, alpha } = state;
+    assert!(s.len() >= rows * KEYS && affine.bias.len() >= rows && sum.len() >= rows);
+    assert!(max.len() >= rows && alpha.len() >= rows.next_multiple_of(LANES));
+    assert!(counts.iter().all(|&count| count <= KEYS));
+    // SAFETY: rows below `rows`, vectors that begin below a count <= KEYS, `alpha` in whole vectors.
+    unsafe {
+        for row in 0..rows {
+            let before = max[row];
+            if counts[row] > 0 {
+                let s = s.as_ptr().add(row * KEYS);
+                let score = (L::splat(affine.scale), L::splat(affine.bias[row]));
+                let largest = largest::<L>(s, counts[row], score);
+                max[row] = if largest > before { largest } else { before };
+            }
+            alpha[row] = if max[row] == before {
+                0.0
+            } else {
+                before - max[row]
+            };
+        }
+        for row in (0..rows).step_by(LANES) {
+            let alpha = alpha.as_mut_ptr().add(row);
+            exp(L::load(alpha)).store(alpha);
+        }
+        for row in (0..rows).filter(|&row| counts[row] > 0) {
+            let s = s.as_mut_ptr().add(row * KEYS);
+            // Before the first finite score the maximum is -inf, and -inf - -inf is NaN.
+            let max = if max[row] == f32::NEG_INFINITY {
+                0.0
+            } else {
+                max[row]
+            };
+            let score = (L::splat(affine.scale), L::splat(affine.bias[row]));
+            let to = sum[row].as_mut_ptr();
+            let mut total = L::load(to).mul(L::splat(alpha[row]));
+            for key in (0..counts[row]).step_by(LANES) {
+                let p = probabilities::<L>(s.add(key), counts[row] - key, score, L::splat(max));
+                p.store(s.add(key));
+                total = total.add(p);
+            }
+            total.store(to);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn largest<L: Lanes>(s: *const f32, count: usize, (scale, bias): (L, L)) -> f32 {
+    // SAFETY: the pointer covers the vectors that begin below `count`, the caller's contract.
+    unsafe {
+        let lowest = L::splat(f32::NEG_INFINITY);
+        let mut largest = lowest;
+        for key in (0..count).step_by(LANES) {
+            let score = L::load(s.add(key)).mul_add(scale, bias);
+            largest = if count - key >= LANES {
+                score.max(largest)
+            } else {
+                score.first(count - key, lowest).max(largest)
+            };
+        }
+        largest.reduce_max()
+    }
+}
+
+/// `exp(scale * s + bias - max)` in the first `count` lanes, 0 in the rest.
+#[inline(always)]
+unsafe fn probabilities<L: Lanes>(s: *const f32, count: usize, (scale, bias): (L, L), max: L) -> L {
+    // SAFETY: the pointer covers a vector, the caller's contract.
+    unsafe {
+        let p = exp(L::load(s).mul_add(scale, bias).sub(max));
+        if count >= LANES {
+            p
+        } else {
+            p.first(count, L::splat(0.0))
+        }
+    }
+}
+
+/// Backward: products `s` become `p = exp(scale * s + bias - lse)` and `dp` becomes
+/// `scale * p * (dp - delta)`, the gradient of the products, at the keys each row sees. Returns the
+/// sum of `p * (dp - delta)`, the gradient of the bias, or 0 if that is not wanted.
+///
+/// # Safety
+/// The instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn score_gradients<L: Lanes>(
+    s: &mut [f32],
+    dp: &mut [f32],
+    rows: BackwardRows<'_>,
+) -> f64 {
+    let BackwardRows {
+        scale,
+        bias,
+        bias_grad,
+        counts,
+        lse,
+        delta,
+    } = rows;
+    let count = counts.len();
+    assert!(s.len() >= count * KEYS && dp.len() >= count * KEYS);
+    assert!(lse.len() >= count && delta.len() >= count);
+    assert!(counts.iter().all(|&count| count <= KEYS));
+    let mut total = 0.0;
+    // SAFETY: rows below `count`, vectors that begin below a count <= KEYS.
+    unsafe {
+        let (scale, bias) = (L::splat(scale), L::splat(bias));
+        for row in 0..count {
+            let (lse, delta) = (L::splat(lse[row]), L::splat(delta[row]));
+            let mut row_sum = L::splat(0.0);
+            for key in (0..counts[row]).step_by(LANES) {
+                let s = s.as_mut_ptr().add(row * KEYS + key);
+                let dp = dp.as_mut_ptr().add(row * KEYS + key);
+                let visible = counts[row] - key;
+                let p = probabilities::<L>(s, visible, (scale, bias), lse);
+                p.store(s);
+                let ds = p.mul(L::load(dp).sub(delta));
+                ds.mul(scale).store(dp);
+                if bias_grad {
+                    row_sum = row_sum.add(ds.first(visible, L::splat(0.0)));
+                }
+            }
+            if bias_grad {
+                let mut lanes = [0.0; LANES];
+                row_sum.store(lanes.as_mut_ptr());
+                total += f64::from(pairwise_sum(lanes));
+            }
+        }
+    }
+    total
+}
+
+/// The sum of the lanes, halves first.
+pub(super) fn pairwise_sum(mut lanes: [f32; LANES]) -> f32 {
+    let mut len = LANES;
+    while len > 1 {
+        len /= 2;
+        for i in 0..len {
+            lanes[i] += lanes[i + len];
+        }
+    }
+    lanes[0]
+}
