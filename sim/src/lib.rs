@@ -20,6 +20,7 @@ mod mapping;
 mod memory;
 mod mma;
 mod module;
+pub mod mutate;
 mod race;
 mod report;
 mod rng;
