@@ -1,17 +1,19 @@
 //! The command line: one file a command; this one parses, dispatches, and reports errors.
 
+mod doctor;
 mod documents;
 mod eval;
 mod files;
 mod generate;
 mod grad;
+mod inspect;
 mod model;
 mod score;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 /// Segment attention: train and generate over long sequences in memory that does not grow.
 #[derive(Debug, Parser)]
@@ -52,6 +54,15 @@ enum Command {
     Grad(grad::Args),
     /// Measure perplexity and synthetic long-context tasks
     Eval(eval::Args),
+    /// What a model folder holds, and how much memory it takes at which length
+    Inspect(inspect::Args),
+    /// What this machine offers, what is missing, and what to do
+    Doctor(doctor::Args),
+    /// Completions for a shell, to be put where it looks for them
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Parses the arguments, runs the command, and turns its result into an exit code: 0 done, 1 failed,
@@ -76,6 +87,17 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Score(args) => score::run(&args, quiet),
         Command::Grad(args) => grad::run(&args),
         Command::Eval(args) => eval::run(&args, quiet),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "segattn",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! A folder with a small random model, and runs of the command on it.
 
 #![cfg(feature = "cli")]
+// Every test program uses a part of this.
+#![allow(dead_code)]
 
 use safetensors::tensor::{Dtype, TensorView};
 use segattn::model::config::ModelConfig;

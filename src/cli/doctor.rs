@@ -1,0 +1,313 @@
+//! `segattn doctor`: what this machine offers, what is missing, and what to do about it.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+use segattn::device::cpu::Isa;
+use serde::Serialize;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    system: String,
+    cpu: Cpu,
+    memory: Memory,
+    gpu: Gpu,
+    nvcc: Option<Nvcc>,
+    advice: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Cpu {
+    name: Option<String>,
+    threads: usize,
+    /// Instruction sets the kernels are written for, of this CPU.
+    instruction_sets: Vec<String>,
+}
+
+/// Bytes, where the system says.
+#[derive(Debug, Serialize)]
+struct Memory {
+    total: Option<u64>,
+    available: Option<u64>,
+    /// Limit of the container or service.
+    limit: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Gpu {
+    /// The driver's library.
+    driver: Option<PathBuf>,
+    names: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Nvcc {
+    path: PathBuf,
+    version: Option<String>,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        system: format!("{} {}", env::consts::OS, env::consts::ARCH),
+        cpu: cpu(),
+        memory: memory(),
+        gpu: Gpu {
+            driver: find(&driver_folders(), driver_names()),
+            names: gpu_names(Path::new("/proc/driver/nvidia/gpus")),
+        },
+        nvcc: nvcc(),
+        advice: Vec::new(),
+    };
+    report.advice = advice(&report);
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&report)?),
+        false => print(&report),
+    }
+    Ok(())
+}
+
+fn cpu() -> Cpu {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    Cpu {
+        name: field(&info, "model name"),
+        threads: rayon::current_num_threads(),
+        instruction_sets: Isa::available()
+            .iter()
+            .map(|isa| format!("{isa:?}"))
+            .collect(),
+    }
+}
+
+fn memory() -> Memory {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = |name: &str| {
+        let value = field(&info, name)?;
+        value
+            .strip_suffix(" kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()
+            .map(|kib| kib * 1024)
+    };
+    let limit = [
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ]
+    .iter()
+    .find_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
+    let total = kib("MemTotal");
+    Memory {
+        total,
+        available: kib("MemAvailable"),
+        // Without a limit some systems report a number beyond all memory.
+        limit: limit.filter(|limit| total.is_none_or(|total| *limit < total)),
+    }
+}
+
+/// The value of `name: value` on its own line.
+fn field(text: &str, name: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.starts_with(name))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn driver_names() -> &'static [&'static str] {
+    match env::consts::OS {
+        "windows" => &["nvcuda.dll"],
+        _ => &["libcuda.so.1", "libcuda.so"],
+    }
+}
+
+/// Where the loader looks, in order, and where drivers are put.
+fn driver_folders() -> Vec<PathBuf> {
+    let listed = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let known = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/lib/wsl/lib",
+        "/run/opengl-driver/lib",
+        "/usr/local/nvidia/lib64",
+        "C:\\Windows\\System32",
+    ];
+    env::split_paths(&listed)
+        .chain(known.map(PathBuf::from))
+        .collect()
+}
+
+fn find(folders: &[PathBuf], names: &[&str]) -> Option<PathBuf> {
+    let paths = folders
+        .iter()
+        .flat_map(|folder| names.iter().map(|name| folder.join(name)));
+    paths.into_iter().find(|path| path.is_file())
+}
+
+/// Models of the GPUs that the driver has taken.
+fn gpu_names(folder: &Path) -> Vec<String> {
+    let gpus = fs::read_dir(folder).into_iter().flatten().flatten();
+    let name = |gpu: fs::DirEntry| {
+        field(
+            &fs::read_to_string(gpu.path().join("information")).ok()?,
+            "Model",
+        )
+    };
+    gpus.filter_map(name).collect()
+}
+
+fn nvcc() -> Option<Nvcc> {
+    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os);
+    let homes = homes.map(|home| PathBuf::from(home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = homes
+        .chain(env::split_paths(&path))
+        .chain([PathBuf::from("/usr/local/cuda/bin")]);
+    let path = find(&folders.collect::<Vec<_>>(), &["nvcc", "nvcc.exe"])?;
+    let said = Command::new(&path).arg("--version").output().ok();
+    let version = said.and_then(|said| release(&String::from_utf8_lossy(&said.stdout)));
+    Some(Nvcc { path, version })
+}
+
+/// The version in `nvcc --version`: "... release 12.8, V12.8.61".
+fn release(said: &str) -> Option<String> {
+    let rest = said.split_once("release ")?.1;
+    Some(rest.split(',').next()?.trim().to_owned())
+}
+
+fn advice(report: &Report) -> Vec<String> {
+    let mut advice = Vec::new();
+    if report.cpu.instruction_sets.len() == 1 {
+        advice.push("this CPU has neither AVX2 nor AVX-512: results are the same, but slow".into());
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    if report.cpu.threads < threads {
+        advice.push(format!(
+            "{} of {threads} threads are used; leave out --threads and RAYON_NUM_THREADS for all",
+            report.cpu.threads
+        ));
+    }
+    match (&report.gpu.driver, report.gpu.names.is_empty()) {
+        (None, true) => advice.push("no NVIDIA GPU: everything runs on the CPU".into()),
+        (None, false) => advice.push(
+            "a GPU but no libcuda: in a container start it with GPU access (--gpus all), else install the driver"
+                .into(),
+        ),
+        (Some(_), true) if env::consts::OS == "linux" => advice.push(
+            "libcuda but no GPU that the driver has taken: see `nvidia-smi`; in a container pass the GPU in"
+                .into(),
+        ),
+        _ => {}
+    }
+    if !report.gpu.names.is_empty() && report.nvcc.is_none() {
+        advice.push(
+            "no nvcc: needed only to build from source for the GPU; set CUDA_HOME where it is"
+                .into(),
+        );
+    }
+    advice
+}
+
+fn print(report: &Report) {
+    let gib = |bytes: Option<u64>| match bytes {
+        Some(bytes) => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
+        None => "unknown".into(),
+    };
+    let none = || "none found".to_owned();
+    let line = |name: &str, text: String| println!("{name:<9} {text}");
+    line("segattn", format!("{}, {}", report.version, report.system));
+    let cpu = &report.cpu;
+    let name = cpu.name.as_deref().unwrap_or("unknown");
+    let sets = cpu.instruction_sets.join(", ");
+    line(
+        "cpu",
+        format!("{name}, {} threads, kernels: {sets}", cpu.threads),
+    );
+    let memory = &report.memory;
+    let limit = memory
+        .limit
+        .map(|limit| format!(", limited to {}", gib(Some(limit))));
+    let (total, free) = (gib(memory.total), gib(memory.available));
+    line(
+        "memory",
+        format!("{total}, {free} available{}", limit.unwrap_or_default()),
+    );
+    let names = report.gpu.names.join(", ");
+    line("gpu", if names.is_empty() { none() } else { names });
+    let driver = report.gpu.driver.as_ref();
+    line(
+        "driver",
+        driver.map_or_else(none, |path| path.display().to_string()),
+    );
+    let nvcc = report.nvcc.as_ref().map(|nvcc| {
+        let version = nvcc.version.as_deref().unwrap_or("unknown version");
+        format!("{version}, {}", nvcc.path.display())
+    });
+    line("nvcc", nvcc.unwrap_or_else(none));
+    for advice in &report.advice {
+        line("->", advice.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_is_read_from_what_nvcc_says() {
+        let said = "Cuda compilation tools, release 12.8, V12.8.61\n";
+        assert_eq!(release(said).as_deref(), Some("12.8"));
+        assert_eq!(release("command not found"), None);
+    }
+
+    #[test]
+    fn gpus_are_named_by_the_drivers_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let gpu = folder.path().join("0000:01:00.0");
+        fs::create_dir(&gpu).unwrap();
+        fs::write(gpu.join("information"), "Model: \t\t NVIDIA X\nIRQ: 1\n").unwrap();
+        assert_eq!(gpu_names(folder.path()), ["NVIDIA X"]);
+        assert!(gpu_names(&folder.path().join("missing")).is_empty());
+        assert_eq!(
+            find(
+                &[folder.path().to_owned(), gpu.clone()],
+                &["a", "information"]
+            ),
+            Some(gpu.join("information"))
+        );
+    }
+
+    #[test]
+    fn a_gpu_without_its_library_gets_advice() {
+        let mut report = Report {
+            version: "",
+            system: String::new(),
+            cpu: cpu(),
+            memory: memory(),
+            gpu: Gpu {
+                driver: None,
+                names: vec!["X".into()],
+            },
+            nvcc: None,
+            advice: Vec::new(),
+        };
+        assert!(advice(&report).iter().any(|a| a.contains("no libcuda")));
+        assert!(advice(&report).iter().any(|a| a.contains("CUDA_HOME")));
+        report.gpu.names.clear();
+        assert!(
+            advice(&report)
+                .iter()
+                .any(|a| a.contains("runs on the CPU"))
+        );
+    }
+}

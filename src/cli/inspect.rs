@@ -1,0 +1,311 @@
+//! `segattn inspect`: what a model folder holds, and the memory it will take.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use segattn::model::config::ModelConfig;
+use segattn::model::memory::{Memory, Use, memory};
+use segattn::model::tokenizer::{Tokenizer, end_ids};
+use segattn::model::weights::Checkpoint;
+use serde_json::{Value, json};
+
+/// Bytes of a number on the CPU and in every buffer counted here.
+const ELEMENT_BYTES: usize = 4;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Folder of the model: config.json, *.safetensors, tokenizer.json
+    #[arg(value_name = "DIR")]
+    model: PathBuf,
+    /// Sequence lengths to estimate the memory for
+    #[arg(
+        long,
+        value_name = "TOKENS,...",
+        value_delimiter = ',',
+        default_values_t = [4096, 32_768, 262_144, 1_048_576],
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..1 << 32)
+    )]
+    context: Vec<usize>,
+    /// Segments that a loss reaches back, for the memory of training
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    tbptt: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let config = ModelConfig::load(&args.model)?;
+    let rows = estimates(&config, args);
+    let weights = Checkpoint::open(&args.model);
+    let fits = match &weights {
+        Ok(weights) => weights.check(&config),
+        Err(_) => Ok(()),
+    };
+    let mut report = json!({
+        "folder": args.model,
+        "architecture": architecture(&config),
+        "parameters": parameters(&config),
+        "weights": weights.as_ref().map(stored).unwrap_or(Value::Null),
+        "tokenizer": tokenizer(&args.model, &config),
+        "segment": segment(&config),
+        "memory": rows.iter().map(row_json).collect::<Vec<_>>(),
+    });
+    if let (Ok(ids), Some(object)) = (end_ids(&args.model, &config), report.as_object_mut()) {
+        object.insert("end_ids".into(), json!(ids));
+    }
+    match args.json {
+        true => println!("{report:#}"),
+        false => print!("{}", text(&report, &rows)),
+    }
+    fits.and(weights.map(drop))
+        .context("the weights cannot be used")
+}
+
+fn architecture(config: &ModelConfig) -> Value {
+    json!({
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "inner": config.intermediate_size,
+        "q_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "tied": config.tie_word_embeddings,
+    })
+}
+
+/// Numbers of parameters by kind. Gates count only where a layer reads the past.
+fn parameters(config: &ModelConfig) -> Value {
+    let mut kinds = BTreeMap::new();
+    let mut total = 0;
+    for parameter in config.parameters() {
+        let kind = match parameter.name.as_str() {
+            name if name.contains(".self_attn.past_gate") => "past gates",
+            name if name.contains(".self_attn.") => "attention",
+            name if name.contains(".mlp.") => "mlp",
+            name if name.contains("norm") => "norms",
+            name if name.starts_with("lm_head") => "head",
+            _ => "embedding",
+        };
+        *kinds.entry(kind).or_insert(0) += parameter.numel();
+        total += parameter.numel();
+    }
+    json!({"total": total, "by_kind": kinds})
+}
+
+fn stored(weights: &Checkpoint) -> Value {
+    let (mut formats, mut bytes) = (BTreeMap::new(), 0);
+    for (_, entry) in weights.tensors() {
+        *formats.entry(entry.format.name()).or_insert(0u64) += 1;
+        bytes += entry.bytes;
+    }
+    json!({"files": weights.shards().len(), "bytes": bytes, "tensors_by_format": formats})
+}
+
+fn tokenizer(folder: &Path, config: &ModelConfig) -> Value {
+    match Tokenizer::open(folder, config) {
+        Ok(tokenizer) if tokenizer.is_bytes() => {
+            json!({"kind": "bytes", "ids": tokenizer.vocab_size()})
+        }
+        Ok(tokenizer) => json!({"kind": "tokenizer.json", "ids": tokenizer.vocab_size()}),
+        Err(error) => json!({"kind": "none", "problem": error.to_string()}),
+    }
+}
+
+/// The segment object, with one letter for each KV head of a layer.
+fn segment(config: &ModelConfig) -> Value {
+    let Some(segment) = &config.segment else {
+        return Value::Null;
+    };
+    let letter = |l: usize, g: usize| match (config.reads_prior(l, g), config.reads_past(l, g)) {
+        (false, false) => '.',
+        (true, false) => 'r',
+        (false, true) => 'a',
+        (true, true) => 'B',
+    };
+    let roles = |l: usize| {
+        (0..config.num_key_value_heads)
+            .map(|g| letter(l, g))
+            .collect::<String>()
+    };
+    json!({
+        "segment_len": segment.segment_len,
+        "prior_len": segment.prior_len,
+        "past_len": segment.past_len,
+        "block_len": segment.retrieval.block_len,
+        "layers": (0..config.num_hidden_layers).map(roles).collect::<Vec<_>>(),
+    })
+}
+
+/// Memory at one length: to read (score, generate) and to train.
+struct Row {
+    tokens: usize,
+    read: Memory,
+    train: Memory,
+}
+
+fn estimates(config: &ModelConfig, args: &Args) -> Vec<Row> {
+    let train = Use::Train {
+        tbptt: args.tbptt,
+        segments_per_step: 1,
+    };
+    let row = |tokens: &usize| Row {
+        tokens: *tokens,
+        read: memory(config, *tokens, Use::Read, ELEMENT_BYTES),
+        train: memory(config, *tokens, train, ELEMENT_BYTES),
+    };
+    args.context.iter().map(row).collect()
+}
+
+fn row_json(row: &Row) -> Value {
+    let memory = |m: &Memory| {
+        json!({
+            "weights": m.weights, "slots": m.slots, "state": m.state, "pool": m.pool,
+            "activations": m.activations, "total": m.total(),
+        })
+    };
+    json!({"tokens": row.tokens, "read": memory(&row.read), "train": memory(&row.train)})
+}
+
+fn text(report: &Value, rows: &[Row]) -> String {
+    let mut out = String::new();
+    let a = &report["architecture"];
+    let mut line = |name: &str, text: String| {
+        let text = format!("{name:<11} {text}");
+        out.push_str(text.trim_end());
+        out.push('\n');
+    };
+    line(
+        "model",
+        report["folder"].as_str().unwrap_or_default().to_owned(),
+    );
+    line(
+        "shape",
+        format!(
+            "{} layers, hidden {}, MLP {}, {} query / {} KV heads of {}, vocabulary {}{}",
+            a["layers"],
+            a["hidden"],
+            a["inner"],
+            a["q_heads"],
+            a["kv_heads"],
+            a["head_dim"],
+            a["vocabulary"],
+            if a["tied"] == true { ", tied" } else { "" },
+        ),
+    );
+    let p = &report["parameters"];
+    line(
+        "parameters",
+        format!("{}: {}", p["total"], pairs(&p["by_kind"])),
+    );
+    match &report["weights"] {
+        Value::Null => line("weights", "none that can be read".into()),
+        w => {
+            let bytes = size(w["bytes"].as_u64().unwrap_or(0));
+            let formats = pairs(&w["tensors_by_format"]);
+            line(
+                "weights",
+                format!("{} file(s), {bytes}, tensors: {formats}", w["files"]),
+            );
+        }
+    }
+    let t = &report["tokenizer"];
+    let kind = t["kind"].as_str().unwrap_or_default();
+    line(
+        "tokenizer",
+        match t["problem"].as_str() {
+            Some(problem) => format!("{kind}: {problem}"),
+            None => format!("{kind}, {} ids", t["ids"]),
+        },
+    );
+    match &report["segment"] {
+        Value::Null => line("segments", "none: full attention".into()),
+        s => {
+            let lens = format!(
+                "segment_len {}, prior_len {}, past_len {}, block_len {}",
+                s["segment_len"], s["prior_len"], s["past_len"], s["block_len"],
+            );
+            line("segments", lens);
+            let roles = s["layers"]
+                .as_array()
+                .map(Vec::as_slice)
+                .unwrap_or_default();
+            for (name, roles) in role_map(roles) {
+                line("", format!("{name:<9} {roles}"));
+            }
+            line(
+                "",
+                "a letter a KV head: r prior, a past, B both, . neither".into(),
+            );
+        }
+    }
+    line("", String::new());
+    line(
+        "memory",
+        "of one sequence in f32; pool: the part that grows".into(),
+    );
+    let head = [
+        "tokens",
+        "weights",
+        "state",
+        "pool",
+        "score/generate",
+        "train",
+    ];
+    line("", head.map(|h| format!("{h:>14}")).concat());
+    for row in rows {
+        let state = row.read.slots + row.read.state;
+        let cells = [
+            row.read.weights,
+            state,
+            row.read.pool,
+            row.read.total(),
+            row.train.total(),
+        ];
+        let cells = cells.map(|bytes| format!("{:>14}", size(bytes))).concat();
+        line("", format!("{:>14}{cells}", row.tokens));
+    }
+    out
+}
+
+fn pairs(object: &Value) -> String {
+    let entries = object.as_object().into_iter().flatten();
+    entries
+        .map(|(name, n)| format!("{name} {n}"))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// Runs of layers whose heads read the same.
+fn role_map(roles: &[Value]) -> Vec<(String, String)> {
+    let mut map: Vec<(usize, usize, &str)> = Vec::new();
+    for (l, roles) in roles.iter().enumerate() {
+        let roles = roles.as_str().unwrap_or_default();
+        match map.last_mut() {
+            Some((_, last, same)) if *same == roles => *last = l,
+            _ => map.push((l, l, roles)),
+        }
+    }
+    let name = |(first, last, roles): (usize, usize, &str)| {
+        let layers = if first == last {
+            format!("{first}")
+        } else {
+            format!("{first}-{last}")
+        };
+        (format!("layer {layers}"), roles.to_owned())
+    };
+    map.into_iter().map(name).collect()
+}
+
+fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return format!("{value:.1} {unit}");
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}

@@ -1,0 +1,267 @@
+//! How much memory a run of a model takes, before it is started.
+//!
+//! Counted from the same [`Plan`] that the run is made with, buffer by buffer; what attention needs
+//! while it works and the device's own padding are left out.
+
+use super::config::ModelConfig;
+use super::parameters::{Role, specs};
+use super::state::Plan;
+
+/// Rows of logits that exist at a time, as in scoring and training.
+const LOGIT_ROWS: usize = 128;
+
+/// What a sequence is run for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Log-probabilities of all its tokens, or the reading of a prompt and generation after it: one
+    /// segment at a time.
+    Read,
+    /// A gradient by exact TBPTT of this depth, and an AdamW update.
+    Train {
+        /// Segments that a loss reaches back.
+        tbptt: usize,
+        /// Segments computed side by side.
+        segments_per_step: usize,
+    },
+}
+
+/// Bytes of each kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Prepared weights; for training with a transposed copy of each matrix, the values as the optimizer
+    /// holds them, gradients, and both moments.
+    pub weights: u64,
+    /// Segments in flight: keys, values, probes, and the angle tables.
+    pub slots: u64,
+    /// Prior tails between segments.
+    pub state: u64,
+    /// Keys and values of all completed tokens, for the heads that read the past: the only kind
+    /// that grows with the sequence.
+    pub pool: u64,
+    /// Intermediate results.
+    pub activations: u64,
+}
+
+impl Memory {
+    /// All kinds together.
+    pub fn total(&self) -> u64 {
+        self.weights + self.slots + self.state + self.pool + self.activations
+    }
+}
+
+/// The memory for one sequence of `tokens` tokens on a device whose numbers take `element_bytes`.
+pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usize) -> Memory {
+    let plan = Plan::new(config, tokens);
+    let segments = tokens.div_ceil(plan.segment_len).max(1);
+    let (alive, side_by_side) = match run {
+        Use::Read => (1, 1),
+        Use::Train {
+            tbptt,
+            segments_per_step,
+        } => {
+            let n = segments_per_step.clamp(1, segments);
+            let kept = tbptt.min(segments).div_ceil(n) * n;
+            ((kept + n).min(segments), n)
+        }
+    };
+    let room = plan.segment_len.min(tokens.max(1));
+    let count = Count {
+        config,
+        plan: &plan,
+    };
+    let rows = |segments: usize| (segments * room).min(tokens);
+    let training = run != Use::Read;
+    let bytes = |elements: usize| elements as u64 * element_bytes as u64;
+    let activations = match training {
+        false => count.forward(rows(1)),
+        true => count.backward(rows(alive), rows(side_by_side)),
+    };
+    Memory {
+        weights: bytes(count.weights(training)),
+        slots: bytes(count.slots(alive, room)),
+        state: bytes(count.state()),
+        pool: bytes(count.pool(tokens)),
+        activations: bytes(activations),
+    }
+}
+
+/// Counts elements.
+struct Count<'a> {
+    config: &'a ModelConfig,
+    plan: &'a Plan,
+}
+
+impl Count<'_> {
+    fn weights(&self, training: bool) -> usize {
+        let specs = specs(self.config);
+        let all: usize = specs.iter().map(|s| s.role.len()).sum();
+        if !training {
+            return all;
+        }
+        let matrix = |role: Role| matches!(role, Role::Matrix { .. });
+        let matrices: usize = specs
+            .iter()
+            .filter(|s| matrix(s.role))
+            .map(|s| s.role.len())
+            .sum();
+        // The head's share of a tied embedding's gradient is kept apart.
+        let tied = if self.config.tie_word_embeddings {
+            specs[0].role.len()
+        } else {
+            0
+        };
+        5 * all + matrices + tied
+    }
+
+    /// Rows of the prior tail, and past rows, that a layer's slots have room for.
+    fn sources(&self, layer: usize) -> [usize; 2] {
+        let reads = &self.plan.reads[layer];
+        let prior = if reads.prior.contains(&true) {
+            self.plan.prior_len
+        } else {
+            0
+        };
+        let past = if reads.past.is_empty() {
+            0
+        } else {
+            self.plan.past_len
+        };
+        [prior, past]
+    }
+
+    /// As `Slots::new` allocates them.
+    fn slots(&self, slots: usize, room: usize) -> usize {
+        let layer = |l: usize| {
+            let [prior, past] = self.sources(l);
+            let probes = if past > 0 {
+                self.plan.probe_rows * self.plan.q_width()
+            } else {
+                0
+            };
+            (3 * room + 2 * prior + 2 * past) * self.plan.kv_width() + probes
+        };
+        let layers: usize = (0..self.plan.reads.len()).map(layer).sum();
+        slots * layers + (self.plan.origin() + room) * self.plan.heads.dim
+    }
+
+    /// As `SequenceState::new` allocates it.
+    fn state(&self) -> usize {
+        let tails = (0..self.plan.reads.len()).map(|l| 2 * self.sources(l)[0]);
+        tails.sum::<usize>() * self.plan.kv_width()
+    }
+
+    fn pool(&self, tokens: usize) -> usize {
+        let completed = tokens / self.plan.segment_len * self.plan.segment_len;
+        let heads: usize = self.plan.reads.iter().map(|r| r.past.len()).sum();
+        2 * completed * heads * self.plan.heads.dim
+    }
+
+    /// One row of what a layer's forward leaves for its backward.
+    fn tape(&self) -> usize {
+        let q = self.plan.q_width();
+        4 * self.config.hidden_size
+            + 2 * q
+            + 2 * self.config.intermediate_size
+            + self.plan.heads.q
+            + 2
+    }
+
+    fn logits(&self, rows: usize) -> usize {
+        rows.min(LOGIT_ROWS) * self.config.vocab_size
+    }
+
+    /// Of the layer at work, at its widest: everything of its tape, the MLP's inner row and the result.
+    fn forward(&self, rows: usize) -> usize {
+        let row = self.tape() + self.config.intermediate_size + self.config.hidden_size;
+        rows * row + self.logits(rows)
+    }
+
+    /// Tapes and sums of all layers over the `kept` rows, and what the pass at work needs beside
+    /// them for `rows` rows.
+    fn backward(&self, kept: usize, rows: usize) -> usize {
+        let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
+        let qkv = self.plan.q_width() + 2 * self.plan.kv_width();
+        let sums = qkv + 4 * hidden + 2 * inner;
+        let layers = self.config.num_hidden_layers * (self.tape() + sums);
+        kept * (layers + 2 * hidden) + rows * (3 * inner + 2 * qkv + 2 * hidden) + self.logits(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::device::reference::Reference;
+    use crate::model::state::{SequenceState, Slots};
+
+    fn config() -> ModelConfig {
+        let json = serde_json::json!({
+            "model_type": "llama", "vocab_size": 50, "hidden_size": 12, "intermediate_size": 20,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+            "segment": {
+                "segment_len": 16, "prior_len": 8, "past_len": 8,
+                "head_reads": [[["prior"], ["past"]], [[], ["prior"]], [[], ["past"]]],
+            },
+        });
+        ModelConfig::from_json(json).unwrap()
+    }
+
+    #[test]
+    fn slots_and_state_are_counted_as_they_are_allocated() {
+        let config = config();
+        for tokens in [5, 16, 100] {
+            let plan = Plan::new(&config, tokens);
+            let room = plan.segment_len.min(tokens);
+            let slots = Slots::new(&Reference, &config, &plan, 1, room).unwrap();
+            let len = |buffer: &Vec<f64>| Reference.len(buffer);
+            let mut held = len(slots.tables().0) + len(slots.tables().1);
+            for layer in &slots.layers {
+                let kv = &layer.kv;
+                let buffers = [
+                    &kv.k,
+                    &kv.raw_k,
+                    &kv.v,
+                    &kv.prior_k,
+                    &kv.prior_v,
+                    &kv.past_k,
+                    &kv.past_v,
+                ];
+                held += buffers.into_iter().map(len).sum::<usize>();
+                held += layer.probes.as_ref().map_or(0, len);
+            }
+            let state = SequenceState::<Reference>::new(&Reference, &plan).unwrap();
+            let tails = state
+                .layers
+                .iter()
+                .map(|l| len(&l.prior_k) + len(&l.prior_v));
+            let memory = memory(&config, tokens, Use::Read, 8);
+            assert_eq!(memory.slots, 8 * held as u64, "{tokens} tokens");
+            assert_eq!(memory.state, 8 * tails.sum::<usize>() as u64);
+        }
+    }
+
+    #[test]
+    fn only_the_pool_grows_with_a_segmented_sequence() {
+        let config = config();
+        for run in [
+            Use::Read,
+            Use::Train {
+                tbptt: 1,
+                segments_per_step: 1,
+            },
+        ] {
+            let (short, long) = (memory(&config, 160, run, 4), memory(&config, 1600, run, 4));
+            assert_eq!(Memory { pool: 0, ..short }, Memory { pool: 0, ..long });
+            // Two heads of 6 read the past: keys and values of 1600 tokens.
+            assert_eq!(long.pool, 2 * 2 * 6 * 1600 * 4);
+            assert_eq!(short.pool * 10, long.pool);
+        }
+        let mut plain = config;
+        plain.segment = None;
+        let (short, long) = (
+            memory(&plain, 160, Use::Read, 4),
+            memory(&plain, 1600, Use::Read, 4),
+        );
+        assert!(long.slots > 9 * short.slots && long.pool == 0);
+    }
+}

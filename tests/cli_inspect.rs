@@ -1,0 +1,95 @@
+//! Commands that report: on a model folder, on the machine, and completions.
+
+#![cfg(feature = "cli")]
+
+mod cli_model;
+
+use cli_model::{config, fails, printed, save, segattn};
+use serde_json::Value;
+
+#[test]
+fn inspect_counts_parameters_files_and_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    save(folder, &config());
+    let args = ["inspect", ".", "--json", "--context", "640,6400"];
+    let report: Value = serde_json::from_str(&printed(folder, &args)).unwrap();
+    let parameters = &report["parameters"];
+    assert_eq!(parameters["by_kind"]["embedding"], 256 * 32);
+    assert_eq!(parameters["by_kind"]["mlp"], 2 * 3 * 32 * 48);
+    assert_eq!(parameters["by_kind"]["past gates"], 8);
+    let all = 256 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32 + 4) + 32;
+    assert_eq!(parameters["total"], all);
+    assert_eq!(report["weights"]["files"], 1);
+    assert_eq!(report["weights"]["bytes"], 4 * all);
+    assert_eq!(report["tokenizer"]["kind"], "bytes");
+    assert_eq!(report["end_ids"], serde_json::json!([0]));
+    assert_eq!(report["segment"]["layers"], serde_json::json!(["ra", "B."]));
+    let memory = &report["memory"];
+    assert_eq!(memory[0]["read"]["weights"], 4 * all);
+    // Two heads of 8 read the past.
+    assert_eq!(memory[1]["read"]["pool"], 2 * 2 * 8 * 6400 * 4);
+    assert_eq!(
+        memory[0]["read"]["activations"],
+        memory[1]["read"]["activations"]
+    );
+    let text = printed(folder, &["inspect", ".", "--context", "640"]);
+    for part in [
+        "layer 0   ra",
+        "layer 1   B.",
+        "bytes, 256 ids",
+        "segment_len 64",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn inspect_still_reports_where_the_weights_do_not_fit_and_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    save(folder, &config());
+    let mut wider = config();
+    wider.intermediate_size = 50;
+    wider.save(folder).unwrap();
+    fails(folder, &["inspect", "."], "mlp.gate_proj.weight");
+    let output = segattn(folder, &["inspect", "."]);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("MLP 50"));
+    std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+    fails(folder, &["inspect", "."], "found neither");
+    fails(folder, &["inspect", "missing"], "config.json");
+    fails(folder, &["inspect", ".", "--context", "0"], "--context");
+}
+
+#[test]
+fn doctor_names_processor_memory_and_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let report: Value = serde_json::from_str(&printed(
+        folder.path(),
+        &["doctor", "--json", "--threads", "1"],
+    ))
+    .unwrap();
+    assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(report["cpu"]["threads"], 1);
+    assert_eq!(report["cpu"]["instruction_sets"][0], "Portable");
+    assert!(report["advice"].is_array());
+    let text = printed(folder.path(), &["doctor"]);
+    for name in ["segattn", "cpu", "memory", "gpu", "driver", "nvcc"] {
+        assert!(
+            text.lines().any(|line| line.starts_with(name)),
+            "{name}: {text}"
+        );
+    }
+}
+
+#[test]
+fn completions_name_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = printed(folder.path(), &["completions", shell]);
+        for command in ["generate", "inspect", "doctor", "completions"] {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+    }
+    fails(folder.path(), &["completions", "tcsh"], "tcsh");
+}
