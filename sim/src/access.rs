@@ -1,5 +1,6 @@
 //! One access to memory: which memory it is, whether it lies inside, and whether it is ordered after the others.
 
+use crate::clock::Clock;
 use crate::launch::Launch;
 use crate::memory::{GUARD, Region};
 use crate::module::image_base;
@@ -73,23 +74,27 @@ impl Launch {
         self.block().shared.contains(address, 1)
     }
 
-    /// Checks one access. False if it must not be carried out; the launch then ends.
+    /// Checks one access of the running thread. False if it must not be carried out; the launch then ends.
     pub fn access(&mut self, access: Access, site: Site) -> bool {
         if !self.checks {
             return true;
         }
+        let id = self.current.thread;
+        let clock = std::mem::take(&mut self.thread_mut().clock);
+        let allowed = self.access_by(id, &clock, access, site);
+        self.thread_mut().clock = clock;
+        allowed
+    }
+
+    /// Checks one access of actor `id` of the running block, a thread or an asynchronous agent.
+    pub fn access_by(&mut self, id: u16, clock: &Clock, access: Access, site: Site) -> bool {
         self.stats.accesses += 1;
         if !access.address.is_multiple_of(access.alignment) {
             let place = self.describe(access.address);
-            self.report(
-                Kind::Misaligned,
-                access.action,
-                site,
-                format!("{place}, {} bytes", access.bytes),
-            );
+            let place = format!("{place}, {} bytes", access.bytes);
+            self.report_by(Kind::Misaligned, id, access.action, site, place);
         }
         let slot = self.current.slot as usize;
-        let id = self.current.thread;
         let Launch {
             blocks,
             memory,
@@ -101,31 +106,31 @@ impl Launch {
         let Some(block) = &mut blocks[slot] else {
             return false;
         };
-        let clock = &block.threads[id as usize].clock;
+        let (serial, flags) = (block.serial, access.flags);
         let epoch = Epoch {
             clock: clock.local[id as usize],
-            block: block.serial,
+            block: serial,
             site: site.0,
             id,
-            flags: access.flags,
+            flags,
         };
         let actor = Actor {
             epoch,
             local: &clock.local,
             foreign: &clock.foreign,
+            proxied: (id as usize >= block.threads.len()).then_some(&clock.proxied[..]),
             first_block: *first_block,
         };
         let (address, bytes) = (access.address, access.bytes);
         let found = if block.shared.contains(address, bytes) {
             let cells = block.shared.cells(address, bytes);
-            check(cells, &actor, access.mode, Some(block.serial), readers)
+            check(cells, &actor, access.mode, Some(serial), readers)
         } else {
             match memory.find(address, bytes) {
                 Some(Region {
                     read_only: true, ..
                 }) if access.mode != Mode::Read => {
-                    let place = self.describe(address);
-                    return self.fault(Kind::ReadOnly, access, site, place);
+                    return self.fault(Kind::ReadOnly, id, access, site);
                 }
                 Some(Region {
                     read_only: true,
@@ -143,31 +148,45 @@ impl Launch {
                 None if access.mode == Mode::Read && image_base(address) == Some(*own_image) => {
                     return true;
                 }
-                None => {
-                    let place = format!("{bytes} bytes at {}", self.describe(address));
-                    return self.fault(Kind::OutOfBounds, access, site, place);
-                }
+                None => return self.fault(Kind::OutOfBounds, id, access, site),
             }
         };
         if let Some((cell, conflict)) = found {
-            self.report_conflict(access, cell, conflict, site);
+            self.report_conflict(id, access, cell, conflict, site);
         }
         true
     }
 
     /// Reports an access that cannot be carried out and ends the launch.
-    fn fault(&mut self, kind: Kind, access: Access, site: Site, place: String) -> bool {
-        self.report(kind, access.action, site, place);
+    fn fault(&mut self, kind: Kind, id: u16, access: Access, site: Site) -> bool {
+        let place = format!(
+            "{} bytes at {}",
+            access.bytes,
+            self.describe(access.address)
+        );
+        self.report_by(kind, id, access.action, site, place);
         self.fatal = true;
         false
     }
 
-    fn report_conflict(&mut self, access: Access, cell: usize, conflict: Conflict, site: Site) {
+    fn report_conflict(
+        &mut self,
+        id: u16,
+        access: Access,
+        cell: usize,
+        conflict: Conflict,
+        site: Site,
+    ) {
         let (kind, other, did) = match conflict {
             Conflict::AfterWrite(old) => (Kind::Race, Some(old), "wrote it"),
             Conflict::AfterRead(old) => (Kind::Race, Some(old), "read it"),
             Conflict::Pending(old) => (Kind::NotWaited, Some(old), "copies into it"),
             Conflict::Uninitialized => (Kind::Uninitialized, None, ""),
+            Conflict::Unfenced(old) => (
+                Kind::ProxyFence,
+                Some(old),
+                "wrote it with no proxy fence after",
+            ),
             Conflict::Barrier(old) => (Kind::Mbarrier, Some(old), "made it an mbarrier"),
         };
         let atomic = |epoch: &Epoch| {
@@ -183,7 +202,7 @@ impl Launch {
             site: Site(old.site),
         });
         let place = self.describe(access.address / 2 * 2 + cell * crate::race::GRANULE);
-        let party = self.party(access.action, site);
+        let party = self.party_of(id, access.action, site);
         self.log.add(RawReport {
             kind,
             party,

@@ -1,6 +1,8 @@
 //! A resident block: its threads, warps, barriers and shared memory.
 
 use crate::barrier::Barrier;
+use crate::bulk::COPY_SLOTS;
+use crate::mbarrier::Barriers;
 use crate::memory::Region;
 use crate::thread::Thread;
 use crate::warp::Warp;
@@ -14,9 +16,16 @@ pub(crate) struct Block {
     pub barriers: [Barrier; 16],
     pub shared: Region,
     pub unfinished: usize,
+    pub mbarriers: Barriers,
+    pub copies_issued: u64,
 }
 
 impl Block {
+    /// Threads and asynchronous agents: the entries of a clock.
+    pub fn num_actors(&self) -> usize {
+        actors(self.threads.len())
+    }
+
     /// The warps of a block of `threads` threads, the last one perhaps not full.
     pub fn warps(threads: usize) -> Vec<Warp> {
         let lanes = |warp: usize| match threads - warp * 32 {
@@ -30,4 +39,9 @@ impl Block {
         };
         (0..threads.div_ceil(32)).map(warp).collect()
     }
+}
+
+/// Entries of a clock in a block of `threads` threads: those, the bulk copies, the tensor core of each warp.
+pub(crate) fn actors(threads: usize) -> usize {
+    threads + COPY_SLOTS + threads.div_ceil(32)
 }

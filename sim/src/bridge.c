@@ -32,6 +32,29 @@ CALL(void, sim_fence, (int scope), (scope))
 CALL(void, sim_yield, (void), ())
 CALL(void, sim_trap, (const void* site), (site))
 
+CALL(void, sim_mbarrier_init, (void* b, uint32_t count, const void* site), (b, count, site))
+CALL(void, sim_mbarrier_invalidate, (void* b, const void* site), (b, site))
+CALL(void, sim_fence_mbarrier_init, (void), ())
+CALL(void, sim_mbarrier_arrive, (void* b, uint32_t count, const void* site), (b, count, site))
+CALL(void, sim_mbarrier_arrive_expect_tx, (void* b, uint32_t bytes, const void* site), (b, bytes, site))
+CALL(void, sim_mbarrier_expect_tx, (void* b, uint32_t bytes, const void* site), (b, bytes, site))
+CALL(void, sim_mbarrier_wait, (void* b, uint32_t parity, const void* site), (b, parity, site))
+CALL(int, sim_mbarrier_test_wait, (void* b, uint32_t parity, const void* site), (b, parity, site))
+CALL(void, sim_fence_proxy_async, (int space), (space))
+CALL(void, sim_tma_load, (void* dst, const void* map, const int32_t* at, void* b, const void* site),
+     (dst, map, at, b, site))
+CALL(void, sim_tma_store, (const void* map, const int32_t* at, const void* src, const void* site),
+     (map, at, src, site))
+CALL(void, sim_tma_reduce_add, (const void* map, const int32_t* at, const void* src, const void* site),
+     (map, at, src, site))
+CALL(void, sim_bulk_load, (void* dst, const void* src, uint32_t bytes, void* b, const void* site),
+     (dst, src, bytes, b, site))
+CALL(void, sim_bulk_store, (void* dst, const void* src, uint32_t bytes, const void* site), (dst, src, bytes, site))
+CALL(void, sim_bulk_reduce_add, (void* dst, const void* src, uint32_t bytes, const void* site),
+     (dst, src, bytes, site))
+CALL(void, sim_bulk_commit, (void), ())
+CALL(void, sim_bulk_wait, (uint32_t newest_left, int read, const void* site), (newest_left, read, site))
+
 // Called for every load and store outside the thread's own stack.
 void (*sim_access_pointer)(void* address, size_t bytes, int is_write, int aligned, const void* site);
 

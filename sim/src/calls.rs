@@ -4,6 +4,7 @@
 use std::ffi::{CStr, c_void};
 
 use crate::access::{Access, Mode};
+use crate::async_calls;
 use crate::atomics::{Operation, Order};
 use crate::launch::{suspend, with};
 use crate::report::{Kind, Site};
@@ -18,13 +19,13 @@ pub(crate) struct Call {
 
 /// The names and addresses of functions, as table entries.
 macro_rules! calls {
-    ($($name:literal => $function:ident;)*) => {
+    ($($name:literal => $function:path;)*) => {
         [$(Call { name: $name, function: $function as *const c_void }),*]
     };
 }
 
 /// Everything a compiled kernel needs.
-pub(crate) fn table() -> [Call; 18] {
+pub(crate) fn table() -> [Call; 35] {
     calls! {
         c"sim_thread_pointer" => thread;
         c"sim_syncthreads_pointer" => syncthreads;
@@ -44,6 +45,23 @@ pub(crate) fn table() -> [Call; 18] {
         c"sim_yield_pointer" => yield_now;
         c"sim_trap_pointer" => trap;
         c"sim_access_pointer" => access;
+        c"sim_mbarrier_init_pointer" => async_calls::mbarrier_init;
+        c"sim_mbarrier_invalidate_pointer" => async_calls::mbarrier_invalidate;
+        c"sim_fence_mbarrier_init_pointer" => async_calls::fence_mbarrier_init;
+        c"sim_mbarrier_arrive_pointer" => async_calls::mbarrier_arrive;
+        c"sim_mbarrier_arrive_expect_tx_pointer" => async_calls::mbarrier_arrive_expect_tx;
+        c"sim_mbarrier_expect_tx_pointer" => async_calls::mbarrier_expect_tx;
+        c"sim_mbarrier_wait_pointer" => async_calls::mbarrier_wait;
+        c"sim_mbarrier_test_wait_pointer" => async_calls::mbarrier_test_wait;
+        c"sim_fence_proxy_async_pointer" => async_calls::fence_proxy_async;
+        c"sim_tma_load_pointer" => async_calls::tma_load;
+        c"sim_tma_store_pointer" => async_calls::tma_store;
+        c"sim_tma_reduce_add_pointer" => async_calls::tma_reduce_add;
+        c"sim_bulk_load_pointer" => async_calls::bulk_load;
+        c"sim_bulk_store_pointer" => async_calls::bulk_store;
+        c"sim_bulk_reduce_add_pointer" => async_calls::bulk_reduce_add;
+        c"sim_bulk_commit_pointer" => async_calls::bulk_commit;
+        c"sim_bulk_wait_pointer" => async_calls::bulk_wait;
     }
 }
 
@@ -306,7 +324,7 @@ unsafe extern "C" fn access(
 }
 
 /// Does not return to a kernel whose access must not happen; the launch ends instead.
-unsafe fn stop_if_fatal() {
+pub(crate) unsafe fn stop_if_fatal() {
     // SAFETY: see above.
     unsafe {
         if with(|launch| launch.fatal) {
@@ -317,7 +335,7 @@ unsafe fn stop_if_fatal() {
 
 impl crate::launch::Launch {
     /// The place in the kernel of a code address.
-    fn site(&self, address: *const c_void) -> Site {
+    pub fn site(&self, address: *const c_void) -> Site {
         Site((address as usize).wrapping_sub(self.image_base) as u32)
     }
 }

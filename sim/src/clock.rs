@@ -51,10 +51,28 @@ impl Foreign {
 }
 
 /// One actor's knowledge: of its own block (`local`, one entry an actor) and of others.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Clock {
     pub local: Vec<u32>,
+    /// The part of `local` that a proxy fence has carried over to the async proxy; empty before the first.
+    pub proxied: Vec<u32>,
     pub foreign: Foreign,
+}
+
+impl Clone for Clock {
+    fn clone(&self) -> Self {
+        Clock {
+            local: self.local.clone(),
+            proxied: self.proxied.clone(),
+            foreign: self.foreign.clone(),
+        }
+    }
+
+    fn clone_from(&mut self, source: &Self) {
+        self.local.clone_from(&source.local);
+        self.proxied.clone_from(&source.proxied);
+        self.foreign.clone_from(&source.foreign);
+    }
 }
 
 impl Clock {
@@ -62,14 +80,24 @@ impl Clock {
     pub fn new(actors: usize) -> Self {
         Clock {
             local: vec![0; actors],
-            foreign: Foreign::default(),
+            ..Clock::default()
         }
     }
 
     /// Adds everything `other`, a clock of the same block, knows.
     pub fn join(&mut self, other: &Clock) {
         max_into(&mut self.local, &other.local);
+        if self.proxied.is_empty() {
+            self.proxied.clone_from(&other.proxied);
+        } else {
+            max_into(&mut self.proxied, &other.proxied);
+        }
         self.foreign.join(&other.foreign);
+    }
+
+    /// fence.proxy.async: what is known now is known to the async proxy too.
+    pub fn fence_proxy(&mut self) {
+        self.proxied.clone_from(&self.local);
     }
 }
 

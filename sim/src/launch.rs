@@ -7,7 +7,8 @@ use std::ptr;
 
 use corosensei::{Coroutine, CoroutineResult};
 
-use crate::block::Block;
+use crate::block::{Block, actors};
+use crate::bulk::{BulkCopy, COPY_SLOTS};
 use crate::clock::Foreign;
 use crate::memory::{GlobalMemory, Region};
 use crate::race::Readers;
@@ -72,6 +73,8 @@ pub(crate) struct Launch {
     /// What was published at the addresses of atomics, by address and block (0: to all).
     pub published: HashMap<(usize, u32), Foreign>,
     pub image_base: usize,
+    /// Bulk copies that have been issued and not carried out.
+    pub in_flight: Vec<BulkCopy>,
     spins: u64,
 }
 
@@ -124,6 +127,7 @@ impl Launch {
             readers: Readers::default(),
             published: HashMap::new(),
             image_base: image,
+            in_flight: Vec::new(),
             spins: 0,
         }
     }
@@ -185,7 +189,7 @@ impl Launch {
                     body();
                 })
             };
-            threads.push(Thread::new(context, coroutine, thread, count));
+            threads.push(Thread::new(context, coroutine, thread, actors(count)));
             self.ready.push(ThreadRef {
                 slot: slot as u16,
                 thread: thread as u16,
@@ -199,6 +203,8 @@ impl Launch {
             barriers: Default::default(),
             shared,
             unfinished: count,
+            mbarriers: Default::default(),
+            copies_issued: 0,
         });
         self.next_block += 1;
         Ok(())
@@ -227,6 +233,10 @@ impl Launch {
 
     /// Picks a ready thread at random and makes it the running one.
     fn next_thread(&mut self) -> Option<crate::thread::Body> {
+        while !self.in_flight.is_empty() && (self.ready.is_empty() || self.rng.below(32) == 0) {
+            let index = self.rng.below(self.in_flight.len());
+            self.land_bulk_copy(index);
+        }
         if self.spins > SPIN_LIMIT || (self.ready.is_empty() && !self.fatal) {
             self.report_stuck();
             return None;
@@ -260,11 +270,13 @@ impl Launch {
         }
         self.thread_mut().finished = true;
         self.leave_warp(thread as usize);
-        let block = self.block_mut();
-        block.unfinished -= 1;
-        if block.unfinished == 0
-            && let Some(mut block) = self.blocks[slot as usize].take()
-        {
+        self.block_mut().unfinished -= 1;
+        let last = self.block().unfinished == 0;
+        if last {
+            self.check_copies_at_end();
+            self.check_mbarriers_at_end();
+        }
+        if last && let Some(mut block) = self.blocks[slot as usize].take() {
             block.threads.iter_mut().for_each(Thread::end);
             self.start_block(slot as usize, block.shared, body)?;
         }
@@ -321,17 +333,22 @@ impl Launch {
 
     /// A thread of a block of this launch, in words.
     pub fn who(&self, serial: u32, thread: u16) -> String {
+        let threads = self.shape.block.iter().product::<u32>() as usize;
+        let agent = (thread as usize).checked_sub(threads);
         let [x, y, z] = unravel(u32::from(thread), self.shape.block);
         let [i, j, k] = unravel(serial.wrapping_sub(self.first_block), self.shape.grid);
-        format!("thread ({x},{y},{z}) of block ({i},{j},{k})")
+        match agent {
+            None => format!("thread ({x},{y},{z}) of block ({i},{j},{k})"),
+            Some(slot) if slot < COPY_SLOTS => format!("a bulk copy of block ({i},{j},{k})"),
+            Some(agent) => format!(
+                "wgmma of warp {} of block ({i},{j},{k})",
+                agent - COPY_SLOTS
+            ),
+        }
     }
 
-    /// The running thread as a side of a report.
-    pub fn party(&self, action: &str, site: Site) -> RawParty {
-        self.party_of(self.current.thread, action, site)
-    }
-
-    fn party_of(&self, thread: u16, action: &str, site: Site) -> RawParty {
+    /// A thread or agent of the running block as a side of a report.
+    pub fn party_of(&self, thread: u16, action: &str, site: Site) -> RawParty {
         RawParty {
             who: self.who(self.block().serial, thread),
             action: action.to_string(),

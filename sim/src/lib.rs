@@ -8,15 +8,18 @@
 //! Global shadow cells cover two bytes: threads that write neighbouring single bytes are reported as a race.
 
 mod access;
+mod async_calls;
 mod async_copy;
 mod atomics;
 mod barrier;
 mod block;
+mod bulk;
 mod calls;
 mod clock;
 mod gpu;
 mod launch;
 mod mapping;
+mod mbarrier;
 mod memory;
 mod mma;
 mod module;
@@ -26,6 +29,7 @@ mod report;
 mod rng;
 mod stack;
 mod symbols;
+mod tensor_map;
 mod thread;
 mod warp;
 
@@ -34,3 +38,4 @@ pub use launch::Stats;
 pub use memory::Buffer;
 pub use module::{CompileError, Kernel, Module, Source};
 pub use report::{Kind, Party, Report};
+pub use tensor_map::TensorMap;

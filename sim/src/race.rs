@@ -17,6 +17,8 @@ pub(crate) const INITIALIZED: u16 = 1;
 pub(crate) const PENDING: u16 = 2;
 /// The last write (or read) was atomic.
 pub(crate) const ATOMIC: u16 = 4;
+/// The last write went through the async proxy: a bulk copy, not an ordinary store.
+pub(crate) const ASYNC: u16 = 8;
 /// The cell belongs to an mbarrier object.
 pub(crate) const BARRIER: u16 = 16;
 /// `read.clock` is an index into the pool of reader lists.
@@ -46,6 +48,8 @@ pub(crate) struct Actor<'a> {
     pub epoch: Epoch,
     pub local: &'a [u32],
     pub foreign: &'a Foreign,
+    /// For the async proxy: the part of `local` that proxy fences have carried over.
+    pub proxied: Option<&'a [u32]>,
     /// Blocks with a smaller serial number belong to launches that have ended.
     pub first_block: u32,
 }
@@ -60,6 +64,17 @@ impl Actor<'_> {
         } else {
             past.clock <= self.foreign.known(past.block, past.id as usize)
         }
+    }
+
+    /// Whether this is the async proxy and `write` an ordinary store of its block that no proxy fence followed.
+    fn lacks_fence(&self, write: &Epoch) -> bool {
+        let Some(proxied) = self.proxied else {
+            return false;
+        };
+        let ordinary = write.flags & ASYNC == 0 && write.clock > 0;
+        ordinary
+            && write.block == self.epoch.block
+            && write.clock > proxied.get(write.id as usize).copied().unwrap_or(0)
     }
 }
 
@@ -76,6 +91,8 @@ pub(crate) enum Conflict {
     Uninitialized,
     /// Plain access to an mbarrier.
     Barrier(Epoch),
+    /// The async proxy touches what an ordinary store wrote, with no proxy fence between.
+    Unfenced(Epoch),
 }
 
 /// Reader lists of cells that several unordered actors have read since the last write.
@@ -142,6 +159,8 @@ impl Cell {
             Some(Conflict::Pending(write))
         } else if !both_atomic && !actor.knows(&write) {
             Some(Conflict::AfterWrite(write))
+        } else if actor.lacks_fence(&write) {
+            Some(Conflict::Unfenced(write))
         } else if write.flags & INITIALIZED == 0 {
             Some(Conflict::Uninitialized)
         } else {
@@ -181,6 +200,9 @@ impl Cell {
         }
         if write.flags & flags & ATOMIC == 0 && !actor.knows(&write) {
             return Some(Conflict::AfterWrite(write));
+        }
+        if actor.lacks_fence(&write) {
+            return Some(Conflict::Unfenced(write));
         }
         let unordered = |read: &Epoch| read.flags & flags & ATOMIC == 0 && !actor.knows(read);
         if self.read.flags & MANY_READERS == 0 {

@@ -3,6 +3,7 @@
 use corosensei::{Coroutine, Yielder};
 
 use crate::async_copy::ThreadCopies;
+use crate::bulk::ThreadBulk;
 use crate::clock::Clock;
 use crate::report::Site;
 use crate::stack::ThreadStack;
@@ -42,6 +43,7 @@ pub(crate) struct Thread {
     pub wait: Option<Wait>,
     pub finished: bool,
     pub copies: ThreadCopies,
+    pub bulk: ThreadBulk,
 }
 
 impl Thread {
@@ -59,6 +61,7 @@ impl Thread {
             wait: None,
             finished: false,
             copies: ThreadCopies::default(),
+            bulk: ThreadBulk::default(),
         }
     }
 
