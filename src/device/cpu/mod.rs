@@ -11,8 +11,10 @@
 mod buffer;
 mod isa;
 mod kernel;
+mod math;
 mod packed;
 pub mod product;
+pub mod rows;
 
 pub use isa::Isa;
 pub use packed::PackedMatrix;

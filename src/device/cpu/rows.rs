@@ -1,0 +1,391 @@
+//! Row-wise functions: RMS norm, rotary embedding, SwiGLU, residual sum, softmax cross entropy.
+//!
+//! Matrices are row-major and packed unless strides are given. A row's result depends on that row
+//! alone; sums within a row go through 16 lanes added in a fixed order, sums over rows (the norm's
+//! weight gradient) are one chain in ascending order of rows. Rows are spread over threads where
+//! there is enough work.
+
+use rayon::prelude::*;
+
+use super::isa::Isa;
+use super::math::{exp, for_each_isa, sum_lanes};
+
+#[cfg(test)]
+mod tests;
+
+/// Elements per task below which threads do not pay.
+const TASK: usize = 1 << 14;
+
+/// Rows per task so that a task has at least [`TASK`] elements.
+fn min_rows(width: usize) -> usize {
+    TASK.div_ceil(width.max(1))
+}
+
+/// y = w x / sqrt(mean(x²) + eps) for each row; `rstd` takes 1 / sqrt(...) of each row.
+///
+/// Rows are counted by `rstd`, the width is that of `w`. (Zhang and Sennrich 2019.)
+///
+/// # Panics
+/// If x or y is not rows times width long.
+pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32]) {
+    let width = check_rows(rstd.len(), w.len(), [("x", x.len()), ("y", y.len())]);
+    let isa = Isa::best();
+    (y.par_chunks_mut(width), x.par_chunks(width), rstd)
+        .into_par_iter()
+        .with_min_len(min_rows(width))
+        .for_each(|(y, x, rstd)| *rstd = rms_norm_row(isa, x, w, eps, y));
+}
+
+for_each_isa! {
+    fn rms_norm_row(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32 {
+        let squares = sum_lanes([x], |[x], sum| x.mul_add(x, sum));
+        let rstd = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = x * rstd * w;
+        }
+        rstd
+    }
+}
+
+/// dx (+)= rstd w dy - x rstd³ mean(w dy x) for each row, with `rstd` from [`rms_norm`].
+///
+/// # Panics
+/// If dy, x or dx is not rows times width long.
+pub fn rms_norm_backward(
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    rstd: &[f32],
+    dx: &mut [f32],
+    accumulate: bool,
+) {
+    let lens = [("dy", dy.len()), ("x", x.len()), ("dx", dx.len())];
+    let width = check_rows(rstd.len(), w.len(), lens);
+    let isa = Isa::best();
+    (
+        dx.par_chunks_mut(width),
+        dy.par_chunks(width),
+        x.par_chunks(width),
+        rstd,
+    )
+        .into_par_iter()
+        .with_min_len(min_rows(width))
+        .for_each(|(dx, dy, x, rstd)| rms_norm_backward_row(isa, dy, x, w, *rstd, dx, accumulate));
+}
+
+for_each_isa! {
+    fn rms_norm_backward_row(
+        dy: &[f32], x: &[f32], w: &[f32], rstd: f32, dx: &mut [f32], accumulate: bool,
+    ) {
+        let dot = sum_lanes([dy, x, w], |[dy, x, w], sum| (dy * w).mul_add(x, sum));
+        let along_x = -(dot / x.len() as f32) * rstd * rstd * rstd;
+        for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+            let gradient = x.mul_add(along_x, dy * w * rstd);
+            *dx = if accumulate { *dx + gradient } else { gradient };
+        }
+    }
+}
+
+/// dw += sum over rows of dy x rstd, one chain over rows ascending from the value in dw.
+///
+/// # Panics
+/// If dy or x is not rows times width long.
+pub fn rms_norm_weight_grad(dy: &[f32], x: &[f32], rstd: &[f32], dw: &mut [f32]) {
+    let width = check_rows(rstd.len(), dw.len(), [("dy", dy.len()), ("x", x.len())]);
+    let isa = Isa::best();
+    let columns = if dy.len() < 2 * TASK { width } else { 128 };
+    dw.par_chunks_mut(columns).enumerate().for_each(|(at, dw)| {
+        weight_grad_columns(isa, dy, x, rstd, [width, at * columns], dw);
+    });
+}
+
+for_each_isa! {
+    /// The columns of dw from `from` on.
+    fn weight_grad_columns(
+        dy: &[f32], x: &[f32], rstd: &[f32], [width, from]: [usize; 2], dw: &mut [f32],
+    ) {
+        for (row, rstd) in rstd.iter().enumerate() {
+            let at = row * width + from;
+            let (dy, x) = (&dy[at..at + dw.len()], &x[at..at + dw.len()]);
+            for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
+                *dw = dy.mul_add(x * rstd, *dw);
+            }
+        }
+    }
+}
+
+/// Checks that each named slice holds rows x width elements; the width, at least 1 for chunking.
+fn check_rows<const N: usize>(rows: usize, width: usize, slices: [(&str, usize); N]) -> usize {
+    for (name, len) in slices {
+        assert_eq!(
+            Some(len),
+            rows.checked_mul(width),
+            "length of {name}, {rows} x {width}"
+        );
+    }
+    width.max(1)
+}
+
+/// Rows of heads: element (row, head, d) at `row * strides[0] + head * strides[1] + d`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadRows {
+    /// Heads in a row.
+    pub heads: usize,
+    /// Width of a head, even.
+    pub head_dim: usize,
+    /// Distances between rows and between heads; rows do not overlap.
+    pub strides: [usize; 2],
+}
+
+impl HeadRows {
+    /// Heads and rows one after the other.
+    pub fn packed(heads: usize, head_dim: usize) -> HeadRows {
+        HeadRows {
+            heads,
+            head_dim,
+            strides: [heads * head_dim, head_dim],
+        }
+    }
+
+    /// Elements from the first of a row to its last.
+    fn row_len(&self) -> usize {
+        self.heads.saturating_sub(1) * self.strides[1] + self.head_dim
+    }
+
+    fn check(&self, name: &str, rows: usize, len: usize) {
+        let [row, head] = self.strides;
+        assert!(
+            head >= self.head_dim || self.heads <= 1,
+            "heads of {name} overlap"
+        );
+        assert!(row >= self.row_len() || rows <= 1, "rows of {name} overlap");
+        let needed = rows
+            .checked_sub(1)
+            .map_or(0, |last| last * row + self.row_len());
+        assert!(len >= needed, "length of {name}: {len} instead of {needed}");
+    }
+}
+
+/// Angles of the rotary embedding, as rows of cosines and sines \[any, head_dim / 2\].
+#[derive(Clone, Copy, Debug)]
+pub struct Angles<'a> {
+    /// Cosines.
+    pub cos: &'a [f32],
+    /// Sines.
+    pub sin: &'a [f32],
+}
+
+/// Rotates each head of each row by its row of `angles`, number `table_rows[row]`.
+///
+/// Element d < head_dim / 2 and element d + head_dim / 2 are a pair ("rotate half"). `inverse`
+/// rotates back, which is also the gradient. Source and destination have the same heads. (Su et al. 2021.)
+///
+/// # Panics
+/// If heads differ or head_dim is odd, rows overlap, a slice is too short, or a table row is missing.
+pub fn rope(
+    src: &[f32],
+    from: HeadRows,
+    angles: Angles,
+    table_rows: &[u32],
+    inverse: bool,
+    dst: &mut [f32],
+    to: HeadRows,
+) {
+    let (rows, half) = (table_rows.len(), from.head_dim / 2);
+    assert_eq!(
+        [from.heads, from.head_dim],
+        [to.heads, to.head_dim],
+        "heads, head_dim of dst"
+    );
+    assert!(
+        from.head_dim.is_multiple_of(2),
+        "head_dim is odd: {}",
+        from.head_dim
+    );
+    from.check("src", rows, src.len());
+    to.check("dst", rows, dst.len());
+    if rows == 0 || from.heads == 0 || half == 0 {
+        return;
+    }
+    let isa = Isa::best();
+    let stride = if rows == 1 {
+        to.row_len()
+    } else {
+        to.strides[0]
+    };
+    dst.par_chunks_mut(stride)
+        .zip(table_rows)
+        .enumerate()
+        .with_min_len(min_rows(from.heads * from.head_dim))
+        .for_each(|(row, (dst, &table_row))| {
+            let at = table_row as usize * half;
+            let angles = Angles {
+                cos: &angles.cos[at..at + half],
+                sin: &angles.sin[at..at + half],
+            };
+            let src = &src[row * from.strides[0]..];
+            for head in 0..from.heads {
+                let src = &src[head * from.strides[1]..][..from.head_dim];
+                let dst = &mut dst[head * to.strides[1]..][..from.head_dim];
+                rotate(isa, src, angles, inverse, dst);
+            }
+        });
+}
+
+for_each_isa! {
+    /// One head by one row of angles.
+    fn rotate(src: &[f32], angles: Angles, inverse: bool, dst: &mut [f32]) {
+        let half = src.len() / 2;
+        let ((a, b), (to_a, to_b)) = (src.split_at(half), dst.split_at_mut(half));
+        let (cos, sin) = (&angles.cos[..half], &angles.sin[..half]);
+        for d in 0..half {
+            let sin = if inverse { -sin[d] } else { sin[d] };
+            to_a[d] = a[d].mul_add(cos[d], -(b[d] * sin));
+            to_b[d] = b[d].mul_add(cos[d], a[d] * sin);
+        }
+    }
+}
+
+/// y\[rows, inter\] = silu(gate) up, with gate | up = `gate_up`\[rows, 2 inter\]. (Shazeer 2020.)
+///
+/// # Panics
+/// If the lengths do not fit `inter`.
+pub fn swiglu(gate_up: &[f32], inter: usize, y: &mut [f32]) {
+    let rows = y.len() / inter.max(1);
+    let width = check_rows(
+        rows,
+        inter,
+        [("y", y.len()), ("gate_up", gate_up.len() / 2)],
+    );
+    let isa = Isa::best();
+    (y.par_chunks_mut(width), gate_up.par_chunks(2 * width))
+        .into_par_iter()
+        .with_min_len(min_rows(width))
+        .for_each(|(y, gate_up)| swiglu_row(isa, gate_up, y));
+}
+
+for_each_isa! {
+    fn swiglu_row(gate_up: &[f32], y: &mut [f32]) {
+        let (gate, up) = gate_up.split_at(y.len());
+        for ((y, &gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = gate / (1.0 + exp(-gate)) * up;
+        }
+    }
+}
+
+/// Gradients of [`swiglu`] by gate and up, written to `d_gate_up`\[rows, 2 inter\].
+///
+/// # Panics
+/// If the lengths do not fit `inter`.
+pub fn swiglu_backward(dy: &[f32], gate_up: &[f32], inter: usize, d_gate_up: &mut [f32]) {
+    let rows = dy.len() / inter.max(1);
+    let lens = [
+        ("gate_up", gate_up.len() / 2),
+        ("d_gate_up", d_gate_up.len() / 2),
+    ];
+    let width = check_rows(rows, inter, lens);
+    let isa = Isa::best();
+    (
+        d_gate_up.par_chunks_mut(2 * width),
+        dy.par_chunks(width),
+        gate_up.par_chunks(2 * width),
+    )
+        .into_par_iter()
+        .with_min_len(min_rows(width))
+        .for_each(|(d, dy, gate_up)| swiglu_backward_row(isa, dy, gate_up, d));
+}
+
+for_each_isa! {
+    fn swiglu_backward_row(dy: &[f32], gate_up: &[f32], d_gate_up: &mut [f32]) {
+        let (gate, up) = gate_up.split_at(dy.len());
+        let (d_gate, d_up) = d_gate_up.split_at_mut(dy.len());
+        for ((((d_gate, d_up), &gate), up), dy) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dy) {
+            let sigmoid = 1.0 / (1.0 + exp(-gate));
+            *d_up = dy * (gate * sigmoid);
+            *d_gate = dy * up * sigmoid * gate.mul_add(1.0 - sigmoid, 1.0);
+        }
+    }
+}
+
+/// x += y.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "length of y");
+    x.par_chunks_mut(TASK)
+        .zip(y.par_chunks(TASK))
+        .for_each(|(x, y)| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x += y;
+            }
+        });
+}
+
+/// What the softmax of one row of logits comes to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSoftmax {
+    /// ln softmax(logits)\[target\], in nats.
+    pub logprob: f32,
+    /// The largest logit.
+    pub max: f32,
+    /// Sum over j of e^(logit_j - max).
+    pub sum: f64,
+}
+
+/// The log-probability of `target` under softmax(logits). NaN if a logit is NaN or all are -inf.
+///
+/// # Panics
+/// If there is no logit `target`.
+pub fn cross_entropy_row(logits: &[f32], target: usize) -> RowSoftmax {
+    softmax_row(Isa::best(), logits, target)
+}
+
+/// Elements summed in f32 lanes before their sum goes to f64, so that a large vocabulary costs no accuracy.
+const SUM_BLOCK: usize = 4096;
+
+for_each_isa! {
+    fn softmax_row(logits: &[f32], target: usize) -> RowSoftmax {
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let (whole, rest) = logits.as_chunks::<16>();
+        for chunk in whole {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane = if x > *lane { x } else { *lane };
+            }
+        }
+        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
+        let mut sum = 0f64;
+        for block in logits.chunks(SUM_BLOCK) {
+            sum += sum_lanes([block], |[x], sum| sum + exp(x - max)) as f64;
+        }
+        let logprob = ((logits[target] - max) as f64 - sum.ln()) as f32;
+        RowSoftmax { logprob, max, sum }
+    }
+}
+
+/// Replaces logits by factor (softmax(logits) - onehot(target)), the gradient of -factor logprob.
+///
+/// `row` is what [`cross_entropy_row`] returned for the same logits.
+///
+/// # Panics
+/// If there is no logit `target`.
+pub fn cross_entropy_grad_row(logits: &mut [f32], target: usize, row: &RowSoftmax, factor: f32) {
+    assert!(
+        target < logits.len(),
+        "target {target} of {} logits",
+        logits.len()
+    );
+    softmax_grad_row(Isa::best(), logits, target, row, factor);
+}
+
+for_each_isa! {
+    fn softmax_grad_row(logits: &mut [f32], target: usize, row: &RowSoftmax, factor: f32) {
+        let (max, scale) = (row.max, (1.0 / row.sum) as f32);
+        // p - 1 without cancellation: minus the probability of all the others, where they are few.
+        let of_target = (row.logprob as f64).exp_m1() as f32;
+        for x in logits.iter_mut() {
+            *x = exp(*x - max) * scale * factor;
+        }
+        logits[target] = of_target * factor;
+    }
+}
