@@ -8,6 +8,7 @@ mod generate;
 mod grad;
 mod inspect;
 mod model;
+mod op;
 mod score;
 
 use std::process::ExitCode;
@@ -63,6 +64,8 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Run the attention operation, forward and backward, on tensors in a file
+    Op(op::Args),
 }
 
 /// Parses the arguments, runs the command, and turns its result into an exit code: 0 done, 1 failed,
@@ -98,6 +101,7 @@ fn run(command: Command, quiet: bool) -> Result<()> {
             );
             Ok(())
         }
+        Command::Op(args) => op::run(&args),
     }
 }
 

@@ -100,10 +100,11 @@ pub fn rms_norm_weight_grad(dy: &[f32], x: &[f32], rstd: &[f32], dw: &mut [f32])
 }
 
 for_each_isa! {
-    /// The columns of dw from `from` on.
+    /// The columns of dw from `columns[1]` on, of `columns[0]` in all.
     fn weight_grad_columns(
-        dy: &[f32], x: &[f32], rstd: &[f32], [width, from]: [usize; 2], dw: &mut [f32],
+        dy: &[f32], x: &[f32], rstd: &[f32], columns: [usize; 2], dw: &mut [f32],
     ) {
+        let [width, from] = columns;
         for (row, rstd) in rstd.iter().enumerate() {
             let at = row * width + from;
             let (dy, x) = (&dy[at..at + dw.len()], &x[at..at + dw.len()]);

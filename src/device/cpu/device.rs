@@ -1,0 +1,405 @@
+//! [`Device`] for the CPU: hands each call to the functions of this module's neighbours.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::rows::{self, Angles, HeadRows};
+use super::{Buffer, Cpu, Isa, PackedMatrix, Pool, adamw, attend, product};
+use crate::device::{
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Pick, Probes, Result, Rows, RowsMut,
+    Update,
+};
+
+/// Elements copied by one task.
+const COPY_TASK: usize = 1 << 16;
+
+impl<'a> Rows<'a, Buffer> {
+    /// The elements from row 0 on.
+    fn data(&self) -> &'a [f32] {
+        &self.buffer[self.start..]
+    }
+
+    /// `rows` rows of `width` that lie packed.
+    fn block(&self, rows: usize, width: usize) -> &'a [f32] {
+        assert!(rows <= 1 || self.stride == width, "rows are packed");
+        &self.buffer[self.start..self.start + rows * width]
+    }
+}
+
+impl RowsMut<'_, Buffer> {
+    fn data(&mut self) -> &mut [f32] {
+        &mut self.buffer[self.start..]
+    }
+
+    fn block(&mut self, rows: usize, width: usize) -> &mut [f32] {
+        assert!(rows <= 1 || self.stride == width, "rows are packed");
+        &mut self.buffer[self.start..self.start + rows * width]
+    }
+}
+
+impl Device for Cpu {
+    type Buffer = Buffer;
+    type Matrix = PackedMatrix;
+    type Pool = Pool;
+
+    fn description(&self) -> String {
+        let isa = match Isa::best() {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "AVX2",
+            Isa::Avx512 => "AVX-512",
+        };
+        let threads = rayon::current_num_threads();
+        format!("cpu (f32, {isa}, {threads} threads)")
+    }
+
+    fn zeros(&self, len: usize) -> Result<Buffer> {
+        Buffer::zeros(len)
+    }
+
+    fn write(&self, buffer: &mut Buffer, start: usize, values: &[f32]) -> Result<()> {
+        buffer[start..start + values.len()].copy_from_slice(values);
+        Ok(())
+    }
+
+    fn read(&self, buffer: &Buffer, range: Range<usize>) -> Result<Vec<f32>> {
+        Ok(buffer[range].to_vec())
+    }
+
+    fn len(&self, buffer: &Buffer) -> usize {
+        buffer.len()
+    }
+
+    fn element_bytes(&self) -> usize {
+        4
+    }
+
+    fn clear(&self, buffer: &mut Buffer) -> Result<()> {
+        buffer.par_chunks_mut(COPY_TASK).for_each(|c| c.fill(0.0));
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        src: Rows<'_, Buffer>,
+        mut dst: RowsMut<'_, Buffer>,
+        rows: usize,
+        width: usize,
+        fold: Fold,
+    ) -> Result<()> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let stride = if rows == 1 { width } else { dst.stride };
+        dst.data()
+            .par_chunks_mut(stride)
+            .take(rows)
+            .enumerate()
+            .with_min_len(COPY_TASK.div_ceil(width))
+            .for_each(|(r, dst)| {
+                let (dst, src) = (&mut dst[..width], &src.data()[r * src.stride..][..width]);
+                match fold {
+                    Fold::Set => dst.copy_from_slice(src),
+                    Fold::Add => dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
+                }
+            });
+        Ok(())
+    }
+
+    fn matrix(
+        &self,
+        values: &Buffer,
+        out: usize,
+        inner: usize,
+        training: bool,
+    ) -> Result<PackedMatrix> {
+        let values = &values[..out * inner];
+        Ok(PackedMatrix::pack(values, out, inner, training))
+    }
+
+    fn refresh(&self, matrix: &mut PackedMatrix, values: &Buffer) -> Result<()> {
+        matrix.repack(&values[..matrix.outputs() * matrix.inputs()]);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: Rows<'_, Buffer>,
+        rows: usize,
+        weight: &PackedMatrix,
+        mut y: RowsMut<'_, Buffer>,
+        fold: Fold,
+    ) -> Result<()> {
+        let (stride, add) = (y.stride, fold == Fold::Add);
+        product::linear(x.data(), x.stride, rows, weight, y.data(), stride, add);
+        Ok(())
+    }
+
+    fn linear_input_grad(
+        &self,
+        d_y: Rows<'_, Buffer>,
+        rows: usize,
+        weight: &PackedMatrix,
+        mut d_x: RowsMut<'_, Buffer>,
+        fold: Fold,
+    ) -> Result<()> {
+        let (stride, add) = (d_x.stride, fold == Fold::Add);
+        product::linear_input_grad(
+            d_y.data(),
+            d_y.stride,
+            rows,
+            weight,
+            d_x.data(),
+            stride,
+            add,
+        );
+        Ok(())
+    }
+
+    fn linear_weight_grad(
+        &self,
+        d_y: Rows<'_, Buffer>,
+        x: Rows<'_, Buffer>,
+        rows: usize,
+        shape: [usize; 2],
+        d_w: &mut Buffer,
+    ) -> Result<()> {
+        product::linear_weight_grad(d_y.data(), d_y.stride, x.data(), x.stride, rows, d_w, shape);
+        Ok(())
+    }
+
+    fn embed(
+        &self,
+        table: &PackedMatrix,
+        tokens: &[u32],
+        mut y: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let (stride, width) = (y.stride, table.inputs());
+        for (row, token) in y.data().chunks_mut(stride).zip(tokens) {
+            table.row(*token as usize, &mut row[..width]);
+        }
+        Ok(())
+    }
+
+    fn embed_grad(
+        &self,
+        d_y: Rows<'_, Buffer>,
+        width: usize,
+        tokens: &[u32],
+        d_table: &mut Buffer,
+    ) -> Result<()> {
+        for (d_y, token) in d_y.data().chunks(d_y.stride).zip(tokens) {
+            let row = &mut d_table[*token as usize * width..][..width];
+            row.iter_mut().zip(d_y).for_each(|(d, g)| *d += g);
+        }
+        Ok(())
+    }
+
+    fn rms_norm(
+        &self,
+        x: Rows<'_, Buffer>,
+        rows: usize,
+        weight: &Buffer,
+        eps: f64,
+        mut y: RowsMut<'_, Buffer>,
+        mut rstd: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let width = weight.len();
+        let (y, rstd) = (y.block(rows, width), rstd.block(rows, 1));
+        rows::rms_norm(x.block(rows, width), weight, eps as f32, y, rstd);
+        Ok(())
+    }
+
+    fn rms_norm_grad(
+        &self,
+        d_y: Rows<'_, Buffer>,
+        x: Rows<'_, Buffer>,
+        rstd: Rows<'_, Buffer>,
+        rows: usize,
+        weight: &Buffer,
+        mut d_x: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let width = weight.len();
+        let (d_y, x) = (d_y.block(rows, width), x.block(rows, width));
+        let (rstd, d_x) = (rstd.block(rows, 1), d_x.block(rows, width));
+        rows::rms_norm_backward(d_y, x, weight, rstd, d_x, true);
+        Ok(())
+    }
+
+    fn rms_norm_weight_grad(
+        &self,
+        d_y: Rows<'_, Buffer>,
+        x: Rows<'_, Buffer>,
+        rstd: Rows<'_, Buffer>,
+        rows: usize,
+        d_weight: &mut Buffer,
+    ) -> Result<()> {
+        let width = d_weight.len();
+        let (d_y, x) = (d_y.block(rows, width), x.block(rows, width));
+        rows::rms_norm_weight_grad(d_y, x, rstd.block(rows, 1), d_weight);
+        Ok(())
+    }
+
+    fn rope(
+        &self,
+        src: Rows<'_, Buffer>,
+        mut dst: RowsMut<'_, Buffer>,
+        heads: usize,
+        head_dim: usize,
+        (cos, sin): (&Buffer, &Buffer),
+        angles: &[usize],
+        inverse: bool,
+        fold: Fold,
+    ) -> Result<()> {
+        let layout = |stride| HeadRows {
+            strides: [stride, head_dim],
+            ..HeadRows::packed(heads, head_dim)
+        };
+        let (from, to) = (layout(src.stride), layout(dst.stride));
+        let (tables, add) = (Angles { cos, sin }, fold == Fold::Add);
+        rows::rope(
+            src.data(),
+            from,
+            tables,
+            angles,
+            inverse,
+            dst.data(),
+            to,
+            add,
+        );
+        Ok(())
+    }
+
+    fn swiglu(
+        &self,
+        gate_up: Rows<'_, Buffer>,
+        rows: usize,
+        inner: usize,
+        mut y: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        rows::swiglu(
+            gate_up.block(rows, 2 * inner),
+            inner,
+            y.block(rows, inner),
+        );
+        Ok(())
+    }
+
+    fn swiglu_grad(
+        &self,
+        d_y: Rows<'_, Buffer>,
+        gate_up: Rows<'_, Buffer>,
+        rows: usize,
+        inner: usize,
+        mut d_gate_up: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let gate_up = gate_up.block(rows, 2 * inner);
+        let d_gate_up = d_gate_up.block(rows, 2 * inner);
+        rows::swiglu_backward(d_y.block(rows, inner), gate_up, inner, d_gate_up);
+        Ok(())
+    }
+
+    fn log_probabilities(
+        &self,
+        mut logits: RowsMut<'_, Buffer>,
+        vocab: usize,
+        targets: &[u32],
+        scale: Option<f64>,
+    ) -> Result<Vec<f64>> {
+        let score = |(row, target): (&mut [f32], &u32)| {
+            let found = rows::cross_entropy_row(row, *target as usize);
+            if let Some(scale) = scale {
+                rows::cross_entropy_grad_row(row, *target as usize, &found, scale as f32);
+            }
+            f64::from(found.logprob)
+        };
+        let rows = logits.block(targets.len(), vocab);
+        Ok(rows.par_chunks_mut(vocab).zip(targets).map(score).collect())
+    }
+
+    fn attention(
+        &self,
+        call: &Attention<'_, Buffer>,
+        out: RowsMut<'_, Buffer>,
+        lse: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        attend::forward(call, out, lse)
+    }
+
+    fn attention_grad(
+        &self,
+        call: &Attention<'_, Buffer>,
+        grad: AttentionGrad<'_, Buffer>,
+    ) -> Result<()> {
+        attend::backward(call, grad)
+    }
+
+    fn pool(&self, heads: usize, head_dim: usize) -> Result<Pool> {
+        Ok(Pool::new(heads, head_dim))
+    }
+
+    fn pool_len(&self, pool: &Pool) -> usize {
+        pool.len()
+    }
+
+    fn pool_append(
+        &self,
+        pool: &mut Pool,
+        heads: &[usize],
+        k: Rows<'_, Buffer>,
+        v: Rows<'_, Buffer>,
+        rows: usize,
+    ) -> Result<()> {
+        let dim = pool.head_dim();
+        let column = |rows: Rows<'_, Buffer>, row: usize, i: usize| {
+            let at = rows.start + row * rows.stride + heads[i] * dim;
+            &rows.buffer[at..at + dim]
+        };
+        pool.append(rows, |row, i| (column(k, row, i), column(v, row, i)))
+    }
+
+    fn pool_read(&self, pool: &Pool) -> Result<(Vec<f32>, Vec<f32>)> {
+        Ok(pool.contents())
+    }
+
+    fn pool_write(&self, pool: &mut Pool, k: &[f32], v: &[f32]) -> Result<()> {
+        let (heads, dim) = (pool.heads(), pool.head_dim());
+        *pool = Pool::new(heads, dim);
+        let at = |row: usize, i: usize| (row * heads + i) * dim..(row * heads + i + 1) * dim;
+        let rows = k.len() / (heads * dim);
+        pool.append(rows, |row, i| (&k[at(row, i)], &v[at(row, i)]))
+    }
+
+    fn pick_blocks(
+        &self,
+        pool: &Pool,
+        head: usize,
+        probes: &Probes<'_, Buffer>,
+        pick: &Pick,
+    ) -> Result<Vec<usize>> {
+        Ok(pool.pick(head, probes, pick))
+    }
+
+    fn pool_gather(
+        &self,
+        pool: &Pool,
+        head: usize,
+        tokens: &[usize],
+        mut k: RowsMut<'_, Buffer>,
+        mut v: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let dim = pool.head_dim();
+        let (k_stride, v_stride) = (k.stride, v.stride);
+        let rows = k.data().chunks_mut(k_stride).zip(v.data().chunks_mut(v_stride));
+        for (token, (k, v)) in tokens.iter().zip(rows) {
+            let (from_k, from_v) = pool.token(head, *token);
+            k[..dim].copy_from_slice(from_k);
+            v[..dim].copy_from_slice(from_v);
+        }
+        Ok(())
+    }
+
+    fn adamw(&self, tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Result<Update> {
+        Ok(adamw::step(tensors, update))
+    }
+}

@@ -1,0 +1,163 @@
+//! The pool of past keys and values of one sequence and layer, and retrieval from it.
+//!
+//! Tokens come in chunks, one for each completed segment, so that growing never copies what is
+//! there; within a chunk a head's keys lie together, so that scoring streams them.
+
+use rayon::prelude::*;
+
+use super::buffer::Scratch;
+use super::{Buffer, PackedMatrix, product};
+use crate::device::{Pick, Probes, Result};
+
+/// Tokens scored by one task.
+const SCORE_TOKENS: usize = 256;
+
+/// Keys and values before rotation.
+#[derive(Debug, Default)]
+pub struct Pool {
+    heads: usize,
+    head_dim: usize,
+    chunks: Vec<Chunk>,
+}
+
+/// Tokens `[first, first + rows)`, each tensor `[head, row, head_dim]`.
+#[derive(Debug)]
+struct Chunk {
+    first: usize,
+    rows: usize,
+    k: Buffer,
+    v: Buffer,
+}
+
+impl Pool {
+    pub(super) fn new(heads: usize, head_dim: usize) -> Self {
+        Self {
+            heads,
+            head_dim,
+            chunks: Vec::new(),
+        }
+    }
+
+    pub(super) fn heads(&self) -> usize {
+        self.heads
+    }
+
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Tokens.
+    pub(super) fn len(&self) -> usize {
+        self.chunks.last().map_or(0, |c| c.first + c.rows)
+    }
+
+    /// Appends `rows` tokens; `kv` gives key and value of a row and pool head.
+    pub(super) fn append<'a>(
+        &mut self,
+        rows: usize,
+        kv: impl Fn(usize, usize) -> (&'a [f32], &'a [f32]),
+    ) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        let len = self.heads * rows * self.head_dim;
+        let (mut k, mut v) = (Buffer::zeros(len)?, Buffer::zeros(len)?);
+        let slots = k.chunks_mut(self.head_dim).zip(v.chunks_mut(self.head_dim));
+        for (i, (to_k, to_v)) in slots.enumerate() {
+            let (from_k, from_v) = kv(i % rows, i / rows);
+            to_k.copy_from_slice(from_k);
+            to_v.copy_from_slice(from_v);
+        }
+        let first = self.len();
+        self.chunks.push(Chunk { first, rows, k, v });
+        Ok(())
+    }
+
+    /// Key and value of a token.
+    pub(super) fn token(&self, head: usize, token: usize) -> (&[f32], &[f32]) {
+        let chunk = &self.chunks[self.chunks.partition_point(|c| c.first <= token) - 1];
+        let at = (head * chunk.rows + token - chunk.first) * self.head_dim;
+        let range = at..at + self.head_dim;
+        (&chunk.k[range.clone()], &chunk.v[range])
+    }
+
+    /// Keys, then values, each `[token, head, head_dim]`.
+    pub(super) fn contents(&self) -> (Vec<f32>, Vec<f32>) {
+        let len = self.len() * self.heads * self.head_dim;
+        let (mut k, mut v) = (Vec::with_capacity(len), Vec::with_capacity(len));
+        for token in 0..self.len() {
+            for head in 0..self.heads {
+                let (from_k, from_v) = self.token(head, token);
+                k.extend_from_slice(from_k);
+                v.extend_from_slice(from_v);
+            }
+        }
+        (k, v)
+    }
+
+    /// The best blocks, in order of position. A token's score is one product chain, so it does not
+    /// depend on how the pool is cut into chunks.
+    pub(super) fn pick(&self, head: usize, probes: &Probes<'_, Buffer>, pick: &Pick) -> Vec<usize> {
+        let blocks = pick.eligible / pick.block_len;
+        let count = pick.blocks.min(blocks);
+        if count == blocks {
+            return (0..blocks).collect();
+        }
+        let scores = self.block_scores(head, &self.probes(probes), pick.block_len, blocks);
+        let better = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
+        let mut order: Vec<usize> = (0..blocks).collect();
+        if count > 0 {
+            order.select_nth_unstable_by(count - 1, better);
+        }
+        order.truncate(count);
+        order.sort_unstable();
+        order
+    }
+
+    /// The means of the windows, as the weight of a product.
+    fn probes(&self, probes: &Probes<'_, Buffer>) -> PackedMatrix {
+        let (dim, q) = (self.head_dim, probes.q);
+        let mut means = Vec::new();
+        for q_head in probes.q_heads.clone() {
+            let windows = (0..).map(|i| i * probes.stride);
+            for first in windows.take_while(|first| first + probes.window <= probes.rows) {
+                let mut mean = vec![0f32; dim];
+                for r in first..first + probes.window {
+                    let at = q.start + r * q.stride + q_head * dim;
+                    let row = &q.buffer[at..at + dim];
+                    mean.iter_mut().zip(row).for_each(|(m, q)| *m += q);
+                }
+                means.extend(mean.iter().map(|m| m / probes.window as f32));
+            }
+        }
+        PackedMatrix::pack(&means, means.len() / dim, dim, false)
+    }
+
+    /// For each block the largest product of a probe and a key of its tokens.
+    fn block_scores(
+        &self,
+        head: usize,
+        probes: &PackedMatrix,
+        block_len: usize,
+        blocks: usize,
+    ) -> Vec<f32> {
+        let (dim, width, end) = (self.head_dim, probes.outputs(), blocks * block_len);
+        let mut best = vec![f32::NEG_INFINITY; end];
+        for chunk in &self.chunks {
+            let rows = chunk.rows.min(end.saturating_sub(chunk.first));
+            let keys = &chunk.k[head * chunk.rows * dim..][..rows * dim];
+            let best = &mut best[chunk.first.min(end)..][..rows];
+            best.par_chunks_mut(SCORE_TOKENS)
+                .zip(keys.par_chunks(SCORE_TOKENS * dim))
+                .for_each(|(best, keys)| {
+                    let mut scores = Scratch::take(best.len() * width);
+                    product::linear(keys, dim, best.len(), probes, &mut scores, width, false);
+                    for (best, scores) in best.iter_mut().zip(scores.chunks(width)) {
+                        *best = scores.iter().copied().fold(*best, f32::max);
+                    }
+                });
+        }
+        let largest = |tokens: &[f32]| tokens.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        best.chunks(block_len).map(largest).collect()
+    }
+}
