@@ -135,11 +135,6 @@ impl Case {
         })
     }
 
-    fn get(&self, name: &str) -> &[f32] {
-        let found = self.floats.iter().find(|(n, _)| *n == name);
-        found.map_or(&[], |(_, data)| data)
-    }
-
     /// Shapes of the results, in the order of [`RESULTS`].
     fn result_shapes(&self) -> Vec<Vec<usize>> {
         let [batch, segment, q_heads, dim] = self.q_shape;

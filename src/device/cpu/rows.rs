@@ -179,18 +179,20 @@ pub struct Angles<'a> {
 /// Rotates each head of each row by its row of `angles`, number `table_rows[row]`.
 ///
 /// Element d < head_dim / 2 and element d + head_dim / 2 are a pair ("rotate half"). `inverse`
-/// rotates back, which is also the gradient. Source and destination have the same heads. (Su et al. 2021.)
+/// rotates back, which is also the gradient. Adds to `dst` where `accumulate`. Source and destination have the same heads. (Su et al. 2021.)
 ///
 /// # Panics
 /// If heads differ or head_dim is odd, rows overlap, a slice is too short, or a table row is missing.
+#[allow(clippy::too_many_arguments)]
 pub fn rope(
     src: &[f32],
     from: HeadRows,
     angles: Angles,
-    table_rows: &[u32],
+    table_rows: &[usize],
     inverse: bool,
     dst: &mut [f32],
     to: HeadRows,
+    accumulate: bool,
 ) {
     let (rows, half) = (table_rows.len(), from.head_dim / 2);
     assert_eq!(
@@ -219,7 +221,7 @@ pub fn rope(
         .enumerate()
         .with_min_len(min_rows(from.heads * from.head_dim))
         .for_each(|(row, (dst, &table_row))| {
-            let at = table_row as usize * half;
+            let at = table_row * half;
             let angles = Angles {
                 cos: &angles.cos[at..at + half],
                 sin: &angles.sin[at..at + half],
@@ -228,21 +230,23 @@ pub fn rope(
             for head in 0..from.heads {
                 let src = &src[head * from.strides[1]..][..from.head_dim];
                 let dst = &mut dst[head * to.strides[1]..][..from.head_dim];
-                rotate(isa, src, angles, inverse, dst);
+                rotate(isa, src, angles, inverse, dst, accumulate);
             }
         });
 }
 
 for_each_isa! {
     /// One head by one row of angles.
-    fn rotate(src: &[f32], angles: Angles, inverse: bool, dst: &mut [f32]) {
+    fn rotate(src: &[f32], angles: Angles, inverse: bool, dst: &mut [f32], accumulate: bool) {
         let half = src.len() / 2;
         let ((a, b), (to_a, to_b)) = (src.split_at(half), dst.split_at_mut(half));
         let (cos, sin) = (&angles.cos[..half], &angles.sin[..half]);
         for d in 0..half {
             let sin = if inverse { -sin[d] } else { sin[d] };
-            to_a[d] = a[d].mul_add(cos[d], -(b[d] * sin));
-            to_b[d] = b[d].mul_add(cos[d], a[d] * sin);
+            let rotated_a = a[d].mul_add(cos[d], -(b[d] * sin));
+            let rotated_b = b[d].mul_add(cos[d], a[d] * sin);
+            to_a[d] = if accumulate { to_a[d] + rotated_a } else { rotated_a };
+            to_b[d] = if accumulate { to_b[d] + rotated_b } else { rotated_b };
         }
     }
 }
@@ -306,21 +310,6 @@ for_each_isa! {
             *d_gate = dy * up * sigmoid * gate.mul_add(1.0 - sigmoid, 1.0);
         }
     }
-}
-
-/// x += y.
-///
-/// # Panics
-/// If the lengths differ.
-pub fn add(x: &mut [f32], y: &[f32]) {
-    assert_eq!(x.len(), y.len(), "length of y");
-    x.par_chunks_mut(TASK)
-        .zip(y.par_chunks(TASK))
-        .for_each(|(x, y)| {
-            for (x, y) in x.iter_mut().zip(y) {
-                *x += y;
-            }
-        });
 }
 
 /// What the softmax of one row of logits comes to.

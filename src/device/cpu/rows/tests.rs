@@ -139,7 +139,7 @@ fn rope_turns_pairs_half_a_head_apart_and_the_inverse_turns_them_back() {
     };
     let src = values(2 * 40 - 6, 2);
     let mut dst = vec![f32::NAN; 2 * 30];
-    rope(&src, from, angles, &[3, 1], false, &mut dst, to);
+    rope(&src, from, angles, &[3, 1], false, &mut dst, to, false);
 
     for (row, table_row) in [3, 1].into_iter().enumerate() {
         for head in 0..heads {
@@ -160,7 +160,7 @@ fn rope_turns_pairs_half_a_head_apart_and_the_inverse_turns_them_back() {
         }
     }
     let mut back = vec![-7.0; src.len()];
-    rope(&dst, to, angles, &[3, 1], true, &mut back, from);
+    rope(&dst, to, angles, &[3, 1], true, &mut back, from, false);
     for (at, (back, src)) in back.iter().zip(&src).enumerate() {
         let in_head = at % 40 < 36 && at % 40 % 12 < 10;
         let expected = if in_head { *src } else { -7.0 };
@@ -296,7 +296,7 @@ fn a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads() {
     };
     let expected = pool(1).install(|| run(0..rows));
     assert!(pool(5).install(|| run(0..rows)) == expected);
-    for row in 0..rows {
-        assert!(run(row..row + 1)[0] == expected[row], "row {row}");
+    for (row, expected) in expected.iter().enumerate() {
+        assert!(run(row..row + 1)[0] == *expected, "row {row}");
     }
 }
