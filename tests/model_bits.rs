@@ -3,23 +3,20 @@
 
 mod common;
 
-use common::{config, model, random, values};
+use common::{config, config_of, model, model_on, random, tokens, values};
+use segattn::device::Device;
+use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 use segattn::model::decoder::Decoder;
 use segattn::model::session::{Feed, Session, score};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
-
-fn tokens(seed: u64, len: usize) -> Vec<u32> {
-    let mut next = random(seed);
-    (0..len).map(|_| ((next() + 0.5) * 11.0) as u32).collect()
-}
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
 /// Feeds the sequences side by side in pieces of random length; the log-probabilities.
-fn in_pieces(model: &Decoder<Reference>, sequences: &[Vec<u32>], seed: u64) -> Vec<Vec<f32>> {
+fn in_pieces<D: Device>(model: &Decoder<D>, sequences: &[Vec<u32>], seed: u64) -> Vec<Vec<f32>> {
     let mut next = random(seed);
     let longest = sequences.iter().map(Vec::len).max().unwrap();
     let mut session = Session::new(model, sequences.len(), longest, 2).unwrap();
@@ -44,10 +41,20 @@ fn in_pieces(model: &Decoder<Reference>, sequences: &[Vec<u32>], seed: u64) -> V
 }
 
 #[test]
-fn score_training_prefill_and_decoding_agree_to_the_bit() {
+fn score_training_prefill_and_decoding_agree_to_the_bit_on_the_reference() {
+    agree_to_the_bit(Reference, 4);
+}
+
+#[test]
+fn score_training_prefill_and_decoding_agree_to_the_bit_on_the_cpu() {
+    agree_to_the_bit(Cpu, 8);
+    agree_to_the_bit(Cpu, 24);
+}
+
+fn agree_to_the_bit<D: Device + Copy>(device: D, head_dim: usize) {
     for seed in 0..4 {
-        let config = config(seed % 2 == 0);
-        let model = model(&config, &values(&config, seed));
+        let config = config_of(seed % 2 == 0, head_dim);
+        let model = model_on(device, &config, &values(&config, seed));
         let sequences = [
             tokens(seed + 1, 45),
             tokens(seed + 2, 9),
@@ -112,5 +119,25 @@ fn logits_after_a_prompt_score_the_next_token_as_the_prompt_would() {
             "token {i}: {got} against {}",
             expected[i]
         );
+    }
+}
+
+#[test]
+fn a_prompt_read_token_by_token_leaves_the_logits_of_one_read_at_once_on_the_cpu() {
+    let config = config_of(true, 16);
+    let model = model_on(Cpu, &config, &values(&config, 8));
+    let sequence = tokens(4, 30);
+    let expected = score(&model, &sequence, 1).unwrap();
+    let mut session = Session::new(&model, 1, 30, 1).unwrap();
+    for (i, token) in sequence[..29].iter().enumerate() {
+        session
+            .feed(&[Feed {
+                sequence: 0,
+                tokens: &[*token],
+                targets: &[],
+            }])
+            .unwrap();
+        let got = session.log_probability(0, sequence[i + 1]).unwrap();
+        assert_eq!(got.to_bits(), expected[i].to_bits(), "token {i}");
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, reference};
+use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, cpu, reference};
 
 use super::files::write_atomically;
 
@@ -22,13 +22,15 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// What computes it
-    #[arg(long, value_enum, default_value_t = OpDevice::Reference)]
+    #[arg(long, value_enum, default_value_t = OpDevice::Cpu)]
     device: OpDevice,
 }
 
 /// Devices of the operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OpDevice {
+    /// f32, all cores
+    Cpu,
     /// f64, one thread, written for reading
     Reference,
 }
@@ -67,6 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_context(|| format!("cannot read {}", args.case.display()))?;
     let case = Case::read(&bytes).with_context(|| args.case.display().to_string())?;
     let results = match args.device {
+        OpDevice::Cpu => case.compute::<f32>()?,
         OpDevice::Reference => case.compute::<f64>()?,
     };
     let shapes = case.result_shapes();
@@ -273,6 +276,7 @@ macro_rules! number {
         }
     };
 }
+number!(f32, cpu);
 number!(f64, reference);
 
 fn tensor<'a>(

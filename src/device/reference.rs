@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{
     AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Pick, Probes, Result, Rows, RowsMut,
-    Update,
+    Update, runs,
 };
 
 mod attention;
@@ -373,7 +373,7 @@ impl Device for Reference {
         out: RowsMut<'_, Buf>,
         lse: RowsMut<'_, Buf>,
     ) -> Result<()> {
-        attention::forward(call, out, lse)
+        Ok(runs::forward::<Self>(call, out, lse)?)
     }
 
     fn attention_grad(
@@ -381,7 +381,7 @@ impl Device for Reference {
         call: &Attention<'_, Buf>,
         grad: AttentionGrad<'_, Buf>,
     ) -> Result<()> {
-        attention::backward(call, grad)
+        Ok(runs::backward::<Self>(call, grad)?)
     }
 
     fn pool(&self, heads: usize, head_dim: usize) -> Result<Pool> {

@@ -1,24 +1,114 @@
 //! From the model's spans to calls of the operation on host memory: consecutive spans of equal
-//! length make one call, so that no padding is computed.
+//! length make one call, so that no padding is computed. Both devices on host memory use it, each
+//! with its own [`Operation`].
 
 use std::ops::Range;
 
-use super::{Attention, SlotSpan};
-use crate::attention::{Batch, Error, Layout, PastLen, Problem, View};
+use super::{Attention, AttentionGrad, Rows, RowsMut, SlotSpan};
+use crate::attention::{Batch, Error, Grads, Layout, PastLen, Problem, View, ViewMut};
+
+/// The operation in one precision, see [`crate::attention`].
+pub(super) trait Operation {
+    /// Its precision.
+    type Number: Copy;
+    /// The device's memory.
+    type Buffer: AsRef<[Self::Number]> + AsMut<[Self::Number]>;
+
+    /// Computes `out` and `lse`.
+    fn forward(
+        problem: &Problem<'_, Self::Number>,
+        out: ViewMut<'_, Self::Number>,
+        lse: &mut [Self::Number],
+    ) -> Result<(), Error>;
+
+    /// Computes the gradients from `[out, d_out]` and `lse`.
+    fn backward(
+        problem: &Problem<'_, Self::Number>,
+        outs: [View<'_, Self::Number>; 2],
+        lse: &[Self::Number],
+        grads: Grads<'_, Self::Number>,
+    ) -> Result<(), Error>;
+}
+
+/// Runs the operation forward over all spans.
+pub(super) fn forward<O: Operation>(
+    call: &Attention<'_, O::Buffer>,
+    out: RowsMut<'_, O::Buffer>,
+    lse: RowsMut<'_, O::Buffer>,
+) -> Result<(), Error> {
+    let (out_buffer, lse_buffer) = (out.buffer.as_mut(), lse.buffer.as_mut());
+    for_each(call, |problem, run| {
+        let out = ViewMut {
+            data: &mut out_buffer[out.start + run.row * out.stride..],
+            layout: run.layout(out.stride, call.heads.dim),
+        };
+        let first = lse.start + run.row * lse.stride;
+        let count = run.spans.len() * run.rows * call.heads.q;
+        O::forward(problem, out, &mut lse_buffer[first..first + count])
+    })
+}
+
+/// Runs the operation backward over all spans.
+pub(super) fn backward<O: Operation>(
+    call: &Attention<'_, O::Buffer>,
+    grad: AttentionGrad<'_, O::Buffer>,
+) -> Result<(), Error> {
+    let AttentionGrad {
+        out,
+        lse,
+        d_out,
+        d_q,
+        d_k,
+        d_v,
+        mut d_prior,
+        d_past_gate,
+    } = grad;
+    let (heads, prior) = (call.heads, call.cache.rows[1]);
+    for_each(call, |problem, run| {
+        let first = lse.start + run.row * lse.stride;
+        let count = run.spans.len() * run.rows * heads.q;
+        let prior_layout = Layout::packed([run.spans.len(), prior, heads.kv, heads.dim]);
+        let prior_start = run.spans.start * prior * heads.kv * heads.dim;
+        let grads = Grads {
+            d_q: run.write(d_q.buffer, d_q.start, d_q.stride, heads.dim),
+            d_k: run.write(d_k.buffer, d_k.start, d_k.stride, heads.dim),
+            d_v: run.write(d_v.buffer, d_v.start, d_v.stride, heads.dim),
+            d_prior: d_prior.as_mut().map(|(k, v)| {
+                let tail = |data| ViewMut {
+                    data,
+                    layout: prior_layout,
+                };
+                (
+                    tail(&mut k.as_mut()[prior_start..]),
+                    tail(&mut v.as_mut()[prior_start..]),
+                )
+            }),
+            d_past_gate: &mut d_past_gate.as_mut()
+                [run.spans.start * heads.q..run.spans.end * heads.q],
+        };
+        let lse = &lse.buffer.as_ref()[first..first + count];
+        O::backward(
+            problem,
+            [out, d_out].map(|r| run.read(r, heads.dim)),
+            lse,
+            grads,
+        )
+    })
+}
 
 /// Consecutive spans of equal length.
-pub(super) struct Run {
+struct Run {
     /// Their indices.
-    pub spans: Range<usize>,
+    spans: Range<usize>,
     /// First row in the call's buffers.
-    pub row: usize,
+    row: usize,
     /// Rows of each span.
-    pub rows: usize,
+    rows: usize,
 }
 
 impl Run {
     /// The layout of rows of `heads` heads that lie packed `stride` apart.
-    pub fn layout(&self, stride: usize, head_dim: usize) -> Layout<'static> {
+    fn layout(&self, stride: usize, head_dim: usize) -> Layout<'static> {
         Layout {
             rows: self.rows,
             row_stride: stride,
@@ -27,6 +117,28 @@ impl Run {
                 len: self.spans.len(),
                 stride: self.rows * stride,
             },
+        }
+    }
+
+    /// The run's rows of an input.
+    fn read<'a, T, B: AsRef<[T]>>(&self, rows: Rows<'a, B>, head_dim: usize) -> View<'a, T> {
+        View {
+            data: &rows.buffer.as_ref()[rows.start + self.row * rows.stride..],
+            layout: self.layout(rows.stride, head_dim),
+        }
+    }
+
+    /// The run's rows of a result.
+    fn write<'a, T>(
+        &self,
+        buffer: &'a mut impl AsMut<[T]>,
+        start: usize,
+        stride: usize,
+        head_dim: usize,
+    ) -> ViewMut<'a, T> {
+        ViewMut {
+            data: &mut buffer.as_mut()[start + self.row * stride..],
+            layout: self.layout(stride, head_dim),
         }
     }
 }
@@ -47,7 +159,7 @@ fn runs(spans: &[SlotSpan]) -> Vec<Run> {
 }
 
 /// Calls `f` with the problem of each run.
-pub(super) fn for_each<T, B: AsRef<[T]>>(
+fn for_each<T, B: AsRef<[T]>>(
     call: &Attention<'_, B>,
     mut f: impl FnMut(&Problem<'_, T>, &Run) -> Result<(), Error>,
 ) -> Result<(), Error> {

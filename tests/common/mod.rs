@@ -1,5 +1,7 @@
-//! Small random models on the f64 device, shared by tests.
+//! Small random models, shared by tests.
+#![allow(dead_code)]
 
+use segattn::device::Device;
 use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
@@ -16,6 +18,10 @@ pub fn random(seed: u64) -> impl FnMut() -> f64 {
 }
 
 pub fn config(tied: bool) -> ModelConfig {
+    config_of(tied, 4)
+}
+
+pub fn config_of(tied: bool, head_dim: usize) -> ModelConfig {
     let json = serde_json::json!({
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -25,7 +31,7 @@ pub fn config(tied: bool) -> ModelConfig {
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "head_dim": 4,
+        "head_dim": head_dim,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 64,
         "tie_word_embeddings": tied,
@@ -58,4 +64,23 @@ pub fn values(config: &ModelConfig, seed: u64) -> Vec<Vec<f64>> {
 
 pub fn model(config: &ModelConfig, values: &[Vec<f64>]) -> Decoder<Reference> {
     Decoder::new(Reference, config.clone(), |i| Ok(values[i].clone()), true).unwrap()
+}
+
+pub fn model_on<D: Device + Copy>(
+    device: D,
+    config: &ModelConfig,
+    values: &[Vec<f64>],
+) -> Decoder<D> {
+    let upload = |i: usize| {
+        let values: Vec<f32> = values[i].iter().map(|x| *x as f32).collect();
+        let mut buffer = device.zeros(values.len())?;
+        device.write(&mut buffer, 0, &values)?;
+        Ok(buffer)
+    };
+    Decoder::new(device, config.clone(), upload, true).unwrap()
+}
+
+pub fn tokens(seed: u64, len: usize) -> Vec<u32> {
+    let mut next = random(seed);
+    (0..len).map(|_| ((next() + 0.5) * 11.0) as u32).collect()
 }

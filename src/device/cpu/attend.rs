@@ -1,5 +1,27 @@
-//! The model's attention calls, by the f32 operation of [`crate::attention::cpu`].
+//! The operation on the CPU device: the f32 path of [`crate::attention`].
 
-use super::Buffer;
-use crate::attention::{Grads, Layout, View, ViewMut, cpu};
-use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut, runs};
+use super::{Buffer, Cpu};
+use crate::attention::{Error, Grads, Problem, View, ViewMut, cpu};
+use crate::device::runs::Operation;
+
+impl Operation for Cpu {
+    type Number = f32;
+    type Buffer = Buffer;
+
+    fn forward(
+        problem: &Problem<'_, f32>,
+        out: ViewMut<'_, f32>,
+        lse: &mut [f32],
+    ) -> Result<(), Error> {
+        cpu::forward(problem, out, lse)
+    }
+
+    fn backward(
+        problem: &Problem<'_, f32>,
+        [out, d_out]: [View<'_, f32>; 2],
+        lse: &[f32],
+        grads: Grads<'_, f32>,
+    ) -> Result<(), Error> {
+        cpu::backward(problem, out, lse, d_out, None, grads)
+    }
+}

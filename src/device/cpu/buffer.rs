@@ -5,6 +5,8 @@ use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::device::DeviceError;
+
 /// Two cache lines, one row of a panel: gives the allocation its alignment.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(128))]
@@ -23,6 +25,55 @@ impl Aligned {
             lines: vec![Line::zeroed(); len.div_ceil(32)],
             len,
         }
+    }
+}
+
+/// Memory of the CPU device.
+#[derive(Clone, Default)]
+pub struct Buffer(Aligned);
+
+impl Buffer {
+    /// `len` zeros, or an error where memory cannot be had.
+    pub(super) fn zeros(len: usize) -> Result<Buffer, DeviceError> {
+        let mut lines = Vec::new();
+        let count = len.div_ceil(32);
+        if lines.try_reserve_exact(count).is_err() {
+            let bytes = count.saturating_mul(size_of::<Line>());
+            return Err(DeviceError::OutOfMemory { bytes });
+        }
+        lines.resize(count, Line::zeroed());
+        Ok(Buffer(Aligned { lines, len }))
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} elements)", self.0.len)
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.0
+    }
+}
+
+impl AsRef<[f32]> for Buffer {
+    fn as_ref(&self) -> &[f32] {
+        self
+    }
+}
+
+impl AsMut<[f32]> for Buffer {
+    fn as_mut(&mut self) -> &mut [f32] {
+        self
     }
 }
 

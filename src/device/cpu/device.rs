@@ -5,10 +5,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::rows::{self, Angles, HeadRows};
-use super::{Buffer, Cpu, Isa, PackedMatrix, Pool, adamw, attend, product};
+use super::{Buffer, Cpu, Isa, PackedMatrix, Pool, adamw, product};
 use crate::device::{
     AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Pick, Probes, Result, Rows, RowsMut,
-    Update,
+    Update, runs,
 };
 
 /// Elements copied by one task.
@@ -277,11 +277,7 @@ impl Device for Cpu {
         inner: usize,
         mut y: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        rows::swiglu(
-            gate_up.block(rows, 2 * inner),
-            inner,
-            y.block(rows, inner),
-        );
+        rows::swiglu(gate_up.block(rows, 2 * inner), inner, y.block(rows, inner));
         Ok(())
     }
 
@@ -323,7 +319,7 @@ impl Device for Cpu {
         out: RowsMut<'_, Buffer>,
         lse: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        attend::forward(call, out, lse)
+        Ok(runs::forward::<Self>(call, out, lse)?)
     }
 
     fn attention_grad(
@@ -331,7 +327,7 @@ impl Device for Cpu {
         call: &Attention<'_, Buffer>,
         grad: AttentionGrad<'_, Buffer>,
     ) -> Result<()> {
-        attend::backward(call, grad)
+        Ok(runs::backward::<Self>(call, grad)?)
     }
 
     fn pool(&self, heads: usize, head_dim: usize) -> Result<Pool> {
@@ -351,11 +347,13 @@ impl Device for Cpu {
         rows: usize,
     ) -> Result<()> {
         let dim = pool.head_dim();
-        let column = |rows: Rows<'_, Buffer>, row: usize, i: usize| {
-            let at = rows.start + row * rows.stride + heads[i] * dim;
-            &rows.buffer[at..at + dim]
+        let row = |kv: &Rows<'_, Buffer>, row: usize, i: usize| {
+            let at = kv.start + row * kv.stride + heads[i] * dim;
+            at..at + dim
         };
-        pool.append(rows, |row, i| (column(k, row, i), column(v, row, i)))
+        pool.append(rows, |r, i| {
+            (&k.buffer[row(&k, r, i)], &v.buffer[row(&v, r, i)])
+        })
     }
 
     fn pool_read(&self, pool: &Pool) -> Result<(Vec<f32>, Vec<f32>)> {
@@ -390,7 +388,10 @@ impl Device for Cpu {
     ) -> Result<()> {
         let dim = pool.head_dim();
         let (k_stride, v_stride) = (k.stride, v.stride);
-        let rows = k.data().chunks_mut(k_stride).zip(v.data().chunks_mut(v_stride));
+        let rows = k
+            .data()
+            .chunks_mut(k_stride)
+            .zip(v.data().chunks_mut(v_stride));
         for (token, (k, v)) in tokens.iter().zip(rows) {
             let (from_k, from_v) = pool.token(head, *token);
             k[..dim].copy_from_slice(from_k);

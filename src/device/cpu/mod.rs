@@ -1,4 +1,4 @@
-//! The arithmetic of the CPU device, as plain `f32` functions on slices.
+//! The CPU device: [`Cpu`], and its arithmetic as plain `f32` functions on slices.
 //!
 //! The contract of everything here: an output element never depends on how many rows there are, on
 //! its neighbours, on the number of threads or on the instruction set. Matrix products
@@ -8,13 +8,23 @@
 //! Slices shorter than the shape given with them are a caller's bug and panic; whoever owns the
 //! tensors validates once before it calls in here.
 
+mod adamw;
+mod attend;
 mod buffer;
+mod device;
 mod isa;
 mod kernel;
 mod math;
 mod packed;
+mod pool;
 pub mod product;
 pub mod rows;
 
+pub use buffer::Buffer;
 pub use isa::Isa;
 pub use packed::PackedMatrix;
+pub use pool::Pool;
+
+/// The CPU in f32, all cores, its widest vectors.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Cpu;

@@ -241,7 +241,7 @@ fn every_instruction_set_gives_the_same_bits() {
             weight_grad_columns(isa, &dy, &x, &[rstd, 0.5], [width, 0], dw);
             swiglu_row(isa, &x, act);
             swiglu_backward_row(isa, &dy[..width], &x, d_act);
-            rotate(isa, &x, Angles { cos: &w, sin: &dy }, true, turned);
+            rotate(isa, &x, Angles { cos: &w, sin: &dy }, true, turned, false);
             logits.copy_from_slice(&x);
             let row = softmax_row(isa, &x, width / 2);
             softmax_grad_row(isa, logits, width / 2, &row, 0.3);
