@@ -1,5 +1,6 @@
 //! Perplexity by windows, and running a checkpoint another way than its configuration says.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config, model, random, values};

@@ -1,5 +1,6 @@
 //! Runs of synthetic tasks: what a perfect, a wrong and a real (random) model score.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config, model, values};

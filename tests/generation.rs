@@ -1,6 +1,7 @@
 //! The generation loop: sequences do not see their neighbours, log-probabilities are the model's
 //! own, and every end is reached for its own reason.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config, model, random, values};

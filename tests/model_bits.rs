@@ -1,6 +1,7 @@
 //! Equal bits (contract section 4): the log-probability of a token does not depend on how the
 //! forward that computed it was cut up, on neighbours in the batch, or on whether it was trained on.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config, config_of, model, model_on, random, tokens, values};

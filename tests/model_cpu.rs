@@ -1,5 +1,6 @@
 //! The CPU device against the f64 device, through the whole model: log-probabilities and gradients.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config_of, model, model_on, tokens, values};
@@ -32,8 +33,12 @@ fn run<D: Device>(
     let mut gradients = Gradients::new(model).unwrap();
     let scored = accumulate(model, sequences, config, 0.02, &mut gradients).unwrap();
     let finished = gradients.finish(&model.device).unwrap();
-    let tensors = (0..model.specs.len())
-        .map(|i| model.device.read(&finished[i], 0..model.specs[i].role.len()).unwrap());
+    let tensors = (0..model.specs.len()).map(|i| {
+        model
+            .device
+            .read(&finished[i], 0..model.specs[i].role.len())
+            .unwrap()
+    });
     let scored = scored.concat().iter().map(|x| *x as f32).collect();
     std::iter::once(scored).chain(tensors).collect()
 }
@@ -41,9 +46,15 @@ fn run<D: Device>(
 fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
     let square = |x: f64| x * x;
     let pairs = got.iter().zip(expected);
-    let diff: f64 = pairs.map(|(g, e)| square(f64::from(*g) - f64::from(*e))).sum();
+    let diff: f64 = pairs
+        .map(|(g, e)| square(f64::from(*g) - f64::from(*e)))
+        .sum();
     let norm: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
-    if norm == 0.0 { diff.sqrt() } else { (diff / norm).sqrt() }
+    if norm == 0.0 {
+        diff.sqrt()
+    } else {
+        (diff / norm).sqrt()
+    }
 }
 
 #[test]
@@ -59,7 +70,10 @@ fn log_probabilities_and_gradients_agree_with_the_reference() {
             let expected = run(&reference, &sequences, tbptt, 2);
             for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
                 let error = relative_error(got, expected);
-                assert!(error < 1e-5, "seed {seed}, K = {tbptt}, result {i}: {error:e}");
+                assert!(
+                    error < 1e-5,
+                    "seed {seed}, K = {tbptt}, result {i}: {error:e}"
+                );
             }
         }
     }
@@ -74,6 +88,9 @@ fn gradients_have_the_same_bits_for_any_segments_per_step_and_any_threads() {
     for n in [2, 3, usize::MAX] {
         assert!(run(&model, &sequences, 1, n) == expected, "n = {n}");
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build()
+        .unwrap();
     assert!(pool.install(|| run(&model, &sequences, 1, 2)) == expected);
 }

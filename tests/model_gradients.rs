@@ -2,6 +2,7 @@
 //! computed segment by segment as the contract defines it; and equal bits for any number of
 //! segments per step.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config, model, random, values};

@@ -1,5 +1,6 @@
 //! A saved session goes on as if it had never been saved, and no file makes restoring panic.
 
+#[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::{config, model, random, values};

@@ -1,5 +1,4 @@
 //! Small random models, shared by tests.
-#![allow(dead_code)]
 
 use segattn::device::Device;
 use segattn::device::reference::Reference;
