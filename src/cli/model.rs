@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use segattn::device::reference::Reference;
+use segattn::device::cpu::Cpu;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
 use segattn::model::config::ModelConfig;
@@ -63,7 +63,7 @@ impl ModelArgs {
 
     /// The model and, where the folder has one, its tokenizer; without `needs_text` a tokenizer
     /// that cannot be read is no error.
-    pub fn load(&self, needs_text: bool) -> Result<(Decoder<Reference>, Option<Tokenizer>)> {
+    pub fn load(&self, needs_text: bool) -> Result<(Decoder<Cpu>, Option<Tokenizer>)> {
         let mut config = self.config()?;
         config.eos_token_id = end_ids(&self.model, &config)?;
         let text = match Tokenizer::open(&self.model, &config) {
@@ -75,13 +75,13 @@ impl ModelArgs {
             }
         };
         let weights = Checkpoint::open(&self.model)?;
-        Ok((weights.load(Reference, config, false)?, text))
+        Ok((weights.load(Cpu, config, false)?, text))
     }
 
     /// The model, prepared for gradients.
-    pub fn load_for_gradients(&self) -> Result<Decoder<Reference>> {
+    pub fn load_for_gradients(&self) -> Result<Decoder<Cpu>> {
         let weights = Checkpoint::open(&self.model)?;
-        Ok(weights.load(Reference, self.config()?, true)?)
+        Ok(weights.load(Cpu, self.config()?, true)?)
     }
 
     fn config(&self) -> Result<ModelConfig> {
