@@ -2,6 +2,8 @@
 //! by proptest, with NaN in every element that must not be read and in every output before a run.
 #![allow(dead_code)] // Each test file uses its own part.
 
+pub mod plain;
+
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

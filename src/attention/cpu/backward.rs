@@ -55,7 +55,7 @@ pub(super) fn run(
         .div_ceil(tile_rows(problem.group()))
         .max(1);
     let mut gates = vec![0.0; problem.batch * problem.q_heads * tiles];
-    let delta = deltas(problem, saved);
+    let delta = deltas(problem, saved, kernels);
     let pass = Pass {
         problem,
         saved,
@@ -90,7 +90,7 @@ fn clear(view: &SharedRows<'_>, batch: usize, heads: usize) {
 }
 
 /// `d_out . out - d_lse` of every valid query row, `[batch, q_heads, rows]`.
-fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>) -> Vec<f32> {
+fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>, kernels: &Kernels) -> Vec<f32> {
     let rows = problem.q.layout.rows;
     let mut delta = vec![0.0; problem.batch * problem.q_heads * rows];
     if rows == 0 {
@@ -101,13 +101,16 @@ fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>) -> Vec<f32> {
         .enumerate()
         .for_each(|(idx, delta)| {
             let (entry, head) = (idx / problem.q_heads, idx % problem.q_heads);
-            for (row, delta) in delta[..problem.query_rows(entry)].iter_mut().enumerate() {
-                let [d_out, out] =
-                    [saved.d_out, saved.out].map(|t| t.row([entry, row, head], problem.head_dim));
-                let products = d_out.iter().zip(out);
-                let dot: f64 = products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                let d_lse = saved.d_lse.map_or(0.0, |d_lse| d_lse[idx * rows + row]);
-                *delta = (dot - f64::from(d_lse)) as f32;
+            let valid = problem.query_rows(entry);
+            if valid == 0 {
+                return;
+            }
+            let [d_out, out] = [saved.d_out, saved.out].map(|t| source_rows(&t, [entry, 0, head]));
+            kernels.dots(d_out, out, problem.head_dim, &mut delta[..valid]);
+            if let Some(d_lse) = saved.d_lse {
+                for (delta, d_lse) in delta[..valid].iter_mut().zip(&d_lse[idx * rows..]) {
+                    *delta -= d_lse;
+                }
             }
         });
     delta

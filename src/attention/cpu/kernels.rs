@@ -12,6 +12,7 @@ use crate::device::cpu::Isa;
 pub(super) struct Kernels {
     transpose: unsafe fn(Rows<'_>, usize, usize, &mut [f32]),
     scores: unsafe fn(Scores<'_>),
+    dots: unsafe fn(Rows<'_>, Rows<'_>, usize, &mut [f32]),
     softmax: unsafe fn(&mut [f32], &[usize], Affine<'_>, Softmax<'_>),
     score_gradients: unsafe fn(&mut [f32], &mut [f32], BackwardRows<'_>) -> f64,
     accumulate: unsafe fn(Accumulate<'_>),
@@ -29,6 +30,11 @@ macro_rules! kernels {
             unsafe fn scores(args: Scores<'_>) {
                 // SAFETY: as above.
                 unsafe { tile::scores::<$lanes>(args) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn dots(a: Rows<'_>, b: Rows<'_>, head_dim: usize, to: &mut [f32]) {
+                // SAFETY: as above.
+                unsafe { tile::dots(a, b, head_dim, to) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softmax(
@@ -54,7 +60,7 @@ macro_rules! kernels {
                 // SAFETY: as above; the rows are the caller's.
                 unsafe { tile::accumulate::<$lanes>(args) }
             }
-            Kernels { transpose, scores, softmax, score_gradients, accumulate }
+            Kernels { transpose, scores, dots, softmax, score_gradients, accumulate }
         };
     };
 }
@@ -90,6 +96,12 @@ impl Kernels {
     pub(super) fn scores(&self, args: Scores<'_>) {
         // SAFETY: as above.
         unsafe { (self.scores)(args) }
+    }
+
+    /// See [`tile::dots`].
+    pub(super) fn dots(&self, a: Rows<'_>, b: Rows<'_>, head_dim: usize, to: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.dots)(a, b, head_dim, to) }
     }
 
     /// See [`softmax::softmax`].

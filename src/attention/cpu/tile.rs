@@ -185,6 +185,22 @@ unsafe fn score_block<L: Lanes, const ROWS: usize, const N: usize>(
     }
 }
 
+/// `to[row] = a[row] . b[row]`, the chain that [`scores`] has: where `b` is the very row that was
+/// scored, so is the result.
+///
+/// # Safety
+/// The instruction set of the caller's features.
+#[inline(always)]
+pub(super) unsafe fn dots(a: Rows<'_>, b: Rows<'_>, head_dim: usize, to: &mut [f32]) {
+    a.assert_holds(to.len(), head_dim);
+    b.assert_holds(to.len(), head_dim);
+    for (row, to) in to.iter_mut().enumerate() {
+        let a = &a.data[row * a.stride..][..head_dim];
+        let b = &b.data[row * b.stride..][..head_dim];
+        *to = a.iter().zip(b).fold(0.0, |sum, (a, b)| a.mul_add(*b, sum));
+    }
+}
+
 /// See [`Accumulate`].
 ///
 /// # Safety

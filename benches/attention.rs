@@ -1,0 +1,317 @@
+//! Attention on the CPU against a plain f32 version in the same run, and against the machine: its
+//! peak of fused multiply-adds for whole segments, its memory bandwidth for decoding.
+//!
+//! `cargo bench --bench attention`; the table comes last.
+
+#[path = "../tests/attention_cases/plain.rs"]
+mod plain;
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use criterion::Criterion;
+use plain::Upstream;
+use rayon::prelude::*;
+use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, cpu};
+
+const Q_HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+
+/// One entry with its tensors.
+struct Data {
+    head_dim: usize,
+    /// Current, prior, past.
+    lens: [i32; 3],
+    query_start: [i32; 1],
+    /// Tensors of queries and of the keys and values of each source.
+    q: Vec<f32>,
+    kv: [[Vec<f32>; 2]; 3],
+    d_out: Vec<f32>,
+}
+
+fn numbers(len: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / 8_388_608.0 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+impl Data {
+    fn new(head_dim: usize, lens: [i32; 3], query_rows: usize) -> Self {
+        let q_len = query_rows * Q_HEADS * head_dim;
+        Data {
+            head_dim,
+            lens,
+            query_start: [lens[0] - query_rows as i32],
+            q: numbers(q_len, 1),
+            kv: [0, 1, 2].map(|source| {
+                let len = lens[source] as usize * KV_HEADS * head_dim;
+                [2, 3].map(|seed| numbers(len, 2 * source as u32 + seed))
+            }),
+            d_out: numbers(q_len, 9),
+        }
+    }
+
+    fn q_shape(&self) -> [usize; 4] {
+        let width = Q_HEADS * self.head_dim;
+        [1, self.q.len() / width, Q_HEADS, self.head_dim]
+    }
+
+    fn kv_shape(&self, source: usize) -> [usize; 4] {
+        [1, self.lens[source] as usize, KV_HEADS, self.head_dim]
+    }
+
+    fn problem(&self) -> Problem<'_, f32> {
+        let view = |source: usize, which: usize| {
+            View::packed(&self.kv[source][which][..], self.kv_shape(source))
+        };
+        Problem {
+            batch: 1,
+            q_heads: Q_HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: self.head_dim,
+            q: View::packed(&self.q, self.q_shape()),
+            k: view(0, 0),
+            v: view(0, 1),
+            prior_k: view(1, 0),
+            prior_v: view(1, 1),
+            past_k: view(2, 0),
+            past_v: view(2, 1),
+            segment_len: &self.lens[..1],
+            prior_len: &self.lens[1..2],
+            past_len: PastLen::PerBatch(&self.lens[2..]),
+            query_start: Some(&self.query_start),
+            past_gate: &[1.0; Q_HEADS],
+            prior_heads: &[true; Q_HEADS],
+            scale: None,
+        }
+    }
+
+    /// Multiply-adds of a pass, counted as two operations, over the keys each row sees.
+    fn operations(&self, backward: bool) -> f64 {
+        let [current, prior, past] = self.lens.map(f64::from);
+        let own = current * (current + 1.0) / 2.0 + current * prior;
+        let past = current * past;
+        let products = if backward {
+            5.0 * own + 3.0 * past
+        } else {
+            2.0 * (own + past)
+        };
+        2.0 * products * (Q_HEADS * self.head_dim) as f64
+    }
+}
+
+/// Results, reused by every run.
+struct Results {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    grads: [Vec<f32>; 6],
+}
+
+impl Results {
+    fn new(data: &Data) -> Self {
+        let kv = |source: usize| vec![0.0; data.kv[source][0].len()];
+        Results {
+            out: vec![0.0; data.q.len()],
+            lse: vec![0.0; data.q.len() / data.head_dim],
+            grads: [
+                vec![0.0; data.q.len()],
+                kv(0),
+                kv(0),
+                kv(1),
+                kv(1),
+                vec![0.0; Q_HEADS],
+            ],
+        }
+    }
+
+    fn forward(&mut self, data: &Data) {
+        let out = ViewMut::packed(&mut self.out, data.q_shape());
+        cpu::forward(&data.problem(), out, &mut self.lse).expect("a valid problem");
+    }
+
+    fn backward(&mut self, data: &Data) {
+        let [d_q, d_k, d_v, d_prior_k, d_prior_v, d_past_gate] = &mut self.grads;
+        let kv = |source| data.kv_shape(source);
+        let grads = Grads {
+            d_q: ViewMut::packed(d_q, data.q_shape()),
+            d_k: ViewMut::packed(d_k, kv(0)),
+            d_v: ViewMut::packed(d_v, kv(0)),
+            d_prior: Some((
+                ViewMut::packed(d_prior_k, kv(1)),
+                ViewMut::packed(d_prior_v, kv(1)),
+            )),
+            d_past_gate,
+        };
+        let out = View::packed(&self.out[..], data.q_shape());
+        let d_out = View::packed(&data.d_out[..], data.q_shape());
+        cpu::backward(&data.problem(), out, &self.lse, d_out, None, grads)
+            .expect("a valid problem");
+    }
+}
+
+/// The shortest of several runs.
+fn best(runs: usize, mut f: impl FnMut()) -> f64 {
+    (0..runs)
+        .map(|_| {
+            let start = Instant::now();
+            f();
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod fma {
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn chains512(steps: usize) -> f32 {
+        let mut sums = [_mm512_set1_ps(1.0); 16];
+        let factor = _mm512_set1_ps(std::hint::black_box(0.999));
+        for _ in 0..steps {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, factor, factor);
+            }
+        }
+        sums.iter().map(|sum| _mm512_reduce_add_ps(*sum)).sum()
+    }
+
+    /// # Safety
+    /// AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn chains256(steps: usize) -> f32 {
+        let mut sums = [_mm256_set1_ps(1.0); 12];
+        let factor = _mm256_set1_ps(std::hint::black_box(0.999));
+        for _ in 0..steps {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, factor, factor);
+            }
+        }
+        sums.iter().map(|sum| _mm256_cvtss_f32(*sum)).sum()
+    }
+}
+
+/// Operations per second of nothing but fused multiply-adds on every thread, where that is known.
+fn peak() -> Option<f64> {
+    const STEPS: usize = 8_000_000;
+    let on_all = |per_step: usize, f: &(dyn Fn() -> f32 + Sync)| {
+        let seconds = best(3, || {
+            rayon::broadcast(|_| black_box(f()));
+        });
+        (rayon::current_num_threads() * STEPS * per_step * 2) as f64 / seconds
+    };
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: just detected.
+            return Some(on_all(16 * 16, &|| unsafe { fma::chains512(STEPS) }));
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: just detected.
+            return Some(on_all(12 * 8, &|| unsafe { fma::chains256(STEPS) }));
+        }
+    }
+    let _ = on_all;
+    None
+}
+
+/// Bytes per second of reading far more than the caches hold, on every thread.
+fn bandwidth() -> f64 {
+    let words = vec![1u64; 1 << 25];
+    let seconds = best(5, || {
+        let sum = words
+            .par_chunks(1 << 20)
+            .map(|part| part.iter().fold(0u64, |a, b| a.wrapping_add(*b)))
+            .sum::<u64>();
+        black_box(sum);
+    });
+    (words.len() * 8) as f64 / seconds
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800))
+        .configure_from_args();
+    let (peak, bandwidth) = (peak(), bandwidth());
+    let mut table = vec![format!(
+        "{:26} {:>9} {:>9} {:>7} {:>9} {:>8}",
+        "", "ms", "plain ms", "ratio", "GFLOP/s", "of peak"
+    )];
+    for (head_dim, lens) in [
+        (64, [512, 0, 0]),
+        (64, [2048, 0, 0]),
+        (64, [2048, 512, 512]),
+        (128, [512, 0, 0]),
+        (128, [2048, 0, 0]),
+        (128, [512, 256, 256]),
+    ] {
+        let data = Data::new(head_dim, lens, lens[0] as usize);
+        let mut results = Results::new(&data);
+        let name = format!("D{head_dim} S{} +{} +{}", lens[0], lens[1], lens[2]);
+        let upstream = Upstream {
+            d_out: View::packed(&data.d_out, data.q_shape()),
+            d_lse: None,
+        };
+        criterion.bench_function(&format!("forward {name}"), |b| {
+            b.iter(|| results.forward(&data))
+        });
+        criterion.bench_function(&format!("backward {name}"), |b| {
+            b.iter(|| results.backward(&data))
+        });
+        let plain_forward = best(1, || drop(black_box(plain::run(&data.problem(), None))));
+        let plain_both = best(1, || {
+            drop(black_box(plain::run(&data.problem(), Some(upstream))));
+        });
+        let forward = best(10, || results.forward(&data));
+        let backward = best(10, || results.backward(&data));
+        let rows = [
+            ("forward", forward, plain_forward, false),
+            ("backward", backward, plain_both - plain_forward, true),
+        ];
+        for (pass, seconds, plain, is_backward) in rows {
+            let speed = data.operations(is_backward) / seconds;
+            let share = peak.map_or("?".into(), |peak| format!("{:.0}%", 100.0 * speed / peak));
+            table.push(format!(
+                "{:26} {:9.2} {:9.1} {:6.0}x {:9.1} {share:>8}",
+                format!("{pass} {name}"),
+                1e3 * seconds,
+                1e3 * plain,
+                plain / seconds,
+                speed / 1e9,
+            ));
+        }
+    }
+    for head_dim in [64, 128] {
+        let data = Data::new(head_dim, [1 << 16, 512, 512], 1);
+        let mut results = Results::new(&data);
+        let name = format!("decode D{head_dim} S65536");
+        criterion.bench_function(&name, |b| b.iter(|| results.forward(&data)));
+        let seconds = best(10, || results.forward(&data));
+        let elements: usize = data.kv.iter().flatten().map(Vec::len).sum();
+        let speed = (4 * elements) as f64 / seconds;
+        table.push(format!(
+            "{name:26} {:9.2} ms {:.1} GB/s, {:.0}% of the {:.1} GB/s of reading memory",
+            1e3 * seconds,
+            speed / 1e9,
+            100.0 * speed / bandwidth,
+            bandwidth / 1e9,
+        ));
+    }
+    criterion.final_summary();
+    let threads = rayon::current_num_threads();
+    let peak = peak.map_or("unknown".into(), |peak| {
+        format!("{:.0} GFLOP/s", peak / 1e9)
+    });
+    println!(
+        "\n{threads} threads, peak of multiply-adds {peak}, {Q_HEADS} query heads on {KV_HEADS}"
+    );
+    println!("segments +prior +past; plain: tests/attention_cases/plain.rs\n");
+    table.iter().for_each(|line| println!("{line}"));
+}
