@@ -34,6 +34,7 @@ impl Block {
         };
         let warp = |index| Warp {
             meetings: Vec::new(),
+            wgmma: Default::default(),
             lanes: lanes(index),
             live: lanes(index),
         };

@@ -55,6 +55,13 @@ CALL(void, sim_bulk_reduce_add, (void* dst, const void* src, uint32_t bytes, con
 CALL(void, sim_bulk_commit, (void), ())
 CALL(void, sim_bulk_wait, (uint32_t newest_left, int read, const void* site), (newest_left, read, site))
 
+CALL(void, sim_wgmma_fence, (const void* site), (site))
+CALL(void, sim_wgmma,
+     (float* d, int n, const uint32_t* a, uint64_t a_desc, uint64_t b_desc, int flags, const void* site),
+     (d, n, a, a_desc, b_desc, flags, site))
+CALL(void, sim_wgmma_commit, (const void* site), (site))
+CALL(void, sim_wgmma_wait, (uint32_t newest_left, const void* site), (newest_left, site))
+
 // Called for every load and store outside the thread's own stack.
 void (*sim_access_pointer)(void* address, size_t bytes, int is_write, int aligned, const void* site);
 

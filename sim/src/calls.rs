@@ -10,6 +10,7 @@ use crate::launch::{suspend, with};
 use crate::report::{Kind, Site};
 use crate::thread::ThreadContext;
 use crate::warp::{ALL, Op, Operands};
+use crate::wgmma::Product;
 
 /// An entry of [`TABLE`]: the name in simulator.h and the address of the function.
 pub(crate) struct Call {
@@ -25,7 +26,7 @@ macro_rules! calls {
 }
 
 /// Everything a compiled kernel needs.
-pub(crate) fn table() -> [Call; 35] {
+pub(crate) fn table() -> [Call; 39] {
     calls! {
         c"sim_thread_pointer" => thread;
         c"sim_syncthreads_pointer" => syncthreads;
@@ -45,6 +46,10 @@ pub(crate) fn table() -> [Call; 35] {
         c"sim_yield_pointer" => yield_now;
         c"sim_trap_pointer" => trap;
         c"sim_access_pointer" => access;
+        c"sim_wgmma_fence_pointer" => wgmma_fence;
+        c"sim_wgmma_pointer" => wgmma;
+        c"sim_wgmma_commit_pointer" => wgmma_commit;
+        c"sim_wgmma_wait_pointer" => wgmma_wait;
         c"sim_mbarrier_init_pointer" => async_calls::mbarrier_init;
         c"sim_mbarrier_invalidate_pointer" => async_calls::mbarrier_invalidate;
         c"sim_fence_mbarrier_init_pointer" => async_calls::fence_mbarrier_init;
@@ -207,6 +212,49 @@ unsafe extern "C" fn mma(
             Op::Mma { bf16: is_bf16 != 0 },
             ALL,
             &mut Operands::Mma { d, a, b },
+            site,
+        )
+    }
+}
+
+unsafe extern "C" fn wgmma_fence(site: *const c_void) {
+    // SAFETY: see above.
+    unsafe { meet(Op::WgmmaFence, ALL, &mut Operands::None, site) }
+}
+
+unsafe extern "C" fn wgmma(
+    d: *mut f32,
+    n: i32,
+    a: *const u32,
+    a_descriptor: u64,
+    b_descriptor: u64,
+    flags: i32,
+    site: *const c_void,
+) {
+    let (a_in_registers, n, flags) = (!a.is_null(), n as u32, flags as u32);
+    let product = Product {
+        n,
+        flags,
+        a_in_registers,
+        a: a_descriptor,
+        b: b_descriptor,
+    };
+    // SAFETY: see above.
+    unsafe { meet(Op::Wgmma(product), ALL, &mut Operands::Wgmma { d, a }, site) }
+}
+
+unsafe extern "C" fn wgmma_commit(site: *const c_void) {
+    // SAFETY: see above.
+    unsafe { meet(Op::WgmmaCommit, ALL, &mut Operands::None, site) }
+}
+
+unsafe extern "C" fn wgmma_wait(newest_left: u32, site: *const c_void) {
+    // SAFETY: see above.
+    unsafe {
+        meet(
+            Op::WgmmaWait { newest_left },
+            ALL,
+            &mut Operands::None,
             site,
         )
     }

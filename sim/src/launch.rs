@@ -275,6 +275,7 @@ impl Launch {
         if last {
             self.check_copies_at_end();
             self.check_mbarriers_at_end();
+            self.check_wgmma_at_end();
         }
         if last && let Some(mut block) = self.blocks[slot as usize].take() {
             block.threads.iter_mut().for_each(Thread::end);

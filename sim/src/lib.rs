@@ -32,6 +32,7 @@ mod symbols;
 mod tensor_map;
 mod thread;
 mod warp;
+mod wgmma;
 
 pub use gpu::{Checks, Failure, Gpu, SimError};
 pub use launch::Stats;

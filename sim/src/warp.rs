@@ -4,6 +4,7 @@ use crate::access::{Access, Mode};
 use crate::launch::Launch;
 use crate::mma;
 use crate::report::{Kind, Site};
+use crate::wgmma::{Product, Wgmma};
 
 /// Lanes of a full warp.
 pub(crate) const ALL: u32 = u32::MAX;
@@ -17,6 +18,10 @@ pub(crate) enum Op {
     LoadMatrix { count: u8, transpose: bool },
     StoreMatrix { count: u8, transpose: bool },
     Mma { bf16: bool },
+    Wgmma(Product),
+    WgmmaFence,
+    WgmmaCommit,
+    WgmmaWait { newest_left: u32 },
     Barrier { id: u32, count: u32, wait: bool },
 }
 
@@ -30,6 +35,10 @@ impl Op {
             Op::LoadMatrix { .. } => "ldmatrix",
             Op::StoreMatrix { .. } => "stmatrix",
             Op::Mma { .. } => "mma.sync",
+            Op::Wgmma(_) => "wgmma",
+            Op::WgmmaFence => "wgmma.fence",
+            Op::WgmmaCommit => "wgmma.commit_group",
+            Op::WgmmaWait { .. } => "wgmma.wait_group",
             Op::Barrier {
                 wait: true, id: 0, ..
             } => "__syncthreads",
@@ -60,6 +69,10 @@ pub(crate) enum Operands {
         registers: *mut u32,
         row: usize,
     },
+    Wgmma {
+        d: *mut f32,
+        a: *const u32,
+    },
     Mma {
         d: *mut f32,
         a: *const u32,
@@ -80,6 +93,7 @@ pub(crate) struct Meeting {
 #[derive(Default)]
 pub(crate) struct Warp {
     pub meetings: Vec<Meeting>,
+    pub wgmma: Wgmma,
     /// Lanes that exist.
     pub lanes: u32,
     /// Lanes that have not ended.
@@ -199,6 +213,10 @@ impl Launch {
                 // SAFETY: aligned, so all 32 lanes wait in calls with Mma operands, whose registers live.
                 unsafe { mma::m16n8k16(&meeting.operands, bf16) };
             }
+            Op::Wgmma(product) => self.wgmma(warp, product, meeting),
+            Op::WgmmaFence => self.wgmma_fence(warp),
+            Op::WgmmaCommit => self.wgmma_commit(warp),
+            Op::WgmmaWait { newest_left } => self.wgmma_wait(warp, newest_left, meeting),
             Op::Barrier { id, count, wait } => {
                 let threads = lanes(meeting.arrived).map(|lane| (warp * 32 + lane) as u16);
                 let site = meeting.sites[meeting.arrived.trailing_zeros() as usize];
