@@ -254,7 +254,7 @@ fn text(report: &Value, rows: &[Row]) -> String {
         "score/generate",
         "train",
     ];
-    line("", head.map(|h| format!("{h:>14}")).concat());
+    line("", head.map(|h| format!("{h:>15}")).concat());
     for row in rows {
         let state = row.read.slots + row.read.state;
         let cells = [
@@ -264,8 +264,8 @@ fn text(report: &Value, rows: &[Row]) -> String {
             row.read.total(),
             row.train.total(),
         ];
-        let cells = cells.map(|bytes| format!("{:>14}", size(bytes))).concat();
-        line("", format!("{:>14}{cells}", row.tokens));
+        let cells = cells.map(|bytes| format!("{:>15}", size(bytes))).concat();
+        line("", format!("{:>15}{cells}", row.tokens));
     }
     out
 }
