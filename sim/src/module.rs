@@ -170,6 +170,21 @@ impl Module {
         }
     }
 
+    /// A constant of the module, an `extern "C"` variable of type `T`: what a kernel needs for its launch.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn constant<T: bytemuck::AnyBitPattern>(&self, name: &str) -> Result<T, CompileError> {
+        match symbol(self.handle, name) {
+            // SAFETY: the variable has at least the size of T, the caller's word, and any bits are a T.
+            Some(address) => Ok(unsafe { address.cast::<T>().read_unaligned() }),
+            None => Err(CompileError::NoKernel {
+                name: name.to_string(),
+                path: self.path.clone(),
+            }),
+        }
+    }
+
     /// The shared object.
     pub fn path(&self) -> &Path {
         &self.path
