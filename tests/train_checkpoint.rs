@@ -13,11 +13,11 @@ use segattn::train::checkpoint::{Checkpoint, Disk, Storage, list, load, load_lat
 use segattn::train::config::Config;
 use segattn::train::data::Position;
 use segattn::train::guard::{Guard, GuardConfig};
-use segattn::train::trainer::{Progress, Tensors, initial_values};
+use segattn::train::trainer::{Progress, Tensors};
 
 fn checkpoint(step: u64) -> Checkpoint {
     let model = model_config(step.is_multiple_of(2));
-    let mut tensors = Tensors::new(initial_values(&model, step));
+    let mut tensors = Tensors::initial(&model, step);
     tensors.m[2][3] = f32::from_bits(1);
     tensors.v[0][1] = -0.0;
     let mut guard = Guard::new(GuardConfig::default()).unwrap();

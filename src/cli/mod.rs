@@ -7,9 +7,15 @@ mod files;
 mod generate;
 mod grad;
 mod inspect;
+mod metrics;
 mod model;
 mod op;
+mod overrides;
+mod plot;
+mod resume;
+mod run;
 mod score;
+mod train;
 
 use std::process::ExitCode;
 
@@ -47,6 +53,10 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Train a model: a new one, or one from a folder
+    Train(train::Args),
+    /// Go on with a run from its newest checkpoint, to the same bits
+    Resume(resume::Args),
     /// Continue prompts, one or several in a batch
     Generate(generate::Args),
     /// Log-probability of each token of a text, and its perplexity
@@ -86,6 +96,8 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command, quiet: bool) -> Result<()> {
     match command {
+        Command::Train(args) => train::run(&args, quiet),
+        Command::Resume(args) => resume::run(&args, quiet),
         Command::Generate(args) => generate::run(&args, quiet),
         Command::Score(args) => score::run(&args, quiet),
         Command::Grad(args) => grad::run(&args),

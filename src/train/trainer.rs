@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::data::{Corpus, Position, Sequences};
 use super::error::{Result, TrainError};
@@ -15,8 +16,9 @@ use super::streams::{Gradients, StreamConfig, accumulate};
 use crate::device::{AdamW, Device, GradTensor};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Role, TensorSpec, index, specs};
+use crate::model::parameters::{Role, TensorSpec, specs};
 use crate::model::session::score;
+use crate::model::weights::initial;
 
 /// Where a run is: with weights and moments, all that the next step depends on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +47,12 @@ pub struct Tensors {
 }
 
 impl Tensors {
+    /// Random weights of a new model, see [`initial`].
+    pub fn initial(model: &ModelConfig, seed: u64) -> Self {
+        let weights = initial(model, seed);
+        Self::new((0..specs(model).len()).map(|i| weights.tensor(i)).collect())
+    }
+
     /// Weights that have not been updated yet.
     pub fn new(values: Vec<Vec<f32>>) -> Self {
         let zeros: Vec<Vec<f32>> = values.iter().map(|t| vec![0.0; t.len()]).collect();
@@ -170,6 +178,21 @@ impl<D: Device> Trainer<D> {
         })
     }
 
+    /// All that a resumed run needs. `data`: the corpus' fingerprint; `extra`: files for the model folder.
+    ///
+    /// # Errors
+    /// [`TrainError::Device`].
+    pub fn checkpoint(&self, data: &str, extra: &[(String, Vec<u8>)]) -> Result<Checkpoint> {
+        Ok(Checkpoint {
+            config: self.config.clone(),
+            model: self.model.config.clone(),
+            tensors: self.tensors()?,
+            progress: self.progress.clone(),
+            data: data.to_owned(),
+            extra: extra.to_vec(),
+        })
+    }
+
     /// One step on the next sequences of the data.
     ///
     /// # Errors
@@ -208,6 +231,7 @@ impl<D: Device> Trainer<D> {
             Verdict::Apply => {
                 self.adamw(lr, false)?;
                 self.progress.updates += 1;
+                self.round()?;
                 self.refresh()?;
                 (None, false)
             }
@@ -301,6 +325,20 @@ impl<D: Device> Trainer<D> {
         Ok(device.adamw(&mut tensors, &update)?.grad_norm)
     }
 
+    /// Brings weights and moments to f32 on a device that computes in more, since that is what a checkpoint
+    /// holds: a run that is resumed goes on to the same bits there too.
+    fn round(&mut self) -> Result<()> {
+        let device = &self.model.device;
+        if device.element_bytes() <= size_of::<f32>() {
+            return Ok(());
+        }
+        for buffer in self.values.iter_mut().chain(&mut self.m).chain(&mut self.v) {
+            let rounded = device.read(buffer, 0..device.len(buffer))?;
+            device.write(buffer, 0, &rounded)?;
+        }
+        Ok(())
+    }
+
     /// Takes over the changed values wherever the model holds prepared ones.
     fn refresh(&mut self) -> Result<()> {
         for i in 0..self.values.len() {
@@ -339,34 +377,4 @@ fn check_sizes(specs: &[TensorSpec], tensors: &Tensors) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Initial weights of a new model: matrices normal with standard deviation 0.02, those that write into the
-/// residual stream divided by `sqrt(2 * layers)` (Radford et al. 2019), norms and gates 1. A function of
-/// the seed and the tensor's place alone.
-pub fn initial_values(model: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
-    use rand::{RngExt, SeedableRng};
-    let layers = model.num_hidden_layers;
-    let residual = (0..layers).flat_map(|l| [index::output(l), index::down(l)]);
-    let residual: Vec<usize> = residual.collect();
-    let tensor = |(i, spec): (usize, &TensorSpec)| match spec.role {
-        Role::Norm { len } | Role::Gate { len } => vec![1.0; len],
-        Role::Matrix { out, inner } => {
-            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(i as u64);
-            let shrink = if residual.contains(&i) {
-                (2.0 * layers as f64).sqrt()
-            } else {
-                1.0
-            };
-            let mut normal = || {
-                // Box & Muller 1958; the first draw is kept off 0.
-                let u = 1.0 - rng.random::<f64>();
-                let angle = std::f64::consts::TAU * rng.random::<f64>();
-                (0.02 / shrink * (-2.0 * u.ln()).sqrt() * angle.cos()) as f32
-            };
-            (0..out * inner).map(|_| normal()).collect()
-        }
-    };
-    specs(model).iter().enumerate().map(tensor).collect()
 }

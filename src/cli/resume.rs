@@ -1,0 +1,40 @@
+//! `segattn resume`: goes on with a run from its newest checkpoint that holds.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use segattn::device::cpu::Cpu;
+use segattn::train::checkpoint::load_latest;
+use segattn::train::config::Config;
+use segattn::train::trainer::Trainer;
+
+use super::overrides::Overrides;
+use super::run::{Data, Run, checkpoints};
+use super::train::Text;
+
+/// The run goes on under its own configuration; keys given here replace its own, such as --training.steps.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The run's folder (`training.output`)
+    #[arg(value_name = "DIR", default_value = "run")]
+    output: PathBuf,
+    #[command(flatten)]
+    overrides: Overrides,
+}
+
+pub fn run(args: &Args, quiet: bool) -> Result<()> {
+    let (folder, checkpoint) = load_latest(&checkpoints(&args.output))?;
+    let mut config = Config::parse(&checkpoint.config.to_toml(), &args.overrides.0)?;
+    // The folder may have been moved since.
+    config.training.output = args.output.clone();
+    let text = Text::open(&config, Some(&folder))?;
+    let data = Data::read(&config, &checkpoint.model, &text, &args.output)?;
+    ensure!(
+        data.corpus.fingerprint() == checkpoint.data,
+        "the training data changed since {} was saved; resuming needs the same files",
+        folder.display()
+    );
+    let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
+    let trainer = Trainer::new(Cpu, checkpoint.model, config, tensors, progress)?;
+    Run::new(trainer, data, checkpoint.extra, quiet)?.go()
+}

@@ -1,0 +1,292 @@
+//! A training run under way: steps, validation, checkpoints, progress, and its end.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use segattn::device::Device;
+use segattn::model::config::ModelConfig;
+use segattn::train::checkpoint::{Disk, save};
+use segattn::train::config::Config;
+use segattn::train::data::{Corpus, Document, Reading, Sequences, split};
+use segattn::train::trainer::{StepReport, Trainer};
+
+use super::metrics::{Line, Metrics};
+use super::plot;
+use super::train::Text;
+
+/// Set by Ctrl-C.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// Weight of the newest step in the loss and speed that the progress bar shows.
+const NEWEST: f64 = 0.1;
+
+/// Where a run's checkpoints lie.
+pub fn checkpoints(output: &Path) -> PathBuf {
+    output.join("checkpoints")
+}
+
+/// The data of a run.
+pub struct Data {
+    pub corpus: Corpus,
+    train: Sequences,
+    validation: Sequences,
+}
+
+impl Data {
+    /// Reads the files that the configuration names; the scratch file lies in `output`.
+    pub fn read(config: &Config, model: &ModelConfig, text: &Text, output: &Path) -> Result<Self> {
+        std::fs::create_dir_all(output)
+            .with_context(|| format!("cannot create {}", output.display()))?;
+        let section = &config.data;
+        let encode = |piece: &str| text.encode(piece);
+        let first = |wanted: bool, ids: &[u32]| ids.first().copied().filter(|_| wanted);
+        let reading = Reading {
+            section,
+            vocab_size: model.vocab_size,
+            bos: first(section.add_bos, &model.bos_token_id),
+            eos: first(section.add_eos, &model.eos_token_id),
+            encode: &encode,
+            scratch: output,
+        };
+        let paths = [&section.train[..], &section.validation].concat();
+        let corpus = Corpus::read(&paths, &reading)?;
+        let (train, validation) = if section.validation.is_empty() {
+            split(corpus.documents(), section.split, section.validation_share)
+        } else {
+            // Documents come in the order of the paths: those to train on first.
+            let count = Corpus::read(&section.train, &reading)?.documents().len();
+            let (train, validation) = corpus.documents().split_at(count);
+            (train.to_vec(), validation.to_vec())
+        };
+        let cut =
+            |documents: Vec<Document>| Sequences::new(documents, config.training.sequence_len);
+        let (train, validation) = (cut(train), cut(validation));
+        if train.is_empty() {
+            bail!("no document in `data.train` has two tokens or more, nothing can be predicted");
+        }
+        Ok(Self {
+            corpus,
+            train,
+            validation,
+        })
+    }
+
+    /// The first sequences for validation.
+    fn validation(&self, most: usize) -> Result<Vec<Vec<u32>>> {
+        let count = match most {
+            0 => self.validation.len(),
+            most => self.validation.len().min(most as u64),
+        };
+        let get = |i| Ok(self.validation.get(&self.corpus, i)?);
+        (0..count).map(get).collect()
+    }
+}
+
+/// How a run came to its end.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    Complete,
+    Interrupted,
+    OutOfTime,
+    TooManySkipped,
+}
+
+/// A run.
+pub struct Run<D: Device> {
+    trainer: Trainer<D>,
+    data: Data,
+    extra: Vec<(String, Vec<u8>)>,
+    validation: Vec<Vec<u32>>,
+    metrics: Metrics,
+    bar: ProgressBar,
+    quiet: bool,
+    /// Smoothed loss, and seconds a token.
+    shown: Option<(f64, f64)>,
+    saved: Option<(u64, PathBuf)>,
+}
+
+impl<D: Device> Run<D> {
+    /// A run that goes on where `trainer` is.
+    pub fn new(
+        trainer: Trainer<D>,
+        data: Data,
+        extra: Vec<(String, Vec<u8>)>,
+        quiet: bool,
+    ) -> Result<Self> {
+        let training = &trainer.config().training;
+        let (output, step) = (&training.output, trainer.progress().step);
+        let metrics = Metrics::open(&output.join("metrics.jsonl"), step)?;
+        let validation = data.validation(training.validation_sequences)?;
+        let bar = progress_bar(training.steps, step, quiet);
+        Ok(Self {
+            trainer,
+            data,
+            extra,
+            validation,
+            metrics,
+            bar,
+            quiet,
+            shown: None,
+            saved: None,
+        })
+    }
+
+    /// Trains to the end of the run, to Ctrl-C or to the time limit; saves, and draws the plot.
+    pub fn go(mut self) -> Result<()> {
+        // A handler may be set once in a process.
+        let _ = ctrlc::set_handler(|| {
+            if INTERRUPTED.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+        });
+        self.introduce();
+        let end = self.steps()?;
+        self.bar.finish_and_clear();
+        self.save()?;
+        let config = self.trainer.config();
+        if config.log.plot {
+            let picture = config.training.output.join("loss.svg");
+            plot::draw(self.metrics.path(), &picture)?;
+        }
+        self.conclude(end)
+    }
+
+    fn steps(&mut self) -> Result<End> {
+        let training = self.trainer.config().training.clone();
+        let every = self.trainer.config().checkpoint.every;
+        let limit = training.time_limit_minutes;
+        let limit = limit.map(|minutes| Duration::from_secs_f64(60.0 * minutes));
+        let started = Instant::now();
+        if self.trainer.progress().step == 0 {
+            self.validate()?;
+        }
+        while self.trainer.progress().step < training.steps {
+            let began = Instant::now();
+            let report = self.trainer.step(&self.data.corpus, &self.data.train)?;
+            self.report(&report, began.elapsed())?;
+            let step = self.trainer.progress().step;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            if due(training.validate_every) || step == training.steps {
+                self.validate()?;
+            }
+            if report.stop {
+                return Ok(End::TooManySkipped);
+            }
+            if INTERRUPTED.load(Ordering::SeqCst) {
+                return Ok(End::Interrupted);
+            }
+            if limit.is_some_and(|limit| started.elapsed() >= limit) {
+                return Ok(End::OutOfTime);
+            }
+            if due(every) {
+                self.save()?;
+            }
+        }
+        Ok(End::Complete)
+    }
+
+    fn report(&mut self, report: &StepReport, took: Duration) -> Result<()> {
+        let seconds = took.as_secs_f64();
+        let pace = seconds / report.tokens as f64;
+        if let Some(reason) = &report.skipped {
+            tracing::warn!("step {} skipped: {reason}", report.step);
+        }
+        let (loss, pace) = match self.shown {
+            _ if !report.loss.is_finite() => self.shown.unwrap_or((f64::NAN, pace)),
+            None => (report.loss, pace),
+            Some((l, p)) => (l + NEWEST * (report.loss - l), p + NEWEST * (pace - p)),
+        };
+        self.shown = Some((loss, pace)).filter(|s| s.0.is_finite());
+        self.bar.set_message(format!(
+            "loss {loss:.4}  {:.0} tokens/s",
+            1.0 / pace.max(1e-9)
+        ));
+        self.bar.set_position(report.step + 1);
+        let every = self.trainer.config().log.every;
+        if report.skipped.is_some() || (report.step + 1).is_multiple_of(every) {
+            self.metrics.write(&Line::step(report, seconds))?;
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self) -> Result<()> {
+        if let Some(loss) = self.trainer.validate(&self.validation)? {
+            let step = self.trainer.progress().step;
+            self.metrics.write(&Line::validation(step, loss))?;
+            self.bar.set_prefix(format!("validation {loss:.4}"));
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let (config, step) = (self.trainer.config(), self.trainer.progress().step);
+        if self.saved.as_ref().is_some_and(|s| s.0 == step) {
+            return Ok(());
+        }
+        self.metrics.sync()?;
+        let fingerprint = self.data.corpus.fingerprint();
+        let checkpoint = self.trainer.checkpoint(fingerprint, &self.extra)?;
+        let root = checkpoints(&config.training.output);
+        let folder = save(&mut Disk, &root, &checkpoint, config.checkpoint.keep)?;
+        self.saved = Some((step, folder));
+        Ok(())
+    }
+
+    fn introduce(&self) {
+        if self.quiet || !std::io::stderr().is_terminal() {
+            return;
+        }
+        let weights: usize = self
+            .trainer
+            .model()
+            .specs
+            .iter()
+            .map(|s| s.role.len())
+            .sum();
+        eprintln!(
+            "{:.2} million weights; {} tokens in {} sequences to train on, {} sequences to validate",
+            weights as f64 / 1e6,
+            self.data.train.tokens(),
+            self.data.train.len(),
+            self.validation.len()
+        );
+    }
+
+    fn conclude(&self, end: End) -> Result<()> {
+        let output = &self.trainer.config().training.output;
+        let resume = format!("segattn resume {}", output.display());
+        let step = self.trainer.progress().step;
+        let saved = self.saved.as_ref().map(|s| s.1.display().to_string());
+        let model = saved.unwrap_or_default();
+        match end {
+            End::TooManySkipped => bail!(
+                "stopped after step {step}: too many steps were skipped (see metrics.jsonl); lower the learning \
+                 rate and go on with `{resume} --schedule.lr ...`"
+            ),
+            _ if self.quiet => {}
+            End::Complete => eprintln!("done after {step} steps; the model is {model}"),
+            End::Interrupted => {
+                eprintln!("stopped after step {step} and saved; go on with `{resume}`")
+            }
+            End::OutOfTime => {
+                eprintln!("time is up after step {step}, saved; go on with `{resume}`")
+            }
+        }
+        Ok(())
+    }
+}
+
+fn progress_bar(steps: u64, at: u64, quiet: bool) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = "{pos}/{len} {bar:24.cyan/blue} {msg}  {prefix}  {eta} left";
+    let style = ProgressStyle::with_template(style).expect("a template that is constant");
+    let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+    let bar = bar.with_style(style).with_position(at);
+    bar.reset_eta();
+    bar
+}
