@@ -11,8 +11,8 @@ use segattn::train::checkpoint::{list, load_latest};
 
 const CONFIG: &str = r#"
 [model.shape]
-hidden_size = 16
-intermediate_size = 32
+hidden_size = 32
+intermediate_size = 64
 num_hidden_layers = 2
 num_attention_heads = 4
 num_key_value_heads = 2
