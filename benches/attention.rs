@@ -198,9 +198,9 @@ mod fma {
 
 /// Operations per second of nothing but fused multiply-adds on every thread, where that is known.
 fn peak() -> Option<f64> {
-    const STEPS: usize = 8_000_000;
+    const STEPS: usize = 400_000;
     let on_all = |per_step: usize, f: &(dyn Fn() -> f32 + Sync)| {
-        let seconds = best(3, || {
+        let seconds = best(20, || {
             rayon::broadcast(|_| black_box(f()));
         });
         (rayon::current_num_threads() * STEPS * per_step * 2) as f64 / seconds
