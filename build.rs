@@ -1,0 +1,224 @@
+//! With feature `cuda`: compiles each `kernels/*.cu` for every architecture into `OUT_DIR/<name>.fatbin`,
+//! and fails where a kernel does not stay within its registers. Without it: nothing.
+
+use std::collections::VecDeque;
+use std::env;
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Real architectures of the fat binary; its PTX, for GPUs to come, is of `PTX_ARCH`.
+const ARCHS: &[&str] = &["80", "86", "89", "90", "100", "120"];
+const PTX_ARCH: &str = "80";
+const KERNELS: &[&str] = &["attention_forward", "attention_backward"];
+/// Registers that may move to local memory for the length of an item (128 accumulators a thread at D 128).
+const MAX_STACK_BYTES: u32 = 64;
+
+fn main() -> Result<()> {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return Ok(());
+    }
+    for name in ["NVCC", "CUDA_HOME", "PATH", "SEGATTN_CUDA_ARCHS", "DOCS_RS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    if env::var_os("DOCS_RS").is_some() {
+        // Documentation needs the files to be there, not what is in them.
+        for kernel in KERNELS {
+            fs::write(out.join(format!("{kernel}.fatbin")), [])?;
+        }
+        return Ok(());
+    }
+    let nvcc = find_nvcc()?;
+    let archs = architectures()?;
+    compile_all(&nvcc, &archs, &out)?;
+    for kernel in KERNELS {
+        link(&nvcc, kernel, &archs, &out)?;
+    }
+    Ok(())
+}
+
+/// `NVCC`, `PATH`, `CUDA_HOME`, then the Python package of any interpreter in `PATH`.
+fn find_nvcc() -> Result<PathBuf> {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        let nvcc = PathBuf::from(nvcc);
+        return match nvcc.is_file() {
+            true => Ok(nvcc),
+            false => Err(format!("NVCC is {}, which is no file", nvcc.display()).into()),
+        };
+    }
+    let in_path = env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>());
+    let mut folders = in_path.unwrap_or_default();
+    if let Some(home) = env::var_os("CUDA_HOME") {
+        folders.push(Path::new(&home).join("bin"));
+    }
+    folders.push("/usr/local/cuda/bin".into());
+    folders.extend(python_packages());
+    folders
+        .iter()
+        .map(|folder| folder.join("nvcc"))
+        .find(|nvcc| nvcc.is_file())
+        .ok_or_else(|| {
+            "feature `cuda` needs nvcc 13.0, which was not found through NVCC, PATH, CUDA_HOME or the Python \
+             package. Install the CUDA toolkit, or: pip install 'nvidia-cuda-nvcc==13.0.*' \
+             'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-cccl==13.0.*'"
+                .into()
+        })
+}
+
+fn python_packages() -> Vec<PathBuf> {
+    let script = "import sys, site; print('\\n'.join(sys.path + [site.getusersitepackages()]))";
+    let Ok(output) = Command::new("python3").args(["-c", script]).output() else {
+        return Vec::new();
+    };
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(|line| Path::new(line).join("nvidia/cu13/bin"))
+        .collect()
+}
+
+/// All of [`ARCHS`], or those in `SEGATTN_CUDA_ARCHS` ("90" or "80,90").
+fn architectures() -> Result<Vec<String>> {
+    let Ok(wanted) = env::var("SEGATTN_CUDA_ARCHS") else {
+        return Ok(ARCHS.iter().map(|arch| (*arch).to_owned()).collect());
+    };
+    let archs: Vec<String> = wanted
+        .split([',', ' '])
+        .filter(|arch| !arch.is_empty())
+        .map(str::to_owned)
+        .collect();
+    match archs.iter().find(|arch| !ARCHS.contains(&arch.as_str())) {
+        Some(arch) => {
+            Err(format!("SEGATTN_CUDA_ARCHS: expected some of {ARCHS:?}, got {arch}").into())
+        }
+        None if archs.is_empty() => Err("SEGATTN_CUDA_ARCHS names no architecture".into()),
+        None => Ok(archs),
+    }
+}
+
+/// One compilation each of every kernel file and architecture (and PTX), as many at a time as there are cores.
+fn compile_all(nvcc: &Path, archs: &[String], out: &Path) -> Result<()> {
+    let jobs: VecDeque<(&str, Option<&str>)> = KERNELS
+        .iter()
+        .flat_map(|kernel| {
+            let real = archs.iter().map(|arch| (*kernel, Some(arch.as_str())));
+            real.chain([(*kernel, None)])
+        })
+        .collect();
+    let jobs = Mutex::new(jobs);
+    let errors = Mutex::new(Vec::new());
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let job = jobs.lock().map(|mut jobs| jobs.pop_front());
+                    let Ok(Some((kernel, arch))) = job else {
+                        return;
+                    };
+                    if let Err(error) = compile(nvcc, kernel, arch, out)
+                        && let Ok(mut errors) = errors.lock()
+                    {
+                        errors.push(error.to_string());
+                    }
+                }
+            });
+        }
+    });
+    let errors = errors
+        .into_inner()
+        .map_err(|_| "a compiler thread panicked")?;
+    match errors.is_empty() {
+        true => Ok(()),
+        false => Err(errors.join("\n").into()),
+    }
+}
+
+fn object(kernel: &str, arch: Option<&str>, out: &Path) -> PathBuf {
+    match arch {
+        Some(arch) => out.join(format!("{kernel}.sm_{arch}.cubin")),
+        None => out.join(format!("{kernel}.ptx")),
+    }
+}
+
+fn compile(nvcc: &Path, kernel: &str, arch: Option<&str>, out: &Path) -> Result<()> {
+    let mut command = Command::new(nvcc);
+    command.args(["-std=c++17", "-O3", "-Xptxas", "-v"]);
+    match arch {
+        Some(arch) => command.args([
+            "-cubin",
+            &format!("-gencode=arch=compute_{arch},code=sm_{arch}"),
+        ]),
+        None => command.args(["-ptx", &format!("-arch=compute_{PTX_ARCH}")]),
+    };
+    let output = command
+        .arg("-o")
+        .arg(object(kernel, arch, out))
+        .arg(format!("kernels/{kernel}.cu"))
+        .output()?;
+    let log = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("{}: {kernel}.cu: {}\n{log}", nvcc.display(), output.status).into());
+    }
+    match spilled(&log).as_slice() {
+        [] => Ok(()),
+        entries => Err(format!(
+            "{kernel}.cu, architecture {arch:?}: local memory in {}",
+            entries.join(", ")
+        )
+        .into()),
+    }
+}
+
+/// Entry points whose report, by `ptxas -v`, exceeds [`MAX_STACK_BYTES`].
+fn spilled(log: &str) -> Vec<String> {
+    let mut entry = "";
+    let mut found = Vec::new();
+    for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            entry = rest.split('\'').next().unwrap_or(rest);
+        } else if let Some((number, _)) = line.split_once(" bytes stack frame") {
+            let bytes: u32 = number.trim().parse().unwrap_or(u32::MAX);
+            if bytes > MAX_STACK_BYTES {
+                found.push(format!("{entry} ({bytes} bytes)"));
+            }
+        }
+    }
+    found
+}
+
+fn link(nvcc: &Path, kernel: &str, archs: &[String], out: &Path) -> Result<()> {
+    let mut command = Command::new(nvcc.with_file_name("fatbinary"));
+    command.arg("-64").arg(format!(
+        "--create={}",
+        out.join(format!("{kernel}.fatbin")).display()
+    ));
+    for arch in archs {
+        let file = object(kernel, Some(arch), out);
+        command.arg(format!(
+            "--image3=kind=elf,sm={arch},file={}",
+            file.display()
+        ));
+    }
+    let ptx = object(kernel, None, out);
+    command.arg(format!(
+        "--image3=kind=ptx,sm={PTX_ARCH},file={}",
+        ptx.display()
+    ));
+    let output = command.output()?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!(
+            "fatbinary, {kernel}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )
+        .into()),
+    }
+}
