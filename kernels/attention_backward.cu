@@ -327,19 +327,20 @@ struct KeyGradConfig {
   using QueryTile = Tile<T, kQueries, kHeadDim>;
 };
 
-template <class C>
-struct KeyGradShared {
-  typename C::KeyTile k, v;  // later d_k and d_v on their way to global memory
-  typename C::QueryTile q[C::kStages], d_out[C::kStages];
-  float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
-};
-
 // A block's keys and the queries that see them: heads of the group that read the source, each from first_query on.
 struct KeyItem {
   int entry, kv_head, first;  // first key row
   int len;                    // valid keys of the source
   int query_rows, first_query;
   bool prior;
+};
+
+template <class C>
+struct KeyGradShared {
+  typename C::KeyTile k, v;  // later d_k and d_v on their way to global memory
+  typename C::QueryTile q[C::kStages], d_out[C::kStages];
+  float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
+  KeyItem item;
 };
 
 template <class C>
@@ -460,7 +461,9 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   KeyGradShared<C>& shared = *(KeyGradShared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int first_row = warp / C::kColumnParts * C::kRowTiles * 16, column = warp % C::kColumnParts * (C::kOutTiles * 8);
-  const KeyItem item = key_item<C>(p);
+  if (thread == 0) shared.item = key_item<C>(p);
+  __syncthreads();
+  const KeyItem& item = shared.item;
   const SegattnTensor &k = item.prior ? p.problem.prior_k : p.problem.k, &v = item.prior ? p.problem.prior_v : p.problem.v;
   copy_rows_async<KT, C::kThreads>(shared_address(&shared.k), Rows<const T>::of(k, item.entry, item.kv_head), item.first, item.len, thread);
   copy_rows_async<KT, C::kThreads>(shared_address(&shared.v), Rows<const T>::of(v, item.entry, item.kv_head), item.first, item.len, thread);

@@ -49,6 +49,7 @@ struct ForwardShared {
   Item item;  // here and not in registers, which are full
   bool done;
   WarpRows warps[C::kWarps];
+  float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
   RowState totals[C::kRows];  // of the chunks before the current one, then of the item
 };
 
@@ -155,29 +156,23 @@ struct Weights {
 template <class C>
 SEGATTN_FN void softmax_tile(Weights<C>& p, float (&s)[C::kRowTiles][C::kColTiles][4], Accumulator<C>& acc, const float (&bias)[C::kRowTiles][2],
                              bool past, float scale) {
-  float factor[C::kRowTiles][2];
-  bool changed = false;
 #pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
+  for (int m = 0; m < C::kRowTiles; m++) {
+    float factor[2];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      factor[m][half] = softmax_row(s[m], half, acc.rows[m][half], scale, past ? bias[m][half] : 0.f);
-      changed |= factor[m][half] != 1.f;
-    }
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
+    for (int half = 0; half < 2; half++)
+      factor[half] = softmax_row(s[m], half, acc.rows[m][half], scale, past ? bias[m][half] : 0.f);
 #pragma unroll
     for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
         p.a[m][n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[m][n][half * 2], s[m][n][half * 2 + 1]);
-  if (!warp_any(changed)) return;
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
+    if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) continue;
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) acc.out[m][n][e] = mul_rn(acc.out[m][n][e], factor[m][e / 2]);
+      for (int e = 0; e < 4; e++) acc.out[m][n][e] = mul_rn(acc.out[m][n][e], factor[e / 2]);
+  }
 }
 
 template <class C>
@@ -201,17 +196,19 @@ SEGATTN_FN void add_values(Accumulator<C>& acc, const Weights<C>& p, SharedAddre
 // 16 rows' values joined with those of the chunks before, which lie kThreads apart.
 template <class C>
 SEGATTN_FN void fold_row_tile(float (&out)[C::kOutTiles][4], const FoldFactors (&factors)[2], float4* place, bool first, bool last) {
+  if (!first) {
 #pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++, place += C::kThreads) {
-    if (!first) {
-      const float4 total = *place;
+    for (int n = 0; n < C::kOutTiles; n++) {
+      const float4 total = place[n * C::kThreads];
       out[n][0] = fold_value(total.x, out[n][0], factors[0]);
       out[n][1] = fold_value(total.y, out[n][1], factors[0]);
       out[n][2] = fold_value(total.z, out[n][2], factors[1]);
       out[n][3] = fold_value(total.w, out[n][3], factors[1]);
     }
-    if (!last) *place = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
   }
+  if (last) return;
+#pragma unroll
+  for (int n = 0; n < C::kOutTiles; n++) place[n * C::kThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
 }
 
 // A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
@@ -350,36 +347,40 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
 
     const bool last = step + 1 == item.end_step;
     if (last || (step + 1) % C::kChunkSteps == 0) {
-      float* g_fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
-      close_chunk<C>(acc, shared.totals + rows.first_row, g_fold, step - item.first_step < C::kChunkSteps, last, thread);
+      close_chunk<C>(acc, shared.totals + rows.first_row, shared.fold, step - item.first_step < C::kChunkSteps, last, thread);
       if (!last) acc.clear();
     }
   }
-  cp_async_wait<0>();
+  arrive_and_wait<0>();  // an item of no keys ends while other threads' copies of its queries are still landing
   if (item.splits > 1)
     store_partial<C>(p, item, acc, rows.first_row, lane);
   else
     store_final<C>(p, item, acc, shared, rows.first_row, warp, lane);
 }
 
+// Takes the next item that has work; false: none is left.
+template <class C>
+SEGATTN_FN bool next_item(const SegattnForwardParams& p, Item& item) {
+  const int tiles = opaque(p.tiles), max_items = opaque(p.max_items), heads_per_tile = C::kPacked ? opaque(p.heads_per_tile) : 1;
+  const uint32_t items = (uint32_t)max_items * tiles * (opaque(p.problem.q_heads) / heads_per_tile) * p.problem.batch;
+  do {
+    const uint32_t index = atomic_add(p.next_item, 1);
+    if (index >= items) return false;
+    item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, heads_per_tile, max_items);
+  } while (item.split >= item.splits);
+  return true;
+}
+
 template <class C>
 SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
-  const uint32_t items = (uint32_t)p.max_items * p.tiles * (p.problem.q_heads / heads_per_tile) * p.problem.batch;
+  if (threadIdx.x == 0) shared.fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (;;) {
     __syncthreads();  // the item before is done with shared memory
-    if (threadIdx.x == 0) {
-      do {
-        const uint32_t index = atomic_add(p.next_item, 1);
-        shared.done = index >= items;
-        if (shared.done) break;
-        shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, heads_per_tile, p.max_items);
-      } while (shared.item.split >= shared.item.splits);
-    }
+    if (threadIdx.x == 0) shared.done = !next_item<C>(p, shared.item);
     __syncthreads();
     if (shared.done) return;
-    shared.sources.fill(p.problem, shared.item.entry, shared.item.head / (p.problem.q_heads / p.problem.kv_heads), threadIdx.x);
+    shared.sources.fill(p.problem, shared.item.entry, shared.item.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
     __syncthreads();
     run_item<C>(p, shared);
   }

@@ -38,7 +38,7 @@ SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int heads_per_tile, int
 
 template <int kRows, int kKeys, int kItemKeys>
 SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads_per_tile, int max_items) {
-  const int head_tiles = p.q_heads / heads_per_tile, per_split = tiles * head_tiles * p.batch;
+  const int head_tiles = opaque(p.q_heads) / heads_per_tile, per_split = tiles * head_tiles * p.batch;
   Item item;
   item.split = max_items - 1 - index / per_split;
   index %= per_split;

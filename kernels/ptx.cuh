@@ -37,6 +37,7 @@ SEGATTN_FN void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
   sim_mma_m16n8k16(d, a, b, 0, sim_site());
 }
 
+SEGATTN_FN int opaque(int x) { return x; }
 SEGATTN_FN float exp2_approx(float x) { return sim_exp2(x); }
 SEGATTN_FN float log2_approx(float x) { return sim_log2(x); }
 SEGATTN_FN float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
@@ -81,6 +82,9 @@ SEGATTN_FN void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// The same value, computed here: keeps what depends on it from being prepared ahead of a loop, in registers.
+SEGATTN_FN int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
 
 SEGATTN_FN float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 SEGATTN_FN float log2_approx(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
