@@ -1,5 +1,7 @@
 //! The command line: one file a command; this one parses, dispatches, and reports errors.
 
+mod alloc;
+mod demo;
 mod doctor;
 mod documents;
 mod eval;
@@ -53,6 +55,8 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Train a small model here and now, and see what this crate promises
+    Demo(demo::Args),
     /// Train a model: a new one, or one from a folder
     Train(train::Args),
     /// Go on with a run from its newest checkpoint, to the same bits
@@ -96,6 +100,7 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command, quiet: bool) -> Result<()> {
     match command {
+        Command::Demo(args) => demo::run(&args, quiet),
         Command::Train(args) => train::run(&args, quiet),
         Command::Resume(args) => resume::run(&args, quiet),
         Command::Generate(args) => generate::run(&args, quiet),
