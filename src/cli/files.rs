@@ -40,7 +40,14 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut options = tempfile::Builder::new();
+        // Results are for others too; the default of a temporary file is its owner alone.
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            options.permissions(std::fs::Permissions::from_mode(0o644));
+        }
+        let mut file = options.tempfile_in(folder)?;
         file.write_all(contents)?;
         file.persist(path)?;
         Ok(())

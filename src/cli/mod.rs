@@ -85,6 +85,7 @@ enum Command {
 /// Parses the arguments, runs the command, and turns its result into an exit code: 0 done, 1 failed,
 /// 2 wrong usage.
 pub fn main() -> ExitCode {
+    alloc::keep_freed_memory();
     let cli = Cli::parse();
     start_logging(&cli.global);
     let done = start_threads(&cli.global).and_then(|()| run(cli.command, cli.global.quiet));

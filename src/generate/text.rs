@@ -6,8 +6,9 @@
 
 use super::stop::{StopError, StopMatcher, StopOutput};
 
-/// Longest run of tokens held back for an unfinished character; a broken one ends here.
-const MAX_HELD: usize = 8;
+/// Longest run of tokens held back for an unfinished character; a broken one ends here. Literal
+/// replacement characters look unfinished too, so it leaves room for several.
+const MAX_HELD: usize = 32;
 
 /// The text of one sequence, token by token.
 #[derive(Debug, Clone)]
