@@ -9,42 +9,42 @@ use segattn_sim::{Buffer, Gpu, Module, SimError, Source};
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Tensor {
-    data: usize,
-    batch_offsets: usize,
-    strides: [i64; 3],
-    rows: i64,
+    pub data: usize,
+    pub batch_offsets: usize,
+    pub strides: [i64; 3],
+    pub rows: i64,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Problem {
-    q_k_v_prior_past: [Tensor; 7],
-    segment_len: usize,
-    prior_len: usize,
-    past_len: usize,
-    query_start: usize,
-    past_gate: usize,
-    prior_heads: usize,
-    past_len_strides: [i32; 2],
-    batch: i32,
-    q_heads: i32,
-    kv_heads: i32,
-    scale: f32,
+    pub q_k_v_prior_past: [Tensor; 7],
+    pub segment_len: usize,
+    pub prior_len: usize,
+    pub past_len: usize,
+    pub query_start: usize,
+    pub past_gate: usize,
+    pub prior_heads: usize,
+    pub past_len_strides: [i32; 2],
+    pub batch: i32,
+    pub q_heads: i32,
+    pub kv_heads: i32,
+    pub scale: f32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ForwardParams {
-    problem: Problem,
-    out: Tensor,
-    lse: usize,
-    partial_out: usize,
-    partial_state: usize,
-    fold: usize,
-    next_item: usize,
-    heads_per_tile: i32,
-    tiles: i32,
-    max_items: i32,
+pub struct ForwardParams {
+    pub problem: Problem,
+    pub out: Tensor,
+    pub lse: usize,
+    pub partial_out: usize,
+    pub partial_state: usize,
+    pub fold: usize,
+    pub next_item: usize,
+    pub heads_per_tile: i32,
+    pub tiles: i32,
+    pub max_items: i32,
 }
 
 pub const BATCH: usize = 2;
