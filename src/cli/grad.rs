@@ -1,22 +1,21 @@
 //! `segattn grad`: the gradient of the mean next-token loss, for comparison with other programs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use safetensors::tensor::{Dtype, TensorView};
 use segattn::device::Device;
 use segattn::model::decoder::Decoder;
-use segattn::model::parameters::Role;
-use segattn::model::state::Plan;
+use segattn::model::weights::Checkpoint;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 use super::files::{read_tokens, write_atomically};
 use super::model::ModelArgs;
 
 /// Writes the exact gradient of every weight under its own name (F32), and the loss in the metadata:
-/// the mean negative log-probability of all tokens but the first. Past gates of layers that do not
-/// read the past have none.
+/// the mean negative log-probability of all tokens but the first. The names are those of the folder's
+/// weights: past gates that it does not hold are 1 and have none.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -36,7 +35,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let model = args.model.load_for_gradients()?;
+    let (checkpoint, model) = args.model.load_for_gradients()?;
     let tokens = read_tokens(&args.tokens, model.config.vocab_size)?;
     ensure!(
         tokens.len() >= 2,
@@ -54,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
     let scored = accumulate(&model, &[tokens], config, scale, &mut gradients)?;
     let loss = -scored.concat().iter().sum::<f64>() / count as f64;
     println!("loss {loss:.6}");
-    let tensors = named(&model, gradients.finish(&model.device)?)?;
+    let tensors = named(&checkpoint, &model, gradients.finish(&model.device)?)?;
     let views = tensors
         .iter()
         .map(|(name, shape, bytes)| {
@@ -69,18 +68,18 @@ pub fn run(args: &Args) -> Result<()> {
 type Named = (String, Vec<usize>, Vec<u8>);
 
 /// The gradients under the names of the checkpoint, which are parts of the model's tensors.
-fn named<D: Device>(model: &Decoder<D>, gradients: &[D::Buffer]) -> Result<Vec<Named>> {
-    let plan = Plan::new(&model.config, 1);
-    let reads_past = |name: &str| {
-        let layer = name.split('.').nth(2).and_then(|l| l.parse::<usize>().ok());
-        layer.is_some_and(|l| plan.reads.get(l).is_some_and(|r| !r.past.is_empty()))
-    };
+fn named<D: Device>(
+    checkpoint: &Checkpoint,
+    model: &Decoder<D>,
+    gradients: &[D::Buffer],
+) -> Result<Vec<Named>> {
+    let held: HashSet<&str> = checkpoint.tensors().map(|(name, _)| name).collect();
     let mut all = Vec::new();
     for (spec, gradient) in model.specs.iter().zip(gradients) {
         let mut at = 0;
         for (name, shape) in &spec.parts {
             let end = at + shape.iter().product::<usize>();
-            if !matches!(spec.role, Role::Gate { .. }) || reads_past(name) {
+            if held.contains(name.as_str()) {
                 let values = model.device.read(gradient, at..end)?;
                 let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
                 all.push((name.clone(), shape.clone(), bytes));

@@ -78,10 +78,11 @@ impl ModelArgs {
         Ok((weights.load(Cpu, config, false)?, text))
     }
 
-    /// The model, prepared for gradients.
-    pub fn load_for_gradients(&self) -> Result<Decoder<Cpu>> {
+    /// The folder's weights, and the model prepared for gradients.
+    pub fn load_for_gradients(&self) -> Result<(Checkpoint, Decoder<Cpu>)> {
         let weights = Checkpoint::open(&self.model)?;
-        Ok(weights.load(Cpu, self.config()?, true)?)
+        let model = weights.load(Cpu, self.config()?, true)?;
+        Ok((weights, model))
     }
 
     fn config(&self) -> Result<ModelConfig> {
