@@ -43,6 +43,7 @@
 //! ```
 
 pub mod cpu;
+pub mod cuda;
 mod error;
 mod problem;
 pub mod reference;

@@ -1,0 +1,30 @@
+//! Segment attention on NVIDIA GPUs: the host side of `kernels/attention_*.cu`.
+//!
+//! A [`Problem`] names device memory; [`ForwardPlan`] and [`BackwardPlan`] validate it once, choose the kernels and
+//! say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a stream. Nothing is allocated,
+//! nothing waits, and the workspace may be used again by the next call on the same stream.
+//!
+//! Planning knows no driver: it asks [`Kernels`] what was compiled and hands its launches to a [`Launcher`]. The
+//! driver's implementations (feature `cuda`) load it at run time, so one program serves machines with and without a GPU.
+//!
+//! **Lengths and gates.** Those given as host values are validated and travel with the call, into the workspace and
+//! in stream order. Those given as device addresses are trusted: nobody reads them back, and a length beyond its
+//! tensor reads foreign memory. Whether a head reads the prior or the past is always known to the host.
+
+mod backward;
+pub mod bindings;
+mod entries;
+mod error;
+mod forward;
+mod launcher;
+mod params;
+mod problem;
+#[cfg(test)]
+mod tests;
+
+pub use backward::{BackwardPlan, Gradients, Saved};
+pub use entries::{Dtype, Entry, File};
+pub use error::Error;
+pub use forward::{ForwardPlan, Phase};
+pub use launcher::{Kernels, Launch, Launcher};
+pub use problem::{DeviceSlice, Gates, Lengths, PastLengths, Problem, Tensor};

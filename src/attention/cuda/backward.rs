@@ -1,0 +1,284 @@
+//! The plan of a backward call: prepare, d_q, the sum of its parts, d_k and d_v.
+
+use super::bindings::SegattnBackwardParams;
+use super::entries::{Entry, Instance};
+use super::error::Error;
+use super::forward::{info, launch};
+use super::launcher::{Kernels, Launch, Launcher};
+use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_items};
+use super::problem::{DeviceSlice, Lengths, Problem, Tensor, units};
+use crate::attention::problem::Saved as HostSaved;
+use crate::attention::{Error as ArgumentError, Grads};
+
+/// Rows of the arrays that preparation fills are rounded up to this.
+const ROW_PITCH: usize = 128;
+/// Kernels of a warp a row, which have no constant of their own.
+const ROWS_PER_BLOCK: usize = 4;
+const ROW_THREADS: u32 = 128;
+
+/// What a backward pass reads besides the problem.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved<'a> {
+    /// What the forward pass wrote, like `q`.
+    pub out: Tensor<'a>,
+    /// `[batch, q_heads, rows]` f32, of the forward pass.
+    pub lse: DeviceSlice,
+    /// The loss's gradient with respect to `out`, like `q`.
+    pub d_out: Tensor<'a>,
+    /// The loss's gradient with respect to `lse`, like it; `None` is zero.
+    pub d_lse: Option<DeviceSlice>,
+}
+
+/// What a backward pass writes (`=`, not `+=`), padding rows to 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Gradients<'a> {
+    /// Like `q`.
+    pub d_q: Tensor<'a>,
+    /// Like `k`.
+    pub d_k: Tensor<'a>,
+    /// Like `v`.
+    pub d_v: Tensor<'a>,
+    /// Like `prior_k` and `prior_v`; `None` leaves them out (`read_only_prior`).
+    pub d_prior: Option<(Tensor<'a>, Tensor<'a>)>,
+    /// `[batch, q_heads]` f32: each batch entry's part of the gradient of `past_gate`. The caller sums over batch,
+    /// in an order of its choice.
+    pub d_past_gate: DeviceSlice,
+}
+
+/// A validated backward call.
+#[derive(Debug)]
+pub struct BackwardPlan {
+    problem: ProblemParams,
+    /// out, d_out, d_q, d_k, d_v, d_prior_k, d_prior_v
+    tensors: [TensorParams; 7],
+    lse: u64,
+    d_lse: u64,
+    d_past_gate: DeviceSlice,
+    workspace: Workspace,
+    row_lse: Place,
+    row_delta: Place,
+    partial_d_q: Place,
+    partial_gate: Place,
+    row_pitch: u32,
+    tiles: u32,
+    max_items: u32,
+    /// In order; those of no blocks are left out.
+    launches: [Launch; 4],
+}
+
+impl BackwardPlan {
+    /// Plans a call. `query_start` must be 0.
+    ///
+    /// # Errors
+    /// An argument that does not fit, a head size without kernels, or what `kernels` says.
+    pub fn new(
+        problem: &Problem<'_>,
+        saved: &Saved<'_>,
+        gradients: &Gradients<'_>,
+        kernels: &impl Kernels,
+    ) -> Result<Self, Error> {
+        let instance = Instance::of(problem.dtype, problem.head_dim)?;
+        check(problem, saved, gradients)?;
+        let mut workspace = Workspace::default();
+        let params = ProblemParams::new(problem, &mut workspace)?;
+        let mut tensors = [TensorParams::NONE; 7];
+        for (params, (name, tensor)) in tensors.iter_mut().zip(named(saved, gradients)) {
+            if let Some(tensor) = tensor {
+                *params = TensorParams::new(name, tensor, &mut workspace)?;
+            }
+        }
+        let query = info::<SegattnBackwardParams>(kernels, instance.query_grad)?;
+        let key = info::<SegattnBackwardParams>(kernels, instance.key_grad)?;
+        let (batch, heads, rows) = (problem.batch, problem.q_heads, params.rows());
+        let row_pitch = rows.next_multiple_of(ROW_PITCH);
+        let tiles = rows.div_ceil(query.tile_rows as usize);
+        let max_items = most_items(problem, &query);
+        let items = count(
+            "tiles * items * heads * batch",
+            &[tiles, max_items, heads, batch],
+        )?;
+        let of_rows = |entry, rows: usize| row_launch(entry, &[batch, heads, rows]);
+        let key_rows = |tensor: &TensorParams| tensor.rows().div_ceil(key.tile_rows as usize);
+        let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
+        let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads, batch])?;
+        let split = usize::from(max_items > 1) * max_items;
+        Ok(BackwardPlan {
+            problem: params,
+            tensors,
+            lse: saved.lse.data,
+            d_lse: saved.d_lse.map_or(0, |d_lse| d_lse.data),
+            d_past_gate: gradients.d_past_gate,
+            row_lse: workspace.reserve("row_lse", 4, &[batch, heads, row_pitch])?,
+            row_delta: workspace.reserve("row_delta", 4, &[batch, heads, row_pitch])?,
+            partial_d_q: workspace.reserve(
+                "partial_d_q",
+                4,
+                &[split, batch, heads, rows, problem.head_dim],
+            )?,
+            partial_gate: workspace.reserve(
+                "partial_gate",
+                4,
+                &[max_items, batch, heads, tiles],
+            )?,
+            workspace,
+            row_pitch: count("row_pitch", &[row_pitch])?,
+            tiles: count("tiles", &[tiles])?,
+            max_items: count("items", &[max_items])?,
+            launches: [
+                of_rows(instance.prepare, row_pitch)?,
+                launch(instance.query_grad, items, &query),
+                of_rows(instance.query_grad_sum, rows)?,
+                launch(instance.key_grad, key_blocks, &key),
+            ],
+        })
+    }
+
+    /// Bytes of device memory that [`run`](Self::run) needs, at a multiple of 256.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace.bytes()
+    }
+
+    /// Puts the call on the launcher's stream: the host's values, then the kernels.
+    ///
+    /// # Safety
+    /// As [`super::ForwardPlan::run`], for every address of the problem, of what was saved and of the gradients.
+    ///
+    /// # Errors
+    /// As [`super::ForwardPlan::run`].
+    pub unsafe fn run(
+        &self,
+        launcher: &mut impl Launcher,
+        workspace: DeviceSlice,
+    ) -> Result<(), Error> {
+        self.workspace.check(workspace)?;
+        // SAFETY: the caller's promise; the beginning of the workspace is its host values.
+        unsafe {
+            launcher.upload(workspace.data, self.workspace.uploads())?;
+            self.launch(launcher, workspace)
+        }
+    }
+
+    /// As [`run`](Self::run), where the workspace still holds the host's values of this plan's last run: for graphs.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run).
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub unsafe fn launch(
+        &self,
+        launcher: &mut impl Launcher,
+        workspace: DeviceSlice,
+    ) -> Result<(), Error> {
+        self.workspace.check(workspace)?;
+        let params = self.params(workspace.data);
+        // SAFETY: the caller's promise, and the params are those of these entries.
+        unsafe {
+            if self.problem.rows() == 0 && self.d_past_gate.len > 0 {
+                // No row's kernel runs, and it is the rows' kernels that write this.
+                launcher.zero(self.d_past_gate.data, 4 * self.d_past_gate.len)?;
+            }
+            self.launches
+                .iter()
+                .filter(|launch| launch.blocks > 0)
+                .try_for_each(|launch| launcher.launch(launch, &params))
+        }
+    }
+
+    fn params(&self, workspace: u64) -> SegattnBackwardParams {
+        let [out, d_out, d_q, d_k, d_v, d_prior_k, d_prior_v] =
+            self.tensors.map(|tensor| tensor.fill(workspace));
+        SegattnBackwardParams {
+            problem: self.problem.fill(workspace),
+            out,
+            d_out,
+            lse: Place::Device(self.lse).at(workspace),
+            d_lse: Place::Device(self.d_lse).at(workspace),
+            d_q,
+            d_k,
+            d_v,
+            d_prior_k,
+            d_prior_v,
+            d_past_gate: Place::Device(self.d_past_gate.data).at(workspace),
+            row_lse: self.row_lse.at(workspace),
+            row_delta: self.row_delta.at(workspace),
+            partial_d_q: self.partial_d_q.at(workspace),
+            partial_gate: self.partial_gate.at(workspace),
+            row_pitch: self.row_pitch as i32,
+            tiles: self.tiles as i32,
+            max_items: self.max_items as i32,
+        }
+    }
+}
+
+/// Every tensor of the call besides the problem's.
+fn named<'a>(
+    saved: &'a Saved<'a>,
+    gradients: &'a Gradients<'a>,
+) -> [(&'static str, Option<&'a Tensor<'a>>); 7] {
+    let prior = gradients.d_prior.as_ref();
+    [
+        ("out", Some(&saved.out)),
+        ("d_out", Some(&saved.d_out)),
+        ("d_q", Some(&gradients.d_q)),
+        ("d_k", Some(&gradients.d_k)),
+        ("d_v", Some(&gradients.d_v)),
+        ("d_prior_k", prior.map(|(d_k, _)| d_k)),
+        ("d_prior_v", prior.map(|(_, d_v)| d_v)),
+    ]
+}
+
+fn check(problem: &Problem<'_>, saved: &Saved<'_>, gradients: &Gradients<'_>) -> Result<(), Error> {
+    if let Lengths::Device {
+        query_start: Some(_),
+        ..
+    } = problem.lengths
+    {
+        return Err(ArgumentError::Unsupported {
+            argument: "query_start",
+            expected: "none in a backward pass",
+            got: "a device address".into(),
+        }
+        .into());
+    }
+    problem.check(|host| {
+        let d_prior = gradients.d_prior.as_ref();
+        let grads = Grads {
+            d_q: gradients.d_q.view_mut(),
+            d_k: gradients.d_k.view_mut(),
+            d_v: gradients.d_v.view_mut(),
+            d_prior: d_prior.map(|(d_k, d_v)| (d_k.view_mut(), d_v.view_mut())),
+            d_past_gate: units(gradients.d_past_gate.len),
+        };
+        let saved = HostSaved {
+            out: saved.out.view(),
+            lse: units(saved.lse.len),
+            d_out: saved.d_out.view(),
+            d_lse: saved.d_lse.map(|d_lse| &*units(d_lse.len)),
+        };
+        host.validate_backward(&saved, &grads)
+    })?;
+    for (name, tensor) in named(saved, gradients) {
+        if let Some(tensor) = tensor {
+            tensor.check_alignment(name)?;
+        }
+    }
+    saved.lse.check_alignment("lse")?;
+    if let Some(d_lse) = saved.d_lse {
+        d_lse.check_alignment("d_lse")?;
+    }
+    gradients.d_past_gate.check_alignment("d_past_gate")
+}
+
+/// The launch of a kernel of a warp a row.
+fn row_launch(entry: Entry, rows: &[usize]) -> Result<Launch, Error> {
+    let rows = rows
+        .iter()
+        .fold(1, |product: usize, &n| product.saturating_mul(n));
+    Ok(Launch {
+        entry,
+        blocks: count("blocks of a grid", &[rows.div_ceil(ROWS_PER_BLOCK)])?,
+        threads: ROW_THREADS,
+        shared_bytes: 0,
+    })
+}

@@ -1,0 +1,168 @@
+//! Which kernels there are: the one table from element type and head size to entry points.
+
+use std::fmt;
+
+use super::error::Error;
+
+/// Element type of queries, keys, values and their gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub const BYTES: usize = 2;
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Dtype::Bf16 => "bf16",
+            Dtype::F16 => "f16",
+        })
+    }
+}
+
+/// A compiled file of `kernels/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum File {
+    /// `attention_forward.cu`.
+    AttentionForward,
+    /// `attention_backward.cu`.
+    AttentionBackward,
+}
+
+impl File {
+    /// All files.
+    pub const ALL: [File; 2] = [File::AttentionForward, File::AttentionBackward];
+
+    /// The file's name without its ending.
+    pub fn stem(self) -> &'static str {
+        match self {
+            File::AttentionForward => "attention_forward",
+            File::AttentionBackward => "attention_backward",
+        }
+    }
+}
+
+/// An `extern "C"` kernel. How it is launched lies beside it, in the constant `<name>_info`, if it has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// Where it was compiled.
+    pub file: File,
+    /// Its name there.
+    pub name: &'static str,
+}
+
+/// The entry points of an element type and a head size.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Instance {
+    pub prefill: Entry,
+    pub prefill_combine: Entry,
+    pub decode: Entry,
+    pub decode_combine: Entry,
+    pub prepare: Entry,
+    pub query_grad: Entry,
+    pub query_grad_sum: Entry,
+    pub key_grad: Entry,
+}
+
+const fn forward(name: &'static str) -> Entry {
+    Entry {
+        file: File::AttentionForward,
+        name,
+    }
+}
+
+const fn backward(name: &'static str) -> Entry {
+    Entry {
+        file: File::AttentionBackward,
+        name,
+    }
+}
+
+macro_rules! instance {
+    ($suffix:literal) => {
+        Some(Instance {
+            prefill: forward(concat!("attention_prefill_", $suffix)),
+            prefill_combine: forward(concat!("combine_prefill_", $suffix)),
+            decode: forward(concat!("attention_decode_", $suffix)),
+            decode_combine: forward(concat!("combine_decode_", $suffix)),
+            prepare: backward(concat!("attention_prepare_", $suffix)),
+            query_grad: backward(concat!("attention_query_grad_", $suffix)),
+            query_grad_sum: backward(concat!("attention_query_grad_sum_", $suffix)),
+            key_grad: backward(concat!("attention_key_grad_", $suffix)),
+        })
+    };
+}
+
+fn find(dtype: Dtype, head_dim: usize) -> Option<Instance> {
+    match (dtype, head_dim) {
+        (Dtype::Bf16, 32) => instance!("bf16_d32"),
+        (Dtype::Bf16, 64) => instance!("bf16_d64"),
+        (Dtype::Bf16, 96) => instance!("bf16_d96"),
+        (Dtype::Bf16, 128) => instance!("bf16_d128"),
+        (Dtype::Bf16, 256) => instance!("bf16_d256"),
+        (Dtype::F16, 32) => instance!("f16_d32"),
+        (Dtype::F16, 64) => instance!("f16_d64"),
+        (Dtype::F16, 96) => instance!("f16_d96"),
+        (Dtype::F16, 128) => instance!("f16_d128"),
+        (Dtype::F16, 256) => instance!("f16_d256"),
+        _ => None,
+    }
+}
+
+impl Instance {
+    /// The kernels for an element type and head size.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where there are none.
+    pub fn of(dtype: Dtype, head_dim: usize) -> Result<Instance, Error> {
+        find(dtype, head_dim).ok_or_else(|| {
+            let dims = (1..=1024).filter(|&dim| find(dtype, dim).is_some());
+            let dims: Vec<String> = dims.map(|dim| dim.to_string()).collect();
+            Error::Unsupported {
+                got: dtype,
+                head_dim,
+                supported: format!("bf16 and f16 with head_dim {}", dims.join(", ")),
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_there_is_refused_with_what_is() {
+        let error = Instance::of(Dtype::F16, 80).expect_err("no kernel");
+        assert_eq!(
+            error.to_string(),
+            "no kernel for f16 with head_dim 80: supported are bf16 and f16 with head_dim 32, 64, 96, 128, 256"
+        );
+    }
+
+    #[test]
+    fn every_entry_is_written_in_its_file() {
+        let sources = [
+            include_str!("../../../kernels/attention_forward.cu"),
+            include_str!("../../../kernels/attention_backward.cu"),
+        ];
+        for (dtype, dim) in [Dtype::Bf16, Dtype::F16]
+            .into_iter()
+            .flat_map(|dtype| [32, 64, 96, 128, 256].map(|dim| (dtype, dim)))
+        {
+            let instance = Instance::of(dtype, dim).expect("kernels");
+            assert!(instance.prefill.name.ends_with(&format!("{dtype}_d{dim}")));
+            for phase in ["prefill", "decode"] {
+                assert!(sources[0].contains(&format!("FORWARD({phase}_{dtype}_d{dim},")));
+            }
+            assert!(sources[1].contains(&format!("BACKWARD({dtype}_d{dim},")));
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The plan of a forward call: which kernel, how many blocks, which workspace.
+
+use super::bindings::{SegattnForwardParams, SegattnKernelInfo};
+use super::entries::{Entry, Instance};
+use super::error::Error;
+use super::launcher::{Kernels, Launch, Launcher};
+use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_items};
+use super::problem::{DeviceSlice, Problem, Tensor, units};
+
+/// How the work is cut. Results have the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Many query rows: a block takes a tile of them and a long run of keys.
+    Prefill,
+    /// A few query rows: their keys are spread over the device, and the heads of a group share a tile.
+    Decode,
+}
+
+/// A validated forward call. `out` and `lse` are written, padding rows to 0 and -inf.
+#[derive(Debug)]
+pub struct ForwardPlan {
+    problem: ProblemParams,
+    out: TensorParams,
+    lse: u64,
+    workspace: Workspace,
+    /// The parts of the workspace.
+    next_item: Place,
+    fold: Place,
+    partial_out: Place,
+    partial_state: Place,
+    phase: Phase,
+    heads_per_tile: u32,
+    tiles: u32,
+    max_items: u32,
+    attention: Launch,
+    /// Blocks of 0: nothing is split.
+    combine: Launch,
+}
+
+impl ForwardPlan {
+    /// Plans a call that writes `out` (like `q`, but with a layout of its own) and `lse` `[batch, q_heads, rows]` f32.
+    /// Without a `phase` the number of rows decides.
+    ///
+    /// # Errors
+    /// An argument that does not fit, a head size without kernels, or what `kernels` says.
+    pub fn new(
+        problem: &Problem<'_>,
+        out: &Tensor<'_>,
+        lse: DeviceSlice,
+        phase: Option<Phase>,
+        kernels: &impl Kernels,
+    ) -> Result<Self, Error> {
+        let instance = Instance::of(problem.dtype, problem.head_dim)?;
+        problem.check(|host| host.validate_forward(&out.view_mut(), units(lse.len)))?;
+        out.check_alignment("out")?;
+        lse.check_alignment("lse")?;
+        let mut workspace = Workspace::default();
+        let params = ProblemParams::new(problem, &mut workspace)?;
+        let out = TensorParams::new("out", out, &mut workspace)?;
+
+        let rows = params.rows();
+        let packed = shared_heads(problem);
+        let decode = info::<SegattnForwardParams>(kernels, instance.decode)?;
+        let fits_a_tile = rows.saturating_mul(packed) <= decode.tile_rows as usize;
+        let phase = phase.unwrap_or(if fits_a_tile {
+            Phase::Decode
+        } else {
+            Phase::Prefill
+        });
+        let (entry, combine, info, packed) = match phase {
+            Phase::Decode => (instance.decode, instance.decode_combine, decode, packed),
+            Phase::Prefill => {
+                let prefill = info::<SegattnForwardParams>(kernels, instance.prefill)?;
+                (instance.prefill, instance.prefill_combine, prefill, 1)
+            }
+        };
+        let (tile_rows, head_dim) = (info.tile_rows as usize, problem.head_dim);
+        let tiles = rows.saturating_mul(packed).div_ceil(tile_rows);
+        let max_items = most_items(problem, &info);
+        let head_tiles = problem.q_heads / packed;
+        let items = count(
+            "tiles * items * heads * batch",
+            &[tiles, max_items, head_tiles, problem.batch],
+        )?;
+        let blocks = match items {
+            0 => 0,
+            items => kernels.resident_blocks(entry, &info)?.max(1).min(items),
+        };
+        let query_rows = [problem.batch, problem.q_heads, rows];
+        let is_split = max_items > 1 && items > 0;
+        let partial_rows = [
+            usize::from(is_split) * max_items,
+            query_rows[0],
+            query_rows[1],
+            rows,
+        ];
+        let combined = info_blocks(kernels, combine, &query_rows)?;
+        Ok(ForwardPlan {
+            problem: params,
+            out,
+            lse: lse.data,
+            next_item: workspace.reserve("next_item", 4, &[1])?,
+            fold: workspace.reserve("fold", 4, &[blocks as usize, tile_rows, head_dim])?,
+            partial_out: workspace.reserve(
+                "partial_out",
+                4,
+                &[&partial_rows[..], &[head_dim]].concat(),
+            )?,
+            partial_state: workspace.reserve("partial_state", 8, &partial_rows)?,
+            workspace,
+            phase,
+            heads_per_tile: packed as u32,
+            tiles: count("tiles", &[tiles])?,
+            max_items: count("items", &[max_items])?,
+            attention: launch(entry, blocks, &info),
+            combine: Launch {
+                blocks: if is_split { combined.blocks } else { 0 },
+                ..combined
+            },
+        })
+    }
+
+    /// Bytes of device memory that [`run`](Self::run) needs, at a multiple of 256.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace.bytes()
+    }
+
+    /// How the work is cut.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Query heads of a group that share a tile.
+    pub fn heads_per_tile(&self) -> usize {
+        self.heads_per_tile as usize
+    }
+
+    /// Puts the call on the launcher's stream: the host's values, then the kernels.
+    ///
+    /// # Safety
+    /// Every address of the problem, of `out`, `lse` and `workspace` is device memory of the stated length that
+    /// stays until the stream has passed; `out`, `lse` and `workspace` are used by nothing else meanwhile; device
+    /// resident lengths and gates are as [`super::Lengths::Device`] and [`super::Gates::Device`] say.
+    ///
+    /// # Errors
+    /// A workspace that is too small, or what the launcher says. Later kernels are not launched then.
+    pub unsafe fn run(
+        &self,
+        launcher: &mut impl Launcher,
+        workspace: DeviceSlice,
+    ) -> Result<(), Error> {
+        self.workspace.check(workspace)?;
+        // SAFETY: the caller's promise; the beginning of the workspace is its host values.
+        unsafe {
+            launcher.upload(workspace.data, self.workspace.uploads())?;
+            self.launch(launcher, workspace)
+        }
+    }
+
+    /// As [`run`](Self::run), where the workspace still holds the host's values of this plan's last run: for graphs.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run).
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub unsafe fn launch(
+        &self,
+        launcher: &mut impl Launcher,
+        workspace: DeviceSlice,
+    ) -> Result<(), Error> {
+        self.workspace.check(workspace)?;
+        if self.attention.blocks == 0 {
+            return Ok(());
+        }
+        let params = self.params(workspace.data);
+        // SAFETY: the caller's promise, and the params are those of these entries.
+        unsafe {
+            launcher.zero(params.next_item as u64, 4)?;
+            launcher.launch(&self.attention, &params)?;
+            match self.combine.blocks {
+                0 => Ok(()),
+                _ => launcher.launch(&self.combine, &params),
+            }
+        }
+    }
+
+    fn params(&self, workspace: u64) -> SegattnForwardParams {
+        SegattnForwardParams {
+            problem: self.problem.fill(workspace),
+            out: self.out.fill(workspace),
+            lse: Place::Device(self.lse).at(workspace),
+            partial_out: self.partial_out.at(workspace),
+            partial_state: self.partial_state.at(workspace),
+            fold: self.fold.at(workspace),
+            next_item: self.next_item.at(workspace),
+            heads_per_tile: self.heads_per_tile as i32,
+            tiles: self.tiles as i32,
+            max_items: self.max_items as i32,
+        }
+    }
+}
+
+/// The most neighbouring query heads of a group, a divisor of it, that everywhere read the same sources.
+fn shared_heads(problem: &Problem<'_>) -> usize {
+    let group = problem.q_heads / problem.kv_heads;
+    let roles = |head: usize| (problem.past_gate.reads(head), problem.prior_heads[head]);
+    let same =
+        |heads: usize| (0..problem.q_heads).all(|head| roles(head) == roles(head - head % heads));
+    (1..=group)
+        .rev()
+        .find(|&heads| group.is_multiple_of(heads) && same(heads))
+        .unwrap_or(1)
+}
+
+/// An entry's constant, whose params struct is `P`.
+pub(super) fn info<P>(kernels: &impl Kernels, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+    let info = kernels.info(entry)?;
+    if info.params_bytes as usize == size_of::<P>() && info.threads > 0 && info.tile_rows > 0 {
+        return Ok(info);
+    }
+    Err(Error::Mismatch {
+        entry: entry.name.into(),
+        what: "bytes of the params struct",
+        expected: size_of::<P>().to_string(),
+        got: info.params_bytes.to_string(),
+    })
+}
+
+/// The launch of a kernel whose blocks take `tile_rows` of `product(rows)` rows each.
+pub(super) fn info_blocks(
+    kernels: &impl Kernels,
+    entry: Entry,
+    rows: &[usize],
+) -> Result<Launch, Error> {
+    let info = info::<SegattnForwardParams>(kernels, entry)?;
+    let rows = rows
+        .iter()
+        .fold(1, |product: usize, &n| product.saturating_mul(n));
+    let blocks = count(
+        "blocks of a grid",
+        &[rows.div_ceil(info.tile_rows as usize)],
+    )?;
+    Ok(launch(entry, blocks, &info))
+}
+
+pub(super) fn launch(entry: Entry, blocks: u32, info: &SegattnKernelInfo) -> Launch {
+    Launch {
+        entry,
+        blocks,
+        threads: info.threads as u32,
+        shared_bytes: info.shared_bytes as u32,
+    }
+}

@@ -1,0 +1,428 @@
+//! Plans without a device: what they refuse, what they launch, what they write where.
+
+use super::bindings::{SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo};
+use super::*;
+use crate::attention::{Batch, Layout, PastLen};
+
+/// Kernels of the sizes that the D 64 ones have, on a device of 8 blocks.
+struct Table;
+
+impl Kernels for Table {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+        let forward = size_of::<SegattnForwardParams>() as i32;
+        let [tile_rows, key_rows, item_keys, params_bytes] = match entry.name {
+            name if name.starts_with("attention_prefill") => [128, 64, 8192, forward],
+            name if name.starts_with("attention_decode") => [16, 64, 1024, forward],
+            name if name.starts_with("combine") => [4, 0, 0, forward],
+            _ => [128, 32, 8192, size_of::<SegattnBackwardParams>() as i32],
+        };
+        Ok(SegattnKernelInfo {
+            threads: 128,
+            shared_bytes: 1000,
+            blocks_per_multiprocessor: 2,
+            tile_rows,
+            key_rows,
+            item_keys,
+            params_bytes,
+        })
+    }
+
+    fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, Error> {
+        Ok(8)
+    }
+}
+
+/// What was asked of a stream.
+#[derive(Default)]
+struct Recorder {
+    uploads: Vec<(u64, Vec<u8>)>,
+    zeroed: Vec<(u64, usize)>,
+    launches: Vec<(Launch, Vec<u8>)>,
+}
+
+impl Launcher for Recorder {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.uploads.push((to, bytes.to_vec()));
+        Ok(())
+    }
+
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+        self.zeroed.push((at, bytes));
+        Ok(())
+    }
+
+    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+        // SAFETY: the structs of params.h have no padding between their fields but at most behind the last; bytes
+        // there are read, never used.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>())
+        };
+        self.launches.push((*launch, bytes.to_vec()));
+        Ok(())
+    }
+}
+
+const Q: u64 = 1 << 20;
+const WORKSPACE: u64 = 1 << 40;
+
+fn lengths(past: &'static [i32]) -> Lengths<'static> {
+    Lengths::Host {
+        segment_len: &[200, 100],
+        prior_len: &[40, 0],
+        past_len: PastLen::PerBatch(past),
+        query_start: None,
+    }
+}
+
+/// Two entries, four heads on two, 200 rows of 64.
+fn problem() -> Problem<'static> {
+    let kv = |data, rows| Tensor::packed(data, [2, rows, 2, 64]);
+    Problem {
+        dtype: Dtype::Bf16,
+        batch: 2,
+        q_heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        q: Tensor::packed(Q, [2, 200, 4, 64]),
+        k: kv(Q + 16, 200),
+        v: kv(Q + 32, 200),
+        prior_k: kv(Q + 48, 40),
+        prior_v: kv(Q + 64, 40),
+        past_k: kv(Q + 80, 70_000),
+        past_v: kv(Q + 96, 70_000),
+        lengths: lengths(&[70, 0]),
+        past_gate: Gates::Host(&[0.0, 0.0, 1.0, 0.5]),
+        prior_heads: &[true, true, false, false],
+        scale: None,
+    }
+}
+
+fn plan(problem: &Problem<'_>, phase: Option<Phase>) -> Result<ForwardPlan, Error> {
+    let rows = problem.q.layout.rows;
+    let lse = DeviceSlice::new(4096, problem.batch * problem.q_heads * rows);
+    ForwardPlan::new(problem, &problem.q, lse, phase, &Table)
+}
+
+fn workspace(bytes: usize) -> DeviceSlice {
+    DeviceSlice::new(WORKSPACE, bytes)
+}
+
+fn forward_params(bytes: &[u8]) -> SegattnForwardParams {
+    assert_eq!(bytes.len(), size_of::<SegattnForwardParams>());
+    // SAFETY: the bytes are those of such a struct.
+    unsafe {
+        bytes
+            .as_ptr()
+            .cast::<SegattnForwardParams>()
+            .read_unaligned()
+    }
+}
+
+fn run(plan: &ForwardPlan) -> Recorder {
+    let mut recorder = Recorder::default();
+    // SAFETY: a recorder touches no memory.
+    unsafe { plan.run(&mut recorder, workspace(plan.workspace_bytes())) }.expect("a plan");
+    recorder
+}
+
+#[test]
+fn host_values_travel_and_are_pointed_at() {
+    let plan = plan(&problem(), None).expect("a plan");
+    assert_eq!(plan.phase(), Phase::Prefill);
+    let recorder = run(&plan);
+    let [(launch, bytes)] = &recorder.launches[..] else {
+        panic!("one launch: nothing is split")
+    };
+    assert_eq!(launch.entry.name, "attention_prefill_bf16_d64");
+    let params = forward_params(bytes);
+    assert_eq!(
+        (params.tiles, params.max_items, params.heads_per_tile),
+        (2, 1, 1)
+    );
+    let [(at, uploaded)] = &recorder.uploads[..] else {
+        panic!("one copy")
+    };
+    assert_eq!(*at, WORKSPACE);
+    let value = |address: usize| &uploaded[(address as u64 - WORKSPACE) as usize..];
+    assert_eq!(
+        value(params.problem.segment_len as usize)[..8],
+        *bytemuck::bytes_of(&[200i32, 100])
+    );
+    assert_eq!(
+        value(params.problem.past_gate as usize)[8..12],
+        1f32.to_ne_bytes()
+    );
+    assert_eq!(
+        value(params.problem.prior_heads as usize)[..4],
+        [1, 1, 0, 0]
+    );
+    assert!(params.problem.query_start.is_null());
+    assert_eq!(params.problem.scale, 0.125);
+    assert_eq!(recorder.zeroed, [(params.next_item as u64, 4)]);
+    assert_eq!(params.problem.past_v.data as u64, Q + 96);
+    assert_eq!(
+        (params.problem.past_k.rows, params.problem.past_k.row_stride),
+        (70_000, 128)
+    );
+}
+
+#[test]
+fn keys_are_split_by_the_longest_entry_and_then_combined() {
+    let mut problem = problem();
+    problem.lengths = lengths(&[70, 70_000]);
+    let long = plan(&problem, None).expect("a plan");
+    let recorder = run(&long);
+    // 1094 + 2 tiles (of entry 1) of 64 keys, 128 to an item.
+    assert_eq!(forward_params(&recorder.launches[0].1).max_items, 9);
+    let combine = &recorder.launches[1].0;
+    assert_eq!(
+        (combine.entry.name, combine.blocks),
+        ("combine_prefill_bf16_d64", 2 * 4 * 200 / 4)
+    );
+    assert!(long.workspace_bytes() > 9 * 2 * 4 * 200 * 64 * 4);
+    problem.past_gate = Gates::Host(&[0.0; 4]);
+    assert_eq!(
+        run(&plan(&problem, None).expect("a plan")).launches.len(),
+        1
+    );
+}
+
+#[test]
+fn lengths_on_the_device_are_planned_for_at_their_largest() {
+    let mut problem = problem();
+    problem.lengths = Lengths::Device {
+        segment_len: 256,
+        prior_len: 512,
+        past_len: PastLengths::PerHead(768),
+        query_start: None,
+    };
+    let recorder = run(&plan(&problem, None).expect("a plan"));
+    let params = forward_params(&recorder.launches[0].1);
+    assert_eq!(params.max_items, 9);
+    assert_eq!(params.problem.past_len as u64, 768);
+    let strides = (
+        params.problem.past_len_batch_stride,
+        params.problem.past_len_head_stride,
+    );
+    assert_eq!(strides, (2, 1));
+}
+
+#[test]
+fn heads_share_a_tile_only_where_they_read_the_same() {
+    let mut problem = problem();
+    (problem.q_heads, problem.kv_heads) = (8, 2);
+    problem.q = Tensor::packed(Q, [2, 1, 8, 64]);
+    problem.lengths = Lengths::Host {
+        segment_len: &[200, 100],
+        prior_len: &[40, 0],
+        past_len: PastLen::PerHead(&[70, 0, 3, 4]),
+        query_start: Some(&[199, 99]),
+    };
+    problem.past_gate = Gates::Host(&[0.5, 1.0, 2.0, 0.1, 0.0, 0.0, 1.0, 1.0]);
+    for (prior_heads, expected) in [
+        (&[true, true, true, true, true, true, false, false], 2),
+        (&[true, false, true, true, true, true, false, false], 1),
+    ] {
+        problem.prior_heads = prior_heads;
+        let plan = plan(&problem, None).expect("a plan");
+        let got = (plan.phase(), plan.heads_per_tile());
+        assert_eq!(got, (Phase::Decode, expected));
+    }
+    problem.prior_heads = &[true; 8];
+    problem.past_gate = Gates::Device {
+        past_gate: 1024,
+        reads_past: &[true, true, true, true, false, false, false, false],
+    };
+    let plan = plan(&problem, None).expect("a plan");
+    assert_eq!(plan.heads_per_tile(), 4);
+    let params = forward_params(&run(&plan).launches[0].1);
+    assert_eq!(params.problem.past_gate as u64, 1024);
+    assert_eq!(params.problem.past_len_batch_stride, 2);
+}
+
+#[test]
+fn entries_that_lie_anywhere_have_their_offsets_copied() {
+    let mut problem = problem();
+    let offsets = [1 << 35, 64];
+    problem.k = Tensor {
+        data: Q,
+        len: 1 << 36,
+        layout: Layout {
+            rows: 200,
+            row_stride: 128,
+            head_stride: 64,
+            batch: Batch::Offsets(&offsets),
+        },
+    };
+    let recorder = run(&plan(&problem, None).expect("a plan"));
+    let params = forward_params(&recorder.launches[0].1);
+    let at = params.problem.k.batch_offsets as u64 - WORKSPACE;
+    assert_eq!(
+        recorder.uploads[0].1[at as usize..][..16],
+        *bytemuck::bytes_of(&[1i64 << 35, 64])
+    );
+    problem.k.len = 1 << 35;
+    let refused = plan(&problem, None).expect_err("out of bounds").to_string();
+    assert!(
+        refused.starts_with("k: batch entry 0 expected at least"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() {
+    let refused = |change: fn(&mut Problem<'static>)| {
+        let mut problem = problem();
+        change(&mut problem);
+        plan(&problem, None).expect_err("refused").to_string()
+    };
+    assert!(refused(|p| p.head_dim = 80).starts_with("no kernel for bf16 with head_dim 80"));
+    assert!(refused(|p| p.v.data += 8).starts_with("v: expected an address"));
+    assert!(refused(|p| p.prior_k.layout.head_stride = 65).starts_with("prior_k: "));
+    assert!(refused(|p| p.past_gate = Gates::Host(&[1.0; 3])).starts_with("past_gate: "));
+    assert!(
+        refused(|p| p.past_gate = Gates::Host(&[1.0, 0.0, -1.0, 0.0]))
+            .starts_with("past_gate[2]: ")
+    );
+    assert!(refused(|p| p.lengths = lengths(&[70_001, 0])).starts_with("past_len[0]: "));
+    assert!(refused(|p| p.past_v.len = 64).starts_with("past_v: batch entry 0"));
+    let lse = DeviceSlice::new(4096, 7);
+    let error = ForwardPlan::new(&problem(), &problem().q, lse, None, &Table).expect_err("lse");
+    assert!(error.to_string().starts_with("lse: "), "{error}");
+}
+
+#[test]
+fn a_workspace_that_is_too_small_launches_nothing() {
+    let plan = plan(&problem(), None).expect("a plan");
+    for workspace in [
+        workspace(plan.workspace_bytes() - 1),
+        DeviceSlice::new(WORKSPACE + 8, plan.workspace_bytes()),
+        DeviceSlice::new(0, plan.workspace_bytes()),
+    ] {
+        let mut recorder = Recorder::default();
+        // SAFETY: a recorder touches no memory.
+        let result = unsafe { plan.run(&mut recorder, workspace) };
+        assert!(matches!(result, Err(Error::Workspace { .. })));
+        assert!(recorder.uploads.is_empty() && recorder.launches.is_empty());
+    }
+}
+
+fn backward(problem: &Problem<'_>, read_only_prior: bool) -> Result<Recorder, Error> {
+    let rows = problem.q.layout.rows;
+    let like_q = |address| Tensor {
+        data: address,
+        ..problem.q
+    };
+    let saved = Saved {
+        out: like_q(4096),
+        lse: DeviceSlice::new(4096, 8 * rows),
+        d_out: like_q(8192),
+        d_lse: None,
+    };
+    let gradients = Gradients {
+        d_q: like_q(4096),
+        d_k: problem.k,
+        d_v: problem.v,
+        d_prior: (!read_only_prior).then_some((problem.prior_k, problem.prior_v)),
+        d_past_gate: DeviceSlice::new(2048, 8),
+    };
+    let plan = BackwardPlan::new(problem, &saved, &gradients, &Table)?;
+    let mut recorder = Recorder::default();
+    // SAFETY: a recorder touches no memory.
+    unsafe { plan.run(&mut recorder, workspace(plan.workspace_bytes()))? };
+    Ok(recorder)
+}
+
+#[test]
+fn backward_prepares_then_takes_queries_then_keys() {
+    for (read_only_prior, key_blocks) in [(false, 2 * 2 * 3), (true, 2 * 2 * 2)] {
+        let recorder = backward(&problem(), read_only_prior).expect("a plan");
+        let launches: Vec<_> = recorder
+            .launches
+            .iter()
+            .map(|(launch, _)| (launch.entry.name, launch.blocks))
+            .collect();
+        let expected = [
+            ("attention_prepare_bf16_d64", 2 * 4 * 256 / 4),
+            ("attention_query_grad_bf16_d64", 2 * 4 * 2),
+            ("attention_query_grad_sum_bf16_d64", 2 * 4 * 200 / 4),
+            ("attention_key_grad_bf16_d64", key_blocks),
+        ];
+        assert_eq!(launches, expected);
+        // SAFETY: the bytes are those of such a struct.
+        let params = unsafe {
+            recorder.launches[0]
+                .1
+                .as_ptr()
+                .cast::<SegattnBackwardParams>()
+                .read_unaligned()
+        };
+        assert_eq!(params.d_prior_k.data.is_null(), read_only_prior);
+        assert!(params.d_lse.is_null() && !params.d_k.data.is_null());
+        assert_eq!(
+            (params.row_pitch, params.tiles, params.max_items),
+            (256, 2, 1)
+        );
+    }
+}
+
+#[test]
+fn backward_without_rows_still_writes_the_gradients_of_gates_and_keys() {
+    let mut problem = problem();
+    problem.q = Tensor::packed(Q, [2, 0, 4, 64]);
+    problem.lengths = Lengths::Host {
+        segment_len: &[0, 0],
+        prior_len: &[40, 0],
+        past_len: PastLen::PerBatch(&[0, 0]),
+        query_start: None,
+    };
+    let recorder = backward(&problem, false).expect("a plan");
+    assert_eq!(recorder.zeroed, [(2048, 32)]);
+    let names: Vec<_> = recorder
+        .launches
+        .iter()
+        .map(|(launch, _)| launch.entry.name)
+        .collect();
+    assert_eq!(names, ["attention_key_grad_bf16_d64"]);
+}
+
+#[test]
+fn backward_refuses_queries_that_do_not_begin_at_0() {
+    let mut problem = problem();
+    problem.lengths = Lengths::Device {
+        segment_len: 256,
+        prior_len: 256,
+        past_len: PastLengths::PerBatch(256),
+        query_start: Some(256),
+    };
+    let error = backward(&problem, false)
+        .err()
+        .expect("refused")
+        .to_string();
+    assert!(error.starts_with("query_start: "), "{error}");
+}
+
+#[test]
+fn an_empty_batch_launches_nothing() {
+    let mut problem = problem();
+    problem.batch = 0;
+    let none = Tensor::empty(0);
+    (problem.q, problem.k, problem.v) = (none, none, none);
+    (
+        problem.prior_k,
+        problem.prior_v,
+        problem.past_k,
+        problem.past_v,
+    ) = (none, none, none, none);
+    problem.lengths = Lengths::Host {
+        segment_len: &[],
+        prior_len: &[],
+        past_len: PastLen::PerBatch(&[]),
+        query_start: None,
+    };
+    assert!(
+        run(&plan(&problem, None).expect("a plan"))
+            .launches
+            .is_empty()
+    );
+}
