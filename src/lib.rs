@@ -7,7 +7,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`attention`] | the operation, forward and backward: arguments and their checks, `cpu` in f32, `reference` in f64 |
-//! | [`device`] | what the model needs from a device, as one trait; [`device::Cpu`] and the f64 [`device::Reference`] |
+//! | [`device`] | what the model needs from a device, as one trait; [`device::cpu::Cpu`] and the f64 [`device::reference::Reference`] |
 //! | [`model`] | Llama-family decoder in the Hugging Face layout, state, pool and retrieval, sessions |
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
