@@ -140,6 +140,11 @@ impl Gpu {
         self.memory.write(buffer, offset, values);
     }
 
+    /// The buffer that holds `[address, address + len)`, and the byte of it at `address`.
+    pub fn locate(&mut self, address: usize, len: usize) -> Option<(Buffer, usize)> {
+        self.memory.locate(address, len)
+    }
+
     /// Makes a range of bytes unreadable for kernels until they are written. Panics outside the buffer.
     pub fn poison(&mut self, buffer: Buffer, bytes: Range<usize>) {
         self.memory.poison(buffer, bytes);

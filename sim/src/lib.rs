@@ -18,6 +18,7 @@ mod calls;
 mod clock;
 mod gpu;
 mod launch;
+mod launcher;
 mod mapping;
 mod mbarrier;
 mod memory;
@@ -36,6 +37,7 @@ mod wgmma;
 
 pub use gpu::{Checks, Failure, Gpu, SimError};
 pub use launch::Stats;
+pub use launcher::{Kernels, Stream};
 pub use memory::Buffer;
 pub use module::{CompileError, Kernel, Module, Source};
 pub use report::{Kind, Party, Report};

@@ -229,6 +229,17 @@ impl GlobalMemory {
         Some(&mut self.regions[self.last_hit])
     }
 
+    /// The buffer that wholly contains `[address, address + len)`, and the byte of it at `address`.
+    pub fn locate(&mut self, address: usize, len: usize) -> Option<(Buffer, usize)> {
+        let (base, region_len) = self.find(address, len).map(|r| (r.base, r.len))?;
+        let buffer = Buffer {
+            index: self.last_hit,
+            base,
+            len: region_len,
+        };
+        Some((buffer, address - base))
+    }
+
     /// Where an address lies, in words: "byte 12 of q", "4 bytes past the end of out (96 bytes)".
     pub fn describe(&self, address: usize) -> String {
         let next = self

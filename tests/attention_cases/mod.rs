@@ -2,7 +2,10 @@
 //! by proptest, with NaN in every element that must not be read and in every output before a run.
 #![allow(dead_code)] // Each test file uses its own part.
 
+pub mod gpu;
+pub mod low;
 pub mod plain;
+pub mod suite;
 
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
@@ -19,6 +22,10 @@ pub enum Arrangement {
     BatchInside,
     /// Entries in reverse order at arbitrary offsets.
     Offsets,
+    /// As `BatchInside`, but all strides are multiples of 8.
+    BatchInside8,
+    /// As `Offsets`, but all strides and offsets are multiples of 8.
+    Offsets8,
 }
 
 #[derive(Debug, Clone)]
@@ -34,26 +41,32 @@ pub struct Tensor<T> {
 impl<T: Copy> Tensor<T> {
     pub fn new(shape: [usize; 4], arrangement: Arrangement, fill: T) -> Self {
         let [batch, rows, heads, head_dim] = shape;
+        use Arrangement::{BatchInside8, Offsets8};
+        let unit = match arrangement {
+            BatchInside8 | Offsets8 => 8,
+            _ => 1,
+        };
         let (row_stride, head_stride, batch_stride) = match arrangement {
             Arrangement::Packed => (heads * head_dim, head_dim, rows * heads * head_dim),
             Arrangement::HeadsOutside => (head_dim, rows * head_dim, rows * heads * head_dim),
-            Arrangement::BatchInside => {
-                let head = head_dim + 3;
-                (batch * heads * head + 5, head, heads * head)
+            Arrangement::BatchInside | BatchInside8 => {
+                let head = head_dim + 3 * unit;
+                (batch * heads * head + 5 * unit, head, heads * head)
             }
-            Arrangement::Offsets => (
-                heads * head_dim + 1,
+            Arrangement::Offsets | Offsets8 => (
+                heads * head_dim + unit,
                 head_dim,
-                rows * (heads * head_dim + 1),
+                rows * (heads * head_dim + unit),
             ),
         };
-        let offsets = (arrangement == Arrangement::Offsets).then(|| {
+        let offsets = matches!(arrangement, Arrangement::Offsets | Offsets8).then(|| {
             (0..batch)
-                .map(|b| (batch - 1 - b) * (batch_stride + 7) + 2)
+                .map(|b| (batch - 1 - b) * (batch_stride + 7 * unit) + 2 * unit)
                 .collect()
         });
-        let len =
-            (rows + 1) * row_stride.max(1) + (batch + 1) * (batch_stride + 9) + heads * head_stride;
+        let len = (rows + 1) * row_stride.max(1)
+            + (batch + 1) * (batch_stride + 9 * unit)
+            + heads * head_stride;
         Tensor {
             data: vec![fill; len],
             shape,

@@ -102,6 +102,13 @@ impl BackwardPlan {
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
         let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads, batch])?;
         let split = usize::from(max_items > 1) * max_items;
+        let entries = [
+            instance.prepare,
+            instance.query_grad,
+            instance.query_grad_sum,
+            instance.key_grad,
+        ];
+        entries.iter().try_for_each(|&entry| kernels.ready(entry))?;
         Ok(BackwardPlan {
             problem: params,
             tensors,

@@ -94,6 +94,8 @@ impl ForwardPlan {
             query_rows[1],
             rows,
         ];
+        kernels.ready(entry)?;
+        kernels.ready(combine)?;
         let combined = info_blocks(kernels, combine, &query_rows)?;
         Ok(ForwardPlan {
             problem: params,

@@ -13,6 +13,12 @@ pub trait Kernels {
     /// Where the entry or its constant is missing.
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error>;
 
+    /// Loads an entry, so that launching it neither loads nor waits.
+    ///
+    /// # Errors
+    /// Where the entry is missing.
+    fn ready(&self, entry: Entry) -> Result<(), Error>;
+
     /// How many blocks of an entry the whole device holds at once, at least 1.
     ///
     /// # Errors

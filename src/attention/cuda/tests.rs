@@ -27,6 +27,10 @@ impl Kernels for Table {
         })
     }
 
+    fn ready(&self, _: Entry) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, Error> {
         Ok(8)
     }

@@ -1,0 +1,124 @@
+//! The simulated GPU behind the crate's own host side: plans of `segattn::attention::cuda` run here unchanged.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use segattn::attention::cuda::bindings::SegattnKernelInfo;
+use segattn::attention::cuda::{Entry, Error, File, Launch, Launcher};
+
+use crate::gpu::Gpu;
+use crate::module::{CompileError, Kernel, Module, Source};
+
+/// Compiled kernels, and how many blocks of any of them are resident at once.
+#[derive(Debug, Clone)]
+pub struct Kernels {
+    modules: [Arc<Module>; File::ALL.len()],
+    resident_blocks: u32,
+}
+
+impl Kernels {
+    /// Compiles every file of the folder `kernels`, with checks.
+    ///
+    /// # Errors
+    /// If g++ is missing or refuses a file.
+    pub fn compile(kernels: &Path) -> Result<Kernels, CompileError> {
+        let compile = |file: File| {
+            let path = kernels.join(file.stem()).with_extension("cu");
+            Module::compile(&Source::new(path))
+        };
+        let [forward, backward] = File::ALL.map(compile);
+        Ok(Kernels {
+            modules: [forward?, backward?],
+            resident_blocks: 3,
+        })
+    }
+
+    fn module(&self, file: File) -> &Arc<Module> {
+        let [forward, backward] = &self.modules;
+        match file {
+            File::AttentionForward => forward,
+            File::AttentionBackward => backward,
+        }
+    }
+
+    fn kernel(&self, entry: Entry) -> Result<Kernel, Error> {
+        let found = self.module(entry.file).kernel(entry.name);
+        found.map_err(|error| failed(entry.name, error))
+    }
+}
+
+impl segattn::attention::cuda::Kernels for Kernels {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+        let name = format!("{}_info", entry.name);
+        let info = self.module(entry.file).constant::<[i32; 7]>(&name);
+        let info = info.map_err(|error| failed(entry.name, error))?;
+        let [
+            threads,
+            shared_bytes,
+            blocks,
+            tile_rows,
+            key_rows,
+            item_keys,
+            params_bytes,
+        ] = info;
+        Ok(SegattnKernelInfo {
+            threads,
+            shared_bytes,
+            blocks_per_multiprocessor: blocks,
+            tile_rows,
+            key_rows,
+            item_keys,
+            params_bytes,
+        })
+    }
+
+    fn ready(&self, entry: Entry) -> Result<(), Error> {
+        self.kernel(entry).map(|_| ())
+    }
+
+    fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, Error> {
+        Ok(self.resident_blocks)
+    }
+}
+
+/// A stream of a simulated GPU. What is asked of it is done when the call returns.
+pub struct Stream<'a> {
+    /// Where the memory is.
+    pub gpu: &'a mut Gpu,
+    /// What is launched.
+    pub kernels: &'a Kernels,
+}
+
+impl Launcher for Stream<'_> {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        match self.gpu.locate(to as usize, bytes.len()) {
+            Some((buffer, offset)) => {
+                self.gpu.write(buffer, offset, bytes);
+                Ok(())
+            }
+            None => Err(failed("upload", format!("{to:#x}: no buffer holds it"))),
+        }
+    }
+
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.upload(at, &vec![0; bytes]) }
+    }
+
+    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+        let kernel = self.kernels.kernel(launch.entry)?;
+        let (grid, block) = ([launch.blocks, 1, 1], [launch.threads, 1, 1]);
+        let result = self
+            .gpu
+            .launch(&kernel, grid, block, launch.shared_bytes as usize, params);
+        result.map_err(|error| failed(launch.entry.name, error))?;
+        Ok(())
+    }
+}
+
+fn failed(entry: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::Launcher {
+        entry: entry.into(),
+        source: source.into(),
+    }
+}

@@ -1,0 +1,286 @@
+//! A case on a GPU, real or simulated: uploads with NaN wherever nothing may be read, poisoned outputs and
+//! workspace, plans, runs, and what came out.
+
+use half::{bf16, f16};
+use segattn::attention::cuda::{
+    self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Gates, Gradients, Kernels, Lengths,
+    Phase, Saved,
+};
+
+use super::{Case, Tensor};
+
+/// A device with memory, as the tests see it. Freed with the value.
+pub trait Gpu {
+    /// What plans are made with.
+    fn kernels(&self) -> &impl Kernels;
+    /// Memory that holds these bytes.
+    fn input(&mut self, name: &str, bytes: &[u8]) -> u64;
+    /// Memory of 0xff bytes: NaN in every format.
+    fn output(&mut self, name: &str, bytes: usize) -> u64;
+    fn download(&mut self, address: u64, bytes: usize) -> Vec<u8>;
+    fn forward(&mut self, plan: &ForwardPlan, workspace: DeviceSlice) -> Result<(), Error>;
+    fn backward(&mut self, plan: &BackwardPlan, workspace: DeviceSlice) -> Result<(), Error>;
+}
+
+/// An element's bits; NaN becomes that of all ones.
+pub fn to_bits(dtype: Dtype, x: f64) -> u16 {
+    match dtype {
+        _ if x.is_nan() => 0xffff,
+        Dtype::Bf16 => bf16::from_f64(x).to_bits(),
+        Dtype::F16 => f16::from_f64(x).to_bits(),
+    }
+}
+
+pub fn to_f64(dtype: Dtype, bits: u16) -> f64 {
+    match dtype {
+        Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
+        Dtype::F16 => f16::from_bits(bits).to_f64(),
+    }
+}
+
+impl Case<f64> {
+    /// The case with every number rounded to the type, which the kernels read exactly.
+    pub fn rounded(&self, dtype: Dtype) -> Case<f64> {
+        let mut case = self.clone();
+        for tensor in case.tensors_mut() {
+            *tensor = tensor.map(|x| to_f64(dtype, to_bits(dtype, x)));
+        }
+        case.d_lse
+            .iter_mut()
+            .for_each(|x| *x = f64::from(*x as f32));
+        case
+    }
+
+    fn tensors_mut(&mut self) -> [&mut Tensor<f64>; 8] {
+        [
+            &mut self.q,
+            &mut self.k,
+            &mut self.v,
+            &mut self.prior_k,
+            &mut self.prior_v,
+            &mut self.past_k,
+            &mut self.past_v,
+            &mut self.d_out,
+        ]
+    }
+}
+
+/// How a case is run.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    pub dtype: Dtype,
+    pub phase: Option<Phase>,
+    pub with_d_lse: bool,
+    pub read_only_prior: bool,
+}
+
+impl Options {
+    pub fn new(dtype: Dtype) -> Self {
+        Options {
+            dtype,
+            phase: None,
+            with_d_lse: false,
+            read_only_prior: false,
+        }
+    }
+}
+
+/// A case in a GPU's memory.
+pub struct Loaded<'a> {
+    pub problem: cuda::Problem<'a>,
+    d_out: cuda::Tensor<'a>,
+    d_lse: DeviceSlice,
+}
+
+/// Outputs, in the layout of their inputs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    pub out: Vec<u16>,
+    pub lse: Vec<u32>,
+    /// Rows of out in row-major order.
+    pub rows: Vec<u16>,
+}
+
+/// Gradients by name, in row-major order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grads {
+    pub tensors: Vec<(&'static str, Vec<u16>)>,
+    pub d_past_gate: Vec<u32>,
+}
+
+fn tensor<'a>(
+    gpu: &mut impl Gpu,
+    name: &str,
+    dtype: Dtype,
+    tensor: &'a Tensor<f64>,
+) -> cuda::Tensor<'a> {
+    let bits: Vec<u16> = tensor.data.iter().map(|&x| to_bits(dtype, x)).collect();
+    cuda::Tensor {
+        data: gpu.input(name, bytemuck::cast_slice(&bits)),
+        len: bits.len(),
+        layout: tensor.layout(),
+    }
+}
+
+/// Uploads a case.
+pub fn load<'a>(gpu: &mut impl Gpu, case: &'a Case<f64>, dtype: Dtype) -> Loaded<'a> {
+    let shape = &case.shape;
+    let host = case.problem();
+    let problem = cuda::Problem {
+        dtype,
+        batch: shape.batch(),
+        q_heads: shape.q_heads(),
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+        q: tensor(gpu, "q", dtype, &case.q),
+        k: tensor(gpu, "k", dtype, &case.k),
+        v: tensor(gpu, "v", dtype, &case.v),
+        prior_k: tensor(gpu, "prior_k", dtype, &case.prior_k),
+        prior_v: tensor(gpu, "prior_v", dtype, &case.prior_v),
+        past_k: tensor(gpu, "past_k", dtype, &case.past_k),
+        past_v: tensor(gpu, "past_v", dtype, &case.past_v),
+        lengths: Lengths::Host {
+            segment_len: host.segment_len,
+            prior_len: host.prior_len,
+            past_len: host.past_len,
+            query_start: host.query_start,
+        },
+        past_gate: Gates::Host(&shape.past_gate),
+        prior_heads: &shape.prior_heads,
+        scale: shape.scale,
+    };
+    let d_lse: Vec<f32> = case.d_lse.iter().map(|&x| x as f32).collect();
+    Loaded {
+        problem,
+        d_out: tensor(gpu, "d_out", dtype, &case.d_out),
+        d_lse: DeviceSlice::new(
+            gpu.input("d_lse", bytemuck::cast_slice(&d_lse)),
+            d_lse.len(),
+        ),
+    }
+}
+
+/// Where a forward pass left its results.
+pub struct Written<'a> {
+    pub out: cuda::Tensor<'a>,
+    pub lse: DeviceSlice,
+}
+
+/// A tensor like another, of poison.
+fn like<'a>(gpu: &mut impl Gpu, name: &str, tensor: &cuda::Tensor<'a>) -> cuda::Tensor<'a> {
+    cuda::Tensor {
+        data: gpu.output(name, tensor.len * Dtype::BYTES),
+        ..*tensor
+    }
+}
+
+fn workspace(gpu: &mut impl Gpu, bytes: usize) -> DeviceSlice {
+    DeviceSlice::new(gpu.output("workspace", bytes), bytes)
+}
+
+/// Runs the forward pass.
+pub fn forward<'a>(
+    gpu: &mut impl Gpu,
+    problem: &cuda::Problem<'a>,
+    phase: Option<Phase>,
+) -> Result<Written<'a>, Error> {
+    let rows = problem.batch * problem.q_heads * problem.q.layout.rows;
+    let out = like(gpu, "out", &problem.q);
+    let lse = DeviceSlice::new(gpu.output("lse", 4 * rows), rows);
+    let plan = ForwardPlan::new(problem, &out, lse, phase, gpu.kernels())?;
+    let workspace = workspace(gpu, plan.workspace_bytes());
+    gpu.forward(&plan, workspace)?;
+    Ok(Written { out, lse })
+}
+
+/// The bits of a tensor's rows in row-major order; what lies between rows is still poison.
+fn rows_of(
+    gpu: &mut impl Gpu,
+    name: &str,
+    at: &cuda::Tensor<'_>,
+    shape: [usize; 4],
+) -> (Vec<u16>, Vec<u16>) {
+    let bytes = gpu.download(at.data, at.len * Dtype::BYTES);
+    let all: Vec<u16> = bytemuck::allocation::pod_collect_to_vec(&bytes);
+    let [batch, rows, heads, head_dim] = shape;
+    let (mut found, mut between) = (Vec::new(), all.clone());
+    for entry in 0..batch {
+        for row in 0..rows {
+            for head in 0..heads {
+                let start = at.layout.offset(entry, row, head);
+                found.extend_from_slice(&all[start..start + head_dim]);
+                between[start..start + head_dim].fill(0xffff);
+            }
+        }
+    }
+    assert!(
+        between.iter().all(|&x| x == 0xffff),
+        "{name}: written between its rows"
+    );
+    (found, all)
+}
+
+fn floats(gpu: &mut impl Gpu, at: DeviceSlice) -> Vec<u32> {
+    bytemuck::allocation::pod_collect_to_vec(&gpu.download(at.data, 4 * at.len))
+}
+
+/// Forward results as the host sees them.
+pub fn outcome(gpu: &mut impl Gpu, case: &Case<f64>, written: &Written<'_>) -> Outcome {
+    let (rows, out) = rows_of(gpu, "out", &written.out, case.q.shape);
+    Outcome {
+        out,
+        lse: floats(gpu, written.lse),
+        rows,
+    }
+}
+
+/// Runs the backward pass.
+pub fn backward(
+    gpu: &mut impl Gpu,
+    case: &Case<f64>,
+    loaded: &Loaded<'_>,
+    written: &Written<'_>,
+    options: Options,
+) -> Result<Grads, Error> {
+    let problem = &loaded.problem;
+    let saved = Saved {
+        out: written.out,
+        lse: written.lse,
+        d_out: loaded.d_out,
+        d_lse: options.with_d_lse.then_some(loaded.d_lse),
+    };
+    let gates = problem.batch * problem.q_heads;
+    let d_prior = match options.read_only_prior {
+        true => None,
+        false => {
+            let d_k = like(gpu, "d_prior_k", &problem.prior_k);
+            Some((d_k, like(gpu, "d_prior_v", &problem.prior_v)))
+        }
+    };
+    let gradients = Gradients {
+        d_q: like(gpu, "d_q", &problem.q),
+        d_k: like(gpu, "d_k", &problem.k),
+        d_v: like(gpu, "d_v", &problem.v),
+        d_prior,
+        d_past_gate: DeviceSlice::new(gpu.output("d_past_gate", 4 * gates), gates),
+    };
+    let plan = BackwardPlan::new(problem, &saved, &gradients, gpu.kernels())?;
+    let workspace = workspace(gpu, plan.workspace_bytes());
+    gpu.backward(&plan, workspace)?;
+    let mut parts = vec![
+        ("d_q", gradients.d_q, case.q.shape),
+        ("d_k", gradients.d_k, case.k.shape),
+        ("d_v", gradients.d_v, case.v.shape),
+    ];
+    if let Some((d_k, d_v)) = gradients.d_prior {
+        parts.push(("d_prior_k", d_k, case.prior_k.shape));
+        parts.push(("d_prior_v", d_v, case.prior_v.shape));
+    }
+    let tensors = parts
+        .into_iter()
+        .map(|(name, at, shape)| (name, rows_of(gpu, name, &at, shape).0));
+    Ok(Grads {
+        tensors: tensors.collect(),
+        d_past_gate: floats(gpu, gradients.d_past_gate),
+    })
+}

@@ -1,0 +1,196 @@
+//! Segment attention as a plain implementation in 16 bits computes it, the yardstick for the kernels' error: exact
+//! scores, weights rounded before each product, results rounded, everything else exact.
+
+use rayon::prelude::*;
+use segattn::attention::cuda::Dtype;
+use segattn::attention::{PastLen, Problem, View};
+
+use super::gpu::{to_bits, to_f64};
+use super::{Case, Tensor};
+
+/// Gradients by name, in row-major order.
+pub type Named = Vec<(&'static str, Vec<f64>)>;
+
+/// Results in row-major order.
+pub struct Low {
+    pub out: Vec<f64>,
+    /// In the order of [`super::Backward::parts`]; empty without a backward pass.
+    pub grads: Named,
+}
+
+/// A visible key: source (0 current, 1 prior, 2 past), row, weight over the row's sum, the sum.
+struct Key<'a> {
+    source: usize,
+    row: usize,
+    k: &'a [f64],
+    v: &'a [f64],
+    score: f64,
+}
+
+/// Gradients of one KV head of one entry: of k and v, by source, current and prior.
+type HeadGrads = [[Vec<f64>; 2]; 2];
+
+struct Group {
+    /// out, d_q of its query heads, `[group, rows, head_dim]`.
+    out: Vec<f64>,
+    d_q: Vec<f64>,
+    d_kv: HeadGrads,
+    d_gate: Vec<f64>,
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn add(to: &mut [f64], factor: f64, from: &[f64]) {
+    to.iter_mut()
+        .zip(from)
+        .for_each(|(to, from)| *to += factor * from);
+}
+
+fn row<'a>(view: &View<'a, f64>, [entry, row, head]: [usize; 3], dim: usize) -> &'a [f64] {
+    &view.data[view.layout.offset(entry, row, head)..][..dim]
+}
+
+fn visible<'a>(
+    p: &Problem<'a, f64>,
+    [entry, head, position]: [usize; 3],
+    q: &[f64],
+) -> Vec<Key<'a>> {
+    let kv_head = head / p.group();
+    let past = match p.past_len {
+        PastLen::PerBatch(len) => len[entry],
+        PastLen::PerHead(len) => len[entry * p.kv_heads + kv_head],
+    };
+    let gate = f64::from(p.past_gate[head]);
+    let counts = [
+        position + 1,
+        if p.prior_heads[head] {
+            p.prior_len[entry] as usize
+        } else {
+            0
+        },
+        if gate > 0.0 { past as usize } else { 0 },
+    ];
+    let scale = f64::from(p.scale.unwrap_or(1.0 / (p.head_dim as f32).sqrt()));
+    let views = [(p.k, p.v), (p.prior_k, p.prior_v), (p.past_k, p.past_v)];
+    let sources = counts.into_iter().enumerate();
+    sources
+        .flat_map(|(source, count)| (0..count).map(move |row| (source, row)))
+        .map(|(source, r)| {
+            let k = row(&views[source].0, [entry, r, kv_head], p.head_dim);
+            Key {
+                source,
+                row: r,
+                k,
+                v: row(&views[source].1, [entry, r, kv_head], p.head_dim),
+                score: scale * dot(q, k) + if source == 2 { gate.ln() } else { 0.0 },
+            }
+        })
+        .collect()
+}
+
+fn group(
+    case: &Case<f64>,
+    dtype: Dtype,
+    backward: Option<bool>,
+    entry: usize,
+    kv_head: usize,
+) -> Group {
+    let p = case.problem();
+    let round = |x: f64| to_f64(dtype, to_bits(dtype, x));
+    let (dim, rows, heads) = (p.head_dim, p.q.layout.rows, p.group());
+    let zeros = |rows: usize| vec![0.0; rows * dim];
+    let kv = |view: &View<'_, f64>| [zeros(view.layout.rows), zeros(view.layout.rows)];
+    let mut result = Group {
+        out: zeros(heads * rows),
+        d_q: zeros(heads * rows),
+        d_kv: [kv(&p.k), kv(&p.prior_k)],
+        d_gate: vec![0.0; heads],
+    };
+    let start = p.query_start.map_or(0, |start| start[entry] as usize);
+    let scale = f64::from(p.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
+    for (h, i) in
+        (0..heads).flat_map(|h| (0..p.segment_len[entry] as usize - start).map(move |i| (h, i)))
+    {
+        let head = kv_head * heads + h;
+        let q = row(&p.q, [entry, i, head], dim);
+        let keys = visible(&p, [entry, head, start + i], q);
+        let max = keys
+            .iter()
+            .fold(f64::NEG_INFINITY, |max, key| max.max(key.score));
+        let sum: f64 = keys.iter().map(|key| (key.score - max).exp()).sum();
+        let at = (h * rows + i) * dim;
+        let out = &mut result.out[at..at + dim];
+        keys.iter()
+            .for_each(|key| add(out, round((key.score - max).exp()) / sum, key.v));
+        out.iter_mut().for_each(|x| *x = round(*x));
+        let Some(with_d_lse) = backward else {
+            continue;
+        };
+        let d_out = row(&case.d_out.view(), [entry, i, head], dim);
+        let d_lse = if with_d_lse {
+            case.d_lse[(entry * p.q_heads + head) * rows + i]
+        } else {
+            0.0
+        };
+        let delta = dot(d_out, out) - d_lse;
+        for key in &keys {
+            let weight = (key.score - max).exp() / sum;
+            let ds = weight * (dot(d_out, key.v) - delta);
+            add(&mut result.d_q[at..at + dim], scale * round(ds), key.k);
+            match result.d_kv.get_mut(key.source) {
+                Some([d_k, d_v]) => {
+                    let to = key.row * dim..(key.row + 1) * dim;
+                    add(&mut d_k[to.clone()], scale * round(ds), q);
+                    add(&mut d_v[to], round(weight), d_out);
+                }
+                None => result.d_gate[h] += ds / f64::from(p.past_gate[head]),
+            }
+        }
+    }
+    result
+}
+
+/// Forward, and backward where `backward` says whether d_lse is there.
+pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
+    let p = case.problem();
+    let groups: Vec<Group> = (0..p.batch * p.kv_heads)
+        .into_par_iter()
+        .map(|i| group(case, dtype, backward, i / p.kv_heads, i % p.kv_heads))
+        .collect();
+    // From [entry, kv_head][inner head, rows, dim] to [entry, rows, heads, dim], rounded.
+    let merge = |like: &Tensor<f64>, inner: usize, part: &dyn Fn(&Group) -> &[f64]| {
+        let [_, rows, heads, dim] = like.shape;
+        let mut merged = vec![0.0; like.shape.iter().product()];
+        for (g, from) in groups.iter().enumerate() {
+            for (i, row) in part(from).chunks(dim.max(1)).enumerate() {
+                let head = g % p.kv_heads * inner + i / rows.max(1);
+                let to = ((g / p.kv_heads * rows + i % rows) * heads + head) * dim;
+                merged[to..to + dim].copy_from_slice(row);
+            }
+        }
+        merged
+            .iter()
+            .map(|&x| to_f64(dtype, to_bits(dtype, x)))
+            .collect::<Vec<f64>>()
+    };
+    let mut low = Low {
+        out: merge(&case.q, p.group(), &|g| &g.out),
+        grads: Vec::new(),
+    };
+    if backward.is_some() {
+        low.grads = vec![
+            ("d_q", merge(&case.q, p.group(), &|g| &g.d_q)),
+            ("d_k", merge(&case.k, 1, &|g| &g.d_kv[0][0])),
+            ("d_v", merge(&case.v, 1, &|g| &g.d_kv[0][1])),
+            (
+                "d_past_gate",
+                groups.iter().flat_map(|g| g.d_gate.clone()).collect(),
+            ),
+            ("d_prior_k", merge(&case.prior_k, 1, &|g| &g.d_kv[1][0])),
+            ("d_prior_v", merge(&case.prior_v, 1, &|g| &g.d_kv[1][1])),
+        ];
+    }
+    low
+}
