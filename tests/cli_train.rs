@@ -191,7 +191,7 @@ fn training_into_a_folder_with_a_run_is_an_error_that_names_resume_and_resume_ne
         .unwrap()
         .1;
     assert_eq!(found.progress.step, 8);
-    assert_eq!(found.config.schedule.warmup_steps, 2);
+    assert_eq!(found.config.schedule.warmup_steps, Some(2));
 
     std::fs::write(folder.path().join("text.txt"), "other text ".repeat(50)).unwrap();
     let changed = resume(folder.path(), "run").output().unwrap();

@@ -75,7 +75,7 @@ fn flags_win_over_the_file_and_may_be_written_with_dashes() {
     ];
     let config = Config::parse(text, &pairs(&overrides)).unwrap();
     assert_eq!(config.training.steps, 9);
-    assert_eq!(config.schedule.warmup_steps, 2);
+    assert_eq!(config.schedule.warmup_steps, Some(2));
     assert_eq!(config.guard.z_score, None);
     assert_eq!(
         config.data.train,

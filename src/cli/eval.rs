@@ -19,14 +19,14 @@ use super::files::write_atomically;
 use super::generate::progress;
 use super::model::ModelArgs;
 
-/// Tasks: perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah
-/// (its needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
-/// vt, cwe, fwe. Several are separated by commas.
+/// Runs the tasks one after the other and prints a table of each kind.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// What to run
+    /// perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah (its
+    /// needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
+    /// vt (tracked variables), cwe, fwe (common and frequent words)
     #[arg(
         short,
         long,
@@ -61,8 +61,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     segments_per_step: usize,
     /// Where the results go, with every answer, JSON
-    #[arg(short, long, value_name = "FILE")]
-    out: Option<PathBuf>,
+    #[arg(short, long, value_name = "FILE", default_value = "eval.json")]
+    out: PathBuf,
 }
 
 /// Everything that was found, as it lies in the `--out` file.
@@ -112,10 +112,9 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         }
         results.tasks = Some(report);
     }
-    match &args.out {
-        Some(path) => write_atomically(path, &serde_json::to_vec_pretty(&results)?),
-        None => Ok(()),
-    }
+    write_atomically(&args.out, &serde_json::to_vec_pretty(&results)?)?;
+    println!("every answer: {}", args.out.display());
+    Ok(())
 }
 
 /// The synthetic tasks named, each once, and whether perplexity is among the names.

@@ -201,8 +201,8 @@ pub struct ScheduleSection {
     pub lr: f64,
     /// Lowest, as a share of the highest.
     pub min_lr_ratio: f64,
-    /// Steps of the linear warm-up.
-    pub warmup_steps: u64,
+    /// Steps of the linear warm-up; by default 50, or a tenth of a run shorter than 500 steps.
+    pub warmup_steps: Option<u64>,
     /// Steps of the fall; by default all after the warm-up (cosine), or the last fifth (wsd).
     pub decay_steps: Option<u64>,
 }
@@ -213,7 +213,7 @@ impl Default for ScheduleSection {
             kind: ScheduleKind::Cosine,
             lr: 3e-4,
             min_lr_ratio: 0.1,
-            warmup_steps: 50,
+            warmup_steps: None,
             decay_steps: None,
         }
     }
@@ -330,7 +330,7 @@ impl Config {
             s.kind,
             s.lr,
             self.training.steps,
-            s.warmup_steps,
+            s.warmup_steps.unwrap_or(50.min(self.training.steps / 10)),
             s.decay_steps,
             s.min_lr_ratio,
         )
