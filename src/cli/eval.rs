@@ -113,7 +113,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         results.tasks = Some(report);
     }
     write_atomically(&args.out, &serde_json::to_vec_pretty(&results)?)?;
-    println!("every answer: {}", args.out.display());
+    tracing::info!("every answer: {}", args.out.display());
     Ok(())
 }
 
