@@ -51,11 +51,12 @@ fn segment_loss(
         .unwrap();
     let y = RowsMut::packed(&mut logits, 0, width);
     let targets = &tokens[start + 1..end + 1];
-    -Reference
-        .log_probabilities(y, width, targets, None)
-        .unwrap()
-        .iter()
-        .sum::<f64>()
+    let mut scores = vec![0.0; rows];
+    let to = RowsMut::packed(&mut scores, 0, 1);
+    Reference
+        .log_probabilities(y, width, targets, None, to)
+        .unwrap();
+    -scores.iter().sum::<f64>()
 }
 
 /// L_K (times the number of targets) by its definition: `moved` runs the segments that the loss

@@ -17,8 +17,8 @@ mod types;
 use std::ops::Range;
 
 pub use types::{
-    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, Pick, Probes, Rows,
-    RowsMut, SegmentCache, SlotSpan, Update,
+    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, Kind, Pick, Probes,
+    Rows, RowsMut, SegmentCache, SlotSpan, Update,
 };
 
 /// Results of device calls.
@@ -29,7 +29,7 @@ pub type Result<T> = std::result::Result<T, DeviceError>;
 /// Shapes are the caller's promise: every method may panic on a range outside its buffer, since the
 /// model has validated its inputs once.
 pub trait Device: Send + Sync + std::fmt::Debug {
-    /// Memory on the device: a run of numbers in the device's own precision.
+    /// Memory on the device: a run of numbers, in the device's own precision for their [`Kind`].
     type Buffer: Send + Sync + std::fmt::Debug;
     /// A weight `[out, in]` prepared for products.
     type Matrix: Send + Sync + std::fmt::Debug;
@@ -41,15 +41,27 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn description(&self) -> String;
 
     /// A buffer of `len` zeros.
-    fn zeros(&self, len: usize) -> Result<Self::Buffer>;
+    fn zeros(&self, kind: Kind, len: usize) -> Result<Self::Buffer>;
+    /// A buffer of `len` numbers that may be anything: whoever asks for it writes before they read.
+    fn empty(&self, kind: Kind, len: usize) -> Result<Self::Buffer> {
+        self.zeros(kind, len)
+    }
     /// Writes `values` from element `start` on.
     fn write(&self, buffer: &mut Self::Buffer, start: usize, values: &[f32]) -> Result<()>;
     /// Reads a range back to the host.
     fn read(&self, buffer: &Self::Buffer, range: Range<usize>) -> Result<Vec<f32>>;
     /// Elements in the buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
-    /// Bytes that an element takes on this device.
-    fn element_bytes(&self) -> usize;
+    /// Reads a range back in all the precision that it was computed in.
+    fn read_wide(&self, buffer: &Self::Buffer, range: Range<usize>) -> Result<Vec<f64>> {
+        Ok(self
+            .read(buffer, range)?
+            .into_iter()
+            .map(f64::from)
+            .collect())
+    }
+    /// Bytes that an element of this kind takes on this device.
+    fn element_bytes(&self, kind: Kind) -> usize;
     /// Sets every element to zero.
     fn clear(&self, buffer: &mut Self::Buffer) -> Result<()>;
     /// `dst = src` (or `dst += src`) for `rows` rows of `width` elements.
@@ -177,15 +189,17 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         inner: usize,
         d_gate_up: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
-    /// Log-probability of each row's target under `softmax(logits[r])`. With `scale`, the logits
-    /// are replaced by `scale * (softmax - onehot)`, the gradient of `-scale * log-probability`.
+    /// Log-probability of each row's target under `softmax(logits[r])`, into `scores`. With `scale`,
+    /// the logits are replaced by `scale * (softmax - onehot)`, the gradient of
+    /// `-scale * log-probability`. Nobody waits: the host reads the scores when it needs them.
     fn log_probabilities(
         &self,
         logits: RowsMut<'_, Self::Buffer>,
         vocab: usize,
         targets: &[u32],
         scale: Option<f64>,
-    ) -> Result<Vec<f64>>;
+        scores: RowsMut<'_, Self::Buffer>,
+    ) -> Result<()>;
 
     /// Segment attention, forward: `out [rows, q_heads * head_dim]` and `lse [rows, q_heads]`, rows
     /// as in the spans.

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Pick, Probes, Result, Rows, RowsMut,
-    Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, Pick, Probes, Result, Rows,
+    RowsMut, Update, runs,
 };
 
 mod attention;
@@ -71,7 +71,7 @@ impl Device for Reference {
         "reference (f64, one thread)".into()
     }
 
-    fn zeros(&self, len: usize) -> Result<Buf> {
+    fn zeros(&self, _: Kind, len: usize) -> Result<Buf> {
         Ok(vec![0.0; len])
     }
 
@@ -90,7 +90,11 @@ impl Device for Reference {
         buffer.len()
     }
 
-    fn element_bytes(&self) -> usize {
+    fn read_wide(&self, buffer: &Buf, range: Range<usize>) -> Result<Vec<f64>> {
+        Ok(buffer[range].to_vec())
+    }
+
+    fn element_bytes(&self, _: Kind) -> usize {
         8
     }
 
@@ -351,20 +355,20 @@ impl Device for Reference {
         vocab: usize,
         targets: &[u32],
         scale: Option<f64>,
-    ) -> Result<Vec<f64>> {
-        let mut result = Vec::with_capacity(targets.len());
+        mut scores: RowsMut<'_, Buf>,
+    ) -> Result<()> {
         for (r, target) in targets.iter().enumerate() {
             let row = logits.row(r, vocab);
             let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            result.push(row[*target as usize] - log_sum);
+            scores.row(r, 1)[0] = row[*target as usize] - log_sum;
             if let Some(scale) = scale {
                 row.iter_mut()
                     .for_each(|x| *x = scale * (*x - log_sum).exp());
                 row[*target as usize] -= scale;
             }
         }
-        Ok(result)
+        Ok(())
     }
 
     fn attention(

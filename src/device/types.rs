@@ -18,6 +18,17 @@ pub enum DeviceError {
     Attention(#[from] crate::attention::Error),
 }
 
+/// What a buffer's numbers are for, which decides their precision on devices that have several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// What flows between products: rows of the residual stream, queries, keys, values, and their
+    /// gradients. 16 bits on a GPU.
+    Activation,
+    /// What sums are kept in: weights as the optimizer holds them, their gradients and moments,
+    /// statistics of rows, logits, log-probabilities, angle tables. At least f32 everywhere.
+    Exact,
+}
+
 /// Whether a result replaces what is there or is added to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fold {

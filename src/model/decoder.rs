@@ -11,7 +11,7 @@ use super::parameters::{TensorSpec, Weights, index, specs};
 use super::state::{
     LayerSlots, Plan, SequenceState, Slots, close_segment, keep_probes, open_segment,
 };
-use crate::device::{Attention, Device, Fold, Result, Rows, RowsMut, SlotSpan};
+use crate::device::{Attention, Device, Fold, Kind, Result, Rows, RowsMut, SlotSpan};
 
 /// Rows of one segment of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +133,7 @@ impl<D: Device> Decoder<D> {
         mut keep: impl FnMut(usize, LayerTape<D>),
     ) -> Result<Forward<D>> {
         let (rows, hidden) = (step.tokens.len(), self.config.hidden_size);
-        let mut x = self.device.zeros(rows * hidden)?;
+        let mut x = self.device.empty(Kind::Activation, rows * hidden)?;
         let table = self.weights.matrix(index::EMBEDDING);
         self.device
             .embed(table, &step.tokens, RowsMut::packed(&mut x, 0, hidden))?;
@@ -190,7 +190,10 @@ impl<D: Device> Decoder<D> {
         weight: &D::Buffer,
     ) -> Result<(D::Buffer, D::Buffer)> {
         let hidden = self.config.hidden_size;
-        let (mut y, mut rstd) = (self.device.zeros(rows * hidden)?, self.device.zeros(rows)?);
+        let (mut y, mut rstd) = (
+            self.device.empty(Kind::Activation, rows * hidden)?,
+            self.device.empty(Kind::Exact, rows)?,
+        );
         self.device.rms_norm(
             Rows::packed(x, 0, hidden),
             rows,
@@ -214,7 +217,7 @@ impl<D: Device> Decoder<D> {
         let (device, rows) = (&self.device, step.tokens.len());
         let (q_width, kv_width, dim) = (plan.q_width(), plan.kv_width(), plan.heads.dim);
         let stride = q_width + 2 * kv_width;
-        let mut qkv = device.zeros(rows * stride)?;
+        let mut qkv = device.empty(Kind::Activation, rows * stride)?;
         let input = Rows::packed(x, 0, self.config.hidden_size);
         let weight = self.weights.matrix(index::qkv(l));
         device.linear(
@@ -229,7 +232,7 @@ impl<D: Device> Decoder<D> {
             .iter()
             .flat_map(|s| (s.rows.start..s.rows.start + s.rows.rows).map(|p| plan.origin() + p))
             .collect();
-        let mut q = device.zeros(rows * q_width)?;
+        let mut q = device.empty(Kind::Activation, rows * q_width)?;
         let raw = Rows::packed(&qkv, 0, stride);
         let target = RowsMut::packed(&mut q, 0, q_width);
         device.rope(
@@ -247,7 +250,7 @@ impl<D: Device> Decoder<D> {
             let k = Rows::packed(&qkv, span.row, stride).column(q_width);
             let first = span.slot * room + span.start;
             let angles = &angles[span.row..span.row + span.rows];
-            let mut rotated = device.zeros(span.rows * kv_width)?;
+            let mut rotated = device.empty(Kind::Activation, span.rows * kv_width)?;
             let to = RowsMut::packed(&mut rotated, 0, kv_width);
             device.rope(
                 k,
@@ -317,8 +320,8 @@ impl<D: Device> Decoder<D> {
             q: Rows::packed(q, 0, width),
             cache: &slots.kv,
         };
-        let mut out = self.device.zeros(rows * width)?;
-        let mut lse = self.device.zeros(rows * plan.heads.q)?;
+        let mut out = self.device.empty(Kind::Activation, rows * width)?;
+        let mut lse = self.device.empty(Kind::Exact, rows * plan.heads.q)?;
         let lse_rows = RowsMut::packed(&mut lse, 0, plan.heads.q);
         self.device
             .attention(&call, RowsMut::packed(&mut out, 0, width), lse_rows)?;
@@ -351,7 +354,7 @@ impl<D: Device> Decoder<D> {
         rows: usize,
     ) -> Result<D::Buffer> {
         let hidden = self.config.hidden_size;
-        let mut sum = self.device.zeros(rows * hidden)?;
+        let mut sum = self.device.empty(Kind::Activation, rows * hidden)?;
         let weight_width = match self.specs[weight].role {
             super::parameters::Role::Matrix { inner, .. } => inner,
             _ => unreachable!("products have matrices"),
@@ -378,7 +381,7 @@ impl<D: Device> Decoder<D> {
         rows: usize,
     ) -> Result<(D::Buffer, D::Buffer)> {
         let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
-        let mut gate_up = self.device.zeros(rows * 2 * inner)?;
+        let mut gate_up = self.device.empty(Kind::Activation, rows * 2 * inner)?;
         let weight = self.weights.matrix(index::gate_up(l));
         let target = RowsMut::packed(&mut gate_up, 0, 2 * inner);
         self.device.linear(
@@ -388,7 +391,7 @@ impl<D: Device> Decoder<D> {
             target,
             Fold::Set,
         )?;
-        let mut act = self.device.zeros(rows * inner)?;
+        let mut act = self.device.empty(Kind::Activation, rows * inner)?;
         let src = Rows::packed(&gate_up, 0, 2 * inner);
         self.device
             .swiglu(src, rows, inner, RowsMut::packed(&mut act, 0, inner))?;

@@ -6,7 +6,7 @@
 
 use super::decoder::{Decoder, Forward, Step};
 use super::state::{Plan, SequenceState, Slots};
-use crate::device::{Device, Fold, Result, Rows, RowsMut};
+use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut};
 
 /// Rows of logits that exist at a time.
 const LOGIT_ROWS: usize = 128;
@@ -105,10 +105,13 @@ impl<'m, D: Device> Session<'m, D> {
     pub fn log_probability(&self, sequence: usize, token: u32) -> Result<f32> {
         let device = &self.model.device;
         let vocab = self.model.config.vocab_size;
-        let mut logits = device.zeros(vocab)?;
+        let mut logits = device.empty(Kind::Exact, vocab)?;
         device.write(&mut logits, 0, &self.logits[sequence])?;
         let row = RowsMut::packed(&mut logits, 0, vocab);
-        Ok(device.log_probabilities(row, vocab, &[token], None)?[0] as f32)
+        let mut score = device.empty(Kind::Exact, 1)?;
+        let scores = RowsMut::packed(&mut score, 0, 1);
+        device.log_probabilities(row, vocab, &[token], None, scores)?;
+        Ok(device.read(&score, 0..1)?[0])
     }
 
     /// Reads tokens; returns the log-probabilities of each feed's targets, in the feeds' order.
@@ -165,18 +168,16 @@ impl<'m, D: Device> Session<'m, D> {
     }
 
     fn score(&self, forward: &Forward<D>, row: usize, targets: &[u32]) -> Result<Vec<f32>> {
-        let mut scored = Vec::with_capacity(targets.len());
+        let device = &self.model.device;
+        let mut scores = device.empty(Kind::Exact, targets.len())?;
         for (i, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
             let mut logits = self.head(forward, row + i * LOGIT_ROWS, targets.len())?;
             let vocab = self.model.config.vocab_size;
             let rows = RowsMut::packed(&mut logits, 0, vocab);
-            let values = self
-                .model
-                .device
-                .log_probabilities(rows, vocab, targets, None)?;
-            scored.extend(values.iter().map(|x| *x as f32));
+            let to = RowsMut::packed(&mut scores, i * LOGIT_ROWS, 1);
+            device.log_probabilities(rows, vocab, targets, None, to)?;
         }
-        Ok(scored)
+        device.read(&scores, 0..targets.len())
     }
 
     fn read_logits(&self, forward: &Forward<D>, row: usize) -> Result<Vec<f32>> {
@@ -188,7 +189,7 @@ impl<'m, D: Device> Session<'m, D> {
 
     fn head(&self, forward: &Forward<D>, row: usize, rows: usize) -> Result<D::Buffer> {
         let (device, config) = (&self.model.device, &self.model.config);
-        let mut logits = device.zeros(rows * config.vocab_size)?;
+        let mut logits = device.empty(Kind::Exact, rows * config.vocab_size)?;
         let x = Rows::packed(&forward.hidden, row, config.hidden_size);
         let y = RowsMut::packed(&mut logits, 0, config.vocab_size);
         device.linear(x, rows, self.model.head(), y, Fold::Set)?;

@@ -4,7 +4,7 @@
 use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::device::{
-    Device, Fold, Heads, Pick, Probes, Result, Rows, RowsMut, SegmentCache, SlotSpan,
+    Device, Fold, Heads, Kind, Pick, Probes, Result, Rows, RowsMut, SegmentCache, SlotSpan,
 };
 
 /// Which KV heads of a layer read what, and their sizes.
@@ -137,7 +137,7 @@ impl<D: Device> Slots<D> {
             } else {
                 plan.past_len
             };
-            let rows = |n: usize| device.zeros(count * n * width);
+            let rows = |n: usize| device.empty(Kind::Activation, count * n * width);
             let kv = SegmentCache {
                 rows: [room, prior, past],
                 k: rows(room)?,
@@ -151,7 +151,7 @@ impl<D: Device> Slots<D> {
                 past_len: vec![0; count * plan.heads.kv],
             };
             let probes = (past > 0)
-                .then(|| device.zeros(count * plan.probe_rows * plan.q_width()))
+                .then(|| device.empty(Kind::Activation, count * plan.probe_rows * plan.q_width()))
                 .transpose()?;
             Ok(LayerSlots { kv, probes })
         };
@@ -159,7 +159,7 @@ impl<D: Device> Slots<D> {
         let origin = plan.origin() as i64;
         let tables = Rope::new(config).tables(-origin..room as i64);
         let upload = |values: &[f32]| -> Result<D::Buffer> {
-            let mut buffer = device.zeros(values.len())?;
+            let mut buffer = device.empty(Kind::Exact, values.len())?;
             device.write(&mut buffer, 0, values)?;
             Ok(buffer)
         };
@@ -211,8 +211,8 @@ impl<D: Device> SequenceState<D> {
             };
             let past = reads.past.len();
             Ok(Carry {
-                prior_k: device.zeros(rows * plan.kv_width())?,
-                prior_v: device.zeros(rows * plan.kv_width())?,
+                prior_k: device.empty(Kind::Activation, rows * plan.kv_width())?,
+                prior_v: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_rows: 0,
                 picks: vec![Vec::new(); past],
                 pool: (past > 0)
@@ -266,7 +266,7 @@ pub(super) fn open_segment<D: Device>(
             continue;
         };
         let count = tokens.len();
-        let mut raw = device.zeros(count * dim)?;
+        let mut raw = device.empty(Kind::Activation, count * dim)?;
         let to = |buffer| RowsMut::packed(buffer, slot * past_room, width).column(head * dim);
         let raw_rows = RowsMut::packed(&mut raw, 0, dim);
         device.pool_gather(pool, i, tokens, raw_rows, to(&mut kv.past_v))?;

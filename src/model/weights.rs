@@ -20,7 +20,7 @@ use super::decoder::Decoder;
 use super::error::{ModelError, NameList, WeightsError};
 use super::files;
 use super::parameters::{Role, TensorSpec, Weights, specs};
-use crate::device::Device;
+use crate::device::{Device, Kind};
 use header::{Entry, Format, Header, malformed, shown};
 use index::Index;
 pub use initial::{Initial, initial};
@@ -265,7 +265,7 @@ impl Checkpoint {
         let specs = specs(&config);
         let upload = |i: usize| -> Result<D::Buffer, ModelError> {
             let values = self.read(&specs[i])?;
-            let mut buffer = device.zeros(values.len())?;
+            let mut buffer = device.empty(Kind::Exact, values.len())?;
             device.write(&mut buffer, 0, &values)?;
             Ok(buffer)
         };

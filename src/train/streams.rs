@@ -18,8 +18,8 @@ pub use weight_grads::Gradients;
 
 use pass::{Arrivals, LayerSums, Pass, StreamId};
 
-use crate::device::{Device, Result, Rows, RowsMut};
-use crate::model::decoder::{Decoder, Forward, LayerTape, Step};
+use crate::device::{Device, Kind, Result, Rows, RowsMut};
+use crate::model::decoder::{Decoder, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
 use crate::model::state::{Plan, SequenceState, Slots};
 
@@ -63,7 +63,9 @@ struct Streams<'a, D: Device> {
     alive: VecDeque<Group<D>>,
     arrivals: Arrivals<D>,
     head_done: bool,
-    log_probabilities: Vec<Vec<f64>>,
+    /// Log-probabilities of each step's rows, and which sequence the rows of each span belong to.
+    /// They stay on the device to the end: reading them would wait for it.
+    scores: Vec<(Vec<Span>, D::Buffer)>,
 }
 
 /// Adds to `gradients` the gradient of `scale * sum of negative log-probabilities` of every token
@@ -97,7 +99,7 @@ pub fn accumulate<D: Device>(
         alive: VecDeque::new(),
         arrivals: HashMap::new(),
         head_done: false,
-        log_probabilities: vec![Vec::new(); sequences.len()],
+        scores: Vec::new(),
     };
     let mut first = 0;
     while first < end {
@@ -109,7 +111,7 @@ pub fn accumulate<D: Device>(
         streams.finish(next, end, gradients)?;
         first = next;
     }
-    Ok(streams.log_probabilities)
+    streams.log_probabilities()
 }
 
 impl<D: Device> Streams<'_, D> {
@@ -148,7 +150,7 @@ impl<D: Device> Streams<'_, D> {
         let sums = (0..layers.len())
             .map(|_| LayerSums::new(self.model, &self.plan, rows, spans))
             .collect::<Result<_>>()?;
-        let d_embedded = device.zeros(rows * self.model.config.hidden_size)?;
+        let d_embedded = device.zeros(Kind::Activation, rows * self.model.config.hidden_size)?;
         self.alive.push_back(Group {
             step,
             segments,
@@ -173,8 +175,9 @@ impl<D: Device> Streams<'_, D> {
         let (device, config) = (&self.model.device, &self.model.config);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let head = self.model.head();
-        let mut d_hidden = device.zeros(step.tokens.len() * hidden)?;
-        let mut logits = device.zeros(LOGIT_ROWS * vocab)?;
+        let mut d_hidden = device.empty(Kind::Activation, step.tokens.len() * hidden)?;
+        let mut logits = device.empty(Kind::Exact, LOGIT_ROWS * vocab)?;
+        let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
         for (span, segment) in step.spans.iter().zip(segments) {
             let at = segment * self.plan.segment_len + 1;
             let targets = &self.sequences[span.sequence][at..at + span.rows.rows];
@@ -184,15 +187,16 @@ impl<D: Device> Streams<'_, D> {
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 device.linear(x, rows, head, out, crate::device::Fold::Set)?;
                 let out = RowsMut::packed(&mut logits, 0, vocab);
-                let scored = device.log_probabilities(out, vocab, targets, Some(self.scale))?;
-                self.log_probabilities[span.sequence].extend(scored);
+                let to = RowsMut::packed(&mut scores, row, 1);
+                device.log_probabilities(out, vocab, targets, Some(self.scale), to)?;
                 let d_logits = Rows::packed(&logits, 0, vocab);
                 let d_x = RowsMut::packed(&mut d_hidden, row, hidden);
                 device.linear_input_grad(d_logits, rows, head, d_x, crate::device::Fold::Set)?;
                 gradients.add_head(device, d_logits, x, rows, [vocab, hidden])?;
             }
         }
-        let mut d_top = device.zeros(step.tokens.len() * hidden)?;
+        self.scores.push((step.spans.clone(), scores));
+        let mut d_top = device.zeros(Kind::Activation, step.tokens.len() * hidden)?;
         let norm = index::final_norm(config.num_hidden_layers);
         let x = Rows::packed(&forward.x, 0, hidden);
         let (rstd, d_y) = (
@@ -205,6 +209,19 @@ impl<D: Device> Streams<'_, D> {
         let d_x = RowsMut::packed(&mut d_top, 0, hidden);
         device.rms_norm_grad(d_y, x, rstd, rows, weight, d_x)?;
         Ok(d_top)
+    }
+
+    /// Of every sequence's targets, in order.
+    fn log_probabilities(&self) -> Result<Vec<Vec<f64>>> {
+        let mut all = vec![Vec::new(); self.sequences.len()];
+        for (spans, scores) in &self.scores {
+            let rows = spans.iter().map(|s| s.rows.rows).sum();
+            let scores = self.model.device.read_wide(scores, 0..rows)?;
+            for Span { sequence, rows } in spans {
+                all[*sequence].extend_from_slice(&scores[rows.row..rows.row + rows.rows]);
+            }
+        }
+        Ok(all)
     }
 
     /// Runs every pass that segments `[first, next)` make due.

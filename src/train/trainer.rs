@@ -13,7 +13,7 @@ use super::guard::{Guard, SkipReason, Verdict};
 use super::optimizer::{MIN_GATE, decays};
 use super::schedule::Schedule;
 use super::streams::{Gradients, StreamConfig, accumulate};
-use crate::device::{AdamW, Device, GradTensor};
+use crate::device::{AdamW, Device, GradTensor, Kind};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, TensorSpec, specs};
@@ -329,7 +329,7 @@ impl<D: Device> Trainer<D> {
     /// holds: a run that is resumed goes on to the same bits there too.
     fn round(&mut self) -> Result<()> {
         let device = &self.model.device;
-        if device.element_bytes() <= size_of::<f32>() {
+        if device.element_bytes(Kind::Exact) <= size_of::<f32>() {
             return Ok(());
         }
         for buffer in self.values.iter_mut().chain(&mut self.m).chain(&mut self.v) {
@@ -353,7 +353,7 @@ impl<D: Device> Trainer<D> {
 }
 
 fn buffer<D: Device>(device: &D, values: &[f32]) -> Result<D::Buffer> {
-    let mut buffer = device.zeros(values.len())?;
+    let mut buffer = device.empty(Kind::Exact, values.len())?;
     device.write(&mut buffer, 0, values)?;
     Ok(buffer)
 }

@@ -1,7 +1,7 @@
 //! Small random models, shared by tests.
 
-use segattn::device::Device;
 use segattn::device::reference::Reference;
+use segattn::device::{Device, Kind};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, specs};
@@ -72,7 +72,7 @@ pub fn model_on<D: Device + Copy>(
 ) -> Decoder<D> {
     let upload = |i: usize| {
         let values: Vec<f32> = values[i].iter().map(|x| *x as f32).collect();
-        let mut buffer = device.zeros(values.len())?;
+        let mut buffer = device.empty(Kind::Exact, values.len())?;
         device.write(&mut buffer, 0, &values)?;
         Ok(buffer)
     };

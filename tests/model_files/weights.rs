@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use segattn::device::Device;
 use segattn::device::reference::Reference;
+use segattn::device::{Device, Kind};
 use segattn::model::config::{ModelConfig, WeightType};
 use segattn::model::error::{ConfigError, ModelError, WeightsError};
 use segattn::model::parameters::{Role, index, specs};
@@ -179,7 +179,7 @@ fn a_loaded_model_scores_as_the_model_that_was_saved() {
     )
     .unwrap();
     let upload = |i: usize| {
-        let mut buffer = Reference.zeros(values.tensor(i).len())?;
+        let mut buffer = Reference.empty(Kind::Exact, values.tensor(i).len())?;
         Reference.write(&mut buffer, 0, &values.tensor(i))?;
         Ok(buffer)
     };

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use super::rows::{self, Angles, HeadRows};
 use super::{Buffer, Cpu, Isa, PackedMatrix, Pool, adamw, product};
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Pick, Probes, Result, Rows, RowsMut,
-    Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, Pick, Probes, Result, Rows,
+    RowsMut, Update, runs,
 };
 
 /// Elements copied by one task.
@@ -53,7 +53,7 @@ impl Device for Cpu {
         format!("cpu (f32, {isa}, {threads} threads)")
     }
 
-    fn zeros(&self, len: usize) -> Result<Buffer> {
+    fn zeros(&self, _: Kind, len: usize) -> Result<Buffer> {
         Buffer::zeros(len)
     }
 
@@ -70,7 +70,7 @@ impl Device for Cpu {
         buffer.len()
     }
 
-    fn element_bytes(&self) -> usize {
+    fn element_bytes(&self, _: Kind) -> usize {
         4
     }
 
@@ -301,16 +301,19 @@ impl Device for Cpu {
         vocab: usize,
         targets: &[u32],
         scale: Option<f64>,
-    ) -> Result<Vec<f64>> {
-        let score = |(row, target): (&mut [f32], &u32)| {
+        mut scores: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let score = |((row, target), score): ((&mut [f32], &u32), &mut f32)| {
             let found = rows::cross_entropy_row(row, *target as usize);
             if let Some(scale) = scale {
                 rows::cross_entropy_grad_row(row, *target as usize, &found, scale as f32);
             }
-            f64::from(found.logprob)
+            *score = found.logprob;
         };
-        let rows = logits.block(targets.len(), vocab);
-        Ok(rows.par_chunks_mut(vocab).zip(targets).map(score).collect())
+        let rows = logits.block(targets.len(), vocab).par_chunks_mut(vocab);
+        let scores = scores.block(targets.len(), 1);
+        rows.zip(targets).zip(scores).for_each(score);
+        Ok(())
     }
 
     fn attention(

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::Group;
-use crate::device::{Attention, AttentionGrad, Device, Fold, Result, Rows, RowsMut, SlotSpan};
+use crate::device::{
+    Attention, AttentionGrad, Device, Fold, Kind, Result, Rows, RowsMut, SlotSpan,
+};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
 use crate::model::state::Plan;
@@ -57,7 +59,7 @@ impl<D: Device> LayerSums<D> {
     /// Zeros for `rows` rows in `spans` spans.
     pub fn new(model: &Decoder<D>, plan: &Plan, rows: usize, spans: usize) -> Result<Self> {
         let (hidden, inner) = (model.config.hidden_size, model.config.intermediate_size);
-        let zeros = |width: usize| model.device.zeros(rows * width);
+        let zeros = |width: usize| model.device.zeros(Kind::Activation, rows * width);
         Ok(Self {
             d_qkv: zeros(plan.q_width() + 2 * plan.kv_width())?,
             d_x_normed: zeros(hidden)?,
@@ -65,7 +67,7 @@ impl<D: Device> LayerSums<D> {
             d_mid_normed: zeros(hidden)?,
             d_gate_up: zeros(2 * inner)?,
             d_next: zeros(hidden)?,
-            d_past_gate: model.device.zeros(spans * plan.heads.q)?,
+            d_past_gate: model.device.zeros(Kind::Exact, spans * plan.heads.q)?,
         })
     }
 }
@@ -109,7 +111,7 @@ impl Pass {
             rows,
         };
         let hidden = model.config.hidden_size;
-        let mut d = model.device.zeros(rows * hidden)?;
+        let mut d = model.device.zeros(Kind::Activation, rows * hidden)?;
         if self.own_loss {
             let src = Rows::packed(&group.d_top, first, hidden);
             model.device.copy(
@@ -146,7 +148,10 @@ impl<D: Device> Work<'_, D> {
     /// A product's input gradient, fresh.
     fn input_grad(&self, d_y: &D::Buffer, tensor: usize, widths: [usize; 2]) -> Result<D::Buffer> {
         let [out, inner] = widths;
-        let mut d_x = self.model.device.zeros(self.rows * inner)?;
+        let mut d_x = self
+            .model
+            .device
+            .empty(Kind::Activation, self.rows * inner)?;
         let (src, dst) = (
             Rows::packed(d_y, 0, out),
             RowsMut::packed(&mut d_x, 0, inner),
@@ -185,7 +190,7 @@ impl<D: Device> Work<'_, D> {
         let (tape, sums) = (&group.layers[l], &mut group.sums[l]);
         self.add(d, &mut sums.d_next, hidden)?;
         let d_act = self.input_grad(d, index::down(l), [hidden, inner])?;
-        let mut d_gate_up = device.zeros(self.rows * 2 * inner)?;
+        let mut d_gate_up = device.empty(Kind::Activation, self.rows * 2 * inner)?;
         device.swiglu_grad(
             Rows::packed(&d_act, 0, inner),
             Rows::packed(&tape.gate_up, self.first, 2 * inner),
@@ -248,19 +253,18 @@ impl<D: Device> Work<'_, D> {
         let tape = &group.layers[l];
         let cache = &group.slots.layers[l].kv;
         let (gates, prior_heads) = self.model.reads(plan, l);
-        let zeros = |width: usize| device.zeros(self.rows * width);
-        let (mut d_q, mut d_k, mut d_v) = (zeros(q_width)?, zeros(kv_width)?, zeros(kv_width)?);
+        let empty = |width: usize| device.empty(Kind::Activation, self.rows * width);
+        let (mut d_q, mut d_k, mut d_v) = (empty(q_width)?, empty(kv_width)?, empty(kv_width)?);
         let prior = cache.rows[1];
         let send = self.pass.hand_down && prior > 0;
-        let prior_zeros = || {
-            device.zeros(if send {
-                spans.len() * prior * kv_width
-            } else {
-                0
-            })
+        let prior_len = if send {
+            spans.len() * prior * kv_width
+        } else {
+            0
         };
-        let mut d_prior = (prior_zeros()?, prior_zeros()?);
-        let mut d_gate = device.zeros(spans.len() * heads.q)?;
+        let empty = || device.empty(Kind::Activation, prior_len);
+        let mut d_prior = (empty()?, empty()?);
+        let mut d_gate = device.empty(Kind::Exact, spans.len() * heads.q)?;
         let call = Attention {
             heads,
             past_gate: &gates,
@@ -305,7 +309,7 @@ impl<D: Device> Work<'_, D> {
         let (device, plan) = (&self.model.device, self.plan);
         let (heads, q_width, kv_width) = (plan.heads, plan.q_width(), plan.kv_width());
         let stride = q_width + 2 * kv_width;
-        let mut d_qkv = device.zeros(self.rows * stride)?;
+        let mut d_qkv = device.empty(Kind::Activation, self.rows * stride)?;
         let origin = plan.origin();
         let angles: Vec<usize> = spans
             .iter()
@@ -362,7 +366,8 @@ impl<D: Device> Work<'_, D> {
             if segment == 0 {
                 continue;
             }
-            let (mut k, mut v) = (device.zeros(rows * width)?, device.zeros(rows * width)?);
+            let empty = || device.empty(Kind::Activation, rows * width);
+            let (mut k, mut v) = (empty()?, empty()?);
             let (src, dst) = (
                 Rows::packed(&d_prior.0, i * rows, width),
                 RowsMut::packed(&mut k, 0, width),

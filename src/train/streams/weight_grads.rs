@@ -1,7 +1,7 @@
 //! Gradients of the weights, and how one segment adds its share.
 
 use super::Group;
-use crate::device::{Device, Fold, Result, Rows, RowsMut};
+use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::model::state::Plan;
@@ -19,7 +19,7 @@ pub struct Gradients<D: Device> {
 impl<D: Device> Gradients<D> {
     /// Zeros for every tensor.
     pub fn new(model: &Decoder<D>) -> Result<Self> {
-        let zeros = |role: Role| model.device.zeros(role.len());
+        let zeros = |role: Role| model.device.zeros(Kind::Exact, role.len());
         let tied = model.config.tie_word_embeddings;
         Ok(Self {
             tensors: model
@@ -90,7 +90,7 @@ impl<D: Device> Gradients<D> {
         let d_table = self.tensor_mut(index::EMBEDDING);
         device.embed_grad(at(&group.d_embedded, hidden), hidden, tokens, d_table)?;
         for (l, (tape, sums)) in group.layers.iter().zip(&group.sums).enumerate() {
-            let mut act = device.zeros(rows * inner)?;
+            let mut act = device.empty(Kind::Activation, rows * inner)?;
             let dst = RowsMut::packed(&mut act, 0, inner);
             device.swiglu(at(&tape.gate_up, 2 * inner), rows, inner, dst)?;
             let products = [
