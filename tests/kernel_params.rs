@@ -1,5 +1,5 @@
-//! The host's mirror of `kernels/params.h`: it is what bindgen makes of the header today, and every size and offset in
-//! it is that of the compilers that build the kernels.
+//! The host's mirrors of `kernels/params.h` and `kernels/layer_params.h`: each is what bindgen makes of its header today,
+//! and every size and offset in it is that of the compilers that build the kernels.
 //!
 //! Regenerate with `SEGATTN_WRITE_BINDINGS=1 cargo test --test kernel_params`. bindgen needs libclang, which it
 //! looks for where `LIBCLANG_PATH` says and in the Python package (`pip install libclang`); where there is none the
@@ -9,7 +9,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-const MIRROR: &str = "src/attention/cuda/bindings.rs";
+/// Headers and their mirrors.
+const MIRRORS: [[&str; 2]; 2] = [
+    ["params.h", "src/attention/cuda/bindings.rs"],
+    ["layer_params.h", "src/device/bindings.rs"],
+];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -23,24 +27,26 @@ fn python_libclang() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
-/// What bindgen makes of the header; `None` where there is no libclang.
-fn generated() -> Option<String> {
+/// What bindgen makes of a header; `None` where there is no libclang.
+fn generated(name: &str) -> Option<String> {
     if std::env::var_os("LIBCLANG_PATH").is_none()
         && let Some(folder) = python_libclang()
     {
         // SAFETY: this test's process reads its environment on no other thread.
         unsafe { std::env::set_var("LIBCLANG_PATH", folder) };
     }
-    let header = "\
-//! The structs of `kernels/params.h`: what a kernel is launched with. Written by bindgen, see
+    let header = format!(
+        "\
+//! The structs of `kernels/{name}`: what a kernel is launched with. Written by bindgen, see
 //! `tests/kernel_params.rs`; comments and shapes are in the header.
 #![allow(missing_docs)]
-";
+"
+    );
     let bindings = std::panic::catch_unwind(|| {
         bindgen::Builder::default()
-            .header(root().join("kernels/params.h").to_string_lossy())
+            .header(root().join("kernels").join(name).to_string_lossy())
             .disable_header_comment()
-            .raw_line(header)
+            .raw_line(&header)
             .use_core()
             .allowlist_type("Segattn.*")
             .layout_tests(true)
@@ -48,7 +54,7 @@ fn generated() -> Option<String> {
             .generate()
     });
     // bindgen panics where no libclang can be loaded, and returns an error where the header is wrong.
-    let text = bindings.ok()?.expect("params.h").to_string();
+    let text = bindings.ok()?.expect(name).to_string();
     Some(formatted(&text))
 }
 
@@ -70,15 +76,21 @@ fn assert_success(what: &str, output: &Output) {
 }
 
 #[test]
-fn mirror_is_what_bindgen_makes_of_the_header() {
-    let path = root().join(MIRROR);
-    let Some(text) = generated() else {
+fn mirrors_are_what_bindgen_makes_of_the_headers() {
+    MIRRORS
+        .iter()
+        .for_each(|[name, mirror]| compare(name, mirror));
+}
+
+fn compare(name: &str, mirror: &str) {
+    let path = root().join(mirror);
+    let Some(text) = generated(name) else {
         assert!(
             std::env::var_os("SEGATTN_REQUIRE_LIBCLANG").is_none(),
-            "no libclang, so the mirror of params.h is not compared: pip install libclang"
+            "no libclang, so the mirror of {name} is not compared: pip install libclang"
         );
         eprintln!(
-            "SKIPPED: no libclang, so {MIRROR} is not compared with params.h: pip install libclang"
+            "SKIPPED: no libclang, so {mirror} is not compared with {name}: pip install libclang"
         );
         return;
     };
@@ -88,14 +100,18 @@ fn mirror_is_what_bindgen_makes_of_the_header() {
     let committed = std::fs::read_to_string(&path).expect("read");
     assert!(
         committed == text,
-        "{MIRROR} is not that of params.h; see the head of this test"
+        "{mirror} is not that of {name}; see the head of this test"
     );
 }
 
-/// Static assertions, in C++, of every size, alignment and offset that the mirror asserts in Rust.
+/// Static assertions, in C++, of every size, alignment and offset that the mirrors assert in Rust.
 fn assertions() -> String {
-    let mirror = std::fs::read_to_string(root().join(MIRROR)).expect("read");
-    let mut source = String::from("#include \"params.h\"\n#include <stddef.h>\n");
+    let mut source = String::from("#include <stddef.h>\n");
+    let mut mirror = String::new();
+    for [name, path] in MIRRORS {
+        writeln!(source, "#include \"{name}\"").expect("string");
+        mirror += &std::fs::read_to_string(root().join(path)).expect("read");
+    }
     let flat = mirror.split_whitespace().collect::<Vec<_>>().join(" ");
     for entry in flat.split("[\"").skip(1) {
         let (name, rest) = entry.split_once('"').expect("quote");
@@ -119,7 +135,8 @@ fn assertions() -> String {
 fn every_size_and_offset_is_that_of_the_compilers() {
     let source = assertions();
     assert!(
-        source.matches("offsetof(SegattnProblem").count() >= 19,
+        source.matches("offsetof(SegattnProblem").count() >= 19
+            && source.contains("offsetof(SegattnNormParams"),
         "{source}"
     );
     let folder = tempfile::tempdir().expect("folder");

@@ -1,0 +1,100 @@
+/* What host and device share of the layers around attention: one struct per kernel family, passed by value. Plain C,
+ * mirrored like params.h. Strides are in elements, 64 bit. Every pointer carries its shape. */
+#ifndef SEGATTN_LAYER_PARAMS_H
+#define SEGATTN_LAYER_PARAMS_H
+
+#include <stdint.h>
+
+/* Rows of a matrix: row r begins at element r * stride of data. A row is contiguous and, where not said otherwise,
+ * begins at a multiple of 16 bytes and has a multiple of 8 elements. */
+typedef struct SegattnRows {
+  void* data;
+  int64_t stride;
+} SegattnRows;
+
+/* rms_norm and its gradients. Width: a multiple of 8, at most 32768. */
+typedef struct SegattnNormParams {
+  SegattnRows x;        /* bf16 [rows, width] */
+  SegattnRows residual; /* bf16 [rows, width], added to x before the norm; data null: none */
+  SegattnRows x_sum;    /* bf16 [rows, width]: x + residual; used where there is a residual; may be x or residual */
+  const float* weight;  /* [width] */
+  SegattnRows y;        /* bf16 [rows, width] */
+  float* rstd;          /* [rows]: written by the forward, read by the gradients */
+  SegattnRows d_y;      /* bf16 [rows, width] */
+  SegattnRows d_x;      /* bf16 [rows, width] */
+  float* d_weight;      /* [width] */
+  int64_t rows;
+  int32_t width;
+  int32_t add; /* whether d_x is added to (+=) or set (=) */
+  float eps;
+} SegattnNormParams;
+
+/* rope: heads of rows turned by their angles. */
+typedef struct SegattnRopeParams {
+  SegattnRows src;       /* bf16 [rows, heads * head_dim] */
+  SegattnRows dst;       /* bf16 [rows, heads * head_dim]; may be src */
+  const float* cos;      /* [positions, head_dim / 2] */
+  const float* sin;      /* [positions, head_dim / 2] */
+  const int32_t* angles; /* [rows]: row of the tables; null: first_angle + row */
+  int64_t rows;
+  int32_t first_angle;
+  int32_t heads;
+  int32_t head_dim; /* a multiple of 16 */
+  int32_t inverse;  /* turns backwards: the gradient */
+  int32_t add;      /* dst += instead of = */
+} SegattnRopeParams;
+
+/* split_qkv: from the product's rows to what attention reads; join_qkv: gradients back. */
+typedef struct SegattnQkvParams {
+  SegattnRows qkv;           /* bf16 [rows, (q_heads + 2 kv_heads) * head_dim]: q, k, v; join: their gradients, set */
+  SegattnRows q;             /* bf16 [rows, q_heads * head_dim], rotated; join: its gradient */
+  SegattnRows k, raw_k, v;   /* split: bf16 [cache rows, kv_heads * head_dim], rotated, not rotated, and values;
+                                join: gradients of k and v [rows, ...], raw_k unused */
+  SegattnRows probes;        /* split: bf16 [probe rows, q_heads * head_dim], q before rotation; data null: none */
+  const float* cos;          /* [positions, head_dim / 2] */
+  const float* sin;          /* [positions, head_dim / 2] */
+  const int32_t* angles;     /* [rows]: row of the tables */
+  const int32_t* cache_rows; /* split: [rows]: row of k, raw_k and v */
+  const int32_t* probe_rows; /* split: [rows]: row of probes, negative: none */
+  int64_t rows;
+  int32_t q_heads;
+  int32_t kv_heads;
+  int32_t head_dim; /* a multiple of 16 */
+} SegattnQkvParams;
+
+/* swiglu and its gradient. */
+typedef struct SegattnSwigluParams {
+  SegattnRows gate_up;   /* bf16 [rows, 2 * inner]: gate, up */
+  SegattnRows y;         /* bf16 [rows, inner]; gradient: data may be null, else the forward's result again */
+  SegattnRows d_y;       /* bf16 [rows, inner] */
+  SegattnRows d_gate_up; /* bf16 [rows, 2 * inner], set */
+  int64_t rows;
+  int32_t inner; /* a multiple of 8 */
+} SegattnSwigluParams;
+
+/* embed and its gradient. */
+typedef struct SegattnEmbedParams {
+  SegattnRows table;        /* bf16 [vocab, width] */
+  const uint32_t* tokens;   /* [rows] */
+  SegattnRows y;            /* bf16 [rows, width]; gradient: its gradient */
+  SegattnRows d_table;      /* f32 [vocab, width], added to */
+  const int32_t* order;     /* gradient: [rows]: rows sorted by token, equal tokens in ascending order */
+  const int32_t* run_start; /* gradient: [runs + 1]: where in order the rows of the next token begin */
+  int64_t rows;
+  int32_t runs; /* distinct tokens */
+  int32_t width; /* a multiple of 8 */
+} SegattnEmbedParams;
+
+/* cross_entropy: log-probabilities of targets, and the gradient by the logits. */
+typedef struct SegattnLossParams {
+  SegattnRows logits;       /* f32 [rows, vocab], any alignment */
+  const uint32_t* targets;  /* [rows] */
+  float* log_probability;   /* [rows] */
+  SegattnRows d_logits;     /* bf16 [rows, vocab], any alignment; data null: none. A row may begin where the logits' row
+                               begins: it then takes the place of the row's first half */
+  int64_t rows;
+  int32_t vocab;
+  float scale; /* d_logits = scale * (softmax - onehot) */
+} SegattnLossParams;
+
+#endif

@@ -1,0 +1,165 @@
+// RMS norm (Zhang and Sennrich 2019), of rows [rows, width]:
+//   rms_norm              x' = x + residual (rounded; x' = x where there is none)
+//                         rstd = 1 / sqrt(mean(x'^2) + eps),  y = x' rstd weight
+//   rms_norm_grad         d_x (+)= rstd weight d_y - x rstd^3 mean(weight d_y x)
+//   rms_norm_weight_grad  d_weight += sum over rows of d_y x rstd, one chain over rows in ascending order
+// Bits: a row is summed by threads and a tree that its width decides; the chain over rows makes it no difference how
+// rows are spread over calls. Bytes a row and element: forward 4 (with residual 8), grad 6 (+ 2 for +=), weight 4.
+#include "reduce.cuh"
+#include "vectors.cuh"
+
+// ---------------------------------------------------------------------------------------------------- a block a row
+
+// A row stays in registers between its two uses: two vectors a thread up to width 16384, four above.
+struct RowConfig {
+  static constexpr int kThreads = 1024, kBlocks = 1;
+  static constexpr int kVectors = 4;
+  static constexpr int kMaxWidth = kThreads * kVectors * kVector;
+};
+
+// Threads of a row: part of the result's definition, since it decides the order of the sum.
+SEGATTN_FN int row_threads(int width) { return min(RowConfig::kThreads, max(1, ceil_div(width, 2 * kVector * 32)) * 32); }
+
+SEGATTN_FN int vector_column(int i) { return (threadIdx.x + i * blockDim.x) * kVector; }
+
+struct RowShared {
+  float warps[kMaxWarps];
+};
+
+SEGATTN_FN void rms_norm(const SegattnNormParams& p) {
+  if ((int)blockDim.x != row_threads(p.width)) __trap();
+  RowShared& shared = *(RowShared*)shared_memory();
+  const int64_t row = blockIdx.x;
+  uint4 r_held[RowConfig::kVectors];
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < RowConfig::kVectors; i++) {
+    const int column = vector_column(i);
+    if (column >= p.width) break;
+    r_held[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
+    float r_x[kVector];
+    unpack_vector(r_x, r_held[i]);
+    if (p.residual.data) {
+      float r_residual[kVector];
+      load_vector(r_residual, row_of<const Bf16>(p.residual, row) + column);
+#pragma unroll
+      for (int e = 0; e < kVector; e++) r_x[e] += r_residual[e];
+      r_held[i] = pack_vector(r_x);
+      *(uint4*)(row_of<Bf16>(p.x_sum, row) + column) = r_held[i];
+      unpack_vector(r_x, r_held[i]);
+    }
+#pragma unroll
+    for (int e = 0; e < kVector; e++) squares = fma_rn(r_x[e], r_x[e], squares);
+  }
+  squares = block_reduce<SumOf>(squares, shared.warps);
+  const float rstd = 1.f / sqrtf(squares / (float)p.width + p.eps);
+  if (threadIdx.x == 0) p.rstd[row] = rstd;
+#pragma unroll
+  for (int i = 0; i < RowConfig::kVectors; i++) {
+    const int column = vector_column(i);
+    if (column >= p.width) break;
+    float r_x[kVector], r_weight[kVector];
+    unpack_vector(r_x, r_held[i]);
+    load_vector(r_weight, p.weight + column);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_x[e] = mul_rn(mul_rn(r_x[e], rstd), r_weight[e]);
+    store_vector(row_of<Bf16>(p.y, row) + column, r_x);
+  }
+}
+
+SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
+  if ((int)blockDim.x != row_threads(p.width)) __trap();
+  RowShared& shared = *(RowShared*)shared_memory();
+  const int64_t row = blockIdx.x;
+  const float rstd = p.rstd[row];
+  uint4 r_held_x[RowConfig::kVectors], r_held_d_y[RowConfig::kVectors];
+  float along = 0.f;
+#pragma unroll
+  for (int i = 0; i < RowConfig::kVectors; i++) {
+    const int column = vector_column(i);
+    if (column >= p.width) break;
+    r_held_x[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
+    r_held_d_y[i] = *(const uint4*)(row_of<const Bf16>(p.d_y, row) + column);
+    float r_x[kVector], r_d_y[kVector], r_weight[kVector];
+    unpack_vector(r_x, r_held_x[i]);
+    unpack_vector(r_d_y, r_held_d_y[i]);
+    load_vector(r_weight, p.weight + column);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) along = fma_rn(mul_rn(r_d_y[e], r_weight[e]), r_x[e], along);
+  }
+  along = block_reduce<SumOf>(along, shared.warps);
+  const float pull = along / (float)p.width * rstd * rstd * rstd;
+#pragma unroll
+  for (int i = 0; i < RowConfig::kVectors; i++) {
+    const int column = vector_column(i);
+    if (column >= p.width) break;
+    Bf16* g_d_x = row_of<Bf16>(p.d_x, row) + column;
+    float r_x[kVector], r_d_y[kVector], r_weight[kVector], r_d_x[kVector] = {};
+    unpack_vector(r_x, r_held_x[i]);
+    unpack_vector(r_d_y, r_held_d_y[i]);
+    load_vector(r_weight, p.weight + column);
+    if (p.add) load_vector(r_d_x, g_d_x);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_d_x[e] += fma_rn(mul_rn(r_d_y[e], r_weight[e]), rstd, -mul_rn(r_x[e], pull));
+    store_vector(g_d_x, r_d_x);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- rows to one
+
+// A block sums 32 columns. Eight warps multiply 64 rows at a time into shared memory, one warp adds them up in order
+// while the others fetch the next 64: the sum is one chain, its memory traffic is that of all warps.
+struct ColumnConfig {
+  static constexpr int kThreads = 256, kBlocks = 4;
+  static constexpr int kColumns = 32, kRows = kThreads * kVector / kColumns;
+  static constexpr int kPitch = kColumns + 4;  // two rows' vectors fall into different banks
+};
+
+struct ColumnShared {
+  alignas(16) float products[2][ColumnConfig::kRows][ColumnConfig::kPitch];
+};
+
+SEGATTN_FN void norm_products(float (&r_products)[kVector], const SegattnNormParams& p, int64_t row, int column) {
+  float r_x[kVector];
+  load_vector(r_products, row_of<const Bf16>(p.d_y, row) + column);
+  load_vector(r_x, row_of<const Bf16>(p.x, row) + column);
+  const float rstd = p.rstd[row];
+#pragma unroll
+  for (int e = 0; e < kVector; e++) r_products[e] = mul_rn(r_products[e], mul_rn(r_x[e], rstd));
+}
+
+SEGATTN_FN void rms_norm_weight_grad(const SegattnNormParams& p) {
+  using C = ColumnConfig;
+  ColumnShared& shared = *(ColumnShared*)shared_memory();
+  constexpr int kRowVectors = C::kColumns / kVector;
+  const int first_column = blockIdx.x * C::kColumns, thread = threadIdx.x;
+  const int tile_row = thread / kRowVectors, tile_column = thread % kRowVectors * kVector;
+  const int column = first_column + tile_column;
+  const bool sums = thread < C::kColumns && first_column + thread < p.width;
+  float sum = sums ? p.d_weight[first_column + thread] : 0.f;
+  float r_products[kVector];
+  if (column < p.width && tile_row < p.rows) norm_products(r_products, p, tile_row, column);
+  int stage = 0;
+  for (int64_t first = 0; first < p.rows; first += C::kRows, stage ^= 1) {
+    if (column < p.width && first + tile_row < p.rows) store_vector(&shared.products[stage][tile_row][tile_column], r_products);
+    const int64_t next = first + C::kRows + tile_row;
+    if (column < p.width && next < p.rows) norm_products(r_products, p, next, column);
+    __syncthreads();
+    if (!sums) continue;
+    const int rows = (int)min((int64_t)C::kRows, p.rows - first);
+#pragma unroll 8
+    for (int row = 0; row < rows; row++) sum += shared.products[stage][row][thread];
+  }
+  if (sums) p.d_weight[first_column + thread] = sum;
+}
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+// rms_norm and rms_norm_grad: a block a row, row_threads(width) threads.
+SEGATTN_INFO(rms_norm_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_KERNEL(rms_norm_bf16, RowConfig, SegattnNormParams) { rms_norm(params); }
+SEGATTN_INFO(rms_norm_grad_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_KERNEL(rms_norm_grad_bf16, RowConfig, SegattnNormParams) { rms_norm_grad(params); }
+// rms_norm_weight_grad: a block 32 columns.
+SEGATTN_INFO(rms_norm_weight_grad_bf16, (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks, 0, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_KERNEL(rms_norm_weight_grad_bf16, ColumnConfig, SegattnNormParams) { rms_norm_weight_grad(params); }

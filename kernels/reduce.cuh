@@ -1,0 +1,32 @@
+// Sums and maxima over a block in an order that depends on its number of threads only: a tree over the lanes of a
+// warp, then the warps one after the other. Every thread gets the result.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int kMaxWarps = 32;
+
+struct SumOf {
+  SEGATTN_FN float join(float a, float b) { return a + b; }
+};
+struct MaxOf {
+  SEGATTN_FN float join(float a, float b) { return max_f32(a, b); }
+};
+
+template <class Op>
+SEGATTN_FN float warp_reduce(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = Op::join(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// s_warps: one value a warp, free for other use after the next barrier only.
+template <class Op>
+SEGATTN_FN float block_reduce(float x, float (&s_warps)[kMaxWarps]) {
+  x = warp_reduce<Op>(x);
+  if (blockDim.x == 32) return x;
+  if ((threadIdx.x & 31) == 0) s_warps[threadIdx.x >> 5] = x;
+  __syncthreads();
+  x = s_warps[0];
+  for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x = Op::join(x, s_warps[warp]);
+  return x;
+}

@@ -1,0 +1,198 @@
+//! What the tests of the layers' kernels share: strided rows in poisoned buffers, launches, and the rule for errors.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use half::bf16;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use segattn::device::bindings::SegattnRows;
+use segattn_sim::{Buffer, Checks, Gpu, Module, Source};
+
+pub fn module(file: &str) -> Arc<Module> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../kernels")
+        .join(file);
+    Module::compile(&Source::new(path)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+pub fn gpu(seed: u64) -> Gpu {
+    Gpu::new(seed, Checks::All)
+}
+
+/// Sizes of a launch that a kernel's `_info` constant names.
+pub struct Info {
+    pub threads: u32,
+    pub shared: usize,
+}
+
+pub fn info(module: &Arc<Module>, kernel: &str, params: usize) -> Info {
+    let values: [i32; 7] = module
+        .constant(&format!("{kernel}_info"))
+        .unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(values[6] as usize, params, "size of {kernel}'s parameters");
+    Info {
+        threads: values[0] as u32,
+        shared: values[1] as usize,
+    }
+}
+
+/// Launches with as many threads as the kernel's constant says, or `threads`.
+pub fn launch<P: Copy>(
+    gpu: &mut Gpu,
+    module: &Arc<Module>,
+    kernel: &str,
+    blocks: usize,
+    threads: Option<u32>,
+    params: &P,
+) {
+    let info = info(module, kernel, size_of::<P>());
+    let threads = threads.unwrap_or(info.threads);
+    let function = module.kernel(kernel).unwrap_or_else(|e| panic!("{e}"));
+    if blocks > 0 {
+        let grid = [blocks as u32, 1, 1];
+        gpu.launch(&function, grid, [threads, 1, 1], info.shared, params)
+            .unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+/// Rows in a buffer of their own: those outside, and the columns between two rows, are never to be touched.
+#[derive(Clone, Copy)]
+pub struct Matrix {
+    pub buffer: Buffer,
+    pub rows: usize,
+    pub width: usize,
+    stride: usize,
+    start: usize,
+    element: usize,
+}
+
+impl Matrix {
+    /// Rows whose elements are yet to be written, `gap` elements apart and as many behind the buffer's begin.
+    pub fn poisoned<T: Pod>(
+        gpu: &mut Gpu,
+        name: &str,
+        [rows, width]: [usize; 2],
+        gap: usize,
+    ) -> Matrix {
+        let stride = width + gap;
+        let element = size_of::<T>();
+        let buffer = gpu
+            .alloc(name, (gap + rows * stride) * element)
+            .expect("memory");
+        Matrix {
+            buffer,
+            rows,
+            width,
+            stride,
+            start: gap,
+            element,
+        }
+    }
+
+    pub fn of<T: Pod>(gpu: &mut Gpu, name: &str, values: &[T], width: usize, gap: usize) -> Matrix {
+        let rows = values.len() / width.max(1);
+        let matrix = Matrix::poisoned::<T>(gpu, name, [rows, width], gap);
+        for (r, row) in values.chunks(width.max(1)).enumerate() {
+            gpu.write(matrix.buffer, matrix.byte(r), row);
+        }
+        matrix
+    }
+
+    fn byte(&self, row: usize) -> usize {
+        (self.start + row * self.stride) * self.element
+    }
+
+    pub fn view(&self) -> SegattnRows {
+        SegattnRows {
+            data: (self.buffer.address() + self.start * self.element) as *mut _,
+            stride: self.stride as i64,
+        }
+    }
+
+    /// The same rows from `column` on.
+    pub fn column(&self, column: usize) -> SegattnRows {
+        let view = self.view();
+        SegattnRows {
+            data: view.data.wrapping_byte_add(column * self.element),
+            ..view
+        }
+    }
+
+    pub fn read<T: Pod>(&self, gpu: &mut Gpu) -> Vec<T> {
+        (0..self.rows)
+            .flat_map(|r| gpu.download_range(self.buffer, self.byte(r), self.width))
+            .collect()
+    }
+
+    /// Every element has been written, and nothing between the rows has.
+    pub fn assert_only_rows_written(&self, gpu: &mut Gpu, name: &str) {
+        let unwritten: usize = gpu
+            .unwritten(self.buffer)
+            .iter()
+            .map(|range| range.len())
+            .sum();
+        let expected = self.buffer.len() - self.rows * self.width * self.element;
+        assert_eq!(unwritten, expected, "unwritten bytes of {name}");
+    }
+}
+
+pub const NO_ROWS: SegattnRows = SegattnRows {
+    data: std::ptr::null_mut(),
+    stride: 0,
+};
+
+/// Values with a mean off zero and now and then a large one, the same for the same salt.
+pub fn values(count: usize, salt: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(salt);
+    (0..count)
+        .map(|_| {
+            let x = rng.random_range(-1.0f32..1.2);
+            if rng.random_range(0..50) == 0 {
+                x * 20.0
+            } else {
+                x
+            }
+        })
+        .collect()
+}
+
+pub fn bf16_values(count: usize, salt: u64) -> Vec<bf16> {
+    values(count, salt)
+        .into_iter()
+        .map(bf16::from_f32)
+        .collect()
+}
+
+pub fn wide(values: &[bf16]) -> Vec<f64> {
+    values.iter().map(|x| x.to_f64()).collect()
+}
+
+/// Norm of the difference over the norm of what is exact.
+pub fn error(got: &[f64], exact: &[f64]) -> f64 {
+    assert_eq!(got.len(), exact.len());
+    let square = |x: f64| x * x;
+    let difference: f64 = got.iter().zip(exact).map(|(g, e)| square(g - e)).sum();
+    let norm: f64 = exact.iter().map(|e| square(*e)).sum();
+    assert!(!difference.is_nan(), "NaN");
+    if difference == 0.0 {
+        0.0
+    } else {
+        (difference / norm).sqrt()
+    }
+}
+
+/// The rule of the field, made stricter: at most 1.5 times the error of the same formula in plain low precision.
+pub fn assert_close(name: &str, got: &[f64], plain: &[f64], exact: &[f64]) {
+    let (ours, allowed) = (error(got, exact), 1.5 * error(plain, exact));
+    assert!(
+        ours <= allowed,
+        "{name}: error {ours:.3e}, allowed {allowed:.3e}"
+    );
+}
+
+/// Bits that must be equal.
+pub fn bits(values: &[bf16]) -> Vec<u16> {
+    values.iter().map(|x| x.to_bits()).collect()
+}

@@ -1,0 +1,254 @@
+//! The structs of `kernels/layer_params.h`: what a kernel is launched with. Written by bindgen, see
+//! `tests/kernel_params.rs`; comments and shapes are in the header.
+#![allow(missing_docs)]
+
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnRows {
+    pub data: *mut ::core::ffi::c_void,
+    pub stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnRows"][::core::mem::size_of::<SegattnRows>() - 16usize];
+    ["Alignment of SegattnRows"][::core::mem::align_of::<SegattnRows>() - 8usize];
+    ["Offset of field: SegattnRows::data"][::core::mem::offset_of!(SegattnRows, data) - 0usize];
+    ["Offset of field: SegattnRows::stride"][::core::mem::offset_of!(SegattnRows, stride) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnNormParams {
+    pub x: SegattnRows,
+    pub residual: SegattnRows,
+    pub x_sum: SegattnRows,
+    pub weight: *const f32,
+    pub y: SegattnRows,
+    pub rstd: *mut f32,
+    pub d_y: SegattnRows,
+    pub d_x: SegattnRows,
+    pub d_weight: *mut f32,
+    pub rows: i64,
+    pub width: i32,
+    pub add: i32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnNormParams"][::core::mem::size_of::<SegattnNormParams>() - 144usize];
+    ["Alignment of SegattnNormParams"][::core::mem::align_of::<SegattnNormParams>() - 8usize];
+    ["Offset of field: SegattnNormParams::x"]
+        [::core::mem::offset_of!(SegattnNormParams, x) - 0usize];
+    ["Offset of field: SegattnNormParams::residual"]
+        [::core::mem::offset_of!(SegattnNormParams, residual) - 16usize];
+    ["Offset of field: SegattnNormParams::x_sum"]
+        [::core::mem::offset_of!(SegattnNormParams, x_sum) - 32usize];
+    ["Offset of field: SegattnNormParams::weight"]
+        [::core::mem::offset_of!(SegattnNormParams, weight) - 48usize];
+    ["Offset of field: SegattnNormParams::y"]
+        [::core::mem::offset_of!(SegattnNormParams, y) - 56usize];
+    ["Offset of field: SegattnNormParams::rstd"]
+        [::core::mem::offset_of!(SegattnNormParams, rstd) - 72usize];
+    ["Offset of field: SegattnNormParams::d_y"]
+        [::core::mem::offset_of!(SegattnNormParams, d_y) - 80usize];
+    ["Offset of field: SegattnNormParams::d_x"]
+        [::core::mem::offset_of!(SegattnNormParams, d_x) - 96usize];
+    ["Offset of field: SegattnNormParams::d_weight"]
+        [::core::mem::offset_of!(SegattnNormParams, d_weight) - 112usize];
+    ["Offset of field: SegattnNormParams::rows"]
+        [::core::mem::offset_of!(SegattnNormParams, rows) - 120usize];
+    ["Offset of field: SegattnNormParams::width"]
+        [::core::mem::offset_of!(SegattnNormParams, width) - 128usize];
+    ["Offset of field: SegattnNormParams::add"]
+        [::core::mem::offset_of!(SegattnNormParams, add) - 132usize];
+    ["Offset of field: SegattnNormParams::eps"]
+        [::core::mem::offset_of!(SegattnNormParams, eps) - 136usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnRopeParams {
+    pub src: SegattnRows,
+    pub dst: SegattnRows,
+    pub cos: *const f32,
+    pub sin: *const f32,
+    pub angles: *const i32,
+    pub rows: i64,
+    pub first_angle: i32,
+    pub heads: i32,
+    pub head_dim: i32,
+    pub inverse: i32,
+    pub add: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnRopeParams"][::core::mem::size_of::<SegattnRopeParams>() - 88usize];
+    ["Alignment of SegattnRopeParams"][::core::mem::align_of::<SegattnRopeParams>() - 8usize];
+    ["Offset of field: SegattnRopeParams::src"]
+        [::core::mem::offset_of!(SegattnRopeParams, src) - 0usize];
+    ["Offset of field: SegattnRopeParams::dst"]
+        [::core::mem::offset_of!(SegattnRopeParams, dst) - 16usize];
+    ["Offset of field: SegattnRopeParams::cos"]
+        [::core::mem::offset_of!(SegattnRopeParams, cos) - 32usize];
+    ["Offset of field: SegattnRopeParams::sin"]
+        [::core::mem::offset_of!(SegattnRopeParams, sin) - 40usize];
+    ["Offset of field: SegattnRopeParams::angles"]
+        [::core::mem::offset_of!(SegattnRopeParams, angles) - 48usize];
+    ["Offset of field: SegattnRopeParams::rows"]
+        [::core::mem::offset_of!(SegattnRopeParams, rows) - 56usize];
+    ["Offset of field: SegattnRopeParams::first_angle"]
+        [::core::mem::offset_of!(SegattnRopeParams, first_angle) - 64usize];
+    ["Offset of field: SegattnRopeParams::heads"]
+        [::core::mem::offset_of!(SegattnRopeParams, heads) - 68usize];
+    ["Offset of field: SegattnRopeParams::head_dim"]
+        [::core::mem::offset_of!(SegattnRopeParams, head_dim) - 72usize];
+    ["Offset of field: SegattnRopeParams::inverse"]
+        [::core::mem::offset_of!(SegattnRopeParams, inverse) - 76usize];
+    ["Offset of field: SegattnRopeParams::add"]
+        [::core::mem::offset_of!(SegattnRopeParams, add) - 80usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnQkvParams {
+    pub qkv: SegattnRows,
+    pub q: SegattnRows,
+    pub k: SegattnRows,
+    pub raw_k: SegattnRows,
+    pub v: SegattnRows,
+    pub probes: SegattnRows,
+    pub cos: *const f32,
+    pub sin: *const f32,
+    pub angles: *const i32,
+    pub cache_rows: *const i32,
+    pub probe_rows: *const i32,
+    pub rows: i64,
+    pub q_heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnQkvParams"][::core::mem::size_of::<SegattnQkvParams>() - 160usize];
+    ["Alignment of SegattnQkvParams"][::core::mem::align_of::<SegattnQkvParams>() - 8usize];
+    ["Offset of field: SegattnQkvParams::qkv"]
+        [::core::mem::offset_of!(SegattnQkvParams, qkv) - 0usize];
+    ["Offset of field: SegattnQkvParams::q"]
+        [::core::mem::offset_of!(SegattnQkvParams, q) - 16usize];
+    ["Offset of field: SegattnQkvParams::k"]
+        [::core::mem::offset_of!(SegattnQkvParams, k) - 32usize];
+    ["Offset of field: SegattnQkvParams::raw_k"]
+        [::core::mem::offset_of!(SegattnQkvParams, raw_k) - 48usize];
+    ["Offset of field: SegattnQkvParams::v"]
+        [::core::mem::offset_of!(SegattnQkvParams, v) - 64usize];
+    ["Offset of field: SegattnQkvParams::probes"]
+        [::core::mem::offset_of!(SegattnQkvParams, probes) - 80usize];
+    ["Offset of field: SegattnQkvParams::cos"]
+        [::core::mem::offset_of!(SegattnQkvParams, cos) - 96usize];
+    ["Offset of field: SegattnQkvParams::sin"]
+        [::core::mem::offset_of!(SegattnQkvParams, sin) - 104usize];
+    ["Offset of field: SegattnQkvParams::angles"]
+        [::core::mem::offset_of!(SegattnQkvParams, angles) - 112usize];
+    ["Offset of field: SegattnQkvParams::cache_rows"]
+        [::core::mem::offset_of!(SegattnQkvParams, cache_rows) - 120usize];
+    ["Offset of field: SegattnQkvParams::probe_rows"]
+        [::core::mem::offset_of!(SegattnQkvParams, probe_rows) - 128usize];
+    ["Offset of field: SegattnQkvParams::rows"]
+        [::core::mem::offset_of!(SegattnQkvParams, rows) - 136usize];
+    ["Offset of field: SegattnQkvParams::q_heads"]
+        [::core::mem::offset_of!(SegattnQkvParams, q_heads) - 144usize];
+    ["Offset of field: SegattnQkvParams::kv_heads"]
+        [::core::mem::offset_of!(SegattnQkvParams, kv_heads) - 148usize];
+    ["Offset of field: SegattnQkvParams::head_dim"]
+        [::core::mem::offset_of!(SegattnQkvParams, head_dim) - 152usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnSwigluParams {
+    pub gate_up: SegattnRows,
+    pub y: SegattnRows,
+    pub d_y: SegattnRows,
+    pub d_gate_up: SegattnRows,
+    pub rows: i64,
+    pub inner: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnSwigluParams"][::core::mem::size_of::<SegattnSwigluParams>() - 80usize];
+    ["Alignment of SegattnSwigluParams"][::core::mem::align_of::<SegattnSwigluParams>() - 8usize];
+    ["Offset of field: SegattnSwigluParams::gate_up"]
+        [::core::mem::offset_of!(SegattnSwigluParams, gate_up) - 0usize];
+    ["Offset of field: SegattnSwigluParams::y"]
+        [::core::mem::offset_of!(SegattnSwigluParams, y) - 16usize];
+    ["Offset of field: SegattnSwigluParams::d_y"]
+        [::core::mem::offset_of!(SegattnSwigluParams, d_y) - 32usize];
+    ["Offset of field: SegattnSwigluParams::d_gate_up"]
+        [::core::mem::offset_of!(SegattnSwigluParams, d_gate_up) - 48usize];
+    ["Offset of field: SegattnSwigluParams::rows"]
+        [::core::mem::offset_of!(SegattnSwigluParams, rows) - 64usize];
+    ["Offset of field: SegattnSwigluParams::inner"]
+        [::core::mem::offset_of!(SegattnSwigluParams, inner) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnEmbedParams {
+    pub table: SegattnRows,
+    pub tokens: *const u32,
+    pub y: SegattnRows,
+    pub d_table: SegattnRows,
+    pub order: *const i32,
+    pub run_start: *const i32,
+    pub rows: i64,
+    pub runs: i32,
+    pub width: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnEmbedParams"][::core::mem::size_of::<SegattnEmbedParams>() - 88usize];
+    ["Alignment of SegattnEmbedParams"][::core::mem::align_of::<SegattnEmbedParams>() - 8usize];
+    ["Offset of field: SegattnEmbedParams::table"]
+        [::core::mem::offset_of!(SegattnEmbedParams, table) - 0usize];
+    ["Offset of field: SegattnEmbedParams::tokens"]
+        [::core::mem::offset_of!(SegattnEmbedParams, tokens) - 16usize];
+    ["Offset of field: SegattnEmbedParams::y"]
+        [::core::mem::offset_of!(SegattnEmbedParams, y) - 24usize];
+    ["Offset of field: SegattnEmbedParams::d_table"]
+        [::core::mem::offset_of!(SegattnEmbedParams, d_table) - 40usize];
+    ["Offset of field: SegattnEmbedParams::order"]
+        [::core::mem::offset_of!(SegattnEmbedParams, order) - 56usize];
+    ["Offset of field: SegattnEmbedParams::run_start"]
+        [::core::mem::offset_of!(SegattnEmbedParams, run_start) - 64usize];
+    ["Offset of field: SegattnEmbedParams::rows"]
+        [::core::mem::offset_of!(SegattnEmbedParams, rows) - 72usize];
+    ["Offset of field: SegattnEmbedParams::runs"]
+        [::core::mem::offset_of!(SegattnEmbedParams, runs) - 80usize];
+    ["Offset of field: SegattnEmbedParams::width"]
+        [::core::mem::offset_of!(SegattnEmbedParams, width) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnLossParams {
+    pub logits: SegattnRows,
+    pub targets: *const u32,
+    pub log_probability: *mut f32,
+    pub d_logits: SegattnRows,
+    pub rows: i64,
+    pub vocab: i32,
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnLossParams"][::core::mem::size_of::<SegattnLossParams>() - 64usize];
+    ["Alignment of SegattnLossParams"][::core::mem::align_of::<SegattnLossParams>() - 8usize];
+    ["Offset of field: SegattnLossParams::logits"]
+        [::core::mem::offset_of!(SegattnLossParams, logits) - 0usize];
+    ["Offset of field: SegattnLossParams::targets"]
+        [::core::mem::offset_of!(SegattnLossParams, targets) - 16usize];
+    ["Offset of field: SegattnLossParams::log_probability"]
+        [::core::mem::offset_of!(SegattnLossParams, log_probability) - 24usize];
+    ["Offset of field: SegattnLossParams::d_logits"]
+        [::core::mem::offset_of!(SegattnLossParams, d_logits) - 32usize];
+    ["Offset of field: SegattnLossParams::rows"]
+        [::core::mem::offset_of!(SegattnLossParams, rows) - 48usize];
+    ["Offset of field: SegattnLossParams::vocab"]
+        [::core::mem::offset_of!(SegattnLossParams, vocab) - 56usize];
+    ["Offset of field: SegattnLossParams::scale"]
+        [::core::mem::offset_of!(SegattnLossParams, scale) - 60usize];
+};
