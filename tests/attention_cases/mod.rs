@@ -6,158 +6,17 @@ pub mod gpu;
 pub mod low;
 pub mod plain;
 pub mod suite;
+mod tensor;
+pub mod variants;
+
+use std::ops::Range;
 
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::attention::{Batch, Grads, Layout, PastLen, Problem, View, ViewMut};
+use segattn::attention::{Grads, PastLen, Problem};
 
-/// How a `[batch, rows, heads, head_dim]` tensor lies in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrangement {
-    Packed,
-    /// `[batch, heads, rows, head_dim]`.
-    HeadsOutside,
-    /// `[rows, batch, heads, head_dim]` with unused elements between heads and rows.
-    BatchInside,
-    /// Entries in reverse order at arbitrary offsets.
-    Offsets,
-    /// As `BatchInside`, but all strides are multiples of 8.
-    BatchInside8,
-    /// As `Offsets`, but all strides and offsets are multiples of 8.
-    Offsets8,
-}
-
-#[derive(Debug, Clone)]
-pub struct Tensor<T> {
-    pub data: Vec<T>,
-    pub shape: [usize; 4],
-    row_stride: usize,
-    head_stride: usize,
-    batch_stride: usize,
-    offsets: Option<Vec<usize>>,
-}
-
-impl<T: Copy> Tensor<T> {
-    pub fn new(shape: [usize; 4], arrangement: Arrangement, fill: T) -> Self {
-        let [batch, rows, heads, head_dim] = shape;
-        use Arrangement::{BatchInside8, Offsets8};
-        let unit = match arrangement {
-            BatchInside8 | Offsets8 => 8,
-            _ => 1,
-        };
-        let (row_stride, head_stride, batch_stride) = match arrangement {
-            Arrangement::Packed => (heads * head_dim, head_dim, rows * heads * head_dim),
-            Arrangement::HeadsOutside => (head_dim, rows * head_dim, rows * heads * head_dim),
-            Arrangement::BatchInside | BatchInside8 => {
-                let head = head_dim + 3 * unit;
-                (batch * heads * head + 5 * unit, head, heads * head)
-            }
-            Arrangement::Offsets | Offsets8 => (
-                heads * head_dim + unit,
-                head_dim,
-                rows * (heads * head_dim + unit),
-            ),
-        };
-        let offsets = matches!(arrangement, Arrangement::Offsets | Offsets8).then(|| {
-            (0..batch)
-                .map(|b| (batch - 1 - b) * (batch_stride + 7 * unit) + 2 * unit)
-                .collect()
-        });
-        let len = (rows + 1) * row_stride.max(1)
-            + (batch + 1) * (batch_stride + 9 * unit)
-            + heads * head_stride;
-        Tensor {
-            data: vec![fill; len],
-            shape,
-            row_stride,
-            head_stride,
-            batch_stride,
-            offsets,
-        }
-    }
-
-    pub fn layout(&self) -> Layout<'_> {
-        Layout {
-            rows: self.shape[1],
-            row_stride: self.row_stride,
-            head_stride: self.head_stride,
-            batch: match &self.offsets {
-                Some(offsets) => Batch::Offsets(offsets),
-                None => Batch::Stride {
-                    len: self.shape[0],
-                    stride: self.batch_stride,
-                },
-            },
-        }
-    }
-
-    pub fn view(&self) -> View<'_, T> {
-        View {
-            data: &self.data,
-            layout: self.layout(),
-        }
-    }
-
-    pub fn view_mut(&mut self) -> ViewMut<'_, T> {
-        let batch = match &self.offsets {
-            Some(offsets) => Batch::Offsets(offsets),
-            None => Batch::Stride {
-                len: self.shape[0],
-                stride: self.batch_stride,
-            },
-        };
-        let layout = Layout {
-            rows: self.shape[1],
-            row_stride: self.row_stride,
-            head_stride: self.head_stride,
-            batch,
-        };
-        ViewMut {
-            data: &mut self.data,
-            layout,
-        }
-    }
-
-    pub fn start(&self, entry: usize, row: usize, head: usize) -> usize {
-        self.layout().offset(entry, row, head)
-    }
-
-    pub fn row(&self, entry: usize, row: usize, head: usize) -> &[T] {
-        let start = self.start(entry, row, head);
-        &self.data[start..start + self.shape[3]]
-    }
-
-    pub fn row_mut(&mut self, entry: usize, row: usize, head: usize) -> &mut [T] {
-        let start = self.start(entry, row, head);
-        &mut self.data[start..start + self.shape[3]]
-    }
-
-    /// Every element of every row, in row-major order whatever the arrangement.
-    pub fn elements(&self) -> Vec<T> {
-        let [batch, rows, heads, _] = self.shape;
-        let mut elements = Vec::new();
-        for entry in 0..batch {
-            for row in 0..rows {
-                for head in 0..heads {
-                    elements.extend_from_slice(self.row(entry, row, head));
-                }
-            }
-        }
-        elements
-    }
-
-    pub fn map<U: Copy>(&self, f: impl Fn(T) -> U) -> Tensor<U> {
-        Tensor {
-            data: self.data.iter().map(|&x| f(x)).collect(),
-            shape: self.shape,
-            row_stride: self.row_stride,
-            head_stride: self.head_stride,
-            batch_stride: self.batch_stride,
-            offsets: self.offsets.clone(),
-        }
-    }
-}
+pub use tensor::{Arrangement, Tensor};
 
 /// What the random numbers look like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -260,7 +119,15 @@ fn draw(rng: &mut ChaCha8Rng, values: Values, key: bool) -> f64 {
 }
 
 impl Case<f64> {
+    /// A case whose queries are all rows of the segment.
     pub fn new(shape: &Shape) -> Self {
+        Case::starting_at(shape, None)
+    }
+
+    /// A case whose queries are the rows from `query_start` on.
+    pub fn starting_at(shape: &Shape, query_start: Option<Vec<i32>>) -> Self {
+        let start = |b: usize| query_start.as_ref().map_or(0, |start| start[b]);
+        let query_len = |b: usize| shape.segment_len[b] - start(b);
         let mut rng = ChaCha8Rng::seed_from_u64(shape.seed);
         let (batch, spare) = (shape.batch(), shape.spare_rows);
         let (q_heads, kv_heads, head_dim) = (shape.q_heads(), shape.kv_heads, shape.head_dim);
@@ -286,26 +153,26 @@ impl Case<f64> {
             }
             tensor
         };
-        let q = tensor(q_heads, &|b, _| shape.segment_len[b], false);
+        let q = tensor(q_heads, &|b, _| query_len(b), false);
         let k = tensor(kv_heads, &|b, _| shape.segment_len[b], true);
         let v = tensor(kv_heads, &|b, _| shape.segment_len[b], false);
         let prior_k = tensor(kv_heads, &|b, _| shape.prior_len[b], true);
         let prior_v = tensor(kv_heads, &|b, _| shape.prior_len[b], false);
         let past_k = tensor(kv_heads, &past_len, true);
         let past_v = tensor(kv_heads, &past_len, false);
-        let d_out = tensor(q_heads, &|b, _| shape.segment_len[b], false);
+        let d_out = tensor(q_heads, &|b, _| query_len(b), false);
         let rows = q.shape[1];
         let mut d_lse = vec![f64::NAN; batch * q_heads * rows];
         for b in 0..batch {
             for h in 0..q_heads {
                 let start = (b * q_heads + h) * rows;
-                d_lse[start..start + shape.segment_len[b] as usize]
+                d_lse[start..start + query_len(b) as usize]
                     .fill_with(|| draw(&mut rng, Values::Centered, false));
             }
         }
         Case {
             shape: shape.clone(),
-            query_start: None,
+            query_start,
             q,
             k,
             v,
@@ -316,6 +183,45 @@ impl Case<f64> {
             d_out,
             d_lse,
         }
+    }
+
+    /// The same numbers as a batch of some of the entries, in this order, of which entry `i` asks for the queries of
+    /// rows `rows[i]` alone. Packed, with a row of padding in every tensor.
+    pub fn excerpt(&self, entries: &[usize], rows: &[Range<usize>]) -> Case<f64> {
+        let shape = &self.shape;
+        let per_head = shape.past_len.len() != shape.batch();
+        let past_width = if per_head { shape.kv_heads } else { 1 };
+        let pick = |all: &[i32], width: usize| -> Vec<i32> {
+            let of = |&entry: &usize| all[entry * width..(entry + 1) * width].to_vec();
+            entries.iter().flat_map(of).collect()
+        };
+        let excerpt = Shape {
+            // As when the last row asked for is the newest there is.
+            segment_len: rows.iter().map(|rows| rows.end as i32).collect(),
+            prior_len: pick(&shape.prior_len, 1),
+            past_len: pick(&shape.past_len, past_width),
+            arrangement: Arrangement::Packed,
+            spare_rows: 1,
+            ..shape.clone()
+        };
+        let starts = rows.iter().map(|rows| rows.start as i32).collect();
+        let mut case = Case::starting_at(&excerpt, Some(starts));
+        for (i, (&entry, rows)) in entries.iter().zip(rows).enumerate() {
+            let queries = rows.start;
+            copy_entry(&mut case.q, i, &self.q, entry, queries);
+            copy_entry(&mut case.d_out, i, &self.d_out, entry, queries);
+            for (to, from) in [
+                (&mut case.k, &self.k),
+                (&mut case.v, &self.v),
+                (&mut case.prior_k, &self.prior_k),
+                (&mut case.prior_v, &self.prior_v),
+                (&mut case.past_k, &self.past_k),
+                (&mut case.past_v, &self.past_v),
+            ] {
+                copy_entry(to, i, from, entry, 0);
+            }
+        }
+        case
     }
 
     pub fn to_f32(&self) -> Case<f32> {
@@ -332,6 +238,17 @@ impl Case<f64> {
             past_v: narrow(&self.past_v),
             d_out: narrow(&self.d_out),
             d_lse: self.d_lse.iter().map(|&x| x as f32).collect(),
+        }
+    }
+}
+
+/// Copies rows of an entry, from row `first` on, over the numbers of another tensor's; its NaN stay.
+fn copy_entry(to: &mut Tensor<f64>, at: usize, from: &Tensor<f64>, entry: usize, first: usize) {
+    let [_, rows, heads, _] = to.shape;
+    for (row, head) in (0..rows).flat_map(|row| (0..heads).map(move |head| (row, head))) {
+        if !to.row(at, row, head)[0].is_nan() {
+            let source = from.row(entry, first + row, head).to_vec();
+            to.row_mut(at, row, head).copy_from_slice(&source);
         }
     }
 }

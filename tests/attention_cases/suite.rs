@@ -76,9 +76,8 @@ pub fn check(
     query_start: Option<Vec<i32>>,
     options: Options,
 ) -> (Outcome, Option<Grads>) {
-    let mut case = Case::new(shape).rounded(options.dtype);
     let with_backward = query_start.is_none();
-    case.query_start = query_start;
+    let case = Case::starting_at(shape, query_start).rounded(options.dtype);
     let loaded = gpu::load(gpu, &case, options.dtype);
     let written = gpu::forward(gpu, &loaded.problem, options.phase)
         .unwrap_or_else(|e| panic!("{e}: {shape:?}"));

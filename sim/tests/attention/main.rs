@@ -1,0 +1,7 @@
+//! The attention kernels and the plans that launch them, on the simulated GPU under every check, against the
+//! reference in f64, with NaN in everything that must not be read and poison in every output and workspace.
+
+#[path = "../../../tests/attention_cases/mod.rs"]
+mod attention_cases;
+mod simulated;
+mod variants;

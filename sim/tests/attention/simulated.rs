@@ -1,0 +1,137 @@
+//! The simulated GPU as the shared attention cases see it.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Mutex, OnceLock};
+
+use segattn::attention::cuda::{
+    self, BackwardPlan, DeviceSlice, Error, ForwardPlan, Launch, Launcher,
+};
+use segattn_sim::{Buffer, Checks, Kernels, Stream};
+
+use super::attention_cases::gpu::Gpu;
+
+/// The kernels of the crate.
+pub fn kernels() -> &'static Kernels {
+    static KERNELS: OnceLock<Kernels> = OnceLock::new();
+    KERNELS.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
+        Kernels::compile(&folder).unwrap_or_else(|error| panic!("{error}"))
+    })
+}
+
+/// Entry points that ran.
+pub type Entries = Mutex<BTreeSet<&'static str>>;
+
+/// A simulated GPU, its buffers and the kernels it runs.
+pub struct Simulated<'a> {
+    pub gpu: segattn_sim::Gpu,
+    buffers: Vec<Buffer>,
+    kernels: &'a Kernels,
+    entries: Option<&'a Entries>,
+}
+
+impl Simulated<'static> {
+    pub fn new(seed: u64) -> Self {
+        Simulated::of(seed, kernels())
+    }
+}
+
+impl<'a> Simulated<'a> {
+    pub fn of(seed: u64, kernels: &'a Kernels) -> Self {
+        Simulated {
+            gpu: segattn_sim::Gpu::new(seed, Checks::All),
+            buffers: Vec::new(),
+            kernels,
+            entries: None,
+        }
+    }
+
+    /// Notes which entry points run.
+    pub fn noting(self, entries: &'a Entries) -> Self {
+        Simulated {
+            entries: Some(entries),
+            ..self
+        }
+    }
+
+    fn keep(&mut self, buffer: Buffer) -> u64 {
+        self.buffers.push(buffer);
+        buffer.address() as u64
+    }
+
+    pub fn buffer(&self, address: u64) -> Buffer {
+        let found = self
+            .buffers
+            .iter()
+            .find(|buffer| buffer.address() as u64 == address);
+        *found.expect("a buffer")
+    }
+
+    fn stream(&mut self) -> Noting<'_> {
+        Noting {
+            stream: Stream {
+                gpu: &mut self.gpu,
+                kernels: self.kernels,
+            },
+            entries: self.entries,
+        }
+    }
+}
+
+impl Gpu for Simulated<'_> {
+    fn kernels(&self) -> &impl cuda::Kernels {
+        self.kernels
+    }
+
+    fn input(&mut self, name: &str, bytes: &[u8]) -> u64 {
+        let buffer = self.gpu.input(name, bytes).expect("memory");
+        self.keep(buffer)
+    }
+
+    fn output(&mut self, name: &str, bytes: usize) -> u64 {
+        let buffer = self.gpu.alloc(name, bytes).expect("memory");
+        self.keep(buffer)
+    }
+
+    fn download(&mut self, address: u64, bytes: usize) -> Vec<u8> {
+        let buffer = self.buffer(address);
+        self.gpu.download_range(buffer, 0, bytes)
+    }
+
+    fn forward(&mut self, plan: &ForwardPlan, workspace: DeviceSlice) -> Result<(), Error> {
+        // SAFETY: the simulator checks every access.
+        unsafe { plan.run(&mut self.stream(), workspace) }
+    }
+
+    fn backward(&mut self, plan: &BackwardPlan, workspace: DeviceSlice) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { plan.run(&mut self.stream(), workspace) }
+    }
+}
+
+/// A stream that notes what it launches.
+struct Noting<'a> {
+    stream: Stream<'a>,
+    entries: Option<&'a Entries>,
+}
+
+impl Launcher for Noting<'_> {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.upload(to, bytes) }
+    }
+
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.zero(at, bytes) }
+    }
+
+    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+        if let Some(entries) = self.entries {
+            entries.lock().expect("no panic").insert(launch.entry.name);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.launch(launch, params) }
+    }
+}

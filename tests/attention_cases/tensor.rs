@@ -1,0 +1,150 @@
+//! Tensors as the tests lay them out.
+
+use segattn::attention::{Batch, Layout, View, ViewMut};
+
+/// How a `[batch, rows, heads, head_dim]` tensor lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrangement {
+    Packed,
+    /// `[batch, heads, rows, head_dim]`.
+    HeadsOutside,
+    /// `[rows, batch, heads, head_dim]` with unused elements between heads and rows.
+    BatchInside,
+    /// Entries in reverse order at arbitrary offsets.
+    Offsets,
+    /// As `BatchInside`, but all strides are multiples of 8.
+    BatchInside8,
+    /// As `Offsets`, but all strides and offsets are multiples of 8.
+    Offsets8,
+}
+
+#[derive(Debug, Clone)]
+pub struct Tensor<T> {
+    pub data: Vec<T>,
+    pub shape: [usize; 4],
+    row_stride: usize,
+    head_stride: usize,
+    batch_stride: usize,
+    offsets: Option<Vec<usize>>,
+}
+
+impl<T: Copy> Tensor<T> {
+    pub fn new(shape: [usize; 4], arrangement: Arrangement, fill: T) -> Self {
+        let [batch, rows, heads, head_dim] = shape;
+        use Arrangement::{BatchInside8, Offsets8};
+        let unit = match arrangement {
+            BatchInside8 | Offsets8 => 8,
+            _ => 1,
+        };
+        let (row_stride, head_stride, batch_stride) = match arrangement {
+            Arrangement::Packed => (heads * head_dim, head_dim, rows * heads * head_dim),
+            Arrangement::HeadsOutside => (head_dim, rows * head_dim, rows * heads * head_dim),
+            Arrangement::BatchInside | BatchInside8 => {
+                let head = head_dim + 3 * unit;
+                (batch * heads * head + 5 * unit, head, heads * head)
+            }
+            Arrangement::Offsets | Offsets8 => (
+                heads * head_dim + unit,
+                head_dim,
+                rows * (heads * head_dim + unit),
+            ),
+        };
+        let offsets = matches!(arrangement, Arrangement::Offsets | Offsets8).then(|| {
+            (0..batch)
+                .map(|b| (batch - 1 - b) * (batch_stride + 7 * unit) + 2 * unit)
+                .collect()
+        });
+        let len = (rows + 1) * row_stride.max(1)
+            + (batch + 1) * (batch_stride + 9 * unit)
+            + heads * head_stride;
+        Tensor {
+            data: vec![fill; len],
+            shape,
+            row_stride,
+            head_stride,
+            batch_stride,
+            offsets,
+        }
+    }
+
+    pub fn layout(&self) -> Layout<'_> {
+        Layout {
+            rows: self.shape[1],
+            row_stride: self.row_stride,
+            head_stride: self.head_stride,
+            batch: match &self.offsets {
+                Some(offsets) => Batch::Offsets(offsets),
+                None => Batch::Stride {
+                    len: self.shape[0],
+                    stride: self.batch_stride,
+                },
+            },
+        }
+    }
+
+    pub fn view(&self) -> View<'_, T> {
+        View {
+            data: &self.data,
+            layout: self.layout(),
+        }
+    }
+
+    pub fn view_mut(&mut self) -> ViewMut<'_, T> {
+        let batch = match &self.offsets {
+            Some(offsets) => Batch::Offsets(offsets),
+            None => Batch::Stride {
+                len: self.shape[0],
+                stride: self.batch_stride,
+            },
+        };
+        let layout = Layout {
+            rows: self.shape[1],
+            row_stride: self.row_stride,
+            head_stride: self.head_stride,
+            batch,
+        };
+        ViewMut {
+            data: &mut self.data,
+            layout,
+        }
+    }
+
+    pub fn start(&self, entry: usize, row: usize, head: usize) -> usize {
+        self.layout().offset(entry, row, head)
+    }
+
+    pub fn row(&self, entry: usize, row: usize, head: usize) -> &[T] {
+        let start = self.start(entry, row, head);
+        &self.data[start..start + self.shape[3]]
+    }
+
+    pub fn row_mut(&mut self, entry: usize, row: usize, head: usize) -> &mut [T] {
+        let start = self.start(entry, row, head);
+        &mut self.data[start..start + self.shape[3]]
+    }
+
+    /// Every element of every row, in row-major order whatever the arrangement.
+    pub fn elements(&self) -> Vec<T> {
+        let [batch, rows, heads, _] = self.shape;
+        let mut elements = Vec::new();
+        for entry in 0..batch {
+            for row in 0..rows {
+                for head in 0..heads {
+                    elements.extend_from_slice(self.row(entry, row, head));
+                }
+            }
+        }
+        elements
+    }
+
+    pub fn map<U: Copy>(&self, f: impl Fn(T) -> U) -> Tensor<U> {
+        Tensor {
+            data: self.data.iter().map(|&x| f(x)).collect(),
+            shape: self.shape,
+            row_stride: self.row_stride,
+            head_stride: self.head_stride,
+            batch_stride: self.batch_stride,
+            offsets: self.offsets.clone(),
+        }
+    }
+}
