@@ -78,7 +78,8 @@ impl SimError {
     }
 }
 
-/// A simulated GPU: global memory, and a seed that decides every schedule.
+/// A simulated GPU: global memory, and a seed that decides every schedule. It may move between threads; a launch runs
+/// on the thread that asks for it.
 pub struct Gpu {
     memory: GlobalMemory,
     seed: u64,
@@ -133,6 +134,11 @@ impl Gpu {
         let buffer = self.memory.allocate(name, size_of_val(values), true)?;
         self.memory.write(buffer, 0, values);
         Ok(buffer)
+    }
+
+    /// Gives a buffer back. A kernel that touches it later is reported; so is, by a panic, a use of the handle.
+    pub fn free(&mut self, buffer: Buffer) {
+        self.memory.free(buffer);
     }
 
     /// Writes `values` at byte `offset`. Panics outside the buffer.

@@ -1,48 +1,61 @@
 //! The simulated GPU behind the crate's own host side: plans of `segattn::attention::cuda` run here unchanged.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use segattn::attention::cuda::bindings::SegattnKernelInfo;
 use segattn::attention::cuda::{Entry, Error, File, Launch, Launcher};
 
 use crate::gpu::Gpu;
-use crate::module::{CompileError, Kernel, Module, Source};
+use crate::module::{Kernel, Module, Source};
 
-/// Compiled kernels, and how many blocks of any of them are resident at once.
-#[derive(Debug, Clone)]
+/// The kernels of a folder, each file compiled when it is first asked for, and how many blocks of any of them are
+/// resident at once.
+#[derive(Debug)]
 pub struct Kernels {
-    modules: [Arc<Module>; File::ALL.len()],
+    files: [Lazy; File::ALL.len()],
     resident_blocks: u32,
 }
 
+/// A source and, once needed, what was compiled from it.
+#[derive(Debug)]
+struct Lazy {
+    source: Source,
+    module: Mutex<Option<Arc<Module>>>,
+}
+
 impl Kernels {
-    /// Compiles every file of the folder `kernels`, with checks.
-    ///
-    /// # Errors
-    /// If g++ is missing or refuses a file.
-    pub fn compile(kernels: &Path) -> Result<Kernels, CompileError> {
-        let compile = |file: File| {
-            let path = kernels.join(file.stem()).with_extension("cu");
-            Module::compile(&Source::new(path))
-        };
-        let [forward, backward] = File::ALL.map(compile);
-        Ok(Kernels {
-            modules: [forward?, backward?],
-            resident_blocks: 3,
-        })
+    /// The files of the folder `kernels`, with checks.
+    pub fn new(kernels: &Path) -> Kernels {
+        Kernels::from_sources(|file| Source::new(kernels.join(file.stem()).with_extension("cu")))
     }
 
-    fn module(&self, file: File) -> &Arc<Module> {
-        let [forward, backward] = &self.modules;
-        match file {
-            File::AttentionForward => forward,
-            File::AttentionBackward => backward,
+    /// Kernels from sources of one's own: other texts, flags, or folders.
+    pub fn from_sources(source: impl Fn(File) -> Source) -> Kernels {
+        Kernels {
+            files: File::ALL.map(|file| Lazy {
+                source: source(file),
+                module: Mutex::new(None),
+            }),
+            resident_blocks: 3,
         }
     }
 
+    fn module(&self, file: File) -> Result<Arc<Module>, Error> {
+        let found = File::ALL.iter().position(|&other| other == file);
+        let lazy = found.map(|index| &self.files[index]);
+        let lazy = lazy.ok_or_else(|| failed(file.stem(), "not in the list of all files"))?;
+        // What a panicking thread left behind is a module or none.
+        let mut module = lazy.module.lock().unwrap_or_else(|lock| lock.into_inner());
+        if let Some(module) = &*module {
+            return Ok(module.clone());
+        }
+        let compiled = Module::compile(&lazy.source).map_err(|error| failed(file.stem(), error))?;
+        Ok(module.insert(compiled).clone())
+    }
+
     fn kernel(&self, entry: Entry) -> Result<Kernel, Error> {
-        let found = self.module(entry.file).kernel(entry.name);
+        let found = self.module(entry.file)?.kernel(entry.name);
         found.map_err(|error| failed(entry.name, error))
     }
 }
@@ -50,7 +63,7 @@ impl Kernels {
 impl segattn::attention::cuda::Kernels for Kernels {
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
         let name = format!("{}_info", entry.name);
-        let info = self.module(entry.file).constant::<[i32; 7]>(&name);
+        let info = self.module(entry.file)?.constant::<[i32; 7]>(&name);
         let info = info.map_err(|error| failed(entry.name, error))?;
         let [
             threads,

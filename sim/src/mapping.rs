@@ -8,6 +8,9 @@ pub(crate) struct Mapping {
     len: usize,
 }
 
+// SAFETY: the memory belongs to this value alone, whatever thread it is on.
+unsafe impl Send for Mapping {}
+
 impl Mapping {
     /// Maps `len` zeroed bytes (at least one page).
     pub fn new(len: usize) -> io::Result<Mapping> {

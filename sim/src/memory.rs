@@ -2,6 +2,7 @@
 //!
 //! Buffers are sparse mappings, so one of 2^34 elements costs only the pages that are touched.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use bytemuck::Pod;
@@ -16,10 +17,15 @@ const FILL_LIMIT: usize = 64 << 20;
 /// Addresses kept free behind every buffer, so that an address a little past the end is nobody else's.
 pub(crate) const GUARD: usize = 1 << 20;
 
+/// Freed buffers that reports still know by name.
+const FREED_LIMIT: usize = 64;
+
 /// A buffer in simulated global memory, as the owner of [`crate::Gpu`] sees it. The handle is plain data.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     index: usize,
+    /// How many buffers had its index before.
+    generation: u32,
     base: usize,
     len: usize,
 }
@@ -132,34 +138,73 @@ pub(crate) fn granules(offset: usize, len: usize) -> (usize, usize) {
     (offset / GRANULE, (offset + len).div_ceil(GRANULE))
 }
 
+/// A place for a buffer.
+#[derive(Default)]
+struct Slot {
+    region: Option<Region>,
+    generation: u32,
+}
+
 /// All buffers, found by address.
 #[derive(Default)]
 pub(crate) struct GlobalMemory {
-    regions: Vec<Region>,
-    /// Region indices in order of address.
-    by_address: Vec<usize>,
+    slots: Vec<Slot>,
+    /// Slots without a buffer.
+    vacant: Vec<usize>,
+    /// Begin and slot of every buffer, in order of address.
+    by_address: Vec<(usize, usize)>,
     last_hit: usize,
+    /// Name, begin and length of buffers that were freed last, for reports.
+    freed: VecDeque<(String, usize, usize)>,
 }
 
 impl GlobalMemory {
     pub fn allocate(&mut self, name: &str, len: usize, read_only: bool) -> std::io::Result<Buffer> {
-        let region = Region::new(name, len, read_only)?;
-        let (index, base) = (self.regions.len(), region.base);
-        self.regions.push(region);
-        self.by_address.push(index);
-        self.by_address
-            .sort_unstable_by_key(|&i| self.regions[i].base);
-        let buffer = Buffer { index, base, len };
+        let mut region = Region::new(name, len, read_only)?;
         if len <= FILL_LIMIT {
-            self.regions[index].bytes(0, len).fill(0xff);
+            region.fill_with_nan();
         }
-        Ok(buffer)
+        let base = region.base;
+        let index = self.vacant.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
+        let slot = &mut self.slots[index];
+        slot.region = Some(region);
+        let next = self.by_address.partition_point(|&(begin, _)| begin < base);
+        self.by_address.insert(next, (base, index));
+        Ok(Buffer {
+            index,
+            generation: slot.generation,
+            base,
+            len,
+        })
+    }
+
+    /// Gives a buffer back: from now on it is nobody's memory.
+    pub fn free(&mut self, buffer: Buffer) {
+        let name = self.region(buffer).name.clone();
+        let slot = &mut self.slots[buffer.index];
+        slot.region = None;
+        slot.generation += 1;
+        self.vacant.push(buffer.index);
+        self.by_address.retain(|&(_, index)| index != buffer.index);
+        self.freed.truncate(FREED_LIMIT - 1);
+        self.freed.push_front((name, buffer.base, buffer.len));
+    }
+
+    fn region(&mut self, buffer: Buffer) -> &mut Region {
+        let slot = &mut self.slots[buffer.index];
+        match &mut slot.region {
+            Some(region) if slot.generation == buffer.generation => region,
+            _ => panic!("buffer at {:#x} was freed", buffer.base),
+        }
     }
 
     /// Writes host data at byte `offset`; the bytes count as initialised.
     pub fn write<T: Pod>(&mut self, buffer: Buffer, offset: usize, values: &[T]) {
         let source: &[u8] = bytemuck::cast_slice(values);
-        let region = &mut self.regions[buffer.index];
+        let region = self.region(buffer);
         region.bytes(offset, source.len()).copy_from_slice(source);
         region.filled |= source.len() == region.len;
         if !(region.read_only && region.filled) {
@@ -173,7 +218,7 @@ impl GlobalMemory {
 
     /// Makes the bytes unreadable: any kernel that reads one is reported.
     pub fn poison(&mut self, buffer: Buffer, range: Range<usize>) {
-        let region = &mut self.regions[buffer.index];
+        let region = self.region(buffer);
         region.bytes(range.start, range.len()).fill(0xff);
         let base = region.base;
         if std::mem::take(&mut region.filled) {
@@ -188,14 +233,13 @@ impl GlobalMemory {
     }
 
     pub fn read<T: Pod>(&mut self, buffer: Buffer, offset: usize, count: usize) -> Vec<T> {
-        bytemuck::allocation::pod_collect_to_vec(
-            self.regions[buffer.index].bytes(offset, count * size_of::<T>()),
-        )
+        let bytes = self.region(buffer).bytes(offset, count * size_of::<T>());
+        bytemuck::allocation::pod_collect_to_vec(bytes)
     }
 
     /// Byte ranges of the buffer that nothing has ever written.
     pub fn unwritten(&mut self, buffer: Buffer) -> Vec<Range<usize>> {
-        let region = &mut self.regions[buffer.index];
+        let region = self.region(buffer);
         let mut ranges: Vec<Range<usize>> = Vec::new();
         if region.filled {
             return ranges;
@@ -212,21 +256,30 @@ impl GlobalMemory {
         ranges
     }
 
+    /// The slot of the buffer that begins last at or before an address.
+    fn before(&self, address: usize) -> Option<usize> {
+        let next = self
+            .by_address
+            .partition_point(|&(begin, _)| begin <= address);
+        Some(self.by_address[next.checked_sub(1)?].1)
+    }
+
     /// The region that wholly contains `[address, address + len)`.
     #[inline]
     pub fn find(&mut self, address: usize, len: usize) -> Option<&mut Region> {
-        let inside = |r: &Region| r.contains(address, len);
-        if !self.regions.get(self.last_hit).is_some_and(inside) {
-            let next = self
-                .by_address
-                .partition_point(|&i| self.regions[i].base <= address);
-            let candidate = *self.by_address.get(next.checked_sub(1)?)?;
-            if !inside(&self.regions[candidate]) {
+        let inside = |slot: &Slot| {
+            slot.region
+                .as_ref()
+                .is_some_and(|r| r.contains(address, len))
+        };
+        if !self.slots.get(self.last_hit).is_some_and(inside) {
+            let candidate = self.before(address)?;
+            if !inside(&self.slots[candidate]) {
                 return None;
             }
             self.last_hit = candidate;
         }
-        Some(&mut self.regions[self.last_hit])
+        self.slots[self.last_hit].region.as_mut()
     }
 
     /// The buffer that wholly contains `[address, address + len)`, and the byte of it at `address`.
@@ -234,6 +287,7 @@ impl GlobalMemory {
         let (base, region_len) = self.find(address, len).map(|r| (r.base, r.len))?;
         let buffer = Buffer {
             index: self.last_hit,
+            generation: self.slots[self.last_hit].generation,
             base,
             len: region_len,
         };
@@ -242,15 +296,17 @@ impl GlobalMemory {
 
     /// Where an address lies, in words: "byte 12 of q", "4 bytes past the end of out (96 bytes)".
     pub fn describe(&self, address: usize) -> String {
-        let next = self
-            .by_address
-            .partition_point(|&i| self.regions[i].base <= address);
-        let Some(region) = next
-            .checked_sub(1)
-            .map(|i| &self.regions[self.by_address[i]])
-        else {
-            return format!("address {address:#x}, in no buffer");
-        };
-        region.describe(address)
+        let before = self.before(address);
+        let region = before.and_then(|index| self.slots[index].region.as_ref());
+        let inside =
+            |&&(_, base, len): &&(String, usize, usize)| (base..base + len).contains(&address);
+        match (region, self.freed.iter().find(inside)) {
+            (Some(region), _) if region.contains(address, 1) => region.describe(address),
+            (_, Some((name, base, _))) => {
+                format!("byte {} of {name}, which was freed", address - base)
+            }
+            (Some(region), None) => region.describe(address),
+            (None, None) => format!("address {address:#x}, in no buffer"),
+        }
     }
 }

@@ -16,7 +16,7 @@ pub fn kernels() -> &'static Kernels {
     static KERNELS: OnceLock<Kernels> = OnceLock::new();
     KERNELS.get_or_init(|| {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
-        Kernels::compile(&folder).unwrap_or_else(|error| panic!("{error}"))
+        Kernels::new(&folder)
     })
 }
 
