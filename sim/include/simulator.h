@@ -226,6 +226,17 @@ SIM_FUNCTION float __int_as_float(int i) { return __uint_as_float((uint32_t)i); 
 SIM_FUNCTION int __popc(uint32_t x) { return __builtin_popcount(x); }
 SIM_FUNCTION int __ffs(int x) { return __builtin_ffs(x); }
 SIM_FUNCTION int __clz(int x) { return x ? __builtin_clz((uint32_t)x) : 32; }
+// The number where one is NaN, of either kind, and +0 of two zeros: the library's own fmaxf promises neither.
+SIM_FUNCTION float sim_fmax(float a, float b) {
+  if (a != a || b != b) return a != a ? b : a;
+  return a < b ? b : b < a ? a : __uint_as_float(__float_as_uint(a) & __float_as_uint(b));
+}
+SIM_FUNCTION float sim_fmin(float a, float b) {
+  if (a != a || b != b) return a != a ? b : a;
+  return a < b ? a : b < a ? b : __uint_as_float(__float_as_uint(a) | __float_as_uint(b));
+}
+#define fmaxf sim_fmax
+#define fminf sim_fmin
 SIM_FUNCTION float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 SIM_FUNCTION float __fdividef(float a, float b) { return a / b; }
 
