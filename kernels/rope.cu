@@ -1,0 +1,115 @@
+// Rotary position embedding, "rotate half" (Su et al. 2021): elements i and i + head_dim / 2 of a head are a pair,
+//   lo' = lo cos - hi sin,  hi' = hi cos + lo sin      with the angle's row of the tables; sin negative for the inverse
+//   rope       dst (+)= src turned, heads of rows [rows, heads * head_dim]; the inverse is also the gradient
+//   split_qkv  one pass from rows [q | k | v] to rotated q, and in each row's place of the cache rotated k, k as it is
+//              and v; q as it is to the probes where the row has a place there
+//   join_qkv   the way back for gradients: d_qkv = [d_q turned back | d_k turned back | d_v]
+// A thread turns eight pairs; no sums, so a row's bits are its own. Bytes a row and element: rope 4 (6 for +=),
+// split_qkv 4 and 2 more for k, join_qkv 4.
+#include "vectors.cuh"
+
+// Nothing is reused, so all that counts is having many loads in flight.
+struct RopeConfig {
+  static constexpr int kThreads = 256, kBlocks = 5;
+};
+
+struct Pairs {
+  float lo[kVector], hi[kVector];
+};
+
+SEGATTN_FN Pairs load_pairs(const Bf16* g_head, int pair, int half) {
+  Pairs x;
+  load_vector(x.lo, g_head + pair);
+  load_vector(x.hi, g_head + half + pair);
+  return x;
+}
+SEGATTN_FN void store_pairs(Bf16* g_head, int pair, int half, const Pairs& x) {
+  store_vector(g_head + pair, x.lo);
+  store_vector(g_head + half + pair, x.hi);
+}
+
+SEGATTN_FN Pairs turned(const Pairs& x, const float* g_cos, const float* g_sin, int64_t at, float direction) {
+  float r_cos[kVector], r_sin[kVector];
+  load_vector(r_cos, g_cos + at);
+  load_vector(r_sin, g_sin + at);
+  Pairs y;
+#pragma unroll
+  for (int e = 0; e < kVector; e++) {
+    const float sin = direction * r_sin[e];
+    y.lo[e] = fma_rn(x.lo[e], r_cos[e], -mul_rn(x.hi[e], sin));
+    y.hi[e] = fma_rn(x.hi[e], r_cos[e], mul_rn(x.lo[e], sin));
+  }
+  return y;
+}
+
+// Which eight pairs of which head of which row a thread has.
+struct PairPlace {
+  int64_t row;
+  int head, pair, half;
+};
+SEGATTN_FN PairPlace pair_place(uint32_t index, int heads, int head_dim) {
+  const int half = head_dim / 2;
+  const uint32_t head_units = half / kVector, row_units = heads * head_units, unit = index % row_units;
+  return {index / row_units, (int)(unit / head_units), (int)(unit % head_units) * kVector, half};
+}
+
+SEGATTN_FN void rope(const SegattnRopeParams& p) {
+  const PairPlace at = pair_place(thread_index(), p.heads, p.head_dim);
+  if (at.row >= p.rows) return;
+  const int64_t angle = p.angles ? p.angles[at.row] : p.first_angle + at.row;
+  const int64_t head = (int64_t)at.head * p.head_dim;
+  const Pairs x = load_pairs(row_of<const Bf16>(p.src, at.row) + head, at.pair, at.half);
+  Pairs y = turned(x, p.cos, p.sin, angle * at.half + at.pair, p.inverse ? -1.f : 1.f);
+  Bf16* g_dst = row_of<Bf16>(p.dst, at.row) + head;
+  if (p.add) {
+    const Pairs before = load_pairs(g_dst, at.pair, at.half);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) {
+      y.lo[e] += before.lo[e];
+      y.hi[e] += before.hi[e];
+    }
+  }
+  store_pairs(g_dst, at.pair, at.half, y);
+}
+
+SEGATTN_FN void split_qkv(const SegattnQkvParams& p) {
+  const PairPlace at = pair_place(thread_index(), p.q_heads + 2 * p.kv_heads, p.head_dim);
+  if (at.row >= p.rows) return;
+  const Pairs x = load_pairs(row_of<const Bf16>(p.qkv, at.row) + (int64_t)at.head * p.head_dim, at.pair, at.half);
+  const int64_t angle = p.angles[at.row];
+  if (at.head < p.q_heads) {
+    const int64_t head = (int64_t)at.head * p.head_dim;
+    store_pairs(row_of<Bf16>(p.q, at.row) + head, at.pair, at.half, turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
+    if (!p.probes.data || p.probe_rows[at.row] < 0) return;
+    store_pairs(row_of<Bf16>(p.probes, p.probe_rows[at.row]) + head, at.pair, at.half, x);
+    return;
+  }
+  const int64_t place = p.cache_rows[at.row];
+  const bool is_key = at.head < p.q_heads + p.kv_heads;
+  const int64_t head = (int64_t)(at.head - p.q_heads - (is_key ? 0 : p.kv_heads)) * p.head_dim;
+  store_pairs(row_of<Bf16>(is_key ? p.raw_k : p.v, place) + head, at.pair, at.half, x);
+  if (!is_key) return;
+  store_pairs(row_of<Bf16>(p.k, place) + head, at.pair, at.half, turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
+}
+
+SEGATTN_FN void join_qkv(const SegattnQkvParams& p) {
+  const PairPlace at = pair_place(thread_index(), p.q_heads + 2 * p.kv_heads, p.head_dim);
+  if (at.row >= p.rows) return;
+  const bool is_query = at.head < p.q_heads, is_value = at.head >= p.q_heads + p.kv_heads;
+  const SegattnRows& src = is_query ? p.q : is_value ? p.v : p.k;
+  const int src_head = at.head - (is_query ? 0 : is_value ? p.q_heads + p.kv_heads : p.q_heads);
+  Pairs x = load_pairs(row_of<const Bf16>(src, at.row) + (int64_t)src_head * p.head_dim, at.pair, at.half);
+  if (!is_value) x = turned(x, p.cos, p.sin, (int64_t)p.angles[at.row] * at.half + at.pair, -1.f);
+  store_pairs(row_of<Bf16>(p.qkv, at.row) + (int64_t)at.head * p.head_dim, at.pair, at.half, x);
+}
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+// A thread eight pairs: rows * heads * head_dim / 16 threads, where split_qkv and join_qkv count q_heads + 2 kv_heads.
+#define ROPE(name, Params, body)                                                                                    \
+  SEGATTN_INFO(name, (SegattnKernelInfo{RopeConfig::kThreads, 0, RopeConfig::kBlocks, 0, 0, 0, sizeof(Params)})) \
+  SEGATTN_KERNEL(name, RopeConfig, Params) { body(params); }
+
+ROPE(rope_bf16, SegattnRopeParams, rope)
+ROPE(split_qkv_bf16, SegattnQkvParams, split_qkv)
+ROPE(join_qkv_bf16, SegattnQkvParams, join_qkv)

@@ -1,0 +1,47 @@
+// The softmax of a row of logits by one block: maximum and sum in an order that the row's length decides. The loss and
+// the sampler share it, so that a token chosen has the log-probability it has when it is scored, to the bit.
+#pragma once
+#include "reduce.cuh"
+#include "softmax.cuh"
+#include "vectors.cuh"
+
+// Threads of a row: part of the result's definition.
+constexpr int kMaxRowThreads = 1024;
+SEGATTN_FN int softmax_threads(int vocab) { return min(kMaxRowThreads, max(1, ceil_div(vocab, 2 * kVector * 32)) * 32); }
+
+// Eight elements from `column` on; those at or beyond `vocab` are -inf. Rows may begin at any element.
+SEGATTN_FN void load_logits(float (&x)[kVector], const float* g_row, int column, int vocab) {
+  if (column + kVector <= vocab && ((uintptr_t)g_row & 15) == 0) return load_vector(x, g_row + column);
+#pragma unroll
+  for (int e = 0; e < kVector; e++) x[e] = column + e < vocab ? g_row[column + e] : SEGATTN_NEG_INF;
+}
+
+struct RowSoftmax {
+  float max, sum;  // sum of exp(x - max)
+  __device__ __forceinline__ float log_probability(float x) const { return x - max - logf(sum); }
+};
+
+SEGATTN_FN float exp_of(float x) { return exp2_approx(mul_rn(x, kLog2E)); }
+
+struct RowSoftmaxShared {
+  float maxima[kMaxWarps], sums[kMaxWarps];
+};
+
+// One pass: each thread keeps a running maximum and sum; the block brings them together.
+SEGATTN_FN RowSoftmax row_softmax(const float* g_row, int vocab, RowSoftmaxShared& shared) {
+  float max = SEGATTN_NEG_INF, sum = 0.f;
+  for (int column = threadIdx.x * kVector; column < vocab; column += blockDim.x * kVector) {
+    float x[kVector], top = max, part = 0.f;
+    load_logits(x, g_row, column, vocab);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) top = max_f32(top, x[e]);
+    const float reference = finite_max(top);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) part += exp_of(x[e] - reference);
+    sum = fma_rn(sum, exp_of(max - reference), part);
+    max = top;
+  }
+  const float row_max = block_reduce<MaxOf>(max, shared.maxima);
+  const float row_sum = block_reduce<SumOf>(mul_rn(sum, exp_of(max - finite_max(row_max))), shared.sums);
+  return {row_max, row_sum};
+}
