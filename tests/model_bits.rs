@@ -86,6 +86,7 @@ fn agree_to_the_bit<D: Device + Copy>(device: D, head_dim: usize) {
             StreamConfig {
                 tbptt: 1,
                 segments_per_step: 2,
+                recompute: false,
             },
             1.0,
             &mut Gradients::new(&model).unwrap(),

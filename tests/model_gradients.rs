@@ -39,7 +39,7 @@ fn segment_loss(
     step.push(0, 0, 0, &inputs[start..end]);
     let mut slots = Slots::new(&Reference, &model.config, plan, 1, plan.segment_len).unwrap();
     let forward = model
-        .forward(plan, &step, &mut [state], &mut slots, |_, _| {})
+        .forward(plan, &step, &mut [state], &mut slots, |_, _| ())
         .unwrap();
     let (rows, width) = (end - start, model.config.vocab_size);
     let mut logits = vec![0.0; rows * width];
@@ -99,10 +99,16 @@ fn sequences() -> Vec<Vec<u32>> {
     vec![tokens(38), tokens(14), tokens(2)]
 }
 
-fn gradients(model: &Decoder<Reference>, k: usize, n: usize) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
+fn gradients(
+    model: &Decoder<Reference>,
+    k: usize,
+    n: usize,
+    recompute: bool,
+) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
     let config = StreamConfig {
         tbptt: k,
         segments_per_step: n,
+        recompute,
     };
     let mut gradients = Gradients::new(model).unwrap();
     let scored = accumulate(model, &sequences(), config, 1.0, &mut gradients).unwrap();
@@ -115,7 +121,7 @@ fn gradient_is_the_exact_gradient_of_the_truncated_loss() {
         let config = config(tied);
         let base_values = values(&config, 1);
         let base = model(&config, &base_values);
-        let (gradients, _) = gradients(&base, k, 2);
+        let (gradients, _) = gradients(&base, k, 2, tied);
         let mut next = random(9);
         for (i, gradient) in gradients.iter().enumerate() {
             let direction: Vec<f64> = gradient
@@ -144,16 +150,18 @@ fn gradient_is_the_exact_gradient_of_the_truncated_loss() {
 }
 
 #[test]
-fn any_number_of_segments_per_step_gives_the_same_bits() {
+fn any_number_of_segments_per_step_and_recomputation_give_the_same_bits() {
     let config = config(true);
     let model = model(&config, &values(&config, 3));
     for k in [0, 1, 2, 4, usize::MAX] {
-        let expected = gradients(&model, k, 1);
-        for n in [2, 3, 5, usize::MAX] {
-            assert!(
-                gradients(&model, k, n) == expected,
-                "K {k}, {n} segments per step"
-            );
+        let expected = gradients(&model, k, 1, false);
+        for n in [1, 2, 3, 5, usize::MAX] {
+            for recompute in [false, true] {
+                assert!(
+                    gradients(&model, k, n, recompute) == expected,
+                    "K {k}, {n} segments per step, recompute {recompute}"
+                );
+            }
         }
     }
 }

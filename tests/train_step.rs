@@ -141,6 +141,7 @@ fn a_document_has_the_same_loss_bits_alone_and_among_others() {
     let streams = StreamConfig {
         tbptt: 1,
         segments_per_step: 2,
+        recompute: false,
     };
     let mut gradients = Gradients::new(trainer.model()).unwrap();
     let mut run = |batch: &[Vec<u32>]| {

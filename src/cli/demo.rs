@@ -231,6 +231,7 @@ fn flat(model: &Decoder<Cpu>, texts: &[Vec<u32>]) -> Result<()> {
     let streams = StreamConfig {
         tbptt: 1,
         segments_per_step: 1,
+        recompute: false,
     };
     for segments in CONTEXTS {
         let inputs = segments * segment;

@@ -32,6 +32,9 @@ pub struct Args {
     /// Segments computed side by side: faster, more memory, the same bits
     #[arg(long, value_name = "N", default_value_t = 1)]
     segments_per_step: usize,
+    /// Compute activations again instead of keeping them: less memory, slower, the same bits
+    #[arg(long)]
+    recompute: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -46,6 +49,7 @@ pub fn run(args: &Args) -> Result<()> {
     let config = StreamConfig {
         tbptt: args.tbptt,
         segments_per_step: args.segments_per_step,
+        recompute: args.recompute,
     };
     let count = tokens.len() - 1;
     let mut gradients = Gradients::new(&model)?;

@@ -30,6 +30,12 @@ pub struct Args {
     /// Segments that a loss reaches back, for the memory of training
     #[arg(long, value_name = "K", default_value_t = 1)]
     tbptt: usize,
+    /// Segments computed side by side, for the memory of training; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    segments_per_step: usize,
+    /// Activations computed again instead of kept, for the memory of training
+    #[arg(long)]
+    recompute: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -149,7 +155,11 @@ struct Row {
 fn estimates(config: &ModelConfig, args: &Args) -> Vec<Row> {
     let train = Use::Train {
         tbptt: args.tbptt,
-        segments_per_step: 1,
+        segments_per_step: match args.segments_per_step {
+            0 => usize::MAX,
+            n => n,
+        },
+        recompute: args.recompute,
     };
     let row = |tokens: &usize| Row {
         tokens: *tokens,

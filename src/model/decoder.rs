@@ -44,30 +44,43 @@ impl Step {
         self.spans.push(Span { sequence, rows });
         self.tokens.extend_from_slice(tokens);
     }
+
+    /// For each row, the row of the angle tables with its position.
+    pub fn angles(&self, plan: &Plan) -> Vec<usize> {
+        let rows = self.spans.iter().map(|s| s.rows);
+        rows.flat_map(|s| s.start..s.start + s.rows)
+            .map(|position| plan.origin() + position)
+            .collect()
+    }
 }
 
-/// What a layer's backward needs of its forward. Widths: hidden, q heads * head_dim, 2 * inner.
+/// What a layer's backward needs of its forward and cannot have without running attention again.
 #[derive(Debug)]
 pub struct LayerTape<D: Device> {
     /// The layer's input `[rows, hidden]`.
     pub x: D::Buffer,
-    /// Its norm.
+    /// Attention's output `[rows, q_heads * head_dim]`.
+    pub attended: D::Buffer,
+    /// Its log-sum-exp `[rows, q_heads]`.
+    pub lse: D::Buffer,
+}
+
+/// The rest of what a layer's backward needs: [`Decoder::derive`] computes it from the tape.
+#[derive(Debug)]
+pub struct Derived<D: Device> {
+    /// The norm of the layer's input.
     pub x_normed: D::Buffer,
-    /// Reciprocal root mean square of `x`.
+    /// Reciprocal root mean square of the input.
     pub x_rstd: D::Buffer,
     /// Rotated queries.
     pub q: D::Buffer,
-    /// Attention's output.
-    pub attended: D::Buffer,
-    /// Its log-sum-exp: of each span `[q_heads, rows]`.
-    pub lse: D::Buffer,
     /// The residual stream between attention and MLP.
     pub mid: D::Buffer,
     /// Its norm.
     pub mid_normed: D::Buffer,
     /// Reciprocal root mean square of `mid`.
     pub mid_rstd: D::Buffer,
-    /// Gate and up.
+    /// Gate and up `[rows, 2 * inner]`.
     pub gate_up: D::Buffer,
 }
 
@@ -123,14 +136,15 @@ impl<D: Device> Decoder<D> {
         self.weights.matrix(i)
     }
 
-    /// Runs the step's rows through all layers. `keep` receives each layer's tape.
+    /// Runs the step's rows through all layers. `keep` receives each layer's tape and what is
+    /// derived from it.
     pub fn forward(
         &self,
         plan: &Plan,
         step: &Step,
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
-        mut keep: impl FnMut(usize, LayerTape<D>),
+        mut keep: impl FnMut(LayerTape<D>, Derived<D>),
     ) -> Result<Forward<D>> {
         let (rows, hidden) = (step.tokens.len(), self.config.hidden_size);
         let mut x = self.device.empty(Kind::Activation, rows * hidden)?;
@@ -138,8 +152,8 @@ impl<D: Device> Decoder<D> {
         self.device
             .embed(table, &step.tokens, RowsMut::packed(&mut x, 0, hidden))?;
         for l in 0..self.config.num_hidden_layers {
-            let (tape, next) = self.layer(plan, l, x, step, states, slots)?;
-            keep(l, tape);
+            let (tape, derived, next) = self.layer(plan, l, x, step, states, slots)?;
+            keep(tape, derived);
             x = next;
         }
         let norm = self
@@ -157,30 +171,36 @@ impl<D: Device> Decoder<D> {
         step: &Step,
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
-    ) -> Result<(LayerTape<D>, D::Buffer)> {
+    ) -> Result<(LayerTape<D>, Derived<D>, D::Buffer)> {
         let rows = step.tokens.len();
         let norm = self.weights.vector(index::attention_norm(l));
         let (x_normed, x_rstd) = self.norm(&x, rows, norm)?;
-        let q = self.store_qkv(plan, l, &x_normed, step, slots)?;
+        let angles = step.angles(plan);
+        let (qkv, q) = self.queries(plan, l, &x_normed, &angles, slots.tables())?;
+        self.store(plan, l, &qkv, step, &angles, slots)?;
+        drop(qkv);
         self.pass_on(plan, l, step, states, slots)?;
         let (attended, lse) = self.attend(plan, l, &q, step, &slots.layers[l])?;
-        let mid = self.add_product(&x, &attended, index::output(l), rows)?;
-        let norm = self.weights.vector(index::mlp_norm(l));
-        let (mid_normed, mid_rstd) = self.norm(&mid, rows, norm)?;
-        let (gate_up, next) = self.mlp(l, &mid, &mid_normed, rows)?;
-        let tape = LayerTape {
-            x,
-            x_normed,
-            x_rstd,
-            q,
-            attended,
-            lse,
-            mid,
-            mid_normed,
-            mid_rstd,
-            gate_up,
-        };
-        Ok((tape, next))
+        let tape = LayerTape { x, attended, lse };
+        let derived = self.after_attention(l, &tape, rows, (x_normed, x_rstd, q))?;
+        let next = self.down(l, &derived, rows)?;
+        Ok((tape, derived, next))
+    }
+
+    /// Computes again, to the bit, what [`Decoder::forward`] derived from a layer's tape.
+    pub fn derive(
+        &self,
+        plan: &Plan,
+        l: usize,
+        tape: &LayerTape<D>,
+        step: &Step,
+        slots: &Slots<D>,
+    ) -> Result<Derived<D>> {
+        let rows = step.tokens.len();
+        let norm = self.weights.vector(index::attention_norm(l));
+        let (x_normed, x_rstd) = self.norm(&tape.x, rows, norm)?;
+        let (_, q) = self.queries(plan, l, &x_normed, &step.angles(plan), slots.tables())?;
+        self.after_attention(l, tape, rows, (x_normed, x_rstd, q))
     }
 
     fn norm(
@@ -205,60 +225,60 @@ impl<D: Device> Decoder<D> {
         Ok((y, rstd))
     }
 
-    /// Queries, keys and values of all rows: keys and values go to their slots, rotated queries back.
-    fn store_qkv(
+    /// Queries, keys and values of all rows, stacked, and the rotated queries.
+    fn queries(
         &self,
         plan: &Plan,
         l: usize,
-        x: &D::Buffer,
-        step: &Step,
-        slots: &mut Slots<D>,
-    ) -> Result<D::Buffer> {
-        let (device, rows) = (&self.device, step.tokens.len());
-        let (q_width, kv_width, dim) = (plan.q_width(), plan.kv_width(), plan.heads.dim);
-        let stride = q_width + 2 * kv_width;
+        x_normed: &D::Buffer,
+        angles: &[usize],
+        tables: (&D::Buffer, &D::Buffer),
+    ) -> Result<(D::Buffer, D::Buffer)> {
+        let (device, rows) = (&self.device, angles.len());
+        let (q_width, stride) = (plan.q_width(), plan.q_width() + 2 * plan.kv_width());
         let mut qkv = device.empty(Kind::Activation, rows * stride)?;
-        let input = Rows::packed(x, 0, self.config.hidden_size);
+        let input = Rows::packed(x_normed, 0, self.config.hidden_size);
         let weight = self.weights.matrix(index::qkv(l));
-        device.linear(
-            input,
-            rows,
-            weight,
-            RowsMut::packed(&mut qkv, 0, stride),
-            Fold::Set,
-        )?;
-        let angles: Vec<usize> = step
-            .spans
-            .iter()
-            .flat_map(|s| (s.rows.start..s.rows.start + s.rows.rows).map(|p| plan.origin() + p))
-            .collect();
+        let target = RowsMut::packed(&mut qkv, 0, stride);
+        device.linear(input, rows, weight, target, Fold::Set)?;
         let mut q = device.empty(Kind::Activation, rows * q_width)?;
-        let raw = Rows::packed(&qkv, 0, stride);
-        let target = RowsMut::packed(&mut q, 0, q_width);
         device.rope(
-            raw,
-            target,
+            Rows::packed(&qkv, 0, stride),
+            RowsMut::packed(&mut q, 0, q_width),
             plan.heads.q,
-            dim,
-            slots.tables(),
-            &angles,
+            plan.heads.dim,
+            tables,
+            angles,
             false,
             Fold::Set,
         )?;
-        let room = slots.room;
+        Ok((qkv, q))
+    }
+
+    /// Puts the rows' keys, values and probes into their slots.
+    fn store(
+        &self,
+        plan: &Plan,
+        l: usize,
+        qkv: &D::Buffer,
+        step: &Step,
+        angles: &[usize],
+        slots: &mut Slots<D>,
+    ) -> Result<()> {
+        let (device, room) = (&self.device, slots.room);
+        let (q_width, kv_width) = (plan.q_width(), plan.kv_width());
+        let stride = q_width + 2 * kv_width;
         for span in step.spans.iter().map(|s| &s.rows) {
-            let k = Rows::packed(&qkv, span.row, stride).column(q_width);
+            let k = Rows::packed(qkv, span.row, stride).column(q_width);
             let first = span.slot * room + span.start;
-            let angles = &angles[span.row..span.row + span.rows];
             let mut rotated = device.empty(Kind::Activation, span.rows * kv_width)?;
-            let to = RowsMut::packed(&mut rotated, 0, kv_width);
             device.rope(
                 k,
-                to,
+                RowsMut::packed(&mut rotated, 0, kv_width),
                 plan.heads.kv,
-                dim,
+                plan.heads.dim,
                 slots.tables(),
-                angles,
+                &angles[span.row..span.row + span.rows],
                 false,
                 Fold::Set,
             )?;
@@ -272,9 +292,9 @@ impl<D: Device> Decoder<D> {
                 let dst = RowsMut::packed(dst, first, kv_width);
                 device.copy(src, dst, span.rows, kv_width, Fold::Set)?;
             }
-            keep_probes(device, plan, raw, span, layer)?;
+            keep_probes(device, plan, Rows::packed(qkv, 0, stride), span, layer)?;
         }
-        Ok(q)
+        Ok(())
     }
 
     /// Opens the segments that start and closes those that are complete, in the spans' order.
@@ -373,29 +393,44 @@ impl<D: Device> Decoder<D> {
         Ok(sum)
     }
 
-    fn mlp(
+    /// From attention's output to gate and up.
+    fn after_attention(
         &self,
         l: usize,
-        mid: &D::Buffer,
-        normed: &D::Buffer,
+        tape: &LayerTape<D>,
         rows: usize,
-    ) -> Result<(D::Buffer, D::Buffer)> {
-        let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
-        let mut gate_up = self.device.empty(Kind::Activation, rows * 2 * inner)?;
-        let weight = self.weights.matrix(index::gate_up(l));
-        let target = RowsMut::packed(&mut gate_up, 0, 2 * inner);
+        (x_normed, x_rstd, q): (D::Buffer, D::Buffer, D::Buffer),
+    ) -> Result<Derived<D>> {
+        let mid = self.add_product(&tape.x, &tape.attended, index::output(l), rows)?;
+        let norm = self.weights.vector(index::mlp_norm(l));
+        let (mid_normed, mid_rstd) = self.norm(&mid, rows, norm)?;
+        let width = 2 * self.config.intermediate_size;
+        let mut gate_up = self.device.empty(Kind::Activation, rows * width)?;
         self.device.linear(
-            Rows::packed(normed, 0, hidden),
+            Rows::packed(&mid_normed, 0, self.config.hidden_size),
             rows,
-            weight,
-            target,
+            self.weights.matrix(index::gate_up(l)),
+            RowsMut::packed(&mut gate_up, 0, width),
             Fold::Set,
         )?;
+        Ok(Derived {
+            x_normed,
+            x_rstd,
+            q,
+            mid,
+            mid_normed,
+            mid_rstd,
+            gate_up,
+        })
+    }
+
+    /// The layer's output.
+    fn down(&self, l: usize, derived: &Derived<D>, rows: usize) -> Result<D::Buffer> {
+        let inner = self.config.intermediate_size;
         let mut act = self.device.empty(Kind::Activation, rows * inner)?;
-        let src = Rows::packed(&gate_up, 0, 2 * inner);
+        let src = Rows::packed(&derived.gate_up, 0, 2 * inner);
         self.device
             .swiglu(src, rows, inner, RowsMut::packed(&mut act, 0, inner))?;
-        let next = self.add_product(mid, &act, index::down(l), rows)?;
-        Ok((gate_up, next))
+        self.add_product(&derived.mid, &act, index::down(l), rows)
     }
 }

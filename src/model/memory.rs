@@ -22,6 +22,8 @@ pub enum Use {
         tbptt: usize,
         /// Segments computed side by side.
         segments_per_step: usize,
+        /// Whether activations are computed again instead of kept.
+        recompute: bool,
     },
 }
 
@@ -58,6 +60,7 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
         Use::Train {
             tbptt,
             segments_per_step,
+            ..
         } => {
             let n = segments_per_step.clamp(1, segments);
             let kept = tbptt.min(segments).div_ceil(n) * n;
@@ -70,14 +73,16 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
         plan: &plan,
     };
     let rows = |segments: usize| (segments * room).min(tokens);
-    let training = run != Use::Read;
     let bytes = |elements: usize| elements as u64 * element_bytes as u64;
-    let activations = match training {
-        false => count.forward(rows(1)),
-        true => count.backward(rows(alive), rows(side_by_side)),
+    let activations = match run {
+        Use::Read => count.forward(rows(1)),
+        Use::Train { recompute, .. } => {
+            let [alive, side_by_side] = [alive, side_by_side].map(rows);
+            count.backward(alive, side_by_side, recompute)
+        }
     };
     Memory {
-        weights: bytes(count.weights(training)),
+        weights: bytes(count.weights(run != Use::Read)),
         slots: bytes(count.slots(alive, room)),
         state: bytes(count.state()),
         pool: bytes(count.pool(tokens)),
@@ -156,14 +161,14 @@ impl Count<'_> {
         2 * completed * heads * self.plan.heads.dim
     }
 
-    /// One row of what a layer's forward leaves for its backward.
+    /// One row of what a layer's forward always leaves for its backward.
     fn tape(&self) -> usize {
-        let q = self.plan.q_width();
-        4 * self.config.hidden_size
-            + 2 * q
-            + 2 * self.config.intermediate_size
-            + self.plan.heads.q
-            + 2
+        self.config.hidden_size + self.plan.q_width() + self.plan.heads.q
+    }
+
+    /// One row of what is derived from that.
+    fn derived(&self) -> usize {
+        3 * self.config.hidden_size + self.plan.q_width() + 2 * self.config.intermediate_size + 2
     }
 
     fn logits(&self, rows: usize) -> usize {
@@ -172,18 +177,24 @@ impl Count<'_> {
 
     /// Of the layer at work, at its widest: everything of its tape, the MLP's inner row and the result.
     fn forward(&self, rows: usize) -> usize {
-        let row = self.tape() + self.config.intermediate_size + self.config.hidden_size;
+        let derived = self.derived();
+        let row = self.tape() + derived + self.config.intermediate_size + self.config.hidden_size;
         rows * row + self.logits(rows)
     }
 
-    /// Tapes and sums of all layers over the `kept` rows, and what the pass at work needs beside
-    /// them for `rows` rows.
-    fn backward(&self, kept: usize, rows: usize) -> usize {
+    /// Tapes of all layers for the `alive` rows, sums of all layers for those that waited for this
+    /// step (whose place the step's own take layer by layer), both of the layer at work for all, and what
+    /// the pass at work needs beside them for the step's `rows`.
+    fn backward(&self, alive: usize, rows: usize, recompute: bool) -> usize {
+        let layers = self.config.num_hidden_layers;
         let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
         let qkv = self.plan.q_width() + 2 * self.plan.kv_width();
         let sums = qkv + 4 * hidden + 2 * inner;
-        let layers = self.config.num_hidden_layers * (self.tape() + sums);
-        kept * (layers + 2 * hidden) + rows * (3 * inner + 2 * qkv + 2 * hidden) + self.logits(rows)
+        let derived = self.derived() * if recompute { 1 } else { layers };
+        alive * (layers * self.tape() + derived + sums + 2 * hidden)
+            + (alive - rows) * layers * sums
+            + rows * (3 * inner + 2 * qkv + 2 * hidden)
+            + self.logits(rows)
     }
 }
 
@@ -248,6 +259,7 @@ mod tests {
             Use::Train {
                 tbptt: 1,
                 segments_per_step: 1,
+                recompute: true,
             },
         ] {
             let (short, long) = (memory(&config, 160, run, 4), memory(&config, 1600, run, 4));

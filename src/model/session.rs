@@ -127,7 +127,7 @@ impl<'m, D: Device> Session<'m, D> {
             let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
             let forward =
                 self.model
-                    .forward(&self.plan, &step, &mut states, &mut self.slots, |_, _| {})?;
+                    .forward(&self.plan, &step, &mut states, &mut self.slots, |_, _| ())?;
             for (span, (feed, first)) in step.spans.iter().zip(owners) {
                 let (known, rows) = (&feeds[feed].targets, span.rows.rows);
                 let targets = &known[first.min(known.len())..(first + rows).min(known.len())];

@@ -133,6 +133,8 @@ pub struct TrainingSection {
     pub tbptt: usize,
     /// Segments of a sequence computed side by side; 0 for all.
     pub segments_per_step: usize,
+    /// Whether activations are computed again in the backward instead of kept.
+    pub recompute: bool,
     /// Whether past gates are learned.
     pub learn_gates: bool,
     /// Steps between two validations; 0 for none.
@@ -153,6 +155,7 @@ impl Default for TrainingSection {
             sequence_len: 4096,
             tbptt: 1,
             segments_per_step: 1,
+            recompute: false,
             learn_gates: false,
             validate_every: 100,
             validation_sequences: 32,

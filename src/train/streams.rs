@@ -8,6 +8,10 @@
 //! hands its prior gradients down to itself. Upstream gradients of every product are summed over
 //! passes; a segment's weight gradients are taken once, after its last pass, in an order that does
 //! not depend on the number of segments per step.
+//!
+//! The passes that are due go down together, layer by layer, and a segment that had its last pass
+//! lets go of a layer as soon as that layer's weight gradients are taken: sums of all layers exist
+//! only for segments that wait for another pass.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -16,10 +20,10 @@ mod weight_grads;
 
 pub use weight_grads::Gradients;
 
-use pass::{Arrivals, LayerSums, Pass, StreamId};
+use pass::{Arrivals, LayerSums, Pass, StreamId, Work};
 
 use crate::device::{Device, Kind, Result, Rows, RowsMut};
-use crate::model::decoder::{Decoder, Forward, LayerTape, Span, Step};
+use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
 use crate::model::state::{Plan, SequenceState, Slots};
 
@@ -33,6 +37,9 @@ pub struct StreamConfig {
     pub tbptt: usize,
     /// Segments computed side by side; `usize::MAX` for all.
     pub segments_per_step: usize,
+    /// Keeps only each layer's input and attention's output between forward and backward, and
+    /// computes the rest again, to the same bits.
+    pub recompute: bool,
 }
 
 /// Segments in flight: the forward's tape and the sums of the passes so far.
@@ -41,27 +48,45 @@ struct Group<D: Device> {
     /// Segment number of each span.
     segments: Vec<usize>,
     slots: Slots<D>,
-    layers: Vec<LayerTape<D>>,
+    /// Of the layers whose weight gradients have not been taken.
+    layers: Vec<Layer<D>>,
     /// Gradient of the own losses at the top of the residual stream.
     d_top: D::Buffer,
-    sums: Vec<LayerSums<D>>,
     /// Gradient of the embeddings.
     d_embedded: D::Buffer,
-    /// Whether each span's weight gradients have been taken.
+    /// Whether each span has had its last pass.
     finished: Vec<bool>,
+}
+
+/// A layer of a group.
+struct Layer<D: Device> {
+    tape: LayerTape<D>,
+    /// `None` while it is not needed, if it is computed again.
+    derived: Option<Derived<D>>,
+    /// `None` before the first pass.
+    sums: Option<LayerSums<D>>,
+}
+
+/// A span whose last pass is due: `time` is the segment at which its stream ends.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Due {
+    time: usize,
+    segment: usize,
+    sequence: usize,
+    group: usize,
+    span: usize,
 }
 
 /// One gradient computation over a batch of sequences.
 struct Streams<'a, D: Device> {
     model: &'a Decoder<D>,
-    plan: Plan,
+    plan: &'a Plan,
     config: StreamConfig,
     sequences: &'a [Vec<u32>],
     /// Last segment of each sequence.
     last: Vec<usize>,
     scale: f64,
     alive: VecDeque<Group<D>>,
-    arrivals: Arrivals<D>,
     head_done: bool,
     /// Log-probabilities of each step's rows, and which sequence the rows of each span belong to.
     /// They stay on the device to the end: reading them would wait for it.
@@ -91,13 +116,12 @@ pub fn accumulate<D: Device>(
     let end = last.iter().copied().max().map_or(0, |l| l + 1);
     let mut streams = Streams {
         model,
-        plan,
+        plan: &plan,
         config,
         sequences,
         last,
         scale,
         alive: VecDeque::new(),
-        arrivals: HashMap::new(),
         head_done: false,
         scores: Vec::new(),
     };
@@ -107,14 +131,13 @@ pub fn accumulate<D: Device>(
             .saturating_add(config.segments_per_step.max(1))
             .min(end);
         streams.forward(first, next, &mut states, gradients)?;
-        streams.backward(first, next, end)?;
-        streams.finish(next, end, gradients)?;
+        streams.backward(first, next, end, gradients)?;
         first = next;
     }
     streams.log_probabilities()
 }
 
-impl<D: Device> Streams<'_, D> {
+impl<'a, D: Device> Streams<'a, D> {
     /// Runs segments `[first, next)` of every sequence and takes their losses' gradients.
     fn forward(
         &mut self,
@@ -137,19 +160,24 @@ impl<D: Device> Streams<'_, D> {
         }
         let device = &self.model.device;
         let room = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
-        let mut slots = Slots::new(device, &self.model.config, &self.plan, segments.len(), room)?;
+        let mut slots = Slots::new(device, &self.model.config, self.plan, segments.len(), room)?;
         let mut layers = Vec::with_capacity(self.model.config.num_hidden_layers);
         let mut states: Vec<&mut SequenceState<D>> = states.iter_mut().collect();
-        let forward =
-            self.model
-                .forward(&self.plan, &step, &mut states, &mut slots, |_, tape| {
-                    layers.push(tape);
-                })?;
+        let forward = self.model.forward(
+            self.plan,
+            &step,
+            &mut states,
+            &mut slots,
+            |tape, derived| {
+                layers.push(Layer {
+                    tape,
+                    derived: (!self.config.recompute).then_some(derived),
+                    sums: None,
+                });
+            },
+        )?;
         let d_top = self.losses(&step, &segments, &forward, gradients)?;
         let (rows, spans) = (step.tokens.len(), step.spans.len());
-        let sums = (0..layers.len())
-            .map(|_| LayerSums::new(self.model, &self.plan, rows, spans))
-            .collect::<Result<_>>()?;
         let d_embedded = device.zeros(Kind::Activation, rows * self.model.config.hidden_size)?;
         self.alive.push_back(Group {
             step,
@@ -157,7 +185,6 @@ impl<D: Device> Streams<'_, D> {
             slots,
             layers,
             d_top,
-            sums,
             d_embedded,
             finished: vec![false; spans],
         });
@@ -224,16 +251,56 @@ impl<D: Device> Streams<'_, D> {
         Ok(all)
     }
 
-    /// Runs every pass that segments `[first, next)` make due.
-    fn backward(&mut self, first: usize, next: usize, end: usize) -> Result<()> {
+    /// Runs every pass that segments `[first, next)` make due, then takes the weight gradients of the
+    /// segments that had their last, both layer by layer.
+    fn backward(
+        &mut self,
+        first: usize,
+        next: usize,
+        end: usize,
+        gradients: &mut Gradients<D>,
+    ) -> Result<()> {
+        let mut passes = self.due_passes(first, next, end)?;
+        let due = self.due_spans(next, end);
+        let mut arrivals: Arrivals<D> = HashMap::new();
+        let layers = self.model.config.num_hidden_layers;
+        for l in (0..layers).rev() {
+            for work in &mut passes {
+                work.layer(l, &mut self.alive[work.group], &mut arrivals)?;
+            }
+            for due in &due {
+                let group = &mut self.alive[due.group];
+                // A last pass that nothing came down in has left that to this place.
+                group.prepare(self.model, self.plan, l)?;
+                gradients.add_layer(self.model, self.plan, group, due.span, l)?;
+            }
+            let recompute = self.config.recompute;
+            self.alive.iter_mut().for_each(|g| g.release(l, recompute));
+        }
+        debug_assert!(arrivals.is_empty(), "every prior gradient is received");
+        for work in passes {
+            work.embedding(&mut self.alive[work.group])?;
+        }
+        for due in &due {
+            gradients.add_embedding(self.model, &self.alive[due.group], due.span)?;
+        }
+        while self.alive.front().is_some_and(Group::is_finished) {
+            self.alive.pop_front();
+        }
+        Ok(())
+    }
+
+    /// The passes that are due, in an order in which each finds what the one before sent.
+    fn due_passes(&mut self, first: usize, next: usize, end: usize) -> Result<Vec<Work<'a, D>>> {
         let depth = self.config.tbptt;
+        let mut passes = Vec::new();
         if !self.head_done && (next > depth || next == end) {
             let pass = Pass {
                 stream: StreamId::Head,
                 own_loss: true,
                 hand_down: true,
             };
-            self.run(&pass, 0, next.min(depth.saturating_add(1)))?;
+            self.split(pass, 0, next.min(depth.saturating_add(1)), &mut passes)?;
             self.head_done = true;
         }
         let low = first.max(depth.saturating_add(1));
@@ -246,59 +313,101 @@ impl<D: Device> Streams<'_, D> {
                 own_loss: back == 0,
                 hand_down: back < depth,
             };
-            self.run(&pass, low - back, next - back)?;
+            self.split(pass, low - back, next - back, &mut passes)?;
         }
-        Ok(())
+        Ok(passes)
     }
 
-    /// One pass over segments `[low, high)`, later groups first.
-    fn run(&mut self, pass: &Pass, low: usize, high: usize) -> Result<()> {
-        for group in self.alive.iter_mut().rev() {
+    /// A pass over segments `[low, high)`, group by group, later groups first.
+    fn split(
+        &self,
+        pass: Pass,
+        low: usize,
+        high: usize,
+        passes: &mut Vec<Work<'a, D>>,
+    ) -> Result<()> {
+        for (g, group) in self.alive.iter().enumerate().rev() {
             let from = group.segments.partition_point(|s| *s < low);
             let to = group.segments.partition_point(|s| *s < high);
             if from < to {
-                pass.run(self.model, &self.plan, group, from..to, &mut self.arrivals)?;
+                passes.push(Work::new(
+                    self.model,
+                    self.plan,
+                    pass,
+                    (g, group),
+                    from..to,
+                )?);
             }
         }
         Ok(())
     }
 
-    /// Takes the weight gradients of the segments whose last pass is done, and lets them go.
-    fn finish(&mut self, next: usize, end: usize, gradients: &mut Gradients<D>) -> Result<()> {
-        if !self.head_done {
-            return Ok(());
-        }
+    /// The spans whose last pass is due, in the order in which their weight gradients are added;
+    /// they count as finished from here on.
+    fn due_spans(&mut self, next: usize, end: usize) -> Vec<Due> {
         let mut due = Vec::new();
-        for (g, group) in self.alive.iter().enumerate() {
+        if !self.head_done {
+            return due;
+        }
+        for (g, group) in self.alive.iter_mut().enumerate() {
             for (i, segment) in group.segments.iter().enumerate() {
-                if group.finished[i] {
-                    continue;
-                }
-                let b = group.step.spans[i].sequence;
-                let time = segment.saturating_add(self.config.tbptt).min(self.last[b]);
-                if time < next || next == end {
-                    due.push((time, *segment, b, g, i));
+                let sequence = group.step.spans[i].sequence;
+                let time = segment
+                    .saturating_add(self.config.tbptt)
+                    .min(self.last[sequence]);
+                if !group.finished[i] && (time < next || next == end) {
+                    group.finished[i] = true;
+                    due.push(Due {
+                        time,
+                        segment: *segment,
+                        sequence,
+                        group: g,
+                        span: i,
+                    });
                 }
             }
         }
         due.sort_unstable();
-        for (.., g, i) in &due {
-            gradients.add_span(self.model, &self.plan, &self.alive[*g], *i)?;
+        due
+    }
+}
+
+impl<D: Device> Layer<D> {
+    /// What a pass works on, once [`Group::prepare`] has made it ready.
+    fn parts(&mut self) -> (&LayerTape<D>, &Derived<D>, &mut LayerSums<D>) {
+        match (&self.derived, &mut self.sums) {
+            (Some(derived), Some(sums)) => (&self.tape, derived, sums),
+            _ => unreachable!("a layer is prepared before a pass works on it"),
         }
-        self.release(&due);
+    }
+}
+
+impl<D: Device> Group<D> {
+    /// Makes layer `l` ready for a pass.
+    fn prepare(&mut self, model: &Decoder<D>, plan: &Plan, l: usize) -> Result<()> {
+        let layer = &mut self.layers[l];
+        if layer.derived.is_none() {
+            let derived = model.derive(plan, l, &layer.tape, &self.step, &self.slots)?;
+            layer.derived = Some(derived);
+        }
+        if layer.sums.is_none() {
+            let (rows, spans) = (self.step.tokens.len(), self.step.spans.len());
+            layer.sums = Some(LayerSums::new(model, plan, rows, spans)?);
+        }
         Ok(())
     }
 
-    fn release(&mut self, due: &[(usize, usize, usize, usize, usize)]) {
-        for (.., g, i) in due {
-            self.alive[*g].finished[*i] = true;
+    /// Lets go of what layer `l` does not need any more, layers above it being done.
+    fn release(&mut self, l: usize, recompute: bool) {
+        if self.is_finished() {
+            self.layers.truncate(l);
+            self.slots.layers.truncate(l);
+        } else if recompute {
+            self.layers[l].derived = None;
         }
-        while self
-            .alive
-            .front()
-            .is_some_and(|g| g.finished.iter().all(|done| *done))
-        {
-            self.alive.pop_front();
-        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.finished.iter().all(|done| *done)
     }
 }

@@ -273,6 +273,7 @@ impl<D: Device> Trainer<D> {
                 0 => usize::MAX,
                 n => n,
             },
+            recompute: training.recompute,
         }
     }
 

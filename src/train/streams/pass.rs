@@ -1,4 +1,4 @@
-//! One backward pass of one gradient stream through all layers, for a run of segments side by side.
+//! One backward pass of one gradient stream, layer by layer, for a run of segments side by side.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -23,11 +23,11 @@ pub enum StreamId {
 /// Gradients of the prior keys (before rotation) and values of one layer, `[prior, kv width]`.
 pub type Priors<D> = (<D as Device>::Buffer, <D as Device>::Buffer);
 
-/// Prior gradients on their way: by stream, segment and sequence they arrive at; per layer.
-pub type Arrivals<D> = HashMap<(StreamId, usize, usize), Vec<Option<Priors<D>>>>;
+/// Prior gradients on their way within a layer: by stream, segment and sequence they arrive at.
+pub type Arrivals<D> = HashMap<(StreamId, usize, usize), Priors<D>>;
 
 /// What a pass does.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Pass {
     /// Its stream.
     pub stream: StreamId,
@@ -73,66 +73,97 @@ impl<D: Device> LayerSums<D> {
 }
 
 /// A pass at work on some spans of a group: `first` is the group's row of its row 0.
-struct Work<'a, D: Device> {
+pub struct Work<'a, D: Device> {
+    /// Index of the group.
+    pub group: usize,
     model: &'a Decoder<D>,
     plan: &'a Plan,
-    pass: &'a Pass,
+    pass: Pass,
     spans: Range<usize>,
+    /// Segment and sequence of each span.
+    places: Vec<(usize, usize)>,
     first: usize,
     rows: usize,
+    /// Gradient of the layers' output so far; `None` as long as it is zero.
+    d: Option<D::Buffer>,
 }
 
-impl Pass {
-    /// Runs the pass through all layers for the spans of `group`.
-    pub(super) fn run<D: Device>(
-        &self,
-        model: &Decoder<D>,
-        plan: &Plan,
-        group: &mut Group<D>,
+impl<'a, D: Device> Work<'a, D> {
+    /// A pass at the top of the group with this index, for these of its spans.
+    pub(super) fn new(
+        model: &'a Decoder<D>,
+        plan: &'a Plan,
+        pass: Pass,
+        (index, group): (usize, &Group<D>),
         spans: Range<usize>,
-        arrivals: &mut Arrivals<D>,
-    ) -> Result<()> {
-        let keys: Vec<_> = spans
-            .clone()
-            .map(|i| (self.stream, group.segments[i], group.step.spans[i].sequence))
-            .collect();
-        if !self.own_loss && !keys.iter().any(|key| arrivals.contains_key(key)) {
-            return Ok(());
-        }
+    ) -> Result<Self> {
         let first = group.step.spans[spans.start].rows.row;
         let last = group.step.spans[spans.end - 1].rows;
         let rows = last.row + last.rows - first;
-        let work = Work {
+        let (device, hidden) = (&model.device, model.config.hidden_size);
+        let mut d = None;
+        if pass.own_loss {
+            let dst = d.insert(device.empty(Kind::Activation, rows * hidden)?);
+            let src = Rows::packed(&group.d_top, first, hidden);
+            let dst = RowsMut::packed(dst, 0, hidden);
+            device.copy(src, dst, rows, hidden, Fold::Set)?;
+        }
+        let place = |i: usize| (group.segments[i], group.step.spans[i].sequence);
+        Ok(Self {
+            group: index,
             model,
             plan,
-            pass: self,
+            pass,
+            places: spans.clone().map(place).collect(),
             spans,
             first,
             rows,
+            d,
+        })
+    }
+
+    /// From layer `l`'s output to its input.
+    pub(super) fn layer(
+        &mut self,
+        l: usize,
+        group: &mut Group<D>,
+        arrivals: &mut Arrivals<D>,
+    ) -> Result<()> {
+        let arrives = |(segment, sequence): &(usize, usize)| {
+            arrivals.contains_key(&(self.pass.stream, *segment, *sequence))
         };
-        let hidden = model.config.hidden_size;
-        let mut d = model.device.zeros(Kind::Activation, rows * hidden)?;
-        if self.own_loss {
-            let src = Rows::packed(&group.d_top, first, hidden);
-            model.device.copy(
-                src,
-                RowsMut::packed(&mut d, 0, hidden),
-                rows,
-                hidden,
-                Fold::Set,
-            )?;
-        }
-        for l in (0..group.layers.len()).rev() {
-            work.mlp(l, group, &mut d)?;
-            work.attention(l, group, arrivals, &mut d)?;
-        }
-        work.add(&d, &mut group.d_embedded, hidden)?;
-        keys.iter().for_each(|key| drop(arrivals.remove(key)));
+        let arrived = self.places.iter().any(arrives);
+        let (mut d, mut d_qkv) = match self.d.take() {
+            Some(mut d) => {
+                group.prepare(self.model, self.plan, l)?;
+                self.mlp(l, group, &mut d)?;
+                let d_qkv = self.attention(l, group, arrivals, &d)?;
+                (d, d_qkv)
+            }
+            // Nothing has come from above: what arrives from the next segment is the first.
+            None if arrived => {
+                group.prepare(self.model, self.plan, l)?;
+                let device = &self.model.device;
+                let zeros = |width: usize| device.zeros(Kind::Activation, self.rows * width);
+                let qkv = self.plan.q_width() + 2 * self.plan.kv_width();
+                (zeros(self.model.config.hidden_size)?, zeros(qkv)?)
+            }
+            None => return Ok(()),
+        };
+        self.receive(group, arrivals, &mut d_qkv)?;
+        self.qkv(l, group, &d_qkv, &mut d)?;
+        self.d = Some(d);
         Ok(())
     }
-}
 
-impl<D: Device> Work<'_, D> {
+    /// The end of the pass: the embedded tokens.
+    pub(super) fn embedding(&self, group: &mut Group<D>) -> Result<()> {
+        match &self.d {
+            Some(d) => self.add(d, &mut group.d_embedded, self.model.config.hidden_size),
+            None => Ok(()),
+        }
+    }
+
     /// Adds this pass's rows to a sum.
     fn add(&self, rows: &D::Buffer, sum: &mut D::Buffer, width: usize) -> Result<()> {
         let dst = RowsMut::packed(sum, self.first, width);
@@ -187,13 +218,13 @@ impl<D: Device> Work<'_, D> {
     fn mlp(&self, l: usize, group: &mut Group<D>, d: &mut D::Buffer) -> Result<()> {
         let (device, config) = (&self.model.device, &self.model.config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let (tape, sums) = (&group.layers[l], &mut group.sums[l]);
+        let (_, derived, sums) = group.layers[l].parts();
         self.add(d, &mut sums.d_next, hidden)?;
         let d_act = self.input_grad(d, index::down(l), [hidden, inner])?;
         let mut d_gate_up = device.empty(Kind::Activation, self.rows * 2 * inner)?;
         device.swiglu_grad(
             Rows::packed(&d_act, 0, inner),
-            Rows::packed(&tape.gate_up, self.first, 2 * inner),
+            Rows::packed(&derived.gate_up, self.first, 2 * inner),
             self.rows,
             inner,
             RowsMut::packed(&mut d_gate_up, 0, 2 * inner),
@@ -201,35 +232,40 @@ impl<D: Device> Work<'_, D> {
         self.add(&d_gate_up, &mut sums.d_gate_up, 2 * inner)?;
         let d_normed = self.input_grad(&d_gate_up, index::gate_up(l), [2 * inner, hidden])?;
         self.add(&d_normed, &mut sums.d_mid_normed, hidden)?;
-        self.norm_grad(&d_normed, &tape.mid, &tape.mid_rstd, index::mlp_norm(l), d)?;
+        let (x, rstd) = (&derived.mid, &derived.mid_rstd);
+        self.norm_grad(&d_normed, x, rstd, index::mlp_norm(l), d)?;
         self.add(d, &mut sums.d_mid, hidden)
     }
 
-    /// From there to the layer's input.
+    /// From the residual stream after attention to q, k, v before rotation.
     fn attention(
         &self,
         l: usize,
         group: &mut Group<D>,
         arrivals: &mut Arrivals<D>,
+        d: &D::Buffer,
+    ) -> Result<D::Buffer> {
+        let widths = [self.model.config.hidden_size, self.plan.q_width()];
+        let d_attended = self.input_grad(d, index::output(l), widths)?;
+        self.attention_op(l, group, &d_attended, arrivals)
+    }
+
+    /// From q, k, v before rotation to the layer's input.
+    fn qkv(
+        &self,
+        l: usize,
+        group: &mut Group<D>,
+        d_qkv: &D::Buffer,
         d: &mut D::Buffer,
     ) -> Result<()> {
         let hidden = self.model.config.hidden_size;
-        let (q_width, kv_width) = (self.plan.q_width(), self.plan.kv_width());
-        let stride = q_width + 2 * kv_width;
-        let d_attended = self.input_grad(d, index::output(l), [hidden, q_width])?;
-        let mut d_qkv = self.attention_op(l, group, &d_attended, arrivals)?;
-        self.receive(l, group, arrivals, &mut d_qkv, stride)?;
-        let (tape, sums) = (&group.layers[l], &mut group.sums[l]);
-        self.add(&d_qkv, &mut sums.d_qkv, stride)?;
-        let d_normed = self.input_grad(&d_qkv, index::qkv(l), [stride, hidden])?;
+        let width = self.plan.q_width() + 2 * self.plan.kv_width();
+        let (tape, derived, sums) = group.layers[l].parts();
+        self.add(d_qkv, &mut sums.d_qkv, width)?;
+        let d_normed = self.input_grad(d_qkv, index::qkv(l), [width, hidden])?;
         self.add(&d_normed, &mut sums.d_x_normed, hidden)?;
-        self.norm_grad(
-            &d_normed,
-            &tape.x,
-            &tape.x_rstd,
-            index::attention_norm(l),
-            d,
-        )
+        let (x, rstd) = (&tape.x, &derived.x_rstd);
+        self.norm_grad(&d_normed, x, rstd, index::attention_norm(l), d)
     }
 
     /// The operation's backward; returns the gradient of q, k, v before rotation and sends the
@@ -250,7 +286,7 @@ impl<D: Device> Work<'_, D> {
                 ..s.rows
             })
             .collect();
-        let tape = &group.layers[l];
+        let (tape, derived, sums) = group.layers[l].parts();
         let cache = &group.slots.layers[l].kv;
         let (gates, prior_heads) = self.model.reads(plan, l);
         let empty = |width: usize| device.empty(Kind::Activation, self.rows * width);
@@ -270,7 +306,7 @@ impl<D: Device> Work<'_, D> {
             past_gate: &gates,
             prior_heads: &prior_heads,
             spans: &spans,
-            q: Rows::packed(&tape.q, self.first, q_width),
+            q: Rows::packed(&derived.q, self.first, q_width),
             cache,
         };
         let grad = AttentionGrad {
@@ -284,8 +320,7 @@ impl<D: Device> Work<'_, D> {
             d_past_gate: &mut d_gate,
         };
         device.attention_grad(&call, grad)?;
-        let gates_sum = &mut group.sums[l].d_past_gate;
-        let to = RowsMut::packed(gates_sum, self.spans.start, heads.q);
+        let to = RowsMut::packed(&mut sums.d_past_gate, self.spans.start, heads.q);
         device.copy(
             Rows::packed(&d_gate, 0, heads.q),
             to,
@@ -294,27 +329,19 @@ impl<D: Device> Work<'_, D> {
             Fold::Add,
         )?;
         if send {
-            self.send(l, group, &d_prior, arrivals)?;
+            self.send(group, &d_prior, arrivals)?;
         }
-        self.unrotate(group, &spans, [&d_q, &d_k, &d_v])
+        self.unrotate(group, [&d_q, &d_k, &d_v])
     }
 
     /// Gradients before rotation, stacked as q, k, v.
-    fn unrotate(
-        &self,
-        group: &Group<D>,
-        spans: &[SlotSpan],
-        [d_q, d_k, d_v]: [&D::Buffer; 3],
-    ) -> Result<D::Buffer> {
+    fn unrotate(&self, group: &Group<D>, [d_q, d_k, d_v]: [&D::Buffer; 3]) -> Result<D::Buffer> {
         let (device, plan) = (&self.model.device, self.plan);
         let (heads, q_width, kv_width) = (plan.heads, plan.q_width(), plan.kv_width());
         let stride = q_width + 2 * kv_width;
         let mut d_qkv = device.empty(Kind::Activation, self.rows * stride)?;
-        let origin = plan.origin();
-        let angles: Vec<usize> = spans
-            .iter()
-            .flat_map(|s| origin + s.start..origin + s.start + s.rows)
-            .collect();
+        let angles = group.step.angles(plan);
+        let angles = &angles[self.first..self.first + self.rows];
         let tables = group.slots.tables();
         let src = Rows::packed(d_q, 0, q_width);
         let dst = RowsMut::packed(&mut d_qkv, 0, stride);
@@ -324,7 +351,7 @@ impl<D: Device> Work<'_, D> {
             heads.q,
             heads.dim,
             tables,
-            &angles,
+            angles,
             true,
             Fold::Set,
         )?;
@@ -336,7 +363,7 @@ impl<D: Device> Work<'_, D> {
             heads.kv,
             heads.dim,
             tables,
-            &angles,
+            angles,
             true,
             Fold::Set,
         )?;
@@ -349,7 +376,6 @@ impl<D: Device> Work<'_, D> {
     /// Leaves each span's prior gradient for the segment before.
     fn send(
         &self,
-        l: usize,
         group: &Group<D>,
         d_prior: &(D::Buffer, D::Buffer),
         arrivals: &mut Arrivals<D>,
@@ -361,9 +387,8 @@ impl<D: Device> Work<'_, D> {
             StreamId::Head => StreamId::Head,
             StreamId::Stream(r) => StreamId::Stream(r - 1),
         };
-        for (i, span) in self.spans.clone().enumerate() {
-            let segment = group.segments[span];
-            if segment == 0 {
+        for (i, (segment, sequence)) in self.places.iter().enumerate() {
+            if *segment == 0 {
                 continue;
             }
             let empty = || device.empty(Kind::Activation, rows * width);
@@ -388,11 +413,7 @@ impl<D: Device> Work<'_, D> {
                 RowsMut::packed(&mut v, 0, width),
             );
             device.copy(src, dst, rows, width, Fold::Set)?;
-            let key = (stream, segment - 1, group.step.spans[span].sequence);
-            let layers = arrivals
-                .entry(key)
-                .or_insert_with(|| group.layers.iter().map(|_| None).collect());
-            layers[l] = Some((k, v));
+            arrivals.insert((stream, segment - 1, *sequence), (k, v));
         }
         Ok(())
     }
@@ -400,23 +421,21 @@ impl<D: Device> Work<'_, D> {
     /// Adds what arrived from the next segment to the tail's keys and values.
     fn receive(
         &self,
-        l: usize,
         group: &Group<D>,
-        arrivals: &Arrivals<D>,
+        arrivals: &mut Arrivals<D>,
         d_qkv: &mut D::Buffer,
-        stride: usize,
     ) -> Result<()> {
         let (rows, width) = (self.plan.prior_len, self.plan.kv_width());
-        for i in self.spans.clone() {
-            let span = group.step.spans[i];
-            let key = (self.pass.stream, group.segments[i], span.sequence);
-            let Some((k, v)) = arrivals.get(&key).and_then(|layers| layers[l].as_ref()) else {
+        let k_column = self.plan.q_width();
+        let spans = &group.step.spans[self.spans.clone()];
+        for (span, (segment, sequence)) in spans.iter().zip(&self.places) {
+            let key = (self.pass.stream, *segment, *sequence);
+            let Some((k, v)) = arrivals.remove(&key) else {
                 continue;
             };
             let tail = span.rows.row - self.first + span.rows.rows - rows;
-            let k_column = self.plan.q_width();
-            for (src, column) in [(k, k_column), (v, k_column + width)] {
-                let dst = RowsMut::packed(d_qkv, tail, stride).column(column);
+            for (src, column) in [(&k, k_column), (&v, k_column + width)] {
+                let dst = RowsMut::packed(d_qkv, tail, k_column + 2 * width).column(column);
                 let src = Rows::packed(src, 0, width);
                 self.model.device.copy(src, dst, rows, width, Fold::Add)?;
             }

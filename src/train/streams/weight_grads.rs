@@ -1,7 +1,7 @@
 //! Gradients of the weights, and how one segment adds its share.
 
 use super::Group;
-use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut};
+use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut, SlotSpan};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::model::state::Plan;
@@ -72,84 +72,83 @@ impl<D: Device> Gradients<D> {
         device.linear_weight_grad(d_logits, hidden, rows, shape, target)
     }
 
-    /// Adds the share of span `i` of a group, after its last pass.
-    pub(super) fn add_span(
+    /// Adds a span's share to the embedding's gradient, after its last pass.
+    pub(super) fn add_embedding(
+        &mut self,
+        model: &Decoder<D>,
+        group: &Group<D>,
+        span: usize,
+    ) -> Result<()> {
+        let hidden = model.config.hidden_size;
+        let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
+        let d_y = Rows::packed(&group.d_embedded, row, hidden);
+        let tokens = &group.step.tokens[row..row + rows];
+        let d_table = self.tensor_mut(index::EMBEDDING);
+        model.device.embed_grad(d_y, hidden, tokens, d_table)
+    }
+
+    /// Adds a span's share to the gradients of layer `l`, after its last pass through that layer.
+    pub(super) fn add_layer(
         &mut self,
         model: &Decoder<D>,
         plan: &Plan,
-        group: &Group<D>,
-        i: usize,
+        group: &mut Group<D>,
+        span: usize,
+        l: usize,
     ) -> Result<()> {
         let (device, config) = (&model.device, &model.config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (q_width, qkv) = (plan.q_width(), plan.q_width() + 2 * plan.kv_width());
-        let span = group.step.spans[i].rows;
-        let (row, rows) = (span.row, span.rows);
+        let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
+        let (tape, derived, sums) = group.layers[l].parts();
         let at = |buffer, width| Rows::packed(buffer, row, width);
-        let tokens = &group.step.tokens[row..row + rows];
-        let d_table = self.tensor_mut(index::EMBEDDING);
-        device.embed_grad(at(&group.d_embedded, hidden), hidden, tokens, d_table)?;
-        for (l, (tape, sums)) in group.layers.iter().zip(&group.sums).enumerate() {
-            let mut act = device.empty(Kind::Activation, rows * inner)?;
-            let dst = RowsMut::packed(&mut act, 0, inner);
-            device.swiglu(at(&tape.gate_up, 2 * inner), rows, inner, dst)?;
-            let products = [
-                (
-                    index::qkv(l),
-                    at(&sums.d_qkv, qkv),
-                    at(&tape.x_normed, hidden),
-                    [qkv, hidden],
-                ),
-                (
-                    index::output(l),
-                    at(&sums.d_mid, hidden),
-                    at(&tape.attended, q_width),
-                    [hidden, q_width],
-                ),
-                (
-                    index::gate_up(l),
-                    at(&sums.d_gate_up, 2 * inner),
-                    at(&tape.mid_normed, hidden),
-                    [2 * inner, hidden],
-                ),
-                (
-                    index::down(l),
-                    at(&sums.d_next, hidden),
-                    Rows::packed(&act, 0, inner),
-                    [hidden, inner],
-                ),
-            ];
-            for (tensor, d_y, x, shape) in products {
-                device.linear_weight_grad(d_y, x, rows, shape, self.tensor_mut(tensor))?;
-            }
-            let norms = [
-                (
-                    index::attention_norm(l),
-                    &sums.d_x_normed,
-                    &tape.x,
-                    &tape.x_rstd,
-                ),
-                (
-                    index::mlp_norm(l),
-                    &sums.d_mid_normed,
-                    &tape.mid,
-                    &tape.mid_rstd,
-                ),
-            ];
-            for (tensor, d_y, x, rstd) in norms {
-                let (d_y, x, rstd) = (at(d_y, hidden), at(x, hidden), at(rstd, 1));
-                device.rms_norm_weight_grad(d_y, x, rstd, rows, self.tensor_mut(tensor))?;
-            }
-            let heads = plan.heads.q;
-            let gates = RowsMut::packed(self.tensor_mut(index::past_gate(l)), 0, heads);
-            device.copy(
-                Rows::packed(&sums.d_past_gate, i, heads),
-                gates,
-                1,
-                heads,
-                Fold::Add,
-            )?;
+        let mut act = device.empty(Kind::Activation, rows * inner)?;
+        let dst = RowsMut::packed(&mut act, 0, inner);
+        device.swiglu(at(&derived.gate_up, 2 * inner), rows, inner, dst)?;
+        let products = [
+            (
+                index::qkv(l),
+                at(&sums.d_qkv, qkv),
+                at(&derived.x_normed, hidden),
+                [qkv, hidden],
+            ),
+            (
+                index::output(l),
+                at(&sums.d_mid, hidden),
+                at(&tape.attended, q_width),
+                [hidden, q_width],
+            ),
+            (
+                index::gate_up(l),
+                at(&sums.d_gate_up, 2 * inner),
+                at(&derived.mid_normed, hidden),
+                [2 * inner, hidden],
+            ),
+            (
+                index::down(l),
+                at(&sums.d_next, hidden),
+                Rows::packed(&act, 0, inner),
+                [hidden, inner],
+            ),
+        ];
+        for (tensor, d_y, x, shape) in products {
+            device.linear_weight_grad(d_y, x, rows, shape, self.tensor_mut(tensor))?;
         }
-        Ok(())
+        let (x, mid) = (
+            (&tape.x, &derived.x_rstd),
+            (&derived.mid, &derived.mid_rstd),
+        );
+        let norms = [
+            (index::attention_norm(l), &sums.d_x_normed, x),
+            (index::mlp_norm(l), &sums.d_mid_normed, mid),
+        ];
+        for (tensor, d_y, (x, rstd)) in norms {
+            let (d_y, x, rstd) = (at(d_y, hidden), at(x, hidden), at(rstd, 1));
+            device.rms_norm_weight_grad(d_y, x, rstd, rows, self.tensor_mut(tensor))?;
+        }
+        let heads = plan.heads.q;
+        let gates = RowsMut::packed(self.tensor_mut(index::past_gate(l)), 0, heads);
+        let src = Rows::packed(&sums.d_past_gate, span, heads);
+        device.copy(src, gates, 1, heads, Fold::Add)
     }
 }
