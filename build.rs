@@ -29,6 +29,7 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     if env::var_os("DOCS_RS").is_some() {
+        export("none", 0);
         // Documentation needs the files to be there, not what is in them.
         for kernel in KERNELS {
             fs::write(out.join(format!("{kernel}.fatbin")), [])?;
@@ -37,11 +38,32 @@ fn main() -> Result<()> {
     }
     let nvcc = find_nvcc()?;
     let archs = architectures()?;
+    export(
+        &format!("sm_{}, PTX {PTX_ARCH}", archs.join(", sm_")),
+        version(&nvcc)?,
+    );
     compile_all(&nvcc, &archs, &out)?;
     for kernel in KERNELS {
         link(&nvcc, kernel, &archs, &out)?;
     }
     Ok(())
+}
+
+/// For error messages and `doctor`: what the kernels were compiled for, and by which CUDA (13.0 is 13000).
+fn export(archs: &str, version: u32) {
+    println!("cargo:rustc-env=SEGATTN_KERNEL_ARCHS={archs}");
+    println!("cargo:rustc-env=SEGATTN_NVCC_VERSION={version}");
+}
+
+/// nvcc says "... release 13.0, V13.0.88".
+fn version(nvcc: &Path) -> Result<u32> {
+    let output = Command::new(nvcc).arg("--version").output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let release = said.split("release ").nth(1).and_then(|rest| {
+        let (major, minor) = rest.split(',').next()?.trim().split_once('.')?;
+        Some(1000 * major.parse::<u32>().ok()? + 10 * minor.parse::<u32>().ok()?)
+    });
+    release.ok_or_else(|| format!("{} --version said {said:?}", nvcc.display()).into())
 }
 
 /// `NVCC`, `PATH`, `CUDA_HOME`, then the Python package of any interpreter in `PATH`.

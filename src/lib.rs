@@ -20,6 +20,7 @@
 #![deny(missing_docs)]
 
 pub mod attention;
+pub mod cuda;
 pub mod device;
 pub mod eval;
 pub mod generate;

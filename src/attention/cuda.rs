@@ -4,8 +4,10 @@
 //! say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a stream. Nothing is allocated,
 //! nothing waits, and the workspace may be used again by the next call on the same stream.
 //!
-//! Planning knows no driver: it asks [`Kernels`] what was compiled and hands its launches to a [`Launcher`]. The
-//! driver's implementations (feature `cuda`) load it at run time, so one program serves machines with and without a GPU.
+//! Planning knows no driver: it asks [`Kernels`] what was compiled and hands its launches to a [`Launcher`]. With
+//! feature `cuda` there is `DriverKernels`, which is both on NVIDIA's driver, loaded at run time ([`crate::cuda`]), and
+//! has safe calls on cudarc's slices (module `slices`, `examples/attention_slices.rs`). Plans themselves take
+//! addresses, with strides and on any stream (`examples/attention_pointers.rs`).
 //!
 //! **Lengths and gates.** Those given as host values are validated and travel with the call, into the workspace and
 //! in stream order. Those given as device addresses are trusted: nobody reads them back, and a length beyond its
@@ -13,16 +15,22 @@
 
 mod backward;
 pub mod bindings;
+#[cfg(feature = "cuda")]
+mod driver;
 mod entries;
 mod error;
 mod forward;
 mod launcher;
 mod params;
 mod problem;
+#[cfg(feature = "cuda")]
+pub mod slices;
 #[cfg(test)]
 mod tests;
 
 pub use backward::{BackwardPlan, Gradients, Saved};
+#[cfg(feature = "cuda")]
+pub use driver::{DriverKernels, DriverStream};
 pub use entries::{Dtype, Entry, File};
 pub use error::Error;
 pub use forward::{ForwardPlan, Phase};

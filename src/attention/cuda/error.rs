@@ -66,6 +66,21 @@ pub enum Error {
         /// What the kernel has.
         got: String,
     },
+    /// The driver failed.
+    #[error(transparent)]
+    Driver(#[from] crate::cuda::Error),
+    /// Memory or a stream of another GPU than the kernels'.
+    #[error(
+        "{argument}: expected one of the kernels' context on GPU {expected}, got another on GPU {got}"
+    )]
+    Context {
+        /// The offending argument.
+        argument: &'static str,
+        /// Number of the kernels' GPU.
+        expected: usize,
+        /// Number of the argument's.
+        got: usize,
+    },
     /// A launcher that is not the driver's failed.
     #[error("{entry}: {source}")]
     Launcher {

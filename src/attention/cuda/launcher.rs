@@ -5,6 +5,12 @@ use super::bindings::SegattnKernelInfo;
 use super::entries::Entry;
 use super::error::Error;
 
+// SAFETY: seven i32 and nothing between them, as the size says.
+unsafe impl bytemuck::Zeroable for SegattnKernelInfo {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for SegattnKernelInfo {}
+const _: () = assert!(size_of::<SegattnKernelInfo>() == 7 * size_of::<i32>());
+
 /// Kernels that are loaded on a device.
 pub trait Kernels {
     /// The constant `<entry>_info`.

@@ -172,9 +172,9 @@ impl Gates<'_> {
 }
 
 /// Queries of one segment and the three sources they read, in device memory. The fields are those of
-/// [`crate::attention::Problem`].
+/// [`crate::attention::Problem`]; `X` is a tensor by its address, or a borrowed slice in a safe call.
 #[derive(Debug, Clone, Copy)]
-pub struct Problem<'a> {
+pub struct Problem<'a, X = Tensor<'a>> {
     /// Element type of every tensor.
     pub dtype: Dtype,
     /// Number of batch entries.
@@ -186,19 +186,19 @@ pub struct Problem<'a> {
     /// Elements of one row.
     pub head_dim: usize,
     /// Queries `[batch, rows, q_heads, head_dim]`.
-    pub q: Tensor<'a>,
+    pub q: X,
     /// Keys of the segment `[batch, segment, kv_heads, head_dim]`.
-    pub k: Tensor<'a>,
+    pub k: X,
     /// Values of the segment, like `k`.
-    pub v: Tensor<'a>,
+    pub v: X,
     /// Keys carried over from the segment before `[batch, prior, kv_heads, head_dim]`.
-    pub prior_k: Tensor<'a>,
+    pub prior_k: X,
     /// Values carried over, like `prior_k`.
-    pub prior_v: Tensor<'a>,
+    pub prior_v: X,
     /// Retrieved keys `[batch, past, kv_heads, head_dim]`.
-    pub past_k: Tensor<'a>,
+    pub past_k: X,
     /// Retrieved values, like `past_k`.
-    pub past_v: Tensor<'a>,
+    pub past_v: X,
     /// Valid rows of every entry.
     pub lengths: Lengths<'a>,
     /// Weight of the past in each head; 0 does not read it.
@@ -207,6 +207,34 @@ pub struct Problem<'a> {
     pub prior_heads: &'a [bool],
     /// Factor on the scores, default `1/sqrt(head_dim)`.
     pub scale: Option<f32>,
+}
+
+#[cfg(feature = "cuda")]
+impl<'a, X> Problem<'a, X> {
+    /// The problem with each tensor replaced.
+    pub(super) fn try_map<Y, E>(
+        &self,
+        mut f: impl FnMut(&'static str, &X) -> Result<Y, E>,
+    ) -> Result<Problem<'a, Y>, E> {
+        Ok(Problem {
+            dtype: self.dtype,
+            batch: self.batch,
+            q_heads: self.q_heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            q: f("q", &self.q)?,
+            k: f("k", &self.k)?,
+            v: f("v", &self.v)?,
+            prior_k: f("prior_k", &self.prior_k)?,
+            prior_v: f("prior_v", &self.prior_v)?,
+            past_k: f("past_k", &self.past_k)?,
+            past_v: f("past_v", &self.past_v)?,
+            lengths: self.lengths,
+            past_gate: self.past_gate,
+            prior_heads: self.prior_heads,
+            scale: self.scale,
+        })
+    }
 }
 
 impl Problem<'_> {

@@ -1,0 +1,197 @@
+//! Plans on the driver: the compiled kernels in a context, and its streams.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use cudarc::driver::sys::CUstream;
+use cudarc::driver::{CudaContext, CudaStream, result};
+
+use super::bindings::SegattnKernelInfo;
+use super::entries::{Entry, File};
+use super::error::Error;
+use super::launcher::{Kernels, Launch, Launcher};
+use crate::cuda::{self, Function, Module};
+
+/// Copies from the host that are not longer than this do not make the host wait.
+const COPY_BYTES: usize = 64 << 10;
+
+/// Where the driver wants images to begin.
+#[repr(C, align(64))]
+struct Aligned<T: ?Sized>(T);
+
+macro_rules! image {
+    ($name:literal) => {{
+        static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
+            env!("OUT_DIR"),
+            "/",
+            $name,
+            ".fatbin"
+        )));
+        &IMAGE.0
+    }};
+}
+
+/// The fat binary of a file, as `build.rs` left it.
+fn image(file: File) -> &'static [u8] {
+    match file {
+        File::AttentionForward => image!("attention_forward"),
+        File::AttentionBackward => image!("attention_backward"),
+    }
+}
+
+/// The compiled kernels in a context. Files are loaded when a plan first needs them, entries too; plans that come
+/// later find them there.
+#[derive(Debug)]
+pub struct DriverKernels {
+    context: Arc<CudaContext>,
+    multiprocessors: u32,
+    modules: [OnceLock<Arc<Module>>; File::ALL.len()],
+    entries: Mutex<HashMap<&'static str, Arc<Function>>>,
+    infos: Mutex<HashMap<&'static str, SegattnKernelInfo>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in there is whole at any time: a panic elsewhere changes nothing.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl DriverKernels {
+    /// Kernels for a context: [`cuda::open`], or one of the caller's own.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn new(context: &Arc<CudaContext>) -> Result<Self, Error> {
+        Ok(DriverKernels {
+            context: context.clone(),
+            multiprocessors: cuda::DeviceInfo::of(context)?.multiprocessors,
+            modules: Default::default(),
+            entries: Mutex::default(),
+            infos: Mutex::default(),
+        })
+    }
+
+    /// Where they are loaded.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    fn module(&self, file: File) -> Result<&Arc<Module>, Error> {
+        let place = &self.modules[file as usize];
+        if let Some(module) = place.get() {
+            return Ok(module);
+        }
+        let module = Module::load(&self.context, file.stem(), image(file))?;
+        Ok(place.get_or_init(|| module))
+    }
+
+    fn function(&self, entry: Entry) -> Result<Arc<Function>, Error> {
+        if let Some(function) = locked(&self.entries).get(entry.name) {
+            return Ok(function.clone());
+        }
+        let function = Arc::new(self.module(entry.file)?.function(entry.name)?);
+        locked(&self.entries).insert(entry.name, function.clone());
+        Ok(function)
+    }
+
+    /// A stream of the kernels' context, to run plans on.
+    ///
+    /// # Errors
+    /// A stream of another context, or what the driver says.
+    pub fn on<'a>(&'a self, stream: &'a CudaStream) -> Result<DriverStream<'a>, Error> {
+        self.check_context("stream", stream.context())?;
+        // SAFETY: the stream is of this context and outlives the borrow.
+        unsafe { self.on_raw(stream.cu_stream()) }
+    }
+
+    /// A stream that is not cudarc's: of another library, say.
+    ///
+    /// # Safety
+    /// `stream` belongs to the kernels' context and stays as long as the value.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub unsafe fn on_raw(&self, stream: CUstream) -> Result<DriverStream<'_>, Error> {
+        let bound = self.context.bind_to_thread();
+        bound.map_err(|error| cuda::driver_error("choosing the GPU", error))?;
+        Ok(DriverStream {
+            kernels: self,
+            stream,
+        })
+    }
+
+    /// Refuses what belongs to another GPU.
+    pub(super) fn check_context(
+        &self,
+        argument: &'static str,
+        context: &CudaContext,
+    ) -> Result<(), Error> {
+        if *context == *self.context {
+            return Ok(());
+        }
+        Err(Error::Context {
+            argument,
+            expected: self.context.ordinal(),
+            got: context.ordinal(),
+        })
+    }
+}
+
+impl Kernels for DriverKernels {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+        if let Some(info) = locked(&self.infos).get(entry.name) {
+            return Ok(*info);
+        }
+        let name = format!("{}_info", entry.name);
+        let info: SegattnKernelInfo = self.module(entry.file)?.constant(&name)?;
+        locked(&self.infos).insert(entry.name, info);
+        Ok(info)
+    }
+
+    fn ready(&self, entry: Entry) -> Result<(), Error> {
+        self.function(entry).map(|_| ())
+    }
+
+    fn resident_blocks(&self, entry: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
+        let (threads, shared_bytes) = (info.threads as u32, info.shared_bytes as u32);
+        let function = self.function(entry)?;
+        let blocks = function.blocks_per_multiprocessor(threads, shared_bytes)?;
+        Ok((blocks * self.multiprocessors).max(1))
+    }
+}
+
+/// A stream that plans run on, bound to the calling thread.
+#[derive(Debug)]
+pub struct DriverStream<'a> {
+    kernels: &'a DriverKernels,
+    stream: CUstream,
+}
+
+impl Launcher for DriverStream<'_> {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        for (i, part) in bytes.chunks(COPY_BYTES).enumerate() {
+            let to = to + (i * COPY_BYTES) as u64;
+            // SAFETY: the caller's promise; the driver has read a pageable source when it returns.
+            let copied = unsafe { result::memcpy_htod_async(to, part, self.stream) };
+            copied.map_err(|error| cuda::driver_error("copying lengths and gates", error))?;
+        }
+        Ok(())
+    }
+
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        let set = unsafe { result::memset_d8_async(at, 0, bytes, self.stream) };
+        Ok(set.map_err(|error| cuda::driver_error("setting a counter to zero", error))?)
+    }
+
+    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+        let Launch {
+            entry,
+            blocks,
+            threads,
+            shared_bytes,
+        } = *launch;
+        let function = self.kernels.function(entry)?;
+        // SAFETY: the caller's promise, and `on_raw`'s for the stream.
+        Ok(unsafe { function.launch(self.stream, blocks, threads, shared_bytes, params) }?)
+    }
+}

@@ -1,0 +1,386 @@
+//! Safe calls on cudarc's slices. A call waits, on its stream, for earlier writes of what it reads, and later uses of
+//! its results on other streams wait for it; the host waits for nothing.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
+use half::{bf16, f16};
+
+use super::backward::{self, BackwardPlan};
+use super::driver::DriverKernels;
+use super::entries::Dtype;
+use super::error::Error;
+use super::forward::{ForwardPlan, Phase};
+use super::problem::{DeviceSlice, Gates, Lengths, Problem, Tensor};
+use crate::attention::Layout;
+use crate::cuda;
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
+}
+
+/// Elements that there are kernels for.
+pub trait Element: DeviceRepr + sealed::Sealed + 'static {
+    /// Their type's name.
+    const DTYPE: Dtype;
+}
+
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+
+impl Element for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+}
+
+/// A `[batch, rows, heads, head_dim]` tensor that is read: a `&CudaSlice` or `&CudaView` and where its rows are.
+#[derive(Clone, Copy)]
+pub struct Input<'a, T> {
+    data: Option<&'a dyn DevicePtr<T>>,
+    layout: Layout<'a>,
+}
+
+impl<'a, T> Input<'a, T> {
+    /// A contiguous tensor.
+    pub fn packed(data: &'a impl DevicePtr<T>, shape: [usize; 4]) -> Self {
+        Input::strided(data, Layout::packed(shape))
+    }
+
+    /// A tensor of any layout inside the data.
+    pub fn strided(data: &'a impl DevicePtr<T>, layout: Layout<'a>) -> Self {
+        Input {
+            data: Some(data),
+            layout,
+        }
+    }
+
+    /// A source that is not there: `batch` entries of no rows.
+    pub fn empty(batch: usize) -> Self {
+        Input {
+            data: None,
+            layout: Layout::packed([batch, 0, 0, 0]),
+        }
+    }
+}
+
+/// A tensor that is written: a `&mut CudaSlice` or `&mut CudaViewMut` and where its rows are, which must not overlap.
+pub struct Output<'a, T> {
+    data: &'a mut dyn DevicePtrMut<T>,
+    layout: Layout<'a>,
+}
+
+impl<'a, T> Output<'a, T> {
+    /// A contiguous tensor.
+    pub fn packed(data: &'a mut impl DevicePtrMut<T>, shape: [usize; 4]) -> Self {
+        Output::strided(data, Layout::packed(shape))
+    }
+
+    /// A tensor of any layout inside the data.
+    pub fn strided(data: &'a mut impl DevicePtrMut<T>, layout: Layout<'a>) -> Self {
+        Output { data, layout }
+    }
+}
+
+/// What a backward pass reads besides the problem; see [`backward::Saved`].
+#[derive(Clone, Copy)]
+pub struct SavedSlices<'a, T> {
+    /// What the forward pass wrote, like `q`.
+    pub out: Input<'a, T>,
+    /// `[batch, q_heads, rows]`, of the forward pass.
+    pub lse: &'a dyn DevicePtr<f32>,
+    /// The loss's gradient with respect to `out`, like `q`.
+    pub d_out: Input<'a, T>,
+    /// The loss's gradient with respect to `lse`, like it; `None` is zero.
+    pub d_lse: Option<&'a dyn DevicePtr<f32>>,
+}
+
+/// What a backward pass writes; see [`backward::Gradients`].
+pub struct GradientSlices<'a, T> {
+    /// Like `q`.
+    pub d_q: Output<'a, T>,
+    /// Like `k`.
+    pub d_k: Output<'a, T>,
+    /// Like `v`.
+    pub d_v: Output<'a, T>,
+    /// Like `prior_k` and `prior_v`; `None` leaves them out (`read_only_prior`).
+    pub d_prior: Option<(Output<'a, T>, Output<'a, T>)>,
+    /// `[batch, q_heads]`: each batch entry's part.
+    pub d_past_gate: &'a mut dyn DevicePtrMut<f32>,
+}
+
+/// Device memory for the workspaces of calls, grown where a call needs more and kept otherwise.
+#[derive(Default)]
+pub struct Workspace {
+    memory: Option<CudaSlice<u8>>,
+}
+
+impl Workspace {
+    /// Bytes it holds.
+    pub fn bytes(&self) -> usize {
+        self.memory.as_ref().map_or(0, CudaSlice::num_bytes)
+    }
+
+    /// Makes room for a call of that many bytes, [`Call::workspace_bytes`].
+    ///
+    /// # Errors
+    /// Out of memory; the workspace is empty then.
+    pub fn reserve(&mut self, stream: &Arc<CudaStream>, bytes: usize) -> Result<(), Error> {
+        if self.bytes() >= bytes {
+            return Ok(());
+        }
+        // Given back first: the two need not fit side by side.
+        self.memory = None;
+        // SAFETY: kernels read of a workspace only what they or the call's own copies wrote.
+        let mut memory = unsafe { cuda::alloc(stream, bytes) }?;
+        // As if written here: a use on another stream waits for the allocation.
+        drop(memory.device_ptr_mut(stream));
+        self.memory = Some(memory);
+        Ok(())
+    }
+}
+
+/// A slice of a call: while the guard lives, `stream` is the one that uses it.
+trait Borrow {
+    fn guard<'b>(&'b mut self, stream: &'b CudaStream) -> SyncOnDrop<'b>;
+}
+
+struct Read<'a, T>(&'a dyn DevicePtr<T>);
+
+impl<T> Borrow for Read<'_, T> {
+    fn guard<'b>(&'b mut self, stream: &'b CudaStream) -> SyncOnDrop<'b> {
+        self.0.device_ptr(stream).1
+    }
+}
+
+struct Write<'a, T>(&'a mut dyn DevicePtrMut<T>);
+
+impl<T> Borrow for Write<'_, T> {
+    fn guard<'b>(&'b mut self, stream: &'b CudaStream) -> SyncOnDrop<'b> {
+        self.0.device_ptr_mut(stream).1
+    }
+}
+
+/// The slices of a call on a stream.
+struct Borrows<'a> {
+    kernels: &'a DriverKernels,
+    stream: &'a Arc<CudaStream>,
+    slices: Vec<Box<dyn Borrow + 'a>>,
+}
+
+impl<'a> Borrows<'a> {
+    fn new(kernels: &'a DriverKernels, stream: &'a Arc<CudaStream>) -> Result<Self, Error> {
+        kernels.check_context("stream", stream.context())?;
+        Ok(Borrows {
+            kernels,
+            stream,
+            slices: Vec::new(),
+        })
+    }
+
+    fn read<T: 'a>(
+        &mut self,
+        argument: &'static str,
+        data: &'a dyn DevicePtr<T>,
+    ) -> Result<DeviceSlice, Error> {
+        self.kernels
+            .check_context(argument, data.stream().context())?;
+        let (address, guard) = data.device_ptr(self.stream);
+        // Nothing is launched yet that others would have to wait for.
+        std::mem::forget(guard);
+        self.slices.push(Box::new(Read(data)));
+        Ok(DeviceSlice::new(address, data.len()))
+    }
+
+    fn write<T: 'a>(
+        &mut self,
+        argument: &'static str,
+        data: &'a mut dyn DevicePtrMut<T>,
+    ) -> Result<DeviceSlice, Error> {
+        self.kernels
+            .check_context(argument, data.stream().context())?;
+        let len = data.len();
+        let (address, guard) = data.device_ptr_mut(self.stream);
+        std::mem::forget(guard);
+        self.slices.push(Box::new(Write(data)));
+        Ok(DeviceSlice::new(address, len))
+    }
+
+    fn input<T: 'a>(
+        &mut self,
+        argument: &'static str,
+        input: &Input<'a, T>,
+    ) -> Result<Tensor<'a>, Error> {
+        let slice = match input.data {
+            Some(data) => self.read(argument, data)?,
+            None => DeviceSlice::new(0, 0),
+        };
+        Ok(tensor(slice, input.layout))
+    }
+
+    fn output<T: 'a>(
+        &mut self,
+        argument: &'static str,
+        output: Output<'a, T>,
+    ) -> Result<Tensor<'a>, Error> {
+        let slice = self.write(argument, output.data)?;
+        Ok(tensor(slice, output.layout))
+    }
+
+    /// The problem with addresses. Lengths and gates of the device cannot be checked, so a safe call takes none.
+    fn problem<T: Element>(
+        &mut self,
+        problem: &Problem<'a, Input<'a, T>>,
+    ) -> Result<Problem<'a>, Error> {
+        let host = |argument, is_host: bool| match is_host {
+            true => Ok(()),
+            false => Err(Error::Argument(crate::attention::Error::Unsupported {
+                argument,
+                expected: "host values in a safe call",
+                got: "a device address".into(),
+            })),
+        };
+        host("lengths", matches!(problem.lengths, Lengths::Host { .. }))?;
+        host("past_gate", matches!(problem.past_gate, Gates::Host(_)))?;
+        if problem.dtype != T::DTYPE {
+            return Err(Error::Argument(crate::attention::Error::Shape {
+                argument: "dtype",
+                expected: T::DTYPE.to_string(),
+                got: problem.dtype.to_string(),
+            }));
+        }
+        problem.try_map(|name, input| self.input(name, input))
+    }
+}
+
+fn tensor(slice: DeviceSlice, layout: Layout<'_>) -> Tensor<'_> {
+    Tensor {
+        data: slice.data,
+        len: slice.len,
+        layout,
+    }
+}
+
+#[expect(clippy::large_enum_variant)] // There is one a call, on the stack.
+enum Plan {
+    Forward(ForwardPlan),
+    Backward(BackwardPlan),
+}
+
+/// A validated call on a stream. It holds its tensors: drop it to use them elsewhere.
+pub struct Call<'a> {
+    plan: Plan,
+    borrows: Borrows<'a>,
+}
+
+impl Call<'_> {
+    /// Bytes of workspace that [`run`](Self::run) needs.
+    pub fn workspace_bytes(&self) -> usize {
+        match &self.plan {
+            Plan::Forward(plan) => plan.workspace_bytes(),
+            Plan::Backward(plan) => plan.workspace_bytes(),
+        }
+    }
+
+    /// Puts the call on its stream, as often as asked. The workspace grows if it has to.
+    ///
+    /// # Errors
+    /// Out of memory, or what the driver says.
+    pub fn run(&mut self, workspace: &mut Workspace) -> Result<(), Error> {
+        let bytes = self.workspace_bytes();
+        let Borrows {
+            kernels,
+            stream,
+            slices,
+        } = &mut self.borrows;
+        let (kernels, stream): (&DriverKernels, &Arc<CudaStream>) = (kernels, stream);
+        workspace.reserve(stream, bytes)?;
+        let mut guards: Vec<SyncOnDrop<'_>> =
+            slices.iter_mut().map(|slice| slice.guard(stream)).collect();
+        let mut place = DeviceSlice::new(0, 0);
+        if let Some(memory) = &mut workspace.memory {
+            kernels.check_context("workspace", memory.context())?;
+            place.len = memory.len();
+            let (address, guard) = memory.device_ptr_mut(stream);
+            place.data = address;
+            guards.push(guard);
+        }
+        let mut launcher = kernels.on(stream)?;
+        // SAFETY: every address is that of a slice that this call holds borrowed, of the length its plan checked;
+        // lengths and gates are the host's. The guards make other streams, and the slices' drops, wait.
+        unsafe {
+            match &self.plan {
+                Plan::Forward(plan) => plan.run(&mut launcher, place),
+                Plan::Backward(plan) => plan.run(&mut launcher, place),
+            }
+        }
+    }
+}
+
+impl DriverKernels {
+    /// A forward call on a stream: writes `out`, like `q`, and `lse` `[batch, q_heads, rows]`; padding rows to 0 and
+    /// -inf. Without a `phase` the number of rows decides.
+    ///
+    /// # Errors
+    /// An argument that does not fit, or what the driver says. Nothing is launched or written then.
+    pub fn forward<'a, T: Element>(
+        &'a self,
+        stream: &'a Arc<CudaStream>,
+        problem: &Problem<'a, Input<'a, T>>,
+        out: Output<'a, T>,
+        lse: &'a mut dyn DevicePtrMut<f32>,
+        phase: Option<Phase>,
+    ) -> Result<Call<'a>, Error> {
+        let mut borrows = Borrows::new(self, stream)?;
+        let problem = borrows.problem(problem)?;
+        let out = borrows.output("out", out)?;
+        let lse = borrows.write("lse", lse)?;
+        let plan = ForwardPlan::new(&problem, &out, lse, phase, self)?;
+        Ok(Call {
+            plan: Plan::Forward(plan),
+            borrows,
+        })
+    }
+
+    /// A backward call on a stream: writes every gradient (`=`, not `+=`), padding rows to 0.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward<'a, T: Element>(
+        &'a self,
+        stream: &'a Arc<CudaStream>,
+        problem: &Problem<'a, Input<'a, T>>,
+        saved: &SavedSlices<'a, T>,
+        gradients: GradientSlices<'a, T>,
+    ) -> Result<Call<'a>, Error> {
+        let mut borrows = Borrows::new(self, stream)?;
+        let problem = borrows.problem(problem)?;
+        let d_lse = saved.d_lse.map(|d_lse| borrows.read("d_lse", d_lse));
+        let saved = backward::Saved {
+            out: borrows.input("out", &saved.out)?,
+            lse: borrows.read("lse", saved.lse)?,
+            d_out: borrows.input("d_out", &saved.d_out)?,
+            d_lse: d_lse.transpose()?,
+        };
+        let d_prior = match gradients.d_prior {
+            Some((d_k, d_v)) => Some((
+                borrows.output("d_prior_k", d_k)?,
+                borrows.output("d_prior_v", d_v)?,
+            )),
+            None => None,
+        };
+        let gradients = backward::Gradients {
+            d_q: borrows.output("d_q", gradients.d_q)?,
+            d_k: borrows.output("d_k", gradients.d_k)?,
+            d_v: borrows.output("d_v", gradients.d_v)?,
+            d_prior,
+            d_past_gate: borrows.write("d_past_gate", gradients.d_past_gate)?,
+        };
+        let plan = BackwardPlan::new(&problem, &saved, &gradients, self)?;
+        Ok(Call {
+            plan: Plan::Backward(plan),
+            borrows,
+        })
+    }
+}

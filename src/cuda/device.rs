@@ -1,0 +1,151 @@
+//! Devices: what there is, opening one, memory.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError, result};
+
+use super::error::{Error, Version};
+
+/// The toolkit that compiled the kernels.
+pub(super) fn toolkit() -> Version {
+    Version(env!("SEGATTN_NVCC_VERSION").parse().unwrap_or(0))
+}
+
+/// What a GPU is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// "NVIDIA H200".
+    pub name: String,
+    /// Compute capability, (9, 0).
+    pub architecture: (i32, i32),
+    /// Bytes of memory.
+    pub memory: usize,
+    /// How many blocks run side by side depends on it.
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that a block may have.
+    pub shared_bytes: usize,
+}
+
+/// The error of a call of the driver, with what was asked of it ("loading the weights").
+pub fn driver_error(doing: &str, DriverError(code): DriverError) -> Error {
+    let error = DriverError(code);
+    let text = |said: Result<&CStr, DriverError>| {
+        said.map_or("?".to_owned(), |said| said.to_string_lossy().into_owned())
+    };
+    let said = (text(error.error_name()), text(error.error_string()));
+    Error::from_code(code as u32, doing, said, || {
+        result::mem_get_info().unwrap_or_default()
+    })
+}
+
+/// Loads the driver.
+fn start() -> Result<(), Error> {
+    // SAFETY: loading the driver's library runs its constructors and nothing else.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::NoDriver);
+    }
+    result::init().map_err(|error| driver_error("starting the driver", error))
+}
+
+/// The CUDA version of the driver.
+///
+/// # Errors
+/// [`Error::NoDriver`].
+pub fn driver_version() -> Result<Version, Error> {
+    // SAFETY: as in `start`.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::NoDriver);
+    }
+    let mut version = 0;
+    // SAFETY: the pointer is that of an int.
+    let code = unsafe { sys::cuDriverGetVersion(&mut version) };
+    code.result()
+        .map_err(|error| driver_error("asking the driver's version", error))?;
+    Ok(Version(version))
+}
+
+/// Every GPU that the driver shows, without opening any.
+///
+/// # Errors
+/// [`Error::NoDriver`], [`Error::NoDevice`], or what the driver says.
+pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
+    start()?;
+    let count =
+        result::device::get_count().map_err(|error| driver_error("counting GPUs", error))?;
+    (0..count).map(info).collect()
+}
+
+fn info(ordinal: i32) -> Result<DeviceInfo, Error> {
+    let device = |error| driver_error("asking what the GPU is", error);
+    let raw = result::device::get(ordinal).map_err(device)?;
+    // SAFETY: the device is one of the driver's.
+    let attribute = |which| unsafe { result::device::get_attribute(raw, which) }.map_err(device);
+    Ok(DeviceInfo {
+        name: result::device::get_name(raw).map_err(device)?,
+        architecture: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        // SAFETY: as above.
+        memory: unsafe { result::device::total_mem(raw) }.map_err(device)?,
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+        shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+            as usize,
+    })
+}
+
+impl DeviceInfo {
+    /// What a context's GPU is.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn of(context: &CudaContext) -> Result<DeviceInfo, Error> {
+        info(context.ordinal() as i32)
+    }
+}
+
+/// Opens GPU `ordinal`: its primary context, which other libraries in the process share.
+///
+/// # Errors
+/// No driver, no GPU or not that many, a driver older than the toolkit of the kernels, or what the driver says.
+pub fn open(ordinal: usize) -> Result<Arc<CudaContext>, Error> {
+    let driver = driver_version()?;
+    if driver.0 / 1000 < toolkit().0 / 1000 {
+        return Err(Error::DriverTooOld {
+            driver,
+            toolkit: toolkit(),
+        });
+    }
+    let count = devices()?.len();
+    if ordinal >= count {
+        return Err(Error::Ordinal { ordinal, count });
+    }
+    CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))
+}
+
+/// Memory on a stream, of unset values.
+///
+/// # Errors
+/// [`Error::OutOfMemory`], or what the driver says.
+///
+/// # Safety
+/// What is read was written before.
+pub unsafe fn alloc<T: DeviceRepr>(
+    stream: &Arc<CudaStream>,
+    len: usize,
+) -> Result<CudaSlice<T>, Error> {
+    let bytes = len.saturating_mul(size_of::<T>());
+    let doing = || format!("allocating {bytes} bytes");
+    if bytes > isize::MAX as usize {
+        let (free, total) = result::mem_get_info().unwrap_or_default();
+        return Err(Error::OutOfMemory {
+            doing: doing(),
+            free,
+            total,
+        });
+    }
+    // SAFETY: the caller's promise.
+    unsafe { stream.alloc(len) }.map_err(|error| driver_error(&doing(), error))
+}

@@ -1,0 +1,241 @@
+//! Compiled kernels in a context, and their launches.
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use cudarc::driver::sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule, CUstream};
+use cudarc::driver::{CudaContext, DriverError, result};
+
+use super::device::{DeviceInfo, driver_error, driver_version, toolkit};
+use super::error::Error;
+
+/// Shared memory that a block has without asking.
+const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
+
+/// A fat binary in a context.
+#[derive(Debug)]
+pub struct Module {
+    name: &'static str,
+    raw: CUmodule,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: a module belongs to its context, which may be current on any thread; the driver locks.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        self.context.record_err(self.context.bind_to_thread());
+        // SAFETY: functions hold the module, so nobody has one of it any more.
+        let unloaded = unsafe { result::module::unload(self.raw) };
+        self.context.record_err(unloaded);
+    }
+}
+
+impl Module {
+    /// Loads an image that nvcc or fatbinary wrote. `name` is for errors.
+    ///
+    /// # Errors
+    /// [`Error::NoKernelImage`], [`Error::DriverTooOld`], or what the driver says.
+    pub fn load(
+        context: &Arc<CudaContext>,
+        name: &'static str,
+        image: &'static [u8],
+    ) -> Result<Arc<Self>, Error> {
+        let doing = || format!("loading {name}");
+        bind(context, &doing())?;
+        // SAFETY: the driver reads as far as the image's own header says.
+        match unsafe { result::module::load_data(image.as_ptr().cast()) } {
+            Ok(raw) => Ok(Arc::new(Module {
+                name,
+                raw,
+                context: context.clone(),
+            })),
+            Err(error) => Err(not_loaded(context, name, error)),
+        }
+    }
+
+    /// The context it was loaded in.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// An `extern "C"` kernel.
+    ///
+    /// # Errors
+    /// Where there is none of that name, or what the driver says.
+    pub fn function(self: &Arc<Self>, name: &'static str) -> Result<Function, Error> {
+        let doing = || format!("finding {name} in {}", self.name);
+        bind(&self.context, &doing())?;
+        let symbol = CString::new(name).unwrap_or_default();
+        // SAFETY: the module is loaded.
+        let raw = unsafe { result::module::get_function(self.raw, symbol) };
+        Ok(Function {
+            name,
+            raw: raw.map_err(|error| driver_error(&doing(), error))?,
+            shared_bytes: AtomicU32::new(DEFAULT_SHARED_BYTES),
+            module: self.clone(),
+        })
+    }
+
+    /// Reads a global constant. Waits for the copy, on a stream of its own.
+    ///
+    /// # Errors
+    /// Where there is none of that name and size, or what the driver says.
+    pub fn constant<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
+        &self,
+        name: &str,
+    ) -> Result<T, Error> {
+        let doing = format!("reading {name} of {}", self.name);
+        let said = |error| driver_error(&doing, error);
+        bind(&self.context, &doing)?;
+        let symbol = CString::new(name).unwrap_or_default();
+        let mut value = [T::zeroed()];
+        // SAFETY: the module is loaded; the copy is as long as both sides and over when the stream has passed.
+        unsafe {
+            let (address, bytes) = result::module::get_global(self.raw, symbol).map_err(said)?;
+            if bytes != size_of::<T>() {
+                return Err(Error::Constant {
+                    name: name.to_owned(),
+                    expected: size_of::<T>(),
+                    got: bytes,
+                });
+            }
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
+            let stream = stream.map_err(said)?;
+            let to: &mut [u8] = bytemuck::cast_slice_mut(&mut value);
+            let copied = result::memcpy_dtoh_async(to, address, stream)
+                .and_then(|()| result::stream::synchronize(stream));
+            let destroyed = result::stream::destroy(stream);
+            copied.and(destroyed).map_err(said)?;
+        }
+        Ok(value[0])
+    }
+}
+
+fn bind(context: &CudaContext, doing: &str) -> Result<(), Error> {
+    context
+        .bind_to_thread()
+        .map_err(|error| driver_error(doing, error))
+}
+
+/// Why an image was refused.
+fn not_loaded(context: &CudaContext, name: &str, error: DriverError) -> Error {
+    // No binary for the GPU; PTX of a later version.
+    const NO_BINARY: u32 = 209;
+    const LATER_PTX: u32 = 222;
+    match error.0 as u32 {
+        NO_BINARY => match DeviceInfo::of(context) {
+            Ok(info) => Error::NoKernelImage {
+                gpu: info.name,
+                architecture: format!("{}{}", info.architecture.0, info.architecture.1),
+                image: name.to_owned(),
+                compiled: env!("SEGATTN_KERNEL_ARCHS").to_owned(),
+            },
+            Err(error) => error,
+        },
+        LATER_PTX => match driver_version() {
+            Ok(driver) => Error::DriverTooOld {
+                driver,
+                toolkit: toolkit(),
+            },
+            Err(error) => error,
+        },
+        _ => driver_error(&format!("loading {name}"), error),
+    }
+}
+
+/// A kernel of a module.
+#[derive(Debug)]
+pub struct Function {
+    name: &'static str,
+    raw: CUfunction,
+    /// Dynamic shared memory that it may be launched with.
+    shared_bytes: AtomicU32,
+    module: Arc<Module>,
+}
+
+// SAFETY: as `Module`.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Lets blocks have this much dynamic shared memory.
+    ///
+    /// # Errors
+    /// [`Error::SharedMemory`], or what the driver says.
+    pub fn allow_shared_bytes(&self, bytes: u32) -> Result<(), Error> {
+        if bytes <= self.shared_bytes.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let doing = format!("shared memory of {}", self.name);
+        bind(&self.module.context, &doing)?;
+        let which = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is of a loaded module.
+        let set =
+            unsafe { result::function::set_function_attribute(self.raw, which, bytes as i32) };
+        if let Err(error) = set {
+            let info = DeviceInfo::of(&self.module.context)?;
+            if bytes as usize > info.shared_bytes {
+                return Err(Error::SharedMemory {
+                    kernel: self.name.to_owned(),
+                    expected: bytes as usize,
+                    got: info.shared_bytes,
+                });
+            }
+            return Err(driver_error(&doing, error));
+        }
+        self.shared_bytes.fetch_max(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Blocks of it that a multiprocessor holds at once.
+    ///
+    /// # Errors
+    /// As [`allow_shared_bytes`](Self::allow_shared_bytes).
+    pub fn blocks_per_multiprocessor(&self, threads: u32, shared_bytes: u32) -> Result<u32, Error> {
+        self.allow_shared_bytes(shared_bytes)?;
+        let doing = || format!("asking the occupancy of {}", self.name);
+        bind(&self.module.context, &doing())?;
+        // SAFETY: as above.
+        let blocks = unsafe {
+            result::occupancy::max_active_block_per_multiprocessor(
+                self.raw,
+                threads as i32,
+                shared_bytes as usize,
+            )
+        };
+        let blocks = blocks.map_err(|error| driver_error(&doing(), error))?;
+        Ok(blocks.max(0) as u32)
+    }
+
+    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads, whose one parameter is `params`, by value.
+    ///
+    /// # Safety
+    /// `stream` is a stream of the module's context; `P` is the kernel's own struct; what it points to holds until
+    /// the stream has passed.
+    ///
+    /// # Errors
+    /// As [`allow_shared_bytes`](Self::allow_shared_bytes); errors of earlier work may be among them.
+    pub unsafe fn launch<P: Copy>(
+        &self,
+        stream: CUstream,
+        blocks: u32,
+        threads: u32,
+        shared_bytes: u32,
+        params: &P,
+    ) -> Result<(), Error> {
+        self.allow_shared_bytes(shared_bytes)?;
+        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
+        let mut params = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: the caller's promise; the driver copies the params before it returns.
+        let launched = unsafe {
+            result::launch_kernel(self.raw, grid, block, shared_bytes, stream, &mut params)
+        };
+        launched.map_err(|error| driver_error(&format!("launching {}", self.name), error))
+    }
+}
