@@ -97,4 +97,41 @@ typedef struct SegattnLossParams {
   float scale; /* d_logits = scale * (softmax - onehot) */
 } SegattnLossParams;
 
+/* One tensor of an update. */
+typedef struct SegattnAdamwTensor {
+  float* values;      /* [len] */
+  const float* grads; /* [len] */
+  float* m;           /* [len] */
+  float* v;           /* [len] */
+  void* weights;      /* bf16 [len] or null: the values once more, rounded */
+  int64_t len;
+  int64_t first_chunk; /* chunks of the tensors before it, each ceil(len / chunk) */
+  float step;          /* lr / (1 - beta1^t) */
+  float keep;          /* 1 - lr * weight decay */
+  float floor;         /* positive values stay at or above it, others as they are; negative: no floor */
+  int32_t changes;     /* 0: counts for the norm and stays as it is */
+} SegattnAdamwTensor;
+
+/* What became of an update. */
+typedef struct SegattnAdamwResult {
+  double grad_norm; /* of all gradients, before clipping */
+  float clip;       /* factor on the gradients */
+  int32_t applied;
+} SegattnAdamwResult;
+
+/* adamw. */
+typedef struct SegattnAdamwParams {
+  const SegattnAdamwTensor* tensors; /* [count], none of them empty */
+  double* chunk_squares;             /* [chunks] */
+  SegattnAdamwResult* result;        /* [1] */
+  int64_t chunks;
+  double clip_norm; /* negative: no clipping */
+  int32_t count;
+  int32_t only_measure;
+  float beta1, beta2;
+  float rest1, rest2; /* 1 - beta */
+  float root;         /* 1 / sqrt(1 - beta2^t) */
+  float eps;
+} SegattnAdamwParams;
+
 #endif

@@ -30,3 +30,22 @@ SEGATTN_FN float block_reduce(float x, float (&s_warps)[kMaxWarps]) {
   for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x = Op::join(x, s_warps[warp]);
   return x;
 }
+
+// The same for sums in f64.
+SEGATTN_FN double shuffle_xor(double x, int mask) {
+  uint32_t halves[2];
+  memcpy(halves, &x, sizeof(x));
+  halves[0] = __shfl_xor_sync(0xffffffffu, halves[0], mask);
+  halves[1] = __shfl_xor_sync(0xffffffffu, halves[1], mask);
+  memcpy(&x, halves, sizeof(x));
+  return x;
+}
+SEGATTN_FN double block_sum(double x, double (&s_warps)[kMaxWarps]) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  if ((threadIdx.x & 31) == 0) s_warps[threadIdx.x >> 5] = x;
+  __syncthreads();
+  x = s_warps[0];
+  for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x += s_warps[warp];
+  return x;
+}

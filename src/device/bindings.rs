@@ -252,3 +252,111 @@ const _: () = {
     ["Offset of field: SegattnLossParams::scale"]
         [::core::mem::offset_of!(SegattnLossParams, scale) - 60usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnAdamwTensor {
+    pub values: *mut f32,
+    pub grads: *const f32,
+    pub m: *mut f32,
+    pub v: *mut f32,
+    pub weights: *mut ::core::ffi::c_void,
+    pub len: i64,
+    pub first_chunk: i64,
+    pub step: f32,
+    pub keep: f32,
+    pub floor: f32,
+    pub changes: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnAdamwTensor"][::core::mem::size_of::<SegattnAdamwTensor>() - 72usize];
+    ["Alignment of SegattnAdamwTensor"][::core::mem::align_of::<SegattnAdamwTensor>() - 8usize];
+    ["Offset of field: SegattnAdamwTensor::values"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, values) - 0usize];
+    ["Offset of field: SegattnAdamwTensor::grads"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, grads) - 8usize];
+    ["Offset of field: SegattnAdamwTensor::m"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, m) - 16usize];
+    ["Offset of field: SegattnAdamwTensor::v"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, v) - 24usize];
+    ["Offset of field: SegattnAdamwTensor::weights"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, weights) - 32usize];
+    ["Offset of field: SegattnAdamwTensor::len"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, len) - 40usize];
+    ["Offset of field: SegattnAdamwTensor::first_chunk"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, first_chunk) - 48usize];
+    ["Offset of field: SegattnAdamwTensor::step"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, step) - 56usize];
+    ["Offset of field: SegattnAdamwTensor::keep"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, keep) - 60usize];
+    ["Offset of field: SegattnAdamwTensor::floor"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, floor) - 64usize];
+    ["Offset of field: SegattnAdamwTensor::changes"]
+        [::core::mem::offset_of!(SegattnAdamwTensor, changes) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnAdamwResult {
+    pub grad_norm: f64,
+    pub clip: f32,
+    pub applied: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnAdamwResult"][::core::mem::size_of::<SegattnAdamwResult>() - 16usize];
+    ["Alignment of SegattnAdamwResult"][::core::mem::align_of::<SegattnAdamwResult>() - 8usize];
+    ["Offset of field: SegattnAdamwResult::grad_norm"]
+        [::core::mem::offset_of!(SegattnAdamwResult, grad_norm) - 0usize];
+    ["Offset of field: SegattnAdamwResult::clip"]
+        [::core::mem::offset_of!(SegattnAdamwResult, clip) - 8usize];
+    ["Offset of field: SegattnAdamwResult::applied"]
+        [::core::mem::offset_of!(SegattnAdamwResult, applied) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnAdamwParams {
+    pub tensors: *const SegattnAdamwTensor,
+    pub chunk_squares: *mut f64,
+    pub result: *mut SegattnAdamwResult,
+    pub chunks: i64,
+    pub clip_norm: f64,
+    pub count: i32,
+    pub only_measure: i32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub rest1: f32,
+    pub rest2: f32,
+    pub root: f32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnAdamwParams"][::core::mem::size_of::<SegattnAdamwParams>() - 72usize];
+    ["Alignment of SegattnAdamwParams"][::core::mem::align_of::<SegattnAdamwParams>() - 8usize];
+    ["Offset of field: SegattnAdamwParams::tensors"]
+        [::core::mem::offset_of!(SegattnAdamwParams, tensors) - 0usize];
+    ["Offset of field: SegattnAdamwParams::chunk_squares"]
+        [::core::mem::offset_of!(SegattnAdamwParams, chunk_squares) - 8usize];
+    ["Offset of field: SegattnAdamwParams::result"]
+        [::core::mem::offset_of!(SegattnAdamwParams, result) - 16usize];
+    ["Offset of field: SegattnAdamwParams::chunks"]
+        [::core::mem::offset_of!(SegattnAdamwParams, chunks) - 24usize];
+    ["Offset of field: SegattnAdamwParams::clip_norm"]
+        [::core::mem::offset_of!(SegattnAdamwParams, clip_norm) - 32usize];
+    ["Offset of field: SegattnAdamwParams::count"]
+        [::core::mem::offset_of!(SegattnAdamwParams, count) - 40usize];
+    ["Offset of field: SegattnAdamwParams::only_measure"]
+        [::core::mem::offset_of!(SegattnAdamwParams, only_measure) - 44usize];
+    ["Offset of field: SegattnAdamwParams::beta1"]
+        [::core::mem::offset_of!(SegattnAdamwParams, beta1) - 48usize];
+    ["Offset of field: SegattnAdamwParams::beta2"]
+        [::core::mem::offset_of!(SegattnAdamwParams, beta2) - 52usize];
+    ["Offset of field: SegattnAdamwParams::rest1"]
+        [::core::mem::offset_of!(SegattnAdamwParams, rest1) - 56usize];
+    ["Offset of field: SegattnAdamwParams::rest2"]
+        [::core::mem::offset_of!(SegattnAdamwParams, rest2) - 60usize];
+    ["Offset of field: SegattnAdamwParams::root"]
+        [::core::mem::offset_of!(SegattnAdamwParams, root) - 64usize];
+    ["Offset of field: SegattnAdamwParams::eps"]
+        [::core::mem::offset_of!(SegattnAdamwParams, eps) - 68usize];
+};
