@@ -134,4 +134,72 @@ typedef struct SegattnAdamwParams {
   float eps;
 } SegattnAdamwParams;
 
+/* Keys and values of tokens of a pool, in one run of memory. */
+typedef struct SegattnPoolChunk {
+  void* k; /* bf16 [chunk_tokens, heads, head_dim] */
+  void* v;
+} SegattnPoolChunk;
+
+/* One KV head that reads the past. */
+typedef struct SegattnPoolHead {
+  int32_t kv_head;
+  int32_t eligible;  /* scores: tokens [0, eligible) may be picked */
+  int32_t end_angle; /* gather: row of the tables after the last picked token's */
+} SegattnPoolHead;
+
+/* Retrieval: append, probes, scores, pick, gather. The pool holds keys before rotation. */
+typedef struct SegattnRetrievalParams {
+  const SegattnPoolChunk* chunks; /* tokens from first_token on, chunk_tokens each */
+  const SegattnPoolHead* head;    /* [heads] */
+  SegattnRows q;        /* probes: bf16 [probe rows, q_heads * head_dim], before rotation */
+  SegattnRows k, v;     /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
+  float* probes;        /* [heads, group * windows, head_dim] */
+  float* scores;        /* [heads, score_pitch] */
+  int32_t* picks;       /* [heads, max_picks]: blocks in ascending order */
+  int32_t* pick_count;  /* [heads] */
+  int32_t* past_len;    /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
+  const float* cos;     /* [positions, head_dim / 2] */
+  const float* sin;     /* [positions, head_dim / 2] */
+  int64_t first_token;  /* token 0 of chunks[0] */
+  int64_t chunk_tokens;
+  int64_t token;        /* append: token of row 0 */
+  int64_t rows;         /* append */
+  int64_t score_pitch;
+  int32_t heads;
+  int32_t head_dim;     /* a multiple of 16 */
+  int32_t group;        /* query heads of a KV head */
+  int32_t windows;      /* of a query head */
+  int32_t window;       /* probe rows of a window */
+  int32_t stride;       /* probe rows between the starts of two windows */
+  int32_t block_len;
+  int32_t first_block;  /* scores: of this launch */
+  int32_t blocks;       /* scores: of this launch; pick: all */
+  int32_t max_picks;
+} SegattnRetrievalParams;
+
+/* How a sequence's next token is chosen, and where its random stream stands. */
+typedef struct SegattnSampler {
+  uint64_t seed;
+  uint64_t stream;
+  uint64_t position;  /* tokens chosen so far; goes up by one with every token */
+  float temperature;  /* 0: the highest logit */
+  float top_p;        /* in (0, 1] */
+  float min_p;        /* in [0, 1] */
+  float penalty;      /* above 0; 1: none */
+  uint32_t top_k;     /* 0: all */
+  int32_t failure;    /* written: 0, or 1: a logit is NaN or +inf, 2: no logit is finite; then nothing was chosen */
+} SegattnSampler;
+
+/* sample: the next token of every row. */
+typedef struct SegattnSampleParams {
+  SegattnRows logits;      /* f32 [rows, vocab], any alignment */
+  SegattnSampler* sampler; /* [rows] */
+  uint32_t* seen;          /* [rows, seen_pitch]: bit t % 32 of word t / 32: t is in the history; the token chosen is added */
+  uint32_t* tokens;        /* [rows] */
+  float* log_probability;  /* [rows]: of the token, by the logits as they are */
+  int64_t seen_pitch;      /* words, at least ceil(vocab / 32) */
+  int64_t rows;
+  int32_t vocab;
+} SegattnSampleParams;
+
 #endif

@@ -32,13 +32,26 @@ SEGATTN_FN float block_reduce(float x, float (&s_warps)[kMaxWarps]) {
 }
 
 // The same for sums in f64.
-SEGATTN_FN double shuffle_xor(double x, int mask) {
-  uint32_t halves[2];
-  memcpy(halves, &x, sizeof(x));
-  halves[0] = __shfl_xor_sync(0xffffffffu, halves[0], mask);
-  halves[1] = __shfl_xor_sync(0xffffffffu, halves[1], mask);
-  memcpy(&x, halves, sizeof(x));
+struct Halves {
+  uint32_t low, high;
+};
+SEGATTN_FN Halves halves_of(double x) {
+  Halves halves;
+  memcpy(&halves, &x, sizeof(x));
+  return halves;
+}
+SEGATTN_FN double joined(Halves halves) {
+  double x;
+  memcpy(&x, &halves, sizeof(x));
   return x;
+}
+SEGATTN_FN double shuffle_xor(double x, int mask) {
+  const Halves own = halves_of(x);
+  return joined({__shfl_xor_sync(0xffffffffu, own.low, mask), __shfl_xor_sync(0xffffffffu, own.high, mask)});
+}
+SEGATTN_FN double shuffle_up(double x, int delta) {
+  const Halves own = halves_of(x);
+  return joined({__shfl_up_sync(0xffffffffu, own.low, delta), __shfl_up_sync(0xffffffffu, own.high, delta)});
 }
 SEGATTN_FN double block_sum(double x, double (&s_warps)[kMaxWarps]) {
 #pragma unroll

@@ -6,41 +6,12 @@
 //   join_qkv   the way back for gradients: d_qkv = [d_q turned back | d_k turned back | d_v]
 // A thread turns eight pairs; no sums, so a row's bits are its own. Bytes a row and element: rope 4 (6 for +=),
 // split_qkv 4 and 2 more for k, join_qkv 4.
-#include "vectors.cuh"
+#include "rotation.cuh"
 
 // Nothing is reused, so all that counts is having many loads in flight.
 struct RopeConfig {
   static constexpr int kThreads = 256, kBlocks = 5;
 };
-
-struct Pairs {
-  float lo[kVector], hi[kVector];
-};
-
-SEGATTN_FN Pairs load_pairs(const Bf16* g_head, int pair, int half) {
-  Pairs x;
-  load_vector(x.lo, g_head + pair);
-  load_vector(x.hi, g_head + half + pair);
-  return x;
-}
-SEGATTN_FN void store_pairs(Bf16* g_head, int pair, int half, const Pairs& x) {
-  store_vector(g_head + pair, x.lo);
-  store_vector(g_head + half + pair, x.hi);
-}
-
-SEGATTN_FN Pairs turned(const Pairs& x, const float* g_cos, const float* g_sin, int64_t at, float direction) {
-  float r_cos[kVector], r_sin[kVector];
-  load_vector(r_cos, g_cos + at);
-  load_vector(r_sin, g_sin + at);
-  Pairs y;
-#pragma unroll
-  for (int e = 0; e < kVector; e++) {
-    const float sin = direction * r_sin[e];
-    y.lo[e] = fma_rn(x.lo[e], r_cos[e], -mul_rn(x.hi[e], sin));
-    y.hi[e] = fma_rn(x.hi[e], r_cos[e], mul_rn(x.lo[e], sin));
-  }
-  return y;
-}
 
 // Which eight pairs of which head of which row a thread has.
 struct PairPlace {

@@ -360,3 +360,194 @@ const _: () = {
     ["Offset of field: SegattnAdamwParams::eps"]
         [::core::mem::offset_of!(SegattnAdamwParams, eps) - 68usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnPoolChunk {
+    pub k: *mut ::core::ffi::c_void,
+    pub v: *mut ::core::ffi::c_void,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnPoolChunk"][::core::mem::size_of::<SegattnPoolChunk>() - 16usize];
+    ["Alignment of SegattnPoolChunk"][::core::mem::align_of::<SegattnPoolChunk>() - 8usize];
+    ["Offset of field: SegattnPoolChunk::k"][::core::mem::offset_of!(SegattnPoolChunk, k) - 0usize];
+    ["Offset of field: SegattnPoolChunk::v"][::core::mem::offset_of!(SegattnPoolChunk, v) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnPoolHead {
+    pub kv_head: i32,
+    pub eligible: i32,
+    pub end_angle: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnPoolHead"][::core::mem::size_of::<SegattnPoolHead>() - 12usize];
+    ["Alignment of SegattnPoolHead"][::core::mem::align_of::<SegattnPoolHead>() - 4usize];
+    ["Offset of field: SegattnPoolHead::kv_head"]
+        [::core::mem::offset_of!(SegattnPoolHead, kv_head) - 0usize];
+    ["Offset of field: SegattnPoolHead::eligible"]
+        [::core::mem::offset_of!(SegattnPoolHead, eligible) - 4usize];
+    ["Offset of field: SegattnPoolHead::end_angle"]
+        [::core::mem::offset_of!(SegattnPoolHead, end_angle) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnRetrievalParams {
+    pub chunks: *const SegattnPoolChunk,
+    pub head: *const SegattnPoolHead,
+    pub q: SegattnRows,
+    pub k: SegattnRows,
+    pub v: SegattnRows,
+    pub probes: *mut f32,
+    pub scores: *mut f32,
+    pub picks: *mut i32,
+    pub pick_count: *mut i32,
+    pub past_len: *mut i32,
+    pub cos: *const f32,
+    pub sin: *const f32,
+    pub first_token: i64,
+    pub chunk_tokens: i64,
+    pub token: i64,
+    pub rows: i64,
+    pub score_pitch: i64,
+    pub heads: i32,
+    pub head_dim: i32,
+    pub group: i32,
+    pub windows: i32,
+    pub window: i32,
+    pub stride: i32,
+    pub block_len: i32,
+    pub first_block: i32,
+    pub blocks: i32,
+    pub max_picks: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 200usize];
+    ["Alignment of SegattnRetrievalParams"]
+        [::core::mem::align_of::<SegattnRetrievalParams>() - 8usize];
+    ["Offset of field: SegattnRetrievalParams::chunks"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, chunks) - 0usize];
+    ["Offset of field: SegattnRetrievalParams::head"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, head) - 8usize];
+    ["Offset of field: SegattnRetrievalParams::q"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, q) - 16usize];
+    ["Offset of field: SegattnRetrievalParams::k"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, k) - 32usize];
+    ["Offset of field: SegattnRetrievalParams::v"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, v) - 48usize];
+    ["Offset of field: SegattnRetrievalParams::probes"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, probes) - 64usize];
+    ["Offset of field: SegattnRetrievalParams::scores"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, scores) - 72usize];
+    ["Offset of field: SegattnRetrievalParams::picks"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, picks) - 80usize];
+    ["Offset of field: SegattnRetrievalParams::pick_count"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, pick_count) - 88usize];
+    ["Offset of field: SegattnRetrievalParams::past_len"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, past_len) - 96usize];
+    ["Offset of field: SegattnRetrievalParams::cos"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, cos) - 104usize];
+    ["Offset of field: SegattnRetrievalParams::sin"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, sin) - 112usize];
+    ["Offset of field: SegattnRetrievalParams::first_token"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_token) - 120usize];
+    ["Offset of field: SegattnRetrievalParams::chunk_tokens"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, chunk_tokens) - 128usize];
+    ["Offset of field: SegattnRetrievalParams::token"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, token) - 136usize];
+    ["Offset of field: SegattnRetrievalParams::rows"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, rows) - 144usize];
+    ["Offset of field: SegattnRetrievalParams::score_pitch"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, score_pitch) - 152usize];
+    ["Offset of field: SegattnRetrievalParams::heads"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, heads) - 160usize];
+    ["Offset of field: SegattnRetrievalParams::head_dim"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, head_dim) - 164usize];
+    ["Offset of field: SegattnRetrievalParams::group"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, group) - 168usize];
+    ["Offset of field: SegattnRetrievalParams::windows"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, windows) - 172usize];
+    ["Offset of field: SegattnRetrievalParams::window"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, window) - 176usize];
+    ["Offset of field: SegattnRetrievalParams::stride"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, stride) - 180usize];
+    ["Offset of field: SegattnRetrievalParams::block_len"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 184usize];
+    ["Offset of field: SegattnRetrievalParams::first_block"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 188usize];
+    ["Offset of field: SegattnRetrievalParams::blocks"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 192usize];
+    ["Offset of field: SegattnRetrievalParams::max_picks"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, max_picks) - 196usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnSampler {
+    pub seed: u64,
+    pub stream: u64,
+    pub position: u64,
+    pub temperature: f32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub penalty: f32,
+    pub top_k: u32,
+    pub failure: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnSampler"][::core::mem::size_of::<SegattnSampler>() - 48usize];
+    ["Alignment of SegattnSampler"][::core::mem::align_of::<SegattnSampler>() - 8usize];
+    ["Offset of field: SegattnSampler::seed"]
+        [::core::mem::offset_of!(SegattnSampler, seed) - 0usize];
+    ["Offset of field: SegattnSampler::stream"]
+        [::core::mem::offset_of!(SegattnSampler, stream) - 8usize];
+    ["Offset of field: SegattnSampler::position"]
+        [::core::mem::offset_of!(SegattnSampler, position) - 16usize];
+    ["Offset of field: SegattnSampler::temperature"]
+        [::core::mem::offset_of!(SegattnSampler, temperature) - 24usize];
+    ["Offset of field: SegattnSampler::top_p"]
+        [::core::mem::offset_of!(SegattnSampler, top_p) - 28usize];
+    ["Offset of field: SegattnSampler::min_p"]
+        [::core::mem::offset_of!(SegattnSampler, min_p) - 32usize];
+    ["Offset of field: SegattnSampler::penalty"]
+        [::core::mem::offset_of!(SegattnSampler, penalty) - 36usize];
+    ["Offset of field: SegattnSampler::top_k"]
+        [::core::mem::offset_of!(SegattnSampler, top_k) - 40usize];
+    ["Offset of field: SegattnSampler::failure"]
+        [::core::mem::offset_of!(SegattnSampler, failure) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnSampleParams {
+    pub logits: SegattnRows,
+    pub sampler: *mut SegattnSampler,
+    pub seen: *mut u32,
+    pub tokens: *mut u32,
+    pub log_probability: *mut f32,
+    pub seen_pitch: i64,
+    pub rows: i64,
+    pub vocab: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnSampleParams"][::core::mem::size_of::<SegattnSampleParams>() - 72usize];
+    ["Alignment of SegattnSampleParams"][::core::mem::align_of::<SegattnSampleParams>() - 8usize];
+    ["Offset of field: SegattnSampleParams::logits"]
+        [::core::mem::offset_of!(SegattnSampleParams, logits) - 0usize];
+    ["Offset of field: SegattnSampleParams::sampler"]
+        [::core::mem::offset_of!(SegattnSampleParams, sampler) - 16usize];
+    ["Offset of field: SegattnSampleParams::seen"]
+        [::core::mem::offset_of!(SegattnSampleParams, seen) - 24usize];
+    ["Offset of field: SegattnSampleParams::tokens"]
+        [::core::mem::offset_of!(SegattnSampleParams, tokens) - 32usize];
+    ["Offset of field: SegattnSampleParams::log_probability"]
+        [::core::mem::offset_of!(SegattnSampleParams, log_probability) - 40usize];
+    ["Offset of field: SegattnSampleParams::seen_pitch"]
+        [::core::mem::offset_of!(SegattnSampleParams, seen_pitch) - 48usize];
+    ["Offset of field: SegattnSampleParams::rows"]
+        [::core::mem::offset_of!(SegattnSampleParams, rows) - 56usize];
+    ["Offset of field: SegattnSampleParams::vocab"]
+        [::core::mem::offset_of!(SegattnSampleParams, vocab) - 64usize];
+};

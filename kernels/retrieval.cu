@@ -1,0 +1,309 @@
+// Retrieval of past tokens (segment-attention.md, section 2), per KV head that reads the past; no gradient:
+//   pool_append   a segment's k (before rotation) and v of the heads named, behind the pool's tokens
+//   pool_probes   probe = mean over a window of queries before rotation, in f32
+//   pool_scores   score of a block = max over its tokens and all probes of probe . k
+//   pool_pick     the max_picks best of the eligible blocks, ties to the earlier, in order of position
+//   pool_gather   their tokens to the past rows, keys rotated to the positions before end_angle
+// Scores: a probe is split into three bf16 that add up to it exactly, so tensor cores multiply f32 by bf16 without loss
+// and sum in f32; a score depends on its probe and its key only, wherever they lie in a tile. Bytes: scores read every
+// key once, 2 head_dim a token and head; gather 8 head_dim a token.
+#include "pipeline.cuh"
+#include "rotation.cuh"
+
+SEGATTN_FN const SegattnPoolChunk& chunk_of(const SegattnRetrievalParams& p, int64_t token) {
+  return p.chunks[(token - p.first_token) / p.chunk_tokens];
+}
+// Where a token's head lies in its chunk.
+SEGATTN_FN int64_t pool_offset(const SegattnRetrievalParams& p, int64_t token, int head) {
+  return ((token - p.first_token) % p.chunk_tokens * p.heads + head) * p.head_dim;
+}
+
+// ---------------------------------------------------------------------------------------------------- elementwise
+
+struct PoolConfig {
+  static constexpr int kThreads = 256, kBlocks = 5;
+};
+
+SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
+  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
+  const int64_t row = index / row_units;
+  if (row >= p.rows) return;
+  const int head = index % row_units / head_units, column = index % head_units * kVector;
+  const int64_t src = (int64_t)p.head[head].kv_head * p.head_dim + column, dst = pool_offset(p, p.token + row, head) + column;
+  const SegattnPoolChunk& chunk = chunk_of(p, p.token + row);
+  *(uint4*)((Bf16*)chunk.k + dst) = *(const uint4*)(row_of<const Bf16>(p.k, row) + src);
+  *(uint4*)((Bf16*)chunk.v + dst) = *(const uint4*)(row_of<const Bf16>(p.v, row) + src);
+}
+
+SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
+  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, probe = index / head_units;
+  const int count = p.group * p.windows;
+  if (probe >= (uint32_t)(p.heads * count)) return;
+  const int head = probe / count, within = probe % count, column = index % head_units * kVector;
+  const int64_t q_head = (int64_t)p.head[head].kv_head * p.group + within / p.windows;
+  const int first = within % p.windows * p.stride;
+  float r_sum[kVector] = {};
+  for (int row = first; row < first + p.window; row++) {
+    float r_q[kVector];
+    load_vector(r_q, row_of<const Bf16>(p.q, row) + q_head * p.head_dim + column);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_sum[e] += r_q[e];
+  }
+#pragma unroll
+  for (int e = 0; e < kVector; e++) r_sum[e] = r_sum[e] / (float)p.window;
+  store_vector(p.probes + (int64_t)probe * p.head_dim + column, r_sum);
+}
+
+// A thread eight pairs of one row of one head, key and value.
+SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
+  const int half = p.head_dim / 2;
+  const uint32_t index = thread_index(), head_units = half / kVector, slot_rows = p.max_picks * p.block_len;
+  const uint32_t row = index / head_units % slot_rows, head = index / head_units / slot_rows;
+  if (head >= (uint32_t)p.heads) return;
+  const int rows = p.pick_count[head] * p.block_len, pair = index % head_units * kVector;
+  const SegattnPoolHead info = p.head[head];
+  if (row == 0 && pair == 0 && p.past_len) p.past_len[info.kv_head] = rows;
+  if (row >= (uint32_t)rows) return;
+  const int64_t token = (int64_t)p.picks[(int64_t)head * p.max_picks + row / p.block_len] * p.block_len + row % p.block_len;
+  const int64_t src = pool_offset(p, token, head) + pair, dst = (int64_t)info.kv_head * p.head_dim + pair;
+  const SegattnPoolChunk& chunk = chunk_of(p, token);
+  const Pairs k = load_pairs((const Bf16*)chunk.k + src, 0, half), v = load_pairs((const Bf16*)chunk.v + src, 0, half);
+  const int64_t angle = (int64_t)info.end_angle - rows + row;
+  store_pairs(row_of<Bf16>(p.k, row) + dst, 0, half, turned(k, p.cos, p.sin, angle * half + pair, 1.f));
+  store_pairs(row_of<Bf16>(p.v, row) + dst, 0, half, v);
+}
+
+// ---------------------------------------------------------------------------------------------------- scores
+
+// 4 warps x 32 keys against 16 probes at a time: 24 products a k-step for three tiles of probes and two of keys read
+// from shared memory. The keys of a tile are read from global memory once, the probes from L2.
+template <int kHeadDim_>
+struct ScoreConfig {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kThreads = 128, kBlocks = kHeadDim == 256 ? 1 : 3;
+  static constexpr int kKeys = 128, kWarpKeys = kKeys / 4, kColTiles = kWarpKeys / 8;
+  static constexpr int kParts = 3, kProbes = 16;
+  using KeyTile = Tile<Bf16, kKeys, kHeadDim>;
+  using ProbeTile = Tile<Bf16, kProbes, kHeadDim>;
+};
+
+template <class C>
+struct ScoreShared {
+  typename C::KeyTile keys;
+  typename C::ProbeTile parts[C::kParts];
+  float scores[C::kKeys];
+};
+
+// Whole blocks of about a tile's keys: what one thread block scores.
+template <class C>
+SEGATTN_FN int blocks_of_item(int block_len) { return max(1, C::kKeys / block_len); }
+
+template <class C>
+SEGATTN_FN void load_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int64_t first, int64_t end) {
+  constexpr int kRowChunks = C::kHeadDim / 8;
+  const SharedAddress tile = shared_address(&shared.keys);
+  for (int i = threadIdx.x; i < C::kKeys * kRowChunks; i += C::kThreads) {
+    const int row = i / kRowChunks, column = i % kRowChunks;
+    const bool valid = first + row < end;
+    const int64_t token = valid ? first + row : first;
+    cp_async_16(C::KeyTile::chunk(tile, row, column), (const Bf16*)chunk_of(p, token).k + pool_offset(p, token, head) + column * 8, valid ? 16 : 0);
+  }
+  cp_async_commit();
+}
+
+// Sixteen probes from `first` on as three tiles that add up to them; the last probe again where there are no more.
+template <class C>
+SEGATTN_FN void split_probes(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int first) {
+  constexpr int kRowPairs = C::kHeadDim / 2;
+  const int count = p.group * p.windows;
+  for (int i = threadIdx.x; i < C::kProbes * kRowPairs; i += C::kThreads) {
+    const int row = i / kRowPairs, column = i % kRowPairs * 2;
+    const int64_t probe = (int64_t)head * count + min(first + row, count - 1);
+    const float2 x = *(const float2*)(p.probes + probe * C::kHeadDim + column);
+    float low = x.x, high = x.y;
+#pragma unroll
+    for (int part = 0; part < C::kParts; part++) {
+      const SharedAddress base = shared_address(&shared.parts[part]);
+      const SharedAddress offset = C::ProbeTile::chunk(base, row, column / 8) - base + column % 8 * 2;
+      const uint32_t pair = pack<Bf16>(low, high);
+      *(uint32_t*)((unsigned char*)&shared.parts[part] + offset) = pair;
+      low -= widen((uint16_t)pair, Bf16{});
+      high -= widen((uint16_t)(pair >> 16), Bf16{});
+    }
+  }
+}
+
+// best = max(best, probes . keys), for the keys that are a thread's columns and the probes that are its rows.
+template <class C>
+SEGATTN_FN void score_tile(float (&best)[C::kColTiles][2], const ScoreShared<C>& shared) {
+  using KT = typename C::KeyTile;
+  using PT = typename C::ProbeTile;
+  const int lane = threadIdx.x & 31, first_key = threadIdx.x / 32 * C::kWarpKeys;
+  const SharedAddress keys = b_base<KT>(shared_address(&shared.keys), lane);
+  float x[C::kColTiles][4] = {};
+#pragma unroll 4
+  for (int k = 0; k < C::kHeadDim; k += 16) {
+    uint32_t a[C::kParts][4];
+#pragma unroll
+    for (int part = 0; part < C::kParts; part++) load_a<PT>(a[part], a_base<PT>(shared_address(&shared.parts[part]), lane), 0, k);
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n += 2) {
+      uint32_t b[4];
+      load_b<KT>(b, keys, first_key + n * 8, k);
+#pragma unroll
+      for (int part = C::kParts - 1; part >= 0; part--) {
+        mma_16x8x16(x[n], a[part], b[0], b[1], Bf16{});
+        mma_16x8x16(x[n + 1], a[part], b[2], b[3], Bf16{});
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) best[n][e] = max_f32(best[n][e], max_f32(x[n][e], x[n][2 + e]));
+}
+
+// Scores of the tile's keys, over all probes, to shared memory.
+template <class C>
+SEGATTN_FN void score_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head) {
+  float best[C::kColTiles][2];
+#pragma unroll
+  for (int n = 0; n < C::kColTiles; n++) best[n][0] = best[n][1] = -INFINITY;
+  for (int probe = 0; probe < p.group * p.windows; probe += C::kProbes) {
+    if (probe > 0) __syncthreads();
+    split_probes<C>(p, shared, head, probe);
+    arrive_and_wait<0>();
+    score_tile<C>(best, shared);
+  }
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) best[n][e] = max_f32(best[n][e], shuffle_xor(best[n][e], mask));
+      if (lane < 4) shared.scores[threadIdx.x / 32 * C::kWarpKeys + n * 8 + lane * 2 + e] = best[n][e];
+    }
+}
+
+template <class C>
+SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
+  ScoreShared<C>& shared = *(ScoreShared<C>*)shared_memory();
+  const int item_blocks = blocks_of_item<C>(p.block_len), items = ceil_div(p.blocks, item_blocks);
+  const int head = blockIdx.x / items, first_block = p.first_block + blockIdx.x % items * item_blocks;
+  const int eligible = p.head[head].eligible / p.block_len;
+  const int end_block = min(min(first_block + item_blocks, p.first_block + p.blocks), eligible);
+  if (first_block >= end_block) return;
+  const int64_t end = (int64_t)end_block * p.block_len;
+  float block_best = -INFINITY;
+  for (int64_t first = (int64_t)first_block * p.block_len; first < end; first += C::kKeys) {
+    load_keys<C>(p, shared, head, first, end);
+    score_keys<C>(p, shared, head);
+    __syncthreads();
+    // A thread a block: of the tile's blocks, or the one that is longer than a tile.
+    const int from = p.block_len > C::kKeys ? 0 : threadIdx.x * p.block_len;
+    const int to = p.block_len > C::kKeys ? C::kKeys : from + p.block_len;
+    const bool mine = (int)threadIdx.x < end_block - first_block;
+    for (int key = from; mine && key < to && first + key < end; key++) block_best = max_f32(block_best, shared.scores[key]);
+    __syncthreads();
+  }
+  if ((int)threadIdx.x < end_block - first_block) p.scores[head * p.score_pitch + first_block + threadIdx.x] = block_best;
+}
+
+// ---------------------------------------------------------------------------------------------------- pick
+
+// One block a head: the threshold by four rounds of an 8-bit histogram, then the chosen in order of position.
+struct PickConfig {
+  static constexpr int kThreads = 1024, kBlocks = 1;
+  static constexpr int kBins = 256;
+};
+
+struct PickShared {
+  uint32_t bins[PickConfig::kBins];
+  uint32_t threshold, wanted;  // of the blocks at the threshold
+  uint32_t above[PickConfig::kThreads / 32], ties[PickConfig::kThreads / 32];
+};
+
+// An integer that orders as the score does; -0 and 0 are the same.
+SEGATTN_FN uint32_t score_key(float score) {
+  const uint32_t bits = __float_as_uint(score + 0.f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The max_picks-th largest key, and how many of those equal to it are to be picked.
+SEGATTN_FN void find_threshold(PickShared& shared, const float* g_scores, int count, int picks) {
+  uint32_t prefix = 0, wanted = picks;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    if (threadIdx.x < PickConfig::kBins) shared.bins[threadIdx.x] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += PickConfig::kThreads) {
+      const uint32_t key = score_key(g_scores[i]);
+      if (shift == 24 || key >> (shift + 8) == prefix) atomic_add(&shared.bins[key >> shift & 255], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int bin = PickConfig::kBins - 1;
+      for (; shared.bins[bin] < wanted; bin--) wanted -= shared.bins[bin];
+      shared.threshold = prefix << 8 | bin;
+      shared.wanted = wanted;
+    }
+    __syncthreads();
+    prefix = shared.threshold;
+    wanted = shared.wanted;
+  }
+}
+
+SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
+  PickShared& shared = *(PickShared*)shared_memory();
+  const int head = blockIdx.x, thread = threadIdx.x, warp = thread >> 5;
+  const uint32_t lanes_before = (1u << (thread & 31)) - 1;
+  const float* g_scores = p.scores + head * p.score_pitch;
+  int32_t* g_picks = p.picks + (int64_t)head * p.max_picks;
+  const int count = min(p.blocks, p.head[head].eligible / p.block_len), picks = min(count, p.max_picks);
+  if (thread == 0) p.pick_count[head] = picks;
+  if (picks == 0) return;
+  find_threshold(shared, g_scores, count, picks);
+  const uint32_t threshold = shared.threshold, wanted = shared.wanted;
+  uint32_t above_before = 0, ties_before = 0;
+  for (int first = 0; first < count; first += PickConfig::kThreads) {
+    const uint32_t key = first + thread < count ? score_key(g_scores[first + thread]) : 0;
+    const bool inside = first + thread < count, above = inside && key > threshold, tie = inside && key == threshold;
+    const uint32_t above_lanes = __ballot_sync(0xffffffffu, above), tie_lanes = __ballot_sync(0xffffffffu, tie);
+    if ((thread & 31) == 0) {
+      shared.above[warp] = __popc(above_lanes);
+      shared.ties[warp] = __popc(tie_lanes);
+    }
+    __syncthreads();
+    uint32_t my_above = above_before + __popc(above_lanes & lanes_before), my_ties = ties_before + __popc(tie_lanes & lanes_before);
+    for (int other = 0; other < PickConfig::kThreads / 32; other++) {
+      if (other < warp) {
+        my_above += shared.above[other];
+        my_ties += shared.ties[other];
+      }
+      above_before += shared.above[other];
+      ties_before += shared.ties[other];
+    }
+    if (above || (tie && my_ties < wanted)) g_picks[my_above + min(my_ties, wanted)] = first + thread;
+    __syncthreads();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+#define POOL(name, Config, shared_bytes, body)                                                                \
+  SEGATTN_INFO(name, (SegattnKernelInfo{Config::kThreads, (int)(shared_bytes), Config::kBlocks, 0, 0, 0, sizeof(SegattnRetrievalParams)})) \
+  SEGATTN_KERNEL(name, Config, SegattnRetrievalParams) { body(params); }
+
+// A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.
+POOL(pool_append_bf16, PoolConfig, 0, pool_append)
+POOL(pool_probes_bf16, PoolConfig, 0, pool_probes)
+// A thread eight pairs: heads * max_picks * block_len * head_dim / 16.
+POOL(pool_gather_bf16, PoolConfig, 0, pool_gather)
+// A block a head.
+POOL(pool_pick_f32, PickConfig, sizeof(PickShared), pool_pick)
+// heads * ceil(blocks / max(1, 128 / block_len)) blocks.
+POOL(pool_scores_bf16_d32, ScoreConfig<32>, sizeof(ScoreShared<ScoreConfig<32>>), pool_scores<ScoreConfig<32>>)
+POOL(pool_scores_bf16_d64, ScoreConfig<64>, sizeof(ScoreShared<ScoreConfig<64>>), pool_scores<ScoreConfig<64>>)
+POOL(pool_scores_bf16_d96, ScoreConfig<96>, sizeof(ScoreShared<ScoreConfig<96>>), pool_scores<ScoreConfig<96>>)
+POOL(pool_scores_bf16_d128, ScoreConfig<128>, sizeof(ScoreShared<ScoreConfig<128>>), pool_scores<ScoreConfig<128>>)
+POOL(pool_scores_bf16_d256, ScoreConfig<256>, sizeof(ScoreShared<ScoreConfig<256>>), pool_scores<ScoreConfig<256>>)
