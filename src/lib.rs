@@ -12,6 +12,7 @@
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
 //! | [`eval`] | perplexity and synthetic long-context tasks |
+//! | [`isa`] | which vector instructions the CPU's kernels use |
 //!
 //! On one device the log-probability of each token has the same bits in training, scoring, prefill and
 //! decoding, whatever the batch and however many segments run side by side.
@@ -24,5 +25,6 @@ pub mod cuda;
 pub mod device;
 pub mod eval;
 pub mod generate;
+pub mod isa;
 pub mod model;
 pub mod train;

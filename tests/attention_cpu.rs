@@ -6,7 +6,7 @@ use attention_cases::plain::{self, Upstream};
 use attention_cases::*;
 use proptest::prelude::*;
 use segattn::attention::cpu;
-use segattn::device::cpu::Isa;
+use segattn::isa::Isa;
 
 fn cpu_forward_on(isa: Isa, case: &Case<f32>) -> Forward<f32> {
     let mut forward = Forward::for_case(case, f32::NAN);

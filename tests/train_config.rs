@@ -125,6 +125,18 @@ fn errors_name_the_key_what_it_expects_and_what_it_got() {
             &[("optimizer.betas", "[0.9, 1.0]")],
             "optimizer.betas",
         ),
+        (SMALL, &[("optimizer.eps", "0.0")], "optimizer.eps"),
+        (SMALL, &[("optimizer.eps", "1e-60")], "optimizer.eps"),
+        (
+            SMALL,
+            &[("optimizer.weight_decay", "-0.1")],
+            "optimizer.weight_decay",
+        ),
+        (
+            SMALL,
+            &[("optimizer.clip_norm", "0.0")],
+            "optimizer.clip_norm",
+        ),
         (
             SMALL,
             &[("schedule.warmup_steps", "5000")],

@@ -107,16 +107,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let model = config.model.new_config(256)?;
     let tensors = Tensors::initial(&model, config.training.seed);
     let mut trainer = Trainer::new(Cpu, model, config, &tensors, None)?;
+    let weights: usize = trainer.model().specs.iter().map(|s| s.role.len()).sum();
     println!(
         "1. Train {:.2} million weights on {} kB of text, {} s",
-        trainer
-            .model()
-            .config
-            .parameters()
-            .iter()
-            .map(|p| p.numel())
-            .sum::<usize>() as f64
-            / 1e6,
+        weights as f64 / 1e6,
         train.tokens() / 1000,
         args.seconds
     );

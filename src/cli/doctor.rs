@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
-use segattn::device::cpu::Isa;
+use segattn::isa::Isa;
 use serde::Serialize;
 
 #[derive(Debug, clap::Args)]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use segattn::model::config::ModelConfig;
 use segattn::model::memory::{Memory, Use, memory};
+use segattn::model::parameters::parameters;
 use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
 use serde_json::{Value, json};
@@ -52,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut report = json!({
         "folder": args.model,
         "architecture": architecture(&config),
-        "parameters": parameters(&config),
+        "parameters": counts(&config),
         "weights": weights.as_ref().map(stored).unwrap_or(Value::Null),
         "tokenizer": tokenizer(&args.model, &config),
         "segment": segment(&config),
@@ -83,10 +84,10 @@ fn architecture(config: &ModelConfig) -> Value {
 }
 
 /// Numbers of parameters by kind. Gates count only where a layer reads the past.
-fn parameters(config: &ModelConfig) -> Value {
+fn counts(config: &ModelConfig) -> Value {
     let mut kinds = BTreeMap::new();
     let mut total = 0;
-    for parameter in config.parameters() {
+    for parameter in parameters(config) {
         let kind = match parameter.name.as_str() {
             name if name.contains(".self_attn.past_gate") => "past gates",
             name if name.contains(".self_attn.") => "attention",

@@ -4,7 +4,6 @@
 //! was trained. Keys without a meaning here are kept and written back.
 
 mod fields;
-mod parameters;
 mod rope_keys;
 mod segment;
 
@@ -15,7 +14,6 @@ use serde_json::{Map, Value, json};
 use self::fields::Fields;
 use super::error::ConfigError;
 use super::files;
-pub use parameters::{ParameterKind, ParameterSpec};
 pub use rope_keys::RopeScaling;
 pub use segment::{HeadReads, MAX_SEGMENT_LEN, RetrievalConfig, SegmentConfig};
 

@@ -158,6 +158,38 @@ pub fn specs(config: &ModelConfig) -> Vec<TensorSpec> {
     specs
 }
 
+/// A named tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameter {
+    /// Its name in Hugging Face files.
+    pub name: String,
+    /// Row-major shape; linear maps are `[out, in]`.
+    pub shape: Vec<usize>,
+}
+
+impl Parameter {
+    /// Numbers in the tensor. Cannot overflow for a validated configuration.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// The named tensors of a model: the parts of [`specs`], in their order, less the gates of layers in
+/// which no head reads the past.
+pub fn parameters(config: &ModelConfig) -> Vec<Parameter> {
+    let reads_past = |l| (0..config.num_key_value_heads).any(|head| config.reads_past(l, head));
+    let unused: Vec<usize> = (0..config.num_hidden_layers)
+        .filter(|l| !reads_past(*l))
+        .map(index::past_gate)
+        .collect();
+    let specs = specs(config).into_iter().enumerate();
+    specs
+        .filter(|(i, _)| !unused.contains(i))
+        .flat_map(|(_, spec)| spec.parts)
+        .map(|(name, shape)| Parameter { name, shape })
+        .collect()
+}
+
 /// A weight as the forward uses it.
 #[derive(Debug)]
 pub enum Weight<D: Device> {

@@ -43,9 +43,14 @@ impl Plan {
             kv: config.num_key_value_heads,
             dim: config.head_dim,
         };
+        let segment = config.segment.as_ref();
+        let [prior_len, past_len] = segment.map_or([0, 0], |s| [s.prior_len, s.past_len]);
+        // A source without rows is read by nobody: it has no pool, no probes, no slots.
+        let prior = |l, g| prior_len > 0 && config.reads_prior(l, g);
+        let past = |l, g| past_len > 0 && config.reads_past(l, g);
         let layer = |l: usize| LayerReads {
-            prior: (0..heads.kv).map(|g| config.reads_prior(l, g)).collect(),
-            past: (0..heads.kv).filter(|g| config.reads_past(l, *g)).collect(),
+            prior: (0..heads.kv).map(|g| prior(l, g)).collect(),
+            past: (0..heads.kv).filter(|g| past(l, *g)).collect(),
         };
         let reads = (0..config.num_hidden_layers).map(layer).collect();
         let Some(segment) = &config.segment else {
@@ -65,8 +70,8 @@ impl Plan {
         Self {
             heads,
             segment_len: segment.segment_len,
-            prior_len: segment.prior_len,
-            past_len: segment.past_len,
+            prior_len,
+            past_len,
             probe_rows,
             retrieval: [
                 segment.retrieval.probe_window.min(probe_rows),

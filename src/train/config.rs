@@ -17,7 +17,6 @@ pub use model::{ModelSection, SegmentSection, ShapeSection};
 
 use super::error::{Result, TrainError};
 use super::guard::{Guard, GuardConfig};
-use super::optimizer::AdamW;
 use super::schedule::{Schedule, ScheduleKind};
 
 /// Largest configuration file that is read, in bytes.
@@ -308,9 +307,7 @@ impl Config {
         self.model.validate()?;
         self.data.validate()?;
         self.training.validate()?;
-        let clip = self.optimizer.clip_norm.unwrap_or(1.0);
-        positive("optimizer.clip_norm", clip)?;
-        positive("optimizer.gate_lr_scale", self.optimizer.gate_lr_scale)?;
+        self.optimizer.validate()?;
         if self.checkpoint.keep < 2 {
             let expected = "at least 2, so that one is whole while the next is written";
             let key = "checkpoint.keep";
@@ -318,7 +315,6 @@ impl Config {
         }
         at_least_one("log.every", self.log.every)?;
         self.schedule()?;
-        self.adamw()?;
         Guard::new(self.guard.clone())?;
         Ok(())
     }
@@ -337,15 +333,6 @@ impl Config {
             s.decay_steps,
             s.min_lr_ratio,
         )
-    }
-
-    /// The optimizer's checked constants.
-    ///
-    /// # Errors
-    /// [`TrainError::Config`] for one out of range.
-    pub fn adamw(&self) -> Result<AdamW> {
-        let o = &self.optimizer;
-        AdamW::new(o.betas, o.eps, o.weight_decay)
     }
 }
 
@@ -373,6 +360,29 @@ impl TrainingSection {
             "training.time_limit_minutes",
             self.time_limit_minutes.unwrap_or(1.0),
         )
+    }
+}
+
+impl OptimizerSection {
+    fn validate(&self) -> Result<()> {
+        if self.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
+            let got = format!("{:?}", self.betas);
+            return Err(TrainError::config(
+                "optimizer.betas",
+                "two numbers in [0, 1)",
+                got,
+            ));
+        }
+        if !(self.eps.is_finite() && self.eps as f32 > 0.0) {
+            let expected = "a finite number > 0 (as f32)";
+            return Err(TrainError::config("optimizer.eps", expected, self.eps));
+        }
+        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
+            let (key, expected) = ("optimizer.weight_decay", "a finite number >= 0");
+            return Err(TrainError::config(key, expected, self.weight_decay));
+        }
+        positive("optimizer.clip_norm", self.clip_norm.unwrap_or(1.0))?;
+        positive("optimizer.gate_lr_scale", self.gate_lr_scale)
     }
 }
 

@@ -28,18 +28,6 @@ pub enum TrainError {
         /// What came.
         got: String,
     },
-    /// A gradient is NaN, infinite, or too large for its square to be an f32. Nothing was changed.
-    #[error(
-        "gradient of `{tensor}` at element {index}: expected a finite value below 1e18, got {value}"
-    )]
-    UnusableGradient {
-        /// Name of the parameter.
-        tensor: String,
-        /// Flat index of the first such element.
-        index: usize,
-        /// Its value.
-        value: f32,
-    },
     /// The device could not carry out a call.
     #[error(transparent)]
     Device(#[from] crate::device::DeviceError),

@@ -138,8 +138,7 @@ impl Guard {
 
     /// Decides about step `step` (counted from 0, skipped ones included; call it once a step, in order).
     ///
-    /// `loss`: mean over the step's tokens. `grad_norm`: global norm before clipping, see
-    /// [`GradNorm`](super::optimizer::GradNorm).
+    /// `loss`: mean over the step's tokens. `grad_norm`: global norm before clipping.
     pub fn decide(&mut self, step: u64, loss: f64, grad_norm: f64) -> Verdict {
         let Some(reason) = self.objection(loss, grad_norm) else {
             push_bounded(&mut self.losses, loss, self.config.window);

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use segattn::model::config::*;
 use segattn::model::error::ConfigError;
+use segattn::model::parameters::{Parameter, parameters};
 use serde_json::{Value, json};
 
 fn llama3() -> Value {
@@ -174,47 +175,32 @@ fn segment_object_says_what_each_head_reads() {
 #[test]
 fn parameter_list_has_hugging_face_names_and_shapes() {
     let config = ModelConfig::from_json(small()).unwrap();
-    let list = config.parameters();
+    let list = parameters(&config);
     let shape = |name: &str| {
         let found: Vec<_> = list.iter().filter(|spec| spec.name == name).collect();
         assert_eq!(found.len(), 1, "{name}");
-        (found[0].shape.clone(), found[0].kind)
+        found[0].shape.clone()
     };
     assert_eq!(list.len(), 3 + 2 * 9 + 1);
+    assert_eq!(shape("model.embed_tokens.weight"), [258, 32]);
+    assert_eq!(shape("model.layers.0.input_layernorm.weight"), [32]);
+    assert_eq!(shape("model.layers.0.self_attn.q_proj.weight"), [32, 32]);
+    assert_eq!(shape("model.layers.1.self_attn.k_proj.weight"), [16, 32]);
+    assert_eq!(shape("model.layers.1.self_attn.v_proj.weight"), [16, 32]);
+    assert_eq!(shape("model.layers.1.self_attn.o_proj.weight"), [32, 32]);
+    assert_eq!(shape("model.layers.1.self_attn.past_gate"), [4]);
     assert_eq!(
-        shape("model.embed_tokens.weight"),
-        (vec![258, 32], ParameterKind::Embedding)
-    );
-    assert_eq!(
-        shape("model.layers.0.input_layernorm.weight"),
-        (vec![32], ParameterKind::Norm)
-    );
-    assert_eq!(
-        shape("model.layers.0.self_attn.q_proj.weight"),
-        (vec![32, 32], ParameterKind::Linear)
-    );
-    assert_eq!(shape("model.layers.1.self_attn.k_proj.weight").0, [16, 32]);
-    assert_eq!(shape("model.layers.1.self_attn.v_proj.weight").0, [16, 32]);
-    assert_eq!(shape("model.layers.1.self_attn.o_proj.weight").0, [32, 32]);
-    assert_eq!(
-        shape("model.layers.1.self_attn.past_gate"),
-        (vec![4], ParameterKind::Gate)
-    );
-    assert_eq!(
-        shape("model.layers.0.post_attention_layernorm.weight").0,
+        shape("model.layers.0.post_attention_layernorm.weight"),
         [32]
     );
-    assert_eq!(shape("model.layers.0.mlp.gate_proj.weight").0, [48, 32]);
-    assert_eq!(shape("model.layers.0.mlp.up_proj.weight").0, [48, 32]);
-    assert_eq!(shape("model.layers.0.mlp.down_proj.weight").0, [32, 48]);
-    assert_eq!(shape("model.norm.weight").0, [32]);
-    assert_eq!(
-        shape("lm_head.weight"),
-        (vec![258, 32], ParameterKind::Head)
-    );
-    let tied = ModelConfig::from_json(llama3()).unwrap().parameters();
+    assert_eq!(shape("model.layers.0.mlp.gate_proj.weight"), [48, 32]);
+    assert_eq!(shape("model.layers.0.mlp.up_proj.weight"), [48, 32]);
+    assert_eq!(shape("model.layers.0.mlp.down_proj.weight"), [32, 48]);
+    assert_eq!(shape("model.norm.weight"), [32]);
+    assert_eq!(shape("lm_head.weight"), [258, 32]);
+    let tied = parameters(&ModelConfig::from_json(llama3()).unwrap());
     assert_eq!(tied.len(), 2 + 16 * 9);
-    let total: usize = tied.iter().map(ParameterSpec::numel).sum();
+    let total: usize = tied.iter().map(Parameter::numel).sum();
     assert_eq!(total, 1_235_814_400, "the published size of Llama 3.2 1B");
 }
 
@@ -435,7 +421,7 @@ proptest! {
     fn any_value_under_any_key_loads_soundly_or_is_a_typed_error(pointer in prop::sample::select(POINTERS), value in any_json()) {
         if let Ok(config) = ModelConfig::from_json(with(small(), pointer, value)) {
             prop_assert!(config.validate().is_ok());
-            prop_assert!(config.parameters().iter().all(|spec| spec.numel() > 0));
+            prop_assert!(parameters(&config).iter().all(|spec| spec.numel() > 0));
             let again = ModelConfig::from_json(config.to_json()).unwrap();
             prop_assert_eq!(again.to_json(), config.to_json());
         }

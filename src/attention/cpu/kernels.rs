@@ -4,7 +4,7 @@
 use super::simd::Portable;
 use super::softmax::{self, Affine, BackwardRows, Softmax};
 use super::tile::{self, Accumulate, Rows, Scores};
-use crate::device::cpu::Isa;
+use crate::isa::Isa;
 
 /// One instruction set's steps.
 ///

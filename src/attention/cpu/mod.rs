@@ -23,7 +23,7 @@ use tile::Rows;
 use super::error::Error;
 use super::problem::{Grads, Problem, Saved, Source};
 use super::view::{View, ViewMut};
-use crate::device::cpu::Isa;
+use crate::isa::Isa;
 
 /// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
 ///

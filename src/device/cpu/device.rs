@@ -5,11 +5,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::rows::{self, Angles, HeadRows};
-use super::{Buffer, Cpu, Isa, PackedMatrix, Pool, adamw, product};
+use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, product};
 use crate::device::{
     AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, Pick, Probes, Result, Rows,
     RowsMut, Update, runs,
 };
+use crate::isa::Isa;
 
 /// Elements copied by one task.
 const COPY_TASK: usize = 1 << 16;

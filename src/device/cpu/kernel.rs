@@ -3,7 +3,7 @@
 //! Every kernel does the same to each element of its tile: start from 0 or from what C holds, then
 //! one fused multiply-add per k, ascending. So which kernel computes an element cannot be seen in it.
 
-use super::isa::Isa;
+use crate::isa::Isa;
 
 /// Columns of C in a panel of B, the same for every instruction set.
 pub(super) const NR: usize = 32;

@@ -12,7 +12,7 @@ pub(super) const LANES: usize = 16;
 macro_rules! for_each_isa {
     ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$doc])*
-        fn $name(isa: $crate::device::cpu::Isa, $($arg: $type),*) $(-> $result)? {
+        fn $name(isa: $crate::isa::Isa, $($arg: $type),*) $(-> $result)? {
             #[inline(always)]
             fn body($($arg: $type),*) $(-> $result)? $body
 
@@ -31,10 +31,10 @@ macro_rules! for_each_isa {
             match isa {
                 // SAFETY: the instruction set comes from `Isa::best` or `Isa::available`.
                 #[cfg(target_arch = "x86_64")]
-                $crate::device::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::device::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
                 _ => body($($arg),*),
             }
         }

@@ -12,7 +12,6 @@ mod adamw;
 mod attend;
 mod buffer;
 mod device;
-mod isa;
 mod kernel;
 mod math;
 mod packed;
@@ -21,7 +20,6 @@ pub mod product;
 pub mod rows;
 
 pub use buffer::Buffer;
-pub use isa::Isa;
 pub use packed::PackedMatrix;
 pub use pool::Pool;
 

@@ -10,10 +10,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Scratch;
-use super::isa::Isa;
 use super::kernel::{A_STRIDE, KC, Kernel, Kernels, NR, Order, Tile, WIDE};
 pub use super::packed::{PackedMatrix, Strided};
 use super::packed::{fill_panel, fill_tile, span};
+use crate::isa::Isa;
 
 /// Row tiles of A that a task keeps packed (14 rows of `A_STRIDE` each: 240 KiB).
 const TILES_PER_TASK: usize = 16;

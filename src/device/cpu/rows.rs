@@ -7,8 +7,8 @@
 
 use rayon::prelude::*;
 
-use super::isa::Isa;
 use super::math::{exp, for_each_isa, sum_lanes};
+use crate::isa::Isa;
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::damaged;
 use crate::model::config::ModelConfig;
-use crate::model::parameters::specs;
+use crate::model::parameters::{parameters, specs};
 use crate::train::error::Result;
 
 /// A named tensor: name, shape, values.
@@ -20,7 +20,7 @@ pub(super) fn parts<'a>(
     prefix: &str,
     tensors: &'a [Vec<f32>],
 ) -> Vec<Part<'a>> {
-    let known: HashSet<String> = model.parameters().into_iter().map(|p| p.name).collect();
+    let known: HashSet<String> = parameters(model).into_iter().map(|p| p.name).collect();
     let mut parts = Vec::new();
     for (spec, values) in specs(model).into_iter().zip(tensors) {
         let mut rest = values.as_slice();
@@ -44,7 +44,7 @@ impl Named {
         prefix: &str,
         absent: f32,
     ) -> Result<Vec<Vec<f32>>> {
-        let known: HashSet<String> = model.parameters().into_iter().map(|p| p.name).collect();
+        let known: HashSet<String> = parameters(model).into_iter().map(|p| p.name).collect();
         let mut tensors = Vec::new();
         for spec in specs(model) {
             let mut values = Vec::with_capacity(spec.role.len());

@@ -331,45 +331,42 @@ impl<'a, D: Device> Work<'a, D> {
         if send {
             self.send(group, &d_prior, arrivals)?;
         }
-        self.unrotate(group, [&d_q, &d_k, &d_v])
+        self.stack(group, [&d_q, &d_k, &d_v])
+    }
+
+    /// Writes the rows of `src`, rotated back by `angles`, to `dst`.
+    fn unrotate(
+        &self,
+        group: &Group<D>,
+        src: Rows<'_, D::Buffer>,
+        dst: RowsMut<'_, D::Buffer>,
+        heads: usize,
+        angles: &[usize],
+    ) -> Result<()> {
+        let (tables, dim) = (group.slots.tables(), self.plan.heads.dim);
+        let device = &self.model.device;
+        device.rope(src, dst, heads, dim, tables, angles, true, Fold::Set)
     }
 
     /// Gradients before rotation, stacked as q, k, v.
-    fn unrotate(&self, group: &Group<D>, [d_q, d_k, d_v]: [&D::Buffer; 3]) -> Result<D::Buffer> {
+    fn stack(&self, group: &Group<D>, [d_q, d_k, d_v]: [&D::Buffer; 3]) -> Result<D::Buffer> {
         let (device, plan) = (&self.model.device, self.plan);
         let (heads, q_width, kv_width) = (plan.heads, plan.q_width(), plan.kv_width());
         let stride = q_width + 2 * kv_width;
         let mut d_qkv = device.empty(Kind::Activation, self.rows * stride)?;
         let angles = group.step.angles(plan);
         let angles = &angles[self.first..self.first + self.rows];
-        let tables = group.slots.tables();
-        let src = Rows::packed(d_q, 0, q_width);
+        let (q, k, v) = (
+            Rows::packed(d_q, 0, q_width),
+            Rows::packed(d_k, 0, kv_width),
+            Rows::packed(d_v, 0, kv_width),
+        );
         let dst = RowsMut::packed(&mut d_qkv, 0, stride);
-        device.rope(
-            src,
-            dst,
-            heads.q,
-            heads.dim,
-            tables,
-            angles,
-            true,
-            Fold::Set,
-        )?;
-        let src = Rows::packed(d_k, 0, kv_width);
+        self.unrotate(group, q, dst, heads.q, angles)?;
         let dst = RowsMut::packed(&mut d_qkv, 0, stride).column(q_width);
-        device.rope(
-            src,
-            dst,
-            heads.kv,
-            heads.dim,
-            tables,
-            angles,
-            true,
-            Fold::Set,
-        )?;
-        let src = Rows::packed(d_v, 0, kv_width);
+        self.unrotate(group, k, dst, heads.kv, angles)?;
         let dst = RowsMut::packed(&mut d_qkv, 0, stride).column(q_width + kv_width);
-        device.copy(src, dst, self.rows, kv_width, Fold::Set)?;
+        device.copy(v, dst, self.rows, kv_width, Fold::Set)?;
         Ok(d_qkv)
     }
 
@@ -393,26 +390,11 @@ impl<'a, D: Device> Work<'a, D> {
             }
             let empty = || device.empty(Kind::Activation, rows * width);
             let (mut k, mut v) = (empty()?, empty()?);
-            let (src, dst) = (
-                Rows::packed(&d_prior.0, i * rows, width),
-                RowsMut::packed(&mut k, 0, width),
-            );
-            let (heads, tables) = (plan.heads, group.slots.tables());
-            device.rope(
-                src,
-                dst,
-                heads.kv,
-                heads.dim,
-                tables,
-                &angles,
-                true,
-                Fold::Set,
-            )?;
-            let (src, dst) = (
-                Rows::packed(&d_prior.1, i * rows, width),
-                RowsMut::packed(&mut v, 0, width),
-            );
-            device.copy(src, dst, rows, width, Fold::Set)?;
+            let from = |buffer| Rows::packed(buffer, i * rows, width);
+            let dst = RowsMut::packed(&mut k, 0, width);
+            self.unrotate(group, from(&d_prior.0), dst, plan.heads.kv, &angles)?;
+            let dst = RowsMut::packed(&mut v, 0, width);
+            device.copy(from(&d_prior.1), dst, rows, width, Fold::Set)?;
             arrivals.insert((stream, segment - 1, *sequence), (k, v));
         }
         Ok(())

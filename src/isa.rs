@@ -1,4 +1,4 @@
-//! Which instruction set the kernels use, found once at run time.
+//! Which vector instructions the CPU's kernels use, found once at run time.
 
 use std::sync::OnceLock;
 
