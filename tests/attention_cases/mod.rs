@@ -2,6 +2,7 @@
 //! by proptest, with NaN in every element that must not be read and in every output before a run.
 #![allow(dead_code)] // Each test file uses its own part.
 
+pub mod bits;
 pub mod gpu;
 pub mod low;
 pub mod plain;
@@ -204,8 +205,9 @@ impl Case<f64> {
             spare_rows: 1,
             ..shape.clone()
         };
-        let starts = rows.iter().map(|rows| rows.start as i32).collect();
-        let mut case = Case::starting_at(&excerpt, Some(starts));
+        let starts: Vec<i32> = rows.iter().map(|rows| rows.start as i32).collect();
+        let starts = starts.iter().any(|&start| start > 0).then_some(starts);
+        let mut case = Case::starting_at(&excerpt, starts);
         for (i, (&entry, rows)) in entries.iter().zip(rows).enumerate() {
             let queries = rows.start;
             copy_entry(&mut case.q, i, &self.q, entry, queries);

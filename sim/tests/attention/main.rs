@@ -3,5 +3,7 @@
 
 #[path = "../../../tests/attention_cases/mod.rs"]
 mod attention_cases;
+mod bits;
+mod far_offsets;
 mod simulated;
 mod variants;

@@ -1,0 +1,132 @@
+//! What must have equal bits (segment-attention.md, section 4): a row alone, in a tile, in another batch, decoded.
+
+use std::ops::Range;
+
+use segattn::attention::cuda::{Dtype, Phase};
+
+use super::gpu::{self, Gpu, Grads, Options, Outcome};
+use super::{Case, Shape};
+
+/// Runs a forward pass.
+fn forward(gpu: &mut impl Gpu, case: &Case<f64>, dtype: Dtype, phase: Phase) -> Outcome {
+    let loaded = gpu::load(gpu, case, dtype);
+    let written = gpu::forward(gpu, &loaded.problem, Some(phase))
+        .unwrap_or_else(|e| panic!("{e}: {:?}", case.shape));
+    gpu::outcome(gpu, case, &written)
+}
+
+/// Runs forward and backward.
+pub fn both(gpu: &mut impl Gpu, case: &Case<f64>, options: Options) -> (Outcome, Grads) {
+    let loaded = gpu::load(gpu, case, options.dtype);
+    let written = gpu::forward(gpu, &loaded.problem, options.phase)
+        .unwrap_or_else(|e| panic!("{e}: {:?}", case.shape));
+    let outcome = gpu::outcome(gpu, case, &written);
+    let grads = gpu::backward(gpu, case, &loaded, &written, options)
+        .unwrap_or_else(|e| panic!("{e}: {:?}", case.shape));
+    (outcome, grads)
+}
+
+/// out and lse of every head at a row.
+fn row(case: &Case<f64>, outcome: &Outcome, entry: usize, row: usize) -> (Vec<u16>, Vec<u32>) {
+    let [_, rows, heads, dim] = case.q.shape;
+    let at = (entry * rows + row) * heads * dim;
+    let lse = (0..heads).map(|head| outcome.lse[(entry * heads + head) * rows + row]);
+    (outcome.rows[at..at + heads * dim].to_vec(), lse.collect())
+}
+
+/// A segment of several tiles whose past has several chunks, beside a short one. Heads 0 and 1 read alike.
+fn mixed(head_dim: usize) -> Shape {
+    Shape {
+        segment_len: vec![131, 9],
+        prior_len: vec![40, 0],
+        past_len: vec![1100, 30],
+        past_gate: vec![0.5, 0.25, 0.0, 0.0],
+        prior_heads: vec![true, true, true, true],
+        spare_rows: 1,
+        ..Shape::plain(2, 2, head_dim, [0; 3])
+    }
+}
+
+/// Rows of a whole segment in one tile after another are, to the bit, those computed alone, in a batch of other lengths
+/// and order, and by decoding.
+pub fn rows_stand_alone(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
+    let case = Case::new(&mixed(head_dim)).rounded(dtype);
+    let whole = forward(gpu, &case, dtype, Phase::Prefill);
+    let alone = |row: usize| row..row + 1;
+    let splits: [(&str, Vec<usize>, Vec<Range<usize>>, Phase); 5] = [
+        ("one row alone", vec![0], vec![alone(130)], Phase::Prefill),
+        ("one row decoded", vec![0], vec![alone(64)], Phase::Decode),
+        (
+            "rows of another tile",
+            vec![0],
+            vec![61..71],
+            Phase::Prefill,
+        ),
+        (
+            "another batch",
+            vec![1, 0, 1],
+            vec![0..9, 0..34, alone(8)],
+            Phase::Prefill,
+        ),
+        (
+            "a batch of decoded rows",
+            vec![0, 0, 1, 0, 0],
+            vec![alone(0), alone(63), alone(8), alone(127), 128..131],
+            Phase::Decode,
+        ),
+    ];
+    for (what, entries, rows, phase) in splits {
+        let excerpt = case.excerpt(&entries, &rows);
+        let outcome = forward(gpu, &excerpt, dtype, phase);
+        for (i, (&entry, rows)) in entries.iter().zip(&rows).enumerate() {
+            for (at, query) in rows.clone().enumerate() {
+                let (got, expected) = (
+                    row(&excerpt, &outcome, i, at),
+                    row(&case, &whole, entry, query),
+                );
+                assert!(
+                    got == expected,
+                    "{what}: other bits in row {query} of entry {entry}, {dtype} D {head_dim}"
+                );
+            }
+        }
+    }
+}
+
+/// The gradients of an entry are, to the bit, those it has alone.
+pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
+    let shape = Shape {
+        segment_len: vec![1, 70, 0],
+        prior_len: vec![33, 3, 8],
+        past_len: vec![0, 40, 5],
+        past_gate: vec![0.5, 1.0, 0.0],
+        ..Shape::plain(1, 3, head_dim, [0; 3])
+    };
+    let case = Case::new(&shape).rounded(dtype);
+    let options = Options::new(dtype);
+    let whole = both(gpu, &case, options).1;
+    for entry in 0..2 {
+        let excerpt = case.excerpt(&[entry], &[0..shape.segment_len[entry] as usize]);
+        let alone = both(gpu, &excerpt, options).1;
+        let lens = [shape.segment_len[entry], shape.prior_len[entry]];
+        for ((name, got), (_, expected)) in alone.tensors.iter().zip(&whole.tensors) {
+            let len = lens[usize::from(name.starts_with("d_prior"))] as usize;
+            let (heads, rows) = match *name {
+                "d_q" => (3, case.q.shape[1]),
+                "d_prior_k" | "d_prior_v" => (1, case.prior_k.shape[1]),
+                _ => (1, case.k.shape[1]),
+            };
+            let width = heads * head_dim;
+            let expected = &expected[entry * rows * width..][..len * width];
+            assert!(
+                got[..len * width] == *expected,
+                "{name} of entry {entry} alone has other bits"
+            );
+        }
+        assert_eq!(
+            alone.d_past_gate,
+            whole.d_past_gate[entry * 3..][..3],
+            "d_past_gate of entry {entry}"
+        );
+    }
+}
