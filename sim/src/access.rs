@@ -54,7 +54,7 @@ fn check(
     let mut first = None;
     for (i, cell) in cells.iter_mut().enumerate() {
         if let Some(serial) = shared_by {
-            cell.claim_for_block(serial);
+            cell.claim_for_block(serial, actor.first_block, readers);
         }
         let conflict = match mode {
             Mode::Read => cell.on_read(actor, readers),

@@ -95,33 +95,93 @@ pub(crate) enum Conflict {
     Unfenced(Epoch),
 }
 
-/// Reader lists of cells that several unordered actors have read since the last write.
+/// The readers of one cell since its last write, by actor: a hash table with open addressing, so that a read costs the
+/// same whether two threads or a thousand have read the cell. A clock of 0 is an empty slot.
+#[derive(Default)]
+struct ReaderSet {
+    slots: Vec<Epoch>,
+    used: usize,
+}
+
+impl ReaderSet {
+    /// Slots of a small set; a power of two.
+    const LEAST: usize = 4;
+
+    fn same_actor(a: &Epoch, b: &Epoch) -> bool {
+        (a.block, a.id, a.flags & ATOMIC) == (b.block, b.id, b.flags & ATOMIC)
+    }
+
+    /// Where an actor's epoch is, or would be put.
+    fn find(&self, epoch: &Epoch) -> usize {
+        let hash = (u32::from(epoch.id) ^ epoch.block << 7).wrapping_mul(0x9e37_79b1) >> 7;
+        let mask = self.slots.len() - 1;
+        let mut at = hash as usize & mask;
+        while self.slots[at].clock != 0 && !Self::same_actor(&self.slots[at], epoch) {
+            at = (at + 1) & mask;
+        }
+        at
+    }
+
+    /// Adds a read in place of its actor's last one. What `is_known` may be forgotten.
+    fn insert(&mut self, epoch: Epoch, is_known: impl Fn(&Epoch) -> bool) {
+        if 2 * self.used >= self.slots.len() {
+            let old = std::mem::take(&mut self.slots);
+            let left: Vec<Epoch> = old
+                .into_iter()
+                .filter(|read| read.clock != 0 && !is_known(read))
+                .collect();
+            let slots = (4 * left.len()).next_power_of_two().max(Self::LEAST);
+            self.slots.resize(slots, Epoch::default());
+            self.used = left.len();
+            for read in left {
+                let at = self.find(&read);
+                self.slots[at] = read;
+            }
+        }
+        let at = self.find(&epoch);
+        self.used += usize::from(self.slots[at].clock == 0);
+        self.slots[at] = epoch;
+    }
+
+    fn clear(&mut self) {
+        self.slots.truncate(Self::LEAST);
+        self.slots.fill(Epoch::default());
+        self.used = 0;
+    }
+}
+
+/// Readers of cells that several unordered actors have read since the last write.
 #[derive(Default)]
 pub(crate) struct Readers {
-    lists: Vec<Vec<Epoch>>,
+    sets: Vec<ReaderSet>,
     free: Vec<u32>,
 }
 
 impl Readers {
-    fn allocate(&mut self, first: Epoch, second: Epoch) -> u32 {
+    fn allocate(&mut self, reads: [Epoch; 2]) -> u32 {
         let index = self.free.pop().unwrap_or_else(|| {
-            self.lists.push(Vec::with_capacity(4));
-            self.lists.len() as u32 - 1
+            self.sets.push(ReaderSet::default());
+            self.sets.len() as u32 - 1
         });
-        self.lists[index as usize].extend([first, second]);
+        for read in reads {
+            self.sets[index as usize].insert(read, |_| false);
+        }
         index
     }
 
     fn release(&mut self, index: u32) {
-        self.lists[index as usize].clear();
+        self.sets[index as usize].clear();
         self.free.push(index);
     }
 }
 
 impl Cell {
     /// Forgets what blocks that no longer exist did to a cell of shared memory.
-    pub fn claim_for_block(&mut self, serial: u32) {
+    pub fn claim_for_block(&mut self, serial: u32, first_block: u32, readers: &mut Readers) {
         if self.write.block != serial {
+            if self.read.flags & MANY_READERS != 0 && self.read.block >= first_block {
+                readers.release(self.read.clock);
+            }
             *self = Cell::default();
             self.write.block = serial;
         }
@@ -129,16 +189,21 @@ impl Cell {
 
     /// Checks and records a read.
     pub fn on_read(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
-        let conflict = self.problem_of_read(actor);
         let new = actor.epoch;
+        let last = self.read;
+        if (last.clock, last.block, last.id, last.flags)
+            == (new.clock, new.block, new.id, new.flags)
+        {
+            return None;
+        }
+        let conflict = self.problem_of_read(actor);
         if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
-            let list = &mut readers.lists[self.read.clock as usize];
-            list.retain(|old| !actor.knows(old));
-            list.push(new);
+            let set = &mut readers.sets[self.read.clock as usize];
+            set.insert(new, |old| actor.knows(old));
         } else if actor.knows(&self.read) || self.read.flags & MANY_READERS != 0 {
             self.read = new;
         } else {
-            let index = readers.allocate(self.read, new);
+            let index = readers.allocate([self.read, new]);
             self.read = Epoch {
                 clock: index,
                 flags: MANY_READERS,
@@ -211,8 +276,9 @@ impl Cell {
         if self.read.block < actor.first_block {
             return None;
         }
-        let list = &readers.lists[self.read.clock as usize];
-        list.iter()
+        let set = &readers.sets[self.read.clock as usize];
+        set.slots
+            .iter()
             .find(|read| unordered(read))
             .map(|read| Conflict::AfterRead(*read))
     }
