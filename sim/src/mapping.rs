@@ -35,6 +35,12 @@ impl Mapping {
         })
     }
 
+    /// Gives the memory back and keeps the addresses; the bytes are zero again.
+    pub fn discard(&mut self) {
+        // SAFETY: a mapping that this value owns, with no reference into it alive.
+        unsafe { libc::madvise(self.base.cast(), self.len, libc::MADV_DONTNEED) };
+    }
+
     /// First address; page aligned.
     pub fn base(&self) -> *mut u8 {
         self.base

@@ -17,7 +17,7 @@ const FILL_LIMIT: usize = 64 << 20;
 /// Addresses kept free behind every buffer, so that an address a little past the end is nobody else's.
 pub(crate) const GUARD: usize = 1 << 20;
 
-/// Freed buffers that reports still know by name.
+/// Freed buffers whose addresses are kept from others for a while.
 const FREED_LIMIT: usize = 64;
 
 /// A buffer in simulated global memory, as the owner of [`crate::Gpu`] sees it. The handle is plain data.
@@ -154,8 +154,8 @@ pub(crate) struct GlobalMemory {
     /// Begin and slot of every buffer, in order of address.
     by_address: Vec<(usize, usize)>,
     last_hit: usize,
-    /// Name, begin and length of buffers that were freed last, for reports.
-    freed: VecDeque<(String, usize, usize)>,
+    /// The buffers that were freed last. Their addresses are nobody else's yet, so that reports know them by name.
+    freed: VecDeque<Region>,
 }
 
 impl GlobalMemory {
@@ -183,16 +183,21 @@ impl GlobalMemory {
 
     /// Gives a buffer back: from now on it is nobody's memory.
     pub fn free(&mut self, buffer: Buffer) {
-        let name = self.region(buffer).name.clone();
+        self.region(buffer);
         let slot = &mut self.slots[buffer.index];
-        slot.region = None;
         slot.generation += 1;
+        let region = slot.region.take();
         self.vacant.push(buffer.index);
         self.by_address.retain(|&(_, index)| index != buffer.index);
         self.freed.truncate(FREED_LIMIT - 1);
-        self.freed.push_front((name, buffer.base, buffer.len));
+        if let Some(mut region) = region {
+            region.data.discard();
+            region.shadow.discard();
+            self.freed.push_front(region);
+        }
     }
 
+    /// A buffer's region. Panics if it was freed.
     fn region(&mut self, buffer: Buffer) -> &mut Region {
         let slot = &mut self.slots[buffer.index];
         match &mut slot.region {
@@ -298,13 +303,10 @@ impl GlobalMemory {
     pub fn describe(&self, address: usize) -> String {
         let before = self.before(address);
         let region = before.and_then(|index| self.slots[index].region.as_ref());
-        let inside =
-            |&&(_, base, len): &&(String, usize, usize)| (base..base + len).contains(&address);
-        match (region, self.freed.iter().find(inside)) {
+        let freed = self.freed.iter().find(|region| region.contains(address, 1));
+        match (region, freed) {
             (Some(region), _) if region.contains(address, 1) => region.describe(address),
-            (_, Some((name, base, _))) => {
-                format!("byte {} of {name}, which was freed", address - base)
-            }
+            (_, Some(freed)) => format!("{}, which was freed", freed.describe(address)),
             (Some(region), None) => region.describe(address),
             (None, None) => format!("address {address:#x}, in no buffer"),
         }
