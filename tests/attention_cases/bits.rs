@@ -1,7 +1,5 @@
 //! What must have equal bits (segment-attention.md, section 4): a row alone, in a tile, in another batch, decoded.
 
-use std::ops::Range;
-
 use segattn::attention::cuda::{Dtype, Phase};
 
 use super::gpu::{self, Gpu, Grads, Options, Outcome};
@@ -52,40 +50,38 @@ fn mixed(head_dim: usize) -> Shape {
 pub fn rows_stand_alone(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
     let case = Case::new(&mixed(head_dim)).rounded(dtype);
     let whole = forward(gpu, &case, dtype, Phase::Prefill);
-    let alone = |row: usize| row..row + 1;
-    let splits: [(&str, Vec<usize>, Vec<Range<usize>>, Phase); 5] = [
-        ("one row alone", vec![0], vec![alone(130)], Phase::Prefill),
-        ("one row decoded", vec![0], vec![alone(64)], Phase::Decode),
-        (
-            "rows of another tile",
-            vec![0],
-            vec![61..71],
-            Phase::Prefill,
-        ),
+    let alone = |entry, row: usize| (entry, row..row + 1);
+    let one = |part| vec![part];
+    let excerpts = [
+        ("one row alone", Phase::Prefill, one(alone(0, 130))),
+        ("one row decoded", Phase::Decode, one(alone(0, 64))),
+        ("rows of another tile", Phase::Prefill, one((0, 61..71))),
         (
             "another batch",
-            vec![1, 0, 1],
-            vec![0..9, 0..34, alone(8)],
             Phase::Prefill,
+            vec![(1, 0..9), (0, 0..34), alone(1, 8)],
         ),
         (
             "a batch of decoded rows",
-            vec![0, 0, 1, 0, 0],
-            vec![alone(0), alone(63), alone(8), alone(127), 128..131],
             Phase::Decode,
+            vec![
+                alone(0, 0),
+                alone(0, 63),
+                alone(1, 8),
+                alone(0, 127),
+                (0, 128..131),
+            ],
         ),
     ];
-    for (what, entries, rows, phase) in splits {
-        let excerpt = case.excerpt(&entries, &rows);
+    for (what, phase, parts) in excerpts {
+        let excerpt = case.excerpt(&parts);
         let outcome = forward(gpu, &excerpt, dtype, phase);
-        for (i, (&entry, rows)) in entries.iter().zip(&rows).enumerate() {
-            for (at, query) in rows.clone().enumerate() {
-                let (got, expected) = (
-                    row(&excerpt, &outcome, i, at),
-                    row(&case, &whole, entry, query),
-                );
+        for (i, (entry, rows)) in parts.into_iter().enumerate() {
+            for (at, query) in rows.enumerate() {
+                let got = row(&excerpt, &outcome, i, at);
+                let same = got == row(&case, &whole, entry, query);
                 assert!(
-                    got == expected,
+                    same,
                     "{what}: other bits in row {query} of entry {entry}, {dtype} D {head_dim}"
                 );
             }
@@ -106,7 +102,7 @@ pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim:
     let options = Options::new(dtype);
     let whole = both(gpu, &case, options).1;
     for entry in 0..2 {
-        let excerpt = case.excerpt(&[entry], &[0..shape.segment_len[entry] as usize]);
+        let excerpt = case.excerpt(&[(entry, 0..shape.segment_len[entry] as usize)]);
         let alone = both(gpu, &excerpt, options).1;
         let lens = [shape.segment_len[entry], shape.prior_len[entry]];
         for ((name, got), (_, expected)) in alone.tensors.iter().zip(&whole.tensors) {

@@ -186,29 +186,29 @@ impl Case<f64> {
         }
     }
 
-    /// The same numbers as a batch of some of the entries, in this order, of which entry `i` asks for the queries of
-    /// rows `rows[i]` alone. Packed, with a row of padding in every tensor.
-    pub fn excerpt(&self, entries: &[usize], rows: &[Range<usize>]) -> Case<f64> {
+    /// The same numbers as a batch of parts: an entry, and the rows whose queries are asked for. Packed, with a row of
+    /// padding in every tensor.
+    pub fn excerpt(&self, parts: &[(usize, Range<usize>)]) -> Case<f64> {
         let shape = &self.shape;
         let per_head = shape.past_len.len() != shape.batch();
         let past_width = if per_head { shape.kv_heads } else { 1 };
         let pick = |all: &[i32], width: usize| -> Vec<i32> {
-            let of = |&entry: &usize| all[entry * width..(entry + 1) * width].to_vec();
-            entries.iter().flat_map(of).collect()
+            let of = |(entry, _): &(usize, _)| all[entry * width..(entry + 1) * width].to_vec();
+            parts.iter().flat_map(of).collect()
         };
         let excerpt = Shape {
             // As when the last row asked for is the newest there is.
-            segment_len: rows.iter().map(|rows| rows.end as i32).collect(),
+            segment_len: parts.iter().map(|(_, rows)| rows.end as i32).collect(),
             prior_len: pick(&shape.prior_len, 1),
             past_len: pick(&shape.past_len, past_width),
             arrangement: Arrangement::Packed,
             spare_rows: 1,
             ..shape.clone()
         };
-        let starts: Vec<i32> = rows.iter().map(|rows| rows.start as i32).collect();
+        let starts: Vec<i32> = parts.iter().map(|(_, rows)| rows.start as i32).collect();
         let starts = starts.iter().any(|&start| start > 0).then_some(starts);
         let mut case = Case::starting_at(&excerpt, starts);
-        for (i, (&entry, rows)) in entries.iter().zip(rows).enumerate() {
+        for (i, &(entry, ref rows)) in parts.iter().enumerate() {
             let queries = rows.start;
             copy_entry(&mut case.q, i, &self.q, entry, queries);
             copy_entry(&mut case.d_out, i, &self.d_out, entry, queries);
