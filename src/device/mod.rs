@@ -41,6 +41,11 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// One line for people: what this device is.
     fn description(&self) -> String;
 
+    /// Runs `work`, which makes many calls: where a device can make them cheaper together, it does.
+    fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        work()
+    }
+
     /// A buffer of `len` zeros.
     fn zeros(&self, kind: Kind, len: usize) -> Result<Self::Buffer>;
     /// A buffer of `len` numbers that may be anything: whoever asks for it writes before they read.

@@ -117,6 +117,11 @@ impl<'m, D: Device> Session<'m, D> {
     /// Reads tokens; returns the log-probabilities of each feed's targets, in the feeds' order.
     /// Each sequence may be fed once a call, and not beyond the session's longest length.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
+        let device = &self.model.device;
+        device.together(|| self.feed_all(feeds))
+    }
+
+    fn feed_all(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         let mut read = vec![0; feeds.len()];
         let mut scored = vec![Vec::new(); feeds.len()];
         loop {
@@ -128,15 +133,18 @@ impl<'m, D: Device> Session<'m, D> {
             let forward =
                 self.model
                     .forward(&self.plan, &step, &mut states, &mut self.slots, |_, _| ())?;
+            let mut ended = Vec::new();
             for (span, (feed, first)) in step.spans.iter().zip(owners) {
                 let (known, rows) = (&feeds[feed].targets, span.rows.rows);
                 let targets = &known[first.min(known.len())..(first + rows).min(known.len())];
                 let more = self.score(&forward, span.rows.row, targets)?;
                 scored[feed].extend(more);
                 if first + rows == feeds[feed].tokens.len() {
-                    self.logits[span.sequence] =
-                        self.read_logits(&forward, span.rows.row + rows - 1)?;
+                    ended.push((span.sequence, span.rows.row + rows - 1));
                 }
+            }
+            for ended in ended.chunks(LOGIT_ROWS) {
+                self.read_logits(&forward, ended)?;
             }
         }
     }
@@ -171,7 +179,8 @@ impl<'m, D: Device> Session<'m, D> {
         let device = &self.model.device;
         let mut scores = device.empty(Kind::Exact, targets.len())?;
         for (i, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
-            let mut logits = self.head(forward, row + i * LOGIT_ROWS, targets.len())?;
+            let x = Rows::packed(&forward.hidden, row + i * LOGIT_ROWS, self.hidden());
+            let mut logits = self.head(x, targets.len())?;
             let vocab = self.model.config.vocab_size;
             let rows = RowsMut::packed(&mut logits, 0, vocab);
             let to = RowsMut::packed(&mut scores, i * LOGIT_ROWS, 1);
@@ -180,18 +189,31 @@ impl<'m, D: Device> Session<'m, D> {
         device.read(&scores, 0..targets.len())
     }
 
-    fn read_logits(&self, forward: &Forward<D>, row: usize) -> Result<Vec<f32>> {
-        let logits = self.head(forward, row, 1)?;
-        self.model
-            .device
-            .read(&logits, 0..self.model.config.vocab_size)
+    /// The logits of each sequence's row, in one product: the head's weights are read once.
+    fn read_logits(&mut self, forward: &Forward<D>, ended: &[(usize, usize)]) -> Result<()> {
+        let (device, hidden) = (&self.model.device, self.hidden());
+        let mut last = device.empty(Kind::Activation, ended.len() * hidden)?;
+        for (i, (_, row)) in ended.iter().enumerate() {
+            let src = Rows::packed(&forward.hidden, *row, hidden);
+            let dst = RowsMut::packed(&mut last, i, hidden);
+            device.copy(src, dst, 1, hidden, Fold::Set)?;
+        }
+        let logits = self.head(Rows::packed(&last, 0, hidden), ended.len())?;
+        let vocab = self.model.config.vocab_size;
+        for (i, (sequence, _)) in ended.iter().enumerate() {
+            self.logits[*sequence] = device.read(&logits, i * vocab..(i + 1) * vocab)?;
+        }
+        Ok(())
     }
 
-    fn head(&self, forward: &Forward<D>, row: usize, rows: usize) -> Result<D::Buffer> {
-        let (device, config) = (&self.model.device, &self.model.config);
-        let mut logits = device.empty(Kind::Exact, rows * config.vocab_size)?;
-        let x = Rows::packed(&forward.hidden, row, config.hidden_size);
-        let y = RowsMut::packed(&mut logits, 0, config.vocab_size);
+    fn hidden(&self) -> usize {
+        self.model.config.hidden_size
+    }
+
+    fn head(&self, x: Rows<'_, D::Buffer>, rows: usize) -> Result<D::Buffer> {
+        let (device, vocab) = (&self.model.device, self.model.config.vocab_size);
+        let mut logits = device.empty(Kind::Exact, rows * vocab)?;
+        let y = RowsMut::packed(&mut logits, 0, vocab);
         device.linear(x, rows, self.model.head(), y, Fold::Set)?;
         Ok(logits)
     }

@@ -103,6 +103,18 @@ pub fn accumulate<D: Device>(
     scale: f64,
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
+    let device = &model.device;
+    device.together(|| run(model, sequences, config, scale, gradients))
+}
+
+/// [`accumulate`], call by call.
+fn run<D: Device>(
+    model: &Decoder<D>,
+    sequences: &[Vec<u32>],
+    config: StreamConfig,
+    scale: f64,
+    gradients: &mut Gradients<D>,
+) -> Result<Vec<Vec<f64>>> {
     let longest = sequences.iter().map(|s| s.len() - 1).max().unwrap_or(0);
     let plan = Plan::new(&model.config, longest);
     let last: Vec<usize> = sequences

@@ -5,12 +5,13 @@ use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
 
+use super::idle;
 use crate::device::DeviceError;
 
 /// Two cache lines, one row of a panel: gives the allocation its alignment.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(128))]
-struct Line([f32; 32]);
+pub(super) struct Line([f32; 32]);
 
 /// A zeroed `f32` buffer whose first element is 128-byte aligned.
 #[derive(Clone, Default)]
@@ -28,21 +29,39 @@ impl Aligned {
     }
 }
 
-/// Memory of the CPU device.
-#[derive(Clone, Default)]
+/// Memory of the CPU device. Large buffers come from freed ones of about their size where there are any:
+/// a step frees what the next one needs again, and pages fresh from the system are slow.
+#[derive(Default)]
 pub struct Buffer(Aligned);
 
 impl Buffer {
     /// `len` zeros, or an error where memory cannot be had.
     pub(super) fn zeros(len: usize) -> Result<Buffer, DeviceError> {
-        let mut lines = Vec::new();
+        let mut buffer = Buffer::empty(len)?;
+        buffer.fill(0.0);
+        Ok(buffer)
+    }
+
+    /// `len` numbers, whatever they are, or an error where memory cannot be had.
+    pub(super) fn empty(len: usize) -> Result<Buffer, DeviceError> {
         let count = len.div_ceil(32);
+        if let Some(lines) = idle::take(count) {
+            return Ok(Buffer(Aligned { lines, len }));
+        }
+        let mut lines = Vec::new();
         if lines.try_reserve_exact(count).is_err() {
+            idle::failed(count);
             let bytes = count.saturating_mul(size_of::<Line>());
             return Err(DeviceError::OutOfMemory { bytes });
         }
         lines.resize(count, Line::zeroed());
         Ok(Buffer(Aligned { lines, len }))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        idle::give(std::mem::take(&mut self.0.lines));
     }
 }
 

@@ -54,8 +54,17 @@ impl Device for Cpu {
         format!("cpu (f32, {isa}, {threads} threads)")
     }
 
+    fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        // On a thread of the pool: to start parallel work from outside costs a wake-up and a wait each time.
+        rayon::scope(|_| work())
+    }
+
     fn zeros(&self, _: Kind, len: usize) -> Result<Buffer> {
         Buffer::zeros(len)
+    }
+
+    fn empty(&self, _: Kind, len: usize) -> Result<Buffer> {
+        Buffer::empty(len)
     }
 
     fn write(&self, buffer: &mut Buffer, start: usize, values: &[f32]) -> Result<()> {

@@ -12,6 +12,7 @@ mod adamw;
 mod attend;
 mod buffer;
 mod device;
+mod idle;
 mod kernel;
 mod math;
 mod packed;
@@ -20,6 +21,7 @@ pub mod product;
 pub mod rows;
 
 pub use buffer::Buffer;
+pub use idle::release_memory;
 pub use packed::PackedMatrix;
 pub use pool::Pool;
 

@@ -1,0 +1,149 @@
+//! Memory of freed buffers, kept for the next ones that ask for about as much.
+//!
+//! What is kept and what is in use together never exceed what was in use at its highest: keeping memory
+//! does not raise the peak.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::buffer::Line;
+
+/// Lines below which the allocator is fast enough (16 KiB).
+const SMALL: usize = 128;
+
+static IDLE: Mutex<Idle> = Mutex::new(Idle::new());
+
+/// Gives memory that the CPU device keeps for later buffers back to the allocator.
+pub fn release_memory() {
+    let released = lock().release();
+    drop(released);
+}
+
+/// Memory of at least this many lines, with anything in it. `None`: there is none, and the caller who
+/// allocates is counted already.
+pub(super) fn take(lines: usize) -> Option<Vec<Line>> {
+    if lines < SMALL {
+        return None;
+    }
+    // Memory goes back to the allocator when the lock is free again.
+    let (found, _released) = lock().take(lines);
+    found
+}
+
+/// Undoes the count of a [`take`] whose caller could not allocate.
+pub(super) fn failed(lines: usize) {
+    if lines >= SMALL {
+        lock().used -= lines;
+    }
+}
+
+/// Takes freed memory back.
+pub(super) fn give(lines: Vec<Line>) {
+    if lines.len() >= SMALL {
+        lock().give(lines);
+    }
+}
+
+fn lock() -> MutexGuard<'static, Idle> {
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts are of lines.
+struct Idle {
+    /// By their number of lines.
+    kept: BTreeMap<usize, Vec<Vec<Line>>>,
+    kept_lines: usize,
+    used: usize,
+    most_used: usize,
+}
+
+impl Idle {
+    const fn new() -> Self {
+        Idle {
+            kept: BTreeMap::new(),
+            kept_lines: 0,
+            used: 0,
+            most_used: 0,
+        }
+    }
+
+    /// The closest fit that wastes at most an eighth, and what must be released.
+    fn take(&mut self, lines: usize) -> (Option<Vec<Line>>, Vec<Vec<Line>>) {
+        let fit = self.kept.range(lines..=lines + lines / 8).next();
+        let found = fit.map(|(size, _)| *size).map(|size| self.remove(size));
+        self.used += found.as_ref().map_or(lines, Vec::len);
+        self.most_used = self.most_used.max(self.used);
+        let mut released = Vec::new();
+        while self.kept_lines + self.used > self.most_used {
+            let (&largest, _) = self.kept.last_key_value().expect("lines are kept");
+            released.push(self.remove(largest));
+        }
+        (found, released)
+    }
+
+    fn give(&mut self, lines: Vec<Line>) {
+        self.used -= lines.len();
+        self.kept_lines += lines.len();
+        self.kept.entry(lines.len()).or_default().push(lines);
+    }
+
+    /// One of the kept ones of this size, which there are.
+    fn remove(&mut self, size: usize) -> Vec<Line> {
+        let same = self.kept.get_mut(&size).expect("a size that is kept");
+        let lines = same.pop().expect("no empty lists are kept");
+        if same.is_empty() {
+            self.kept.remove(&size);
+        }
+        self.kept_lines -= size;
+        lines
+    }
+
+    fn release(&mut self) -> BTreeMap<usize, Vec<Vec<Line>>> {
+        self.kept_lines = 0;
+        self.most_used = self.used;
+        std::mem::take(&mut self.kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+
+    use super::*;
+
+    /// A buffer of `size` lines by way of `idle`, and where it lies.
+    fn buffer(idle: &mut Idle, size: usize) -> Vec<Line> {
+        let (found, _) = idle.take(size);
+        found.unwrap_or_else(|| vec![Line::zeroed(); size])
+    }
+
+    #[test]
+    fn freed_memory_serves_the_next_buffer_of_about_its_size() {
+        let mut idle = Idle::new();
+        let first = buffer(&mut idle, 1000);
+        let at = first.as_ptr();
+        idle.give(first);
+        let again = buffer(&mut idle, 950);
+        assert!(again.as_ptr() == at && again.len() == 1000);
+        assert_eq!([idle.used, idle.kept_lines], [1000, 0]);
+        idle.give(again);
+        assert!(idle.take(800).0.is_none(), "wastes more than an eighth");
+    }
+
+    #[test]
+    fn kept_and_used_memory_never_exceed_the_most_that_was_used() {
+        let mut idle = Idle::new();
+        let mut most = 0;
+        for round in 1..50 {
+            let alive: Vec<_> = (1..=round % 7 + 1)
+                .map(|i| buffer(&mut idle, 128 + 37 * i * (round % 5)))
+                .collect();
+            most = most.max(alive.iter().map(Vec::len).sum());
+            assert!(idle.used + idle.kept_lines <= most, "round {round}");
+            alive.into_iter().for_each(|lines| idle.give(lines));
+            assert!(idle.kept_lines <= most && idle.used == 0);
+        }
+        idle.release();
+        assert_eq!([idle.kept_lines, idle.most_used], [0, 0]);
+    }
+}
