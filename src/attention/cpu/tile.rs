@@ -9,6 +9,8 @@ use super::simd::{LANES, Lanes};
 
 /// Keys of a tile, counted from the first row of their source.
 pub(super) const KEYS: usize = 64;
+/// Rows of values that are asked for ahead of their use.
+const KEYS_AHEAD: usize = 16;
 /// Vectors of a row of scores.
 pub(super) const KEY_VECTORS: usize = KEYS / LANES;
 
@@ -75,23 +77,47 @@ pub(super) unsafe fn transpose<L: Lanes>(
     unsafe {
         for key in (0..count).step_by(LANES) {
             for d in (0..head_dim).step_by(LANES) {
-                let half = head_dim - d < LANES;
-                let mut block = [L::splat(0.0); LANES];
-                for (i, vector) in block.iter_mut().enumerate().take(count - key) {
-                    let row = from.data.as_ptr().add((key + i) * from.stride + d);
-                    *vector = if half {
-                        L::load_half(row)
-                    } else {
-                        L::load(row)
-                    };
-                }
-                L::transpose(&mut block);
-                let columns = if half { 8 } else { LANES };
+                let rows = from.data.as_ptr().add(key * from.stride + d);
+                let block = load_block::<L>(rows, from.stride, count - key, head_dim - d);
+                let columns = LANES.min(head_dim - d);
                 for (i, vector) in block.iter().enumerate().take(columns) {
                     vector.store(to.as_mut_ptr().add((d + i) * KEYS + key));
                 }
             }
         }
+    }
+}
+
+/// The transpose of `count` rows of `width` elements, at most 16 of each; zeros for the rest. The rows of the
+/// next tile are asked for: they are too far apart for the machine to see them coming.
+#[inline(always)]
+unsafe fn load_block<L: Lanes>(
+    rows: *const f32,
+    stride: usize,
+    count: usize,
+    width: usize,
+) -> [L; LANES] {
+    // SAFETY: `count` rows of `width` elements are the caller's; a prefetch may have any address.
+    unsafe {
+        let mut block = [L::splat(0.0); LANES];
+        if count >= LANES && width >= LANES {
+            for (i, vector) in block.iter_mut().enumerate() {
+                let row = rows.add(i * stride);
+                L::prefetch(row.wrapping_add(KEYS * stride));
+                *vector = L::load(row);
+            }
+        } else {
+            for (i, vector) in block.iter_mut().enumerate().take(count) {
+                let row = rows.add(i * stride);
+                *vector = if width < LANES {
+                    L::load_half(row)
+                } else {
+                    L::load(row)
+                };
+            }
+        }
+        L::transpose(&mut block);
+        block
     }
 }
 
@@ -327,6 +353,10 @@ unsafe fn accumulate_keys<L: Lanes, const ROWS: usize>(
             }
             d += L::BLOCK * LANES;
         }
+        if L::BLOCK == KEY_VECTORS && d + 2 * LANES <= head_dim {
+            accumulate_block::<L, ROWS, 2>(chains, d, keys, factors);
+            d += 2 * LANES;
+        }
         while d + LANES <= head_dim {
             accumulate_block::<L, ROWS, 1>(chains, d, keys, factors);
             d += LANES;
@@ -358,6 +388,10 @@ unsafe fn accumulate_block<L: Lanes, const ROWS: usize, const N: usize>(
             let b = chains.b.add(key * chains.b_stride + d);
             let mut column = [L::splat(0.0); N];
             for (n, column) in column.iter_mut().enumerate() {
+                if ROWS <= 2 {
+                    // Decoding reads each row once, from memory.
+                    L::prefetch(b.wrapping_add(KEYS_AHEAD * chains.b_stride + n * LANES));
+                }
                 *column = L::load(b.add(n * LANES));
             }
             for (row, sums) in sums.iter_mut().enumerate() {

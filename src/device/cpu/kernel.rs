@@ -150,6 +150,21 @@ mod x86 {
         wide: avx2::<1, WIDE, true>,
     };
 
+    /// Tiles of at most so many rows wait for memory: their panels are read once.
+    const FEW_ROWS: usize = 8;
+    /// How far ahead a panel is asked for, 2 KiB: the machine itself does not look beyond a page of memory.
+    const AHEAD: usize = 16 * NR;
+
+    /// Asks for one row of a panel, two cache lines, at any address, valid or not.
+    #[inline(always)]
+    fn ask_for(row: *const f32) {
+        // SAFETY: a prefetch reads nothing that the program can see.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(row.cast());
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(16).cast());
+        }
+    }
+
     /// 14 rows of 32 columns fill 28 of the 32 registers; two hold B and one the element of A.
     ///
     /// # Safety
@@ -172,6 +187,9 @@ mod x86 {
             for _ in 0..t.k {
                 for q in 0..PANELS {
                     let b_row = b.add(q * t.b_stride);
+                    if MR <= FEW_ROWS {
+                        ask_for(b_row.wrapping_add(AHEAD));
+                    }
                     let b_row = [_mm512_loadu_ps(b_row), _mm512_loadu_ps(b_row.add(16))];
                     for i in 0..MR {
                         let x = _mm512_set1_ps(a.add(i * a_row).read());
@@ -235,6 +253,9 @@ mod x86 {
             }
             let (mut a, mut b) = (t.a, t.b);
             for _ in 0..t.k {
+                if MR <= 3 {
+                    ask_for(b.wrapping_add(AHEAD));
+                }
                 for v in 0..VECTORS {
                     let b_row = _mm256_loadu_ps(b.add(v * 8));
                     for i in 0..MR {

@@ -24,6 +24,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_half(from: *const f32) -> Self {
         unsafe { Avx2(_mm256_loadu_ps(from), _mm256_setzero_ps()) }
     }

@@ -24,6 +24,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_half(from: *const f32) -> Self {
         unsafe { Avx512(_mm512_maskz_loadu_ps(0xff, from)) }
     }

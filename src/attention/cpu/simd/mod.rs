@@ -29,6 +29,8 @@ pub(super) trait Lanes: Copy {
 
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
+    /// Asks for the cache line at any address, valid or not.
+    unsafe fn prefetch(_at: *const f32) {}
     /// Eight elements, then zeros.
     unsafe fn load_half(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
