@@ -1,7 +1,8 @@
 //! Attention on the CPU against a plain f32 version in the same run, and against the machine: its
 //! peak of fused multiply-adds for whole segments, its memory bandwidth for decoding.
 //!
-//! `cargo bench --bench attention`; the table comes last.
+//! `cargo bench --bench attention`; the tables come last, for one thread and all, AVX-512 and AVX2. With
+//! `-- table`, a filter that no name matches, only they come.
 
 #[path = "../tests/attention_cases/plain.rs"]
 mod plain;
@@ -11,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 use plain::Upstream;
+use rayon::ThreadPoolBuilder;
 use rayon::prelude::*;
 use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, cpu};
+use segattn::isa::Isa;
 
 const Q_HEADS: usize = 4;
 const KV_HEADS: usize = 2;
@@ -105,6 +108,7 @@ impl Data {
 
 /// Results, reused by every run.
 struct Results {
+    isa: Isa,
     out: Vec<f32>,
     lse: Vec<f32>,
     grads: [Vec<f32>; 6],
@@ -112,8 +116,13 @@ struct Results {
 
 impl Results {
     fn new(data: &Data) -> Self {
+        Self::on(Isa::best(), data)
+    }
+
+    fn on(isa: Isa, data: &Data) -> Self {
         let kv = |source: usize| vec![0.0; data.kv[source][0].len()];
         Results {
+            isa,
             out: vec![0.0; data.q.len()],
             lse: vec![0.0; data.q.len() / data.head_dim],
             grads: [
@@ -129,7 +138,7 @@ impl Results {
 
     fn forward(&mut self, data: &Data) {
         let out = ViewMut::packed(&mut self.out, data.q_shape());
-        cpu::forward(&data.problem(), out, &mut self.lse).expect("a valid problem");
+        cpu::forward_on(self.isa, &data.problem(), out, &mut self.lse).expect("a valid problem");
     }
 
     fn backward(&mut self, data: &Data) {
@@ -147,8 +156,16 @@ impl Results {
         };
         let out = View::packed(&self.out[..], data.q_shape());
         let d_out = View::packed(&data.d_out[..], data.q_shape());
-        cpu::backward(&data.problem(), out, &self.lse, d_out, None, grads)
-            .expect("a valid problem");
+        cpu::backward_on(
+            self.isa,
+            &data.problem(),
+            out,
+            &self.lse,
+            d_out,
+            None,
+            grads,
+        )
+        .expect("a valid problem");
     }
 }
 
@@ -197,7 +214,7 @@ mod fma {
 }
 
 /// Operations per second of nothing but fused multiply-adds on every thread, where that is known.
-fn peak() -> Option<f64> {
+fn peak(isa: Isa) -> Option<f64> {
     const STEPS: usize = 400_000;
     let on_all = |per_step: usize, f: &(dyn Fn() -> f32 + Sync)| {
         let seconds = best(20, || {
@@ -206,17 +223,13 @@ fn peak() -> Option<f64> {
         (rayon::current_num_threads() * STEPS * per_step * 2) as f64 / seconds
     };
     #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: just detected.
-            return Some(on_all(16 * 16, &|| unsafe { fma::chains512(STEPS) }));
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: just detected.
-            return Some(on_all(12 * 8, &|| unsafe { fma::chains256(STEPS) }));
-        }
+    match isa {
+        // SAFETY: the instruction set is there; also below.
+        Isa::Avx512 => return Some(on_all(16 * 16, &|| unsafe { fma::chains512(STEPS) })),
+        Isa::Avx2 => return Some(on_all(12 * 8, &|| unsafe { fma::chains256(STEPS) })),
+        Isa::Portable => {}
     }
-    let _ = on_all;
+    let _ = (isa, on_all);
     None
 }
 
@@ -233,85 +246,121 @@ fn bandwidth() -> f64 {
     (words.len() * 8) as f64 / seconds
 }
 
-fn main() {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(200))
-        .measurement_time(Duration::from_millis(800))
-        .configure_from_args();
-    let (peak, bandwidth) = (peak(), bandwidth());
-    let mut table = vec![format!(
-        "{:26} {:>9} {:>9} {:>7} {:>9} {:>8}",
-        "", "ms", "plain ms", "ratio", "GFLOP/s", "of peak"
-    )];
-    for (head_dim, lens) in [
-        (64, [512, 0, 0]),
-        (64, [2048, 0, 0]),
-        (64, [2048, 512, 512]),
-        (128, [512, 0, 0]),
-        (128, [2048, 0, 0]),
-        (128, [512, 256, 256]),
-    ] {
+/// Segments of the tables: head_dim; current, prior and past rows.
+const SEGMENTS: [(usize, [i32; 3]); 6] = [
+    (64, [512, 0, 0]),
+    (64, [2048, 0, 0]),
+    (64, [2048, 512, 512]),
+    (128, [512, 0, 0]),
+    (128, [2048, 0, 0]),
+    (128, [512, 256, 256]),
+];
+/// Decoding: one row of a long segment.
+const DECODING: [i32; 3] = [1 << 16, 512, 512];
+
+fn segment_name(head_dim: usize, lens: [i32; 3]) -> String {
+    format!("D{head_dim} S{} +{} +{}", lens[0], lens[1], lens[2])
+}
+
+fn criterion_runs(criterion: &mut Criterion) {
+    for (head_dim, lens) in SEGMENTS {
         let data = Data::new(head_dim, lens, lens[0] as usize);
         let mut results = Results::new(&data);
-        let name = format!("D{head_dim} S{} +{} +{}", lens[0], lens[1], lens[2]);
-        let upstream = Upstream {
-            d_out: View::packed(&data.d_out, data.q_shape()),
-            d_lse: None,
-        };
+        let name = segment_name(head_dim, lens);
         criterion.bench_function(&format!("forward {name}"), |b| {
             b.iter(|| results.forward(&data))
         });
         criterion.bench_function(&format!("backward {name}"), |b| {
             b.iter(|| results.backward(&data))
         });
-        let plain_forward = best(1, || drop(black_box(plain::run(&data.problem(), None))));
-        let plain_both = best(1, || {
-            drop(black_box(plain::run(&data.problem(), Some(upstream))));
-        });
+    }
+    for head_dim in [64, 128] {
+        let data = Data::new(head_dim, DECODING, 1);
+        let mut results = Results::new(&data);
+        let name = format!("decode D{head_dim} S{}", DECODING[0]);
+        criterion.bench_function(&name, |b| b.iter(|| results.forward(&data)));
+    }
+}
+
+/// Seconds of the plain version's forward and backward.
+fn plain_seconds(data: &Data) -> [f64; 2] {
+    let upstream = Upstream {
+        d_out: View::packed(&data.d_out, data.q_shape()),
+        d_lse: None,
+    };
+    let forward = best(1, || drop(black_box(plain::run(&data.problem(), None))));
+    let both = best(1, || {
+        drop(black_box(plain::run(&data.problem(), Some(upstream))));
+    });
+    [forward, both - forward]
+}
+
+/// What was measured with one instruction set on the threads of the pool that runs it.
+fn table(isa: Isa, plain: &[[f64; 2]]) {
+    let (peak, bandwidth) = (peak(isa), bandwidth());
+    let shown = peak.map_or("unknown".into(), |p| format!("{:.0} GFLOP/s", p / 1e9));
+    let threads = rayon::current_num_threads();
+    println!("\n{isa:?}, threads: {threads}, peak of multiply-adds {shown}");
+    println!(
+        "{:26} {:>9} {:>9} {:>7} {:>9} {:>8}",
+        "", "ms", "plain ms", "ratio", "GFLOP/s", "of peak"
+    );
+    for ((head_dim, lens), plain) in SEGMENTS.into_iter().zip(plain) {
+        let data = Data::new(head_dim, lens, lens[0] as usize);
+        let mut results = Results::on(isa, &data);
         let forward = best(10, || results.forward(&data));
         let backward = best(10, || results.backward(&data));
-        let rows = [
-            ("forward", forward, plain_forward, false),
-            ("backward", backward, plain_both - plain_forward, true),
-        ];
-        for (pass, seconds, plain, is_backward) in rows {
-            let speed = data.operations(is_backward) / seconds;
+        let passes = [("forward", forward), ("backward", backward)];
+        for ((pass, seconds), plain) in passes.into_iter().zip(plain) {
+            let speed = data.operations(pass == "backward") / seconds;
             let share = peak.map_or("?".into(), |peak| format!("{:.0}%", 100.0 * speed / peak));
-            table.push(format!(
+            println!(
                 "{:26} {:9.2} {:9.1} {:6.0}x {:9.1} {share:>8}",
-                format!("{pass} {name}"),
+                format!("{pass} {}", segment_name(head_dim, lens)),
                 1e3 * seconds,
                 1e3 * plain,
                 plain / seconds,
                 speed / 1e9,
-            ));
+            );
         }
     }
     for head_dim in [64, 128] {
-        let data = Data::new(head_dim, [1 << 16, 512, 512], 1);
-        let mut results = Results::new(&data);
-        let name = format!("decode D{head_dim} S65536");
-        criterion.bench_function(&name, |b| b.iter(|| results.forward(&data)));
+        let data = Data::new(head_dim, DECODING, 1);
+        let mut results = Results::on(isa, &data);
         let seconds = best(10, || results.forward(&data));
         let elements: usize = data.kv.iter().flatten().map(Vec::len).sum();
         let speed = (4 * elements) as f64 / seconds;
-        table.push(format!(
-            "{name:26} {:9.2} ms {:.1} GB/s, {:.0}% of the {:.1} GB/s of reading memory",
+        println!(
+            "{:26} {:9.2} ms {:.1} GB/s, {:.0}% of the {:.1} GB/s of reading memory",
+            format!("decode D{head_dim} S{}", DECODING[0]),
             1e3 * seconds,
             speed / 1e9,
             100.0 * speed / bandwidth,
             bandwidth / 1e9,
-        ));
+        );
     }
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800))
+        .configure_from_args();
+    criterion_runs(&mut criterion);
     criterion.final_summary();
-    let threads = rayon::current_num_threads();
-    let peak = peak.map_or("unknown".into(), |peak| {
-        format!("{:.0} GFLOP/s", peak / 1e9)
-    });
-    println!(
-        "\n{threads} threads, peak of multiply-adds {peak}, {Q_HEADS} query heads on {KV_HEADS}"
-    );
-    println!("segments +prior +past; plain: tests/attention_cases/plain.rs\n");
-    table.iter().for_each(|line| println!("{line}"));
+    let plain = SEGMENTS
+        .map(|(head_dim, lens)| plain_seconds(&Data::new(head_dim, lens, lens[0] as usize)));
+    println!("\n{Q_HEADS} query heads on {KV_HEADS}; segments +prior +past");
+    println!("plain: tests/attention_cases/plain.rs, one thread");
+    let mut sets = vec![Isa::best()];
+    sets.extend((Isa::best() == Isa::Avx512).then_some(Isa::Avx2));
+    let mut counts = vec![1, rayon::current_num_threads()];
+    counts.dedup();
+    for isa in sets {
+        for &threads in &counts {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.expect("threads start").install(|| table(isa, &plain));
+        }
+    }
 }

@@ -4,11 +4,13 @@
 //! Criterion reports the times; the ratios are printed first, each from the best of interleaved
 //! repetitions, so that a neighbour on the machine slows both sides alike.
 
-use std::hint::black_box;
-use std::time::{Duration, Instant};
+mod measure;
+
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use gemm::Parallelism;
+use measure::{best, read_all};
 use rayon::prelude::*;
 use segattn::device::cpu::PackedMatrix;
 use segattn::device::cpu::product::{
@@ -166,44 +168,6 @@ impl Layer {
     }
 }
 
-/// Best time of each function, taken in turns for about `budget`.
-fn best<const N: usize>(budget: Duration, mut run: [&mut dyn FnMut(); N]) -> [f64; N] {
-    let mut best = [f64::INFINITY; N];
-    let start = Instant::now();
-    let mut rounds = 0;
-    while rounds < 5 || start.elapsed() < budget {
-        for (f, best) in run.iter_mut().zip(&mut best) {
-            f();
-            let start = Instant::now();
-            for _ in 0..3 {
-                f();
-            }
-            *best = best.min(start.elapsed().as_secs_f64() / 3.0);
-        }
-        rounds += 1;
-    }
-    best
-}
-
-/// Reads every element, the way a product must, and does as little else as possible.
-fn read_all(x: &[f32]) -> f32 {
-    let part = x
-        .len()
-        .div_ceil(4 * rayon::current_num_threads())
-        .next_multiple_of(64);
-    x.par_chunks(part)
-        .map(|part| {
-            let mut sums = [0u32; 128];
-            for chunk in part.chunks_exact(128) {
-                for (sum, x) in sums.iter_mut().zip(chunk) {
-                    *sum ^= x.to_bits();
-                }
-            }
-            sums.iter().fold(0, |a, b| a ^ b)
-        })
-        .reduce(|| 0, |a, b| a ^ b) as f32
-}
-
 fn ratios() {
     let budget = Duration::from_secs(1);
     println!("{} threads", rayon::current_num_threads());
@@ -215,6 +179,7 @@ fn ratios() {
         let flops = layers[0].flops();
         let [a, b, c, d, e, f] = layers;
         let times = best(
+            5,
             budget,
             [
                 &mut || a.crate_forward(),
@@ -240,11 +205,10 @@ fn ratios() {
         let weights = values(outputs * inputs);
         let mut copy = vec![0.0; weights.len()];
         let times = best(
+            5,
             budget,
             [
-                &mut || {
-                    black_box(read_all(black_box(&weights)));
-                },
+                &mut || read_all(&weights),
                 &mut || {
                     let part = weights.len().div_ceil(rayon::current_num_threads());
                     let to = copy.par_chunks_mut(part);
