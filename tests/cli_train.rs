@@ -101,6 +101,13 @@ fn losses_len(run: &Path) -> usize {
         .map_or(0, |text| text.iter().filter(|b| **b == b'\n').count())
 }
 
+/// Whether a checkpoint is being written or removed, or was when the run was killed.
+fn saving(run: &Path) -> bool {
+    let names = std::fs::read_dir(run.join("checkpoints"));
+    let unfinished = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(".writing-");
+    names.is_ok_and(|mut names| names.any(|name| unfinished(&name.unwrap().file_name())))
+}
+
 #[test]
 fn a_run_killed_at_random_moments_and_resumed_ends_in_the_bits_of_one_that_was_not() {
     let folder = tempfile::tempdir().unwrap();
@@ -108,7 +115,8 @@ fn a_run_killed_at_random_moments_and_resumed_ends_in_the_bits_of_one_that_was_n
     succeed(train(folder.path(), "whole"));
 
     let mut next = 0x9e37_79b9_7f4a_7c15u64 ^ u64::from(std::process::id());
-    let (mut kills, mut begun) = (0, false);
+    let (mut kills, mut torn, mut begun) = (0, 0, false);
+    let run = folder.path().join("killed");
     for attempt in 0.. {
         assert!(attempt < 200, "the run does not get on");
         let mut command = if begun {
@@ -120,16 +128,23 @@ fn a_run_killed_at_random_moments_and_resumed_ends_in_the_bits_of_one_that_was_n
         next ^= next << 13;
         next ^= next >> 7;
         next ^= next << 17;
-        // One of four while it starts, the others some steps on.
-        let steps = losses_len(&folder.path().join("killed")) + 1 + (next >> 8) as usize % 30;
+        // One of four while it starts, one while it saves (all, until one was torn), two some steps on.
+        let at_save = torn == 0 || next & 3 == 1;
+        let old = saving(&run);
+        let steps = losses_len(&run) + 1 + (next >> 8) as usize % 30;
         let moment = Duration::from_millis((next >> 8) & 31);
         let started = Instant::now();
         while child.try_wait().unwrap().is_none() {
-            let on = losses_len(&folder.path().join("killed")) >= steps;
-            if on || (next & 3 == 0 && started.elapsed() > moment) {
+            let due = match at_save {
+                // What the run before left behind is cleared first.
+                true => saving(&run) && (!old || losses_len(&run) >= steps),
+                false if next & 3 == 0 => started.elapsed() > moment,
+                false => losses_len(&run) >= steps,
+            };
+            if due {
                 break;
             }
-            sleep(Duration::from_millis(1));
+            sleep(Duration::from_micros(200));
         }
         if let Some(status) = child.try_wait().unwrap() {
             assert!(status.success(), "attempt {attempt}");
@@ -138,11 +153,15 @@ fn a_run_killed_at_random_moments_and_resumed_ends_in_the_bits_of_one_that_was_n
         child.kill().unwrap();
         child.wait().unwrap();
         kills += 1;
+        torn += usize::from(saving(&run));
         begun = !list(&folder.path().join("killed/checkpoints"))
             .unwrap()
             .is_empty();
     }
-    assert!(kills >= 2, "{kills} kills");
+    assert!(
+        kills >= 2 && torn >= 1,
+        "{kills} kills, {torn} during a save"
+    );
     let last = |run: &str| {
         load_latest(&folder.path().join(run).join("checkpoints"))
             .unwrap()

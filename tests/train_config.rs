@@ -101,7 +101,8 @@ fn errors_name_the_key_what_it_expects_and_what_it_got() {
     assert!(got.contains("many"), "{got}");
 
     let (key, expected, got) = refusal(SMALL, &[("training.stepz", "3")]);
-    assert_eq!((key.as_str(), got.as_str()), ("training.stepz", "`stepz`"));
+    assert_eq!(key, "training.stepz");
+    assert_eq!(got, "`stepz`; did you mean `steps`?");
     assert!(expected.contains("steps"), "{expected}");
 
     let (key, expected, got) = refusal("[data]\ntrain = [\"a\"]\n[optimizer]\nlr = 1.0\n", &[]);
@@ -111,9 +112,19 @@ fn errors_name_the_key_what_it_expects_and_what_it_got() {
         "{expected} {got}"
     );
 
+    let (key, _, got) = refusal("[trainign]\nsteps = 3\n", &[]);
+    assert_eq!(key, "trainign");
+    assert_eq!(got, "unknown field `trainign`; did you mean `training`?");
+
+    let error = Config::parse("[data]\ntrain = [\"a\"]\n[training\n", &[]).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.starts_with("the configuration, line 3: expected TOML, got"),
+        "{text}"
+    );
+
     for (text, overrides, key) in [
         ("", &[][..], "data.train"),
-        ("[", &[], "(the file)"),
         ("data = 3", &[], "data"),
         (
             SMALL,

@@ -1,5 +1,6 @@
 //! `segattn generate`: continues prompts, one or several in a batch, printing as it goes.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -250,13 +251,19 @@ impl Args {
             "new",
         );
         let mut out = std::io::stdout().lock();
+        let terminal = out.is_terminal();
         let decode = |tokens: &[u32]| text.decode(tokens, true);
         let mut emit = |sequence: usize, part: &str| -> Result<()> {
+            let part = if terminal {
+                harmless(part)
+            } else {
+                part.into()
+            };
             if alone {
                 out.write_all(part.as_bytes())?;
                 out.flush()?;
             } else {
-                texts[sequence].push_str(part);
+                texts[sequence].push_str(&part);
             }
             Ok(())
         };
@@ -365,6 +372,16 @@ fn print_tokens<D: Device>(generator: &mut Generator<'_, '_, D>) -> Result<Vec<G
         writeln!(out, "{}", serde_json::to_string(&one.tokens)?)?;
     }
     Ok(generated)
+}
+
+/// The text without what would move a terminal's cursor, change its colours, or worse.
+fn harmless(text: &str) -> Cow<'_, str> {
+    let harmful = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if text.contains(harmful) {
+        text.replace(harmful, "\u{fffd}").into()
+    } else {
+        text.into()
+    }
 }
 
 /// One object for one sequence, an array of them for several.

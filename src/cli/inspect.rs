@@ -11,6 +11,8 @@ use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
 use serde_json::{Value, json};
 
+use super::model::load_config;
+
 /// Bytes of a number on the CPU and in every buffer counted here.
 const ELEMENT_BYTES: usize = 4;
 
@@ -43,7 +45,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let config = ModelConfig::load(&args.model)?;
+    let config = load_config(&args.model)?;
     let rows = estimates(&config, args);
     let weights = Checkpoint::open(&args.model);
     let fits = match &weights {

@@ -93,7 +93,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if reader_left(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", explain(&error));
             ExitCode::FAILURE
         }
     }
@@ -121,6 +121,17 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         }
         Command::Op(args) => op::run(&args),
     }
+}
+
+/// The error and its causes in one line. Some errors' own text ends with their cause's: it is not said twice.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Whether the output went into a pipe whose reader has seen enough (`segattn ... | head`).

@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use segattn::device::cpu::Cpu;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
-use segattn::model::config::ModelConfig;
+use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
+use segattn::train::checkpoint::list;
 
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
@@ -86,7 +87,7 @@ impl ModelArgs {
     }
 
     fn config(&self) -> Result<ModelConfig> {
-        let mut config = ModelConfig::load(&self.model)?;
+        let mut config = load_config(&self.model)?;
         let overrides = SegmentOverrides {
             segment_len: self.segment_len,
             prior_len: self.prior_len,
@@ -97,4 +98,18 @@ impl ModelArgs {
         apply(&mut config, self.execution, &overrides)?;
         Ok(config)
     }
+}
+
+/// The configuration of the model in a folder. For a run's own folder the error names its newest model.
+pub fn load_config(folder: &Path) -> Result<ModelConfig> {
+    if !folder.join(CONFIG_FILE).exists()
+        && let Some((_, newest)) = list(&folder.join("checkpoints"))?.first()
+    {
+        bail!(
+            "{} is the folder of a run; name one of its models, the newest is {}",
+            folder.display(),
+            newest.display()
+        );
+    }
+    Ok(ModelConfig::load(folder)?)
 }

@@ -267,7 +267,18 @@ impl<D: Device> Run<D> {
                  rate and go on with `{resume} --schedule.lr ...`"
             ),
             _ if self.quiet => {}
-            End::Complete => eprintln!("done after {step} steps; the model is {model}"),
+            End::Complete => {
+                let loss = self
+                    .shown
+                    .map_or(String::new(), |(loss, _)| format!(", loss {loss:.4}"));
+                let prefix = self.bar.prefix();
+                let validation = if prefix.is_empty() {
+                    prefix
+                } else {
+                    format!(", {prefix}")
+                };
+                eprintln!("done after {step} steps{loss}{validation}; the model is {model}");
+            }
             End::Interrupted => {
                 eprintln!("stopped after step {step} and saved; go on with `{resume}`")
             }

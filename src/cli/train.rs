@@ -12,6 +12,7 @@ use segattn::train::checkpoint::list;
 use segattn::train::config::Config;
 use segattn::train::trainer::{Tensors, Trainer};
 
+use super::model::load_config;
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
 
@@ -89,7 +90,7 @@ fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
         let tensors = Tensors::initial(&model, config.training.seed);
         return Ok((model, tensors));
     };
-    let mut model = ModelConfig::load(folder)?;
+    let mut model = load_config(folder)?;
     config.model.apply_segments(&mut model)?;
     let files = weights::Checkpoint::open(folder)?;
     files.check(&model)?;

@@ -263,8 +263,8 @@ impl Config {
     /// Reads a TOML file, lays `overrides` (dotted key, value) over it, and checks the result.
     ///
     /// # Errors
-    /// [`TrainError::Io`] if the file cannot be read, [`TrainError::Config`] with the key, what it expects
-    /// and what it got.
+    /// [`TrainError::Io`] if the file cannot be read, [`TrainError::Data`] where it is not TOML,
+    /// [`TrainError::Config`] with the key, what it expects and what it got.
     pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<Self> {
         let read = |source| TrainError::Io {
             action: "read",
@@ -281,13 +281,13 @@ impl Config {
             ));
         }
         let text = std::fs::read_to_string(path).map_err(read)?;
-        Self::parse(&text, overrides)
+        Self::parse(&text, overrides).map_err(|error| error.at(path))
     }
 
     /// [`Config::load`] on the file's text.
     ///
     /// # Errors
-    /// [`TrainError::Config`].
+    /// [`TrainError::Data`] or [`TrainError::Config`].
     pub fn parse(text: &str, overrides: &[(String, String)]) -> Result<Self> {
         let config = overrides::parse(text, overrides)?;
         config.validate()?;

@@ -2,7 +2,7 @@
 //! tensor it is about, what was expected there and what was found.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// An error of the training side: configuration, data, optimizer, checkpoints, metrics.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +108,14 @@ impl TrainError {
             expected: expected.into(),
             got: got.to_string(),
         }
+    }
+
+    /// The same, where it is about a file's content: about this file.
+    pub(super) fn at(mut self, file: &Path) -> Self {
+        if let Self::Data { path, .. } = &mut self {
+            *path = file.to_owned();
+        }
+        self
     }
 }
 

@@ -12,9 +12,7 @@ const NONE: &str = "none";
 
 /// The configuration in `text`, with `overrides` over it, not yet checked for ranges.
 pub(super) fn parse(text: &str, overrides: &[(String, String)]) -> Result<Config> {
-    let mut tree: Table = text
-        .parse()
-        .map_err(|e: toml::de::Error| TrainError::config("(the file)", "TOML", e.message()))?;
+    let mut tree: Table = text.parse().map_err(|error| syntax(text, &error))?;
     for (key, value) in overrides {
         lay_over(&mut tree, &key.replace('-', "_"), value)?;
     }
@@ -35,7 +33,8 @@ fn lay_over(tree: &mut Table, key: &str, text: &str) -> Result<()> {
             Json::Object(keys) => {
                 let names: Vec<_> = keys.keys().map(String::as_str).collect();
                 let expected = format!("one of {}", names.join(", "));
-                return Err(TrainError::config(key, expected, format!("`{part}`")));
+                let got = format!("`{part}`{}", did_you_mean(part, &names));
+                return Err(TrainError::config(key, expected, got));
             }
             _ => None,
         }
@@ -76,6 +75,17 @@ fn value(key: &str, default: &Json, text: &str) -> Result<Option<Value>> {
     }))
 }
 
+/// Where the text is not TOML.
+fn syntax(text: &str, error: &toml::de::Error) -> TrainError {
+    let line = |at: usize| text[..at.min(text.len())].matches('\n').count() + 1;
+    TrainError::Data {
+        path: "the configuration".into(),
+        line: error.span().map(|span| line(span.start)),
+        expected: "TOML".into(),
+        got: error.message().to_owned(),
+    }
+}
+
 /// Serde's message, taken apart.
 fn typed(path: String, message: &str) -> TrainError {
     let (got, expected) = message
@@ -85,5 +95,26 @@ fn typed(path: String, message: &str) -> TrainError {
         .iter()
         .find_map(|prefix| got.strip_prefix(prefix))
         .unwrap_or(got);
-    TrainError::config(path, expected.trim(), got.trim())
+    // Unknown keys and variants stand between backquotes, as do those that are known.
+    let quoted = |text: &'_ str| -> Vec<String> {
+        let parts = text.split('`').skip(1).step_by(2);
+        parts.map(str::to_owned).collect()
+    };
+    let hint = match (got.strip_prefix("unknown "), quoted(got).first()) {
+        (Some(_), Some(name)) => did_you_mean(name, &quoted(expected)),
+        _ => String::new(),
+    };
+    TrainError::config(path, expected.trim(), format!("{}{hint}", got.trim()))
+}
+
+/// `; did you mean ...` if one of the names is close to this one.
+fn did_you_mean(name: &str, names: &[impl AsRef<str>]) -> String {
+    let distance = |n: &str| strsim::damerau_levenshtein(name, n);
+    let closest = names.iter().map(AsRef::as_ref).min_by_key(|n| distance(n));
+    match closest {
+        Some(closest) if distance(closest) <= 1 + name.len() / 4 => {
+            format!("; did you mean `{closest}`?")
+        }
+        _ => String::new(),
+    }
 }
