@@ -14,7 +14,18 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 /// Real architectures of the fat binary; its PTX, for GPUs to come, is of `PTX_ARCH`.
 const ARCHS: &[&str] = &["80", "86", "89", "90", "100", "120"];
 const PTX_ARCH: &str = "80";
-const KERNELS: &[&str] = &["attention_forward", "attention_backward"];
+const KERNELS: &[&str] = &[
+    "adamw",
+    "attention_backward",
+    "attention_forward",
+    "copy",
+    "embedding",
+    "loss",
+    "norm",
+    "retrieval",
+    "rope",
+    "swiglu",
+];
 /// Registers that may move to local memory for the length of an item (128 accumulators a thread at D 128).
 const MAX_STACK_BYTES: u32 = 64;
 

@@ -12,6 +12,16 @@ typedef struct SegattnRows {
   int64_t stride;
 } SegattnRows;
 
+/* copy: rows of either precision. */
+typedef struct SegattnCopyParams {
+  SegattnRows src; /* [rows, width], any alignment */
+  SegattnRows dst; /* [rows, width], any alignment */
+  int64_t rows;
+  int32_t width;
+  int32_t vectors; /* whether rows begin at multiples of 16 bytes and have a multiple of 8 elements */
+  int32_t add;     /* dst += instead of = */
+} SegattnCopyParams;
+
 /* rms_norm and its gradients. Width: a multiple of 8, at most 32768. */
 typedef struct SegattnNormParams {
   SegattnRows x;        /* bf16 [rows, width] */

@@ -16,6 +16,7 @@ mod block;
 mod bulk;
 mod calls;
 mod clock;
+mod driver;
 mod gpu;
 mod launch;
 mod launcher;
@@ -35,6 +36,7 @@ mod thread;
 mod warp;
 mod wgmma;
 
+pub use driver::Driver;
 pub use gpu::{Checks, Failure, Gpu, SimError};
 pub use launch::Stats;
 pub use launcher::{Kernels, Stream};

@@ -14,6 +14,7 @@ use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
+use super::device::on_device;
 use super::documents::read_documents;
 use super::files::write_atomically;
 use super::generate::progress;
@@ -84,12 +85,16 @@ struct WindowResult {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
+    on_device!(args.model.device(), device => run_on(device, args, quiet))
+}
+
+fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let (tasks, with_perplexity) = parse_tasks(&args.task)?;
     ensure!(
         args.data.is_empty() != with_perplexity,
         "--data and the task perplexity go together"
     );
-    let (model, text) = args.model.load(!tasks.is_empty())?;
+    let (model, text) = args.model.load(device, !tasks.is_empty())?;
     let mut results = Results {
         model: args.model.path().to_owned(),
         device: model.device.description(),

@@ -18,6 +18,7 @@ use segattn::model::session_file::{StateFile, save};
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
+use super::device::on_device;
 use super::files::{read_tokens, write_atomically};
 use super::model::ModelArgs;
 
@@ -101,7 +102,11 @@ struct LogProbs<'a> {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    let (model, text) = args.model.load(args.tokens.is_empty())?;
+    on_device!(args.model.device(), device => run_on(device, args, quiet))
+}
+
+fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
+    let (model, text) = args.model.load(device, args.tokens.is_empty())?;
     let mut state = args.state_in.as_deref().map(StateFile::open).transpose()?;
     let saved = state.as_ref().map_or(&[][..], StateFile::positions);
     let inputs = args.inputs(&model, text.as_ref(), saved.len())?;

@@ -10,6 +10,7 @@ use segattn::model::decoder::Decoder;
 use segattn::model::weights::Checkpoint;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
+use super::device::on_device;
 use super::files::{read_tokens, write_atomically};
 use super::model::ModelArgs;
 
@@ -38,7 +39,11 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let (checkpoint, model) = args.model.load_for_gradients()?;
+    on_device!(args.model.device(), device => run_on(device, args))
+}
+
+fn run_on<D: Device>(device: D, args: &Args) -> Result<()> {
+    let (checkpoint, model) = args.model.load_for_gradients(device)?;
     let tokens = read_tokens(&args.tokens, model.config.vocab_size)?;
     ensure!(
         tokens.len() >= 2,

@@ -2,6 +2,7 @@
 
 mod alloc;
 mod demo;
+mod device;
 mod doctor;
 mod documents;
 mod eval;

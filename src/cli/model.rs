@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use segattn::device::cpu::Cpu;
+use segattn::device::Device;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
@@ -12,12 +12,17 @@ use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
 use segattn::train::checkpoint::list;
 
+use super::device::DeviceName;
+
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
     /// Folder of the model: config.json, *.safetensors, tokenizer.json
     #[arg(short, long, value_name = "DIR")]
     model: PathBuf,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    device: DeviceName,
     /// Run as the checkpoint says, in segments, or as full attention
     #[arg(
         long,
@@ -58,13 +63,21 @@ impl ModelArgs {
         &self.model
     }
 
+    pub fn device(&self) -> DeviceName {
+        self.device
+    }
+
     pub fn execution(&self) -> Execution {
         self.execution
     }
 
     /// The model and, where the folder has one, its tokenizer; without `needs_text` a tokenizer
     /// that cannot be read is no error.
-    pub fn load(&self, needs_text: bool) -> Result<(Decoder<Cpu>, Option<Tokenizer>)> {
+    pub fn load<D: Device>(
+        &self,
+        device: D,
+        needs_text: bool,
+    ) -> Result<(Decoder<D>, Option<Tokenizer>)> {
         let mut config = self.config()?;
         config.eos_token_id = end_ids(&self.model, &config)?;
         let text = match Tokenizer::open(&self.model, &config) {
@@ -76,13 +89,13 @@ impl ModelArgs {
             }
         };
         let weights = Checkpoint::open(&self.model)?;
-        Ok((weights.load(Cpu, config, false)?, text))
+        Ok((weights.load(device, config, false)?, text))
     }
 
     /// The folder's weights, and the model prepared for gradients.
-    pub fn load_for_gradients(&self) -> Result<(Checkpoint, Decoder<Cpu>)> {
+    pub fn load_for_gradients<D: Device>(&self, device: D) -> Result<(Checkpoint, Decoder<D>)> {
         let weights = Checkpoint::open(&self.model)?;
-        let model = weights.load(Cpu, self.config()?, true)?;
+        let model = weights.load(device, self.config()?, true)?;
         Ok((weights, model))
     }
 

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use segattn::device::cpu::Cpu;
 use segattn::train::checkpoint::load_latest;
 use segattn::train::config::Config;
 use segattn::train::trainer::Trainer;
 
+use super::device::{DeviceName, on_device};
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
 use super::train::Text;
@@ -18,6 +18,9 @@ pub struct Args {
     /// The run's folder (`training.output`)
     #[arg(value_name = "DIR", default_value = "run")]
     output: PathBuf,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    device: DeviceName,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -35,6 +38,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         folder.display()
     );
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
-    let trainer = Trainer::new(Cpu, checkpoint.model, config, tensors, progress)?;
-    Run::new(trainer, data, checkpoint.extra, quiet)?.go()
+    on_device!(args.device, device => {
+        let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
+        Run::new(trainer, data, checkpoint.extra, quiet)?.go()
+    })
 }

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
+use segattn::device::Device;
 use segattn::eval::perplexity::log_probabilities;
 use serde::Serialize;
 
+use super::device::on_device;
 use super::files::{read_tokens, write_atomically};
 use super::generate::{progress, read_prompt};
 use super::model::ModelArgs;
@@ -42,7 +44,11 @@ struct Scores {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    let (model, text) = args.model.load(args.tokens.is_none())?;
+    on_device!(args.model.device(), device => run_on(device, args, quiet))
+}
+
+fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
+    let (model, text) = args.model.load(device, args.tokens.is_none())?;
     let tokens = match (&args.tokens, &args.text, text) {
         (Some(path), ..) => read_tokens(path, model.config.vocab_size)?,
         (None, Some(path), Some(text)) => text.encode(&read_prompt(path)?, true)?,

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
-use segattn::device::cpu::Cpu;
 use segattn::model::config::ModelConfig;
 use segattn::model::parameters::specs;
 use segattn::model::tokenizer::{TOKENIZER_FILE, Tokenizer};
@@ -12,6 +11,7 @@ use segattn::train::checkpoint::list;
 use segattn::train::config::Config;
 use segattn::train::trainer::{Tensors, Trainer};
 
+use super::device::{DeviceName, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
@@ -22,6 +22,9 @@ pub struct Args {
     /// TOML file, see configs/train.toml; without it the defaults
     #[arg(value_name = "CONFIG")]
     config: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    device: DeviceName,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -42,8 +45,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let (model, tensors) = start(&config, &text)?;
     let data = Data::read(&config, &model, &text, output)?;
     let extra = tokenizer_files(&config)?;
-    let trainer = Trainer::new(Cpu, model, config, &tensors, None)?;
-    Run::new(trainer, data, extra, quiet)?.go()
+    on_device!(args.device, device => {
+        let trainer = Trainer::new(device, model, config, &tensors, None)?;
+        Run::new(trainer, data, extra, quiet)?.go()
+    })
 }
 
 /// How a run's texts become tokens.

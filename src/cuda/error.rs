@@ -16,6 +16,15 @@ impl fmt::Display for Version {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A library beside the driver is missing.
+    #[error(
+        "{library} was not found. It comes with the CUDA toolkit, and with `pip install nvidia-cublas`; name its \
+         folder in LD_LIBRARY_PATH"
+    )]
+    NoLibrary {
+        /// Its name.
+        library: &'static str,
+    },
     /// There is no libcuda.
     #[error(
         "no NVIDIA driver: the library libcuda was not found. On a machine with a GPU install the driver; \

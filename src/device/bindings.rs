@@ -17,6 +17,33 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnCopyParams {
+    pub src: SegattnRows,
+    pub dst: SegattnRows,
+    pub rows: i64,
+    pub width: i32,
+    pub vectors: i32,
+    pub add: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnCopyParams"][::core::mem::size_of::<SegattnCopyParams>() - 56usize];
+    ["Alignment of SegattnCopyParams"][::core::mem::align_of::<SegattnCopyParams>() - 8usize];
+    ["Offset of field: SegattnCopyParams::src"]
+        [::core::mem::offset_of!(SegattnCopyParams, src) - 0usize];
+    ["Offset of field: SegattnCopyParams::dst"]
+        [::core::mem::offset_of!(SegattnCopyParams, dst) - 16usize];
+    ["Offset of field: SegattnCopyParams::rows"]
+        [::core::mem::offset_of!(SegattnCopyParams, rows) - 32usize];
+    ["Offset of field: SegattnCopyParams::width"]
+        [::core::mem::offset_of!(SegattnCopyParams, width) - 40usize];
+    ["Offset of field: SegattnCopyParams::vectors"]
+        [::core::mem::offset_of!(SegattnCopyParams, vectors) - 44usize];
+    ["Offset of field: SegattnCopyParams::add"]
+        [::core::mem::offset_of!(SegattnCopyParams, add) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnNormParams {
     pub x: SegattnRows,
     pub residual: SegattnRows,

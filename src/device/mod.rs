@@ -1,9 +1,10 @@
 //! What the model needs from a device, as one trait.
 //!
 //! A device knows buffers of numbers, matrix products, row-wise functions, segment attention, the
-//! pool of past keys and values, and the optimizer's update. It knows no layer and no model. Two
-//! devices exist: [`cpu`] (f32, fast) and [`mod@reference`] (f64, written for reading), and the model's
-//! own code runs on either, so that the model is checked in f64 and the CPU against the reference.
+//! pool of past keys and values, and the optimizer's update. It knows no layer and no model. Three
+//! devices exist: [`cpu`] (f32, fast), [`gpu`] (bf16 activations, over a driver or a simulated GPU),
+//! and [`mod@reference`] (f64, written for reading). The model's own code runs on each, so that the
+//! model is checked in f64, the CPU against the reference, and the GPU against the CPU.
 //!
 //! **Bits.** Whatever a device computes for a row depends on that row's own inputs only: never on
 //! how many rows there are, which rows stand beside it, or how many threads work
@@ -11,6 +12,7 @@
 
 pub mod bindings;
 pub mod cpu;
+pub mod gpu;
 pub mod reference;
 mod runs;
 mod types;
@@ -18,8 +20,8 @@ mod types;
 use std::ops::Range;
 
 pub use types::{
-    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, Kind, Pick, Probes,
-    Rows, RowsMut, SegmentCache, SlotSpan, Update,
+    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, Kind, PastHeads, Pick,
+    Probes, Rows, RowsMut, SegmentCache, SlotSpan, Update,
 };
 
 /// Results of device calls.
@@ -37,6 +39,8 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// Keys and values of all completed tokens of one sequence and layer, for the KV heads that
     /// read the past, before rotation.
     type Pool: Send + Sync + std::fmt::Debug;
+    /// Tokens that the heads of a pool have chosen, in order of position.
+    type Picks: Send + Sync + std::fmt::Debug;
 
     /// One line for people: what this device is.
     fn description(&self) -> String;
@@ -222,8 +226,8 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         grad: AttentionGrad<'_, Self::Buffer>,
     ) -> Result<()>;
 
-    /// An empty pool for `heads` heads of `head_dim`.
-    fn pool(&self, heads: usize, head_dim: usize) -> Result<Self::Pool>;
+    /// An empty pool for `heads` heads of `head_dim`, which will be appended to `run` tokens at a time.
+    fn pool(&self, heads: usize, head_dim: usize, run: usize) -> Result<Self::Pool>;
     /// Tokens in the pool.
     fn pool_len(&self, pool: &Self::Pool) -> usize;
     /// Appends `rows` tokens: the `heads` named, from rows of `kv_heads * head_dim`.
@@ -239,21 +243,28 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn pool_read(&self, pool: &Self::Pool) -> Result<(Vec<f32>, Vec<f32>)>;
     /// Restores what [`Device::pool_read`] gave.
     fn pool_write(&self, pool: &mut Self::Pool, k: &[f32], v: &[f32]) -> Result<()>;
-    /// Retrieval (contract section 2): the best blocks of pool head `head` for these probes, in
+    /// Picks of these tokens, for each head of a pool: whole blocks of `block_len`, in order.
+    fn picks(&self, tokens: &[Vec<usize>], block_len: usize) -> Result<Self::Picks>;
+    /// How many tokens a head of the pool has picked.
+    fn pick_count(&self, picks: &Self::Picks, head: usize) -> usize;
+    /// The tokens of every head: for saving.
+    fn pick_tokens(&self, picks: &Self::Picks) -> Result<Vec<Vec<usize>>>;
+    /// Retrieval (contract section 2): for every head of the pool the best blocks for its probes, in
     /// order of position.
     fn pick_blocks(
         &self,
         pool: &Self::Pool,
-        head: usize,
         probes: &Probes<'_, Self::Buffer>,
-        pick: &Pick,
-    ) -> Result<Vec<usize>>;
-    /// Copies tokens of pool head `head` into consecutive rows.
+        pick: &Pick<'_>,
+    ) -> Result<Self::Picks>;
+    /// Copies each head's picked tokens to the rows' columns of its KV head: keys rotated, the last
+    /// one by the angles in the row of the tables before `ends[head]`.
     fn pool_gather(
         &self,
         pool: &Self::Pool,
-        head: usize,
-        tokens: &[usize],
+        picks: &Self::Picks,
+        past: &PastHeads<'_>,
+        tables: (&Self::Buffer, &Self::Buffer),
         k: RowsMut<'_, Self::Buffer>,
         v: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, Pick, Probes, Result, Rows,
-    RowsMut, Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, PastHeads, Pick, Probes,
+    Result, Rows, RowsMut, Update, runs,
 };
 
 mod attention;
@@ -66,6 +66,7 @@ impl Device for Reference {
     type Buffer = Buf;
     type Matrix = Weight;
     type Pool = Pool;
+    type Picks = Vec<Vec<usize>>;
 
     fn description(&self) -> String {
         "reference (f64, one thread)".into()
@@ -388,7 +389,7 @@ impl Device for Reference {
         Ok(runs::backward::<Self>(call, grad)?)
     }
 
-    fn pool(&self, heads: usize, head_dim: usize) -> Result<Pool> {
+    fn pool(&self, heads: usize, head_dim: usize, _: usize) -> Result<Pool> {
         Ok(Pool {
             heads,
             head_dim,
@@ -432,65 +433,56 @@ impl Device for Reference {
         Ok(())
     }
 
+    fn picks(&self, tokens: &[Vec<usize>], _: usize) -> Result<Vec<Vec<usize>>> {
+        Ok(tokens.to_vec())
+    }
+
+    fn pick_count(&self, picks: &Vec<Vec<usize>>, head: usize) -> usize {
+        picks[head].len()
+    }
+
+    fn pick_tokens(&self, picks: &Vec<Vec<usize>>) -> Result<Vec<Vec<usize>>> {
+        Ok(picks.clone())
+    }
+
     fn pick_blocks(
         &self,
         pool: &Pool,
-        head: usize,
         probes: &Probes<'_, Buf>,
-        pick: &Pick,
-    ) -> Result<Vec<usize>> {
-        let dim = pool.head_dim;
-        let mut queries: Vec<Vec<f64>> = Vec::new();
-        for q_head in probes.q_heads.clone() {
-            let mut first = 0;
-            while first + probes.window <= probes.rows {
-                let mut mean = vec![0.0; dim];
-                for r in first..first + probes.window {
-                    let q = probes.q.column(q_head * dim).row(r, dim);
-                    mean.iter_mut()
-                        .zip(q)
-                        .for_each(|(m, q)| *m += q / probes.window as f64);
-                }
-                queries.push(mean);
-                first += probes.stride;
-            }
-        }
-        let score = |token: usize| {
-            let k = &pool.k[(token * pool.heads + head) * dim..][..dim];
-            queries
-                .iter()
-                .map(|q| dot(q, k))
-                .fold(f64::NEG_INFINITY, f64::max)
-        };
-        let blocks = pick.eligible / pick.block_len;
-        let scores: Vec<f64> = (0..blocks)
-            .map(|b| {
-                (b * pick.block_len..(b + 1) * pick.block_len)
-                    .map(score)
-                    .fold(f64::NEG_INFINITY, f64::max)
-            })
-            .collect();
-        let mut order: Vec<usize> = (0..blocks).collect();
-        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
-        order.truncate(pick.blocks);
-        order.sort_unstable();
-        Ok(order)
+        pick: &Pick<'_>,
+    ) -> Result<Vec<Vec<usize>>> {
+        let heads = 0..pick.kv_heads.len();
+        Ok(heads
+            .map(|head| best_blocks(pool, head, probes, pick))
+            .collect())
     }
 
     fn pool_gather(
         &self,
         pool: &Pool,
-        head: usize,
-        tokens: &[usize],
-        mut k: RowsMut<'_, Buf>,
+        picks: &Vec<Vec<usize>>,
+        past: &PastHeads<'_>,
+        tables: (&Buf, &Buf),
+        k: RowsMut<'_, Buf>,
         mut v: RowsMut<'_, Buf>,
     ) -> Result<()> {
-        for (r, token) in tokens.iter().enumerate() {
-            let at = (token * pool.heads + head) * pool.head_dim;
-            k.row(r, pool.head_dim)
-                .copy_from_slice(&pool.k[at..at + pool.head_dim]);
-            v.row(r, pool.head_dim)
-                .copy_from_slice(&pool.v[at..at + pool.head_dim]);
+        let dim = pool.head_dim;
+        for (i, tokens) in picks.iter().enumerate() {
+            let column = past.kv_heads[i] * dim;
+            let mut raw = Vec::with_capacity(tokens.len() * dim);
+            for (r, token) in tokens.iter().enumerate() {
+                let at = (token * pool.heads + i) * dim;
+                raw.extend_from_slice(&pool.k[at..at + dim]);
+                v.row(r, column + dim)[column..].copy_from_slice(&pool.v[at..at + dim]);
+            }
+            let angles: Vec<usize> = (past.ends[i] - tokens.len()..past.ends[i]).collect();
+            let to = RowsMut {
+                buffer: &mut *k.buffer,
+                start: k.start + column,
+                stride: k.stride,
+            };
+            let from = Rows::packed(&raw, 0, dim);
+            self.rope(from, to, 1, dim, tables, &angles, false, Fold::Set)?;
         }
         Ok(())
     }
@@ -537,4 +529,48 @@ impl Device for Reference {
             applied: true,
         })
     }
+}
+
+/// The tokens of the best blocks of one head of a pool.
+fn best_blocks(pool: &Pool, head: usize, probes: &Probes<'_, Buf>, pick: &Pick<'_>) -> Vec<usize> {
+    let dim = pool.head_dim;
+    let mut queries: Vec<Vec<f64>> = Vec::new();
+    let first_q = pick.kv_heads[head] * probes.group;
+    for q_head in first_q..first_q + probes.group {
+        let mut first = 0;
+        while first + probes.window <= probes.rows {
+            let mut mean = vec![0.0; dim];
+            for r in first..first + probes.window {
+                let q = probes.q.column(q_head * dim).row(r, dim);
+                mean.iter_mut()
+                    .zip(q)
+                    .for_each(|(m, q)| *m += q / probes.window as f64);
+            }
+            queries.push(mean);
+            first += probes.stride;
+        }
+    }
+    let score = |token: usize| {
+        let k = &pool.k[(token * pool.heads + head) * dim..][..dim];
+        queries
+            .iter()
+            .map(|q| dot(q, k))
+            .fold(f64::NEG_INFINITY, f64::max)
+    };
+    let blocks = pick.eligible[head] / pick.block_len;
+    let scores: Vec<f64> = (0..blocks)
+        .map(|b| {
+            (b * pick.block_len..(b + 1) * pick.block_len)
+                .map(score)
+                .fold(f64::NEG_INFINITY, f64::max)
+        })
+        .collect();
+    let mut order: Vec<usize> = (0..blocks).collect();
+    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+    order.truncate(pick.blocks);
+    order.sort_unstable();
+    order
+        .iter()
+        .flat_map(|b| b * pick.block_len..(b + 1) * pick.block_len)
+        .collect()
 }

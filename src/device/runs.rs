@@ -97,18 +97,18 @@ pub(super) fn backward<O: Operation>(
 }
 
 /// Consecutive spans of equal length.
-struct Run {
+pub(super) struct Run {
     /// Their indices.
-    spans: Range<usize>,
+    pub spans: Range<usize>,
     /// First row in the call's buffers.
-    row: usize,
+    pub row: usize,
     /// Rows of each span.
-    rows: usize,
+    pub rows: usize,
 }
 
 impl Run {
     /// The layout of rows of `heads` heads that lie packed `stride` apart.
-    fn layout(&self, stride: usize, head_dim: usize) -> Layout<'static> {
+    pub fn layout(&self, stride: usize, head_dim: usize) -> Layout<'static> {
         Layout {
             rows: self.rows,
             row_stride: stride,
@@ -143,7 +143,7 @@ impl Run {
     }
 }
 
-fn runs(spans: &[SlotSpan]) -> Vec<Run> {
+pub(super) fn runs(spans: &[SlotSpan]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for (i, span) in spans.iter().enumerate() {
         match runs.last_mut() {

@@ -13,6 +13,9 @@ pub enum DeviceError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// The GPU's driver or kernels failed.
+    #[error(transparent)]
+    Gpu(#[from] crate::attention::cuda::Error),
     /// The attention call was refused.
     #[error(transparent)]
     Attention(#[from] crate::attention::Error),
@@ -195,30 +198,41 @@ pub struct AttentionGrad<'a, B> {
     pub d_past_gate: &'a mut B,
 }
 
-/// Query rows that probes are made of: of each query head of one group, the mean over windows.
+/// Query rows that probes are made of: of each query head, the mean over windows.
 #[derive(Debug)]
 pub struct Probes<'a, B> {
-    /// Queries before rotation; row 0 is the first of `rows`.
+    /// Queries before rotation `[rows, q_heads * head_dim]`; row 0 is the first of `rows`.
     pub q: Rows<'a, B>,
     /// Rows: `min(probe_len, segment_len)`.
     pub rows: usize,
-    /// Query heads of the group.
-    pub q_heads: std::ops::Range<usize>,
+    /// Query heads of a KV head.
+    pub group: usize,
     /// Tokens of a window.
     pub window: usize,
     /// Tokens between the starts of two windows.
     pub stride: usize,
 }
 
-/// Which blocks may be picked, and how many.
+/// Which blocks the heads of a pool may pick, and how many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pick {
-    /// Tokens `[0, eligible)` of the pool may be picked.
-    pub eligible: usize,
+pub struct Pick<'a> {
+    /// The KV head of each.
+    pub kv_heads: &'a [usize],
+    /// Each may pick tokens `[0, eligible)` of the pool.
+    pub eligible: &'a [usize],
     /// Tokens of a block.
     pub block_len: usize,
-    /// Blocks to pick, at most.
+    /// Blocks that each picks, at most.
     pub blocks: usize,
+}
+
+/// Where the picked tokens of a pool's heads go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PastHeads<'a> {
+    /// The KV head of each.
+    pub kv_heads: &'a [usize],
+    /// Row of the angle tables behind each head's last token.
+    pub ends: &'a [usize],
 }
 
 /// One parameter tensor of an update.

@@ -189,10 +189,11 @@ impl StateFile {
         };
         let (k, v) = pool.split_at(pool.len() / 2);
         device.pool_write(to_pool, k, v)?;
-        for h in 0..shapes.past_heads(l) {
-            let picks = self.picks(from, l, h, shapes)?;
-            session.states[to].layers[l].picks[h] = picks;
-        }
+        let block_len = session.plan.retrieval[2];
+        let picks: Vec<Vec<usize>> = (0..shapes.past_heads(l))
+            .map(|h| self.picks(from, l, h, shapes, block_len))
+            .collect::<Result<_, _>>()?;
+        carry.picks = device.picks(&picks, block_len)?;
         Ok(())
     }
 
@@ -202,6 +203,7 @@ impl StateFile {
         l: usize,
         h: usize,
         shapes: &Shapes,
+        block_len: usize,
     ) -> Result<Vec<usize>, StateFileError> {
         if shapes.completed == 0 {
             return Ok(Vec::new());
@@ -216,10 +218,18 @@ impl StateFile {
             .map(|b| usize::try_from(i64::from_le_bytes(*b)).unwrap_or(usize::MAX))
             .collect();
         let ascending = picks.windows(2).all(|w| w[0] < w[1]);
-        if !ascending || picks.len() > shapes.past_len || picks.last().is_some_and(|p| *p >= tokens)
+        let whole = |block: &[usize]| {
+            block.len() == block_len
+                && block[0].is_multiple_of(block_len)
+                && block.windows(2).all(|w| w[1] - w[0] == 1)
+        };
+        if !ascending
+            || picks.len() > shapes.past_len
+            || picks.last().is_some_and(|p| *p >= tokens)
+            || !picks.chunks(block_len).all(whole)
         {
             let expected = format!(
-                "at most {} ascending numbers below {tokens}",
+                "at most {} ascending numbers below {tokens}, whole blocks of {block_len}",
                 shapes.past_len
             );
             let what = format!("tensor `{name}`");

@@ -4,7 +4,8 @@
 use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::device::{
-    Device, Fold, Heads, Kind, Pick, Probes, Result, Rows, RowsMut, SegmentCache, SlotSpan,
+    Device, Fold, Heads, Kind, PastHeads, Pick, Probes, Result, Rows, RowsMut, SegmentCache,
+    SlotSpan,
 };
 
 /// Which KV heads of a layer read what, and their sizes.
@@ -193,7 +194,7 @@ pub struct Carry<D: Device> {
     /// Rows of the tail: 0 before the first segment is complete.
     pub prior_rows: usize,
     /// Tokens chosen for the next segment, for each KV head in [`LayerReads::past`].
-    pub picks: Vec<Vec<usize>>,
+    pub picks: D::Picks,
     /// Keys and values of all completed tokens, for the same heads.
     pub pool: Option<D::Pool>,
 }
@@ -219,9 +220,9 @@ impl<D: Device> SequenceState<D> {
                 prior_k: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_v: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_rows: 0,
-                picks: vec![Vec::new(); past],
+                picks: device.picks(&vec![Vec::new(); past], plan.retrieval[2].max(1))?,
                 pool: (past > 0)
-                    .then(|| device.pool(past, plan.heads.dim))
+                    .then(|| device.pool(past, plan.heads.dim, plan.segment_len))
                     .transpose()?,
             })
         };
@@ -241,7 +242,7 @@ pub(super) fn open_segment<D: Device>(
     slot: usize,
     tables: (&D::Buffer, &D::Buffer),
 ) -> Result<()> {
-    let (width, dim, reads) = (plan.kv_width(), plan.heads.dim, &plan.reads[layer]);
+    let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
     let kv = &mut slots.kv;
     let [_, prior_room, past_room] = kv.rows;
     let rows = carry.prior_rows;
@@ -253,7 +254,7 @@ pub(super) fn open_segment<D: Device>(
             Rows::packed(&carry.prior_k, 0, width),
             RowsMut::packed(&mut kv.prior_k, first, width),
             plan.heads.kv,
-            dim,
+            plan.heads.dim,
             tables,
             &angles,
             false,
@@ -265,22 +266,22 @@ pub(super) fn open_segment<D: Device>(
         );
         device.copy(src, dst, rows, width, Fold::Set)?;
     }
-    for (i, (tokens, head)) in carry.picks.iter().zip(&reads.past).enumerate() {
-        kv.past_len[slot * plan.heads.kv + head] = tokens.len();
-        let (Some(pool), false) = (&carry.pool, tokens.is_empty()) else {
-            continue;
-        };
-        let count = tokens.len();
-        let mut raw = device.empty(Kind::Activation, count * dim)?;
-        let to = |buffer| RowsMut::packed(buffer, slot * past_room, width).column(head * dim);
-        let raw_rows = RowsMut::packed(&mut raw, 0, dim);
-        device.pool_gather(pool, i, tokens, raw_rows, to(&mut kv.past_v))?;
-        let end = plan.origin() - if reads.prior[*head] { rows } else { 0 };
-        let angles: Vec<usize> = (end - count..end).collect();
-        let (src, dst) = (Rows::packed(&raw, 0, dim), to(&mut kv.past_k));
-        device.rope(src, dst, 1, dim, tables, &angles, false, Fold::Set)?;
+    let Some(pool) = &carry.pool else {
+        return Ok(());
+    };
+    let mut ends = Vec::with_capacity(reads.past.len());
+    for (i, head) in reads.past.iter().enumerate() {
+        kv.past_len[slot * plan.heads.kv + head] = device.pick_count(&carry.picks, i);
+        ends.push(plan.origin() - if reads.prior[*head] { rows } else { 0 });
     }
-    Ok(())
+    let past = PastHeads {
+        kv_heads: &reads.past,
+        ends: &ends,
+    };
+    let first = slot * past_room;
+    let k = RowsMut::packed(&mut kv.past_k, first, width);
+    let v = RowsMut::packed(&mut kv.past_v, first, width);
+    device.pool_gather(pool, &carry.picks, &past, tables, k, v)
 }
 
 /// Keeps what a completed segment leaves to the next: its tail, its tokens in the pool, and the past
@@ -315,32 +316,30 @@ pub(super) fn close_segment<D: Device>(
         Rows::packed(&kv.v, first, width),
     );
     device.pool_append(pool, &reads.past, k, v, plan.segment_len)?;
-    let group = plan.heads.q / plan.heads.kv;
     let [window, stride, block_len] = plan.retrieval;
-    for (i, (head, tokens)) in reads.past.iter().zip(&mut carry.picks).enumerate() {
-        let prior = if reads.prior[*head] {
+    let tokens = device.pool_len(pool);
+    let tail = |head: &usize| {
+        if reads.prior[*head] {
             plan.prior_len
         } else {
             0
-        };
-        let probes = Probes {
-            q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
-            rows: plan.probe_rows,
-            q_heads: head * group..(head + 1) * group,
-            window,
-            stride,
-        };
-        let pick = Pick {
-            eligible: device.pool_len(pool) - prior,
-            block_len,
-            blocks: plan.past_len / block_len,
-        };
-        let blocks = device.pick_blocks(pool, i, &probes, &pick)?;
-        *tokens = blocks
-            .iter()
-            .flat_map(|b| b * block_len..(b + 1) * block_len)
-            .collect();
-    }
+        }
+    };
+    let eligible: Vec<usize> = reads.past.iter().map(|h| tokens - tail(h)).collect();
+    let probes = Probes {
+        q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
+        rows: plan.probe_rows,
+        group: plan.heads.q / plan.heads.kv,
+        window,
+        stride,
+    };
+    let pick = Pick {
+        kv_heads: &reads.past,
+        eligible: &eligible,
+        block_len,
+        blocks: plan.past_len / block_len,
+    };
+    carry.picks = device.pick_blocks(pool, &probes, &pick)?;
     Ok(())
 }
 

@@ -36,6 +36,14 @@ fn image(file: File) -> &'static [u8] {
     match file {
         File::AttentionForward => image!("attention_forward"),
         File::AttentionBackward => image!("attention_backward"),
+        File::Adamw => image!("adamw"),
+        File::Copy => image!("copy"),
+        File::Embedding => image!("embedding"),
+        File::Loss => image!("loss"),
+        File::Norm => image!("norm"),
+        File::Retrieval => image!("retrieval"),
+        File::Rope => image!("rope"),
+        File::Swiglu => image!("swiglu"),
     }
 }
 

@@ -30,21 +30,56 @@ impl fmt::Display for Dtype {
 /// A compiled file of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum File {
+    /// `adamw.cu`.
+    Adamw,
     /// `attention_forward.cu`.
     AttentionForward,
     /// `attention_backward.cu`.
     AttentionBackward,
+    /// `copy.cu`.
+    Copy,
+    /// `embedding.cu`.
+    Embedding,
+    /// `loss.cu`.
+    Loss,
+    /// `norm.cu`.
+    Norm,
+    /// `retrieval.cu`.
+    Retrieval,
+    /// `rope.cu`.
+    Rope,
+    /// `swiglu.cu`.
+    Swiglu,
 }
 
 impl File {
     /// All files.
-    pub const ALL: [File; 2] = [File::AttentionForward, File::AttentionBackward];
+    pub const ALL: [File; 10] = [
+        File::Adamw,
+        File::AttentionForward,
+        File::AttentionBackward,
+        File::Copy,
+        File::Embedding,
+        File::Loss,
+        File::Norm,
+        File::Retrieval,
+        File::Rope,
+        File::Swiglu,
+    ];
 
     /// The file's name without its ending.
     pub fn stem(self) -> &'static str {
         match self {
+            File::Adamw => "adamw",
             File::AttentionForward => "attention_forward",
             File::AttentionBackward => "attention_backward",
+            File::Copy => "copy",
+            File::Embedding => "embedding",
+            File::Loss => "loss",
+            File::Norm => "norm",
+            File::Retrieval => "retrieval",
+            File::Rope => "rope",
+            File::Swiglu => "swiglu",
         }
     }
 }

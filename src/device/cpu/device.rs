@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use super::rows::{self, Angles, HeadRows};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, product};
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, Pick, Probes, Result, Rows,
-    RowsMut, Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, PastHeads, Pick, Probes,
+    Result, Rows, RowsMut, Update, runs,
 };
 use crate::isa::Isa;
 
@@ -43,6 +43,7 @@ impl Device for Cpu {
     type Buffer = Buffer;
     type Matrix = PackedMatrix;
     type Pool = Pool;
+    type Picks = Vec<Vec<usize>>;
 
     fn description(&self) -> String {
         let isa = match Isa::best() {
@@ -343,7 +344,7 @@ impl Device for Cpu {
         Ok(runs::backward::<Self>(call, grad)?)
     }
 
-    fn pool(&self, heads: usize, head_dim: usize) -> Result<Pool> {
+    fn pool(&self, heads: usize, head_dim: usize, _: usize) -> Result<Pool> {
         Ok(Pool::new(heads, head_dim))
     }
 
@@ -381,34 +382,58 @@ impl Device for Cpu {
         pool.append(rows, |row, i| (&k[at(row, i)], &v[at(row, i)]))
     }
 
+    fn picks(&self, tokens: &[Vec<usize>], _: usize) -> Result<Vec<Vec<usize>>> {
+        Ok(tokens.to_vec())
+    }
+
+    fn pick_count(&self, picks: &Vec<Vec<usize>>, head: usize) -> usize {
+        picks[head].len()
+    }
+
+    fn pick_tokens(&self, picks: &Vec<Vec<usize>>) -> Result<Vec<Vec<usize>>> {
+        Ok(picks.clone())
+    }
+
     fn pick_blocks(
         &self,
         pool: &Pool,
-        head: usize,
         probes: &Probes<'_, Buffer>,
-        pick: &Pick,
-    ) -> Result<Vec<usize>> {
-        Ok(pool.pick(head, probes, pick))
+        pick: &Pick<'_>,
+    ) -> Result<Vec<Vec<usize>>> {
+        let heads = 0..pick.kv_heads.len();
+        Ok(heads.map(|head| pool.pick(head, probes, pick)).collect())
     }
 
     fn pool_gather(
         &self,
         pool: &Pool,
-        head: usize,
-        tokens: &[usize],
-        mut k: RowsMut<'_, Buffer>,
+        picks: &Vec<Vec<usize>>,
+        past: &PastHeads<'_>,
+        tables: (&Buffer, &Buffer),
+        k: RowsMut<'_, Buffer>,
         mut v: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        let dim = pool.head_dim();
-        let (k_stride, v_stride) = (k.stride, v.stride);
-        let rows = k
-            .data()
-            .chunks_mut(k_stride)
-            .zip(v.data().chunks_mut(v_stride));
-        for (token, (k, v)) in tokens.iter().zip(rows) {
-            let (from_k, from_v) = pool.token(head, *token);
-            k[..dim].copy_from_slice(from_k);
-            v[..dim].copy_from_slice(from_v);
+        let (dim, stride) = (pool.head_dim(), v.stride);
+        for (i, tokens) in picks.iter().enumerate() {
+            if tokens.is_empty() {
+                continue;
+            }
+            let column = past.kv_heads[i] * dim;
+            let mut raw = Buffer::zeros(tokens.len() * dim)?;
+            let raw_rows = raw.chunks_mut(dim).zip(v.data().chunks_mut(stride));
+            for (token, (raw_k, v)) in tokens.iter().zip(raw_rows) {
+                let (from_k, from_v) = pool.token(i, *token);
+                raw_k.copy_from_slice(from_k);
+                v[column..column + dim].copy_from_slice(from_v);
+            }
+            let angles: Vec<usize> = (past.ends[i] - tokens.len()..past.ends[i]).collect();
+            let to = RowsMut {
+                buffer: &mut *k.buffer,
+                start: k.start + column,
+                stride: k.stride,
+            };
+            let from = Rows::packed(&raw, 0, dim);
+            self.rope(from, to, 1, dim, tables, &angles, false, Fold::Set)?;
         }
         Ok(())
     }

@@ -3,6 +3,8 @@
 //! Tokens come in chunks, one for each completed segment, so that growing never copies what is
 //! there; within a chunk a head's keys lie together, so that scoring streams them.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::buffer::Scratch;
@@ -95,15 +97,22 @@ impl Pool {
         (k, v)
     }
 
-    /// The best blocks, in order of position. A token's score is one product chain, so it does not
+    /// The tokens of the best blocks of one head, in order of position. A token's score is one product chain, so it does not
     /// depend on how the pool is cut into chunks.
-    pub(super) fn pick(&self, head: usize, probes: &Probes<'_, Buffer>, pick: &Pick) -> Vec<usize> {
-        let blocks = pick.eligible / pick.block_len;
+    pub(super) fn pick(
+        &self,
+        head: usize,
+        probes: &Probes<'_, Buffer>,
+        pick: &Pick<'_>,
+    ) -> Vec<usize> {
+        let blocks = pick.eligible[head] / pick.block_len;
         let count = pick.blocks.min(blocks);
         if count == blocks {
-            return (0..blocks).collect();
+            return (0..blocks * pick.block_len).collect();
         }
-        let scores = self.block_scores(head, &self.probes(probes), pick.block_len, blocks);
+        let first = pick.kv_heads[head] * probes.group;
+        let probes = self.probes(probes, first..first + probes.group);
+        let scores = self.block_scores(head, &probes, pick.block_len, blocks);
         let better = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
         let mut order: Vec<usize> = (0..blocks).collect();
         if count > 0 {
@@ -111,14 +120,15 @@ impl Pool {
         }
         order.truncate(count);
         order.sort_unstable();
-        order
+        let tokens = |block: usize| block * pick.block_len..(block + 1) * pick.block_len;
+        order.into_iter().flat_map(tokens).collect()
     }
 
     /// The means of the windows, as the weight of a product.
-    fn probes(&self, probes: &Probes<'_, Buffer>) -> PackedMatrix {
+    fn probes(&self, probes: &Probes<'_, Buffer>, q_heads: Range<usize>) -> PackedMatrix {
         let (dim, q) = (self.head_dim, probes.q);
         let mut means = Vec::new();
-        for q_head in probes.q_heads.clone() {
+        for q_head in q_heads {
             let windows = (0..).map(|i| i * probes.stride);
             for first in windows.take_while(|first| first + probes.window <= probes.rows) {
                 let mut mean = vec![0f32; dim];

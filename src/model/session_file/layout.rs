@@ -139,8 +139,9 @@ pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Ve
             continue;
         }
         for (l, carry) in session.states[s].layers.iter().enumerate() {
-            for (h, picks) in carry.picks.iter().enumerate() {
-                parts.push((s, Part::Picks(l, h), vec![picks.len()]));
+            for h in 0..session.plan.reads[l].past.len() {
+                let count = session.model.device.pick_count(&carry.picks, h);
+                parts.push((s, Part::Picks(l, h), vec![count]));
             }
         }
     }
@@ -206,8 +207,11 @@ pub(super) fn bytes<D: Device>(
             None => Vec::new(),
         },
         Part::Picks(l, h) => {
-            let picks = carry(l).picks[h].iter();
-            return Ok(picks.flat_map(|p| (*p as i64).to_le_bytes()).collect());
+            let picks = device.pick_tokens(&carry(l).picks)?;
+            return Ok(picks[h]
+                .iter()
+                .flat_map(|p| (*p as i64).to_le_bytes())
+                .collect());
         }
         Part::Segment(l) => {
             let kv = &session.slots.layers[l].kv;

@@ -1,0 +1,48 @@
+// Copies of rows [rows, width] between buffers of either precision: dst = src, or dst += src, summed in f32 and
+// rounded once. No sums over elements, so an element's bits are its own. Bytes an element: those of both sides (and dst
+// once more for +=).
+#include "vectors.cuh"
+
+struct CopyConfig {
+  static constexpr int kThreads = 256, kBlocks = 8;
+};
+
+SEGATTN_FN float load_one(const Bf16* p) { return widen(p->bits, Bf16{}); }
+SEGATTN_FN float load_one(const float* p) { return *p; }
+SEGATTN_FN void store_one(Bf16* p, float x) { p->bits = (uint16_t)pack<Bf16>(x, 0.f); }
+SEGATTN_FN void store_one(float* p, float x) { *p = x; }
+
+template <class Src, class Dst>
+SEGATTN_FN void copy(const SegattnCopyParams& p) {
+  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t row_threads = p.vectors ? p.width / kVector : p.width;
+  const int64_t row = index / row_threads;
+  if (row >= p.rows) return;
+  const int column = (int)(index % row_threads) * (p.vectors ? kVector : 1);
+  const Src* g_src = row_of<const Src>(p.src, row) + column;
+  Dst* g_dst = row_of<Dst>(p.dst, row) + column;
+  if (!p.vectors) {
+    store_one(g_dst, p.add ? load_one(g_dst) + load_one(g_src) : load_one(g_src));
+    return;
+  }
+  float r_x[kVector], r_sum[kVector];
+  load_vector(r_x, g_src);
+  if (p.add) {
+    load_vector(r_sum, g_dst);
+#pragma unroll
+    for (int i = 0; i < kVector; i++) r_x[i] = r_sum[i] + r_x[i];
+  }
+  store_vector(g_dst, r_x);
+}
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+// A thread eight elements where p.vectors, else one: rows * width / 8 threads, or rows * width.
+#define COPY(name, Src, Dst)                                                                                          \
+  SEGATTN_INFO(name, (SegattnKernelInfo{CopyConfig::kThreads, 0, CopyConfig::kBlocks, 0, 0, 0, sizeof(SegattnCopyParams)})) \
+  SEGATTN_KERNEL(name, CopyConfig, SegattnCopyParams) { copy<Src, Dst>(params); }
+
+COPY(copy_bf16_bf16, Bf16, Bf16)
+COPY(copy_bf16_f32, Bf16, float)
+COPY(copy_f32_bf16, float, Bf16)
+COPY(copy_f32_f32, float, float)

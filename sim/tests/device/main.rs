@@ -1,0 +1,5 @@
+//! The crate's GPU device on a simulated GPU.
+
+mod buffers;
+mod common;
+mod model;

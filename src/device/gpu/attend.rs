@@ -1,0 +1,168 @@
+//! From the model's spans to plans of the operation: consecutive spans of equal length make one call, so that no
+//! padding is computed.
+
+use super::driver::Stream;
+use super::{Buffer, Driver, Gpu};
+use crate::attention::cuda::{
+    BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gates, Gradients, Lengths, Problem, Saved,
+    Tensor,
+};
+use crate::attention::{Batch, Layout, PastLen};
+use crate::device::runs::{Run, runs};
+use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut, SlotSpan};
+
+/// Runs the operation forward over all spans.
+pub(super) fn forward<D: Driver>(
+    gpu: &Gpu<D>,
+    call: &Attention<'_, Buffer<D>>,
+    out: &RowsMut<'_, Buffer<D>>,
+    lse: &RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let heads = call.heads;
+    for_each(call, |problem, run| {
+        let out = tensor(out.buffer, out.start, out.stride, run, heads.dim);
+        let lse = log_sums(lse.buffer, lse.start, lse.stride, run, heads.q);
+        let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
+        let workspace = gpu.block(plan.workspace_bytes())?;
+        let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
+        // SAFETY: the tensors lie in live buffers, which the plan has checked; the workspace is nobody else's, and
+        // whoever gets it next uses it after this call.
+        unsafe { plan.run(&mut Stream(gpu.driver()), slice) }.map_err(Into::into)
+    })
+}
+
+/// Runs the operation backward over all spans.
+pub(super) fn backward<D: Driver>(
+    gpu: &Gpu<D>,
+    call: &Attention<'_, Buffer<D>>,
+    grad: &AttentionGrad<'_, Buffer<D>>,
+) -> Result<()> {
+    let (heads, prior) = (call.heads, call.cache.rows[1]);
+    for_each(call, |problem, run| {
+        let read =
+            |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, run, heads.dim);
+        let write =
+            |rows: &RowsMut<'_, _>| tensor(rows.buffer, rows.start, rows.stride, run, heads.dim);
+        let tail = |buffer: &Buffer<D>| {
+            let start = run.spans.start * prior * heads.kv * heads.dim;
+            let shape = [run.spans.len(), prior, heads.kv, heads.dim];
+            let DeviceSlice { data, len } = buffer.slice(start);
+            let layout = Layout::packed(shape);
+            Tensor { data, len, layout }
+        };
+        let (first, count) = (run.spans.start * heads.q, run.spans.len() * heads.q);
+        let saved = Saved {
+            out: read(&grad.out),
+            lse: log_sums(
+                grad.lse.buffer,
+                grad.lse.start,
+                grad.lse.stride,
+                run,
+                heads.q,
+            ),
+            d_out: read(&grad.d_out),
+            d_lse: None,
+        };
+        let gradients = Gradients {
+            d_q: write(&grad.d_q),
+            d_k: write(&grad.d_k),
+            d_v: write(&grad.d_v),
+            d_prior: grad.d_prior.as_ref().map(|(k, v)| (tail(k), tail(v))),
+            d_past_gate: DeviceSlice::new(grad.d_past_gate.address(first), count),
+        };
+        let plan = BackwardPlan::new(problem, &saved, &gradients, gpu.driver().kernels())?;
+        let workspace = gpu.block(plan.workspace_bytes())?;
+        let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
+        // SAFETY: as in the forward.
+        unsafe { plan.run(&mut Stream(gpu.driver()), slice) }.map_err(Into::into)
+    })
+}
+
+/// A run's rows of heads.
+fn tensor<D: Driver>(
+    buffer: &Buffer<D>,
+    start: usize,
+    stride: usize,
+    run: &Run,
+    head_dim: usize,
+) -> Tensor<'static> {
+    let DeviceSlice { data, len } = buffer.slice(start + run.row * stride);
+    let layout = run.layout(stride, head_dim);
+    Tensor { data, len, layout }
+}
+
+/// A run's log-sum-exp.
+fn log_sums<D: Driver>(
+    buffer: &Buffer<D>,
+    start: usize,
+    stride: usize,
+    run: &Run,
+    heads: usize,
+) -> DeviceSlice {
+    let count = run.spans.len() * run.rows * heads;
+    DeviceSlice::new(buffer.address(start + run.row * stride), count)
+}
+
+/// Calls `f` with the problem of each run.
+fn for_each<D: Driver>(
+    call: &Attention<'_, Buffer<D>>,
+    mut f: impl FnMut(&Problem<'_>, &Run) -> Result<()>,
+) -> Result<()> {
+    let (heads, cache) = (call.heads, call.cache);
+    let width = heads.kv * heads.dim;
+    for run in runs(call.spans) {
+        let spans = &call.spans[run.spans.clone()];
+        let offsets = cache
+            .rows
+            .map(|rows| -> Vec<usize> { spans.iter().map(|s| s.slot * rows * width).collect() });
+        // Exactly the rows in use, so that gradients of keys need no more.
+        let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
+        let rows = [used, cache.rows[1], cache.rows[2]];
+        let view = |buffer: &Buffer<D>, source: usize| {
+            let DeviceSlice { data, len } = buffer.slice(0);
+            let layout = Layout {
+                rows: rows[source],
+                row_stride: width,
+                head_stride: heads.dim,
+                batch: Batch::Offsets(&offsets[source]),
+            };
+            Tensor { data, len, layout }
+        };
+        let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
+            spans.iter().map(|s| f(s) as i32).collect()
+        };
+        let segment_len = ints(&|s| s.start + s.rows);
+        let start = ints(&|s| s.start);
+        let prior_len = ints(&|s| cache.prior_len[s.slot]);
+        let past_len: Vec<i32> = spans
+            .iter()
+            .flat_map(|s| &cache.past_len[s.slot * heads.kv..(s.slot + 1) * heads.kv])
+            .map(|n| *n as i32)
+            .collect();
+        let problem = Problem {
+            dtype: Dtype::Bf16,
+            batch: spans.len(),
+            q_heads: heads.q,
+            kv_heads: heads.kv,
+            head_dim: heads.dim,
+            q: tensor(call.q.buffer, call.q.start, call.q.stride, &run, heads.dim),
+            k: view(&cache.k, 0),
+            v: view(&cache.v, 0),
+            prior_k: view(&cache.prior_k, 1),
+            prior_v: view(&cache.prior_v, 1),
+            past_k: view(&cache.past_k, 2),
+            past_v: view(&cache.past_v, 2),
+            lengths: Lengths::Host {
+                segment_len: &segment_len,
+                prior_len: &prior_len,
+                past_len: PastLen::PerHead(&past_len),
+                query_start: start.iter().any(|s| *s > 0).then_some(&start[..]),
+            },
+            past_gate: Gates::Host(call.past_gate),
+            prior_heads: call.prior_heads,
+            scale: None,
+        };
+        f(&problem, &run)?;
+    }
+    Ok(())
+}

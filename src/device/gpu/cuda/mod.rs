@@ -1,0 +1,145 @@
+//! NVIDIA's driver under the GPU device: kernels loaded at run time, products by cuBLASLt.
+
+mod products;
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, result};
+
+use super::driver::{Driver, Product};
+use crate::attention::cuda::{DriverKernels, DriverStream, Error, Launch, Launcher};
+use crate::cuda::{self, DeviceInfo, driver_error};
+use crate::device::DeviceError;
+
+pub use products::Choice;
+use products::Products;
+
+/// Memory is asked of the driver in pieces of this size.
+const REGION_BYTES: usize = 256 << 20;
+
+/// A GPU of this machine and one stream on it.
+#[derive(Debug)]
+pub struct Cuda {
+    kernels: DriverKernels,
+    stream: Arc<CudaStream>,
+    products: Products,
+    info: DeviceInfo,
+}
+
+impl Cuda {
+    /// Opens GPU `ordinal`.
+    ///
+    /// # Errors
+    /// No driver, no GPU, no cuBLASLt, or what the driver says.
+    pub fn open(ordinal: usize, choice: Choice) -> Result<Self, Error> {
+        let context = cuda::open(ordinal)?;
+        let stream = context
+            .new_stream()
+            .map_err(|error| driver_error("making a stream", error))?;
+        Ok(Self {
+            info: DeviceInfo::of(&context)?,
+            products: Products::new(choice)?,
+            kernels: DriverKernels::new(&context)?,
+            stream,
+        })
+    }
+
+    /// The stream, for events around work.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    fn launcher(&self) -> Result<DriverStream<'_>, Error> {
+        self.kernels.on(&self.stream)
+    }
+
+    fn bind(&self) -> Result<(), Error> {
+        let bound = self.stream.context().bind_to_thread();
+        bound.map_err(|error| driver_error("choosing the GPU", error).into())
+    }
+}
+
+impl Driver for Cuda {
+    type Kernels = DriverKernels;
+
+    fn description(&self) -> String {
+        let DeviceInfo { name, memory, .. } = &self.info;
+        let gib = *memory as f64 / f64::from(1 << 30);
+        format!("{name} (bf16, {gib:.0} GiB)")
+    }
+
+    fn kernels(&self) -> &DriverKernels {
+        &self.kernels
+    }
+
+    fn region_bytes(&self) -> usize {
+        REGION_BYTES
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
+        self.bind()?;
+        // SAFETY: what is read was written before: the device's promise.
+        let allocated = unsafe { result::malloc_sync(bytes) };
+        allocated.map_err(|error| match driver_error("allocating memory", error) {
+            cuda::Error::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
+            error => Error::from(error).into(),
+        })
+    }
+
+    unsafe fn free(&self, address: u64, _: usize) {
+        let context = self.stream.context();
+        context.record_err(context.bind_to_thread());
+        // SAFETY: the caller's promise; the driver waits for the device first.
+        context.record_err(unsafe { result::free_sync(address) });
+    }
+
+    unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.launcher()?.upload(to, bytes) }
+    }
+
+    unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        self.bind()?;
+        let stream = self.stream.cu_stream();
+        // SAFETY: as above; the stream is waited for before `bytes` is anybody else's again.
+        let copied = unsafe {
+            result::memcpy_dtoh_async(bytes, from, stream)
+                .and_then(|()| result::stream::synchronize(stream))
+        };
+        copied.map_err(|error| driver_error("reading back", error).into())
+    }
+
+    unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.launcher()?.zero(at, bytes) }
+    }
+
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
+        self.bind()?;
+        // SAFETY: as above.
+        let copied = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+        copied.map_err(|error| driver_error("copying on the GPU", error).into())
+    }
+
+    unsafe fn launch<P: Copy>(&self, launch: &Launch, params: &P) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.launcher()?.launch(launch, params) }
+    }
+
+    unsafe fn product(&self, product: &Product) -> Result<(), Error> {
+        self.bind()?;
+        // SAFETY: as above; the stream is of the current context.
+        unsafe { self.products.run(self.stream.cu_stream(), product) }.map_err(Into::into)
+    }
+}
+
+/// The error of a call of a library that counts its own way.
+fn failed(call: &str, code: u32, name: String) -> cuda::Error {
+    cuda::Error::Driver {
+        doing: call.to_owned(),
+        code,
+        text: "no more is known".into(),
+        name,
+        remedy: "see `segattn doctor`; if the machine is well, this is a bug to report",
+    }
+}

@@ -1,0 +1,588 @@
+//! Matrix products by cuBLASLt, whose rows have the same bits however many there are.
+//!
+//! cuBLASLt chooses an algorithm by the number of rows too, and may split the summed index: both change bits. Here
+//! every shape has a *reference* algorithm, chosen at [`REFERENCE_ROWS`] rows among those that do not split. For few
+//! rows it would leave most of the GPU idle, so each range of rows may have its own, on one condition: on random
+//! inputs it gives the reference's bits, element by element. That is seen on the device before it is used, once a
+//! shape. (Algorithms differ in tiles and stages; those that run through the summed index in the same steps pass.)
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::cublaslt::sys::{self, cublasLtMatmulAlgo_t as Algorithm};
+use cudarc::driver::result as driver;
+use cudarc::driver::sys::CUstream;
+
+use super::super::bytes_of;
+use super::super::driver::{Operand, Product};
+use super::failed;
+use crate::cuda::{Error, driver_error};
+use crate::device::Kind;
+
+/// Rows at which the reference algorithm is chosen.
+const REFERENCE_ROWS: usize = 2048;
+/// Largest number of rows of each range; above the last the reference serves.
+const RANGES: [usize; 4] = [16, 64, 256, 1024];
+/// Algorithms looked at in a range.
+const CANDIDATES: usize = 16;
+/// Rows and columns of the comparison with the reference.
+const CHECKED: [usize; 2] = [8, 1024];
+/// What cuBLASLt may use to split sums, where it may.
+const FREE_WORKSPACE: usize = 32 << 20;
+
+/// How algorithms are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// Bits of a row do not depend on the number of rows.
+    #[default]
+    SameBits,
+    /// cuBLASLt's own for each number of rows. Equal bits between prefill and decoding are lost.
+    Free,
+}
+
+/// A product but for its rows and addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    n: usize,
+    /// The summed index; 0 where `a` is transposed: rows are summed over then, and as many as there are.
+    k: usize,
+    /// Rows of `c` where `a` is transposed, else 0; in [`Choice::Free`] always.
+    m: usize,
+    transposed: [bool; 2],
+    strides: [usize; 3],
+    c_kind: Kind,
+    add: bool,
+}
+
+/// The algorithm for up to so many rows.
+#[derive(Clone, Copy)]
+struct Range {
+    rows: usize,
+    algorithm: Algorithm,
+    workspace: usize,
+}
+
+/// cuBLASLt, and the algorithms it has chosen.
+pub(super) struct Products {
+    handle: sys::cublasLtHandle_t,
+    choice: Choice,
+    chosen: Mutex<HashMap<Shape, Vec<Range>>>,
+    workspace: u64,
+}
+
+// SAFETY: cuBLASLt's handle may be used from several threads.
+unsafe impl Send for Products {}
+// SAFETY: as above.
+unsafe impl Sync for Products {}
+
+impl std::fmt::Debug for Products {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Products({:?})", self.choice)
+    }
+}
+
+impl Products {
+    /// Loads cuBLASLt in the current context.
+    pub fn new(choice: Choice) -> Result<Self, Error> {
+        // SAFETY: loading the library runs its constructors and nothing else.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::NoLibrary {
+                library: "libcublasLt",
+            });
+        }
+        let handle =
+            cudarc::cublaslt::result::create_handle().map_err(|e| said("cublasLtCreate", e.0))?;
+        let workspace = match choice {
+            Choice::SameBits => 0,
+            Choice::Free => allocate(FREE_WORKSPACE)?,
+        };
+        Ok(Self {
+            handle,
+            choice,
+            chosen: Mutex::default(),
+            workspace,
+        })
+    }
+
+    /// Puts a product on a stream of the current context.
+    ///
+    /// # Safety
+    /// As [`Driver::product`](super::super::Driver::product).
+    pub unsafe fn run(&self, stream: CUstream, product: &Product) -> Result<(), Error> {
+        let range = self.range(stream, product)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.multiply(stream, product, &range) }
+    }
+
+    fn range(&self, stream: CUstream, product: &Product) -> Result<Range, Error> {
+        let by_rows = self.choice == Choice::SameBits && !product.a.transposed;
+        let free = self.choice == Choice::Free;
+        let shape = Shape {
+            n: product.n,
+            k: if product.a.transposed && !free {
+                0
+            } else {
+                product.k
+            },
+            m: if by_rows { 0 } else { product.m },
+            transposed: [product.a.transposed, product.b.transposed],
+            strides: [product.a.stride, product.b.stride, product.c_stride],
+            c_kind: product.c_kind,
+            add: product.add,
+        };
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        let ranges = match chosen.entry(shape) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(match (self.choice, by_rows) {
+                (Choice::Free, _) => vec![self.first(product)?],
+                (_, true) => self.by_rows(stream, product)?,
+                (_, false) => vec![self.first(&Product {
+                    k: REFERENCE_ROWS,
+                    ..*product
+                })?],
+            }),
+        };
+        let of_rows = ranges.iter().find(|r| product.m <= r.rows);
+        Ok(*of_rows.unwrap_or(&ranges[ranges.len() - 1]))
+    }
+
+    /// What cuBLASLt likes best.
+    fn first(&self, product: &Product) -> Result<Range, Error> {
+        self.candidates(product)?.first().copied().ok_or_else(|| {
+            said(
+                "cublasLtMatmulAlgoGetHeuristic",
+                sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+            )
+        })
+    }
+
+    /// An algorithm for each range of rows, all of equal bits.
+    fn by_rows(&self, stream: CUstream, product: &Product) -> Result<Vec<Range>, Error> {
+        let reference = self.first(&Product {
+            m: REFERENCE_ROWS,
+            ..*product
+        })?;
+        let check = Check::new(self, stream, product, &reference)?;
+        let mut ranges = Vec::with_capacity(RANGES.len() + 1);
+        for rows in RANGES {
+            let mut algorithm = reference.algorithm;
+            for candidate in self.candidates(&Product {
+                m: rows,
+                ..*product
+            })? {
+                if candidate.algorithm == reference.algorithm
+                    || check.same_bits(self, stream, &candidate)?
+                {
+                    algorithm = candidate.algorithm;
+                    break;
+                }
+            }
+            ranges.push(Range {
+                rows,
+                algorithm,
+                workspace: 0,
+            });
+        }
+        ranges.push(Range {
+            rows: usize::MAX,
+            ..reference
+        });
+        Ok(ranges)
+    }
+
+    /// Algorithms for a product, best first by cuBLASLt's estimate.
+    fn candidates(&self, product: &Product) -> Result<Vec<Range>, Error> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let call = Call::new(product)?;
+        let preference = Preference::new()?;
+        let (workspace, reductions) = match self.choice {
+            Choice::SameBits => (
+                0u64,
+                sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE,
+            ),
+            Choice::Free => (
+                FREE_WORKSPACE as u64,
+                sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_MASK,
+            ),
+        };
+        preference.set(
+            Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            &workspace,
+        )?;
+        preference.set(
+            Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+            &(reductions as u32),
+        )?;
+        for (attribute, alignment) in [
+            (
+                Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                alignment(2, product.b.stride),
+            ),
+            (
+                Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                alignment(2, product.a.stride),
+            ),
+            (
+                Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                alignment(bytes_of(product.c_kind), product.c_stride),
+            ),
+            (
+                Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+                alignment(bytes_of(product.c_kind), product.c_stride),
+            ),
+        ] {
+            preference.set(attribute, &alignment)?;
+        }
+        let mut found = vec![std::mem::MaybeUninit::uninit(); CANDIDATES];
+        let mut count = 0;
+        // SAFETY: the descriptors live, and `found` has room for so many.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                call.product.0,
+                call.a.0,
+                call.b.0,
+                call.c.0,
+                call.c.0,
+                preference.0,
+                CANDIDATES as i32,
+                found.as_mut_ptr().cast(),
+                &mut count,
+            )
+        };
+        check("cublasLtMatmulAlgoGetHeuristic", status)?;
+        // SAFETY: so many have been written.
+        let found = found[..count as usize]
+            .iter()
+            .map(|x| unsafe { x.assume_init() });
+        let usable = found.filter(|x: &sys::cublasLtMatmulHeuristicResult_t| {
+            x.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+                && x.workspaceSize <= workspace as usize
+        });
+        let range = |x: sys::cublasLtMatmulHeuristicResult_t| Range {
+            rows: usize::MAX,
+            algorithm: x.algo,
+            workspace: x.workspaceSize,
+        };
+        Ok(usable.map(range).collect())
+    }
+
+    /// # Safety
+    /// As [`Products::run`].
+    unsafe fn multiply(
+        &self,
+        stream: CUstream,
+        product: &Product,
+        range: &Range,
+    ) -> Result<(), Error> {
+        let call = Call::new(product)?;
+        let (alpha, beta) = (1f32, f32::from(u8::from(product.add)));
+        let c = product.c as *mut c_void;
+        // SAFETY: the caller's promise; row-major matrices are column-major ones transposed, so b comes first.
+        let status = unsafe {
+            sys::cublasLtMatmul(
+                self.handle,
+                call.product.0,
+                std::ptr::from_ref(&alpha).cast(),
+                product.b.address as *const c_void,
+                call.a.0,
+                product.a.address as *const c_void,
+                call.b.0,
+                std::ptr::from_ref(&beta).cast(),
+                c,
+                call.c.0,
+                c,
+                call.c.0,
+                &range.algorithm,
+                self.workspace as *mut c_void,
+                range.workspace,
+                stream.cast(),
+            )
+        };
+        check("cublasLtMatmul", status)
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        // SAFETY: the handle is valid and used by nobody any more; cuBLASLt waits for nothing of its own.
+        let _ = unsafe { cudarc::cublaslt::result::destroy_handle(self.handle) };
+        if self.workspace != 0 {
+            // SAFETY: allocated in `new`.
+            let _ = unsafe { driver::free_sync(self.workspace) };
+        }
+    }
+}
+
+/// Random inputs of a product's summed index, and what the reference makes of them.
+struct Check {
+    product: Product,
+    /// a, b, c.
+    memory: [Memory; 3],
+    expected: Vec<u8>,
+}
+
+impl Check {
+    fn new(
+        products: &Products,
+        stream: CUstream,
+        product: &Product,
+        reference: &Range,
+    ) -> Result<Self, Error> {
+        let (m, n) = (CHECKED[0], product.n.min(CHECKED[1]));
+        let (b_rows, b_columns) = if product.b.transposed {
+            (n, product.k)
+        } else {
+            (product.k, n)
+        };
+        let memory = [
+            Memory::random(m * product.k, 1)?,
+            Memory::random(b_rows * b_columns, 2)?,
+            Memory::new(m * n * bytes_of(product.c_kind))?,
+        ];
+        let operand = |i: usize, stride| Operand {
+            address: memory[i].0,
+            stride,
+            transposed: false,
+        };
+        let product = Product {
+            m,
+            n,
+            a: operand(0, product.k),
+            b: Operand {
+                transposed: product.b.transposed,
+                ..operand(1, b_columns)
+            },
+            c: memory[2].0,
+            c_stride: n,
+            ..*product
+        };
+        let mut check = Self {
+            product,
+            memory,
+            expected: Vec::new(),
+        };
+        check.expected = check.run(products, stream, reference)?;
+        Ok(check)
+    }
+
+    fn same_bits(
+        &self,
+        products: &Products,
+        stream: CUstream,
+        candidate: &Range,
+    ) -> Result<bool, Error> {
+        Ok(self.run(products, stream, candidate)? == self.expected)
+    }
+
+    fn run(&self, products: &Products, stream: CUstream, range: &Range) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; self.product.m * self.product.n * bytes_of(self.product.c_kind)];
+        let at = self.memory[2].0;
+        // SAFETY: the memory is this check's, of these sizes; the stream is waited for.
+        unsafe {
+            driver::memset_d8_async(at, 0, bytes.len(), stream)
+                .map_err(|e| driver_error("clearing memory", e))?;
+            products.multiply(stream, &self.product, range)?;
+            driver::memcpy_dtoh_async(&mut bytes, at, stream)
+                .map_err(|e| driver_error("reading back", e))?;
+            driver::stream::synchronize(stream)
+                .map_err(|e| driver_error("waiting for a product", e))?;
+        }
+        Ok(bytes)
+    }
+}
+
+/// Device memory that is freed when dropped, after whatever runs.
+struct Memory(u64);
+
+impl Memory {
+    fn new(bytes: usize) -> Result<Self, Error> {
+        allocate(bytes).map(Self)
+    }
+
+    /// So many bf16 between -1 and 1.
+    fn random(len: usize, seed: u64) -> Result<Self, Error> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let next = |_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            half::bf16::from_f32((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+        };
+        let values: Vec<half::bf16> = (0..len).map(next).collect();
+        let memory = Self::new(len * 2)?;
+        // SAFETY: the memory has that size.
+        unsafe { driver::memcpy_htod_sync(memory.0, &values) }
+            .map_err(|e| driver_error("writing", e))?;
+        Ok(memory)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`; freeing waits for the device.
+        let _ = unsafe { driver::free_sync(self.0) };
+    }
+}
+
+fn allocate(bytes: usize) -> Result<u64, Error> {
+    // SAFETY: what is read was written before.
+    unsafe { driver::malloc_sync(bytes.max(1)) }
+        .map_err(|e| driver_error("allocating memory for products", e))
+}
+
+/// What every address of a matrix is a multiple of: its rows begin anywhere.
+fn alignment(element: usize, stride: usize) -> u32 {
+    let bytes = element * stride;
+    (1u32 << bytes.trailing_zeros().min(4)).max(element as u32)
+}
+
+/// cuBLASLt's descriptors of a product.
+struct Call {
+    product: Description,
+    a: MatrixLayout,
+    b: MatrixLayout,
+    c: MatrixLayout,
+}
+
+impl Call {
+    fn new(product: &Product) -> Result<Self, Error> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let Product { m, n, k, a, b, .. } = *product;
+        let bf16 = sys::cudaDataType_t::CUDA_R_16BF;
+        let c_type = match product.c_kind {
+            Kind::Activation => bf16,
+            Kind::Exact => sys::cudaDataType_t::CUDA_R_32F,
+        };
+        // Rows of ours are columns of theirs.
+        let layout = |kind, transposed, rows, columns, stride| {
+            let (rows, columns) = if transposed {
+                (rows, columns)
+            } else {
+                (columns, rows)
+            };
+            MatrixLayout::new(kind, rows, columns, stride)
+        };
+        let description = Description::new()?;
+        // CUBLAS_OP_N and CUBLAS_OP_T.
+        let operation = |transposed: bool| i32::from(transposed);
+        description.set(
+            Attribute::CUBLASLT_MATMUL_DESC_TRANSA,
+            operation(b.transposed),
+        )?;
+        description.set(
+            Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
+            operation(a.transposed),
+        )?;
+        Ok(Self {
+            product: description,
+            a: layout(bf16, b.transposed, k, n, b.stride)?,
+            b: layout(bf16, a.transposed, m, k, a.stride)?,
+            c: layout(c_type, false, m, n, product.c_stride)?,
+        })
+    }
+}
+
+struct Description(sys::cublasLtMatmulDesc_t);
+
+impl Description {
+    fn new() -> Result<Self, Error> {
+        let (compute, scale) = (
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType_t::CUDA_R_32F,
+        );
+        let made = cudarc::cublaslt::result::create_matmul_desc(compute, scale);
+        made.map(Self)
+            .map_err(|e| said("cublasLtMatmulDescCreate", e.0))
+    }
+
+    fn set<T>(
+        &self,
+        attribute: sys::cublasLtMatmulDescAttributes_t,
+        value: T,
+    ) -> Result<(), Error> {
+        let value = std::ptr::from_ref(&value).cast();
+        // SAFETY: the description lives, the value has that size.
+        let status = unsafe {
+            sys::cublasLtMatmulDescSetAttribute(self.0, attribute, value, size_of::<T>())
+        };
+        check("cublasLtMatmulDescSetAttribute", status)
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and gone after this.
+        let _ = unsafe { sys::cublasLtMatmulDescDestroy(self.0) };
+    }
+}
+
+struct MatrixLayout(sys::cublasLtMatrixLayout_t);
+
+impl MatrixLayout {
+    fn new(
+        kind: sys::cudaDataType_t,
+        rows: usize,
+        columns: usize,
+        stride: usize,
+    ) -> Result<Self, Error> {
+        let made = cudarc::cublaslt::result::create_matrix_layout(
+            kind,
+            rows as u64,
+            columns as u64,
+            stride as i64,
+        );
+        made.map(Self)
+            .map_err(|e| said("cublasLtMatrixLayoutCreate", e.0))
+    }
+}
+
+impl Drop for MatrixLayout {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and gone after this.
+        let _ = unsafe { sys::cublasLtMatrixLayoutDestroy(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new() -> Result<Self, Error> {
+        let made = cudarc::cublaslt::result::create_matmul_pref();
+        made.map(Self)
+            .map_err(|e| said("cublasLtMatmulPreferenceCreate", e.0))
+    }
+
+    fn set<T>(
+        &self,
+        attribute: sys::cublasLtMatmulPreferenceAttributes_t,
+        value: &T,
+    ) -> Result<(), Error> {
+        let value = std::ptr::from_ref(value).cast();
+        // SAFETY: the preference lives, the value has that size.
+        let status = unsafe {
+            sys::cublasLtMatmulPreferenceSetAttribute(self.0, attribute, value, size_of::<T>())
+        };
+        check("cublasLtMatmulPreferenceSetAttribute", status)
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and gone after this.
+        let _ = unsafe { sys::cublasLtMatmulPreferenceDestroy(self.0) };
+    }
+}
+
+fn check(call: &str, status: sys::cublasStatus_t) -> Result<(), Error> {
+    match status {
+        sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
+        status => Err(said(call, status)),
+    }
+}
+
+fn said(call: &str, status: sys::cublasStatus_t) -> Error {
+    failed(call, status as u32, format!("{status:?}"))
+}

@@ -1,0 +1,462 @@
+//! [`Device`] for the GPU: memory, copies and products here; the rest in this module's neighbours.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::{
+    Buffer, Driver, Gpu, Matrix, Operand, PastPool, Picks, Product, attend, bytes_of, optimizer,
+    past, rows,
+};
+use crate::device::{
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, PastHeads, Pick, Probes,
+    Result, Rows, RowsMut, Update,
+};
+
+impl<D: Driver> Gpu<D> {
+    /// What a product reads: bf16 rows, narrowed here if they are not yet. The buffer, if any, holds them.
+    fn operand(
+        &self,
+        x: Rows<'_, Buffer<D>>,
+        rows: usize,
+        width: usize,
+    ) -> Result<(Option<Buffer<D>>, Operand)> {
+        let operand = |address, stride| Operand {
+            address,
+            stride,
+            transposed: false,
+        };
+        if x.buffer.kind == Kind::Activation {
+            return Ok((None, operand(x.address(rows, width), x.stride)));
+        }
+        if x.buffer.half_rows {
+            // The gradient of logits lies in the first halves of their rows.
+            return Ok((None, operand(x.address(rows, width), 2 * x.stride)));
+        }
+        let mut narrow = self.empty(Kind::Activation, rows * width)?;
+        self.copy(
+            x,
+            RowsMut::packed(&mut narrow, 0, width),
+            rows,
+            width,
+            Fold::Set,
+        )?;
+        let address = narrow.address(0);
+        Ok((Some(narrow), operand(address, width)))
+    }
+
+    /// `y (+)= x b`, `b [inner, out]` as it lies in memory or transposed.
+    fn product(
+        &self,
+        x: Rows<'_, Buffer<D>>,
+        b: Operand,
+        [rows, out, inner]: [usize; 3],
+        y: RowsMut<'_, Buffer<D>>,
+        fold: Fold,
+    ) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        let (_held, a) = self.operand(x, rows, inner)?;
+        y.buffer.half_rows = false;
+        let product = Product {
+            m: rows,
+            n: out,
+            k: inner,
+            a,
+            b,
+            c: y.address(rows, out),
+            c_stride: y.stride,
+            c_kind: y.buffer.kind,
+            add: fold == Fold::Add,
+        };
+        // SAFETY: all three lie in live buffers, as the addresses' bounds checks have seen; the borrow of `y` says that
+        // it is not `x`.
+        unsafe { self.driver().product(&product) }.map_err(Into::into)
+    }
+}
+
+impl<D: Driver> Matrix<D> {
+    fn operand(&self, transposed: bool) -> Operand {
+        Operand {
+            address: self.block.address,
+            stride: self.inner,
+            transposed,
+        }
+    }
+}
+
+/// The bytes of numbers in a buffer of this kind.
+fn encode(kind: Kind, values: &[f32]) -> std::borrow::Cow<'_, [u8]> {
+    match kind {
+        Kind::Exact => bytemuck::cast_slice(values).into(),
+        Kind::Activation => {
+            let narrow: Vec<bf16> = values.iter().copied().map(bf16::from_f32).collect();
+            bytemuck::cast_slice(&narrow).to_vec().into()
+        }
+    }
+}
+
+impl<D: Driver> Device for Gpu<D> {
+    type Buffer = Buffer<D>;
+    type Matrix = Matrix<D>;
+    type Pool = PastPool<D>;
+    type Picks = Picks<D>;
+
+    fn description(&self) -> String {
+        self.driver().description()
+    }
+
+    fn zeros(&self, kind: Kind, len: usize) -> Result<Buffer<D>> {
+        let mut buffer = self.empty(kind, len)?;
+        self.clear(&mut buffer)?;
+        Ok(buffer)
+    }
+
+    fn empty(&self, kind: Kind, len: usize) -> Result<Buffer<D>> {
+        let block = match len {
+            0 => None,
+            len => Some(self.block(len * bytes_of(kind))?),
+        };
+        Ok(Buffer {
+            block,
+            kind,
+            len,
+            half_rows: false,
+        })
+    }
+
+    fn write(&self, buffer: &mut Buffer<D>, start: usize, values: &[f32]) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        assert!(start + values.len() <= buffer.len, "the values fit");
+        let bytes = encode(buffer.kind, values);
+        // SAFETY: the range is the buffer's.
+        unsafe { self.driver().upload(buffer.address(start), &bytes) }.map_err(Into::into)
+    }
+
+    fn read(&self, buffer: &Buffer<D>, range: Range<usize>) -> Result<Vec<f32>> {
+        assert!(range.end <= buffer.len, "the range is the buffer's");
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let from = buffer.address(range.start);
+        match buffer.kind {
+            Kind::Exact => {
+                let mut values = vec![0f32; range.len()];
+                let bytes = bytemuck::cast_slice_mut(&mut values);
+                // SAFETY: the range is the buffer's, and whoever reads it has written it.
+                unsafe { self.driver().download(from, bytes)? };
+                Ok(values)
+            }
+            Kind::Activation => {
+                let mut values = vec![bf16::ZERO; range.len()];
+                let bytes = bytemuck::cast_slice_mut(&mut values);
+                // SAFETY: as above.
+                unsafe { self.driver().download(from, bytes)? };
+                Ok(values.into_iter().map(bf16::to_f32).collect())
+            }
+        }
+    }
+
+    fn len(&self, buffer: &Buffer<D>) -> usize {
+        buffer.len
+    }
+
+    fn element_bytes(&self, kind: Kind) -> usize {
+        bytes_of(kind)
+    }
+
+    fn clear(&self, buffer: &mut Buffer<D>) -> Result<()> {
+        buffer.half_rows = false;
+        let Some(block) = &buffer.block else {
+            return Ok(());
+        };
+        let bytes = buffer.len * bytes_of(buffer.kind);
+        // SAFETY: the block is the buffer's.
+        unsafe { self.driver().zero(block.address, bytes) }.map_err(Into::into)
+    }
+
+    fn copy(
+        &self,
+        src: Rows<'_, Buffer<D>>,
+        dst: RowsMut<'_, Buffer<D>>,
+        rows: usize,
+        width: usize,
+        fold: Fold,
+    ) -> Result<()> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let packed = |stride| rows == 1 || stride == width;
+        let same_kind = src.buffer.kind == dst.buffer.kind;
+        if fold == Fold::Set && same_kind && packed(src.stride) && packed(dst.stride) {
+            let bytes = rows * width * bytes_of(src.buffer.kind);
+            let (from, to) = (src.address(rows, width), dst.address(rows, width));
+            // SAFETY: both ranges are their buffers', and `dst` is borrowed mutably: they are two.
+            return unsafe { self.driver().copy(from, to, bytes) }.map_err(Into::into);
+        }
+        rows::copy(self, src, dst, [rows, width], fold)
+    }
+
+    fn matrix(
+        &self,
+        values: &Buffer<D>,
+        out: usize,
+        inner: usize,
+        _training: bool,
+    ) -> Result<Matrix<D>> {
+        let mut matrix = Matrix {
+            block: self.block(out * inner * bytes_of(Kind::Activation))?,
+            out,
+            inner,
+        };
+        self.refresh(&mut matrix, values)?;
+        Ok(matrix)
+    }
+
+    fn refresh(&self, matrix: &mut Matrix<D>, values: &Buffer<D>) -> Result<()> {
+        rows::narrow(self, values, matrix)
+    }
+
+    fn linear(
+        &self,
+        x: Rows<'_, Buffer<D>>,
+        rows: usize,
+        weight: &Matrix<D>,
+        y: RowsMut<'_, Buffer<D>>,
+        fold: Fold,
+    ) -> Result<()> {
+        let sizes = [rows, weight.out, weight.inner];
+        self.product(x, weight.operand(true), sizes, y, fold)
+    }
+
+    fn linear_input_grad(
+        &self,
+        d_y: Rows<'_, Buffer<D>>,
+        rows: usize,
+        weight: &Matrix<D>,
+        d_x: RowsMut<'_, Buffer<D>>,
+        fold: Fold,
+    ) -> Result<()> {
+        let sizes = [rows, weight.inner, weight.out];
+        self.product(d_y, weight.operand(false), sizes, d_x, fold)
+    }
+
+    fn linear_weight_grad(
+        &self,
+        d_y: Rows<'_, Buffer<D>>,
+        x: Rows<'_, Buffer<D>>,
+        rows: usize,
+        [out, inner]: [usize; 2],
+        d_w: &mut Buffer<D>,
+    ) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        let (_held_d_y, a) = self.operand(d_y, rows, out)?;
+        let (_held_x, b) = self.operand(x, rows, inner)?;
+        let product = Product {
+            m: out,
+            n: inner,
+            k: rows,
+            a: Operand {
+                transposed: true,
+                ..a
+            },
+            b,
+            c: RowsMut::packed(d_w, 0, inner).address(out, inner),
+            c_stride: inner,
+            c_kind: d_w.kind,
+            add: true,
+        };
+        // SAFETY: as in `product`.
+        unsafe { self.driver().product(&product) }.map_err(Into::into)
+    }
+
+    fn embed(&self, table: &Matrix<D>, tokens: &[u32], y: RowsMut<'_, Buffer<D>>) -> Result<()> {
+        rows::embed(self, table, tokens, y)
+    }
+
+    fn embed_grad(
+        &self,
+        d_y: Rows<'_, Buffer<D>>,
+        width: usize,
+        tokens: &[u32],
+        d_table: &mut Buffer<D>,
+    ) -> Result<()> {
+        rows::embed_grad(self, d_y, width, tokens, d_table)
+    }
+
+    fn rms_norm(
+        &self,
+        x: Rows<'_, Buffer<D>>,
+        rows: usize,
+        weight: &Buffer<D>,
+        eps: f64,
+        y: RowsMut<'_, Buffer<D>>,
+        rstd: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rows::rms_norm(self, x, rows, weight, eps, y, rstd)
+    }
+
+    fn rms_norm_grad(
+        &self,
+        d_y: Rows<'_, Buffer<D>>,
+        x: Rows<'_, Buffer<D>>,
+        rstd: Rows<'_, Buffer<D>>,
+        rows: usize,
+        weight: &Buffer<D>,
+        d_x: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rows::rms_norm_grad(self, [d_y, x, rstd], rows, weight, d_x)
+    }
+
+    fn rms_norm_weight_grad(
+        &self,
+        d_y: Rows<'_, Buffer<D>>,
+        x: Rows<'_, Buffer<D>>,
+        rstd: Rows<'_, Buffer<D>>,
+        rows: usize,
+        d_weight: &mut Buffer<D>,
+    ) -> Result<()> {
+        rows::rms_norm_weight_grad(self, [d_y, x, rstd], rows, d_weight)
+    }
+
+    fn rope(
+        &self,
+        src: Rows<'_, Buffer<D>>,
+        dst: RowsMut<'_, Buffer<D>>,
+        heads: usize,
+        head_dim: usize,
+        tables: (&Buffer<D>, &Buffer<D>),
+        angles: &[usize],
+        inverse: bool,
+        fold: Fold,
+    ) -> Result<()> {
+        rows::rope(
+            self,
+            src,
+            dst,
+            [heads, head_dim],
+            tables,
+            angles,
+            inverse,
+            fold,
+        )
+    }
+
+    fn swiglu(
+        &self,
+        gate_up: Rows<'_, Buffer<D>>,
+        rows: usize,
+        inner: usize,
+        y: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rows::swiglu(self, gate_up, rows, inner, y)
+    }
+
+    fn swiglu_grad(
+        &self,
+        d_y: Rows<'_, Buffer<D>>,
+        gate_up: Rows<'_, Buffer<D>>,
+        rows: usize,
+        inner: usize,
+        d_gate_up: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rows::swiglu_grad(self, d_y, gate_up, rows, inner, d_gate_up)
+    }
+
+    fn log_probabilities(
+        &self,
+        logits: RowsMut<'_, Buffer<D>>,
+        vocab: usize,
+        targets: &[u32],
+        scale: Option<f64>,
+        scores: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rows::log_probabilities(self, logits, vocab, targets, scale, scores)
+    }
+
+    fn attention(
+        &self,
+        call: &Attention<'_, Buffer<D>>,
+        out: RowsMut<'_, Buffer<D>>,
+        lse: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        attend::forward(self, call, &out, &lse)
+    }
+
+    fn attention_grad(
+        &self,
+        call: &Attention<'_, Buffer<D>>,
+        grad: AttentionGrad<'_, Buffer<D>>,
+    ) -> Result<()> {
+        attend::backward(self, call, &grad)
+    }
+
+    fn pool(&self, heads: usize, head_dim: usize, run: usize) -> Result<PastPool<D>> {
+        Ok(PastPool::new(heads, head_dim, run))
+    }
+
+    fn pool_len(&self, pool: &PastPool<D>) -> usize {
+        pool.len()
+    }
+
+    fn pool_append(
+        &self,
+        pool: &mut PastPool<D>,
+        heads: &[usize],
+        k: Rows<'_, Buffer<D>>,
+        v: Rows<'_, Buffer<D>>,
+        rows: usize,
+    ) -> Result<()> {
+        past::append(self, pool, heads, [k, v], rows)
+    }
+
+    fn pool_read(&self, pool: &PastPool<D>) -> Result<(Vec<f32>, Vec<f32>)> {
+        past::read(self, pool)
+    }
+
+    fn pool_write(&self, pool: &mut PastPool<D>, k: &[f32], v: &[f32]) -> Result<()> {
+        past::write(self, pool, k, v)
+    }
+
+    fn picks(&self, tokens: &[Vec<usize>], block_len: usize) -> Result<Picks<D>> {
+        past::picks(self, tokens, block_len)
+    }
+
+    fn pick_count(&self, picks: &Picks<D>, head: usize) -> usize {
+        picks.tokens(head)
+    }
+
+    fn pick_tokens(&self, picks: &Picks<D>) -> Result<Vec<Vec<usize>>> {
+        past::tokens(self, picks)
+    }
+
+    fn pick_blocks(
+        &self,
+        pool: &PastPool<D>,
+        probes: &Probes<'_, Buffer<D>>,
+        pick: &Pick<'_>,
+    ) -> Result<Picks<D>> {
+        past::pick(self, pool, probes, pick)
+    }
+
+    fn pool_gather(
+        &self,
+        pool: &PastPool<D>,
+        picks: &Picks<D>,
+        heads: &PastHeads<'_>,
+        tables: (&Buffer<D>, &Buffer<D>),
+        k: RowsMut<'_, Buffer<D>>,
+        v: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        past::gather(self, pool, picks, heads, tables, [k, v])
+    }
+
+    fn adamw(&self, tensors: &mut [GradTensor<'_, Buffer<D>>], update: &AdamW) -> Result<Update> {
+        optimizer::adamw(self, tensors, update)
+    }
+}

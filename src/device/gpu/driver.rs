@@ -1,0 +1,147 @@
+//! What the GPU device asks of a driver: memory, copies, launches and matrix products, all on one
+//! stream. Two exist: CUDA's (feature `cuda`), and the simulated GPU of the tests.
+
+use std::fmt::Debug;
+
+use crate::attention::cuda::{Error, Kernels, Launch, Launcher};
+use crate::device::{DeviceError, Kind};
+
+/// A GPU and one stream on it: what is asked happens in order, later; only [`Driver::download`]
+/// waits. A failed call leaves the next ones working unless its error says otherwise.
+pub trait Driver: Debug + Send + Sync {
+    /// The compiled kernels.
+    type Kernels: Kernels;
+
+    /// One line for people.
+    fn description(&self) -> String;
+
+    /// The kernels that [`Driver::launch`] launches.
+    fn kernels(&self) -> &Self::Kernels;
+
+    /// Memory is asked for in pieces of at least this many bytes, which hold many buffers; 0: each buffer
+    /// gets a piece of its own.
+    fn region_bytes(&self) -> usize;
+
+    /// Device memory, at a multiple of 256 bytes; contents arbitrary.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`], or what the driver says.
+    fn allocate(&self, bytes: usize) -> Result<u64, DeviceError>;
+
+    /// Gives memory back, once the stream has passed.
+    ///
+    /// # Safety
+    /// `address` came from [`Driver::allocate`] with the same `bytes`, and nothing asked from now on uses it.
+    unsafe fn free(&self, address: u64, bytes: usize);
+
+    /// Writes `bytes` to device memory. They are not read after the call returns.
+    ///
+    /// # Safety
+    /// `[to, to + bytes.len())` is memory of this device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error>;
+
+    /// Reads device memory, after everything asked before.
+    ///
+    /// # Safety
+    /// `[from, from + bytes.len())` is memory of this device that has been written.
+    ///
+    /// # Errors
+    /// What the driver says; also of work asked before.
+    unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error>;
+
+    /// Sets bytes to zero.
+    ///
+    /// # Safety
+    /// `[at, at + bytes)` is memory of this device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), Error>;
+
+    /// Copies bytes on the device; the ranges do not overlap.
+    ///
+    /// # Safety
+    /// Both ranges are memory of this device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
+
+    /// Launches a kernel.
+    ///
+    /// # Safety
+    /// `P` is the entry's params struct, its addresses are memory of this device as the kernel's contract says.
+    ///
+    /// # Errors
+    /// What the driver says.
+    unsafe fn launch<P: Copy>(&self, launch: &Launch, params: &P) -> Result<(), Error>;
+
+    /// A matrix product, see [`Product`].
+    ///
+    /// # Safety
+    /// Its matrices are memory of this device, and `c` overlaps neither `a` nor `b`.
+    ///
+    /// # Errors
+    /// What the driver says.
+    unsafe fn product(&self, product: &Product) -> Result<(), Error>;
+}
+
+/// `c (+)= a b`, row-major, `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.
+///
+/// An element's bits depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and what was there;
+/// never on `m` or on which row it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Product {
+    /// Rows of `a` and `c`.
+    pub m: usize,
+    /// Columns of `b` and `c`.
+    pub n: usize,
+    /// What is summed over.
+    pub k: usize,
+    /// The left matrix.
+    pub a: Operand,
+    /// The right matrix.
+    pub b: Operand,
+    /// Address of the result.
+    pub c: u64,
+    /// Elements from one row of `c` to the next.
+    pub c_stride: usize,
+    /// f32 or bf16.
+    pub c_kind: Kind,
+    /// `+=` instead of `=`.
+    pub add: bool,
+}
+
+/// An input of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operand {
+    /// Where it begins.
+    pub address: u64,
+    /// Elements from one row in memory to the next.
+    pub stride: usize,
+    /// Whether memory holds it transposed.
+    pub transposed: bool,
+}
+
+/// A driver's stream, for plans of the attention operation.
+pub(super) struct Stream<'a, D>(pub &'a D);
+
+impl<D: Driver> Launcher for Stream<'_, D> {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.0.upload(to, bytes) }
+    }
+
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.0.zero(at, bytes) }
+    }
+
+    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.0.launch(launch, params) }
+    }
+}

@@ -1,0 +1,157 @@
+//! The GPU device: [`Gpu`], over any [`Driver`].
+//!
+//! Activations and the products' copies of weights are bf16; statistics of rows, logits, gradients of weights and
+//! whatever the optimizer holds are f32 ([`Kind`]). Work is put on one stream, in order; nothing waits but reading back
+//! to the host.
+//!
+//! The kernels are those of `kernels/`, the attention calls the plans of [`crate::attention::cuda`]. With CUDA's driver
+//! they run on a GPU, with the simulated one in tests, and nothing here knows which.
+
+mod attend;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod device;
+mod driver;
+mod memory;
+mod optimizer;
+mod past;
+mod rows;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use driver::{Driver, Operand, Product};
+pub use memory::MemoryUse;
+pub use past::{PastPool, Picks};
+
+use super::{Kind, Result, Rows, RowsMut};
+use crate::attention::cuda::DeviceSlice;
+use memory::{Block, Memory};
+
+/// A GPU.
+#[derive(Debug, Clone)]
+pub struct Gpu<D: Driver> {
+    memory: Arc<Memory<D>>,
+}
+
+impl<D: Driver> Gpu<D> {
+    /// A device on this driver, which takes memory as it is needed.
+    pub fn new(driver: D) -> Self {
+        Self {
+            memory: Arc::new(Memory::new(driver)),
+        }
+    }
+
+    /// Takes `bytes` bytes of memory at once, which later buffers lie in.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`](super::DeviceError::OutOfMemory), or what the driver says.
+    pub fn reserve(&self, bytes: usize) -> Result<()> {
+        self.memory.reserve(bytes)
+    }
+
+    /// What its memory holds.
+    pub fn memory_use(&self) -> MemoryUse {
+        self.memory.memory_use()
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &D {
+        &self.memory.driver
+    }
+
+    fn block(&self, bytes: usize) -> Result<Block<D>> {
+        self.memory.block(bytes)
+    }
+
+    /// Memory that holds these values, until it is dropped.
+    fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Block<D>> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let block = self.block(bytes.len())?;
+        // SAFETY: the block is that large and nobody else's.
+        unsafe { self.driver().upload(block.address, bytes)? };
+        Ok(block)
+    }
+}
+
+/// Bytes of an element.
+const fn bytes_of(kind: Kind) -> usize {
+    match kind {
+        Kind::Activation => 2,
+        Kind::Exact => 4,
+    }
+}
+
+/// Numbers on the device: bf16 for activations, f32 otherwise.
+pub struct Buffer<D: Driver> {
+    /// None where there are no elements.
+    block: Option<Block<D>>,
+    kind: Kind,
+    len: usize,
+    /// Rows of f32 logits whose gradient has taken their place: bf16, in the first half of each row.
+    half_rows: bool,
+}
+
+impl<D: Driver> Buffer<D> {
+    /// Address of an element, which may be the one past the last.
+    fn address(&self, element: usize) -> u64 {
+        assert!(element <= self.len, "element {element} of {}", self.len);
+        let base = self.block.as_ref().map_or(0, |b| b.address);
+        base + (element * bytes_of(self.kind)) as u64
+    }
+
+    /// The buffer from an element on.
+    fn slice(&self, element: usize) -> DeviceSlice {
+        DeviceSlice::new(self.address(element), self.len - element)
+    }
+}
+
+impl<D: Driver> fmt::Debug for Buffer<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} elements, {:?})", self.len, self.kind)
+    }
+}
+
+/// A weight `[out, in]` in bf16.
+pub struct Matrix<D: Driver> {
+    block: Block<D>,
+    out: usize,
+    inner: usize,
+}
+
+impl<D: Driver> fmt::Debug for Matrix<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Matrix({} x {})", self.out, self.inner)
+    }
+}
+
+/// Address of row 0, after a check that `rows` rows of `width` elements lie in the buffer: a kernel knows no bounds.
+fn first_row<D: Driver>(
+    buffer: &Buffer<D>,
+    start: usize,
+    stride: usize,
+    rows: usize,
+    width: usize,
+) -> u64 {
+    if rows > 0 {
+        let end = start + (rows - 1) * stride + width;
+        assert!(
+            end <= buffer.len,
+            "rows end at element {end} of {}",
+            buffer.len
+        );
+    }
+    buffer.address(start.min(buffer.len))
+}
+
+impl<D: Driver> Rows<'_, Buffer<D>> {
+    fn address(&self, rows: usize, width: usize) -> u64 {
+        first_row(self.buffer, self.start, self.stride, rows, width)
+    }
+}
+
+impl<D: Driver> RowsMut<'_, Buffer<D>> {
+    fn address(&self, rows: usize, width: usize) -> u64 {
+        first_row(self.buffer, self.start, self.stride, rows, width)
+    }
+}

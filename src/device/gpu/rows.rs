@@ -1,0 +1,471 @@
+//! Functions of rows: which kernel, how many blocks, which params.
+
+use std::ffi::c_void;
+
+use super::memory::Block;
+use super::{Buffer, Driver, Gpu, Matrix};
+use crate::attention::cuda::{Entry, Error, File, Kernels, Launch};
+use crate::device::bindings::{
+    SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnRopeParams,
+    SegattnRows, SegattnSwigluParams,
+};
+use crate::device::{Fold, Kind, Result, Rows, RowsMut};
+
+/// Elements that a thread of most kernels handles at a time.
+pub(super) const VECTOR: usize = 8;
+/// Columns that a block of `rms_norm_weight_grad` sums.
+const NORM_COLUMNS: usize = 32;
+/// Columns of a token that a warp of `embed_grad` sums.
+const EMBED_COLUMNS: usize = 256;
+const WARP: usize = 32;
+/// Most threads of a block.
+const MOST_THREADS: usize = 1024;
+
+/// How a kernel's grid follows from its work.
+pub(super) enum Grid {
+    /// So many threads, in blocks of as many as the kernel's constant says.
+    Threads(usize),
+    /// So many blocks, of as many threads as the kernel's constant says.
+    Blocks(usize),
+    /// So many blocks of so many threads.
+    Sized(usize, usize),
+}
+
+/// Launches an entry, or nothing where there is no work.
+///
+/// The addresses in `params` are those of live buffers, which the callers' bounds checks have seen.
+pub(super) fn launch<D: Driver, P: Copy>(
+    gpu: &Gpu<D>,
+    entry: Entry,
+    grid: Grid,
+    params: &P,
+) -> Result<()> {
+    let kernels = gpu.driver().kernels();
+    let info = kernels.info(entry)?;
+    if info.params_bytes as usize != size_of::<P>() {
+        return Err(Error::Mismatch {
+            entry: entry.name.into(),
+            what: "bytes of the params struct",
+            expected: size_of::<P>().to_string(),
+            got: info.params_bytes.to_string(),
+        }
+        .into());
+    }
+    let (blocks, threads) = match grid {
+        Grid::Threads(count) => (count.div_ceil(info.threads as usize), info.threads as usize),
+        Grid::Blocks(count) => (count, info.threads as usize),
+        Grid::Sized(count, threads) => (count, threads),
+    };
+    if blocks == 0 {
+        return Ok(());
+    }
+    let launch = Launch {
+        entry,
+        blocks: u32::try_from(blocks).map_err(|_| Error::TooLarge {
+            what: "blocks of a grid",
+            expected: u64::from(u32::MAX),
+            got: blocks as u64,
+        })?,
+        threads: threads as u32,
+        shared_bytes: info.shared_bytes as u32,
+    };
+    kernels.ready(entry)?;
+    // SAFETY: P is the entry's struct by its size and name, its addresses as said above.
+    unsafe { gpu.driver().launch(&launch, params) }.map_err(Into::into)
+}
+
+pub(super) const fn entry(file: File, name: &'static str) -> Entry {
+    Entry { file, name }
+}
+
+pub(super) const NONE: SegattnRows = SegattnRows {
+    data: std::ptr::null_mut(),
+    stride: 0,
+};
+
+fn rows_at(address: u64, stride: usize) -> SegattnRows {
+    SegattnRows {
+        data: address as usize as *mut c_void,
+        stride: stride as i64,
+    }
+}
+
+/// `rows` rows of `width` activations, as a kernel takes them.
+pub(super) fn input<D: Driver>(x: &Rows<'_, Buffer<D>>, rows: usize, width: usize) -> SegattnRows {
+    assert_eq!(x.buffer.kind, Kind::Activation, "rows of activations");
+    rows_at(x.address(rows, width), x.stride)
+}
+
+pub(super) fn output<D: Driver>(
+    x: &RowsMut<'_, Buffer<D>>,
+    rows: usize,
+    width: usize,
+) -> SegattnRows {
+    assert_eq!(x.buffer.kind, Kind::Activation, "rows of activations");
+    rows_at(x.address(rows, width), x.stride)
+}
+
+pub(super) fn pointer<T>(block: &Block<impl Driver>) -> *const T {
+    block.address as usize as *const T
+}
+
+/// Packed f32: `len` of them from `start` on.
+pub(super) fn exact<D: Driver>(buffer: &Buffer<D>, start: usize, len: usize) -> *mut f32 {
+    assert_eq!(buffer.kind, Kind::Exact, "f32");
+    assert!(start + len <= buffer.len, "the range is the buffer's");
+    buffer.address(start) as usize as *mut f32
+}
+
+/// `dst (+)= src`, of either kind.
+pub(super) fn copy<D: Driver>(
+    gpu: &Gpu<D>,
+    src: Rows<'_, Buffer<D>>,
+    dst: RowsMut<'_, Buffer<D>>,
+    [rows, width]: [usize; 2],
+    fold: Fold,
+) -> Result<()> {
+    let kinds = [src.buffer.kind, dst.buffer.kind];
+    let (from, to) = (src.address(rows, width), dst.address(rows, width));
+    let rows_of = [rows_at(from, src.stride), rows_at(to, dst.stride)];
+    convert(gpu, rows_of, kinds, [rows, width], fold)
+}
+
+/// A weight's bf16 copy, from values of either kind.
+pub(super) fn narrow<D: Driver>(
+    gpu: &Gpu<D>,
+    values: &Buffer<D>,
+    matrix: &mut Matrix<D>,
+) -> Result<()> {
+    let shape = [matrix.out, matrix.inner];
+    let from = Rows::packed(values, 0, matrix.inner).address(matrix.out, matrix.inner);
+    let rows_of = [from, matrix.block.address].map(|at| rows_at(at, matrix.inner));
+    convert(
+        gpu,
+        rows_of,
+        [values.kind, Kind::Activation],
+        shape,
+        Fold::Set,
+    )
+}
+
+fn convert<D: Driver>(
+    gpu: &Gpu<D>,
+    [src, dst]: [SegattnRows; 2],
+    kinds: [Kind; 2],
+    [rows, width]: [usize; 2],
+    fold: Fold,
+) -> Result<()> {
+    let name = match kinds {
+        [Kind::Activation, Kind::Activation] => "copy_bf16_bf16",
+        [Kind::Activation, Kind::Exact] => "copy_bf16_f32",
+        [Kind::Exact, Kind::Activation] => "copy_f32_bf16",
+        [Kind::Exact, Kind::Exact] => "copy_f32_f32",
+    };
+    let wide = |x: &SegattnRows| {
+        (x.data as usize).is_multiple_of(16) && (rows == 1 || x.stride % VECTOR as i64 == 0)
+    };
+    let vectors = width.is_multiple_of(VECTOR) && wide(&src) && wide(&dst);
+    let params = SegattnCopyParams {
+        src,
+        dst,
+        rows: rows as i64,
+        width: width as i32,
+        vectors: vectors.into(),
+        add: (fold == Fold::Add).into(),
+    };
+    let threads = rows * width / if vectors { VECTOR } else { 1 };
+    // The kernel counts its threads in 32 bits.
+    if u32::try_from(threads).is_err() {
+        return Err(Error::TooLarge {
+            what: "elements of a copy",
+            expected: u64::from(u32::MAX),
+            got: threads as u64,
+        }
+        .into());
+    }
+    launch(
+        gpu,
+        entry(File::Copy, name),
+        Grid::Threads(threads),
+        &params,
+    )
+}
+
+/// `y[r] = table[tokens[r]]`.
+pub(super) fn embed<D: Driver>(
+    gpu: &Gpu<D>,
+    table: &Matrix<D>,
+    tokens: &[u32],
+    y: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let (rows, width) = (tokens.len(), table.inner);
+    let ids = gpu.upload(tokens)?;
+    let params = SegattnEmbedParams {
+        table: rows_at(table.block.address, width),
+        tokens: pointer(&ids),
+        y: output(&y, rows, width),
+        d_table: NONE,
+        order: std::ptr::null(),
+        run_start: std::ptr::null(),
+        rows: rows as i64,
+        runs: 0,
+        width: width as i32,
+    };
+    let threads = Grid::Threads(rows * width / VECTOR);
+    launch(gpu, entry(File::Embedding, "embed_bf16"), threads, &params)
+}
+
+/// `d_table[tokens[r]] += d_y[r]`.
+pub(super) fn embed_grad<D: Driver>(
+    gpu: &Gpu<D>,
+    d_y: Rows<'_, Buffer<D>>,
+    width: usize,
+    tokens: &[u32],
+    d_table: &mut Buffer<D>,
+) -> Result<()> {
+    let rows = tokens.len();
+    let mut order: Vec<i32> = (0..rows as i32).collect();
+    order.sort_by_key(|r| tokens[*r as usize]);
+    let is_new = |i: &usize| *i == 0 || tokens[order[*i] as usize] != tokens[order[i - 1] as usize];
+    let mut run_start: Vec<i32> = (0..rows).filter(is_new).map(|i| i as i32).collect();
+    let runs = run_start.len();
+    run_start.push(rows as i32);
+    let held = [
+        gpu.upload(tokens)?,
+        gpu.upload(&order)?,
+        gpu.upload(&run_start)?,
+    ];
+    let params = SegattnEmbedParams {
+        table: NONE,
+        tokens: pointer(&held[0]),
+        y: input(&d_y, rows, width),
+        d_table: rows_at(exact(d_table, 0, d_table.len) as u64, width),
+        order: pointer(&held[1]),
+        run_start: pointer(&held[2]),
+        rows: rows as i64,
+        runs: runs as i32,
+        width: width as i32,
+    };
+    let threads = Grid::Threads(runs * width.div_ceil(EMBED_COLUMNS) * WARP);
+    launch(
+        gpu,
+        entry(File::Embedding, "embed_grad_bf16"),
+        threads,
+        &params,
+    )
+}
+
+/// Threads of a row that is summed up: part of the sum's definition, see `kernels/norm.cu` and `kernels/loss.cu`.
+fn row_threads(width: usize) -> usize {
+    let warps = width.div_ceil(2 * VECTOR * WARP).max(1);
+    (warps * WARP).min(MOST_THREADS)
+}
+
+const NORM: SegattnNormParams = SegattnNormParams {
+    x: NONE,
+    residual: NONE,
+    x_sum: NONE,
+    weight: std::ptr::null(),
+    y: NONE,
+    rstd: std::ptr::null_mut(),
+    d_y: NONE,
+    d_x: NONE,
+    d_weight: std::ptr::null_mut(),
+    rows: 0,
+    width: 0,
+    add: 0,
+    eps: 0.0,
+};
+
+/// `y = x / rms(x) * weight`, and `rstd`.
+pub(super) fn rms_norm<D: Driver>(
+    gpu: &Gpu<D>,
+    x: Rows<'_, Buffer<D>>,
+    rows: usize,
+    weight: &Buffer<D>,
+    eps: f64,
+    y: RowsMut<'_, Buffer<D>>,
+    rstd: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let width = weight.len;
+    let params = SegattnNormParams {
+        x: input(&x, rows, width),
+        weight: exact(weight, 0, width),
+        y: output(&y, rows, width),
+        rstd: exact(rstd.buffer, rstd.start, rows),
+        rows: rows as i64,
+        width: width as i32,
+        eps: eps as f32,
+        ..NORM
+    };
+    let grid = Grid::Sized(rows, row_threads(width));
+    launch(gpu, entry(File::Norm, "rms_norm_bf16"), grid, &params)
+}
+
+/// `d_x +=` the gradient by `x`; `inputs`: upstream, x, rstd.
+pub(super) fn rms_norm_grad<D: Driver>(
+    gpu: &Gpu<D>,
+    [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
+    rows: usize,
+    weight: &Buffer<D>,
+    d_x: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let width = weight.len;
+    let params = SegattnNormParams {
+        x: input(&x, rows, width),
+        weight: exact(weight, 0, width),
+        rstd: exact(rstd.buffer, rstd.start, rows),
+        d_y: input(&d_y, rows, width),
+        d_x: output(&d_x, rows, width),
+        rows: rows as i64,
+        width: width as i32,
+        add: 1,
+        ..NORM
+    };
+    let grid = Grid::Sized(rows, row_threads(width));
+    launch(gpu, entry(File::Norm, "rms_norm_grad_bf16"), grid, &params)
+}
+
+/// `d_weight +=` the gradient by the weight.
+pub(super) fn rms_norm_weight_grad<D: Driver>(
+    gpu: &Gpu<D>,
+    [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
+    rows: usize,
+    d_weight: &mut Buffer<D>,
+) -> Result<()> {
+    let width = d_weight.len;
+    let params = SegattnNormParams {
+        x: input(&x, rows, width),
+        rstd: exact(rstd.buffer, rstd.start, rows),
+        d_y: input(&d_y, rows, width),
+        d_weight: exact(d_weight, 0, width),
+        rows: rows as i64,
+        width: width as i32,
+        ..NORM
+    };
+    let grid = Grid::Blocks(width.div_ceil(NORM_COLUMNS));
+    launch(
+        gpu,
+        entry(File::Norm, "rms_norm_weight_grad_bf16"),
+        grid,
+        &params,
+    )
+}
+
+/// Heads of rows turned by their angles.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn rope<D: Driver>(
+    gpu: &Gpu<D>,
+    src: Rows<'_, Buffer<D>>,
+    dst: RowsMut<'_, Buffer<D>>,
+    [heads, head_dim]: [usize; 2],
+    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    angles: &[usize],
+    inverse: bool,
+    fold: Fold,
+) -> Result<()> {
+    let (rows, width) = (angles.len(), heads * head_dim);
+    let Some(first) = angles.first() else {
+        return Ok(());
+    };
+    let ascending = angles
+        .iter()
+        .enumerate()
+        .all(|(r, angle)| *angle == first + r);
+    let held = match ascending {
+        true => None,
+        false => Some(gpu.upload(&angles.iter().map(|a| *a as i32).collect::<Vec<_>>())?),
+    };
+    let params = SegattnRopeParams {
+        src: input(&src, rows, width),
+        dst: output(&dst, rows, width),
+        cos: exact(cos, 0, cos.len),
+        sin: exact(sin, 0, sin.len),
+        angles: held.as_ref().map_or(std::ptr::null(), pointer),
+        rows: rows as i64,
+        first_angle: *first as i32,
+        heads: heads as i32,
+        head_dim: head_dim as i32,
+        inverse: inverse.into(),
+        add: (fold == Fold::Add).into(),
+    };
+    let threads = Grid::Threads(rows * width / (2 * VECTOR));
+    launch(gpu, entry(File::Rope, "rope_bf16"), threads, &params)
+}
+
+/// `y = silu(gate) * up`.
+pub(super) fn swiglu<D: Driver>(
+    gpu: &Gpu<D>,
+    gate_up: Rows<'_, Buffer<D>>,
+    rows: usize,
+    inner: usize,
+    y: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let params = SegattnSwigluParams {
+        gate_up: input(&gate_up, rows, 2 * inner),
+        y: output(&y, rows, inner),
+        d_y: NONE,
+        d_gate_up: NONE,
+        rows: rows as i64,
+        inner: inner as i32,
+    };
+    let threads = Grid::Threads(rows * inner / VECTOR);
+    launch(gpu, entry(File::Swiglu, "swiglu_bf16"), threads, &params)
+}
+
+/// Its gradient.
+pub(super) fn swiglu_grad<D: Driver>(
+    gpu: &Gpu<D>,
+    d_y: Rows<'_, Buffer<D>>,
+    gate_up: Rows<'_, Buffer<D>>,
+    rows: usize,
+    inner: usize,
+    d_gate_up: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let params = SegattnSwigluParams {
+        gate_up: input(&gate_up, rows, 2 * inner),
+        y: NONE,
+        d_y: input(&d_y, rows, inner),
+        d_gate_up: output(&d_gate_up, rows, 2 * inner),
+        rows: rows as i64,
+        inner: inner as i32,
+    };
+    let threads = Grid::Threads(rows * inner / VECTOR);
+    launch(
+        gpu,
+        entry(File::Swiglu, "swiglu_grad_bf16"),
+        threads,
+        &params,
+    )
+}
+
+/// Log-probabilities of targets into `scores`; with `scale`, the gradient takes the logits' place.
+pub(super) fn log_probabilities<D: Driver>(
+    gpu: &Gpu<D>,
+    logits: RowsMut<'_, Buffer<D>>,
+    vocab: usize,
+    targets: &[u32],
+    scale: Option<f64>,
+    scores: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let rows = targets.len();
+    assert_eq!(logits.buffer.kind, Kind::Exact, "logits are f32");
+    let at = logits.address(rows, vocab);
+    let ids = gpu.upload(targets)?;
+    let params = SegattnLossParams {
+        logits: rows_at(at, logits.stride),
+        targets: pointer(&ids),
+        log_probability: exact(scores.buffer, scores.start, rows),
+        d_logits: match scale {
+            // The same rows: bf16 elements are half as long, so twice as many lie between two rows.
+            Some(_) => rows_at(at, 2 * logits.stride),
+            None => NONE,
+        },
+        rows: rows as i64,
+        vocab: vocab as i32,
+        scale: scale.unwrap_or(0.0) as f32,
+    };
+    logits.buffer.half_rows = scale.is_some();
+    let grid = Grid::Sized(rows, row_threads(vocab));
+    launch(gpu, entry(File::Loss, "cross_entropy_bf16"), grid, &params)
+}
