@@ -2,6 +2,18 @@
 
 use std::fmt;
 
+use anyhow::Result;
+#[cfg(feature = "cuda")]
+use anyhow::ensure;
+#[cfg(feature = "cuda")]
+use segattn::attention::cuda::DriverKernels;
+use segattn::device::Device;
+use segattn::device::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use segattn::device::gpu::cuda::{Choice, Cuda};
+#[cfg(feature = "cuda")]
+use segattn::device::gpu::{DryRun, Gpu};
+
 /// A device by name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceName {
@@ -45,8 +57,48 @@ pub(crate) use on_device;
 
 /// The first GPU.
 #[cfg(feature = "cuda")]
-pub fn open_gpu() -> anyhow::Result<segattn::device::gpu::Gpu<segattn::device::gpu::cuda::Cuda>> {
-    use segattn::device::gpu::Gpu;
-    use segattn::device::gpu::cuda::{Choice, Cuda};
+pub fn open_gpu() -> Result<Gpu<Cuda>> {
     Ok(Gpu::new(Cuda::open(0, Choice::SameBits)?))
+}
+
+/// Devices whose memory is planned before a run.
+pub trait Planned: Device {
+    /// A device that counts memory and does nothing else.
+    type Dry: Device;
+
+    /// Makes the run without doing it, then takes the memory that it needs, all at once.
+    ///
+    /// # Errors
+    /// Those of the run, or that there is not as much memory.
+    fn plan(&self, run: impl FnOnce(Self::Dry) -> Result<()>) -> Result<()>;
+}
+
+impl Planned for Cpu {
+    type Dry = Cpu;
+
+    /// The system has as much memory as it has; nothing is planned.
+    fn plan(&self, _: impl FnOnce(Cpu) -> Result<()>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Planned for Gpu<Cuda> {
+    type Dry = Gpu<DryRun<DriverKernels>>;
+
+    fn plan(&self, run: impl FnOnce(Self::Dry) -> Result<()>) -> Result<()> {
+        let dry = Gpu::new(DryRun::new(self.driver().shared_kernels().clone(), None));
+        run(dry.clone())?;
+        let (needed, gib) = (dry.memory_use().high_water, f64::from(1 << 30));
+        let free = self.driver().free_memory()?;
+        ensure!(
+            needed <= free,
+            "this run needs {:.2} GiB of device memory, {:.2} GiB are free: lower training.segments_per_step, \
+             training.batch or training.sequence_len, or set training.recompute",
+            needed as f64 / gib,
+            free as f64 / gib
+        );
+        tracing::info!("device memory: {:.3} GiB", needed as f64 / gib);
+        Ok(self.reserve(needed)?)
+    }
 }

@@ -7,10 +7,10 @@ use segattn::train::checkpoint::load_latest;
 use segattn::train::config::Config;
 use segattn::train::trainer::Trainer;
 
-use super::device::{DeviceName, on_device};
+use super::device::{DeviceName, Planned, on_device};
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
-use super::train::Text;
+use super::train::{Text, dry_run};
 
 /// The run goes on under its own configuration; keys given here replace its own, such as --training.steps.
 #[derive(Debug, clap::Args)]
@@ -39,6 +39,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     );
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     on_device!(args.device, device => {
+        device.plan(|dry| dry_run(dry, &checkpoint.model, &config, tensors))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
         Run::new(trainer, data, checkpoint.extra, quiet)?.go()
     })

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
+use segattn::device::Device;
 use segattn::model::config::ModelConfig;
 use segattn::model::parameters::specs;
 use segattn::model::tokenizer::{TOKENIZER_FILE, Tokenizer};
@@ -11,7 +12,7 @@ use segattn::train::checkpoint::list;
 use segattn::train::config::Config;
 use segattn::train::trainer::{Tensors, Trainer};
 
-use super::device::{DeviceName, on_device};
+use super::device::{DeviceName, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
@@ -46,9 +47,25 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let data = Data::read(&config, &model, &text, output)?;
     let extra = tokenizer_files(&config)?;
     on_device!(args.device, device => {
+        device.plan(|dry| dry_run(dry, &model, &config, &tensors))?;
         let trainer = Trainer::new(device, model, config, &tensors, None)?;
         Run::new(trainer, data, extra, quiet)?.go()
     })
+}
+
+/// A step on sequences of full length, and a validation: all that a run does, for its memory.
+pub fn dry_run<D: Device>(
+    device: D,
+    model: &ModelConfig,
+    config: &Config,
+    tensors: &Tensors,
+) -> Result<()> {
+    let training = &config.training;
+    let sequence = vec![0; training.sequence_len + 1];
+    let mut trainer = Trainer::new(device, model.clone(), config.clone(), tensors, None)?;
+    trainer.step_on(&[vec![sequence.clone(); training.batch]])?;
+    trainer.validate(&[sequence])?;
+    Ok(())
 }
 
 /// How a run's texts become tokens.

@@ -2,4 +2,5 @@
 
 mod buffers;
 mod common;
+mod memory;
 mod model;

@@ -12,6 +12,7 @@ mod attend;
 pub mod cuda;
 mod device;
 mod driver;
+mod dry;
 mod memory;
 mod optimizer;
 mod past;
@@ -21,6 +22,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use driver::{Driver, Operand, Product};
+pub use dry::DryRun;
 pub use memory::MemoryUse;
 pub use past::{PastPool, Picks};
 
@@ -28,10 +30,18 @@ use super::{Kind, Result, Rows, RowsMut};
 use crate::attention::cuda::DeviceSlice;
 use memory::{Block, Memory};
 
-/// A GPU.
-#[derive(Debug, Clone)]
+/// A GPU. Clones are the same device.
+#[derive(Debug)]
 pub struct Gpu<D: Driver> {
     memory: Arc<Memory<D>>,
+}
+
+impl<D: Driver> Clone for Gpu<D> {
+    fn clone(&self) -> Self {
+        Self {
+            memory: self.memory.clone(),
+        }
+    }
 }
 
 impl<D: Driver> Gpu<D> {

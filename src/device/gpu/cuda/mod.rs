@@ -20,7 +20,7 @@ const REGION_BYTES: usize = 256 << 20;
 /// A GPU of this machine and one stream on it.
 #[derive(Debug)]
 pub struct Cuda {
-    kernels: DriverKernels,
+    kernels: Arc<DriverKernels>,
     stream: Arc<CudaStream>,
     products: Products,
     info: DeviceInfo,
@@ -39,7 +39,7 @@ impl Cuda {
         Ok(Self {
             info: DeviceInfo::of(&context)?,
             products: Products::new(choice)?,
-            kernels: DriverKernels::new(&context)?,
+            kernels: Arc::new(DriverKernels::new(&context)?),
             stream,
         })
     }
@@ -47,6 +47,22 @@ impl Cuda {
     /// The stream, for events around work.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// The kernels, for a [`DryRun`](super::DryRun) of what will run here.
+    pub fn shared_kernels(&self) -> &Arc<DriverKernels> {
+        &self.kernels
+    }
+
+    /// Bytes of device memory that nobody has taken.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn free_memory(&self) -> Result<usize, Error> {
+        self.bind()?;
+        let (free, _) = result::mem_get_info()
+            .map_err(|error| driver_error("asking for free memory", error))?;
+        Ok(free)
     }
 
     fn launcher(&self) -> Result<DriverStream<'_>, Error> {
