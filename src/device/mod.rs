@@ -15,13 +15,14 @@ pub mod cpu;
 pub mod gpu;
 pub mod reference;
 mod runs;
+mod split;
 mod types;
 
 use std::ops::Range;
 
 pub use types::{
-    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, Kind, PastHeads, Pick,
-    Probes, Rows, RowsMut, SegmentCache, SlotSpan, Update,
+    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, KeyStore, Kind,
+    PastHeads, Pick, Probes, Rows, RowsMut, SegmentCache, SlotSpan, Update,
 };
 
 /// Results of device calls.
@@ -182,6 +183,20 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         inverse: bool,
         fold: Fold,
     ) -> Result<()>;
+    /// Takes rows `[q | k | v]` apart: rotated queries to `q`, and in `store`, where there is one, keys
+    /// rotated and not, values, and queries before rotation as probes. Row `r` is rotated by the
+    /// angles in row `angles[r]` of the tables.
+    fn split_qkv(
+        &self,
+        qkv: Rows<'_, Self::Buffer>,
+        heads: Heads,
+        tables: (&Self::Buffer, &Self::Buffer),
+        angles: &[usize],
+        q: RowsMut<'_, Self::Buffer>,
+        store: Option<KeyStore<'_, Self::Buffer>>,
+    ) -> Result<()> {
+        split::split(self, qkv, heads, tables, angles, q, store)
+    }
     /// `y = silu(gate) * up` for rows `[gate | up]` of `2 * inner`.
     fn swiglu(
         &self,

@@ -145,6 +145,19 @@ pub struct SegmentCache<B> {
     pub past_len: Vec<usize>,
 }
 
+/// Where the keys and values of a call's rows go.
+#[derive(Debug)]
+pub struct KeyStore<'a, B> {
+    /// The slots.
+    pub cache: &'a mut SegmentCache<B>,
+    /// Queries before rotation, for retrieval `[rows, q_heads * head_dim]`.
+    pub probes: Option<&'a mut B>,
+    /// For each row of the call, its row of `k`, `raw_k` and `v`.
+    pub cache_rows: &'a [usize],
+    /// Its row of the probes, if it is kept.
+    pub probe_rows: &'a [Option<usize>],
+}
+
 /// Rows of one segment that are computed in one call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotSpan {

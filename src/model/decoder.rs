@@ -8,10 +8,8 @@
 
 use super::config::ModelConfig;
 use super::parameters::{TensorSpec, Weights, index, specs};
-use super::state::{
-    LayerSlots, Plan, SequenceState, Slots, close_segment, keep_probes, open_segment,
-};
-use crate::device::{Attention, Device, Fold, Kind, Result, Rows, RowsMut, SlotSpan};
+use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
+use crate::device::{Attention, Device, Fold, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan};
 
 /// Rows of one segment of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +49,14 @@ impl Step {
         rows.flat_map(|s| s.start..s.start + s.rows)
             .map(|position| plan.origin() + position)
             .collect()
+    }
+
+    /// For each row, its row of slots that have room for `room`, and of the probes.
+    fn places(&self, plan: &Plan, room: usize) -> (Vec<usize>, Vec<Option<usize>>) {
+        let rows = self.spans.iter().map(|s| s.rows);
+        rows.flat_map(|s| (s.start..s.start + s.rows).map(move |position| (s.slot, position)))
+            .map(|(slot, position)| (slot * room + position, plan.probe_row(slot, position)))
+            .unzip()
     }
 }
 
@@ -176,9 +182,16 @@ impl<D: Device> Decoder<D> {
         let norm = self.weights.vector(index::attention_norm(l));
         let (x_normed, x_rstd) = self.norm(&x, rows, norm)?;
         let angles = step.angles(plan);
-        let (qkv, q) = self.queries(plan, l, &x_normed, &angles, slots.tables())?;
-        self.store(plan, l, &qkv, step, &angles, slots)?;
-        drop(qkv);
+        let (cache_rows, probe_rows) = step.places(plan, slots.room);
+        let tables = (&slots.cos, &slots.sin);
+        let layer = &mut slots.layers[l];
+        let store = KeyStore {
+            cache: &mut layer.kv,
+            probes: layer.probes.as_mut(),
+            cache_rows: &cache_rows,
+            probe_rows: &probe_rows,
+        };
+        let q = self.queries(plan, l, &x_normed, &angles, tables, Some(store))?;
         self.pass_on(plan, l, step, states, slots)?;
         let (attended, lse) = self.attend(plan, l, &q, step, &slots.layers[l])?;
         let tape = LayerTape { x, attended, lse };
@@ -199,7 +212,8 @@ impl<D: Device> Decoder<D> {
         let rows = step.tokens.len();
         let norm = self.weights.vector(index::attention_norm(l));
         let (x_normed, x_rstd) = self.norm(&tape.x, rows, norm)?;
-        let (_, q) = self.queries(plan, l, &x_normed, &step.angles(plan), slots.tables())?;
+        let angles = step.angles(plan);
+        let q = self.queries(plan, l, &x_normed, &angles, slots.tables(), None)?;
         self.after_attention(l, tape, rows, (x_normed, x_rstd, q))
     }
 
@@ -225,7 +239,7 @@ impl<D: Device> Decoder<D> {
         Ok((y, rstd))
     }
 
-    /// Queries, keys and values of all rows, stacked, and the rotated queries.
+    /// The rotated queries of all rows; keys, values and probes go to `store`, where there is one.
     fn queries(
         &self,
         plan: &Plan,
@@ -233,7 +247,8 @@ impl<D: Device> Decoder<D> {
         x_normed: &D::Buffer,
         angles: &[usize],
         tables: (&D::Buffer, &D::Buffer),
-    ) -> Result<(D::Buffer, D::Buffer)> {
+        store: Option<KeyStore<'_, D::Buffer>>,
+    ) -> Result<D::Buffer> {
         let (device, rows) = (&self.device, angles.len());
         let (q_width, stride) = (plan.q_width(), plan.q_width() + 2 * plan.kv_width());
         let mut qkv = device.empty(Kind::Activation, rows * stride)?;
@@ -242,59 +257,12 @@ impl<D: Device> Decoder<D> {
         let target = RowsMut::packed(&mut qkv, 0, stride);
         device.linear(input, rows, weight, target, Fold::Set)?;
         let mut q = device.empty(Kind::Activation, rows * q_width)?;
-        device.rope(
+        let (qkv, to) = (
             Rows::packed(&qkv, 0, stride),
             RowsMut::packed(&mut q, 0, q_width),
-            plan.heads.q,
-            plan.heads.dim,
-            tables,
-            angles,
-            false,
-            Fold::Set,
-        )?;
-        Ok((qkv, q))
-    }
-
-    /// Puts the rows' keys, values and probes into their slots.
-    fn store(
-        &self,
-        plan: &Plan,
-        l: usize,
-        qkv: &D::Buffer,
-        step: &Step,
-        angles: &[usize],
-        slots: &mut Slots<D>,
-    ) -> Result<()> {
-        let (device, room) = (&self.device, slots.room);
-        let (q_width, kv_width) = (plan.q_width(), plan.kv_width());
-        let stride = q_width + 2 * kv_width;
-        for span in step.spans.iter().map(|s| &s.rows) {
-            let k = Rows::packed(qkv, span.row, stride).column(q_width);
-            let first = span.slot * room + span.start;
-            let mut rotated = device.empty(Kind::Activation, span.rows * kv_width)?;
-            device.rope(
-                k,
-                RowsMut::packed(&mut rotated, 0, kv_width),
-                plan.heads.kv,
-                plan.heads.dim,
-                slots.tables(),
-                &angles[span.row..span.row + span.rows],
-                false,
-                Fold::Set,
-            )?;
-            let layer = &mut slots.layers[l];
-            let copies = [
-                (Rows::packed(&rotated, 0, kv_width), &mut layer.kv.k),
-                (k, &mut layer.kv.raw_k),
-                (k.column(kv_width), &mut layer.kv.v),
-            ];
-            for (src, dst) in copies {
-                let dst = RowsMut::packed(dst, first, kv_width);
-                device.copy(src, dst, span.rows, kv_width, Fold::Set)?;
-            }
-            keep_probes(device, plan, Rows::packed(qkv, 0, stride), span, layer)?;
-        }
-        Ok(())
+        );
+        device.split_qkv(qkv, plan.heads, tables, angles, to, store)?;
+        Ok(q)
     }
 
     /// Opens the segments that start and closes those that are complete, in the spans' order.

@@ -5,7 +5,6 @@ use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::device::{
     Device, Fold, Heads, Kind, PastHeads, Pick, Probes, Result, Rows, RowsMut, SegmentCache,
-    SlotSpan,
 };
 
 /// Which KV heads of a layer read what, and their sizes.
@@ -91,6 +90,12 @@ impl Plan {
     /// Elements of a row of queries.
     pub fn q_width(&self) -> usize {
         self.heads.q * self.heads.dim
+    }
+
+    /// Row of the probes that a position of a slot's segment is kept in: the last `probe_rows` are.
+    pub fn probe_row(&self, slot: usize, position: usize) -> Option<usize> {
+        let first = self.segment_len - self.probe_rows;
+        (position >= first).then(|| slot * self.probe_rows + position - first)
     }
 
     /// Row of the angle tables that holds position 0.
@@ -341,30 +346,4 @@ pub(super) fn close_segment<D: Device>(
     };
     carry.picks = device.pick_blocks(pool, &probes, &pick)?;
     Ok(())
-}
-
-/// Stores the queries of a span that fall among the segment's last `probe_rows`.
-pub(super) fn keep_probes<D: Device>(
-    device: &D,
-    plan: &Plan,
-    q: Rows<'_, D::Buffer>,
-    span: &SlotSpan,
-    slots: &mut LayerSlots<D>,
-) -> Result<()> {
-    let Some(probes) = &mut slots.probes else {
-        return Ok(());
-    };
-    let from = plan.segment_len - plan.probe_rows;
-    let first = from.max(span.start);
-    let end = span.start + span.rows;
-    if first >= end {
-        return Ok(());
-    }
-    let width = plan.q_width();
-    let src = Rows {
-        start: q.start + (span.row + first - span.start) * q.stride,
-        ..q
-    };
-    let dst = RowsMut::packed(probes, span.slot * plan.probe_rows + first - from, width);
-    device.copy(src, dst, end - first, width, Fold::Set)
 }

@@ -9,8 +9,8 @@ use super::{
     past, rows,
 };
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, PastHeads, Pick, Probes,
-    Result, Rows, RowsMut, Update,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads,
+    Pick, Probes, Result, Rows, RowsMut, Update,
 };
 
 impl<D: Driver> Gpu<D> {
@@ -345,6 +345,24 @@ impl<D: Driver> Device for Gpu<D> {
             inverse,
             fold,
         )
+    }
+
+    fn split_qkv(
+        &self,
+        qkv: Rows<'_, Buffer<D>>,
+        heads: Heads,
+        tables: (&Buffer<D>, &Buffer<D>),
+        angles: &[usize],
+        q: RowsMut<'_, Buffer<D>>,
+        store: Option<KeyStore<'_, Buffer<D>>>,
+    ) -> Result<()> {
+        match store {
+            Some(store) => rows::split_qkv(self, qkv, heads, tables, angles, q, store),
+            None => {
+                let shape = [heads.q, heads.dim];
+                rows::rope(self, qkv, q, shape, tables, angles, false, Fold::Set)
+            }
+        }
     }
 
     fn swiglu(

@@ -6,10 +6,10 @@ use super::memory::Block;
 use super::{Buffer, Driver, Gpu, Matrix};
 use crate::attention::cuda::{Entry, Error, File, Kernels, Launch};
 use crate::device::bindings::{
-    SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnRopeParams,
-    SegattnRows, SegattnSwigluParams,
+    SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnQkvParams,
+    SegattnRopeParams, SegattnRows, SegattnSwigluParams,
 };
-use crate::device::{Fold, Kind, Result, Rows, RowsMut};
+use crate::device::{Fold, Heads, KeyStore, Kind, Result, Rows, RowsMut};
 
 /// Elements that a thread of most kernels handles at a time.
 pub(super) const VECTOR: usize = 8;
@@ -391,6 +391,65 @@ pub(super) fn rope<D: Driver>(
     };
     let threads = Grid::Threads(rows * width / (2 * VECTOR));
     launch(gpu, entry(File::Rope, "rope_bf16"), threads, &params)
+}
+
+/// Rows `[q | k | v]` to rotated queries, and to their places in the cache and the probes.
+pub(super) fn split_qkv<D: Driver>(
+    gpu: &Gpu<D>,
+    qkv: Rows<'_, Buffer<D>>,
+    heads: Heads,
+    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    angles: &[usize],
+    q: RowsMut<'_, Buffer<D>>,
+    store: KeyStore<'_, Buffer<D>>,
+) -> Result<()> {
+    let (rows, cache) = (angles.len(), store.cache);
+    let [q_width, width] = [heads.q * heads.dim, heads.kv * heads.dim];
+    let cached = store.cache_rows.iter().max().map_or(0, |row| row + 1);
+    let probed = store
+        .probe_rows
+        .iter()
+        .flatten()
+        .max()
+        .map_or(0, |row| row + 1);
+    let place = |buffer| output(&RowsMut::packed(buffer, 0, width), cached, width);
+    let places = [
+        store
+            .cache_rows
+            .iter()
+            .map(|row| *row as i32)
+            .collect::<Vec<_>>(),
+        store
+            .probe_rows
+            .iter()
+            .map(|row| row.map_or(-1, |row| row as i32))
+            .collect(),
+        angles.iter().map(|angle| *angle as i32).collect(),
+    ];
+    let held = gpu.upload(&places.concat())?;
+    let table = |i: usize| pointer::<i32>(&held).wrapping_add(i * rows);
+    let params = SegattnQkvParams {
+        qkv: input(&qkv, rows, q_width + 2 * width),
+        q: output(&q, rows, q_width),
+        k: place(&mut cache.k),
+        raw_k: place(&mut cache.raw_k),
+        v: place(&mut cache.v),
+        probes: match store.probes {
+            Some(probes) => output(&RowsMut::packed(probes, 0, q_width), probed, q_width),
+            None => NONE,
+        },
+        cos: exact(cos, 0, cos.len),
+        sin: exact(sin, 0, sin.len),
+        angles: table(2),
+        cache_rows: table(0),
+        probe_rows: table(1),
+        rows: rows as i64,
+        q_heads: heads.q as i32,
+        kv_heads: heads.kv as i32,
+        head_dim: heads.dim as i32,
+    };
+    let threads = Grid::Threads(rows * (q_width + 2 * width) / (2 * VECTOR));
+    launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
 }
 
 /// `y = silu(gate) * up`.

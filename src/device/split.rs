@@ -1,0 +1,84 @@
+//! The default of [`Device::split_qkv`]: one call for each piece.
+
+use std::ops::Range;
+
+use super::{Device, Fold, Heads, KeyStore, Result, Rows, RowsMut};
+
+/// Rotated queries to `q`; keys, values and probes to their places in `store`.
+pub(super) fn split<D: Device + ?Sized>(
+    device: &D,
+    qkv: Rows<'_, D::Buffer>,
+    heads: Heads,
+    tables: (&D::Buffer, &D::Buffer),
+    angles: &[usize],
+    q: RowsMut<'_, D::Buffer>,
+    store: Option<KeyStore<'_, D::Buffer>>,
+) -> Result<()> {
+    let Heads {
+        q: q_heads,
+        kv,
+        dim,
+    } = heads;
+    let (q_width, width) = (q_heads * dim, kv * dim);
+    device.rope(qkv, q, q_heads, dim, tables, angles, false, Fold::Set)?;
+    let Some(store) = store else {
+        return Ok(());
+    };
+    let (cache, keys) = (store.cache, qkv.column(q_width));
+    for run in consecutive(store.cache_rows.iter().copied().map(Some)) {
+        let first = store.cache_rows[run.start];
+        let (k, angles) = (from_row(keys, run.start), &angles[run.clone()]);
+        let to = RowsMut::packed(&mut cache.k, first, width);
+        device.rope(k, to, kv, dim, tables, angles, false, Fold::Set)?;
+        for (src, dst) in [(k, &mut cache.raw_k), (k.column(width), &mut cache.v)] {
+            let dst = RowsMut::packed(dst, first, width);
+            device.copy(src, dst, run.len(), width, Fold::Set)?;
+        }
+    }
+    let Some(probes) = store.probes else {
+        return Ok(());
+    };
+    for run in consecutive(store.probe_rows.iter().copied()) {
+        if let Some(first) = store.probe_rows[run.start] {
+            let dst = RowsMut::packed(&mut *probes, first, q_width);
+            device.copy(from_row(qkv, run.start), dst, run.len(), q_width, Fold::Set)?;
+        }
+    }
+    Ok(())
+}
+
+fn from_row<B>(rows: Rows<'_, B>, row: usize) -> Rows<'_, B> {
+    Rows {
+        start: rows.start + row * rows.stride,
+        ..rows
+    }
+}
+
+/// Runs of places that follow each other, or of none.
+fn consecutive(places: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut before = None;
+    for (i, place) in places.enumerate() {
+        let follows = match (before, place) {
+            (Some(Some(before)), Some(place)) => place == before + 1,
+            (Some(None), None) => true,
+            _ => false,
+        };
+        match runs.last_mut() {
+            Some(run) if follows => run.end = i + 1,
+            _ => runs.push(i..i + 1),
+        }
+        before = Some(place);
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn runs_end_where_places_do_not_follow() {
+        let places = [Some(4), Some(5), Some(9), None, None, Some(10), Some(11)];
+        let runs = super::consecutive(places.into_iter());
+        assert_eq!(runs, [0..2, 2..3, 3..5, 5..7]);
+    }
+}
