@@ -41,6 +41,11 @@ impl Kernels {
         }
     }
 
+    /// Whether a file compiles.
+    pub fn compiles(&self, file: File) -> bool {
+        self.module(file).is_ok()
+    }
+
     fn module(&self, file: File) -> Result<Arc<Module>, Error> {
         let found = File::ALL.iter().position(|&other| other == file);
         let lazy = found.map(|index| &self.files[index]);

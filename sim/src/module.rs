@@ -247,13 +247,12 @@ fn build_in(source: &Source, directory: &Path, work: &Path) -> Result<PathBuf, C
     };
     let unit = work.join(source.path.file_name().unwrap_or_default());
     write(&unit, &text)?;
-    let mut flags = source.flags.clone();
     let own = source
         .path
         .parent()
         .map(Path::to_path_buf)
         .unwrap_or_default();
-    flags.push(format!("-I{}", own.display()));
+    let mut flags = source.flags.clone();
     flags.push(concat!("-I", env!("CARGO_MANIFEST_DIR"), "/include").to_string());
     flags.push(format!("-O{}", source.optimization));
     flags.extend(FLAGS.iter().map(ToString::to_string));
@@ -261,12 +260,20 @@ fn build_in(source: &Source, directory: &Path, work: &Path) -> Result<PathBuf, C
     if source.checked {
         flags.push("-fsanitize=thread".into());
     }
+    // Includes of the file's own folder come last; where that folder lies makes no other object.
+    let own_folder = format!("-I{}", own.display());
     let expanded = run(
         "g++",
         source,
-        Command::new("g++").args(&flags).arg("-E").arg(&unit),
+        Command::new("g++")
+            .args(&flags)
+            .arg(&own_folder)
+            .arg("-E")
+            .arg(&unit),
     )?;
-    let expanded = String::from_utf8_lossy(&expanded.stdout).replace(&*work.to_string_lossy(), "");
+    let expanded = String::from_utf8_lossy(&expanded.stdout)
+        .replace(&*work.to_string_lossy(), "")
+        .replace(&*own.to_string_lossy(), "");
     let mut hasher = DefaultHasher::new();
     (expanded, &flags, BRIDGE, STACK_BYTES).hash(&mut hasher);
     let stem = source
@@ -288,6 +295,7 @@ fn build_in(source: &Source, directory: &Path, work: &Path) -> Result<PathBuf, C
         source,
         Command::new("g++")
             .args(&flags)
+            .arg(&own_folder)
             .arg("-c")
             .arg(&unit)
             .arg("-o")

@@ -234,14 +234,13 @@ pub fn outcome(gpu: &mut impl Gpu, case: &Case<f64>, written: &Written<'_>) -> O
     }
 }
 
-/// Runs the backward pass.
-pub fn backward(
+/// What a backward pass reads and, of poison, what it writes.
+pub fn backward_arguments<'a>(
     gpu: &mut impl Gpu,
-    case: &Case<f64>,
-    loaded: &Loaded<'_>,
-    written: &Written<'_>,
+    loaded: &Loaded<'a>,
+    written: &Written<'a>,
     options: Options,
-) -> Result<Grads, Error> {
+) -> (Saved<'a>, Gradients<'a>) {
     let problem = &loaded.problem;
     let saved = Saved {
         out: written.out,
@@ -264,7 +263,19 @@ pub fn backward(
         d_prior,
         d_past_gate: DeviceSlice::new(gpu.output("d_past_gate", 4 * gates), gates),
     };
-    let plan = BackwardPlan::new(problem, &saved, &gradients, gpu.kernels())?;
+    (saved, gradients)
+}
+
+/// Runs the backward pass.
+pub fn backward(
+    gpu: &mut impl Gpu,
+    case: &Case<f64>,
+    loaded: &Loaded<'_>,
+    written: &Written<'_>,
+    options: Options,
+) -> Result<Grads, Error> {
+    let (saved, gradients) = backward_arguments(gpu, loaded, written, options);
+    let plan = BackwardPlan::new(&loaded.problem, &saved, &gradients, gpu.kernels())?;
     let workspace = workspace(gpu, plan.workspace_bytes());
     gpu.backward(&plan, workspace)?;
     let mut parts = vec![

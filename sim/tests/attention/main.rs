@@ -5,5 +5,6 @@
 mod attention_cases;
 mod bits;
 mod far_offsets;
+mod known_bugs;
 mod simulated;
 mod variants;

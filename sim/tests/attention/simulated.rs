@@ -1,7 +1,7 @@
 //! The simulated GPU as the shared attention cases see it.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
 use segattn::attention::cuda::{
@@ -11,13 +11,29 @@ use segattn_sim::{Buffer, Checks, Kernels, Stream};
 
 use super::attention_cases::gpu::Gpu;
 
+/// The folder of the crate's kernels.
+pub fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels")
+}
+
 /// The kernels of the crate.
 pub fn kernels() -> &'static Kernels {
     static KERNELS: OnceLock<Kernels> = OnceLock::new();
-    KERNELS.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
-        Kernels::new(&folder)
-    })
+    KERNELS.get_or_init(|| Kernels::new(&folder()))
+}
+
+/// An attention kernel file's text with the entry points of one instance alone, line for line.
+pub fn only(text: &str, instance: &str) -> String {
+    let wanted = |line: &str| {
+        let entry = line
+            .strip_prefix("FORWARD(")
+            .or_else(|| line.strip_prefix("BACKWARD("));
+        entry.is_none_or(|entry| entry.contains(&format!("{instance},")))
+    };
+    let lines = text
+        .lines()
+        .map(|line| if wanted(line) { line } else { "" });
+    lines.flat_map(|line| [line, "\n"]).collect()
 }
 
 /// Entry points that ran.
@@ -29,6 +45,8 @@ pub struct Simulated<'a> {
     buffers: Vec<Buffer>,
     kernels: &'a Kernels,
     entries: Option<&'a Entries>,
+    /// What the workspace holds before a call; poison where there is none.
+    dirt: Option<u8>,
 }
 
 impl Simulated<'static> {
@@ -44,6 +62,15 @@ impl<'a> Simulated<'a> {
             buffers: Vec::new(),
             kernels,
             entries: None,
+            dirt: None,
+        }
+    }
+
+    /// Leaves this byte all over the workspace, as if another call had used it.
+    pub fn dirty(self, byte: u8) -> Self {
+        Simulated {
+            dirt: Some(byte),
+            ..self
         }
     }
 
@@ -90,8 +117,11 @@ impl Gpu for Simulated<'_> {
     }
 
     fn output(&mut self, name: &str, bytes: usize) -> u64 {
-        let buffer = self.gpu.alloc(name, bytes).expect("memory");
-        self.keep(buffer)
+        let buffer = match self.dirt {
+            Some(byte) if name == "workspace" => self.gpu.upload(name, &vec![byte; bytes]),
+            _ => self.gpu.alloc(name, bytes),
+        };
+        self.keep(buffer.expect("memory"))
     }
 
     fn download(&mut self, address: u64, bytes: usize) -> Vec<u8> {

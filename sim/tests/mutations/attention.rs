@@ -1,0 +1,250 @@
+//! The attention kernels with one bug at a time, on problems small enough to run hundreds of them.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, Once};
+
+use segattn::attention::cuda::{Dtype, File, Phase};
+use segattn_sim::mutate::{self, Mutant};
+use segattn_sim::{Kernels, Source};
+
+use super::attention_cases::gpu::Options;
+use super::attention_cases::{Arrangement, Shape, Values, bits, suite};
+use super::attention_rules::{TARGETS, Target};
+use super::simulated::{Simulated, folder, only};
+
+/// One mutant in so many is planted by the quick test.
+const QUICK: usize = 14;
+
+/// Kernels of one instance from a folder of their own, in which `file` has another text.
+fn kernels(target: &Target, mutant: Option<&Mutant>, name: &str) -> Kernels {
+    let to = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .join("mutants")
+        .join(name);
+    std::fs::create_dir_all(&to).expect("a folder");
+    for entry in std::fs::read_dir(folder()).expect("kernels") {
+        let path = entry.expect("an entry").path();
+        let file = path.file_name().unwrap_or_default();
+        let text = match mutant {
+            Some(mutant) if file == target.file => mutant.text.clone(),
+            _ => std::fs::read_to_string(&path).expect("a kernel file"),
+        };
+        std::fs::write(to.join(file), only(&text, target.instance)).expect("a copy");
+    }
+    Kernels::from_sources(|file| {
+        Source::new(to.join(file.stem()).with_extension("cu")).optimization(1)
+    })
+}
+
+/// Lengths around a tile's, roles that differ, padding in every tensor: forward and backward.
+fn lengths(head_dim: usize) -> Shape {
+    Shape {
+        segment_len: vec![129, 0, 35],
+        prior_len: vec![40, 6, 65],
+        past_len: vec![66, 9, 0, 3, 31, 64],
+        past_gate: vec![0.25, 0.0, 1.0, 3.0],
+        prior_heads: vec![true, true, false, true],
+        spare_rows: 2,
+        arrangement: Arrangement::Offsets8,
+        ..Shape::plain(2, 2, head_dim, [0; 3])
+    }
+}
+
+/// A past of several items: one past section and a chunk.
+fn split(head_dim: usize) -> Shape {
+    Shape {
+        segment_len: vec![3, 1],
+        prior_len: vec![0, 5],
+        past_len: vec![8192 + 1030, 7],
+        past_gate: vec![2.0],
+        ..Shape::plain(1, 1, head_dim, [0; 3])
+    }
+}
+
+/// Runs everything that a bug could show in; panics where one does.
+fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
+    let gpu = || Simulated::of(3, kernels);
+    let options = Options {
+        with_d_lse: true,
+        ..Options::new(Dtype::Bf16)
+    };
+    let check = |shape: &Shape, start: Option<Vec<i32>>, options| {
+        drop(suite::check(&mut gpu(), shape, start, options))
+    };
+    // A start of zeros leaves the backward pass out.
+    let start = |shape: &Shape| forward.then(|| vec![0; shape.batch()]);
+    let phase = |phase| Options {
+        phase: Some(phase),
+        ..options
+    };
+    let shape = lengths(head_dim);
+    check(&shape, start(&shape), phase(Phase::Prefill));
+    let shape = Shape {
+        scale: Some(-0.4),
+        values: Values::HeavyTails,
+        ..Shape::plain(1, 2, head_dim, [70, 0, 33])
+    };
+    check(&shape, start(&shape), options);
+    let shape = split(head_dim);
+    check(&shape, start(&shape), phase(Phase::Prefill));
+    if !forward {
+        let options = Options {
+            read_only_prior: true,
+            ..options
+        };
+        return check(&Shape::plain(1, 2, head_dim, [40, 9, 0]), None, options);
+    }
+    check(&split(head_dim), Some(vec![1, 0]), phase(Phase::Decode));
+    check(
+        &lengths(head_dim),
+        Some(vec![126, 0, 34]),
+        phase(Phase::Decode),
+    );
+    let shape = Shape {
+        scale: Some(0.0),
+        ..Shape::plain(1, 3, head_dim, [20, 3, 0])
+    };
+    check(&shape, Some(vec![0]), phase(Phase::Prefill));
+    bits::rows_stand_alone(&mut gpu(), Dtype::Bf16, head_dim);
+}
+
+thread_local! {
+    /// A planted bug is running: its panic is no news.
+    static PLANTED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the suite fails.
+fn is_caught(kernels: &Kernels, target: &Target) -> bool {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !PLANTED.get() {
+                tell(info);
+            }
+        }));
+    });
+    let head_dim = target
+        .instance
+        .rsplit('d')
+        .next()
+        .and_then(|dim| dim.parse().ok())
+        .expect("a head size");
+    let caught = |forward| {
+        PLANTED.set(true);
+        let result = catch_unwind(AssertUnwindSafe(|| suite(kernels, head_dim, forward)));
+        PLANTED.set(false);
+        result.is_err()
+    };
+    let mut files = target.files().iter();
+    files.any(|&file| caught(file == File::AttentionForward))
+}
+
+impl Target {
+    /// The compiled files that hold it.
+    fn files(&self) -> &'static [File] {
+        match self.file {
+            "attention_forward.cu" => &[File::AttentionForward],
+            "attention_backward.cu" => &[File::AttentionBackward],
+            _ => &[File::AttentionForward, File::AttentionBackward],
+        }
+    }
+}
+
+fn mutants_of(target: &Target) -> Vec<Mutant> {
+    let text = std::fs::read_to_string(folder().join(target.file)).expect("a kernel file");
+    let all = mutate::mutants(&text, target.rules);
+    for rule in target.rules {
+        let found = all.iter().any(|mutant| mutant.find == rule.find);
+        assert!(
+            found,
+            "{}: {:?} occurs nowhere; bring the rule up to date",
+            target.file, rule.find
+        );
+    }
+    all
+}
+
+/// Plants every `stride`th bug; names of those that were planted and those that were not caught.
+fn plant(stride: usize) -> (usize, Vec<String>) {
+    let mut all: Vec<(&Target, Mutant)> = Vec::new();
+    for target in &TARGETS {
+        all.extend(
+            mutants_of(target)
+                .into_iter()
+                .map(|mutant| (target, mutant)),
+        );
+    }
+    let planted: Vec<(&Target, Mutant)> = all.into_iter().step_by(stride).collect();
+    let (next, survivors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let work = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some((target, mutant)) = planted.get(index) else {
+                return;
+            };
+            let kernels = kernels(target, Some(mutant), &format!("{}-{index}", target.file));
+            let bug = format!(
+                "{}:{}: {:?} {:?}",
+                target.file, mutant.line, mutant.find, mutant.change
+            );
+            assert!(
+                target.files().iter().all(|&file| kernels.compiles(file)),
+                "{bug} does not compile"
+            );
+            if is_caught(&kernels, target) {
+                println!("caught: {bug}");
+            } else {
+                println!("SURVIVED: {bug}");
+                survivors.lock().expect("no panic").push(bug);
+            }
+        }
+    };
+    std::thread::scope(|scope| (0..2).for_each(|_| drop(scope.spawn(work))));
+    let survivors = survivors.into_inner().expect("no panic");
+    println!(
+        "{} of {} planted bugs caught",
+        planted.len() - survivors.len(),
+        planted.len()
+    );
+    (planted.len(), survivors)
+}
+
+#[test]
+fn without_a_bug_every_problem_passes() {
+    for instance in ["bf16_d32", "bf16_d96"] {
+        let target = TARGETS
+            .iter()
+            .find(|target| target.instance == instance)
+            .expect("a target");
+        let kernels = kernels(target, None, instance);
+        let head_dim = instance
+            .rsplit('d')
+            .next()
+            .and_then(|dim| dim.parse().ok())
+            .expect("a head size");
+        suite(&kernels, head_dim, true);
+        suite(&kernels, head_dim, false);
+    }
+}
+
+#[test]
+fn a_few_planted_bugs_are_all_caught() {
+    let (_, survivors) = plant(QUICK);
+    assert!(survivors.is_empty(), "{survivors:#?}");
+}
+
+/// Takes about ten minutes on two cores.
+#[test]
+#[ignore = "minutes; run with --ignored"]
+fn at_least_95_percent_of_all_planted_bugs_are_caught() {
+    let (planted, survivors) = plant(1);
+    assert!(planted >= 60, "only {planted} bugs");
+    assert!(
+        survivors.len() * 20 <= planted,
+        "{} of {planted} survived:\n{survivors:#?}",
+        survivors.len()
+    );
+}

@@ -1,0 +1,13 @@
+//! Mutation tests: bugs are planted one at a time into kernels, and at least 95% of them must be caught.
+//!
+//! `cargo test -p segattn-sim --test mutations` plants a fixed few into the attention kernels and all of those of a
+//! small product; every one, with a list of survivors: `cargo test -p segattn-sim --test mutations -- --ignored --nocapture`.
+
+mod attention;
+#[path = "../../../tests/attention_cases/mod.rs"]
+mod attention_cases;
+mod attention_rules;
+mod product;
+#[path = "../attention/simulated.rs"]
+#[allow(dead_code)]
+mod simulated;
