@@ -1,6 +1,6 @@
 //! Mutation tests: bugs are planted one at a time into kernels, and at least 95% of them must be caught.
 //!
-//! `cargo test -p segattn-sim --test mutations` plants a fixed few into the attention kernels and all of those of a
+//! `cargo test -p segattn-sim --test mutations` plants a fixed one in fourteen into the attention kernels and all of those of a
 //! small product; every one, with a list of survivors: `cargo test -p segattn-sim --test mutations -- --ignored --nocapture`.
 
 mod attention;
