@@ -1,12 +1,6 @@
 //! The bugs planted into the attention kernels: barriers, waits and commits dropped or weakened, stages released early,
 //! masks, bounds and indices off by one or swapped, sources and factors mixed up.
 
-//!
-//! Not caught, and why: in `attention_query_grad_sum`, writing a padding row's sum as it is (its parts are zeros); in
-//! `store_query_rows`, dropping the first `__syncwarp` (both callers come from a barrier of the block); in `tile_steps`,
-//! one query less (it counts only where a tile's last query opens a key tile); in `finite_max`, the guard (only padding
-//! rows, which are not stored, have seen nothing by the end of a tile).
-
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
 /// A file of `kernels/` and what is done to it.
@@ -53,6 +47,30 @@ pub const TARGETS: [Target; 7] = [
         instance: "bf16_d96",
         rules: &TILE,
     },
+];
+
+/// Rules with a mutant that is known to survive: file, text, and why.
+pub const SURVIVORS: [[&str; 3]; 4] = [
+    [
+        "attention_backward.cu",
+        "query < query_rows ? sum",
+        "the parts of a padding row are zeros, and so is their sum",
+    ],
+    [
+        "attention_items.cuh",
+        "__syncwarp()",
+        "the first in store_query_rows: both callers come from a barrier of the block",
+    ],
+    [
+        "attention_items.cuh",
+        "/ heads_per_tile + 1;",
+        "one query less counts only where a tile's last query opens a key tile",
+    ],
+    [
+        "softmax.cuh",
+        "max == SEGATTN_NEG_INF ? 0.f : max",
+        "only padding rows, which are not stored, have seen nothing by the end of a tile",
+    ],
 ];
 
 const FORWARD: [Rule; 47] = [
