@@ -34,7 +34,7 @@ static void check_norm(int rows, int width) {
     SegattnNormParams grad = p;
     grad.x = p.x_sum;
     rms_norm_grad_bf16<<<rows, row_threads_of(width), sizeof(RowShared)>>>(grad);
-    rms_norm_weight_grad_bf16<<<up(width, 32), 256, sizeof(ColumnShared)>>>(grad);
+    rms_norm_weight_grad_bf16<<<up(width, 16), 256, sizeof(ColumnShared)>>>(grad);
   }, {{g_y, n * 2}, {g_d_x, n * 2}, {g_d_weight, (size_t)width * 4}});
   const Numbers sums = widened(download(g_sum, n)), a = widened(x), b = widened(residual), dy = widened(d_y), before = widened(d_x);
   Numbers sum(n), y(n), grad(n), grad_weight(d_weight.begin(), d_weight.end());
@@ -286,7 +286,7 @@ static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, in
   p.q = rows_of(upload(r.q), (int64_t)group * dim);
   p.heads = 1, p.head_dim = dim, p.group = group, p.window = 8, p.stride = 4, p.windows = (probe_rows - 8) / 4 + 1, p.block_len = 8;
   p.blocks = tokens / 8, p.max_picks = picks, p.score_pitch = p.blocks, p.rows = tokens;
-  p.probes = device<float>((size_t)group * p.windows * dim), p.scores = device<float>(p.blocks), p.picks = device<int32_t>(picks);
+  p.probes = device<uint16_t>((size_t)3 * group * p.windows * dim), p.scores = device<float>(p.blocks), p.picks = device<int32_t>(picks);
   p.pick_count = device<int32_t>(1), p.past_len = device<int32_t>(1);
   return r;
 }
@@ -381,7 +381,7 @@ static void check_few() {
 static void check_all() {
   check_norm(37, 264);
   check_norm(100, 4096);
-  check_norm(3, 32768);
+  check_norm(3, 16384);
   check_rope(33, 4, 2, 96);
   check_rope(64, 8, 2, 128);
   check_swiglu(21, 344);

@@ -45,7 +45,7 @@ static void time_norm(int rows, int width) {
   fused.residual = p.d_y;
   time_of("rms_norm with residual sum", n * 8., [&] { rms_norm_bf16<<<rows, threads, sizeof(RowShared)>>>(fused); });
   time_of("rms_norm_grad +=", n * 8., [&] { rms_norm_grad_bf16<<<rows, threads, sizeof(RowShared)>>>(p); });
-  time_of("rms_norm_weight_grad", n * 4., [&] { rms_norm_weight_grad_bf16<<<up(width, 32), 256, sizeof(ColumnShared)>>>(p); });
+  time_of("rms_norm_weight_grad", n * 4., [&] { rms_norm_weight_grad_bf16<<<up(width, 16), 256, sizeof(ColumnShared)>>>(p); });
   p.rows = 1;
   time_of("rms_norm, one row", 0, [&] { rms_norm_bf16<<<1, threads, sizeof(RowShared)>>>(p); });
   free_all();

@@ -8,10 +8,10 @@
 struct EmbedConfig {
   static constexpr int kThreads = 256, kBlocks = 6;
 };
-// One warp has 256 columns of one token: the rows of a frequent token are read four at a time, added one by one.
+// One warp has 256 columns of one token: the rows of a frequent token are read sixteen at a time, added one by one.
 struct EmbedGradConfig {
-  static constexpr int kThreads = 128, kBlocks = 8;
-  static constexpr int kRowsInFlight = 4;
+  static constexpr int kThreads = 128, kBlocks = 3;
+  static constexpr int kRowsInFlight = 16;
 };
 
 SEGATTN_FN void embed(const SegattnEmbedParams& p) {
@@ -25,24 +25,32 @@ SEGATTN_FN void embed(const SegattnEmbedParams& p) {
 SEGATTN_FN void embed_grad(const SegattnEmbedParams& p) {
   using C = EmbedGradConfig;
   const uint32_t index = thread_index() / 32, column_parts = ceil_div(p.width, 32 * kVector), run = index / column_parts;
-  const int column = ((int)(index % column_parts) * 32 + threadIdx.x % 32) * kVector;
-  if (run >= (uint32_t)p.runs || column >= p.width) return;
+  const int lane = threadIdx.x % 32, column = ((int)(index % column_parts) * 32 + lane) * kVector;
+  if (run >= (uint32_t)p.runs) return;
   const int first = p.run_start[run], end = p.run_start[run + 1];
+  const bool inside = column < p.width;
   float* g_sum = row_of<float>(p.d_table, p.tokens[p.order[first]]) + column;
   float r_sum[kVector];
-  load_vector(r_sum, g_sum);
+  if (inside) load_vector(r_sum, g_sum);
   for (int at = first; at < end; at += C::kRowsInFlight) {
-    float r_rows[C::kRowsInFlight][kVector];
+    // Each lane fetches a row's number, so that rows do not wait for theirs one after the other.
+    const int own = at + lane < end ? p.order[at + lane] : 0;
+    uint4 r_rows[C::kRowsInFlight];
 #pragma unroll
-    for (int i = 0; i < C::kRowsInFlight; i++)
-      if (at + i < end) load_vector(r_rows[i], row_of<const Bf16>(p.y, p.order[at + i]) + column);
+    for (int i = 0; i < C::kRowsInFlight; i++) {
+      const int row = __shfl_sync(0xffffffffu, own, i);
+      if (inside && at + i < end) r_rows[i] = *(const uint4*)(row_of<const Bf16>(p.y, row) + column);
+    }
 #pragma unroll
-    for (int i = 0; i < C::kRowsInFlight; i++)
+    for (int i = 0; i < C::kRowsInFlight; i++) {
+      if (!inside || at + i >= end) continue;
+      float r_row[kVector];
+      unpack_vector(r_row, r_rows[i]);
 #pragma unroll
-      for (int e = 0; e < kVector; e++)
-        if (at + i < end) r_sum[e] += r_rows[i][e];
+      for (int e = 0; e < kVector; e++) r_sum[e] += r_row[e];
+    }
   }
-  store_vector(g_sum, r_sum);
+  if (inside) store_vector(g_sum, r_sum);
 }
 
 // ---------------------------------------------------------------------------------------------------- entry points

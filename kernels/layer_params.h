@@ -22,7 +22,7 @@ typedef struct SegattnCopyParams {
   int32_t add;     /* dst += instead of = */
 } SegattnCopyParams;
 
-/* rms_norm and its gradients. Width: a multiple of 8, at most 32768. */
+/* rms_norm and its gradients. Width: a multiple of 8, at most 16384. */
 typedef struct SegattnNormParams {
   SegattnRows x;        /* bf16 [rows, width] */
   SegattnRows residual; /* bf16 [rows, width], added to x before the norm; data null: none */
@@ -163,7 +163,7 @@ typedef struct SegattnRetrievalParams {
   const SegattnPoolHead* head;    /* [heads] */
   SegattnRows q;        /* probes: bf16 [probe rows, q_heads * head_dim], before rotation */
   SegattnRows k, v;     /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
-  float* probes;        /* [heads, group * windows, head_dim] */
+  void* probes;         /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
   float* scores;        /* [heads, score_pitch] */
   int32_t* picks;       /* [heads, max_picks]: blocks in ascending order */
   int32_t* pick_count;  /* [heads] */

@@ -10,15 +10,15 @@
 
 // ---------------------------------------------------------------------------------------------------- a block a row
 
-// A row stays in registers between its two uses: two vectors a thread up to width 16384, four above.
+// A row stays in registers between its two uses, two vectors a thread: few enough for 1536 resident threads.
 struct RowConfig {
   static constexpr int kThreads = 1024, kBlocks = 1;
-  static constexpr int kVectors = 4;
+  static constexpr int kVectors = 2;
   static constexpr int kMaxWidth = kThreads * kVectors * kVector;
 };
 
 // Threads of a row: part of the result's definition, since it decides the order of the sum.
-SEGATTN_FN int row_threads(int width) { return min(RowConfig::kThreads, max(1, ceil_div(width, 2 * kVector * 32)) * 32); }
+SEGATTN_FN int row_threads(int width) { return min(RowConfig::kThreads, max(1, ceil_div(width, RowConfig::kVectors * kVector * 32)) * 32); }
 
 SEGATTN_FN int vector_column(int i) { return (threadIdx.x + i * blockDim.x) * kVector; }
 
@@ -107,47 +107,70 @@ SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- rows to one
 
-// A block sums 32 columns. Eight warps multiply 64 rows at a time into shared memory, one warp adds them up in order
-// while the others fetch the next 64: the sum is one chain, its memory traffic is that of all warps.
+// A block sums 16 columns, whole sectors of memory. Eight warps multiply 256 rows at a time into shared memory, one warp
+// adds them up in order while the others fetch the next 256: the sum is one chain, its memory traffic is that of all warps.
 struct ColumnConfig {
   static constexpr int kThreads = 256, kBlocks = 4;
-  static constexpr int kColumns = 32, kRows = kThreads * kVector / kColumns;
-  static constexpr int kPitch = kColumns + 4;  // two rows' vectors fall into different banks
+  static constexpr int kColumns = 16, kRowVectors = kColumns / kVector;
+  static constexpr int kLoads = 2;  // rows of a thread, loaded before the first is used
+  static constexpr int kStep = kThreads / kRowVectors, kRows = kLoads * kStep;
+  static constexpr int kPitch = kColumns + 4;
 };
 
 struct ColumnShared {
   alignas(16) float products[2][ColumnConfig::kRows][ColumnConfig::kPitch];
 };
 
-SEGATTN_FN void norm_products(float (&r_products)[kVector], const SegattnNormParams& p, int64_t row, int column) {
-  float r_x[kVector];
-  load_vector(r_products, row_of<const Bf16>(p.d_y, row) + column);
-  load_vector(r_x, row_of<const Bf16>(p.x, row) + column);
-  const float rstd = p.rstd[row];
+// What a thread multiplies: rows first, first + kStep, ... of one vector of columns.
+struct ColumnLoads {
+  uint4 d_y[ColumnConfig::kLoads], x[ColumnConfig::kLoads];
+  float rstd[ColumnConfig::kLoads];
+};
+
+SEGATTN_FN void load_columns(ColumnLoads& r, const SegattnNormParams& p, int64_t first, int column) {
 #pragma unroll
-  for (int e = 0; e < kVector; e++) r_products[e] = mul_rn(r_products[e], mul_rn(r_x[e], rstd));
+  for (int i = 0; i < ColumnConfig::kLoads; i++) {
+    const int64_t row = first + i * ColumnConfig::kStep;
+    if (row >= p.rows || column >= p.width) continue;
+    r.d_y[i] = *(const uint4*)(row_of<const Bf16>(p.d_y, row) + column);
+    r.x[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
+    r.rstd[i] = p.rstd[row];
+  }
+}
+
+SEGATTN_FN void store_products(ColumnShared& shared, int stage, const ColumnLoads& r, const SegattnNormParams& p, int64_t first, int tile_row,
+                               int tile_column, int column) {
+#pragma unroll
+  for (int i = 0; i < ColumnConfig::kLoads; i++) {
+    const int row = tile_row + i * ColumnConfig::kStep;
+    if (first + row >= p.rows || column >= p.width) continue;
+    float r_products[kVector], r_x[kVector];
+    unpack_vector(r_products, r.d_y[i]);
+    unpack_vector(r_x, r.x[i]);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_products[e] = mul_rn(r_products[e], mul_rn(r_x[e], r.rstd[i]));
+    store_vector(&shared.products[stage][row][tile_column], r_products);
+  }
 }
 
 SEGATTN_FN void rms_norm_weight_grad(const SegattnNormParams& p) {
   using C = ColumnConfig;
   ColumnShared& shared = *(ColumnShared*)shared_memory();
-  constexpr int kRowVectors = C::kColumns / kVector;
   const int first_column = blockIdx.x * C::kColumns, thread = threadIdx.x;
-  const int tile_row = thread / kRowVectors, tile_column = thread % kRowVectors * kVector;
+  const int tile_row = thread / C::kRowVectors, tile_column = thread % C::kRowVectors * kVector;
   const int column = first_column + tile_column;
   const bool sums = thread < C::kColumns && first_column + thread < p.width;
   float sum = sums ? p.d_weight[first_column + thread] : 0.f;
-  float r_products[kVector];
-  if (column < p.width && tile_row < p.rows) norm_products(r_products, p, tile_row, column);
+  ColumnLoads r_loads;
+  load_columns(r_loads, p, tile_row, column);
   int stage = 0;
   for (int64_t first = 0; first < p.rows; first += C::kRows, stage ^= 1) {
-    if (column < p.width && first + tile_row < p.rows) store_vector(&shared.products[stage][tile_row][tile_column], r_products);
-    const int64_t next = first + C::kRows + tile_row;
-    if (column < p.width && next < p.rows) norm_products(r_products, p, next, column);
+    store_products(shared, stage, r_loads, p, first, tile_row, tile_column, column);
+    load_columns(r_loads, p, first + C::kRows + tile_row, column);
     __syncthreads();
     if (!sums) continue;
     const int rows = (int)min((int64_t)C::kRows, p.rows - first);
-#pragma unroll 8
+#pragma unroll 16
     for (int row = 0; row < rows; row++) sum += shared.products[stage][row][thread];
   }
   if (sums) p.d_weight[first_column + thread] = sum;
@@ -160,6 +183,6 @@ SEGATTN_INFO(rms_norm_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowSh
 SEGATTN_KERNEL(rms_norm_bf16, RowConfig, SegattnNormParams) { rms_norm(params); }
 SEGATTN_INFO(rms_norm_grad_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0, sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_grad_bf16, RowConfig, SegattnNormParams) { rms_norm_grad(params); }
-// rms_norm_weight_grad: a block 32 columns.
-SEGATTN_INFO(rms_norm_weight_grad_bf16, (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks, 0, 0, 0, sizeof(SegattnNormParams)}))
+// rms_norm_weight_grad: a block 16 columns (tile_rows).
+SEGATTN_INFO(rms_norm_weight_grad_bf16, (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks, ColumnConfig::kColumns, 0, 0, sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_weight_grad_bf16, ColumnConfig, SegattnNormParams) { rms_norm_weight_grad(params); }

@@ -1,14 +1,15 @@
 // Retrieval of past tokens (segment-attention.md, section 2), per KV head that reads the past; no gradient:
 //   pool_append   a segment's k (before rotation) and v of the heads named, behind the pool's tokens
-//   pool_probes   probe = mean over a window of queries before rotation, in f32
+//   pool_probes   probe = mean over a window of queries before rotation, in f32, as three bf16 that add up to it
 //   pool_scores   score of a block = max over its tokens and all probes of probe . k
 //   pool_pick     the max_picks best of the eligible blocks, ties to the earlier, in order of position
 //   pool_gather   their tokens to the past rows, keys rotated to the positions before end_angle
-// Scores: a probe is split into three bf16 that add up to it exactly, so tensor cores multiply f32 by bf16 without loss
-// and sum in f32; a score depends on its probe and its key only, wherever they lie in a tile. Bytes: scores read every
+// Scores: with a probe in three exact parts tensor cores multiply f32 by bf16 without loss and sum in f32; a score
+// depends on its probe and its key only, wherever they lie in a tile. Bytes: scores read every
 // key once, 2 head_dim a token and head; gather 8 head_dim a token.
 #include "pipeline.cuh"
 #include "rotation.cuh"
+#include "select.cuh"
 
 SEGATTN_FN const SegattnPoolChunk& chunk_of(const SegattnRetrievalParams& p, int64_t token) {
   return p.chunks[(token - p.first_token) / p.chunk_tokens];
@@ -19,6 +20,9 @@ SEGATTN_FN int64_t pool_offset(const SegattnRetrievalParams& p, int64_t token, i
 }
 
 // ---------------------------------------------------------------------------------------------------- elementwise
+
+// 24 bits of an f32 in bf16 of 8 each.
+constexpr int kProbeParts = 3;
 
 struct PoolConfig {
   static constexpr int kThreads = 256, kBlocks = 5;
@@ -51,7 +55,15 @@ SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
   }
 #pragma unroll
   for (int e = 0; e < kVector; e++) r_sum[e] = r_sum[e] / (float)p.window;
-  store_vector(p.probes + (int64_t)probe * p.head_dim + column, r_sum);
+#pragma unroll
+  for (int part = 0; part < kProbeParts; part++) {
+    const uint4 r_part = pack_vector(r_sum);
+    *(uint4*)((Bf16*)p.probes + (((int64_t)part * p.heads * count) + probe) * p.head_dim + column) = r_part;
+    float r_rounded[kVector];
+    unpack_vector(r_rounded, r_part);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_sum[e] -= r_rounded[e];
+  }
 }
 
 // A thread eight pairs of one row of one head, key and value.
@@ -75,14 +87,14 @@ SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- scores
 
-// 4 warps x 32 keys against 16 probes at a time: 24 products a k-step for three tiles of probes and two of keys read
+// 4 warps x 32 keys against 16 probes at a time: 12 products a k-step for three tiles of probes and two of keys read
 // from shared memory. The keys of a tile are read from global memory once, the probes from L2.
 template <int kHeadDim_>
 struct ScoreConfig {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kThreads = 128, kBlocks = kHeadDim == 256 ? 1 : 3;
+  static constexpr int kThreads = 128, kBlocks = kHeadDim == 256 ? 1 : 4;
   static constexpr int kKeys = 128, kWarpKeys = kKeys / 4, kColTiles = kWarpKeys / 8;
-  static constexpr int kParts = 3, kProbes = 16;
+  static constexpr int kProbes = 16, kRowChunks = kHeadDim / 8;
   using KeyTile = Tile<Bf16, kKeys, kHeadDim>;
   using ProbeTile = Tile<Bf16, kProbes, kHeadDim>;
 };
@@ -90,7 +102,7 @@ struct ScoreConfig {
 template <class C>
 struct ScoreShared {
   typename C::KeyTile keys;
-  typename C::ProbeTile parts[C::kParts];
+  typename C::ProbeTile parts[kProbeParts];
   float scores[C::kKeys];
 };
 
@@ -98,38 +110,32 @@ struct ScoreShared {
 template <class C>
 SEGATTN_FN int blocks_of_item(int block_len) { return max(1, C::kKeys / block_len); }
 
+// Starts copying keys [first, end), a tile of them, of which some may lie in a later chunk of memory.
 template <class C>
 SEGATTN_FN void load_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int64_t first, int64_t end) {
-  constexpr int kRowChunks = C::kHeadDim / 8;
   const SharedAddress tile = shared_address(&shared.keys);
-  for (int i = threadIdx.x; i < C::kKeys * kRowChunks; i += C::kThreads) {
-    const int row = i / kRowChunks, column = i % kRowChunks;
+  const int64_t first_chunk = (first - p.first_token) / p.chunk_tokens, first_row = (first - p.first_token) - first_chunk * p.chunk_tokens;
+  const int64_t pitch = (int64_t)p.heads * C::kHeadDim, head_offset = (int64_t)head * C::kHeadDim;
+  const void* g_first = p.chunks[first_chunk].k;
+  for (int i = threadIdx.x; i < C::kKeys * C::kRowChunks; i += C::kThreads) {
+    const int row = i / C::kRowChunks, column = i % C::kRowChunks;
     const bool valid = first + row < end;
-    const int64_t token = valid ? first + row : first;
-    cp_async_16(C::KeyTile::chunk(tile, row, column), (const Bf16*)chunk_of(p, token).k + pool_offset(p, token, head) + column * 8, valid ? 16 : 0);
+    int64_t chunk = first_chunk, chunk_row = first_row + (valid ? row : 0);
+    for (; chunk_row >= p.chunk_tokens; chunk_row -= p.chunk_tokens) chunk++;
+    const Bf16* g_key = (const Bf16*)(chunk == first_chunk ? g_first : p.chunks[chunk].k) + chunk_row * pitch + head_offset;
+    cp_async_16(C::KeyTile::chunk(tile, row, column), g_key + column * 8, valid ? 16 : 0);
   }
-  cp_async_commit();
 }
 
-// Sixteen probes from `first` on as three tiles that add up to them; the last probe again where there are no more.
+// Starts copying the parts of sixteen probes from `first` on; the last probe again where there are no more.
 template <class C>
-SEGATTN_FN void split_probes(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int first) {
-  constexpr int kRowPairs = C::kHeadDim / 2;
+SEGATTN_FN void load_probes(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int first) {
   const int count = p.group * p.windows;
-  for (int i = threadIdx.x; i < C::kProbes * kRowPairs; i += C::kThreads) {
-    const int row = i / kRowPairs, column = i % kRowPairs * 2;
-    const int64_t probe = (int64_t)head * count + min(first + row, count - 1);
-    const float2 x = *(const float2*)(p.probes + probe * C::kHeadDim + column);
-    float low = x.x, high = x.y;
-#pragma unroll
-    for (int part = 0; part < C::kParts; part++) {
-      const SharedAddress base = shared_address(&shared.parts[part]);
-      const SharedAddress offset = C::ProbeTile::chunk(base, row, column / 8) - base + column % 8 * 2;
-      const uint32_t pair = pack<Bf16>(low, high);
-      *(uint32_t*)((unsigned char*)&shared.parts[part] + offset) = pair;
-      low -= widen((uint16_t)pair, Bf16{});
-      high -= widen((uint16_t)(pair >> 16), Bf16{});
-    }
+  for (int i = threadIdx.x; i < kProbeParts * C::kProbes * C::kRowChunks; i += C::kThreads) {
+    const int part = i / (C::kProbes * C::kRowChunks), row = i / C::kRowChunks % C::kProbes, column = i % C::kRowChunks;
+    const int64_t probe = ((int64_t)part * p.heads + head) * count + min(first + row, count - 1);
+    const SharedAddress tile = shared_address(&shared.parts[part]);
+    cp_async_16(C::ProbeTile::chunk(tile, row, column), (const Bf16*)p.probes + probe * C::kHeadDim + column * 8, 16);
   }
 }
 
@@ -143,15 +149,15 @@ SEGATTN_FN void score_tile(float (&best)[C::kColTiles][2], const ScoreShared<C>&
   float x[C::kColTiles][4] = {};
 #pragma unroll 4
   for (int k = 0; k < C::kHeadDim; k += 16) {
-    uint32_t a[C::kParts][4];
+    uint32_t a[kProbeParts][4];
 #pragma unroll
-    for (int part = 0; part < C::kParts; part++) load_a<PT>(a[part], a_base<PT>(shared_address(&shared.parts[part]), lane), 0, k);
+    for (int part = 0; part < kProbeParts; part++) load_a<PT>(a[part], a_base<PT>(shared_address(&shared.parts[part]), lane), 0, k);
 #pragma unroll
     for (int n = 0; n < C::kColTiles; n += 2) {
       uint32_t b[4];
       load_b<KT>(b, keys, first_key + n * 8, k);
 #pragma unroll
-      for (int part = C::kParts - 1; part >= 0; part--) {
+      for (int part = kProbeParts - 1; part >= 0; part--) {
         mma_16x8x16(x[n], a[part], b[0], b[1], Bf16{});
         mma_16x8x16(x[n + 1], a[part], b[2], b[3], Bf16{});
       }
@@ -163,7 +169,7 @@ SEGATTN_FN void score_tile(float (&best)[C::kColTiles][2], const ScoreShared<C>&
     for (int e = 0; e < 2; e++) best[n][e] = max_f32(best[n][e], max_f32(x[n][e], x[n][2 + e]));
 }
 
-// Scores of the tile's keys, over all probes, to shared memory.
+// Scores of the tile's keys, which are on their way, over all probes, to shared memory.
 template <class C>
 SEGATTN_FN void score_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head) {
   float best[C::kColTiles][2];
@@ -171,7 +177,8 @@ SEGATTN_FN void score_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shar
   for (int n = 0; n < C::kColTiles; n++) best[n][0] = best[n][1] = -INFINITY;
   for (int probe = 0; probe < p.group * p.windows; probe += C::kProbes) {
     if (probe > 0) __syncthreads();
-    split_probes<C>(p, shared, head, probe);
+    load_probes<C>(p, shared, head, probe);
+    cp_async_commit();
     arrive_and_wait<0>();
     score_tile<C>(best, shared);
   }
@@ -212,79 +219,49 @@ SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- pick
 
-// One block a head: the threshold by four rounds of an 8-bit histogram, then the chosen in order of position.
+// One block a head: four neighbouring scores a thread and step.
 struct PickConfig {
   static constexpr int kThreads = 1024, kBlocks = 1;
-  static constexpr int kBins = 256;
+  static constexpr int kOwn = 4;
 };
 
 struct PickShared {
-  uint32_t bins[PickConfig::kBins];
-  uint32_t threshold, wanted;  // of the blocks at the threshold
-  uint32_t above[PickConfig::kThreads / 32], ties[PickConfig::kThreads / 32];
+  SelectShared select;
+  PlacesShared places;
 };
 
-// An integer that orders as the score does; -0 and 0 are the same.
-SEGATTN_FN uint32_t score_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// The max_picks-th largest key, and how many of those equal to it are to be picked.
-SEGATTN_FN void find_threshold(PickShared& shared, const float* g_scores, int count, int picks) {
-  uint32_t prefix = 0, wanted = picks;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    if (threadIdx.x < PickConfig::kBins) shared.bins[threadIdx.x] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += PickConfig::kThreads) {
-      const uint32_t key = score_key(g_scores[i]);
-      if (shift == 24 || key >> (shift + 8) == prefix) atomic_add(&shared.bins[key >> shift & 255], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int bin = PickConfig::kBins - 1;
-      for (; shared.bins[bin] < wanted; bin--) wanted -= shared.bins[bin];
-      shared.threshold = prefix << 8 | bin;
-      shared.wanted = wanted;
-    }
-    __syncthreads();
-    prefix = shared.threshold;
-    wanted = shared.wanted;
-  }
+// Keys of blocks first ... first + 3; 0, which is below every score's, where there are no more.
+SEGATTN_FN void load_score_keys(uint32_t (&keys)[PickConfig::kOwn], const float* g_scores, int first, int count) {
+#pragma unroll
+  for (int i = 0; i < PickConfig::kOwn; i++) keys[i] = first + i < count ? rank_key(g_scores[first + i]) : 0;
 }
 
 SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
+  using C = PickConfig;
   PickShared& shared = *(PickShared*)shared_memory();
-  const int head = blockIdx.x, thread = threadIdx.x, warp = thread >> 5;
-  const uint32_t lanes_before = (1u << (thread & 31)) - 1;
+  const int head = blockIdx.x;
   const float* g_scores = p.scores + head * p.score_pitch;
   int32_t* g_picks = p.picks + (int64_t)head * p.max_picks;
   const int count = min(p.blocks, p.head[head].eligible / p.block_len), picks = min(count, p.max_picks);
-  if (thread == 0) p.pick_count[head] = picks;
+  if (threadIdx.x == 0) p.pick_count[head] = picks;
   if (picks == 0) return;
-  find_threshold(shared, g_scores, count, picks);
-  const uint32_t threshold = shared.threshold, wanted = shared.wanted;
-  uint32_t above_before = 0, ties_before = 0;
-  for (int first = 0; first < count; first += PickConfig::kThreads) {
-    const uint32_t key = first + thread < count ? score_key(g_scores[first + thread]) : 0;
-    const bool inside = first + thread < count, above = inside && key > threshold, tie = inside && key == threshold;
-    const uint32_t above_lanes = __ballot_sync(0xffffffffu, above), tie_lanes = __ballot_sync(0xffffffffu, tie);
-    if ((thread & 31) == 0) {
-      shared.above[warp] = __popc(above_lanes);
-      shared.ties[warp] = __popc(tie_lanes);
+  constexpr int kStep = C::kThreads * C::kOwn;
+  const auto for_each = [&](const auto& f) {
+    for (int first = threadIdx.x * C::kOwn; first < count; first += kStep) {
+      uint32_t keys[C::kOwn];
+      load_score_keys(keys, g_scores, first, count);
+#pragma unroll
+      for (int i = 0; i < C::kOwn; i++)
+        if (first + i < count) f(keys[i]);
     }
-    __syncthreads();
-    uint32_t my_above = above_before + __popc(above_lanes & lanes_before), my_ties = ties_before + __popc(tie_lanes & lanes_before);
-    for (int other = 0; other < PickConfig::kThreads / 32; other++) {
-      if (other < warp) {
-        my_above += shared.above[other];
-        my_ties += shared.ties[other];
-      }
-      above_before += shared.above[other];
-      ties_before += shared.ties[other];
-    }
-    if (above || (tie && my_ties < wanted)) g_picks[my_above + min(my_ties, wanted)] = first + thread;
-    __syncthreads();
+  };
+  const Threshold threshold = select_threshold(for_each, picks, shared.select);
+  Places<C::kOwn> places;
+  for (int step = 0; step < count; step += kStep) {
+    const int first = step + threadIdx.x * C::kOwn;
+    uint32_t keys[C::kOwn];
+    load_score_keys(keys, g_scores, first, count);
+    places.next(keys, threshold, shared.places, [&](int i, uint32_t place) { g_picks[place] = first + i; });
   }
 }
 

@@ -8,67 +8,101 @@
 //      passes u times their total
 // Its log-probability is that of the loss kernel, to the bit. Weights are f32, their sums over threads f64, in an order
 // that the vocabulary decides; a token differs from the host's only where u lies within that rounding. One block a row,
-// so that nothing waits for the host: the row (512 KB of 128k logits) stays in L2, and is read 6 times, with top-k
-// or top-p 12 times more each.
+// so that nothing waits for the host: the row (512 KB of 128k logits) stays in L2, and is read 2 times for the highest, 4
+// for a draw from all, 7 with top-k up to 1024, 9 with top-p alone; 19 times more where that needs more than 1024 tokens.
 #include "row_softmax.cuh"
+#include "select.cuh"
 
 struct SampleConfig {
   static constexpr int kThreads = kMaxRowThreads, kBlocks = 1;
-  static constexpr int kSearchBits = 3, kWays = 1 << kSearchBits;
+  static constexpr int kSearchBits = 2, kWays = 1 << kSearchBits;
+  static constexpr int kListLen = 1024;  // tokens that top-k and top-p are decided among, as a rule
 };
 
 struct SampleShared {
   RowSoftmaxShared softmax;
+  SelectShared select;
+  PlacesShared places;
   double sums[SampleConfig::kWays][kMaxWarps];
-  uint32_t keys[kMaxWarps];
   int32_t found[kMaxWarps];
   uint32_t cipher[16];
   double uniform;
+  uint32_t list_keys[SampleConfig::kListLen], list_ids[SampleConfig::kListLen];
 };
 
 // ---------------------------------------------------------------------------------------------------- the row
 
-// A logit's place in the order, as an integer: 0 for a token that is excluded, the largest for no number.
-SEGATTN_FN uint32_t rank_key(float logit) {
-  if (logit != logit) return 0xffffffffu;
-  if (logit == SEGATTN_NEG_INF) return 0;
-  const uint32_t bits = __float_as_uint(logit + 0.f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-SEGATTN_FN float logit_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
-constexpr uint32_t kInfinityKey = 0xff800000u;
-
-struct SampleRow {
+// Logits after the penalty, as keys that order as they do; an excluded token has the least.
+struct LogitRow {
   const float* g_logits;
   const uint32_t* g_seen;
-  int vocab;
-  float penalty, temperature;
-  float best;  // the highest logit after the penalty
+  int count;
+  float penalty;
 
-  __device__ __forceinline__ uint32_t key(int id) const {
-    const float x = g_logits[id];
-    if (penalty == 1.f || !(g_seen[id / 32] >> (id % 32) & 1)) return rank_key(x);
-    return rank_key(x > 0.f ? x / penalty : mul_rn(x, penalty));
+  // Eight from a multiple of 8 on; 0 where there are no more.
+  __device__ __forceinline__ void load(uint32_t (&keys)[kVector], int first) const {
+    float x[kVector];
+    load_logits(x, g_logits, first, count);
+    const uint32_t seen = penalty == 1.f ? 0 : g_seen[first / 32] >> (first % 32);
+#pragma unroll
+    for (int i = 0; i < kVector; i++) {
+      if (seen >> i & 1) x[i] = x[i] > 0.f ? x[i] / penalty : mul_rn(x[i], penalty);
+      keys[i] = first + i < count ? rank_key(x[i]) : 0;
+    }
   }
-  // Relative to the likeliest token.
-  __device__ __forceinline__ float weight(uint32_t key) const {
-    return key == 0 ? 0.f : exp_of((logit_of(key) - best) / temperature);
+};
+
+// The highest of them, in order of id.
+struct ListRow {
+  const uint32_t* s_keys;
+  int count;
+
+  __device__ __forceinline__ void load(uint32_t (&keys)[kVector], int first) const {
+#pragma unroll
+    for (int i = 0; i < kVector; i++) keys[i] = first + i < count ? s_keys[first + i] : 0;
   }
-  // The ids of a thread where order counts: one after the other.
-  __device__ __forceinline__ int first_id() const { return min(vocab, (int)threadIdx.x * ceil_div(vocab, blockDim.x)); }
-  __device__ __forceinline__ int end_id() const { return min(vocab, ((int)threadIdx.x + 1) * ceil_div(vocab, blockDim.x)); }
+};
+
+template <class Row, class F>
+SEGATTN_FN void for_each_key(const Row& row, const F& f) {
+  for (int first = threadIdx.x * kVector; first < row.count; first += blockDim.x * kVector) {
+    uint32_t keys[kVector];
+    row.load(keys, first);
+#pragma unroll
+    for (int i = 0; i < kVector; i++)
+      if (keys[i] != 0) f(keys[i], first + i);
+  }
+}
+
+// Probabilities relative to the likeliest token's.
+struct Weights {
+  float best, inverse_temperature;
+  __device__ __forceinline__ float of(uint32_t key) const { return exp_of(mul_rn(value_of(key) - best, inverse_temperature)); }
 };
 
 // ---------------------------------------------------------------------------------------------------- over the block
 
-SEGATTN_FN uint32_t highest_key(const SampleRow& row, SampleShared& shared) {
-  uint32_t top = 0;
-  for (int id = threadIdx.x; id < row.vocab; id += blockDim.x) top = max(top, row.key(id));
+// The highest key, and the lowest id that has it.
+struct Highest {
+  uint32_t key, id;
+};
+template <class Row>
+SEGATTN_FN Highest highest(const Row& row, SampleShared& shared) {
+  Highest top = {0, 0};
+  const auto join = [&](uint32_t key, uint32_t id) {
+    if (key > top.key || (key == top.key && id < top.id)) top = {key, id};
+  };
+  for_each_key(row, join);
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, mask));
-  if ((threadIdx.x & 31) == 0) shared.keys[threadIdx.x >> 5] = top;
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const uint32_t key = __shfl_xor_sync(0xffffffffu, top.key, mask), id = __shfl_xor_sync(0xffffffffu, top.id, mask);
+    join(key, id);
+  }
+  const int warp = threadIdx.x >> 5;
+  if ((threadIdx.x & 31) == 0) shared.list_keys[warp] = top.key, shared.list_ids[warp] = top.id;
   __syncthreads();
-  for (int warp = 0; warp < (int)blockDim.x / 32; warp++) top = max(top, shared.keys[warp]);
+  for (int other = 0; other < (int)blockDim.x / 32; other++) join(shared.list_keys[other], shared.list_ids[other]);
+  __syncthreads();
   return top;
 }
 
@@ -125,67 +159,62 @@ SEGATTN_FN int find_thread(bool predicate, bool last, SampleShared& shared) {
 
 // ---------------------------------------------------------------------------------------------------- what is left
 
-// Tokens above the threshold, and the first `ties` of those at it.
-struct Cut {
-  uint32_t threshold, ties;
-};
-
-// What a token counts: its weight, or one.
-template <bool kByWeight>
-SEGATTN_FN float measure(const SampleRow& row, uint32_t key) {
-  return kByWeight ? row.weight(key) : key == 0 ? 0.f : 1.f;
-}
-
-template <bool kByWeight>
-SEGATTN_FN double measure_above(const SampleRow& row, uint32_t threshold, SampleShared& shared) {
+// Mass of the tokens above a threshold.
+template <class Row>
+SEGATTN_FN double mass_above(const Row& row, const Weights& weights, uint32_t threshold, SampleShared& shared) {
   float x[SampleConfig::kWays] = {};
-  for (int id = threadIdx.x; id < row.vocab; id += blockDim.x) {
-    const uint32_t key = row.key(id);
-    if (key > threshold) x[0] += measure<kByWeight>(row, key);
-  }
+  for_each_key(row, [&](uint32_t key, int) { x[0] += key > threshold ? weights.of(key) : 0.f; });
   block_sums(x, shared);
   return shared.sums[0][0];
 }
 
-// The highest threshold at or above which tokens measure at least `goal` together, three bits a pass; 0: all do not.
-template <bool kByWeight>
-SEGATTN_FN uint32_t find_threshold(const SampleRow& row, double goal, SampleShared& shared) {
+// The highest threshold at or above which the mass is at least `goal`, two bits a pass; 0 where all of it is less.
+template <class Row>
+SEGATTN_FN uint32_t mass_threshold(const Row& row, const Weights& weights, double goal, SampleShared& shared) {
   using C = SampleConfig;
   uint32_t threshold = 0;
   for (int shift = 30; shift >= 0; shift -= C::kSearchBits) {
     float x[C::kWays] = {};
-    for (int id = threadIdx.x; id < row.vocab; id += blockDim.x) {
-      const uint32_t key = row.key(id), digits = (key - threshold) >> shift;
-      if (key < threshold) continue;
-      const float counts = measure<kByWeight>(row, key);
+    for_each_key(row, [&](uint32_t key, int) {
+      if (key < threshold) return;
+      const uint32_t digits = (key - threshold) >> shift;
+      const float weight = weights.of(key);
 #pragma unroll
-      for (uint32_t way = 1; way < C::kWays; way++) x[way] += digits >= way ? counts : 0.f;
-    }
+      for (uint32_t way = 1; way < C::kWays; way++) x[way] += digits >= way ? weight : 0.f;
+    });
     block_sums(x, shared);
     uint32_t digit = 0;
-    for (uint32_t way = 1; way < (shift == 30 ? 4 : C::kWays); way++)
+    for (uint32_t way = 1; way < C::kWays; way++)
       if (shared.sums[way][0] >= goal) digit = way;
     threshold |= digit << shift;
   }
   return threshold;
 }
 
-// The k highest.
-SEGATTN_FN Cut cut_top_k(const SampleRow& row, uint32_t k, SampleShared& shared) {
-  const uint32_t threshold = find_threshold<false>(row, k, shared);
-  if (threshold == 0) return {0, 0};
-  return {threshold, k - (uint32_t)measure_above<false>(row, threshold, shared)};
+// Of the tokens left by a threshold the fewest from the highest whose mass reaches the goal.
+template <class Row>
+SEGATTN_FN Threshold cut_mass(const Row& row, const Weights& weights, const Threshold& left, double goal, SampleShared& shared) {
+  const auto ties = [&](double missing, uint32_t key) { return (uint32_t)fmax(1., ceil(missing / weights.of(key))); };
+  const double above = mass_above(row, weights, left.key, shared);
+  if (above < goal) return {left.key, left.ties ? min(left.ties, ties(goal - above, left.key)) : 0};
+  const uint32_t key = mass_threshold(row, weights, goal, shared);
+  return {key, ties(goal - mass_above(row, weights, key, shared), key)};
 }
 
-// Of those left by top-k the fewest from the highest that reach the share p of their mass.
-SEGATTN_FN Cut cut_top_p(const SampleRow& row, const Cut& left, float p, SampleShared& shared) {
-  const double above = measure_above<true>(row, left.threshold, shared), at = row.weight(left.threshold);
-  const double goal = (double)p * (above + left.ties * at);
-  const auto ties = [&](double missing, double weight) { return (uint32_t)fmax(1., ceil(missing / weight)); };
-  if (above < goal) return {left.threshold, min(left.ties, ties(goal - above, at))};
-  const uint32_t threshold = find_threshold<true>(row, goal, shared);
-  const double rest = goal - measure_above<true>(row, threshold, shared);
-  return {threshold, ties(rest, row.weight(threshold))};
+// The k highest as a list in order of id.
+SEGATTN_FN ListRow list_of(const LogitRow& row, const Threshold& threshold, uint32_t k, SampleShared& shared) {
+  Places<kVector> places;
+  for (int step = 0; step < row.count; step += blockDim.x * kVector) {
+    const int first = step + threadIdx.x * kVector;
+    uint32_t keys[kVector] = {};
+    if (first < row.count) row.load(keys, first);
+    places.next(keys, threshold, shared.places, [&](int i, uint32_t place) {
+      shared.list_keys[place] = keys[i];
+      shared.list_ids[place] = first + i;
+    });
+  }
+  __syncthreads();
+  return {shared.list_keys, (int)k};
 }
 
 // ---------------------------------------------------------------------------------------------------- the draw
@@ -200,12 +229,13 @@ SEGATTN_FN void quarter_round(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d
   c += d; b = rotate(b ^ c, 7);
 }
 
-// Word i of the cipher's input: its constant, the key "<seed><stream>segattn sampling", the block's number.
+__constant__ uint32_t kCipherStart[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
+__constant__ uint32_t kCipherName[4] = {0x61676573, 0x206e7474, 0x706d6173, 0x676e696c};  // "segattn sampling"
+
+// Word i of the cipher's input: its constant, the key of seed, stream and name, the block's number.
 SEGATTN_FN uint32_t cipher_word(const SegattnSampler& s, int i) {
-  constexpr uint32_t kFirst[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
-  constexpr uint32_t kName[4] = {0x61676573, 0x206e7474, 0x706d6173, 0x676e696c};
   const uint64_t word = i < 6 ? s.seed : i < 8 ? s.stream : i < 14 ? s.position / 8 : 0;
-  return i < 4 ? kFirst[i] : i >= 8 && i < 12 ? kName[i - 8] : (uint32_t)(word >> i % 2 * 32);
+  return i < 4 ? kCipherStart[i] : i >= 8 && i < 12 ? kCipherName[i - 8] : (uint32_t)(word >> i % 2 * 32);
 }
 
 SEGATTN_FN double uniform(const SegattnSampler& s, uint32_t (&x)[16]) {
@@ -219,44 +249,79 @@ SEGATTN_FN double uniform(const SegattnSampler& s, uint32_t (&x)[16]) {
   return (double)((high << 32 | (uint32_t)low) >> 11) * 0x1p-53;
 }
 
-// The first token of the highest logit.
-SEGATTN_FN int pick_highest(const SampleRow& row, uint32_t top, SampleShared& shared) {
-  int id = row.first_id();
-  while (id < row.end_id() && row.key(id) != top) id++;
-  const int thread = find_thread(id < row.end_id(), false, shared);
-  return (int)threadIdx.x == thread ? id : -1;
-}
-
-// The token at which the mass of those left passes u times their total; in the thread that has it, elsewhere -1.
-SEGATTN_FN int pick_drawn(const SampleRow& row, const Cut& cut, float min_p, double u, SampleShared& shared) {
-  uint32_t ties = 0;
-  for (int id = row.first_id(); id < row.end_id(); id++) ties += row.key(id) == cut.threshold;
-  const double ties_before = block_prefix(ties, shared).through - ties;
-  double goal = INFINITY, mass = 0.;
-  int last = -1;
-  // Once for the thread's mass, and once more to find the token in it.
-  const auto walk = [&] {
-    double tie = ties_before;
-    for (int id = row.first_id(); id < row.end_id() && !(mass > goal); id++) {
-      const uint32_t key = row.key(id);
-      const bool left = key > cut.threshold || (key == cut.threshold && tie++ < cut.ties);
-      const float weight = left ? row.weight(key) : 0.f;
-      if (weight <= 0.f || weight < min_p) continue;
-      mass += weight;
-      last = id;
+// The token at which the mass of those left passes u times their total: its place in the row, in the thread that has
+// it, elsewhere -1. A thread has places one after the other, since their order counts.
+template <class Row>
+SEGATTN_FN int pick_drawn(const Row& row, const Weights& weights, const Threshold& left, float min_p, double u, SampleShared& shared) {
+  const int own = ceil_div(ceil_div(row.count, blockDim.x), kVector) * kVector;
+  const int begin = min(row.count, (int)threadIdx.x * own), end = min(row.count, begin + own);
+  const auto walk = [&](const auto& f) {
+    for (int first = begin; first < end; first += kVector) {
+      uint32_t keys[kVector];
+      row.load(keys, first);
+#pragma unroll
+      for (int i = 0; i < kVector; i++)
+        if (keys[i] != 0 && !f(keys[i], first + i)) return;
     }
   };
-  walk();
-  const double own = mass;
-  const Prefix prefix = block_prefix(own, shared);
-  goal = u * prefix.total;
+  double ties_before = 0.;
+  if (left.ties > 0) {
+    double ties = 0.;
+    walk([&](uint32_t key, int) { return ties += key == left.key, true; });
+    ties_before = block_prefix(ties, shared).through - ties;
+  }
+  const auto weight_left = [&](uint32_t key, double& tie) {
+    const float weight = key > left.key || (key == left.key && tie++ < left.ties) ? weights.of(key) : 0.f;
+    return weight >= min_p ? weight : 0.f;
+  };
+  double mass = 0., tie = ties_before;
+  int last = -1;
+  walk([&](uint32_t key, int at) {
+    const float weight = weight_left(key, tie);
+    if (weight > 0.f) last = at;
+    return mass += weight, true;
+  });
+  const Prefix prefix = block_prefix(mass, shared);
+  const double goal = u * prefix.total;
   int thread = find_thread(prefix.through > goal, false, shared);
   // Only rounding of u * total up to the total finds none: then the last token is it.
-  if (thread < 0) thread = find_thread(own > 0., true, shared);
+  if (thread < 0) thread = find_thread(mass > 0., true, shared);
   if ((int)threadIdx.x != thread) return -1;
-  mass = prefix.through - own;
-  walk();
+  double through = prefix.through - mass;
+  tie = ties_before;
+  walk([&](uint32_t key, int at) {
+    through += weight_left(key, tie);
+    if (through > goal) last = at;
+    return through <= goal;
+  });
   return last;
+}
+
+// The token drawn, in one thread, elsewhere -1.
+SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, SampleShared& shared) {
+  const Weights weights = {best, 1.f / s.temperature};
+  const bool by_number = s.top_k > 0 && s.top_k < (uint32_t)row.count, by_mass = s.top_p < 1.f;
+  Threshold left = {0, 0};
+  if (!by_number && !by_mass) return pick_drawn(row, weights, left, s.min_p, shared.uniform, shared);
+  const uint32_t k = by_number ? s.top_k : min(row.count, SampleConfig::kListLen);
+  const Threshold highest = select_threshold([&](const auto& f) { for_each_key(row, [&](uint32_t key, int) { f(key); }); }, k, shared.select);
+  if (by_number) left = highest;
+  const bool listed = k <= SampleConfig::kListLen;
+  ListRow list = {shared.list_keys, 0};
+  if (listed) list = list_of(row, highest, k, shared);
+  const double ties_mass = left.ties ? left.ties * (double)weights.of(left.key) : 0.;
+  const double goal = by_mass ? s.top_p * (mass_above(row, weights, left.key, shared) + ties_mass) : 0.;
+  if (listed) {
+    const Threshold all = {0, 0};
+    // Without top-k the list may be too short for the mass.
+    if (by_number || mass_above(list, weights, 0, shared) >= goal || k == (uint32_t)row.count) {
+      const Threshold cut = by_mass ? cut_mass(list, weights, all, goal, shared) : all;
+      const int at = pick_drawn(list, weights, cut, s.min_p, shared.uniform, shared);
+      return at < 0 ? -1 : (int)shared.list_ids[at];
+    }
+  }
+  if (by_mass) left = cut_mass(row, weights, left, goal, shared);
+  return pick_drawn(row, weights, left, s.min_p, shared.uniform, shared);
 }
 
 // ---------------------------------------------------------------------------------------------------- the kernel
@@ -269,22 +334,14 @@ SEGATTN_FN void sample(const SegattnSampleParams& p) {
   if (threadIdx.x == 0) shared.uniform = uniform(sampler, shared.cipher);
   const float* g_logits = row_of<const float>(p.logits, index);
   uint32_t* g_seen = p.seen + index * p.seen_pitch;
-  SampleRow row = {g_logits, g_seen, p.vocab, sampler.penalty, sampler.temperature, 0.f};
-  const uint32_t top = highest_key(row, shared);
-  if (top == 0 || top >= kInfinityKey) {
-    if (threadIdx.x == 0) sampler.failure = top == 0 ? 2 : 1;
+  const LogitRow row = {g_logits, g_seen, p.vocab, sampler.penalty};
+  const Highest top = highest(row, shared);
+  if (top.key == kLeastKey || top.key >= kInfinityKey) {
+    if (threadIdx.x == 0) sampler.failure = top.key == kLeastKey ? 2 : 1;
     return;
   }
-  row.best = logit_of(top);
-  int token;
-  if (sampler.temperature == 0.f) {
-    token = pick_highest(row, top, shared);
-  } else {
-    Cut cut = {0, 0};
-    if (sampler.top_k > 0 && sampler.top_k < (uint32_t)p.vocab) cut = cut_top_k(row, sampler.top_k, shared);
-    if (sampler.top_p < 1.f) cut = cut_top_p(row, cut, sampler.top_p, shared);
-    token = pick_drawn(row, cut, sampler.min_p, shared.uniform, shared);
-  }
+  const int greedy = threadIdx.x == 0 ? (int)top.id : -1;
+  const int token = sampler.temperature == 0.f ? greedy : draw(row, sampler, value_of(top.key), shared);
   const RowSoftmax softmax = row_softmax(g_logits, p.vocab, shared.softmax);
   __syncthreads();  // all have read the history and the position
   if (token < 0) return;

@@ -7,7 +7,7 @@
 #include "vectors.cuh"
 
 struct SwigluConfig {
-  static constexpr int kThreads = 256, kBlocks = 6;
+  static constexpr int kThreads = 256, kBlocks = 5;
 };
 
 // For x below -126 ln 2 the exponential overflows to infinity and the result is 0, as it should be.

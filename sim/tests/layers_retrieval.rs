@@ -174,7 +174,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
     let blocks = case.tokens / case.block_len;
     let probe_count = HEADS.len() * GROUP * case.windows();
     let mut alloc = |name: &str, count: usize| gpu.alloc(name, count * 4).expect("memory");
-    let probes = alloc("probes", probe_count * case.dim);
+    let probes = alloc("probes", probe_count * case.dim * 3 / 2);
     let scores = alloc("scores", HEADS.len() * (blocks + 3));
     let picks = alloc("picks", HEADS.len() * case.max_picks);
     let (pick_count, past_len) = (

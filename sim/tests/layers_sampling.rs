@@ -138,6 +138,10 @@ fn configs() -> Vec<SamplerConfig> {
         with(7, |c| (c.top_k, c.top_p) = (1, 0.5)),
         with(8, |c| (c.temperature, c.top_p) = (3.0, 0.999)),
         with(9, |c| (c.temperature, c.repetition_penalty) = (0.0, 2.0)),
+        // More tokens than the kernel's list holds.
+        with(10, |c| {
+            (c.temperature, c.top_k, c.top_p) = (4.0, 1500, 0.95)
+        }),
     ]
 }
 

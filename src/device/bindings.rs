@@ -426,7 +426,7 @@ pub struct SegattnRetrievalParams {
     pub q: SegattnRows,
     pub k: SegattnRows,
     pub v: SegattnRows,
-    pub probes: *mut f32,
+    pub probes: *mut ::core::ffi::c_void,
     pub scores: *mut f32,
     pub picks: *mut i32,
     pub pick_count: *mut i32,

@@ -7,6 +7,8 @@ use crate::attention::cuda::{Dtype, Error, File};
 use crate::device::bindings::{SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams};
 use crate::device::{Device, Fold, Kind, PastHeads, Pick, Probes, Result, Rows, RowsMut};
 
+/// Bytes that an element of a probe takes: three bf16 that add up to it.
+const PROBE_BYTES: usize = 6;
 /// Keys that a block of `pool_scores` takes at a time; whole blocks of the pool's.
 const SCORED_KEYS: usize = 128;
 
@@ -206,11 +208,11 @@ pub(super) fn pick<D: Driver>(
         .max()
         .map_or(0, |h| (h + 1) * probes.group * dim);
     let held = Held::new(gpu, pool, pick.kv_heads, pick.eligible, pick.eligible)?;
-    let means = gpu.block(heads * probes.group * windows * dim * size_of::<f32>())?;
+    let means = gpu.block(heads * probes.group * windows * dim * PROBE_BYTES)?;
     let scores = gpu.block((heads * blocks).max(1) * size_of::<f32>())?;
     let params = SegattnRetrievalParams {
         q: input(&probes.q, probes.rows, q_width),
-        probes: pointer::<f32>(&means).cast_mut(),
+        probes: pointer::<f32>(&means).cast_mut().cast(),
         scores: pointer::<f32>(&scores).cast_mut(),
         picks: pointer::<i32>(&picks.blocks).cast_mut(),
         pick_count: pointer::<i32>(&picks.counts).cast_mut(),

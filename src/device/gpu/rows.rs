@@ -14,7 +14,7 @@ use crate::device::{Fold, Heads, KeyStore, Kind, Result, Rows, RowsMut};
 /// Elements that a thread of most kernels handles at a time.
 pub(super) const VECTOR: usize = 8;
 /// Columns that a block of `rms_norm_weight_grad` sums.
-const NORM_COLUMNS: usize = 32;
+const NORM_COLUMNS: usize = 16;
 /// Columns of a token that a warp of `embed_grad` sums.
 const EMBED_COLUMNS: usize = 256;
 const WARP: usize = 32;
