@@ -28,7 +28,8 @@ use segattn::model::parameters::{Role, specs};
 use segattn::model::session::{Feed, Session};
 use segattn::model::weights::{SaveOptions, initial, save};
 use segattn::train::config::Config;
-use segattn::train::trainer::{Tensors, Trainer};
+use segattn::train::progress::Tensors;
+use segattn::train::trainer::Trainer;
 use serde_json::{Value, json};
 
 /// The default shape of `segattn train`: 3 million parameters, which fit the caches.

@@ -13,7 +13,7 @@ use segattn::train::checkpoint::{Checkpoint, Disk, Storage, list, load, load_lat
 use segattn::train::config::Config;
 use segattn::train::data::Position;
 use segattn::train::guard::{Guard, GuardConfig};
-use segattn::train::trainer::{Progress, Tensors};
+use segattn::train::progress::{Progress, Tensors};
 
 fn checkpoint(step: u64) -> Checkpoint {
     let model = model_config(step.is_multiple_of(2));

@@ -9,7 +9,8 @@ use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::train::config::Config;
 use segattn::train::guard::SkipReason;
-use segattn::train::trainer::{Tensors, Trainer};
+use segattn::train::progress::Tensors;
+use segattn::train::trainer::Trainer;
 
 fn config(overrides: &[(&str, &str)]) -> Config {
     let base = [

@@ -15,8 +15,9 @@ use segattn::model::decoder::Decoder;
 use segattn::model::session::{Session, score};
 use segattn::train::config::Config;
 use segattn::train::data::{Corpus, Reading, Sequences, split};
+use segattn::train::progress::Tensors;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
-use segattn::train::trainer::{Tensors, Trainer};
+use segattn::train::trainer::Trainer;
 
 use super::alloc::peak_of;
 

@@ -18,6 +18,7 @@ mod plot;
 mod resume;
 mod run;
 mod score;
+mod text;
 mod train;
 
 use std::process::ExitCode;

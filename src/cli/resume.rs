@@ -10,7 +10,8 @@ use segattn::train::trainer::Trainer;
 use super::device::{DeviceName, Planned, on_device};
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
-use super::train::{Text, dry_run};
+use super::text::Text;
+use super::train::dry_run;
 
 /// The run goes on under its own configuration; keys given here replace its own, such as --training.steps.
 #[derive(Debug, clap::Args)]

@@ -16,7 +16,7 @@ use segattn::train::trainer::{StepReport, Trainer};
 
 use super::metrics::{Line, Metrics};
 use super::plot;
-use super::train::Text;
+use super::text::Text;
 
 /// Set by Ctrl-C.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);

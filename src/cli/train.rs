@@ -1,21 +1,22 @@
 //! `segattn train`: starts a run from a configuration.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use segattn::device::Device;
 use segattn::model::config::ModelConfig;
 use segattn::model::parameters::specs;
-use segattn::model::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use segattn::model::weights;
 use segattn::train::checkpoint::list;
 use segattn::train::config::Config;
-use segattn::train::trainer::{Tensors, Trainer};
+use segattn::train::progress::Tensors;
+use segattn::train::trainer::Trainer;
 
 use super::device::{DeviceName, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
+use super::text::{Text, tokenizer_files};
 
 /// Every key of the configuration is a flag too, and the flag wins; in brackets, what holds without either.
 #[derive(Debug, clap::Args)]
@@ -68,43 +69,6 @@ pub fn dry_run<D: Device>(
     Ok(())
 }
 
-/// How a run's texts become tokens.
-pub enum Text {
-    /// By a `tokenizer.json`.
-    Tokenizer(Tokenizer),
-    /// One token a byte.
-    Bytes,
-}
-
-impl Text {
-    /// That of `checkpoint`, of `model.tokenizer`, or of `model.folder`; bytes where there is none.
-    pub fn open(config: &Config, checkpoint: Option<&Path>) -> Result<Self> {
-        let named = config.model.tokenizer.as_deref();
-        let folder = checkpoint.or(named).or(config.model.folder.as_deref());
-        match folder.map(|folder| folder.join(TOKENIZER_FILE)) {
-            Some(path) if path.is_file() => Ok(Self::Tokenizer(Tokenizer::from_file(&path)?)),
-            Some(path) if checkpoint.is_none() && named.is_some() => {
-                bail!("`model.tokenizer`: there is no {}", path.display())
-            }
-            _ => Ok(Self::Bytes),
-        }
-    }
-
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        match self {
-            Self::Tokenizer(tokenizer) => tokenizer.encode(text, false).map_err(|e| e.to_string()),
-            Self::Bytes => Ok(text.bytes().map(u32::from).collect()),
-        }
-    }
-
-    fn vocab_size(&self) -> usize {
-        match self {
-            Self::Tokenizer(tokenizer) => tokenizer.vocab_size(),
-            Self::Bytes => 256,
-        }
-    }
-}
-
 /// The model before its first step.
 fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     let Some(folder) = &config.model.folder else {
@@ -119,24 +83,4 @@ fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     let values = specs(&model).into_iter().map(|spec| files.read(&spec));
     let values = values.collect::<Result<_, _>>()?;
     Ok((model, Tensors::new(values)))
-}
-
-/// The tokenizer's files, which each checkpoint carries so that it can generate.
-fn tokenizer_files(config: &Config) -> Result<Vec<(String, Vec<u8>)>> {
-    let model = &config.model;
-    let Some(folder) = model.tokenizer.as_ref().or(model.folder.as_ref()) else {
-        return Ok(Vec::new());
-    };
-    let mut files = Vec::new();
-    for name in [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-    ] {
-        let path = folder.join(name);
-        if path.is_file() {
-            files.push((name.to_owned(), std::fs::read(path)?));
-        }
-    }
-    Ok(files)
 }

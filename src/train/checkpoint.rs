@@ -27,7 +27,7 @@ pub use storage::{Disk, Storage};
 
 use super::config::Config;
 use super::error::{Result, TrainError};
-use super::trainer::{Progress, Tensors};
+use super::progress::{Progress, Tensors};
 use crate::model::config::ModelConfig;
 
 const MODEL: &str = "model.safetensors";

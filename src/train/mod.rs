@@ -6,6 +6,7 @@ pub mod data;
 pub mod error;
 pub mod guard;
 pub mod optimizer;
+pub mod progress;
 pub mod schedule;
 pub mod streams;
 pub mod trainer;

@@ -3,14 +3,13 @@
 //! Nothing reaches weights or moments before the guard has seen loss and gradient norm, so a skipped step
 //! leaves both as they are. Counters, data and learning rate go on (see [`schedule`](super::schedule)).
 
-use serde::{Deserialize, Serialize};
-
 use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::data::{Corpus, Position, Sequences};
 use super::error::{Result, TrainError};
 use super::guard::{Guard, SkipReason, Verdict};
 use super::optimizer::{MIN_GATE, decays};
+use super::progress::{Progress, Tensors};
 use super::schedule::Schedule;
 use super::streams::{Gradients, StreamConfig, accumulate};
 use crate::device::{AdamW, Device, GradTensor, Kind};
@@ -18,51 +17,6 @@ use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, TensorSpec, specs};
 use crate::model::session::score;
-use crate::model::weights::initial;
-
-/// Where a run is: with weights and moments, all that the next step depends on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Progress {
-    /// Steps done, skipped ones included.
-    pub step: u64,
-    /// Updates applied.
-    pub updates: u64,
-    /// Tokens predicted.
-    pub tokens: u64,
-    /// Where in the data.
-    pub position: Position,
-    /// What has been skipped, and what counts as normal.
-    pub guard: Guard,
-}
-
-/// Values of every tensor, in the order of the model's specs.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tensors {
-    /// Weights.
-    pub values: Vec<Vec<f32>>,
-    /// First moments.
-    pub m: Vec<Vec<f32>>,
-    /// Second moments.
-    pub v: Vec<Vec<f32>>,
-}
-
-impl Tensors {
-    /// Random weights of a new model, see [`initial`].
-    pub fn initial(model: &ModelConfig, seed: u64) -> Self {
-        let weights = initial(model, seed);
-        Self::new((0..specs(model).len()).map(|i| weights.tensor(i)).collect())
-    }
-
-    /// Weights that have not been updated yet.
-    pub fn new(values: Vec<Vec<f32>>) -> Self {
-        let zeros: Vec<Vec<f32>> = values.iter().map(|t| vec![0.0; t.len()]).collect();
-        Self {
-            m: zeros.clone(),
-            v: zeros,
-            values,
-        }
-    }
-}
 
 /// What a step did.
 #[derive(Clone, Debug, PartialEq)]
