@@ -4,6 +4,9 @@
 //! once for all of them, and one row of decoding still fills the registers. It walks the tiles of the
 //! past, the prior and the current source in this order with an online softmax; there is no score
 //! matrix. How many rows a task holds changes no bit (see [`super::tile`]).
+//!
+//! Decoding waits for memory, where the heads of a row lie side by side: there a task takes several KV
+//! heads, tile of keys by tile of keys, and so reads memory in its order.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -38,11 +41,13 @@ pub(super) fn run(
         .into_par_iter()
         .with_max_len(1)
         .for_each(|idx| {
-            let (entry, kv_head, rows) = tasks.get(idx);
+            let (entry, kv_heads, rows) = tasks.get(idx);
             let end = rows.end.min(problem.query_rows(entry));
             SCRATCH.with_borrow_mut(|scratch| {
-                scratch.reserve(rows.len() * problem.group(), problem.head_dim);
-                Task {
+                if scratch.len() < kv_heads.len() {
+                    scratch.resize_with(kv_heads.len(), Scratch::default);
+                }
+                let head = |(kv_head, scratch): (usize, _)| Head {
                     problem,
                     kernels,
                     entry,
@@ -50,18 +55,36 @@ pub(super) fn run(
                     first: rows.start,
                     valid: end.saturating_sub(rows.start),
                     scratch,
-                }
-                .run(rows.len(), out, lse);
+                };
+                let mut heads: Vec<Head<'_>> = kv_heads.zip(scratch).map(head).collect();
+                run_task(&mut heads, rows.len(), out, lse);
             });
         });
 }
 
-/// The query rows of a problem cut into tasks: entry, KV head, range of rows.
+/// All keys of the task's heads, tile by tile.
+fn run_task(heads: &mut [Head<'_>], rows: usize, out: &SharedRows<'_>, lse: &SharedSlice<'_, f32>) {
+    heads.iter_mut().for_each(|head| head.load(rows));
+    for source in Source::ALL {
+        let lens = heads.iter_mut().map(|head| head.open(source));
+        let longest = lens.max().unwrap_or(0);
+        for first_key in (0..longest).step_by(KEYS) {
+            for head in &mut *heads {
+                head.read(source, first_key);
+            }
+        }
+    }
+    heads.iter().for_each(|head| head.write(rows, out, lse));
+}
+
+/// The query rows of a problem cut into tasks: entry, KV heads, range of rows.
 struct Tasks {
     rows: usize,
     tile: usize,
     tiles: usize,
     kv_heads: usize,
+    /// Parts that the KV heads are cut into.
+    parts: usize,
     batch: usize,
 }
 
@@ -76,33 +99,40 @@ impl Tasks {
             task_rows /= 2;
         }
         let tile = (task_rows / problem.group()).max(1);
+        let parts = if rows * problem.group() <= LEAST_TASK_ROWS {
+            let threads = rayon::current_num_threads();
+            threads.div_ceil(problem.batch.max(1)).min(problem.kv_heads)
+        } else {
+            problem.kv_heads
+        };
         Tasks {
             rows,
             tile,
             tiles: rows.div_ceil(tile),
             kv_heads: problem.kv_heads,
+            parts,
             batch: problem.batch,
         }
     }
 
     fn count(&self) -> usize {
-        self.batch * self.kv_heads * self.tiles
+        self.batch * self.parts * self.tiles
     }
 
     /// The last rows of a head first: they see the most keys.
-    fn get(&self, idx: usize) -> (usize, usize, Range<usize>) {
+    fn get(&self, idx: usize) -> (usize, Range<usize>, Range<usize>) {
         let first = (self.tiles - 1 - idx % self.tiles) * self.tile;
-        let head = idx / self.tiles;
-        let rows = first..self.rows.min(first + self.tile);
-        (head / self.kv_heads, head % self.kv_heads, rows)
+        let (entry, part) = (idx / self.tiles / self.parts, idx / self.tiles % self.parts);
+        let kv_heads = self.kv_heads * part / self.parts..self.kv_heads * (part + 1) / self.parts;
+        (entry, kv_heads, first..self.rows.min(first + self.tile))
     }
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<Vec<Scratch>> = RefCell::default();
 }
 
-/// Memory of one task, reused by the next of the same thread.
+/// Memory of one head of a task, reused by the next of the same thread.
 #[derive(Default)]
 struct Scratch {
     q: Vec<f32>,
@@ -115,6 +145,9 @@ struct Scratch {
     bias: Vec<f32>,
     counts: Vec<usize>,
     spans: Vec<[usize; 2]>,
+    /// Of the source that is read: its keys, and the heads of the group that see it.
+    len: usize,
+    runs: Vec<Range<usize>>,
 }
 
 impl Scratch {
@@ -140,7 +173,7 @@ fn grow<T: Clone>(vec: &mut Vec<T>, len: usize, value: T) {
 
 /// `valid` query rows from row `first` of one entry, for each query head of one KV head. In the
 /// scratch, row `r` of the group's head `h` is at `h * valid + r`.
-struct Task<'a> {
+struct Head<'a> {
     problem: &'a Problem<'a, f32>,
     kernels: &'a Kernels,
     entry: usize,
@@ -150,18 +183,11 @@ struct Task<'a> {
     scratch: &'a mut Scratch,
 }
 
-impl Task<'_> {
-    fn run(mut self, rows: usize, out: &SharedRows<'_>, lse: &SharedSlice<'_, f32>) {
-        self.load();
-        for source in Source::ALL {
-            self.read(source);
-        }
-        self.write(rows, out, lse);
-    }
-
+impl Head<'_> {
     /// The queries side by side, and the state before any key.
-    fn load(&mut self) {
+    fn load(&mut self, rows: usize) {
         let (group, head_dim) = (self.problem.group(), self.problem.head_dim);
+        self.scratch.reserve(rows * group, head_dim);
         let slots = group * self.valid;
         for slot in 0..slots {
             let (head, row) = (slot / self.valid, slot % self.valid);
@@ -174,49 +200,62 @@ impl Task<'_> {
         self.scratch.sum[..slots].fill([0.0; LANES]);
     }
 
-    fn read(&mut self, source: Source) {
+    /// Begins a source; returns how many of its keys are seen.
+    fn open(&mut self, source: Source) -> usize {
         let problem = self.problem;
-        let mut len = problem.source_rows(source, self.entry, self.kv_head);
-        let position = problem.query_start(self.entry) + self.first;
-        if source == Source::Current {
-            len = len.min(position + self.valid);
-        }
         let runs = head_runs(problem, source, self.kv_head);
+        let mut len = problem.source_rows(source, self.entry, self.kv_head);
+        if source == Source::Current {
+            len = len.min(self.position() + self.valid);
+        }
         if self.valid == 0 || runs.is_empty() {
+            len = 0;
+        }
+        for head in runs.iter().cloned().flatten() {
+            let bias = past_bias(problem, source, self.kv_head * problem.group() + head);
+            self.scratch.bias[head * self.valid..][..self.valid].fill(bias);
+        }
+        self.scratch.runs = runs;
+        self.scratch.len = len;
+        len
+    }
+
+    /// Position of the first row in its segment.
+    fn position(&self) -> usize {
+        self.problem.query_start(self.entry) + self.first
+    }
+
+    /// The keys of the open source from `first_key` on, one tile.
+    fn read(&mut self, source: Source, first_key: usize) {
+        let (problem, position) = (self.problem, self.position());
+        let count = KEYS.min(self.scratch.len.saturating_sub(first_key));
+        if count == 0 {
             return;
         }
-        for run in &runs {
-            for head in run.clone() {
-                let bias = past_bias(problem, source, self.kv_head * problem.group() + head);
-                self.scratch.bias[head * self.valid..][..self.valid].fill(bias);
-            }
-        }
         let (k, v) = problem.source(source);
-        for first_key in (0..len).step_by(KEYS) {
-            let count = KEYS.min(len - first_key);
-            let at = [self.entry, first_key, self.kv_head];
-            let k = source_rows(&k, at);
-            self.kernels
-                .transpose(k, count, problem.head_dim, &mut self.scratch.keys);
-            let v = source_rows(&v, at);
-            for run in &runs {
-                let slots = run.start * self.valid..run.end * self.valid;
-                for slot in slots.clone() {
-                    let seen = match source {
-                        Source::Current => (position + slot % self.valid + 1)
-                            .saturating_sub(first_key)
-                            .min(count),
-                        Source::Past | Source::Prior => count,
-                    };
-                    self.scratch.counts[slot] = seen;
-                    self.scratch.spans[slot] = [0, seen];
-                }
-                self.tile(slots, v);
+        let at = [self.entry, first_key, self.kv_head];
+        let k = source_rows(&k, at);
+        self.kernels
+            .transpose(k, count, problem.head_dim, &mut self.scratch.keys);
+        let v = source_rows(&v, at);
+        for run in 0..self.scratch.runs.len() {
+            let run = self.scratch.runs[run].clone();
+            let slots = run.start * self.valid..run.end * self.valid;
+            for slot in slots.clone() {
+                let seen = match source {
+                    Source::Current => (position + slot % self.valid + 1)
+                        .saturating_sub(first_key)
+                        .min(count),
+                    Source::Past | Source::Prior => count,
+                };
+                self.scratch.counts[slot] = seen;
+                self.scratch.spans[slot] = [0, seen];
             }
+            self.tile(slots, v);
         }
     }
 
-    /// One tile of keys, transposed in the scratch, for some of the task's rows.
+    /// One tile of keys, transposed in the scratch, for some of the head's rows.
     fn tile(&mut self, slots: Range<usize>, v: Rows<'_>) {
         let head_dim = self.problem.head_dim;
         let Scratch {
@@ -230,6 +269,7 @@ impl Task<'_> {
             bias,
             counts,
             spans,
+            ..
         } = &mut *self.scratch;
         let counts = &counts[slots.clone()];
         let elements = slots.start * head_dim..slots.end * head_dim;
