@@ -24,7 +24,7 @@ use crate::device::Kind;
 /// Rows at which the reference algorithm is chosen.
 const REFERENCE_ROWS: usize = 2048;
 /// Largest number of rows of each range; above the last the reference serves.
-const RANGES: [usize; 4] = [16, 64, 256, 1024];
+const RANGES: [usize; 6] = [16, 64, 128, 256, 512, 1024];
 /// Algorithms looked at in a range.
 const CANDIDATES: usize = 16;
 /// Rows and columns of the comparison with the reference.
