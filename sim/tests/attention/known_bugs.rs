@@ -357,11 +357,13 @@ fn lanes_that_store_without_arriving_are_reported() {
     assert!(message.contains("attention_backward.cu:"), "{message}");
     // And copies whose lanes do not all wait for their own.
     let kernels = changed(File::AttentionForward, 2, |text| {
-        let wait = "arrive_and_wait<Ring<C::kStages>::kInFlight>();";
-        text.replacen(
-            wait,
-            "if (lane == 0) cp_async_wait<Ring<C::kStages>::kInFlight>();\n__syncthreads();",
-            1,
+        let begin = text.find("arrive_and_wait<").expect("a wait");
+        let end = begin + text[begin..].find(';').expect("a statement");
+        let wait = text[begin..end].replace("arrive_and_wait", "cp_async_wait");
+        format!(
+            "{}if (threadIdx.x % 32 == 0) {wait}; __syncthreads(){}",
+            &text[..begin],
+            &text[end..]
         )
     });
     let message = failure(&kernels, &Shape::plain(1, 1, 32, [130, 0, 0]));
