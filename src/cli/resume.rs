@@ -40,7 +40,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     );
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     on_device!(args.device, device => {
-        device.plan(|dry| dry_run(dry, &checkpoint.model, &config, tensors))?;
+        device.plan(|dry| dry_run(dry, &checkpoint.model, &config, tensors, &data))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
         Run::new(trainer, data, checkpoint.extra, quiet)?.go()
     })

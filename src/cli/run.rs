@@ -74,6 +74,17 @@ impl Data {
         })
     }
 
+    /// Tokens that the longest sequence predicts, where sequences are cut after `sequence_len` (0: not at all).
+    pub fn longest(&self, sequence_len: usize) -> usize {
+        let documents = self.corpus.documents().iter();
+        let most = documents.map(|d| d.len as usize).max().unwrap_or(0);
+        let predicted = most.saturating_sub(1).max(1);
+        match sequence_len {
+            0 => predicted,
+            len => len.min(predicted),
+        }
+    }
+
     /// The first sequences for validation.
     fn validation(&self, most: usize) -> Result<Vec<Vec<u32>>> {
         let count = match most {

@@ -48,21 +48,22 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let data = Data::read(&config, &model, &text, output)?;
     let extra = tokenizer_files(&config)?;
     on_device!(args.device, device => {
-        device.plan(|dry| dry_run(dry, &model, &config, &tensors))?;
+        device.plan(|dry| dry_run(dry, &model, &config, &tensors, &data))?;
         let trainer = Trainer::new(device, model, config, &tensors, None)?;
         Run::new(trainer, data, extra, quiet)?.go()
     })
 }
 
-/// A step on sequences of full length, and a validation: all that a run does, for its memory.
+/// A step on the longest sequences there may be, and a validation: all that a run does, for its memory.
 pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,
     config: &Config,
     tensors: &Tensors,
+    data: &Data,
 ) -> Result<()> {
     let training = &config.training;
-    let sequence = vec![0; training.sequence_len + 1];
+    let sequence = vec![0; data.longest(training.sequence_len) + 1];
     let mut trainer = Trainer::new(device, model.clone(), config.clone(), tensors, None)?;
     trainer.step_on(&[vec![sequence.clone(); training.batch]])?;
     trainer.validate(&[sequence])?;
