@@ -2,7 +2,11 @@
 //! peak of fused multiply-adds for whole segments, its memory bandwidth for decoding.
 //!
 //! `cargo bench --bench attention`; the tables come last, for one thread and all, AVX-512 and AVX2. With
-//! `-- table`, a filter that no name matches, only they come.
+//! `-- table`, a filter that no name matches, only they come. With `--features cuda`, the kernels on a GPU instead where
+//! there is one (`attention_gpu`).
+
+#[cfg(feature = "cuda")]
+mod attention_gpu;
 
 #[path = "../tests/attention_cases/plain.rs"]
 mod plain;
@@ -347,6 +351,17 @@ fn main() {
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(800))
         .configure_from_args();
+    #[cfg(feature = "cuda")]
+    match segattn::cuda::open(0) {
+        Ok(context) => {
+            let mut criterion = criterion
+                .measurement_time(Duration::from_millis(150))
+                .without_plots();
+            attention_gpu::run(&context, &mut criterion).expect("a bench of the GPU");
+            return;
+        }
+        Err(error) => println!("no GPU is measured, the CPU is: {error}"),
+    }
     criterion_runs(&mut criterion);
     criterion.final_summary();
     let plain = SEGMENTS

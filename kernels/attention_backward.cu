@@ -7,6 +7,7 @@
 // All gradients are set (=), padding rows to 0. Past keys get none. No atomics on floats; the d_q of a tile
 // with several items is the sum of their parts, in order (docs/kernels.md).
 #include "attention_items.cuh"
+#include "layout.cuh"
 #include "pipeline.cuh"
 #include "softmax.cuh"
 
@@ -541,3 +542,5 @@ BACKWARD(f16_d64, F16, 64)
 BACKWARD(f16_d96, F16, 96)
 BACKWARD(f16_d128, F16, 128)
 BACKWARD(f16_d256, F16, 256)
+
+SEGATTN_LAYOUT(attention_backward)

@@ -6,6 +6,7 @@
 // tile has several items each leaves its part in the workspace and the combine kernel folds them. A row
 // therefore sees the same operations in the same order in every kernel of this file (docs/kernels.md).
 #include "attention_items.cuh"
+#include "layout.cuh"
 #include "pipeline.cuh"
 #include "softmax.cuh"
 
@@ -483,3 +484,5 @@ FORWARD(decode_f16_d64, F16, 64, kDecode)
 FORWARD(decode_f16_d96, F16, 96, kDecode)
 FORWARD(decode_f16_d128, F16, 128, kDecode)
 FORWARD(decode_f16_d256, F16, 256, kDecode)
+
+SEGATTN_LAYOUT(attention_forward)

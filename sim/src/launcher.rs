@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use segattn::attention::cuda::bindings::SegattnKernelInfo;
-use segattn::attention::cuda::{Entry, Error, File, Launch, Launcher};
+use segattn::attention::cuda::{DeviceLayout, Entry, Error, File, Launch, Launcher};
 
 use crate::gpu::Gpu;
 use crate::module::{Kernel, Module, Source};
@@ -56,6 +56,11 @@ impl Kernels {
             return Ok(module.clone());
         }
         let compiled = Module::compile(&lazy.source).map_err(|error| failed(file.stem(), error))?;
+        if matches!(file, File::AttentionForward | File::AttentionBackward) {
+            let layout = compiled.constant::<DeviceLayout>(&DeviceLayout::name(file));
+            let layout = layout.map_err(|error| failed(file.stem(), error))?;
+            layout.check(file)?;
+        }
         Ok(module.insert(compiled).clone())
     }
 

@@ -21,6 +21,7 @@ mod entries;
 mod error;
 mod forward;
 mod launcher;
+mod layout;
 mod params;
 mod problem;
 #[cfg(feature = "cuda")]
@@ -35,4 +36,5 @@ pub use entries::{Dtype, Entry, File};
 pub use error::Error;
 pub use forward::{ForwardPlan, Phase};
 pub use launcher::{Kernels, Launch, Launcher};
+pub use layout::DeviceLayout;
 pub use problem::{DeviceSlice, Gates, Lengths, PastLengths, Problem, Tensor};

@@ -48,7 +48,28 @@ struct Memory {
 struct Gpu {
     /// The driver's library.
     driver: Option<PathBuf>,
+    /// Models that the driver has taken, whether or not they can be used.
     names: Vec<String>,
+    /// What this build's kernels were compiled for; `None` in a build without the feature `cuda`.
+    kernels: Option<&'static str>,
+    /// The CUDA version that the driver knows.
+    driver_version: Option<String>,
+    /// GPUs that can be used.
+    devices: Vec<Device>,
+    /// Why there are none.
+    error: Option<String>,
+}
+
+/// A GPU as its driver describes it.
+#[derive(Debug, Serialize)]
+struct Device {
+    name: String,
+    /// "sm_90".
+    architecture: String,
+    /// Bytes.
+    memory: u64,
+    free: Option<u64>,
+    multiprocessors: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -63,10 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
         system: format!("{} {}", env::consts::OS, env::consts::ARCH),
         cpu: cpu(),
         memory: memory(),
-        gpu: Gpu {
-            driver: find(&driver_folders(), driver_names()),
-            names: gpu_names(Path::new("/proc/driver/nvidia/gpus")),
-        },
+        gpu: gpu(),
         nvcc: nvcc(),
         advice: Vec::new(),
     };
@@ -154,6 +172,56 @@ fn find(folders: &[PathBuf], names: &[&str]) -> Option<PathBuf> {
     paths.into_iter().find(|path| path.is_file())
 }
 
+fn gpu() -> Gpu {
+    let gpu = Gpu {
+        driver: find(&driver_folders(), driver_names()),
+        names: gpu_names(Path::new("/proc/driver/nvidia/gpus")),
+        kernels: None,
+        driver_version: None,
+        devices: Vec::new(),
+        error: None,
+    };
+    #[cfg(feature = "cuda")]
+    let gpu = asked(gpu);
+    gpu
+}
+
+/// What the driver itself says.
+#[cfg(feature = "cuda")]
+fn asked(mut gpu: Gpu) -> Gpu {
+    use segattn::cuda;
+    gpu.kernels = Some(cuda::KERNEL_ARCHITECTURES);
+    gpu.driver_version = cuda::driver_version().ok().map(|v| v.to_string());
+    let devices = match cuda::devices() {
+        Ok(devices) => devices,
+        Err(error) => {
+            gpu.error = Some(error.to_string());
+            return gpu;
+        }
+    };
+    for (ordinal, info) in devices.into_iter().enumerate() {
+        // Opening it also shows whether it works.
+        let opened = cuda::open(ordinal);
+        let free = opened.map(|context| context.mem_get_info().ok().map(|(free, _)| free));
+        gpu.devices.push(Device {
+            name: info.name,
+            architecture: format!("sm_{}{}", info.architecture.0, info.architecture.1),
+            memory: info.memory as u64,
+            free: free
+                .as_ref()
+                .ok()
+                .copied()
+                .flatten()
+                .map(|free| free as u64),
+            multiprocessors: info.multiprocessors,
+        });
+        if let Err(error) = free {
+            gpu.error = Some(error.to_string());
+        }
+    }
+    gpu
+}
+
 /// Models of the GPUs that the driver has taken.
 fn gpu_names(folder: &Path) -> Vec<String> {
     let gpus = fs::read_dir(folder).into_iter().flatten().flatten();
@@ -209,7 +277,16 @@ fn advice(report: &Report) -> Vec<String> {
         ),
         _ => {}
     }
-    if !report.gpu.names.is_empty() && report.nvcc.is_none() {
+    let gpu = &report.gpu;
+    if let (Some(error), true) = (&gpu.error, gpu.driver.is_some()) {
+        advice.push(error.clone());
+    }
+    if gpu.kernels.is_none() && !gpu.names.is_empty() {
+        advice.push(
+            "this segattn was built without GPU kernels: build it with --features cuda".into(),
+        );
+    }
+    if gpu.kernels.is_none() && !gpu.names.is_empty() && report.nvcc.is_none() {
         advice.push(
             "no nvcc: needed only to build from source for the GPU; set CUDA_HOME where it is"
                 .into(),
@@ -242,13 +319,34 @@ fn print(report: &Report) {
         "memory",
         format!("{total}, {free} available{}", limit.unwrap_or_default()),
     );
-    let names = report.gpu.names.join(", ");
-    line("gpu", if names.is_empty() { none() } else { names });
-    let driver = report.gpu.driver.as_ref();
-    line(
-        "driver",
-        driver.map_or_else(none, |path| path.display().to_string()),
-    );
+    let gpu = &report.gpu;
+    for device in &gpu.devices {
+        let (total, free) = (gib(Some(device.memory)), gib(device.free));
+        let Device {
+            name,
+            architecture,
+            multiprocessors,
+            ..
+        } = device;
+        line(
+            "gpu",
+            format!(
+                "{name}, {architecture}, {multiprocessors} multiprocessors, {total}, {free} free"
+            ),
+        );
+    }
+    if gpu.devices.is_empty() {
+        let names = gpu.names.join(", ");
+        line("gpu", if names.is_empty() { none() } else { names });
+    }
+    let driver = gpu.driver.as_ref().map(|path| {
+        let version = gpu.driver_version.as_ref();
+        let version = version.map(|version| format!("CUDA {version}, "));
+        format!("{}{}", version.unwrap_or_default(), path.display())
+    });
+    line("driver", driver.unwrap_or_else(none));
+    let kernels = gpu.kernels.unwrap_or("none: built without --features cuda");
+    line("kernels", kernels.to_owned());
     let nvcc = report.nvcc.as_ref().map(|nvcc| {
         let version = nvcc.version.as_deref().unwrap_or("unknown version");
         format!("{version}, {}", nvcc.path.display())
@@ -297,6 +395,10 @@ mod tests {
             gpu: Gpu {
                 driver: None,
                 names: vec!["X".into()],
+                kernels: None,
+                driver_version: None,
+                devices: Vec::new(),
+                error: None,
             },
             nvcc: None,
             advice: Vec::new(),

@@ -1,5 +1,8 @@
 //! `segattn op`: the operation on tensors in a safetensors file, for comparison with other programs.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -24,6 +27,10 @@ pub struct Args {
     /// What computes it
     #[arg(long, value_enum, default_value_t = OpDevice::Cpu)]
     device: OpDevice,
+    /// What `--device cuda` rounds tensors to; it sums in f32
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_enum, default_value_t = cuda::OpDtype::Bf16)]
+    dtype: cuda::OpDtype,
 }
 
 /// Devices of the operation.
@@ -33,6 +40,8 @@ enum OpDevice {
     Cpu,
     /// f64, one thread, written for reading
     Reference,
+    /// The first NVIDIA GPU, 16 bits; in a build with the feature `cuda`
+    Cuda,
 }
 
 /// A case as it lies in the file.
@@ -71,6 +80,12 @@ pub fn run(args: &Args) -> Result<()> {
     let results = match args.device {
         OpDevice::Cpu => case.compute::<f32>()?,
         OpDevice::Reference => case.compute::<f64>()?,
+        #[cfg(feature = "cuda")]
+        OpDevice::Cuda => cuda::compute(&case, args.dtype)?,
+        #[cfg(not(feature = "cuda"))]
+        OpDevice::Cuda => bail!(
+            "this segattn was built without GPU kernels: build it with --features cuda (needs nvcc, see the README)"
+        ),
     };
     let shapes = case.result_shapes();
     let views = RESULTS

@@ -8,6 +8,9 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError
 
 use super::error::{Error, Version};
 
+/// What the kernels were compiled for: "sm_80, sm_90, PTX 80".
+pub const KERNEL_ARCHITECTURES: &str = env!("SEGATTN_KERNEL_ARCHS");
+
 /// The toolkit that compiled the kernels.
 pub(super) fn toolkit() -> Version {
     Version(env!("SEGATTN_NVCC_VERSION").parse().unwrap_or(0))

@@ -11,7 +11,9 @@ mod error;
 mod module;
 
 #[cfg(feature = "cuda")]
-pub use device::{DeviceInfo, alloc, devices, driver_error, driver_version, open};
+pub use device::{
+    DeviceInfo, KERNEL_ARCHITECTURES, alloc, devices, driver_error, driver_version, open,
+};
 pub use error::{Error, Version};
 #[cfg(feature = "cuda")]
 pub use module::{Function, Module};

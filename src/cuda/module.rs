@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule, CUstream};
 use cudarc::driver::{CudaContext, DriverError, result};
 
-use super::device::{DeviceInfo, driver_error, driver_version, toolkit};
+use super::device::{DeviceInfo, KERNEL_ARCHITECTURES, driver_error, driver_version, toolkit};
 use super::error::Error;
 
 /// Shared memory that a block has without asking.
@@ -133,7 +133,7 @@ fn not_loaded(context: &CudaContext, name: &str, error: DriverError) -> Error {
                 gpu: info.name,
                 architecture: format!("{}{}", info.architecture.0, info.architecture.1),
                 image: name.to_owned(),
-                compiled: env!("SEGATTN_KERNEL_ARCHS").to_owned(),
+                compiled: KERNEL_ARCHITECTURES.to_owned(),
             },
             Err(error) => error,
         },

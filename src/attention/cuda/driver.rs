@@ -10,6 +10,7 @@ use super::bindings::SegattnKernelInfo;
 use super::entries::{Entry, File};
 use super::error::Error;
 use super::launcher::{Kernels, Launch, Launcher};
+use super::layout::DeviceLayout;
 use crate::cuda::{self, Function, Module};
 
 /// Copies from the host that are not longer than this do not make the host wait.
@@ -89,6 +90,10 @@ impl DriverKernels {
             return Ok(module);
         }
         let module = Module::load(&self.context, file.stem(), image(file))?;
+        if matches!(file, File::AttentionForward | File::AttentionBackward) {
+            let layout: DeviceLayout = module.constant(&DeviceLayout::name(file))?;
+            layout.check(file)?;
+        }
         Ok(place.get_or_init(|| module))
     }
 

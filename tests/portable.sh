@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Makes a folder that tests, shows and measures the GPU kernels on a machine without Rust:
+#
+#   tests/portable.sh FOLDER [cargo options, e.g. --release]
+#
+# needs cargo and nvcc; SEGATTN_CUDA_ARCHS=90 keeps it small. On the machine with the GPU, `FOLDER/run.sh` says its options.
+set -euo pipefail
+if [ $# -lt 1 ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+shift
+cd "$root"
+
+# Copies what cargo built, stripped, under its target's name.
+take() {
+  cargo "$@" --features cuda --message-format=json-render-diagnostics |
+    sed -n 's/.*"name":"\([^"]*\)","src_path".*"executable":"\([^"]*\)".*/\1 \2/p' |
+    while read -r name path; do
+      strip -o "$folder/$name" "$path"
+      echo "$name  $(du -h "$folder/$name" | cut -f1)"
+    done
+}
+take test --no-run --test attention_cuda "$@"
+take build --bin segattn --example attention_slices --example attention_pointers "$@"
+take bench --no-run --bench attention "$@"
+mv "$folder/attention" "$folder/bench_attention"
+cp benches/attention_gpu/peers.py "$folder/"
+
+# Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
+nvcc=${NVCC:-$(command -v nvcc || true)}
+if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -arch=sm_90 -Ikernels -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
+  cp sim/golden/vectors.safetensors "$folder/golden.safetensors"
+else
+  echo "no golden vectors: the recorder did not compile"
+fi
+
+cat > "$folder/run.sh" <<'RUN'
+#!/usr/bin/env bash
+# run.sh [--repeat N] [--sanitizer] [--bench]
+#   tests on GPU 0; --repeat: equal bits over N repetitions (default 1000); --sanitizer: once more, small, under
+#   compute-sanitizer's memcheck and racecheck; --bench: afterwards the bench, against PyTorch where python3 has it
+set -uo pipefail
+cd "$(dirname "$0")"
+repeat=1000 sanitizer= bench=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --repeat) repeat=$2; shift ;;
+    --sanitizer) sanitizer=1 ;;
+    --bench) bench=1 ;;
+    *) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  esac
+  shift
+done
+failed=
+step() {
+  echo "== $*"
+  local begin=$SECONDS
+  "$@" || { failed="$failed; $*"; echo "FAILED"; }
+  echo "== $((SECONDS - begin)) s"
+}
+golden() {
+  ./golden_record golden_here.safetensors && cmp golden_here.safetensors golden.safetensors
+}
+export SEGATTN_REQUIRE_GPU=1
+step ./segattn doctor
+step ./attention_slices
+step ./attention_pointers
+if [ -x golden_record ]; then step golden; fi
+SEGATTN_REPEAT=$repeat step ./attention_cuda --test-threads 4
+if [ -n "$sanitizer" ]; then
+  for tool in memcheck racecheck; do
+    SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \
+      every_role repeated
+  done
+fi
+if [ -n "$bench" ]; then SEGATTN_BENCH_PEERS=$PWD/peers.py SEGATTN_BENCH_RUNS=$PWD step ./bench_attention --bench; fi
+[ -z "$failed" ] && echo "all well" || { echo "failed$failed"; exit 1; }
+RUN
+chmod +x "$folder/run.sh"
+echo "$folder: $(du -sh "$folder" | cut -f1)"
