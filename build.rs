@@ -14,20 +14,9 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 /// Real architectures of the fat binary; its PTX, for GPUs to come, is of `PTX_ARCH`.
 const ARCHS: &[&str] = &["80", "86", "89", "90", "100", "120"];
 const PTX_ARCH: &str = "80";
-const KERNELS: &[&str] = &[
-    "adamw",
-    "attention_backward",
-    "attention_forward",
-    "copy",
-    "embedding",
-    "loss",
-    "norm",
-    "retrieval",
-    "rope",
-    "swiglu",
-];
-/// Registers that may move to local memory for the length of an item (128 accumulators a thread at D 128).
-const MAX_STACK_BYTES: u32 = 64;
+/// How ptxas weighs registers against instructions (0 to 10, 5 by default). Kernels whose accumulators fill the registers fit at one
+/// level or another, by architecture; none may use local memory.
+const REGISTER_LEVELS: &[&str] = &["5", "0", "10"];
 
 fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
@@ -39,10 +28,11 @@ fn main() -> Result<()> {
     }
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let kernels = kernels()?;
     if env::var_os("DOCS_RS").is_some() {
         export("none", 0);
         // Documentation needs the files to be there, not what is in them.
-        for kernel in KERNELS {
+        for kernel in &kernels {
             fs::write(out.join(format!("{kernel}.fatbin")), [])?;
         }
         return Ok(());
@@ -53,11 +43,27 @@ fn main() -> Result<()> {
         &format!("sm_{}, PTX {PTX_ARCH}", archs.join(", sm_")),
         version(&nvcc)?,
     );
-    compile_all(&nvcc, &archs, &out)?;
-    for kernel in KERNELS {
+    compile_all(&nvcc, &kernels, &archs, &out)?;
+    for kernel in &kernels {
         link(&nvcc, kernel, &archs, &out)?;
     }
     Ok(())
+}
+
+/// The files `kernels/*.cu` without their ending, the largest first: they take longest.
+fn kernels() -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir("kernels")? {
+        let entry = entry?;
+        let path = entry.path();
+        if path.extension().is_some_and(|ending| ending == "cu")
+            && let Some(name) = path.file_stem().and_then(|name| name.to_str())
+        {
+            files.push((entry.metadata()?.len(), name.to_owned()));
+        }
+    }
+    files.sort_by(|a, b| b.cmp(a));
+    Ok(files.into_iter().map(|(_, name)| name).collect())
 }
 
 /// For error messages and `doctor`: what the kernels were compiled for, and by which CUDA (13.0 is 13000).
@@ -137,12 +143,14 @@ fn architectures() -> Result<Vec<String>> {
 }
 
 /// One compilation each of every kernel file and architecture (and PTX), as many at a time as there are cores.
-fn compile_all(nvcc: &Path, archs: &[String], out: &Path) -> Result<()> {
-    let jobs: VecDeque<(&str, Option<&str>)> = KERNELS
+fn compile_all(nvcc: &Path, kernels: &[String], archs: &[String], out: &Path) -> Result<()> {
+    let jobs: VecDeque<(&str, Option<&str>)> = kernels
         .iter()
         .flat_map(|kernel| {
-            let real = archs.iter().map(|arch| (*kernel, Some(arch.as_str())));
-            real.chain([(*kernel, None)])
+            let real = archs
+                .iter()
+                .map(|arch| (kernel.as_str(), Some(arch.as_str())));
+            real.chain([(kernel.as_str(), None)])
         })
         .collect();
     let jobs = Mutex::new(jobs);
@@ -181,36 +189,40 @@ fn object(kernel: &str, arch: Option<&str>, out: &Path) -> PathBuf {
     }
 }
 
+/// The first of [`REGISTER_LEVELS`] at which no kernel of the file uses local memory.
 fn compile(nvcc: &Path, kernel: &str, arch: Option<&str>, out: &Path) -> Result<()> {
-    let mut command = Command::new(nvcc);
-    command.args(["-std=c++17", "-O3", "-Xptxas", "-v"]);
-    match arch {
-        Some(arch) => command.args([
-            "-cubin",
-            &format!("-gencode=arch=compute_{arch},code=sm_{arch}"),
-        ]),
-        None => command.args(["-ptx", &format!("-arch=compute_{PTX_ARCH}")]),
-    };
-    let output = command
-        .arg("-o")
-        .arg(object(kernel, arch, out))
-        .arg(format!("kernels/{kernel}.cu"))
-        .output()?;
-    let log = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        return Err(format!("{}: {kernel}.cu: {}\n{log}", nvcc.display(), output.status).into());
+    let mut entries = Vec::new();
+    for level in REGISTER_LEVELS {
+        let mut command = Command::new(nvcc);
+        command.args(["-std=c++17", "-O3"]);
+        match arch {
+            Some(arch) => command.args([
+                "-cubin",
+                &format!("-gencode=arch=compute_{arch},code=sm_{arch}"),
+                &format!("-Xptxas=-v,--register-usage-level={level}"),
+            ]),
+            None => command.args(["-ptx", &format!("-arch=compute_{PTX_ARCH}")]),
+        };
+        let output = command
+            .arg("-o")
+            .arg(object(kernel, arch, out))
+            .arg(format!("kernels/{kernel}.cu"))
+            .output()?;
+        let log = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            let status = output.status;
+            return Err(format!("{}: {kernel}.cu: {status}\n{log}", nvcc.display()).into());
+        }
+        entries = spilled(&log);
+        if entries.is_empty() {
+            return Ok(());
+        }
     }
-    match spilled(&log).as_slice() {
-        [] => Ok(()),
-        entries => Err(format!(
-            "{kernel}.cu, architecture {arch:?}: local memory in {}",
-            entries.join(", ")
-        )
-        .into()),
-    }
+    let entries = entries.join(", ");
+    Err(format!("{kernel}.cu, architecture {arch:?}: local memory in {entries}").into())
 }
 
-/// Entry points whose report, by `ptxas -v`, exceeds [`MAX_STACK_BYTES`].
+/// Entry points that by the report of `ptxas -v` use local memory: a stack, which is where spilled registers go too.
 fn spilled(log: &str) -> Vec<String> {
     let mut entry = "";
     let mut found = Vec::new();
@@ -219,7 +231,7 @@ fn spilled(log: &str) -> Vec<String> {
             entry = rest.split('\'').next().unwrap_or(rest);
         } else if let Some((number, _)) = line.split_once(" bytes stack frame") {
             let bytes: u32 = number.trim().parse().unwrap_or(u32::MAX);
-            if bytes > MAX_STACK_BYTES {
+            if bytes > 0 {
                 found.push(format!("{entry} ({bytes} bytes)"));
             }
         }

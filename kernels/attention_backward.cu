@@ -9,6 +9,7 @@
 #include "attention_items.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
+#include "products.cuh"
 #include "softmax.cuh"
 
 // ---------------------------------------------------------------------------------------------------- prepare
@@ -48,76 +49,8 @@ SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int entry, int h
   return ((int64_t)entry * p.problem.q_heads + head) * p.row_pitch + query;
 }
 
-// The factor of the exponent's argument with its sign; here nothing depends on the sign.
-SEGATTN_FN float signed_scale_log2(float scale) { return mul_rn(scale, kLog2E); }
-
-// ---------------------------------------------------------------------------------------------------- products
-
-// x += a b^T for 16-row tiles of a [rows][head_dim] tile and kCols rows of another, over all of head_dim.
-template <class T, class TileA, class TileB, int kRowTiles, int kColTiles>
-SEGATTN_FN void multiply_rows(float (&x)[kRowTiles][kColTiles][4], SharedAddress a_tile_base, int a_row, SharedAddress b_tile_base, int b_row) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; m++)
-#pragma unroll
-    for (int n = 0; n < kColTiles; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) x[m][n][e] = 0.f;
-#pragma unroll 4
-  for (int k = 0; k < TileA::kCols; k += 16) {
-    uint32_t a[kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; m++) load_a<TileA>(a[m], a_tile_base, a_row + m * 16, k);
-#pragma unroll
-    for (int n = 0; n < kColTiles; n += 2) {
-      uint32_t b[4];
-      load_b<TileB>(b, b_tile_base, b_row + n * 8, k);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; m++) {
-        mma_16x8x16(x[m][n], a[m], b[0], b[1], T{});
-        mma_16x8x16(x[m][n + 1], a[m], b[2], b[3], T{});
-      }
-    }
-  }
-}
-
-// out += w b: weights in registers against rows b_row... of a [k][n] tile, columns [column, column + 8 * kOutTiles).
-template <class T, class TileB, int kRowTiles, int kColTiles, int kOutTiles>
-SEGATTN_FN void accumulate(float (&out)[kRowTiles][kOutTiles][4], const uint32_t (&w)[kRowTiles][kColTiles / 2][4],
-                           SharedAddress bt_tile_base, int b_row, int column) {
-#pragma unroll
-  for (int k = 0; k < kColTiles / 2; k++)
-#pragma unroll
-    for (int n = 0; n < kOutTiles; n += 2) {
-      uint32_t b[4];
-      load_bt<TileB>(b, bt_tile_base, b_row + k * 16, column + n * 8);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; m++) {
-        mma_16x8x16(out[m][n], w[m][k], b[0], b[1], T{});
-        mma_16x8x16(out[m][n + 1], w[m][k], b[2], b[3], T{});
-      }
-    }
-}
-
-// Accumulators as operands of the next product: the layouts agree.
-template <class T, int kRowTiles, int kColTiles>
-SEGATTN_FN void pack_weights(uint32_t (&w)[kRowTiles][kColTiles / 2][4], const float (&x)[kRowTiles][kColTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; m++)
-#pragma unroll
-    for (int n = 0; n < kColTiles; n++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) w[m][n / 2][n % 2 * 2 + half] = pack<T>(x[m][n][half * 2], x[m][n][half * 2 + 1]);
-}
-
-template <int kRowTiles, int kColTiles>
-SEGATTN_FN void clear(float (&x)[kRowTiles][kColTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; m++)
-#pragma unroll
-    for (int n = 0; n < kColTiles; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) x[m][n][e] = 0.f;
-}
+// The factor of the exponent's argument with its sign.
+SEGATTN_FN float signed_scale_log2(float scale) { return scale < 0.f ? -scale_log2(scale) : scale_log2(scale); }
 
 // ---------------------------------------------------------------------------------------------------- d_q
 
@@ -130,7 +63,7 @@ struct QueryGradConfig {
   static constexpr int kWarps = kHeadDim == 256 ? 2 : 4;
   static constexpr int kRowTiles = kHeadDim == 256 ? 1 : 2;
   static constexpr int kRows = kWarps * kRowTiles * 16;
-  static constexpr int kKeys = 32;
+  static constexpr int kKeys = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kBlocks = kHeadDim == 256 ? 3 : 2;
@@ -145,46 +78,90 @@ struct QueryGradShared {
   typename C::QueryTile q;  // later d_q on its way to global memory
   typename C::QueryTile d_out;
   typename C::KeyTile k[C::kStages], v[C::kStages];
+  alignas(16) float lse[C::kRows], delta[C::kRows];
   SourceRows<typename C::T> sources;
   Item item;
-  float gate_sums[C::kWarps];
+  KeyTile tiles[4];  // number t at t % 4: the one worked on and the next two
+  int first_query[C::kWarps], last_query[C::kWarps];
+  float gate_sums[C::kThreads];  // each thread's sum of ds over past keys; then the warps'
 };
 
 template <class C>
-SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, const Item& item, int step, int thread) {
-  if (step < item.end_step) {
-    const KeyTile tile = item.keys.tile<C::kKeys>(step);
-    const int stage = Ring<C::kStages>::stage(step - item.first_step);
-    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.k[stage]), shared.sources.k[tile.source], tile.first, tile.end, thread);
-    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.v[stage]), shared.sources.v[tile.source], tile.first, tile.end, thread);
+SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, int step, int thread) {
+  if (step < shared.item.end_step) {
+    const KeyTile& tile = shared.tiles[step & 3];
+    const int stage = Ring<C::kStages>::stage(step), source = tile.source;
+    const uint32_t copier = opaque(thread);
+    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.k[stage]), shared.sources.k[source], tile.first, tile.end, copier);
+    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.v[stage]), shared.sources.v[source], tile.first, tile.end, copier);
   }
   cp_async_commit();
 }
 
-// s becomes ds = p (dp - delta), in the place of dp; the sum of ds is added to `total`.
+// q, d_out and what preparation left of the tile's rows.
 template <class C>
-SEGATTN_FN void score_gradients(float (&s)[C::kRowTiles][C::kColTiles][4], const float (&dp)[C::kRowTiles][C::kColTiles][4],
-                                const SegattnBackwardParams& p, const Item& item, const KeyTile& tile, int first_row, int lane,
-                                float& total) {
-  const float scale = signed_scale_log2(p.problem.scale), bias = tile.source == kPast ? item.keys.gate_log2 : 0.f;
+SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int thread) {
+  using T = typename C::T;
+  const Item& item = shared.item;
+  const int first = item.tile * C::kRows;
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, item.entry, item.head), first,
+                                                      item.query_rows, thread);
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, item.entry, item.head), first,
+                                                      item.query_rows, thread);
+  const int64_t prepared = prepared_row(p, item.entry, item.head, first);
+  constexpr int kChunks = C::kRows / 4;
+  if (thread < kChunks) {
+    cp_async_16(shared_address(&shared.lse[thread * 4]), p.row_lse + prepared + thread * 4, 16);
+    cp_async_16(shared_address(&shared.delta[thread * 4]), p.row_delta + prepared + thread * 4, 16);
+  }
+}
+
+// Scores of the keys that a row does not see become such that their weight is 0.
+template <class C>
+SEGATTN_FN void hide_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, float scale, int lane) {
+  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const QueryRow row = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, 1);
-      const int64_t prepared = prepared_row(p, item.entry, item.head, row.query);
-      const float offset = bias - p.row_lse[prepared], delta = p.row_delta[prepared];
       const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (n * 8 + e >= limit) s[m][n][half * 2 + e] = hidden;
+    }
+}
+
+// Scores to ds = p (dp - delta), in their place.
+template <class C>
+SEGATTN_FN void score_gradients(float (&s)[C::kRowTiles][C::kColTiles][4], const float (&dp)[C::kRowTiles][C::kColTiles][4],
+                                const QueryGradShared<C>& shared, float scale, float bias, int first_row, int lane) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = first_row + m * 16 + half * 8 + lane / 4;
+      const float offset = bias - shared.lse[row], delta = shared.delta[row];
 #pragma unroll
       for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& x = s[m][n][half * 2 + e];
-          const float weight = n * 8 + e < limit ? exp2_approx(fma_rn(x, scale, offset)) : 0.f;
-          x = weight * (dp[m][n][half * 2 + e] - delta);
-          total += x;
+          x = exp2_approx(fma_rn(x, scale, offset)) * (dp[m][n][half * 2 + e] - delta);
         }
     }
+}
+
+template <int kRowTiles, int kColTiles>
+SEGATTN_FN float sum_of(const float (&x)[kRowTiles][kColTiles][4]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m++)
+#pragma unroll
+    for (int n = 0; n < kColTiles; n++) sum += (x[m][n][0] + x[m][n][1]) + (x[m][n][2] + x[m][n][3]);
+  return sum;
 }
 
 template <class C>
@@ -215,9 +192,11 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C:
 
 // The item's part of d_past_gate times gate: lanes, then warps, in order.
 template <class C>
-SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float sum, QueryGradShared<C>& shared, int warp, int lane) {
+SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int warp, int lane) {
+  float sum = shared.gate_sums[threadIdx.x];
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  __syncthreads();
   if (lane == 0) shared.gate_sums[warp] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -230,44 +209,55 @@ SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float sum, QueryG
 template <class C>
 SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   using T = typename C::T;
+  using QT = typename C::QueryTile;
+  using KT = typename C::KeyTile;
   QueryGradShared<C>& shared = *(QueryGradShared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, first_row = warp * C::kRowTiles * 16;
-  if (thread == 0) shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_items);
-  __syncthreads();
   const Item& item = shared.item;
+  if (thread == 0) {
+    shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_items);
+    for (int step = item.first_step; step < item.first_step + 2; step++) shared.tiles[step & 3] = item.keys.template tile<C::kKeys>(step);
+  }
+  __syncthreads();
   if (item.split >= item.splits) return;
   shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread);
   __syncthreads();
-  copy_query_rows_async<typename C::QueryTile, C::kThreads, T>(shared_address(&shared.q), p.problem.q, item, 1, thread);
-  copy_query_rows_async<typename C::QueryTile, C::kThreads, T>(shared_address(&shared.d_out), p.d_out, item, 1, thread);
-  load_key_stage(shared, item, item.first_step, thread);
+  shared.gate_sums[thread] = 0.f;
+  load_query_rows<C>(p, shared, thread);
+  load_key_stage(shared, item.first_step, thread);
 
-  float d_q[C::kRowTiles][C::kOutTiles][4], gate_sum = 0.f;
+  const float scale = signed_scale_log2(p.problem.scale);
+  float d_q[C::kRowTiles][C::kOutTiles][4];
   clear(d_q);
-  const int last_query = min(item.tile * C::kRows + first_row + C::kRowTiles * 16, item.query_rows) - 1;
+  if (lane == 0) {
+    shared.first_query[warp] = item.tile * C::kRows + first_row;
+    shared.last_query[warp] = min(item.tile * C::kRows + first_row + C::kRowTiles * 16, item.query_rows) - 1;
+  }
+  __syncwarp();
   for (int step = item.first_step; step < item.end_step; step++) {
-    const KeyTile tile = item.keys.tile<C::kKeys>(step);
-    const int stage = Ring<C::kStages>::stage(step - item.first_step);
     arrive_and_wait<0>();
-    load_key_stage(shared, item, step + 1, thread);
-    if (last_query < item.tile * C::kRows + first_row || tile.first >= item.keys.limit(tile, last_query)) continue;
+    load_key_stage(shared, step + 1, thread);
+    if (thread == 0) shared.tiles[(step + 2) & 3] = item.keys.template tile<C::kKeys>(step + 2);
+    const KeyTile& tile = shared.tiles[step & 3];
+    const int stage = Ring<C::kStages>::stage(step), at = opaque(lane);
+    const int last_query = shared.last_query[warp];
+    if (last_query < shared.first_query[warp] || tile.first >= item.keys.limit(tile, last_query)) continue;
     float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
     uint32_t ds[C::kRowTiles][C::kColTiles / 2][4];
     const SharedAddress k = shared_address(&shared.k[stage]), v = shared_address(&shared.v[stage]);
-    using QT = typename C::QueryTile;
-    using KT = typename C::KeyTile;
-    multiply_rows<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), lane), first_row, b_base<KT>(k, lane), 0);
-    multiply_rows<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), lane), first_row, b_base<KT>(v, lane), 0);
-    float sum = 0.f;
-    score_gradients<C>(s, dp, p, item, tile, first_row, lane, sum);
-    if (tile.source == kPast) gate_sum += sum;
+    multiply_rows<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), at), first_row, b_base<KT>(k, at), 0);
+    multiply_rows<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
+    const bool past = tile.source == kPast;
+    if (tile.first + C::kKeys > item.keys.limit(tile, shared.first_query[warp])) hide_keys<C>(s, item, tile, first_row, scale, at);
+    score_gradients<C>(s, dp, shared, scale, past ? item.keys.gate_log2 : 0.f, first_row, at);
+    if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
     pack_weights<T>(ds, s);
-    accumulate<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, lane), 0, 0);
+    accumulate<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, at), 0, 0);
   }
   cp_async_wait<0>();
   __syncthreads();
   store_query_grad<C>(p, d_q, shared, first_row, warp, lane);
-  store_gate_sum<C>(p, gate_sum, shared, warp, lane);
+  store_gate_sum<C>(p, shared, warp, lane);
 }
 
 // ---------------------------------------------------------------------------------------------------- d_q's parts
@@ -309,7 +299,14 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
 
 // Keys are the rows of every product, so p^T and ds^T stay in registers. 4 warps; a warp holds 32 keys' d_k and d_v at
 // D <= 64 (64 + 64 registers), 16 above (64 + 64 at D 128), and at D 256 half of the columns of 16 keys: two warps then
-// compute the same p^T.
+// compute the same p^T. Where a warp has 16 keys, k and v stay in registers too: shared memory, which would bound the kernel,
+// is read for queries alone. 32 queries at a time then fill the registers; only ptxas for sm_90 fits them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr int kHeldSubQueries = 32;
+#else
+constexpr int kHeldSubQueries = 16;
+#endif
+
 template <class T_, int kHeadDim_>
 struct KeyGradConfig {
   using T = T_;
@@ -319,7 +316,8 @@ struct KeyGradConfig {
   static constexpr int kColumnParts = kHeadDim == 256 ? 2 : 1;
   static constexpr int kKeys = kWarps / kColumnParts * kRowTiles * 16;
   static constexpr int kQueries = kHeadDim == 256 ? 32 : 64;
-  static constexpr int kSubQueries = 32;  // scores and d_out v^T of 32 queries at a time
+  static constexpr bool kHeld = kRowTiles == 1 && kHeadDim <= 128;  // k and v in registers
+  static constexpr int kSubQueries = kHeld ? kHeldSubQueries : 32;  // scores and d_out v^T of so many queries at a time
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kBlocks = 2;
@@ -330,28 +328,57 @@ struct KeyGradConfig {
 
 // A block's keys and the queries that see them: heads of the group that read the source, each from first_query on.
 struct KeyItem {
-  int entry, kv_head, first;  // first key row
+  int entry, kv_head, end_head;  // query heads before end_head
+  int first;                  // first key row
   int len;                    // valid keys of the source
   int query_rows, first_query;
   bool prior;
+};
+
+// A step of the loop over heads and query tiles.
+struct QueryCursor {
+  int head, query;  // a head beyond the group: the loop is done
+
+  SEGATTN_FN QueryCursor first(const SegattnProblem& p, const KeyItem& item) {
+    QueryCursor at = {item.kv_head * (p.q_heads / p.kv_heads), item.first_query};
+    at.skip(p, item);
+    return at;
+  }
+  template <int kQueries>
+  __device__ __forceinline__ QueryCursor next(const SegattnProblem& p, const KeyItem& item) const {
+    if (query + kQueries < item.query_rows) return {head, query + kQueries};
+    QueryCursor at = {head + 1, item.first_query};
+    at.skip(p, item);
+    return at;
+  }
+  // Moves to the first head at or after `head` that reads the source.
+  __device__ __forceinline__ void skip(const SegattnProblem& p, const KeyItem& item) {
+    if (item.first_query >= item.query_rows) head = item.end_head;
+    while (head < item.end_head && item.prior && !p.prior_heads[head]) head++;
+  }
 };
 
 template <class C>
 struct KeyGradShared {
   typename C::KeyTile k, v;  // later d_k and d_v on their way to global memory
   typename C::QueryTile q[C::kStages], d_out[C::kStages];
-  float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
+  alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
   KeyItem item;
+  QueryCursor steps[4];  // query tile number t at t % 4: the one worked on and the next two
 };
 
+// Head by head; the current keys that the fewest queries see come last, of all heads, so that the blocks end together.
 template <class C>
 SEGATTN_FN KeyItem key_item(const SegattnBackwardParams& p) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
-  const int tiles = prior_tiles + ceil_div((int)p.d_k.rows, C::kKeys);
+  const int current_tiles = ceil_div((int)p.d_k.rows, C::kKeys), last_tiles = current_tiles / 4;
+  const int heads = p.problem.kv_heads * p.problem.batch, longer = prior_tiles + current_tiles - last_tiles;
+  const int index = blockIdx.x, rest = index - longer * heads;
+  const int tile = rest < 0 ? index % longer : longer + rest / heads, head = rest < 0 ? index / longer : rest % heads;
   KeyItem item;
-  const int tile = blockIdx.x % tiles, rest = blockIdx.x / tiles;
-  item.kv_head = rest % p.problem.kv_heads;
-  item.entry = rest / p.problem.kv_heads;
+  item.kv_head = head % p.problem.kv_heads;
+  item.end_head = (item.kv_head + 1) * (p.problem.q_heads / p.problem.kv_heads);
+  item.entry = head / p.problem.kv_heads;
   item.prior = tile < prior_tiles;
   item.first = (item.prior ? tile : tile - prior_tiles) * C::kKeys;
   const int segment_len = p.problem.segment_len[item.entry];
@@ -361,34 +388,14 @@ SEGATTN_FN KeyItem key_item(const SegattnBackwardParams& p) {
   return item;
 }
 
-// Where the loop over heads and query tiles stands.
-struct QueryCursor {
-  int head, query;
-
-  // Moves to the first head at or after `head` that reads the source; one past the group where there is none.
-  __device__ __forceinline__ void skip(const SegattnProblem& p, const KeyItem& item) {
-    const int end = (item.kv_head + 1) * (p.q_heads / p.kv_heads);
-    if (item.first_query >= item.query_rows) head = end;
-    while (head < end && item.prior && !p.prior_heads[head]) head++;
-  }
-  __device__ __forceinline__ bool done(const SegattnProblem& p, const KeyItem& item) const {
-    return head >= (item.kv_head + 1) * (p.q_heads / p.kv_heads);
-  }
-  template <int kQueries>
-  __device__ __forceinline__ void advance(const SegattnProblem& p, const KeyItem& item) {
-    query += kQueries;
-    if (query < item.query_rows) return;
-    query = item.first_query;
-    head++;
-    skip(p, item);
-  }
-};
-
 template <class C>
-SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyItem& item, const QueryCursor& at,
-                                 int stage, int thread) {
+SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C>& shared, int step, int thread) {
   using T = typename C::T;
-  if (!at.done(p.problem, item)) {
+  thread = opaque(thread);
+  const KeyItem& item = shared.item;
+  const QueryCursor at = shared.steps[step & 3];
+  const int stage = Ring<C::kStages>::stage(step);
+  if (at.head < item.end_head) {
     copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, item.entry, at.head),
                                                         at.query, item.query_rows, thread);
     copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, item.entry, at.head),
@@ -402,28 +409,39 @@ SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C
   cp_async_commit();
 }
 
-// Scores of keys x queries to p^T (in s) and ds^T (in dp). A key is masked from the queries before it.
+// Keys are hidden from the queries before them, as in the query-stationary pass.
+template <class C>
+SEGATTN_FN void hide_queries(float (&s)[C::kRowTiles][C::kColTiles][4], int first_key, int first_query, float scale, int lane) {
+  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int before = first_key + m * 16 + half * 8 + lane / 4 - first_query - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (n * 8 + e < before) s[m][n][half * 2 + e] = hidden;
+    }
+}
+
+// Scores of keys x queries to p^T (in s) and ds^T (in dp).
 template <class C>
 SEGATTN_FN void transposed_gradients(float (&s)[C::kRowTiles][C::kColTiles][4], float (&dp)[C::kRowTiles][C::kColTiles][4],
-                                     const KeyItem& item, const float* s_lse, const float* s_delta, int first_key, int first_query,
-                                     float scale, int lane) {
+                                     const float* s_lse, const float* s_delta, float scale, int lane) {
 #pragma unroll
-  for (int n = 0; n < C::kColTiles; n++)
+  for (int n = 0; n < C::kColTiles; n++) {
+    const float2 lse = ((const float2*)s_lse)[n * 4 + lane % 4], delta = ((const float2*)s_delta)[n * 4 + lane % 4];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const int column = n * 8 + lane % 4 * 2 + e;
-      const float lse = s_lse[column], delta = s_delta[column];
+    for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
-      for (int m = 0; m < C::kRowTiles; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int key = first_key + m * 16 + half * 8 + lane / 4;
-          float &x = s[m][n][half * 2 + e], &d = dp[m][n][half * 2 + e];
-          const bool sees = item.prior || key <= first_query + column;
-          x = sees ? exp2_approx(fma_rn(x, scale, -lse)) : 0.f;
-          d = x * (d - delta);
-        }
-    }
+      for (int e = 0; e < 4; e++) {
+        float &x = s[m][n][e], &d = dp[m][n][e];
+        x = exp2_approx(fma_rn(x, scale, -(e % 2 ? lse.y : lse.x)));
+        d = x * (d - (e % 2 ? delta.y : delta.x));
+      }
+  }
 }
 
 // Accumulators to rows of a tensor like k, through the block's tile; keys beyond the length become zero.
@@ -454,51 +472,90 @@ SEGATTN_FN void store_key_rows(const float (&x)[C::kRowTiles][C::kOutTiles][4], 
   }
 }
 
+// The part of a block's gradients that a thread's warp has: rows and columns from here on.
+template <class C>
+struct KeyPlace {
+  SEGATTN_FN int row(int thread) { return thread / 32 / C::kColumnParts * (C::kRowTiles * 16); }
+  SEGATTN_FN int column(int thread) { return thread / 32 % C::kColumnParts * (C::kOutTiles * 8); }
+};
+
+// The operands k and v of a warp, or nothing where registers do not hold them.
+template <class C>
+struct HeldKeys {
+  static constexpr int kSteps = C::kHeld ? C::kHeadDim / 16 : 1;
+  uint32_t k[C::kRowTiles][kSteps][4], v[C::kRowTiles][kSteps][4];
+};
+
+// d_k and d_v of a warp's keys += the part of kSubQueries queries, rows `sub`... of a stage.
+template <class C>
+SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (&d_v)[C::kRowTiles][C::kOutTiles][4], const HeldKeys<C>& held,
+                            KeyGradShared<C>& shared, int step, int sub, float scale, int thread) {
+  using T = typename C::T;
+  using KT = typename C::KeyTile;
+  using QT = typename C::QueryTile;
+  const int stage = Ring<C::kStages>::stage(step), lane = opaque(thread & 31), first_row = KeyPlace<C>::row(thread), column = KeyPlace<C>::column(thread);
+  const SharedAddress q = shared_address(&shared.q[stage]), d_out = shared_address(&shared.d_out[stage]);
+  const int first_key = shared.item.first + first_row, query = shared.steps[step & 3].query + sub;
+  float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
+  uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
+  if constexpr (C::kHeld) {
+    multiply_held<T, QT>(s, held.k, b_base<QT>(q, lane), sub);
+    multiply_held<T, QT>(dp, held.v, b_base<QT>(d_out, lane), sub);
+  } else {
+    multiply_rows<T, KT, QT>(s, a_base<KT>(shared_address(&shared.k), lane), first_row, b_base<QT>(q, lane), sub);
+    multiply_rows<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(d_out, lane), sub);
+  }
+  if (!shared.item.prior && query < first_key + C::kRowTiles * 16) hide_queries<C>(s, first_key, query, scale, lane);
+  transposed_gradients<C>(s, dp, shared.lse[stage] + sub, shared.delta[stage] + sub, scale, lane);
+  pack_weights<T>(weights, s);
+  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, weights, bt_base<QT>(d_out, lane), sub, column);
+  pack_weights<T>(weights, dp);
+  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_k, weights, bt_base<QT>(q, lane), sub, column);
+}
+
 template <class C>
 SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
-  using QT = typename C::QueryTile;
   KeyGradShared<C>& shared = *(KeyGradShared<C>*)shared_memory();
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const int first_row = warp / C::kColumnParts * C::kRowTiles * 16, column = warp % C::kColumnParts * (C::kOutTiles * 8);
-  if (thread == 0) shared.item = key_item<C>(p);
-  __syncthreads();
+  const int thread = threadIdx.x, lane = thread & 31, first_row = KeyPlace<C>::row(thread);
   const KeyItem& item = shared.item;
+  if (thread == 0) {
+    shared.item = key_item<C>(p);
+    shared.steps[0] = QueryCursor::first(p.problem, item);
+    shared.steps[1] = shared.steps[0].template next<C::kQueries>(p.problem, item);
+  }
+  __syncthreads();
   const SegattnTensor &k = item.prior ? p.problem.prior_k : p.problem.k, &v = item.prior ? p.problem.prior_v : p.problem.v;
   copy_rows_async<KT, C::kThreads>(shared_address(&shared.k), Rows<const T>::of(k, item.entry, item.kv_head), item.first, item.len, thread);
   copy_rows_async<KT, C::kThreads>(shared_address(&shared.v), Rows<const T>::of(v, item.entry, item.kv_head), item.first, item.len, thread);
-  QueryCursor at = {item.kv_head * (p.problem.q_heads / p.problem.kv_heads), item.first_query};
-  at.skip(p.problem, item);
-  load_query_stage<C>(p, shared, item, at, 0, thread);
+  cp_async_commit();
+  load_query_stage<C>(p, shared, 0, thread);
+  arrive_and_wait<1>();
+  HeldKeys<C> held;
+  if constexpr (C::kHeld) {
+    hold_rows<KT>(held.k, a_base<KT>(shared_address(&shared.k), lane), first_row);
+    hold_rows<KT>(held.v, a_base<KT>(shared_address(&shared.v), lane), first_row);
+  }
 
   float d_k[C::kRowTiles][C::kOutTiles][4], d_v[C::kRowTiles][C::kOutTiles][4];
   clear(d_k);
   clear(d_v);
   const float scale = signed_scale_log2(p.problem.scale);
-  for (int step = 0; !at.done(p.problem, item); step++) {
-    const int stage = Ring<C::kStages>::stage(step), query = at.query;
+  for (int step = 0; shared.steps[step & 3].head < item.end_head; step++) {
     arrive_and_wait<0>();
-    at.template advance<C::kQueries>(p.problem, item);
-    load_query_stage<C>(p, shared, item, at, Ring<C::kStages>::stage(step + 1), thread);
-    const SharedAddress s_q = shared_address(&shared.q[stage]), s_d_out = shared_address(&shared.d_out[stage]);
+    load_query_stage<C>(p, shared, step + 1, thread);
+    if (thread == 0) shared.steps[(step + 2) & 3] = shared.steps[(step + 1) & 3].template next<C::kQueries>(p.problem, item);
 #pragma unroll 1
     for (int sub = 0; sub < C::kQueries; sub += C::kSubQueries) {
-      if (!item.prior && query + sub + C::kSubQueries <= item.first + first_row) continue;
-      float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
-      uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
-      multiply_rows<T, KT, QT>(s, a_base<KT>(shared_address(&shared.k), lane), first_row, b_base<QT>(s_q, lane), sub);
-      multiply_rows<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(s_d_out, lane), sub);
-      transposed_gradients<C>(s, dp, item, shared.lse[stage] + sub, shared.delta[stage] + sub, item.first + first_row, query + sub, scale, lane);
-      pack_weights<T>(weights, s);
-      accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, weights, bt_base<QT>(s_d_out, lane), sub, column);
-      pack_weights<T>(weights, dp);
-      accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_k, weights, bt_base<QT>(s_q, lane), sub, column);
+      const int last_query = shared.steps[step & 3].query + sub + C::kSubQueries - 1;
+      if (!item.prior && last_query < item.first + first_row) continue;
+      add_queries<C>(d_k, d_v, held, shared, step, sub, scale, thread);
     }
   }
   arrive_and_wait<0>();
-  store_key_rows<C>(d_k, p.problem.scale, shared.k, item.prior ? p.d_prior_k : p.d_k, item, first_row, column, thread);
-  store_key_rows<C>(d_v, 1.f, shared.v, item.prior ? p.d_prior_v : p.d_v, item, first_row, column, thread);
+  store_key_rows<C>(d_k, p.problem.scale, shared.k, item.prior ? p.d_prior_k : p.d_k, item, first_row, KeyPlace<C>::column(thread), thread);
+  store_key_rows<C>(d_v, 1.f, shared.v, item.prior ? p.d_prior_v : p.d_v, item, first_row, KeyPlace<C>::column(thread), thread);
 }
 
 // ---------------------------------------------------------------------------------------------------- entry points

@@ -8,6 +8,7 @@
 #include "attention_items.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
+#include "products.cuh"
 #include "softmax.cuh"
 
 // kPrefill: many query rows. 4 warps x 32 rows (16 at D 256, where the accumulators of 32 do not fit), a block folds
@@ -27,9 +28,9 @@ struct ForwardConfig {
   static constexpr int kRowTiles = kPacked || kHeadDim == 256 ? 1 : 2;
   static constexpr int kRows = kWarps * kRowTiles * 16;
   static constexpr int kKeys = kHeadDim == 256 ? 32 : 64;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kPacked ? 1 : 2;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kBlocks = kPacked ? 8 : 2;
+  static constexpr int kBlocks = kPacked ? 8 : kHeadDim <= 64 ? 3 : 2;
   static constexpr int kItemKeys = kPacked ? kChunkKeys : kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   static constexpr int kChunkSteps = kChunkKeys / kKeys;
@@ -49,6 +50,7 @@ struct ForwardShared {
   SourceRows<typename C::T> sources;
   Item item;  // here and not in registers, which are full
   bool done;
+  KeyTile tiles[4];  // number t at t % 4: the one worked on and the next two
   WarpRows warps[C::kWarps];
   float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
   RowState totals[C::kRows];  // of the chunks before the current one, then of the item
@@ -80,18 +82,6 @@ SEGATTN_FN WarpRows warp_rows(const Item& item, int heads_per_tile, int warp) {
   return {first_row, item.keys.query_start + first, first <= last ? item.keys.query_start + last : -1};
 }
 
-template <class C>
-SEGATTN_FN void load_keys(ForwardShared<C>& shared, const Item& item, int step, bool values, int thread) {
-  if (step < item.end_step) {
-    const KeyTile tile = item.keys.tile<C::kKeys>(step);
-    const int stage = Ring<C::kStages>::stage(step - item.first_step);
-    const SharedAddress target = shared_address(values ? &shared.v[stage] : &shared.k[stage]);
-    const auto& rows = values ? shared.sources.v[tile.source] : shared.sources.k[tile.source];
-    copy_rows_async<typename C::KeyTile, C::kThreads>(target, rows, tile.first, tile.end, thread);
-  }
-  cp_async_commit();
-}
-
 // A negative scale goes into the queries, whose sign is free. Each warp turns its own rows.
 template <class C>
 SEGATTN_FN void negate_queries(ForwardShared<C>& shared, int warp, int lane) {
@@ -103,94 +93,56 @@ SEGATTN_FN void negate_queries(ForwardShared<C>& shared, int warp, int lane) {
   __syncwarp();
 }
 
+// Scores of a tile of 16 rows to weights; what was accumulated is brought to the new maximum where it changed.
 template <class C>
-SEGATTN_FN void multiply_scores(float (&s)[C::kRowTiles][C::kColTiles][4], SharedAddress q_base, SharedAddress k_base,
-                                int first_row) {
+SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4], float (&out)[C::kOutTiles][4],
+                             RowState (&rows)[2], const float (&bias)[2], float scale) {
+  float factor[2];
 #pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
+  for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias[half]);
 #pragma unroll
-    for (int n = 0; n < C::kColTiles; n++)
+  for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) s[m][n][e] = 0.f;
-#pragma unroll 4
-  for (int k = 0; k < C::kHeadDim; k += 16) {
-    uint32_t a[C::kRowTiles][4];
+    for (int half = 0; half < 2; half++) weights[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
+  if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) return;
 #pragma unroll
-    for (int m = 0; m < C::kRowTiles; m++) load_a<typename C::QueryTile>(a[m], q_base, first_row + m * 16, k);
+  for (int n = 0; n < C::kOutTiles; n++)
 #pragma unroll
-    for (int n = 0; n < C::kColTiles; n += 2) {
-      uint32_t b[4];
-      load_b<typename C::KeyTile>(b, k_base, n * 8, k);
+    for (int e = 0; e < 4; e++) out[n][e] = mul_rn(out[n][e], factor[e / 2]);
+}
+
+template <class C>
+SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int heads_per_tile, int lane) {
 #pragma unroll
-      for (int m = 0; m < C::kRowTiles; m++) {
-        mma_16x8x16(s[m][n], a[m], b[0], b[1], typename C::T{});
-        mma_16x8x16(s[m][n + 1], a[m], b[2], b[3], typename C::T{});
-      }
+  for (int half = 0; half < 2; half++) {
+    const QueryRow row = query_row<C::kRows>(item, first_row + half * 8 + lane / 4, heads_per_tile);
+    const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n++) {
+      if (n * 8 >= limit) s[n][half * 2] = SEGATTN_NEG_INF;
+      if (n * 8 + 1 >= limit) s[n][half * 2 + 1] = SEGATTN_NEG_INF;
     }
   }
 }
 
+// The weights of a key tile, packed as operands of the next product.
 template <class C>
-SEGATTN_FN void mask_scores(float (&s)[C::kRowTiles][C::kColTiles][4], const Item& item, const KeyTile& tile,
-                            int first_row, int heads_per_tile, int lane) {
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const QueryRow row = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
-      const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < C::kColTiles; n++) {
-        if (n * 8 >= limit) s[m][n][half * 2] = SEGATTN_NEG_INF;
-        if (n * 8 + 1 >= limit) s[m][n][half * 2 + 1] = SEGATTN_NEG_INF;
-      }
-    }
-}
-
-// A tile's weights as operands of the next product: packed at once, which halves their registers.
-template <class C>
-struct Weights {
-  uint32_t a[C::kRowTiles][C::kKeys / 16][4];
-};
-
-// Scores to weights; what was accumulated is brought to the new maximum where it changed.
-template <class C>
-SEGATTN_FN void softmax_tile(Weights<C>& p, float (&s)[C::kRowTiles][C::kColTiles][4], Accumulator<C>& acc, const float (&bias)[C::kRowTiles][2],
-                             bool past, float scale) {
+SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc, ForwardShared<C>& shared,
+                           const KeyTile& tile, int stage, const WarpRows& rows, const float (&gate_bias)[C::kRowTiles][2],
+                           float scale, int heads_per_tile, int lane) {
+  const Item& item = shared.item;
+  const bool masked = tile.first + C::kKeys > item.keys.limit(tile, rows.first_position);
+  const float past = tile.source == kPast ? 1.f : 0.f;
+  const SharedAddress q = a_base<typename C::QueryTile>(shared_address(&shared.q), lane);
+  const SharedAddress k = b_base<typename C::KeyTile>(shared_address(&shared.k[stage]), lane);
+  float s[C::kRowTiles][C::kColTiles][4];
+  multiply_rows<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, q, rows.first_row, k, 0);
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      factor[half] = softmax_row(s[m], half, acc.rows[m][half], scale, past ? bias[m][half] : 0.f);
-#pragma unroll
-    for (int n = 0; n < C::kColTiles; n++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        p.a[m][n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[m][n][half * 2], s[m][n][half * 2 + 1]);
-    if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) continue;
-#pragma unroll
-    for (int n = 0; n < C::kOutTiles; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) acc.out[m][n][e] = mul_rn(acc.out[m][n][e], factor[e / 2]);
-  }
-}
-
-template <class C>
-SEGATTN_FN void add_values(Accumulator<C>& acc, const Weights<C>& p, SharedAddress v_base) {
-  using T = typename C::T;
-#pragma unroll 4
-  for (int k = 0; k < C::kKeys; k += 16) {
-#pragma unroll
-    for (int n = 0; n < C::kOutTiles; n += 2) {
-      uint32_t b[4];
-      load_bt<typename C::KeyTile>(b, v_base, k, n * 8);
-#pragma unroll
-      for (int m = 0; m < C::kRowTiles; m++) {
-        mma_16x8x16(acc.out[m][n], p.a[m][k / 16], b[0], b[1], T{});
-        mma_16x8x16(acc.out[m][n + 1], p.a[m][k / 16], b[2], b[3], T{});
-      }
-    }
+    if (masked) mask_rows<C>(s[m], item, tile, rows.first_row + m * 16, heads_per_tile, lane);
+    const float gate = item.keys.gate_log2 * past;
+    const float bias[2] = {C::kPacked ? mul_rn(gate_bias[m][0], past) : gate, C::kPacked ? mul_rn(gate_bias[m][1], past) : gate};
+    softmax_rows<C>(weights[m], s[m], acc.out[m], acc.rows[m], bias, scale);
   }
 }
 
@@ -283,12 +235,6 @@ SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, c
     }
 }
 
-template <class C>
-SEGATTN_FN void fill_bias(float (&bias)[C::kRowTiles][2], float value) {
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++) bias[m][0] = bias[m][1] = value;
-}
-
 // What the gate adds to a past row's scores, where the rows of a tile are of several heads.
 template <class C>
 SEGATTN_FN void packed_bias(float (&bias)[C::kRowTiles][2], const SegattnProblem& p, const Item& item, int first_row,
@@ -302,8 +248,65 @@ SEGATTN_FN void packed_bias(float (&bias)[C::kRowTiles][2], const SegattnProblem
     }
 }
 
-// One item: the copies of key tiles run kStages ahead of the products. Two barriers a tile: K is there (and V
-// of the tile before is done with), V is there (and K is done with).
+// Copies and products of a run of key tiles. With two stages K and V of the next tile travel while this one is
+// worked on: one barrier a tile. With one, K(t+1) travels from the end of q k^T(t) on and V(t+1) from the end of p v(t)
+// on. Which rows a tile is, is found by one thread, two tiles ahead.
+template <class C>
+struct KeyPipeline {
+  ForwardShared<C>& shared;
+  int thread;
+
+  __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step & 3]; }
+  __device__ __forceinline__ int stage(int step) const { return Ring<C::kStages>::stage(step); }
+  __device__ __forceinline__ void load(int step, bool keys, bool values) {
+    if (step < shared.item.end_step) {
+      const KeyTile& rows = tile(step);
+      const int source = rows.source;
+      if (keys) load_tile(&shared.k[stage(step)], shared.sources.k[source], rows);
+      if (values) load_tile(&shared.v[stage(step)], shared.sources.v[source], rows);
+    }
+    cp_async_commit();
+  }
+  __device__ __forceinline__ void load_tile(const void* target, Rows<const typename C::T> rows, const KeyTile& at) {
+    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(target), rows, at.first, at.end, opaque(thread));
+  }
+  __device__ __forceinline__ void start(int step) {
+    load(step, true, C::kStages == 2);
+    if (C::kStages == 1) load(step, false, true);
+  }
+  __device__ __forceinline__ void keys_ready(int step) {
+    arrive_and_wait<C::kStages == 1>();
+    if (C::kStages == 2) load(step + 1, true, true);
+    if (thread == 0) shared.tiles[step + 2 & 3] = shared.item.keys.template tile<C::kKeys>(step + 2);
+  }
+  __device__ __forceinline__ void keys_done(int step) {
+    if (C::kStages == 2) return;
+    __syncthreads();
+    load(step + 1, true, false);
+  }
+  __device__ __forceinline__ void values_ready() {
+    if (C::kStages == 1) arrive_and_wait<1>();
+  }
+  __device__ __forceinline__ void values_done(int step) {
+    if (C::kStages == 2) return;
+    __syncthreads();
+    load(step + 1, false, true);
+  }
+};
+
+template <class C>
+SEGATTN_FN void load_queries(const SegattnTensor& q, ForwardShared<C>& shared, int heads_per_tile, int thread) {
+  using T = typename C::T;
+  const Item& item = shared.item;
+  const SharedAddress target = shared_address(&shared.q);
+  thread = opaque(thread);
+  if (C::kPacked) copy_query_rows_async<typename C::QueryTile, C::kThreads, T>(target, q, item, heads_per_tile, thread);
+  else
+    copy_rows_async<typename C::QueryTile, C::kThreads>(target, Rows<const T>::of(q, item.entry, item.head), item.tile * C::kRows,
+                                                        item.query_rows, thread);
+}
+
+// One item.
 template <class C>
 SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   const Item& item = shared.item;
@@ -313,38 +316,28 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
   if (lane == 0) rows = warp_rows<C>(item, heads_per_tile, warp);
   __syncwarp();
   const float scale = scale_log2(p.problem.scale);
-  float bias[C::kRowTiles][2];
-  if (C::kPacked) packed_bias<C>(bias, p.problem, item, rows.first_row, heads_per_tile, lane);
-  const SharedAddress q_base = a_base<typename C::QueryTile>(shared_address(&shared.q), lane);
-
-  copy_query_rows_async<typename C::QueryTile, C::kThreads, typename C::T>(shared_address(&shared.q), p.problem.q, item, heads_per_tile, thread);
-#pragma unroll
-  for (int ahead = 0; ahead < C::kStages; ahead++) {
-    load_keys(shared, item, item.first_step + ahead, false, thread);
-    if (ahead < C::kStages - 1) load_keys(shared, item, item.first_step + ahead, true, thread);
-  }
+  float gate_bias[C::kRowTiles][2];
+  if (C::kPacked) packed_bias<C>(gate_bias, p.problem, item, rows.first_row, heads_per_tile, lane);
+  load_queries<C>(p.problem.q, shared, heads_per_tile, thread);
+  KeyPipeline<C> pipeline = {shared, thread};
+  pipeline.start(item.first_step);
   Accumulator<C> acc;
   acc.clear();
   for (int step = item.first_step; step < item.end_step; step++) {
-    const KeyTile tile = item.keys.tile<C::kKeys>(step);
-    const int stage = Ring<C::kStages>::stage(step - item.first_step);
-    const bool sees = rows.last_position >= 0 && tile.first < item.keys.limit(tile, rows.last_position);
-    Weights<C> weights;
-
-    arrive_and_wait<Ring<C::kStages>::kInFlight>();
-    load_keys(shared, item, step + C::kStages - 1, true, thread);
+    pipeline.keys_ready(step);
     if (step == item.first_step && p.problem.scale < 0.f) negate_queries(shared, warp, lane);
-    if (sees) {
-      float s[C::kRowTiles][C::kColTiles][4];
-      multiply_scores<C>(s, q_base, b_base<typename C::KeyTile>(shared_address(&shared.k[stage]), lane), rows.first_row);
-      if (tile.first + C::kKeys > item.keys.limit(tile, rows.first_position))
-        mask_scores<C>(s, item, tile, rows.first_row, heads_per_tile, lane);
-      if (!C::kPacked) fill_bias<C>(bias, item.keys.gate_log2);
-      softmax_tile<C>(weights, s, acc, bias, tile.source == kPast, scale);
-    }
-    arrive_and_wait<Ring<C::kStages>::kInFlight>();
-    load_keys(shared, item, step + C::kStages, false, thread);
-    if (sees) add_values<C>(acc, weights, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), lane));
+    const KeyTile& tile = pipeline.tile(step);
+    const int stage = pipeline.stage(step);
+    const bool sees = rows.last_position >= 0 && tile.first < item.keys.limit(tile, rows.last_position);
+    uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
+    if (sees)
+      weigh_keys<C>(weights, acc, shared, tile, stage, rows, gate_bias, scale, heads_per_tile, opaque(lane));
+    pipeline.keys_done(step);
+    pipeline.values_ready();
+    if (sees)
+      accumulate<typename C::T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
+          acc.out, weights, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
+    pipeline.values_done(step);
 
     const bool last = step + 1 == item.end_step;
     if (last || (step + 1) % C::kChunkSteps == 0) {
@@ -359,16 +352,19 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
     store_final<C>(p, item, acc, shared, rows.first_row, warp, lane);
 }
 
-// Takes the next item that has work; false: none is left.
+// Finds the block's next item that has work, the first without asking; false: none is left.
 template <class C>
-SEGATTN_FN bool next_item(const SegattnForwardParams& p, Item& item) {
+SEGATTN_FN bool next_item(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
   const int tiles = opaque(p.tiles), max_items = opaque(p.max_items), heads_per_tile = C::kPacked ? opaque(p.heads_per_tile) : 1;
   const uint32_t items = (uint32_t)max_items * tiles * (opaque(p.problem.q_heads) / heads_per_tile) * p.problem.batch;
+  Item& item = shared.item;
   do {
-    const uint32_t index = atomic_add(p.next_item, 1);
+    const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.next_item, 1);
+    first = false;
     if (index >= items) return false;
     item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, heads_per_tile, max_items);
   } while (item.split >= item.splits);
+  for (int step = item.first_step; step < item.first_step + 2; step++) shared.tiles[step & 3] = item.keys.template tile<C::kKeys>(step);
   return true;
 }
 
@@ -376,9 +372,9 @@ template <class C>
 SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
   if (threadIdx.x == 0) shared.fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
-  for (;;) {
+  for (bool first = true;; first = false) {
     __syncthreads();  // the item before is done with shared memory
-    if (threadIdx.x == 0) shared.done = !next_item<C>(p, shared.item);
+    if (threadIdx.x == 0) shared.done = !next_item<C>(p, shared, first);
     __syncthreads();
     if (shared.done) return;
     shared.sources.fill(p.problem, shared.item.entry, shared.item.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);

@@ -42,10 +42,20 @@ SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads
   Item item;
   item.split = max_items - 1 - index / per_split;
   index %= per_split;
-  item.tile = tiles - 1 - index % tiles;
-  index /= tiles;
-  item.head = index % head_tiles * heads_per_tile;
-  item.entry = index / head_tiles;
+  // Head by head, so that the keys of few heads are in use at a time; but the tiles of the fewest keys of all heads come
+  // last, so that the blocks end together.
+  const int heads = head_tiles * p.batch, last_tiles = tiles / 4, longer = tiles - last_tiles;
+  int head;
+  if (index < longer * heads) {
+    head = index / longer;
+    item.tile = tiles - 1 - index % longer;
+  } else {
+    index -= longer * heads;
+    head = index % heads;
+    item.tile = last_tiles - 1 - index / heads;
+  }
+  item.head = head % head_tiles * heads_per_tile;
+  item.entry = head / head_tiles;
   item.keys = KeyList::of(p, item.entry, item.head);
   item.query_rows = item.keys.query_rows((int)p.q.rows);
   const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, heads_per_tile, item.query_rows);

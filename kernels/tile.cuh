@@ -77,20 +77,21 @@ struct Rows {
 
 // Starts copying rows [first, first + kRows) into a tile; rows at or beyond `end` become zero and are not read.
 template <class Tile, int kThreads, class T>
-SEGATTN_FN void copy_rows_async(SharedAddress tile, const Rows<T>& rows, int first, int end, int thread) {
+SEGATTN_FN void copy_rows_async(SharedAddress tile, Rows<T> rows, int first, int end, uint32_t thread) {
   constexpr int kRowChunks = Tile::kCols / 8;
   constexpr int kUnit = (kRowChunks & (kRowChunks - 1)) == 0 ? kRowChunks : Tile::kPanelChunks;
   constexpr int kRowsPerPass = kThreads / kUnit;
-  static_assert(kThreads % kUnit == 0, "a thread keeps its column");
-  const int row0 = thread / kUnit, column = thread % kUnit;
+  static_assert(kThreads % kUnit == 0 && Tile::kRows % kRowsPerPass == 0, "a thread keeps its column");
+  const int row0 = thread / kUnit, column = thread % kUnit, left = end - first - row0;
+  const T* src = rows.row(first + row0) + column * 8;
+  const SharedAddress origin = Tile::chunk(tile, row0, column);
 #pragma unroll
-  for (int pass = 0; pass < ceil_div(Tile::kRows, kRowsPerPass); pass++) {
-    const int row = row0 + pass * kRowsPerPass;
-    if (Tile::kRows % kRowsPerPass != 0 && row >= Tile::kRows) break;
-    const bool valid = first + row < end;
-    const T* src = rows.row(valid ? first + row : 0) + column * 8;
+  for (int pass = 0; pass < Tile::kRows / kRowsPerPass; pass++) {
+    const int row = pass * kRowsPerPass;
+    const SharedAddress target = row % 8 == 0 ? origin + row * Tile::kRowBytes : Tile::chunk(tile, row0 + row, column);
 #pragma unroll
     for (int chunk = 0; chunk < kRowChunks; chunk += kUnit)
-      cp_async_16(Tile::chunk(tile, row, chunk + column), src + chunk * 8, valid ? 16 : 0);
+      cp_async_16(target + chunk / Tile::kPanelChunks * Tile::kPanelBytes, src + chunk * 8, row < left ? 16 : 0);
+    src += kRowsPerPass * rows.stride;
   }
 }
