@@ -1,16 +1,17 @@
 //! `segattn op`: the operation on tensors in a safetensors file, for comparison with other programs.
 
+mod case;
 #[cfg(feature = "cuda")]
 mod cuda;
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, cpu, reference};
 
 use super::files::write_atomically;
+use case::Case;
 
 /// The case holds q k v prior_k prior_v past_k past_v d_out and past_gate (F32), prior_heads (U8),
 /// segment_len prior_len past_len (I32), optionally d_lse (F32) and the metadata key `scale`. A
@@ -44,35 +45,6 @@ enum OpDevice {
     Cuda,
 }
 
-/// A case as it lies in the file.
-struct Case {
-    /// batch, segment, q_heads, head_dim
-    q_shape: [usize; 4],
-    kv_heads: usize,
-    prior: usize,
-    past: usize,
-    floats: Vec<(&'static str, Vec<f32>)>,
-    d_lse: Option<Vec<f32>>,
-    past_gate: Vec<f32>,
-    prior_heads: Vec<bool>,
-    segment_len: Vec<i32>,
-    prior_len: Vec<i32>,
-    past_len: Vec<i32>,
-    scale: Option<f32>,
-}
-
-/// Names of the result, in order.
-const RESULTS: [&str; 8] = [
-    "out",
-    "lse",
-    "d_q",
-    "d_k",
-    "d_v",
-    "d_prior_k",
-    "d_prior_v",
-    "d_past_gate",
-];
-
 pub fn run(args: &Args) -> Result<()> {
     let bytes = std::fs::read(&args.case)
         .with_context(|| format!("cannot read {}", args.case.display()))?;
@@ -87,89 +59,11 @@ pub fn run(args: &Args) -> Result<()> {
             "this segattn was built without GPU kernels: build it with --features cuda (needs nvcc, see the README)"
         ),
     };
-    let shapes = case.result_shapes();
-    let views = RESULTS
-        .iter()
-        .zip(&shapes)
-        .zip(&results)
-        .map(|((name, shape), data)| {
-            let view = TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(data))?;
-            Ok((*name, view))
-        });
-    let views = views.collect::<Result<Vec<_>>>()?;
-    write_atomically(&args.out, &safetensors::serialize(views, None)?)
+    write_atomically(&args.out, &case.serialize(&results)?)
 }
 
 impl Case {
-    fn read(bytes: &[u8]) -> Result<Self> {
-        let (_, metadata) = SafeTensors::read_metadata(bytes)?;
-        let scale =
-            match metadata.metadata().as_ref().and_then(|m| m.get("scale")) {
-                Some(text) => Some(text.parse().with_context(|| {
-                    format!("metadata `scale`: expected a number, got {text:?}")
-                })?),
-                None => None,
-            };
-        let file = SafeTensors::deserialize(bytes)?;
-        let q_shape = four(&file, "q")?;
-        let [batch, segment, q_heads, dim] = q_shape;
-        let [.., kv_heads, _] = four(&file, "k")?;
-        let rows = |name| Ok::<_, anyhow::Error>(four(&file, name)?[1]);
-        let (prior, past) = (rows("prior_k")?, rows("past_k")?);
-        let kv = |rows| vec![batch, rows, kv_heads, dim];
-        let expected = [
-            ("q", q_shape.to_vec()),
-            ("k", kv(segment)),
-            ("v", kv(segment)),
-            ("prior_k", kv(prior)),
-            ("prior_v", kv(prior)),
-            ("past_k", kv(past)),
-            ("past_v", kv(past)),
-            ("d_out", q_shape.to_vec()),
-        ];
-        let floats = expected
-            .iter()
-            .map(|(name, shape)| Ok((*name, f32s(&file, name, shape)?)))
-            .collect::<Result<_>>()?;
-        let d_lse = file.tensor("d_lse").is_ok();
-        let d_lse = d_lse.then(|| f32s(&file, "d_lse", &[batch, q_heads, segment]));
-        let i32s = |name| -> Result<Vec<i32>> {
-            let data = tensor(&file, name, Dtype::I32, &[batch])?;
-            Ok(bytemuck::allocation::pod_collect_to_vec(data.data()))
-        };
-        Ok(Self {
-            q_shape,
-            kv_heads,
-            prior,
-            past,
-            floats,
-            d_lse: d_lse.transpose()?,
-            past_gate: f32s(&file, "past_gate", &[q_heads])?,
-            prior_heads: flags(&file, q_heads)?,
-            segment_len: i32s("segment_len")?,
-            prior_len: i32s("prior_len")?,
-            past_len: i32s("past_len")?,
-            scale,
-        })
-    }
-
-    /// Shapes of the results, in the order of [`RESULTS`].
-    fn result_shapes(&self) -> Vec<Vec<usize>> {
-        let [batch, segment, q_heads, dim] = self.q_shape;
-        let kv = |rows| vec![batch, rows, self.kv_heads, dim];
-        vec![
-            self.q_shape.to_vec(),
-            vec![batch, q_heads, segment],
-            self.q_shape.to_vec(),
-            kv(segment),
-            kv(segment),
-            kv(self.prior),
-            kv(self.prior),
-            vec![q_heads],
-        ]
-    }
-
-    /// Forward and backward in `T`; results as f32 in the order of [`RESULTS`].
+    /// Forward and backward in `T`; results as f32 in the order of [`case::RESULTS`].
     fn compute<T: Number>(&self) -> Result<Vec<Vec<f32>>> {
         let [batch, segment, q_heads, head_dim] = self.q_shape;
         let inputs: Vec<Vec<T>> = self
@@ -293,54 +187,3 @@ macro_rules! number {
 }
 number!(f32, cpu);
 number!(f64, reference);
-
-fn tensor<'a>(
-    file: &SafeTensors<'a>,
-    name: &str,
-    dtype: Dtype,
-    shape: &[usize],
-) -> Result<TensorView<'a>> {
-    let found = file
-        .tensor(name)
-        .with_context(|| format!("tensor `{name}`"))?;
-    ensure!(
-        found.dtype() == dtype,
-        "tensor `{name}`: expected {dtype:?}, got {:?}",
-        found.dtype()
-    );
-    ensure!(
-        found.shape() == shape,
-        "tensor `{name}`: expected shape {shape:?}, got {:?}",
-        found.shape()
-    );
-    Ok(found)
-}
-
-/// The shape of a tensor of four dimensions.
-fn four(file: &SafeTensors<'_>, name: &str) -> Result<[usize; 4]> {
-    let found = file
-        .tensor(name)
-        .with_context(|| format!("tensor `{name}`"))?;
-    let shape = found.shape();
-    match <[usize; 4]>::try_from(shape) {
-        Ok(shape) => Ok(shape),
-        Err(_) => {
-            bail!("tensor `{name}`: expected [batch, rows, heads, head_dim], got shape {shape:?}")
-        }
-    }
-}
-
-fn f32s(file: &SafeTensors<'_>, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-    let found = tensor(file, name, Dtype::F32, shape)?;
-    Ok(bytemuck::allocation::pod_collect_to_vec(found.data()))
-}
-
-fn flags(file: &SafeTensors<'_>, heads: usize) -> Result<Vec<bool>> {
-    let found = tensor(file, "prior_heads", Dtype::U8, &[heads])?;
-    let flag = |x: &u8| match x {
-        0 => Ok(false),
-        1 => Ok(true),
-        other => bail!("tensor `prior_heads`: expected 0 or 1, got {other}"),
-    };
-    found.data().iter().map(flag).collect()
-}

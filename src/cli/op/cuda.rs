@@ -45,7 +45,7 @@ macro_rules! number {
 number!(bf16);
 number!(f16);
 
-/// Forward and backward; results as f32 in the order of [`super::RESULTS`].
+/// Forward and backward; results as f32 in the order of [`super::case::RESULTS`].
 pub fn compute(case: &Case, dtype: OpDtype) -> Result<Vec<Vec<f32>>> {
     let context = segattn::cuda::open(0)?;
     let kernels = DriverKernels::new(&context)?;
