@@ -1,8 +1,8 @@
 //! NVIDIA's driver, loaded at run time: one program serves machines with and without a GPU.
 //!
 //! A thin layer over [cudarc](https://docs.rs/cudarc), whose contexts, streams and slices are used as they are. What
-//! it adds: errors that say what to do ([`Error`]), modules from embedded images ([`Module`]), and launches whose one
-//! parameter is a struct by value ([`Function`]). Only [`Error`] is there without the feature `cuda`.
+//! it adds: errors that say what to do ([`Error`]), modules from embedded images (`Module`), and launches whose one
+//! parameter is a struct by value (`Function`). Only [`Error`] is there without the feature `cuda`.
 
 #[cfg(feature = "cuda")]
 mod device;
