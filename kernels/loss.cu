@@ -2,7 +2,7 @@
 //   log_probability[r] = ln softmax(logits[r])[target[r]]
 //   d_logits[r]        = scale (softmax(logits[r]) - onehot(target[r]))          set, where asked
 // With scale = 1 / tokens the latter is the gradient of the mean negative log-probability. At the target p - 1 comes
-// from expm1(log_probability), so it does not cancel. d_logits may begin where the logits do: it then takes the place of
+// from expm1(log_probability), as exact as the sum is. d_logits may begin where the logits do: it then takes the place of
 // their first half. Bytes a logit: 4, with the gradient 10.
 #include "row_softmax.cuh"
 

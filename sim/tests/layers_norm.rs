@@ -194,6 +194,45 @@ fn forward_and_gradients_agree_with_the_formula() {
 }
 
 #[test]
+fn a_gradient_that_is_set_does_not_read_what_was_there() {
+    let inputs = Inputs::new(3, 264);
+    let gpu = &mut gpu(1);
+    let [x, d_y] = [&inputs.x, &inputs.d_y].map(|rows| Matrix::of(gpu, "rows", rows, 264, 0));
+    let d_x = Matrix::poisoned::<bf16>(gpu, "d_x", [3, 264], 8);
+    let rstd = gpu.input("rstd", &[0.5f32, 1.0, 2.0]).expect("memory");
+    let weight = gpu.input("weight", &inputs.weight).expect("memory");
+    let params = SegattnNormParams {
+        x: x.view(),
+        residual: NO_ROWS,
+        x_sum: NO_ROWS,
+        weight: weight.ptr(),
+        y: NO_ROWS,
+        rstd: rstd.ptr(),
+        d_y: d_y.view(),
+        d_x: d_x.view(),
+        d_weight: std::ptr::null_mut(),
+        rows: 3,
+        width: 264,
+        add: 0,
+        eps: EPS,
+    };
+    let threads = Some(row_threads(264));
+    launch(gpu, norm(), "rms_norm_grad_bf16", 3, threads, &params);
+    d_x.assert_only_rows_written(gpu, "d_x");
+}
+
+#[test]
+fn eps_counts_where_a_row_is_tiny() {
+    let mut inputs = Inputs::new(2, 64);
+    inputs.x.fill(bf16::from_f32(1e-3));
+    let outputs = run(&mut gpu(1), &inputs, false, 0);
+    let exact = 1.0 / (bf16::from_f32(1e-3).to_f64().powi(2) + f64::from(EPS)).sqrt();
+    for bits in outputs.rstd {
+        assert!((f64::from(f32::from_bits(bits)) / exact - 1.0).abs() < 1e-6);
+    }
+}
+
+#[test]
 fn no_rows_leave_the_weight_gradient_as_it_is() {
     let inputs = Inputs::new(0, 64);
     let outputs = run(&mut gpu(1), &inputs, true, 0);

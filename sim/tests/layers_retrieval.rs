@@ -29,6 +29,8 @@ struct Case {
     max_picks: usize,
     /// Small integers, so that every score is exact and many are equal.
     whole: bool,
+    /// Every score below 0, which is what a row that is not there would have.
+    negative: bool,
 }
 
 const CASE: Case = Case {
@@ -42,6 +44,7 @@ const CASE: Case = Case {
     prior: [0, 24],
     max_picks: 5,
     whole: false,
+    negative: false,
 };
 
 struct Inputs {
@@ -61,7 +64,13 @@ impl Case {
             self.probe_rows * KV_HEADS * GROUP * self.dim,
         );
         if !self.whole {
-            let [k, v, q] = [(kv, 1), (kv, 2), (q, 3)].map(|(n, salt)| bf16_values(n, salt));
+            let [mut k, v, mut q] =
+                [(kv, 1), (kv, 2), (q, 3)].map(|(n, salt)| bf16_values(n, salt));
+            if self.negative {
+                let magnitude = |x: &bf16| bf16::from_f32(x.to_f32().abs() + 0.1);
+                k.iter_mut().for_each(|x| *x = magnitude(x));
+                q.iter_mut().for_each(|x| *x = -magnitude(x));
+            }
             return Inputs { k, v, q };
         }
         let mut rng = ChaCha8Rng::seed_from_u64(self.tokens as u64);
@@ -380,6 +389,7 @@ fn picks_follow_the_contract() {
     });
     check(&Case {
         block_len: 150,
+        negative: true,
         tokens: 470,
         prior: [0, 150],
         max_picks: 2,

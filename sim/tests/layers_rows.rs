@@ -490,7 +490,7 @@ fn run_embed(seed: u64, rows: usize, width: usize, vocab: u32) -> [Vec<u32>; 2] 
 
 #[test]
 fn embedding_copies_rows_and_its_gradient_adds_them_in_order() {
-    for (rows, width, vocab) in [(1, 8, 1), (60, 264, 5), (33, 512, 40), (0, 64, 3)] {
+    for (rows, width, vocab) in [(1, 8, 1), (60, 264, 2), (33, 512, 40), (0, 64, 3)] {
         let [got, expected] = run_embed(1, rows, width, vocab);
         assert!(got == expected, "{rows} rows of {width}");
     }
