@@ -11,7 +11,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",
@@ -41,6 +41,11 @@ pub const TARGETS: [Target; 7] = [
         file: "pipeline.cuh",
         instance: "bf16_d32",
         rules: &PIPELINE,
+    },
+    Target {
+        file: "products.cuh",
+        instance: "bf16_d32",
+        rules: &PRODUCTS,
     },
     Target {
         file: "tile.cuh",
@@ -73,35 +78,11 @@ pub const SURVIVORS: [[&str; 3]; 4] = [
     ],
 ];
 
-const FORWARD: [Rule; 47] = [
+const FORWARD: [Rule; 51] = [
     drop_statement("__syncthreads()"),
     drop_statement("__syncwarp()"),
     drop_statement("cp_async_commit()"),
     drop_statement("arrive_and_wait<"),
-    replace("kInFlight>()", "kInFlight + 1>()"),
-    // The next copy is issued before the barrier that frees its stage.
-    replace(
-        "arrive_and_wait<Ring<C::kStages>::kInFlight>();\n    load_keys(shared, item, step + C::kStages - 1, true, thread);",
-        "load_keys(shared, item, step + C::kStages - 1, true, thread);\n    arrive_and_wait<Ring<C::kStages>::kInFlight>();",
-    ),
-    replace(
-        "arrive_and_wait<Ring<C::kStages>::kInFlight>();\n    load_keys(shared, item, step + C::kStages, false, thread);",
-        "load_keys(shared, item, step + C::kStages, false, thread);\n    arrive_and_wait<Ring<C::kStages>::kInFlight>();",
-    ),
-    replace("step + C::kStages - 1, true", "step + C::kStages, true"),
-    replace("step + C::kStages, false", "step + C::kStages - 1, false"),
-    replace(
-        "values ? &shared.v[stage] : &shared.k[stage]",
-        "values ? &shared.k[stage] : &shared.v[stage]",
-    ),
-    replace(
-        "values ? shared.sources.v[tile.source]",
-        "values ? shared.sources.k[tile.source]",
-    ),
-    replace(
-        "if (tile.first + C::kKeys > item.keys.limit(tile, rows.first_position))",
-        "if (false)",
-    ),
     replace(
         "limit(tile, rows.first_position)",
         "limit(tile, rows.last_position)",
@@ -109,12 +90,6 @@ const FORWARD: [Rule; 47] = [
     replace("n * 8 >= limit", "n * 8 > limit"),
     replace("n * 8 + 1 >= limit", "n * 8 + 1 > limit"),
     replace("lane % 4 * 2;", "lane % 4;"),
-    replace("past ? bias[m][half] : 0.f", "0.f"),
-    replace("past ? bias[m][half] : 0.f", "bias[m][half]"),
-    replace(
-        "tile.source == kPast, scale",
-        "tile.source == kPrior, scale",
-    ),
     replace(
         "tile.first < item.keys.limit(tile, rows.last_position)",
         "tile.first + 1 < item.keys.limit(tile, rows.last_position)",
@@ -127,9 +102,6 @@ const FORWARD: [Rule; 47] = [
     drop_statement("if (!last) acc.clear()"),
     replace("factor[e / 2]", "factor[0]"),
     replace("factor[0] != 1.f || factor[1] != 1.f", "factor[0] != 1.f"),
-    replace("n % 2 * 2 + half", "half * 2 + n % 2"),
-    replace("p.a[m][k / 16], b[2], b[3]", "p.a[m][k / 16], b[3], b[2]"),
-    replace("p.a[m][k / 16]", "p.a[m][0]"),
     replace("out[n][1], factors[0]", "out[n][1], factors[1]"),
     drop_statement("row.sum = quad_sum"),
     replace("if (thread % 4 == 0) total = row", "total = row"),
@@ -155,21 +127,64 @@ const FORWARD: [Rule; 47] = [
     replace("min(splits, first + kSectionItems)", "splits"),
     replace("splits <= 1) return", "splits <= 3) return"),
     replace("part.state.max)", "state.max)"),
+    replace(
+        "arrive_and_wait<C::kStages == 1>()",
+        "cp_async_wait<C::kStages == 1>()",
+    ),
+    replace("arrive_and_wait<C::kStages == 1>()", "arrive_and_wait<1>()"),
+    replace(
+        "arrive_and_wait<C::kStages == 1>();\n    if (C::kStages == 2) load(step + 1, true, true);",
+        "if (C::kStages == 2) load(step + 1, true, true);\n    arrive_and_wait<C::kStages == 1>();",
+    ),
+    replace("load(step + 1, true, true)", "load(step + 2, true, true)"),
+    replace(
+        "shared.tiles[step + 2 & 3] =",
+        "shared.tiles[step + 1 & 3] =",
+    ),
+    replace(
+        "if (thread == 0) shared.tiles[step + 2",
+        "shared.tiles[step + 2",
+    ),
+    replace(
+        "(&shared.k[stage(step)], shared.sources.k[source]",
+        "(&shared.k[stage(step)], shared.sources.v[source]",
+    ),
+    replace(
+        "(&shared.v[stage(step)], shared.sources.v[source]",
+        "(&shared.k[stage(step)], shared.sources.v[source]",
+    ),
+    replace("at.first, at.end, opaque", "at.first, at.end + 1, opaque"),
+    replace("if (masked) mask_rows", "if (false) mask_rows"),
+    replace(
+        "tile.source == kPast ? 1.f : 0.f",
+        "tile.source == kPrior ? 1.f : 0.f",
+    ),
+    replace("tile.source == kPast ? 1.f : 0.f", "1.f"),
+    replace("item.keys.gate_log2 * past", "item.keys.gate_log2"),
+    replace(
+        "mul_rn(gate_bias[m][1], past)",
+        "mul_rn(gate_bias[m][0], past)",
+    ),
+    replace(
+        "rows.first_row + m * 16, heads_per_tile",
+        "rows.first_row, heads_per_tile",
+    ),
+    replace(
+        "weights[n / 2][n % 2 * 2 + half]",
+        "weights[n / 2][half * 2 + n % 2]",
+    ),
+    replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
+    replace(
+        "first ? blockIdx.x : gridDim.x",
+        "first ? blockIdx.x : gridDim.x - 1",
+    ),
 ];
 
-const BACKWARD: [Rule; 47] = [
+const BACKWARD: [Rule; 56] = [
     drop_statement("__syncthreads()"),
     drop_statement("arrive_and_wait<"),
     drop_statement("cp_async_wait<"),
     drop_statement("cp_async_commit()"),
-    replace(
-        "arrive_and_wait<0>();\n    load_key_stage(shared, item, step + 1, thread);",
-        "load_key_stage(shared, item, step + 1, thread);\n    arrive_and_wait<0>();",
-    ),
-    replace(
-        "Ring<C::kStages>::stage(step + 1)",
-        "Ring<C::kStages>::stage(step)",
-    ),
     drop_statement("if (p.d_lse) delta"),
     replace("p.lse[row] * kLog2E", "p.lse[row]"),
     drop_statement("delta += shuffle_xor"),
@@ -177,17 +192,10 @@ const BACKWARD: [Rule; 47] = [
         "query < min(p.problem.segment_len[entry]",
         "query <= min(p.problem.segment_len[entry]",
     ),
-    replace("n * 8 + e < limit", "n * 8 + e <= limit"),
     replace("(dp[m][n][half * 2 + e] - delta)", "dp[m][n][half * 2 + e]"),
-    replace(
-        "tile.source == kPast ? item.keys.gate_log2 : 0.f",
-        "item.keys.gate_log2",
-    ),
     replace("- tile.first - lane % 4 * 2", "- lane % 4 * 2"),
-    replace("if (tile.source == kPast) gate_sum", "gate_sum"),
     replace("item.splits == 1", "true"),
     drop_statement("if (q.query >= p.problem.q.rows) continue"),
-    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
     replace("if (lane == 0) shared.gate_sums", "shared.gate_sums"),
     drop_statement("sum += shuffle_xor"),
     replace("* p.tiles + item.tile", "* p.tiles"),
@@ -208,29 +216,13 @@ const BACKWARD: [Rule; 47] = [
     replace("item.prior && !p.prior_heads[head]", "false"),
     replace("p.row_delta + row", "p.row_lse + row"),
     replace(
-        "item.prior || key <= first_query + column",
-        "item.prior || key < first_query + column",
-    ),
-    replace("item.prior || key <= first_query + column", "true"),
-    replace("fma_rn(x, scale, -lse)", "fma_rn(x, scale, lse)"),
-    replace("x * (d - delta)", "x * d"),
-    replace(
         "item.first + row >= tensor.rows",
         "item.first + row > tensor.rows",
     ),
     replace("item.first + row < item.len ? value", "true ? value"),
     replace("(d_k, p.problem.scale", "(d_k, 1.f"),
     replace("shared.lse[stage] + sub", "shared.lse[stage]"),
-    replace(
-        "item.first + first_row, query + sub",
-        "item.first, query + sub",
-    ),
-    replace("b_row + k * 16", "b_row"),
     replace("d_out[i], T{}), delta)", "out[i], T{}), delta)"),
-    replace(
-        "accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, weights, bt_base<QT>(s_d_out",
-        "accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, weights, bt_base<QT>(s_q",
-    ),
     replace("item.prior ? p.d_prior_v : p.d_v", "p.d_v"),
     replace(
         "item.prior ? p.problem.prior_k : p.problem.k",
@@ -240,6 +232,52 @@ const BACKWARD: [Rule; 47] = [
     replace(
         "tile.first >= item.keys.limit(tile, last_query)",
         "tile.first + 1 >= item.keys.limit(tile, last_query)",
+    ),
+    replace(
+        "arrive_and_wait<0>();\n    load_key_stage(shared, step + 1, thread);",
+        "load_key_stage(shared, step + 1, thread);\n    arrive_and_wait<0>();",
+    ),
+    replace(
+        "arrive_and_wait<0>();\n    load_query_stage<C>(p, shared, step + 1, thread);",
+        "load_query_stage<C>(p, shared, step + 1, thread);\n    arrive_and_wait<0>();",
+    ),
+    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
+    replace("n * 8 + e >= limit", "n * 8 + e > limit"),
+    replace("n * 8 + e < before", "n * 8 + e <= before"),
+    replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
+    replace("past ? item.keys.gate_log2 : 0.f", "item.keys.gate_log2"),
+    replace("if (past) shared.gate_sums", "shared.gate_sums"),
+    drop_statement("shared.gate_sums[thread] = 0.f"),
+    replace(
+        "tile.first + C::kKeys > item.keys.limit(tile, shared.first_query[warp])",
+        "false",
+    ),
+    replace(
+        "shared.tiles[(step + 2) & 3]",
+        "shared.tiles[(step + 1) & 3]",
+    ),
+    replace(
+        "shared.steps[(step + 2) & 3]",
+        "shared.steps[(step + 1) & 3]",
+    ),
+    replace(
+        "shared.item.prior && query < first_key + C::kRowTiles * 16",
+        "shared.item.prior && query < first_key",
+    ),
+    replace("!shared.item.prior && query", "query"),
+    replace("-(e % 2 ? lse.y : lse.x)", "(e % 2 ? lse.y : lse.x)"),
+    replace("x * (d - (e % 2 ? delta.y : delta.x))", "x * d"),
+    replace("(e % 2 ? delta.y : delta.x)", "delta.x"),
+    replace(
+        "bt_base<QT>(d_out, lane), sub, column",
+        "bt_base<QT>(q, lane), sub, column",
+    ),
+    replace("bias - shared.lse[row]", "bias - shared.delta[row]"),
+    replace("longer + rest / heads", "longer - 1 + rest / heads"),
+    replace("{head + 1, item.first_query}", "{head + 1, 0}"),
+    replace(
+        "query + kQueries < item.query_rows",
+        "query + kQueries <= item.query_rows",
     ),
 ];
 
@@ -314,7 +352,7 @@ const PIPELINE: [Rule; 4] = [
     replace("step & 1", "0"),
 ];
 
-const TILE: [Rule; 11] = [
+const TILE: [Rule; 13] = [
     replace(
         "(base ^ (within << 4)) + panel * kPanelBytes",
         "(base ^ (within << 4)) + panel * kRowBytes",
@@ -327,9 +365,22 @@ const TILE: [Rule; 11] = [
     replace("(lane & 7) + (lane >> 4) * 8", "lane & 7"),
     replace("lane >> 3 & 1", "lane >> 4"),
     replace("ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
-    replace("first + row < end", "first + row <= end"),
     replace("+ head * tensor.head_stride", ""),
     replace("tensor.batch_offsets ?", "false ?"),
     replace("src + chunk * 8", "src"),
-    replace("row0 + pass * kRowsPerPass;", "row0;"),
+    replace("row < left ? 16 : 0", "row <= left ? 16 : 0"),
+    replace("src += kRowsPerPass * rows.stride", "src += kRowsPerPass"),
+    replace("left = end - first - row0", "left = end - first"),
+    replace("row % 8 == 0 ? origin", "true ? origin"),
+];
+
+const PRODUCTS: [Rule; 8] = [
+    drop_statement("clear(x)"),
+    replace("b[next & 1]", "b[i & 1]"),
+    replace("b_row + next % kPairs * 16", "b_row"),
+    replace("next / kPairs * 16);", "0);"),
+    replace("w[m][k]", "w[m][0]"),
+    replace("a_row + m * 16", "a_row"),
+    replace("(k + 1) * 16", "k * 16"),
+    replace("n % 2 * 2 + half", "half * 2 + n % 2"),
 ];
