@@ -158,60 +158,97 @@ pub(super) fn runs(spans: &[SlotSpan]) -> Vec<Run> {
     runs
 }
 
+/// What a run's spans read: where their slots lie, and how much of them is valid.
+pub(super) struct Sources {
+    /// Of current, prior and past: rows of a slot in use.
+    rows: [usize; 3],
+    /// Of each source: element at which each span's slot begins.
+    offsets: [Vec<usize>; 3],
+    /// KV heads and elements of a head.
+    shape: [usize; 2],
+    start: Vec<i32>,
+    pub segment_len: Vec<i32>,
+    pub prior_len: Vec<i32>,
+    past_len: Vec<i32>,
+}
+
+impl Sources {
+    pub fn of<B>(call: &Attention<'_, B>, run: &Run) -> Self {
+        let (heads, cache) = (call.heads, call.cache);
+        let spans = &call.spans[run.spans.clone()];
+        let width = heads.kv * heads.dim;
+        let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
+            spans.iter().map(|s| f(s) as i32).collect()
+        };
+        // Exactly the rows in use, so that gradients of keys need no more.
+        let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
+        Self {
+            rows: [used, cache.rows[1], cache.rows[2]],
+            offsets: cache
+                .rows
+                .map(|rows| spans.iter().map(|s| s.slot * rows * width).collect()),
+            shape: [heads.kv, heads.dim],
+            start: ints(&|s| s.start),
+            segment_len: ints(&|s| s.start + s.rows),
+            prior_len: ints(&|s| cache.prior_len[s.slot]),
+            past_len: spans
+                .iter()
+                .flat_map(|s| &cache.past_len[s.slot * heads.kv..(s.slot + 1) * heads.kv])
+                .map(|n| *n as i32)
+                .collect(),
+        }
+    }
+
+    /// Of a source: 0 current, 1 prior, 2 past.
+    pub fn layout(&self, source: usize) -> Layout<'_> {
+        let [kv_heads, head_dim] = self.shape;
+        Layout {
+            rows: self.rows[source],
+            row_stride: kv_heads * head_dim,
+            head_stride: head_dim,
+            batch: Batch::Offsets(&self.offsets[source]),
+        }
+    }
+
+    pub fn past_len(&self) -> PastLen<'_> {
+        PastLen::PerHead(&self.past_len)
+    }
+
+    /// Where the queries do not begin with the segment.
+    pub fn query_start(&self) -> Option<&[i32]> {
+        let later = self.start.iter().any(|s| *s > 0);
+        later.then_some(&self.start[..])
+    }
+}
+
 /// Calls `f` with the problem of each run.
 fn for_each<T, B: AsRef<[T]>>(
     call: &Attention<'_, B>,
     mut f: impl FnMut(&Problem<'_, T>, &Run) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let (heads, cache) = (call.heads, call.cache);
-    let width = heads.kv * heads.dim;
     for run in runs(call.spans) {
-        let spans = &call.spans[run.spans.clone()];
-        let offsets = cache
-            .rows
-            .map(|rows| -> Vec<usize> { spans.iter().map(|s| s.slot * rows * width).collect() });
-        // Exactly the rows in use, so that gradients of keys need no more.
-        let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
-        let rows = [used, cache.rows[1], cache.rows[2]];
+        let sources = Sources::of(call, &run);
         let view = |buffer, source: usize| View {
             data: B::as_ref(buffer),
-            layout: Layout {
-                rows: rows[source],
-                row_stride: width,
-                head_stride: heads.dim,
-                batch: Batch::Offsets(&offsets[source]),
-            },
+            layout: sources.layout(source),
         };
-        let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
-            spans.iter().map(|s| f(s) as i32).collect()
-        };
-        let segment_len = ints(&|s| s.start + s.rows);
-        let start = ints(&|s| s.start);
-        let prior_len = ints(&|s| cache.prior_len[s.slot]);
-        let past_len: Vec<i32> = spans
-            .iter()
-            .flat_map(|s| &cache.past_len[s.slot * heads.kv..(s.slot + 1) * heads.kv])
-            .map(|n| *n as i32)
-            .collect();
         let problem = Problem {
-            batch: spans.len(),
+            batch: run.spans.len(),
             q_heads: heads.q,
             kv_heads: heads.kv,
             head_dim: heads.dim,
-            q: View {
-                data: &call.q.buffer.as_ref()[call.q.start + run.row * call.q.stride..],
-                layout: run.layout(call.q.stride, heads.dim),
-            },
+            q: run.read(call.q, heads.dim),
             k: view(&cache.k, 0),
             v: view(&cache.v, 0),
             prior_k: view(&cache.prior_k, 1),
             prior_v: view(&cache.prior_v, 1),
             past_k: view(&cache.past_k, 2),
             past_v: view(&cache.past_v, 2),
-            segment_len: &segment_len,
-            prior_len: &prior_len,
-            past_len: PastLen::PerHead(&past_len),
-            query_start: start.iter().any(|s| *s > 0).then_some(&start[..]),
+            segment_len: &sources.segment_len,
+            prior_len: &sources.prior_len,
+            past_len: sources.past_len(),
+            query_start: sources.query_start(),
             past_gate: call.past_gate,
             prior_heads: call.prior_heads,
             scale: None,

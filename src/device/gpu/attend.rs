@@ -3,13 +3,13 @@
 
 use super::driver::Stream;
 use super::{Buffer, Driver, Gpu};
+use crate::attention::Layout;
 use crate::attention::cuda::{
     BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gates, Gradients, Lengths, Problem, Saved,
     Tensor,
 };
-use crate::attention::{Batch, Layout, PastLen};
-use crate::device::runs::{Run, runs};
-use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut, SlotSpan};
+use crate::device::runs::{Run, Sources, runs};
+use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut};
 
 /// Runs the operation forward over all spans.
 pub(super) fn forward<D: Driver>(
@@ -109,39 +109,16 @@ fn for_each<D: Driver>(
     mut f: impl FnMut(&Problem<'_>, &Run) -> Result<()>,
 ) -> Result<()> {
     let (heads, cache) = (call.heads, call.cache);
-    let width = heads.kv * heads.dim;
     for run in runs(call.spans) {
-        let spans = &call.spans[run.spans.clone()];
-        let offsets = cache
-            .rows
-            .map(|rows| -> Vec<usize> { spans.iter().map(|s| s.slot * rows * width).collect() });
-        // Exactly the rows in use, so that gradients of keys need no more.
-        let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
-        let rows = [used, cache.rows[1], cache.rows[2]];
+        let sources = Sources::of(call, &run);
         let view = |buffer: &Buffer<D>, source: usize| {
             let DeviceSlice { data, len } = buffer.slice(0);
-            let layout = Layout {
-                rows: rows[source],
-                row_stride: width,
-                head_stride: heads.dim,
-                batch: Batch::Offsets(&offsets[source]),
-            };
+            let layout = sources.layout(source);
             Tensor { data, len, layout }
         };
-        let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
-            spans.iter().map(|s| f(s) as i32).collect()
-        };
-        let segment_len = ints(&|s| s.start + s.rows);
-        let start = ints(&|s| s.start);
-        let prior_len = ints(&|s| cache.prior_len[s.slot]);
-        let past_len: Vec<i32> = spans
-            .iter()
-            .flat_map(|s| &cache.past_len[s.slot * heads.kv..(s.slot + 1) * heads.kv])
-            .map(|n| *n as i32)
-            .collect();
         let problem = Problem {
             dtype: Dtype::Bf16,
-            batch: spans.len(),
+            batch: run.spans.len(),
             q_heads: heads.q,
             kv_heads: heads.kv,
             head_dim: heads.dim,
@@ -153,10 +130,10 @@ fn for_each<D: Driver>(
             past_k: view(&cache.past_k, 2),
             past_v: view(&cache.past_v, 2),
             lengths: Lengths::Host {
-                segment_len: &segment_len,
-                prior_len: &prior_len,
-                past_len: PastLen::PerHead(&past_len),
-                query_start: start.iter().any(|s| *s > 0).then_some(&start[..]),
+                segment_len: &sources.segment_len,
+                prior_len: &sources.prior_len,
+                past_len: sources.past_len(),
+                query_start: sources.query_start(),
             },
             past_gate: Gates::Host(call.past_gate),
             prior_heads: call.prior_heads,
