@@ -10,7 +10,7 @@ use std::io::Write;
 use cudarc::driver::sys::CUevent_flags;
 use segattn::device::Kind;
 use segattn::device::gpu::cuda::{Choice, Cuda};
-use segattn::device::gpu::{Driver, Operand, Product};
+use segattn::device::gpu::{Driver, Operand, Plus, Product};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -67,7 +67,7 @@ fn main() -> Result<()> {
             c,
             c_stride: n,
             c_kind: kind,
-            add: false,
+            plus: Plus::Nothing,
         };
         let equal = check(&same, product, bytes)?;
         print!(

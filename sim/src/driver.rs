@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 use segattn::attention::cuda::{Error, Launch, Launcher};
-use segattn::device::gpu::{self, Operand, Product};
+use segattn::device::gpu::{self, Operand, Plus, Product};
 use segattn::device::{DeviceError, Kind};
 
 use crate::gpu::{Checks, Gpu};
@@ -167,26 +167,32 @@ fn store(
     row: usize,
     mut sums: Vec<f32>,
 ) -> Result<(), Error> {
-    let element = row * product.c_stride;
+    let bytes = match product.c_kind {
+        Kind::Exact => 4,
+        Kind::Activation => 2,
+    };
+    let at = |address: u64, stride: usize| address + (row * stride * bytes) as u64;
+    let to = at(product.c, product.c_stride);
+    let added = match product.plus {
+        Plus::Nothing => None,
+        Plus::Itself => Some(to),
+        Plus::Rows { address, stride } => Some(at(address, stride)),
+    };
+    if let Some(from) = added {
+        let old: Vec<f32> = match product.c_kind {
+            Kind::Exact => read(memory, "product", from, product.n)?,
+            Kind::Activation => read::<bf16>(memory, "product", from, product.n)?
+                .into_iter()
+                .map(bf16::to_f32)
+                .collect(),
+        };
+        sums.iter_mut().zip(old).for_each(|(sum, old)| *sum += old);
+    }
     match product.c_kind {
-        Kind::Exact => {
-            let at = product.c + (element * 4) as u64;
-            if product.add {
-                let old = read::<f32>(memory, "product", at, product.n)?;
-                sums.iter_mut().zip(old).for_each(|(sum, old)| *sum += old);
-            }
-            write(memory, "product", at, &sums)
-        }
+        Kind::Exact => write(memory, "product", to, &sums),
         Kind::Activation => {
-            let at = product.c + (element * 2) as u64;
-            if product.add {
-                let old = read::<bf16>(memory, "product", at, product.n)?;
-                sums.iter_mut()
-                    .zip(old)
-                    .for_each(|(sum, old)| *sum += old.to_f32());
-            }
             let narrow: Vec<bf16> = sums.into_iter().map(bf16::from_f32).collect();
-            write(memory, "product", at, &narrow)
+            write(memory, "product", to, &narrow)
         }
     }
 }

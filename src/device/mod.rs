@@ -43,6 +43,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// Tokens that the heads of a pool have chosen, in order of position.
     type Picks: Send + Sync + std::fmt::Debug;
 
+    /// Rows of logits that exist at a time.
+    const LOGIT_ROWS: usize = 128;
+
     /// One line for people: what this device is.
     fn description(&self) -> String;
 
@@ -105,6 +108,19 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         y: RowsMut<'_, Self::Buffer>,
         fold: Fold,
     ) -> Result<()>;
+    /// `y = residual + x wᵀ`, rows of `width`; `residual` and `y` are two buffers.
+    fn linear_residual(
+        &self,
+        x: Rows<'_, Self::Buffer>,
+        rows: usize,
+        weight: &Self::Matrix,
+        residual: Rows<'_, Self::Buffer>,
+        mut y: RowsMut<'_, Self::Buffer>,
+        width: usize,
+    ) -> Result<()> {
+        self.linear(x, rows, weight, y.reborrow(), Fold::Set)?;
+        self.copy(residual, y, rows, width, Fold::Add)
+    }
     /// `d_x (+)= d_y w`.
     fn linear_input_grad(
         &self,
@@ -196,6 +212,17 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         store: Option<KeyStore<'_, Self::Buffer>>,
     ) -> Result<()> {
         split::split(self, qkv, heads, tables, angles, q, store)
+    }
+    /// The way back of [`Device::split_qkv`] for gradients: `d_qkv = [d_q | d_k | d_v]`, the first two turned back.
+    fn join_qkv(
+        &self,
+        d: [Rows<'_, Self::Buffer>; 3],
+        heads: Heads,
+        tables: (&Self::Buffer, &Self::Buffer),
+        angles: &[usize],
+        d_qkv: RowsMut<'_, Self::Buffer>,
+    ) -> Result<()> {
+        split::join(self, d, heads, tables, angles, d_qkv)
     }
     /// `y = silu(gate) * up` for rows `[gate | up]` of `2 * inner`.
     fn swiglu(

@@ -1,4 +1,4 @@
-//! The default of [`Device::split_qkv`]: one call for each piece.
+//! The defaults of [`Device::split_qkv`] and [`Device::join_qkv`]: one call for each piece.
 
 use std::ops::Range;
 
@@ -45,6 +45,25 @@ pub(super) fn split<D: Device + ?Sized>(
         }
     }
     Ok(())
+}
+
+/// Gradients of queries and keys turned back, and of values, to rows `[q | k | v]`.
+pub(super) fn join<D: Device + ?Sized>(
+    device: &D,
+    [d_q, d_k, d_v]: [Rows<'_, D::Buffer>; 3],
+    heads: Heads,
+    tables: (&D::Buffer, &D::Buffer),
+    angles: &[usize],
+    mut d_qkv: RowsMut<'_, D::Buffer>,
+) -> Result<()> {
+    let Heads { q, kv, dim } = heads;
+    let mut column = 0;
+    for (src, heads) in [(d_q, q), (d_k, kv)] {
+        let dst = d_qkv.reborrow().column(column);
+        device.rope(src, dst, heads, dim, tables, angles, true, Fold::Set)?;
+        column += heads * dim;
+    }
+    device.copy(d_v, d_qkv.column(column), angles.len(), kv * dim, Fold::Set)
 }
 
 fn from_row<B>(rows: Rows<'_, B>, row: usize) -> Rows<'_, B> {

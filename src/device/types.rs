@@ -90,6 +90,14 @@ pub struct RowsMut<'a, B> {
 }
 
 impl<'a, B> RowsMut<'a, B> {
+    /// The same rows, for a call that comes before others.
+    pub fn reborrow(&mut self) -> RowsMut<'_, B> {
+        RowsMut {
+            buffer: self.buffer,
+            ..*self
+        }
+    }
+
     /// Rows of `width` packed one after the other, from row `first` on.
     pub fn packed(buffer: &'a mut B, first: usize, width: usize) -> Self {
         Self {

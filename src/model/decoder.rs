@@ -347,17 +347,14 @@ impl<D: Device> Decoder<D> {
             super::parameters::Role::Matrix { inner, .. } => inner,
             _ => unreachable!("products have matrices"),
         };
-        let (src, dst) = (
+        self.device.linear_residual(
             Rows::packed(y, 0, weight_width),
-            RowsMut::packed(&mut sum, 0, hidden),
-        );
-        self.device
-            .linear(src, rows, self.weights.matrix(weight), dst, Fold::Set)?;
-        let (src, dst) = (
+            rows,
+            self.weights.matrix(weight),
             Rows::packed(x, 0, hidden),
             RowsMut::packed(&mut sum, 0, hidden),
-        );
-        self.device.copy(src, dst, rows, hidden, Fold::Add)?;
+            hidden,
+        )?;
         Ok(sum)
     }
 

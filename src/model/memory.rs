@@ -7,7 +7,7 @@ use super::config::ModelConfig;
 use super::parameters::{Role, specs};
 use super::state::Plan;
 
-/// Rows of logits that exist at a time, as in scoring and training.
+/// Rows of logits that exist at a time, as on the CPU.
 const LOGIT_ROWS: usize = 128;
 
 /// What a sequence is run for.

@@ -8,9 +8,6 @@ use super::decoder::{Decoder, Forward, Step};
 use super::state::{Plan, SequenceState, Slots};
 use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut};
 
-/// Rows of logits that exist at a time.
-const LOGIT_ROWS: usize = 128;
-
 /// Tokens for one sequence of a session.
 #[derive(Debug, Clone, Copy)]
 pub struct Feed<'a> {
@@ -143,7 +140,7 @@ impl<'m, D: Device> Session<'m, D> {
                     ended.push((span.sequence, span.rows.row + rows - 1));
                 }
             }
-            for ended in ended.chunks(LOGIT_ROWS) {
+            for ended in ended.chunks(D::LOGIT_ROWS) {
                 self.read_logits(&forward, ended)?;
             }
         }
@@ -178,12 +175,12 @@ impl<'m, D: Device> Session<'m, D> {
     fn score(&self, forward: &Forward<D>, row: usize, targets: &[u32]) -> Result<Vec<f32>> {
         let device = &self.model.device;
         let mut scores = device.empty(Kind::Exact, targets.len())?;
-        for (i, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
-            let x = Rows::packed(&forward.hidden, row + i * LOGIT_ROWS, self.hidden());
+        for (i, targets) in targets.chunks(D::LOGIT_ROWS).enumerate() {
+            let x = Rows::packed(&forward.hidden, row + i * D::LOGIT_ROWS, self.hidden());
             let mut logits = self.head(x, targets.len())?;
             let vocab = self.model.config.vocab_size;
             let rows = RowsMut::packed(&mut logits, 0, vocab);
-            let to = RowsMut::packed(&mut scores, i * LOGIT_ROWS, 1);
+            let to = RowsMut::packed(&mut scores, i * D::LOGIT_ROWS, 1);
             device.log_probabilities(rows, vocab, targets, None, to)?;
         }
         device.read(&scores, 0..targets.len())

@@ -27,9 +27,6 @@ use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
 use crate::model::state::{Plan, SequenceState, Slots};
 
-/// Rows of logits that exist at a time.
-const LOGIT_ROWS: usize = 128;
-
 /// How a gradient is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamConfig {
@@ -190,7 +187,7 @@ impl<'a, D: Device> Streams<'a, D> {
         )?;
         let d_top = self.losses(&step, &segments, &forward, gradients)?;
         let (rows, spans) = (step.tokens.len(), step.spans.len());
-        let d_embedded = device.zeros(Kind::Activation, rows * self.model.config.hidden_size)?;
+        let d_embedded = device.empty(Kind::Activation, rows * self.model.config.hidden_size)?;
         self.alive.push_back(Group {
             step,
             segments,
@@ -215,13 +212,14 @@ impl<'a, D: Device> Streams<'a, D> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let head = self.model.head();
         let mut d_hidden = device.empty(Kind::Activation, step.tokens.len() * hidden)?;
-        let mut logits = device.empty(Kind::Exact, LOGIT_ROWS * vocab)?;
+        let longest = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
+        let mut logits = device.empty(Kind::Exact, longest.min(D::LOGIT_ROWS) * vocab)?;
         let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
         for (span, segment) in step.spans.iter().zip(segments) {
             let at = segment * self.plan.segment_len + 1;
             let targets = &self.sequences[span.sequence][at..at + span.rows.rows];
-            for (i, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
-                let (row, rows) = (span.rows.row + i * LOGIT_ROWS, targets.len());
+            for (i, targets) in targets.chunks(D::LOGIT_ROWS).enumerate() {
+                let (row, rows) = (span.rows.row + i * D::LOGIT_ROWS, targets.len());
                 let x = Rows::packed(&forward.hidden, row, hidden);
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 device.linear(x, rows, head, out, crate::device::Fold::Set)?;

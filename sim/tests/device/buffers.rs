@@ -148,6 +148,27 @@ fn products_agree_with_the_formula() {
         .unwrap();
         close(&gpu.read(&y, 0..rows * out).unwrap(), &expected, bound);
     }
+    // The residual's rows lie apart, and it is added before the sum is rounded.
+    let apart = out + 3;
+    let residual = narrow(&numbers(5, rows * apart));
+    let on_top: Vec<f64> = (0..rows * out)
+        .map(|i| expected[i] + f64::from(residual[i / out * apart + i % out]))
+        .collect();
+    let mut y = gpu.empty(Kind::Activation, rows * out).unwrap();
+    gpu.linear_residual(
+        Rows::packed(&x_rows, 0, inner),
+        rows,
+        &weight,
+        Rows::packed(&upload(&gpu, Kind::Activation, &residual), 0, apart),
+        RowsMut::packed(&mut y, 0, out),
+        out,
+    )
+    .unwrap();
+    let exact_then_rounded: Vec<f32> = on_top.iter().map(|x| *x as f32).collect();
+    assert_eq!(
+        gpu.read(&y, 0..rows * out).unwrap(),
+        narrow(&exact_then_rounded)
+    );
 
     let expected: Vec<f64> = (0..rows * inner)
         .map(|i| sum(&mut (0..out).map(|o| (d_y[i / inner * out + o], w[o * inner + i % inner]))))

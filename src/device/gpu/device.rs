@@ -5,8 +5,8 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{
-    Buffer, Driver, Gpu, Matrix, Operand, PastPool, Picks, Product, attend, bytes_of, optimizer,
-    past, rows,
+    Buffer, Driver, Gpu, Matrix, Operand, PastPool, Picks, Plus, Product, attend, bytes_of,
+    optimizer, past, rows,
 };
 use crate::device::{
     AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads,
@@ -45,14 +45,14 @@ impl<D: Driver> Gpu<D> {
         Ok((Some(narrow), operand(address, width)))
     }
 
-    /// `y (+)= x b`, `b [inner, out]` as it lies in memory or transposed.
+    /// `y = x b` plus what is said, `b [inner, out]` as it lies in memory or transposed.
     fn product(
         &self,
         x: Rows<'_, Buffer<D>>,
         b: Operand,
         [rows, out, inner]: [usize; 3],
         y: RowsMut<'_, Buffer<D>>,
-        fold: Fold,
+        plus: Plus,
     ) -> Result<()> {
         if rows == 0 {
             return Ok(());
@@ -68,11 +68,18 @@ impl<D: Driver> Gpu<D> {
             c: y.address(rows, out),
             c_stride: y.stride,
             c_kind: y.buffer.kind,
-            add: fold == Fold::Add,
+            plus,
         };
-        // SAFETY: all three lie in live buffers, as the addresses' bounds checks have seen; the borrow of `y` says that
+        // SAFETY: all of them lie in live buffers, as the addresses' bounds checks have seen; the borrow of `y` says that
         // it is not `x`.
         unsafe { self.driver().product(&product) }.map_err(Into::into)
+    }
+}
+
+fn plus(fold: Fold) -> Plus {
+    match fold {
+        Fold::Set => Plus::Nothing,
+        Fold::Add => Plus::Itself,
     }
 }
 
@@ -102,6 +109,9 @@ impl<D: Driver> Device for Gpu<D> {
     type Matrix = Matrix<D>;
     type Pool = PastPool<D>;
     type Picks = Picks<D>;
+
+    /// The head's gradient is read and written once for so many rows: 128 would cost as much as the products.
+    const LOGIT_ROWS: usize = 1024;
 
     fn description(&self) -> String {
         self.driver().description()
@@ -229,7 +239,26 @@ impl<D: Driver> Device for Gpu<D> {
         fold: Fold,
     ) -> Result<()> {
         let sizes = [rows, weight.out, weight.inner];
-        self.product(x, weight.operand(true), sizes, y, fold)
+        self.product(x, weight.operand(true), sizes, y, plus(fold))
+    }
+
+    fn linear_residual(
+        &self,
+        x: Rows<'_, Buffer<D>>,
+        rows: usize,
+        weight: &Matrix<D>,
+        residual: Rows<'_, Buffer<D>>,
+        y: RowsMut<'_, Buffer<D>>,
+        width: usize,
+    ) -> Result<()> {
+        assert_eq!(width, weight.out, "as wide as the product");
+        assert_eq!(residual.buffer.kind, y.buffer.kind, "one kind of rows");
+        let plus = Plus::Rows {
+            address: residual.address(rows, weight.out),
+            stride: residual.stride,
+        };
+        let sizes = [rows, weight.out, weight.inner];
+        self.product(x, weight.operand(true), sizes, y, plus)
     }
 
     fn linear_input_grad(
@@ -241,7 +270,7 @@ impl<D: Driver> Device for Gpu<D> {
         fold: Fold,
     ) -> Result<()> {
         let sizes = [rows, weight.inner, weight.out];
-        self.product(d_y, weight.operand(false), sizes, d_x, fold)
+        self.product(d_y, weight.operand(false), sizes, d_x, plus(fold))
     }
 
     fn linear_weight_grad(
@@ -269,7 +298,7 @@ impl<D: Driver> Device for Gpu<D> {
             c: RowsMut::packed(d_w, 0, inner).address(out, inner),
             c_stride: inner,
             c_kind: d_w.kind,
-            add: true,
+            plus: Plus::Itself,
         };
         // SAFETY: as in `product`.
         unsafe { self.driver().product(&product) }.map_err(Into::into)
@@ -363,6 +392,17 @@ impl<D: Driver> Device for Gpu<D> {
                 rows::rope(self, qkv, q, shape, tables, angles, false, Fold::Set)
             }
         }
+    }
+
+    fn join_qkv(
+        &self,
+        d: [Rows<'_, Buffer<D>>; 3],
+        heads: Heads,
+        tables: (&Buffer<D>, &Buffer<D>),
+        angles: &[usize],
+        d_qkv: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rows::join_qkv(self, d, heads, tables, angles, d_qkv)
     }
 
     fn swiglu(

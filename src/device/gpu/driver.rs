@@ -89,9 +89,9 @@ pub trait Driver: Debug + Send + Sync {
     unsafe fn product(&self, product: &Product) -> Result<(), Error>;
 }
 
-/// `c (+)= a b`, row-major, `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.
+/// `c = a b`, or what [`Plus`] says is added, row-major, `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.
 ///
-/// An element's bits depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and what was there;
+/// An element's bits depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and what is added;
 /// never on `m` or on which row it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Product {
@@ -111,8 +111,24 @@ pub struct Product {
     pub c_stride: usize,
     /// f32 or bf16.
     pub c_kind: Kind,
-    /// `+=` instead of `=`.
-    pub add: bool,
+    /// What is added before the sum is rounded.
+    pub plus: Plus,
+}
+
+/// What a product is added to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Plus {
+    /// Nothing: `=`.
+    Nothing,
+    /// What is there: `+=`.
+    Itself,
+    /// Rows of the result's kind elsewhere, which do not overlap it: `c = a b + rows`.
+    Rows {
+        /// Where they begin.
+        address: u64,
+        /// Elements from one row to the next.
+        stride: usize,
+    },
 }
 
 /// An input of a product.

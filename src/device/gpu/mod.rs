@@ -21,7 +21,7 @@ mod rows;
 use std::fmt;
 use std::sync::Arc;
 
-pub use driver::{Driver, Operand, Product};
+pub use driver::{Driver, Operand, Plus, Product};
 pub use dry::DryRun;
 pub use memory::MemoryUse;
 pub use past::{PastPool, Picks};

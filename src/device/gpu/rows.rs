@@ -452,6 +452,40 @@ pub(super) fn split_qkv<D: Driver>(
     launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
 }
 
+/// Gradients of rotated queries and keys, turned back, and of values, to rows `[q | k | v]`.
+pub(super) fn join_qkv<D: Driver>(
+    gpu: &Gpu<D>,
+    [d_q, d_k, d_v]: [Rows<'_, Buffer<D>>; 3],
+    heads: Heads,
+    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    angles: &[usize],
+    d_qkv: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let rows = angles.len();
+    let [q_width, width] = [heads.q * heads.dim, heads.kv * heads.dim];
+    let places: Vec<i32> = angles.iter().map(|angle| *angle as i32).collect();
+    let held = gpu.upload(&places)?;
+    let params = SegattnQkvParams {
+        qkv: output(&d_qkv, rows, q_width + 2 * width),
+        q: input(&d_q, rows, q_width),
+        k: input(&d_k, rows, width),
+        raw_k: NONE,
+        v: input(&d_v, rows, width),
+        probes: NONE,
+        cos: exact(cos, 0, cos.len),
+        sin: exact(sin, 0, sin.len),
+        angles: pointer(&held),
+        cache_rows: std::ptr::null(),
+        probe_rows: std::ptr::null(),
+        rows: rows as i64,
+        q_heads: heads.q as i32,
+        kv_heads: heads.kv as i32,
+        head_dim: heads.dim as i32,
+    };
+    let threads = Grid::Threads(rows * (q_width + 2 * width) / (2 * VECTOR));
+    launch(gpu, entry(File::Rope, "join_qkv_bf16"), threads, &params)
+}
+
 /// `y = silu(gate) * up`.
 pub(super) fn swiglu<D: Driver>(
     gpu: &Gpu<D>,

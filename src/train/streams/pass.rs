@@ -37,7 +37,8 @@ pub struct Pass {
     pub hand_down: bool,
 }
 
-/// Upstream gradients of a layer's products, summed over passes, for the weight gradients.
+/// Upstream gradients of a layer's products, summed over passes, for the weight gradients. The first
+/// pass over a span is the one of its own loss: it sets them.
 pub struct LayerSums<D: Device> {
     /// Of q, k, v before rotation.
     pub d_qkv: D::Buffer,
@@ -56,18 +57,18 @@ pub struct LayerSums<D: Device> {
 }
 
 impl<D: Device> LayerSums<D> {
-    /// Zeros for `rows` rows in `spans` spans.
+    /// For `rows` rows in `spans` spans.
     pub fn new(model: &Decoder<D>, plan: &Plan, rows: usize, spans: usize) -> Result<Self> {
         let (hidden, inner) = (model.config.hidden_size, model.config.intermediate_size);
-        let zeros = |width: usize| model.device.zeros(Kind::Activation, rows * width);
+        let empty = |width: usize| model.device.empty(Kind::Activation, rows * width);
         Ok(Self {
-            d_qkv: zeros(plan.q_width() + 2 * plan.kv_width())?,
-            d_x_normed: zeros(hidden)?,
-            d_mid: zeros(hidden)?,
-            d_mid_normed: zeros(hidden)?,
-            d_gate_up: zeros(2 * inner)?,
-            d_next: zeros(hidden)?,
-            d_past_gate: model.device.zeros(Kind::Exact, spans * plan.heads.q)?,
+            d_qkv: empty(plan.q_width() + 2 * plan.kv_width())?,
+            d_x_normed: empty(hidden)?,
+            d_mid: empty(hidden)?,
+            d_mid_normed: empty(hidden)?,
+            d_gate_up: empty(2 * inner)?,
+            d_next: empty(hidden)?,
+            d_past_gate: model.device.empty(Kind::Exact, spans * plan.heads.q)?,
         })
     }
 }
@@ -146,11 +147,11 @@ impl<'a, D: Device> Work<'a, D> {
                 let device = &self.model.device;
                 let zeros = |width: usize| device.zeros(Kind::Activation, self.rows * width);
                 let qkv = self.plan.q_width() + 2 * self.plan.kv_width();
-                (zeros(self.model.config.hidden_size)?, zeros(qkv)?)
+                (zeros(self.model.config.hidden_size)?, Some(zeros(qkv)?))
             }
             None => return Ok(()),
         };
-        self.receive(group, arrivals, &mut d_qkv)?;
+        self.receive(l, group, arrivals, &mut d_qkv)?;
         self.qkv(l, group, &d_qkv, &mut d)?;
         self.d = Some(d);
         Ok(())
@@ -164,40 +165,74 @@ impl<'a, D: Device> Work<'a, D> {
         }
     }
 
-    /// Adds this pass's rows to a sum.
+    /// Adds this pass's rows to a sum, which the first pass sets.
     fn add(&self, rows: &D::Buffer, sum: &mut D::Buffer, width: usize) -> Result<()> {
         let dst = RowsMut::packed(sum, self.first, width);
-        self.model.device.copy(
-            Rows::packed(rows, 0, width),
-            dst,
-            self.rows,
-            width,
-            Fold::Add,
-        )
+        let src = Rows::packed(rows, 0, width);
+        let fold = self.fold();
+        self.model.device.copy(src, dst, self.rows, width, fold)
     }
 
-    /// A product's input gradient, fresh.
-    fn input_grad(&self, d_y: &D::Buffer, tensor: usize, widths: [usize; 2]) -> Result<D::Buffer> {
-        let [out, inner] = widths;
-        let mut d_x = self
-            .model
-            .device
-            .empty(Kind::Activation, self.rows * inner)?;
-        let (src, dst) = (
-            Rows::packed(d_y, 0, out),
-            RowsMut::packed(&mut d_x, 0, inner),
-        );
-        let weight = self.model.weights.matrix(tensor);
-        self.model
-            .device
-            .linear_input_grad(src, self.rows, weight, dst, Fold::Set)?;
-        Ok(d_x)
+    fn fold(&self) -> Fold {
+        match self.pass.own_loss {
+            true => Fold::Set,
+            false => Fold::Add,
+        }
+    }
+
+    /// Rows of this pass's own, to be added to a sum; none where it is the first: it writes the sum.
+    fn own(&self, width: usize) -> Result<Option<D::Buffer>> {
+        let own = (!self.pass.own_loss).then(|| {
+            let device = &self.model.device;
+            device.empty(Kind::Activation, self.rows * width)
+        });
+        own.transpose()
+    }
+
+    /// Where rows go that are [`Work::own`] or the sum's.
+    fn target<'b>(
+        &self,
+        own: &'b mut Option<D::Buffer>,
+        sum: &'b mut D::Buffer,
+        width: usize,
+    ) -> RowsMut<'b, D::Buffer> {
+        match own {
+            Some(own) => RowsMut::packed(own, 0, width),
+            None => RowsMut::packed(sum, self.first, width),
+        }
+    }
+
+    /// The rows written to [`Work::target`], after the sum has them.
+    fn summed<'b>(
+        &self,
+        own: &'b Option<D::Buffer>,
+        sum: &'b mut D::Buffer,
+        width: usize,
+    ) -> Result<Rows<'b, D::Buffer>> {
+        match own {
+            Some(own) => {
+                self.add(own, sum, width)?;
+                Ok(Rows::packed(own, 0, width))
+            }
+            None => Ok(Rows::packed(sum, self.first, width)),
+        }
+    }
+
+    /// A product's input gradient.
+    fn input_grad(
+        &self,
+        d_y: Rows<'_, D::Buffer>,
+        tensor: usize,
+        d_x: RowsMut<'_, D::Buffer>,
+    ) -> Result<()> {
+        let (device, weight) = (&self.model.device, self.model.weights.matrix(tensor));
+        device.linear_input_grad(d_y, self.rows, weight, d_x, Fold::Set)
     }
 
     /// Adds a norm's input gradient to `d`.
     fn norm_grad(
         &self,
-        d_y: &D::Buffer,
+        d_y: Rows<'_, D::Buffer>,
         x: &D::Buffer,
         rstd: &D::Buffer,
         tensor: usize,
@@ -205,7 +240,7 @@ impl<'a, D: Device> Work<'a, D> {
     ) -> Result<()> {
         let hidden = self.model.config.hidden_size;
         self.model.device.rms_norm_grad(
-            Rows::packed(d_y, 0, hidden),
+            d_y,
             Rows::packed(x, self.first, hidden),
             Rows::packed(rstd, self.first, 1),
             self.rows,
@@ -220,33 +255,40 @@ impl<'a, D: Device> Work<'a, D> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (_, derived, sums) = group.layers[l].parts();
         self.add(d, &mut sums.d_next, hidden)?;
-        let d_act = self.input_grad(d, index::down(l), [hidden, inner])?;
-        let mut d_gate_up = device.empty(Kind::Activation, self.rows * 2 * inner)?;
+        let mut d_act = device.empty(Kind::Activation, self.rows * inner)?;
+        let dst = RowsMut::packed(&mut d_act, 0, inner);
+        self.input_grad(Rows::packed(d, 0, hidden), index::down(l), dst)?;
+        let mut own = self.own(2 * inner)?;
         device.swiglu_grad(
             Rows::packed(&d_act, 0, inner),
             Rows::packed(&derived.gate_up, self.first, 2 * inner),
             self.rows,
             inner,
-            RowsMut::packed(&mut d_gate_up, 0, 2 * inner),
+            self.target(&mut own, &mut sums.d_gate_up, 2 * inner),
         )?;
-        self.add(&d_gate_up, &mut sums.d_gate_up, 2 * inner)?;
-        let d_normed = self.input_grad(&d_gate_up, index::gate_up(l), [2 * inner, hidden])?;
-        self.add(&d_normed, &mut sums.d_mid_normed, hidden)?;
+        let d_gate_up = self.summed(&own, &mut sums.d_gate_up, 2 * inner)?;
+        let mut own = self.own(hidden)?;
+        let dst = self.target(&mut own, &mut sums.d_mid_normed, hidden);
+        self.input_grad(d_gate_up, index::gate_up(l), dst)?;
+        let d_normed = self.summed(&own, &mut sums.d_mid_normed, hidden)?;
         let (x, rstd) = (&derived.mid, &derived.mid_rstd);
-        self.norm_grad(&d_normed, x, rstd, index::mlp_norm(l), d)?;
+        self.norm_grad(d_normed, x, rstd, index::mlp_norm(l), d)?;
         self.add(d, &mut sums.d_mid, hidden)
     }
 
-    /// From the residual stream after attention to q, k, v before rotation.
+    /// From the residual stream after attention to q, k, v before rotation, as in [`Work::own`].
     fn attention(
         &self,
         l: usize,
         group: &mut Group<D>,
         arrivals: &mut Arrivals<D>,
         d: &D::Buffer,
-    ) -> Result<D::Buffer> {
-        let widths = [self.model.config.hidden_size, self.plan.q_width()];
-        let d_attended = self.input_grad(d, index::output(l), widths)?;
+    ) -> Result<Option<D::Buffer>> {
+        let (hidden, q_width) = (self.model.config.hidden_size, self.plan.q_width());
+        let device = &self.model.device;
+        let mut d_attended = device.empty(Kind::Activation, self.rows * q_width)?;
+        let dst = RowsMut::packed(&mut d_attended, 0, q_width);
+        self.input_grad(Rows::packed(d, 0, hidden), index::output(l), dst)?;
         self.attention_op(l, group, &d_attended, arrivals)
     }
 
@@ -255,28 +297,30 @@ impl<'a, D: Device> Work<'a, D> {
         &self,
         l: usize,
         group: &mut Group<D>,
-        d_qkv: &D::Buffer,
+        d_qkv: &Option<D::Buffer>,
         d: &mut D::Buffer,
     ) -> Result<()> {
         let hidden = self.model.config.hidden_size;
         let width = self.plan.q_width() + 2 * self.plan.kv_width();
         let (tape, derived, sums) = group.layers[l].parts();
-        self.add(d_qkv, &mut sums.d_qkv, width)?;
-        let d_normed = self.input_grad(d_qkv, index::qkv(l), [width, hidden])?;
-        self.add(&d_normed, &mut sums.d_x_normed, hidden)?;
+        let d_qkv = self.summed(d_qkv, &mut sums.d_qkv, width)?;
+        let mut own = self.own(hidden)?;
+        let dst = self.target(&mut own, &mut sums.d_x_normed, hidden);
+        self.input_grad(d_qkv, index::qkv(l), dst)?;
+        let d_normed = self.summed(&own, &mut sums.d_x_normed, hidden)?;
         let (x, rstd) = (&tape.x, &derived.x_rstd);
-        self.norm_grad(&d_normed, x, rstd, index::attention_norm(l), d)
+        self.norm_grad(d_normed, x, rstd, index::attention_norm(l), d)
     }
 
-    /// The operation's backward; returns the gradient of q, k, v before rotation and sends the
-    /// prior's on.
+    /// The operation's backward; returns the gradient of q, k, v before rotation, as in [`Work::own`],
+    /// and sends the prior's on.
     fn attention_op(
         &self,
         l: usize,
         group: &mut Group<D>,
         d_attended: &D::Buffer,
         arrivals: &mut Arrivals<D>,
-    ) -> Result<D::Buffer> {
+    ) -> Result<Option<D::Buffer>> {
         let (device, plan) = (&self.model.device, self.plan);
         let (heads, q_width, kv_width) = (plan.heads, plan.q_width(), plan.kv_width());
         let spans: Vec<SlotSpan> = group.step.spans[self.spans.clone()]
@@ -326,12 +370,26 @@ impl<'a, D: Device> Work<'a, D> {
             to,
             spans.len(),
             heads.q,
-            Fold::Add,
+            self.fold(),
+        )?;
+        let stride = q_width + 2 * kv_width;
+        let mut own = self.own(stride)?;
+        let angles = group.step.angles(plan);
+        device.join_qkv(
+            [
+                Rows::packed(&d_q, 0, q_width),
+                Rows::packed(&d_k, 0, kv_width),
+                Rows::packed(&d_v, 0, kv_width),
+            ],
+            heads,
+            group.slots.tables(),
+            &angles[self.first..self.first + self.rows],
+            self.target(&mut own, &mut sums.d_qkv, stride),
         )?;
         if send {
             self.send(group, &d_prior, arrivals)?;
         }
-        self.stack(group, [&d_q, &d_k, &d_v])
+        Ok(own)
     }
 
     /// Writes the rows of `src`, rotated back by `angles`, to `dst`.
@@ -346,28 +404,6 @@ impl<'a, D: Device> Work<'a, D> {
         let (tables, dim) = (group.slots.tables(), self.plan.heads.dim);
         let device = &self.model.device;
         device.rope(src, dst, heads, dim, tables, angles, true, Fold::Set)
-    }
-
-    /// Gradients before rotation, stacked as q, k, v.
-    fn stack(&self, group: &Group<D>, [d_q, d_k, d_v]: [&D::Buffer; 3]) -> Result<D::Buffer> {
-        let (device, plan) = (&self.model.device, self.plan);
-        let (heads, q_width, kv_width) = (plan.heads, plan.q_width(), plan.kv_width());
-        let stride = q_width + 2 * kv_width;
-        let mut d_qkv = device.empty(Kind::Activation, self.rows * stride)?;
-        let angles = group.step.angles(plan);
-        let angles = &angles[self.first..self.first + self.rows];
-        let (q, k, v) = (
-            Rows::packed(d_q, 0, q_width),
-            Rows::packed(d_k, 0, kv_width),
-            Rows::packed(d_v, 0, kv_width),
-        );
-        let dst = RowsMut::packed(&mut d_qkv, 0, stride);
-        self.unrotate(group, q, dst, heads.q, angles)?;
-        let dst = RowsMut::packed(&mut d_qkv, 0, stride).column(q_width);
-        self.unrotate(group, k, dst, heads.kv, angles)?;
-        let dst = RowsMut::packed(&mut d_qkv, 0, stride).column(q_width + kv_width);
-        device.copy(v, dst, self.rows, kv_width, Fold::Set)?;
-        Ok(d_qkv)
     }
 
     /// Leaves each span's prior gradient for the segment before.
@@ -403,12 +439,14 @@ impl<'a, D: Device> Work<'a, D> {
     /// Adds what arrived from the next segment to the tail's keys and values.
     fn receive(
         &self,
-        group: &Group<D>,
+        l: usize,
+        group: &mut Group<D>,
         arrivals: &mut Arrivals<D>,
-        d_qkv: &mut D::Buffer,
+        d_qkv: &mut Option<D::Buffer>,
     ) -> Result<()> {
         let (rows, width) = (self.plan.prior_len, self.plan.kv_width());
-        let k_column = self.plan.q_width();
+        let (k_column, stride) = (self.plan.q_width(), self.plan.q_width() + 2 * width);
+        let (_, _, sums) = group.layers[l].parts();
         let spans = &group.step.spans[self.spans.clone()];
         for (span, (segment, sequence)) in spans.iter().zip(&self.places) {
             let key = (self.pass.stream, *segment, *sequence);
@@ -417,7 +455,8 @@ impl<'a, D: Device> Work<'a, D> {
             };
             let tail = span.rows.row - self.first + span.rows.rows - rows;
             for (src, column) in [(&k, k_column), (&v, k_column + width)] {
-                let dst = RowsMut::packed(d_qkv, tail, k_column + 2 * width).column(column);
+                let dst = self.target(d_qkv, &mut sums.d_qkv, stride);
+                let dst = dst.column(tail * stride + column);
                 let src = Rows::packed(src, 0, width);
                 self.model.device.copy(src, dst, rows, width, Fold::Add)?;
             }

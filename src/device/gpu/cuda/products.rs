@@ -16,7 +16,7 @@ use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
 use super::super::bytes_of;
-use super::super::driver::{Operand, Product};
+use super::super::driver::{Operand, Plus, Product};
 use super::failed;
 use crate::cuda::{Error, driver_error};
 use crate::device::Kind;
@@ -53,7 +53,8 @@ struct Shape {
     transposed: [bool; 2],
     strides: [usize; 3],
     c_kind: Kind,
-    add: bool,
+    /// Elements between rows of what is added, if anything is.
+    plus: Option<usize>,
 }
 
 /// The algorithm for up to so many rows.
@@ -130,7 +131,7 @@ impl Products {
             transposed: [product.a.transposed, product.b.transposed],
             strides: [product.a.stride, product.b.stride, product.c_stride],
             c_kind: product.c_kind,
-            add: product.add,
+            plus: added(product).map(|(_, stride)| stride),
         };
         let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
         let ranges = match chosen.entry(shape) {
@@ -226,7 +227,10 @@ impl Products {
             ),
             (
                 Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                alignment(bytes_of(product.c_kind), product.c_stride),
+                alignment(
+                    bytes_of(product.c_kind),
+                    added(product).map_or(product.c_stride, |(_, stride)| stride),
+                ),
             ),
             (
                 Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
@@ -245,7 +249,7 @@ impl Products {
                 call.a.0,
                 call.b.0,
                 call.c.0,
-                call.c.0,
+                call.d.0,
                 preference.0,
                 CANDIDATES as i32,
                 found.as_mut_ptr().cast(),
@@ -278,8 +282,10 @@ impl Products {
         range: &Range,
     ) -> Result<(), Error> {
         let call = Call::new(product)?;
-        let (alpha, beta) = (1f32, f32::from(u8::from(product.add)));
-        let c = product.c as *mut c_void;
+        let plus = added(product);
+        let (alpha, beta) = (1f32, f32::from(u8::from(plus.is_some())));
+        let d = product.c as *mut c_void;
+        let c = plus.map_or(d, |(address, _)| address as *mut c_void);
         // SAFETY: the caller's promise; row-major matrices are column-major ones transposed, so b comes first.
         let status = unsafe {
             sys::cublasLtMatmul(
@@ -291,10 +297,10 @@ impl Products {
                 product.a.address as *const c_void,
                 call.b.0,
                 std::ptr::from_ref(&beta).cast(),
-                c,
+                c.cast_const(),
                 call.c.0,
-                c,
-                call.c.0,
+                d,
+                call.d.0,
                 &range.algorithm,
                 self.workspace as *mut c_void,
                 range.workspace,
@@ -357,6 +363,10 @@ impl Check {
             },
             c: memory[2].0,
             c_stride: n,
+            plus: match product.plus {
+                Plus::Nothing => Plus::Nothing,
+                Plus::Itself | Plus::Rows { .. } => Plus::Itself,
+            },
             ..*product
         };
         let mut check = Self {
@@ -433,18 +443,28 @@ fn allocate(bytes: usize) -> Result<u64, Error> {
         .map_err(|e| driver_error("allocating memory for products", e))
 }
 
+/// Address and stride of what a product is added to.
+fn added(product: &Product) -> Option<(u64, usize)> {
+    match product.plus {
+        Plus::Nothing => None,
+        Plus::Itself => Some((product.c, product.c_stride)),
+        Plus::Rows { address, stride } => Some((address, stride)),
+    }
+}
+
 /// What every address of a matrix is a multiple of: its rows begin anywhere.
 fn alignment(element: usize, stride: usize) -> u32 {
     let bytes = element * stride;
     (1u32 << bytes.trailing_zeros().min(4)).max(element as u32)
 }
 
-/// cuBLASLt's descriptors of a product.
+/// cuBLASLt's descriptors of a product: `d = a b + c` in its names.
 struct Call {
     product: Description,
     a: MatrixLayout,
     b: MatrixLayout,
     c: MatrixLayout,
+    d: MatrixLayout,
 }
 
 impl Call {
@@ -465,6 +485,7 @@ impl Call {
             };
             MatrixLayout::new(kind, rows, columns, stride)
         };
+        let c_stride = added(product).map_or(product.c_stride, |(_, stride)| stride);
         let description = Description::new()?;
         // CUBLAS_OP_N and CUBLAS_OP_T.
         let operation = |transposed: bool| i32::from(transposed);
@@ -480,7 +501,8 @@ impl Call {
             product: description,
             a: layout(bf16, b.transposed, k, n, b.stride)?,
             b: layout(bf16, a.transposed, m, k, a.stride)?,
-            c: layout(c_type, false, m, n, product.c_stride)?,
+            c: layout(c_type, false, m, n, c_stride)?,
+            d: layout(c_type, false, m, n, product.c_stride)?,
         })
     }
 }
