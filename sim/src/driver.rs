@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use half::bf16;
 use segattn::attention::cuda::{Error, Launch, Launcher};
 use segattn::device::gpu::{self, Operand, Plus, Product};
-use segattn::device::{DeviceError, Kind};
+use segattn::device::{DeviceError, Kind, OutOfMemory};
 
 use crate::gpu::{Checks, Gpu};
 use crate::launcher::{Kernels, Stream};
@@ -28,6 +28,8 @@ pub struct Driver {
 struct Memory {
     gpu: Gpu,
     checks: Checks,
+    /// Bytes of device memory that are left.
+    left: usize,
 }
 
 impl Driver {
@@ -37,13 +39,32 @@ impl Driver {
             gpu: Mutex::new(Memory {
                 gpu: Gpu::new(seed, checks),
                 checks,
+                left: usize::MAX,
             }),
             kernels: Kernels::new(kernels),
         }
     }
 
+    /// From now on `bytes` bytes of device memory are left; at first there is no end of it, as of the host's.
+    pub fn leave(&self, bytes: usize) {
+        self.lock().left = bytes;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Memory> {
         self.gpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Memory {
+    fn buffer(&mut self, name: &str, bytes: usize) -> Option<u64> {
+        let buffer = self.gpu.alloc(name, bytes).ok()?;
+        Some(buffer.address() as u64)
+    }
+
+    fn free(&mut self, address: u64, bytes: usize) {
+        if let Some((buffer, _)) = self.gpu.locate(address as usize, bytes) {
+            self.gpu.free(buffer);
+        }
     }
 }
 
@@ -69,16 +90,31 @@ impl gpu::Driver for Driver {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
-        let buffer = self.lock().gpu.alloc("buffer", bytes);
-        let buffer = buffer.map_err(|_| DeviceError::OutOfMemory { bytes })?;
-        Ok(buffer.address() as u64)
+        let memory = &mut *self.lock();
+        let left = memory.left.checked_sub(bytes);
+        let address = left.and_then(|_| memory.buffer("buffer", bytes));
+        let address = address.ok_or_else(|| OutOfMemory::device(bytes))?;
+        memory.left -= bytes;
+        Ok(address)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
-        let gpu = &mut self.lock().gpu;
-        if let Some((buffer, _)) = gpu.locate(address as usize, bytes) {
-            gpu.free(buffer);
-        }
+        let memory = &mut *self.lock();
+        memory.free(address, bytes);
+        memory.left += bytes;
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError> {
+        let address = self.lock().buffer("host buffer", bytes);
+        address.ok_or_else(|| OutOfMemory::pinned(bytes).into())
+    }
+
+    unsafe fn free_host(&self, address: u64, bytes: usize) {
+        self.lock().free(address, bytes);
+    }
+
+    fn free_memory(&self) -> Result<usize, Error> {
+        Ok(self.lock().left)
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error> {

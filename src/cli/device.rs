@@ -12,7 +12,7 @@ use segattn::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use segattn::device::gpu::cuda::{Choice, Cuda};
 #[cfg(feature = "cuda")]
-use segattn::device::gpu::{DryRun, Gpu};
+use segattn::device::gpu::{Driver, DryRun, Gpu};
 
 /// A device by name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -89,7 +89,8 @@ impl Planned for Gpu<Cuda> {
     fn plan(&self, run: impl FnOnce(Self::Dry) -> Result<()>) -> Result<()> {
         let dry = Gpu::new(DryRun::new(self.driver().shared_kernels().clone(), None));
         run(dry.clone())?;
-        let (needed, gib) = (dry.memory_use().high_water, f64::from(1 << 30));
+        let (planned, gib) = (dry.memory_use(), f64::from(1 << 30));
+        let needed = planned.buffers.high_water + planned.pool.high_water;
         let free = self.driver().free_memory()?;
         ensure!(
             needed <= free,
@@ -99,6 +100,6 @@ impl Planned for Gpu<Cuda> {
             free as f64 / gib
         );
         tracing::info!("device memory: {:.3} GiB", needed as f64 / gib);
-        Ok(self.reserve(needed)?)
+        Ok(self.reserve(&planned)?)
     }
 }

@@ -12,6 +12,7 @@
 
 pub mod bindings;
 pub mod cpu;
+mod error;
 pub mod gpu;
 pub mod reference;
 mod runs;
@@ -20,9 +21,10 @@ mod types;
 
 use std::ops::Range;
 
+pub use error::{DeviceError, OutOfMemory, Purpose};
 pub use types::{
-    AdamW, Attention, AttentionGrad, DeviceError, Fold, GradTensor, Heads, KeyStore, Kind,
-    PastHeads, Pick, Probes, Rows, RowsMut, SegmentCache, SlotSpan, Update,
+    AdamW, Attention, AttentionGrad, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads, Pick,
+    Probes, Rows, RowsMut, SegmentCache, SlotSpan, Update,
 };
 
 /// Results of device calls.

@@ -1,26 +1,5 @@
 //! Arguments of [`Device`](super::Device) calls: views, the attention call, retrieval, the update.
 
-use thiserror::Error;
-
-/// A device call that could not be carried out.
-#[derive(Debug, Error)]
-pub enum DeviceError {
-    /// Memory could not be had.
-    #[error(
-        "out of memory: {bytes} more bytes were asked for; lower `segments_per_step` or `batch`"
-    )]
-    OutOfMemory {
-        /// Bytes asked for.
-        bytes: usize,
-    },
-    /// The GPU's driver or kernels failed.
-    #[error(transparent)]
-    Gpu(#[from] crate::attention::cuda::Error),
-    /// The attention call was refused.
-    #[error(transparent)]
-    Attention(#[from] crate::attention::Error),
-}
-
 /// What a buffer's numbers are for, which decides their precision on devices that have several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {

@@ -5,7 +5,7 @@
 //! Row-major weights stack by concatenation, so a stacked tensor is its parts one after the other.
 
 use super::config::ModelConfig;
-use crate::device::{Device, Result};
+use crate::device::{Device, Purpose, Result};
 
 /// What a tensor is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,7 +219,8 @@ impl<D: Device> Weights<D> {
             let buffer = values(i)?;
             Ok(match spec.role {
                 Role::Matrix { out, inner } => {
-                    Weight::Matrix(device.matrix(&buffer, out, inner, training)?)
+                    let matrix = device.matrix(&buffer, out, inner, training);
+                    Weight::Matrix(matrix.map_err(|e| e.wanted_for(Purpose::Weights))?)
                 }
                 Role::Norm { .. } => Weight::Vector(buffer),
                 Role::Gate { len } => Weight::Gate(device.read(&buffer, 0..len)?),

@@ -6,7 +6,7 @@
 
 use super::decoder::{Decoder, Forward, Step};
 use super::state::{Plan, SequenceState, Slots};
-use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut};
+use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
 
 /// Tokens for one sequence of a session.
 #[derive(Debug, Clone, Copy)]
@@ -112,10 +112,12 @@ impl<'m, D: Device> Session<'m, D> {
     }
 
     /// Reads tokens; returns the log-probabilities of each feed's targets, in the feeds' order.
-    /// Each sequence may be fed once a call, and not beyond the session's longest length.
+    /// Each sequence may be fed once a call, and not beyond the session's longest length. After an error what the
+    /// fed sequences have read is lost.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         let device = &self.model.device;
-        device.together(|| self.feed_all(feeds))
+        let fed = device.together(|| self.feed_all(feeds));
+        fed.map_err(|error| error.wanted_for(Purpose::Activations))
     }
 
     fn feed_all(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {

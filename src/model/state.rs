@@ -4,7 +4,8 @@
 use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::device::{
-    Device, Fold, Heads, Kind, PastHeads, Pick, Probes, Result, Rows, RowsMut, SegmentCache,
+    Device, DeviceError, Fold, Heads, Kind, PastHeads, Pick, Probes, Purpose, Result, Rows,
+    RowsMut, SegmentCache,
 };
 
 /// Which KV heads of a layer read what, and their sizes.
@@ -166,7 +167,9 @@ impl<D: Device> Slots<D> {
                 .transpose()?;
             Ok(LayerSlots { kv, probes })
         };
-        let layers = plan.reads.iter().map(layer).collect::<Result<_>>()?;
+        let short = |error: DeviceError| error.wanted_for(Purpose::Segments);
+        let layers = plan.reads.iter().map(layer).collect::<Result<_>>();
+        let layers = layers.map_err(short)?;
         let origin = plan.origin() as i64;
         let tables = Rope::new(config).tables(-origin..room as i64);
         let upload = |values: &[f32]| -> Result<D::Buffer> {
@@ -178,8 +181,8 @@ impl<D: Device> Slots<D> {
             layers,
             count,
             room,
-            cos: upload(&tables.cos_f32)?,
-            sin: upload(&tables.sin_f32)?,
+            cos: upload(&tables.cos_f32).map_err(short)?,
+            sin: upload(&tables.sin_f32).map_err(short)?,
         })
     }
 
@@ -231,8 +234,9 @@ impl<D: Device> SequenceState<D> {
                     .transpose()?,
             })
         };
+        let layers = plan.reads.iter().map(layer).collect::<Result<_>>();
         Ok(Self {
-            layers: plan.reads.iter().map(layer).collect::<Result<_>>()?,
+            layers: layers.map_err(|error| error.wanted_for(Purpose::Segments))?,
         })
     }
 }

@@ -20,7 +20,7 @@ use super::decoder::Decoder;
 use super::error::{ModelError, NameList, WeightsError};
 use super::files;
 use super::parameters::{Role, TensorSpec, Weights, specs};
-use crate::device::{Device, Kind};
+use crate::device::{Device, Kind, Purpose};
 use header::{Entry, Format, Header, malformed, shown};
 use index::Index;
 pub use initial::{Initial, initial};
@@ -265,7 +265,8 @@ impl Checkpoint {
         let specs = specs(&config);
         let upload = |i: usize| -> Result<D::Buffer, ModelError> {
             let values = self.read(&specs[i])?;
-            let mut buffer = device.empty(Kind::Exact, values.len())?;
+            let buffer = device.empty(Kind::Exact, values.len());
+            let mut buffer = buffer.map_err(|error| error.wanted_for(Purpose::Weights))?;
             device.write(&mut buffer, 0, &values)?;
             Ok(buffer)
         };

@@ -22,7 +22,7 @@ pub use weight_grads::Gradients;
 
 use pass::{Arrivals, LayerSums, Pass, StreamId, Work};
 
-use crate::device::{Device, Kind, Result, Rows, RowsMut};
+use crate::device::{Device, Kind, Purpose, Result, Rows, RowsMut};
 use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
 use crate::model::state::{Plan, SequenceState, Slots};
@@ -101,7 +101,8 @@ pub fn accumulate<D: Device>(
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
     let device = &model.device;
-    device.together(|| run(model, sequences, config, scale, gradients))
+    let scored = device.together(|| run(model, sequences, config, scale, gradients));
+    scored.map_err(|error| error.wanted_for(Purpose::Backward))
 }
 
 /// [`accumulate`], call by call.

@@ -12,7 +12,7 @@ use super::optimizer::{MIN_GATE, decays};
 use super::progress::{Progress, Tensors};
 use super::schedule::Schedule;
 use super::streams::{Gradients, StreamConfig, accumulate};
-use crate::device::{AdamW, Device, GradTensor, Kind};
+use crate::device::{AdamW, Device, GradTensor, Kind, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, TensorSpec, specs};
@@ -308,7 +308,8 @@ impl<D: Device> Trainer<D> {
 }
 
 fn buffer<D: Device>(device: &D, values: &[f32]) -> Result<D::Buffer> {
-    let mut buffer = device.empty(Kind::Exact, values.len())?;
+    let buffer = device.empty(Kind::Exact, values.len());
+    let mut buffer = buffer.map_err(|error| error.wanted_for(Purpose::Optimizer))?;
     device.write(&mut buffer, 0, values)?;
     Ok(buffer)
 }

@@ -48,10 +48,10 @@ fn memory_is_given_back() {
     for _ in 0..3 {
         drop(gpu.zeros(Kind::Activation, 1000).unwrap());
     }
-    let memory = gpu.memory_use();
+    let memory = gpu.memory_use().buffers;
     assert_eq!((memory.used, memory.peak), (400, 2400));
     drop(held);
-    assert_eq!(gpu.memory_use().used, 0);
+    assert_eq!(gpu.memory_use().buffers.used, 0);
 }
 
 /// Rows with gaps, between all kinds, set and added, by vectors and one by one.

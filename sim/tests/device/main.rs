@@ -4,3 +4,4 @@ mod buffers;
 mod common;
 mod memory;
 mod model;
+mod pool;

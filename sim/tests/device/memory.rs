@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::common::{config, gpu, model, tokens, values};
-use segattn::device::gpu::{Driver, DryRun, Gpu};
-use segattn::device::{Device, DeviceError};
+use segattn::device::gpu::{Driver, DryRun, Gpu, Held, MemoryUse};
+use segattn::device::{Device, DeviceError, Purpose};
 use segattn::model::session::score;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn_sim::{Checks, Kernels};
 
-fn dry(bytes: Option<usize>) -> Gpu<DryRun<Kernels>> {
+/// A dry run on the project's kernels, with so much memory.
+pub fn dry(bytes: Option<usize>) -> Gpu<DryRun<Kernels>> {
     let kernels = Kernels::new(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels"));
     Gpu::new(DryRun::new(Arc::new(kernels), bytes))
 }
@@ -30,52 +31,72 @@ fn work<D: Device + Clone>(device: &D) -> Result<(), DeviceError> {
     accumulate(&model, &[sequence], streams, 1.0, &mut gradients).map(|_| ())
 }
 
-fn needed() -> usize {
+fn needed() -> MemoryUse {
     let gpu = dry(None);
     work(&gpu).expect("a dry run");
-    gpu.memory_use().high_water
+    gpu.memory_use()
+}
+
+/// A device of `bytes` bytes, all of it taken as planned, but for `less` bytes of buffers.
+fn planned(planned: MemoryUse, less: usize) -> Gpu<DryRun<Kernels>> {
+    let high_water = planned.buffers.high_water - less;
+    let buffers = Held {
+        high_water,
+        ..planned.buffers
+    };
+    let gpu = dry(Some(high_water + planned.pool.high_water));
+    gpu.reserve(&MemoryUse { buffers, ..planned })
+        .expect("all of it");
+    gpu
 }
 
 #[test]
-fn a_region_of_the_planned_size_is_enough_and_a_smaller_one_is_not() {
-    let bytes = needed();
-    work(&dry(Some(bytes))).expect("a run in as much as was planned");
-    let refused = work(&dry(Some(bytes - 256))).expect_err("too little");
-    assert!(
-        matches!(refused, DeviceError::OutOfMemory { .. }),
-        "{refused}"
-    );
+fn memory_of_the_planned_size_is_enough_and_less_is_not() {
+    let needed = needed();
+    assert!(needed.buffers.high_water > 0 && needed.pool.high_water > 0);
+    work(&planned(needed, 0)).expect("a run in as much as was planned");
+    let refused = work(&planned(needed, 256)).expect_err("too little");
+    let DeviceError::OutOfMemory(out) = refused else {
+        panic!("{refused}");
+    };
+    assert_eq!((out.purpose, out.free), (Some(Purpose::Backward), Some(0)));
+    assert_eq!(out.held, needed.buffers.high_water - 256);
 }
 
 /// The same requests: a block is rounded up to 256 bytes where blocks share a region, and not on the simulated GPU.
 #[test]
 fn a_run_holds_what_its_dry_run_held() {
-    let planned = dry(None);
-    work(&planned).expect("a dry run");
+    let planned = needed();
     let real = gpu(1, Checks::None);
     work(&real).expect("a run");
-    let (planned, real) = (planned.memory_use(), real.memory_use());
-    assert!(
-        real.peak <= planned.peak,
-        "{} of {}",
-        real.peak,
-        planned.peak
-    );
-    // Some hundred blocks are alive at once.
-    assert!(
-        planned.peak <= real.peak + 500 * 256,
-        "{} of {}",
-        planned.peak,
-        real.peak
-    );
-    assert_eq!((planned.used, real.used), (0, 0));
+    let real = real.memory_use();
+    for (planned, real) in [
+        (planned.buffers, real.buffers),
+        (planned.pool, real.pool),
+        (planned.host, real.host),
+    ] {
+        assert!(
+            real.peak <= planned.peak,
+            "{} of {}",
+            real.peak,
+            planned.peak
+        );
+        // Some hundred blocks are alive at once.
+        assert!(
+            planned.peak <= real.peak + 500 * 256,
+            "{} of {}",
+            planned.peak,
+            real.peak
+        );
+        assert_eq!((planned.used, real.used), (0, 0));
+    }
 }
 
 #[test]
 fn a_device_that_has_reserved_does_not_ask_again() {
-    let gpu = dry(Some(1 << 30));
-    gpu.reserve(1 << 30).expect("all of it");
+    let gpu = planned(needed(), 0);
     assert!(gpu.driver().allocate(256).is_err());
+    let before = gpu.memory_use().on_device();
     work(&gpu).expect("a run");
-    assert_eq!(gpu.memory_use().reserved, 1 << 30);
+    assert_eq!(gpu.memory_use().on_device(), before);
 }

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use bytemuck::{Pod, Zeroable};
 
 use super::idle;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, OutOfMemory};
 
 /// Two cache lines, one row of a panel: gives the allocation its alignment.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -52,7 +52,7 @@ impl Buffer {
         if lines.try_reserve_exact(count).is_err() {
             idle::failed(count);
             let bytes = count.saturating_mul(size_of::<Line>());
-            return Err(DeviceError::OutOfMemory { bytes });
+            return Err(OutOfMemory::device(bytes).into());
         }
         lines.resize(count, Line::zeroed());
         Ok(Buffer(Aligned { lines, len }))

@@ -34,10 +34,29 @@ pub trait Driver: Debug + Send + Sync {
     /// `address` came from [`Driver::allocate`] with the same `bytes`, and nothing asked from now on uses it.
     unsafe fn free(&self, address: u64, bytes: usize);
 
+    /// Host memory that kernels and copies use as they use the device's, at the same address, over the bus: at a
+    /// multiple of 256 bytes; contents arbitrary.
+    ///
+    /// # Errors
+    /// As [`Driver::allocate`].
+    fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError>;
+
+    /// Gives host memory back, once the stream has passed.
+    ///
+    /// # Safety
+    /// As [`Driver::free`], of [`Driver::allocate_host`].
+    unsafe fn free_host(&self, address: u64, bytes: usize);
+
+    /// Bytes of device memory that nobody has taken.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn free_memory(&self) -> Result<usize, Error>;
+
     /// Writes `bytes` to device memory. They are not read after the call returns.
     ///
     /// # Safety
-    /// `[to, to + bytes.len())` is memory of this device.
+    /// `[to, to + bytes.len())` is memory that this driver allocated.
     ///
     /// # Errors
     /// What the driver says.
@@ -46,7 +65,7 @@ pub trait Driver: Debug + Send + Sync {
     /// Reads device memory, after everything asked before.
     ///
     /// # Safety
-    /// `[from, from + bytes.len())` is memory of this device that has been written.
+    /// `[from, from + bytes.len())` is memory that this driver allocated, and has been written.
     ///
     /// # Errors
     /// What the driver says; also of work asked before.
@@ -61,10 +80,10 @@ pub trait Driver: Debug + Send + Sync {
     /// What the driver says.
     unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), Error>;
 
-    /// Copies bytes on the device; the ranges do not overlap.
+    /// Copies bytes on the device, to its host memory or from there; the ranges do not overlap.
     ///
     /// # Safety
-    /// Both ranges are memory of this device.
+    /// Both ranges are memory that this driver allocated.
     ///
     /// # Errors
     /// What the driver says.

@@ -2,24 +2,26 @@
 //! will make it.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::{Driver, Product};
 use crate::attention::cuda::{Error, Kernels, Launch};
-use crate::device::DeviceError;
+use crate::device::{DeviceError, OutOfMemory};
 
 /// Where its memory begins: no address is null.
 const BASE: u64 = 1 << 20;
+/// A piece of memory where there is no end of it.
+const ENDLESS: usize = 1 << 50;
 
 /// A GPU of some memory on which every call succeeds at once and every number read back is 0.
 ///
-/// [`MemoryUse::high_water`](super::MemoryUse::high_water) after a run is what [`Gpu::reserve`](super::Gpu::reserve)
-/// needs for the same run on a real one.
+/// [`Gpu::memory_use`](super::Gpu::memory_use) after a run is what [`Gpu::reserve`](super::Gpu::reserve) needs for the
+/// same run on a real one.
 pub struct DryRun<K> {
     kernels: Arc<K>,
-    bytes: usize,
-    taken: AtomicBool,
+    bytes: Option<usize>,
+    /// Device memory, and addresses, that have been handed out.
+    taken: Mutex<(usize, u64)>,
 }
 
 impl<K> DryRun<K> {
@@ -27,15 +29,23 @@ impl<K> DryRun<K> {
     pub fn new(kernels: Arc<K>, bytes: Option<usize>) -> Self {
         Self {
             kernels,
-            bytes: bytes.unwrap_or(1 << 50),
-            taken: AtomicBool::new(false),
+            bytes,
+            taken: Mutex::new((0, BASE)),
         }
+    }
+
+    fn taken(&self) -> MutexGuard<'_, (usize, u64)> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn left(&self, taken: usize) -> usize {
+        self.bytes.unwrap_or(usize::MAX).saturating_sub(taken)
     }
 }
 
 impl<K> fmt::Debug for DryRun<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DryRun({} bytes)", self.bytes)
+        write!(f, "DryRun({:?} bytes)", self.bytes)
     }
 }
 
@@ -51,18 +61,36 @@ impl<K: Kernels + Send + Sync> Driver for DryRun<K> {
     }
 
     fn region_bytes(&self) -> usize {
-        self.bytes
+        // What is planned is reserved; beyond it nothing is taken in advance.
+        self.bytes.map_or(ENDLESS, |_| 1)
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
-        // One region is all that there is.
-        if bytes > self.bytes || self.taken.swap(true, Ordering::Relaxed) {
-            return Err(DeviceError::OutOfMemory { bytes });
+        let (taken, address) = &mut *self.taken();
+        if bytes > self.left(*taken) {
+            return Err(OutOfMemory::device(bytes).into());
         }
-        Ok(BASE)
+        *taken += bytes;
+        *address += bytes as u64;
+        Ok(*address - bytes as u64)
     }
 
-    unsafe fn free(&self, _: u64, _: usize) {}
+    unsafe fn free(&self, _: u64, bytes: usize) {
+        self.taken().0 -= bytes;
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError> {
+        let (_, address) = &mut *self.taken();
+        *address += bytes as u64;
+        Ok(*address - bytes as u64)
+    }
+
+    unsafe fn free_host(&self, _: u64, _: usize) {}
+
+    fn free_memory(&self) -> Result<usize, Error> {
+        let taken = self.taken().0;
+        Ok(self.left(taken))
+    }
 
     unsafe fn upload(&self, _: u64, _: &[u8]) -> Result<(), Error> {
         Ok(())

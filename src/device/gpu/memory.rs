@@ -1,14 +1,17 @@
-//! Device memory: regions asked of the driver, cut into blocks by the lowest address that fits.
+//! Memory: regions asked of the driver, cut into blocks by the lowest address that fits.
+//!
+//! There are three arenas: device memory for all buffers but the pools', device memory for pools, which has a budget,
+//! and pinned host memory for what of the pools does not fit there.
 //!
 //! Work on one stream is in order, so a block that is given back can be handed out at once: whoever gets it uses it
 //! after its last user. By the lowest address the same requests lead to the same places in every region that is large
-//! enough; so the highest address of a dry run is how large a region has to be, see [`Memory::high_water`].
+//! enough; so the highest address of a dry run is how large a region has to be, see [`Held::high_water`].
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::Driver;
-use crate::device::Result;
+use crate::device::{DeviceError, Result};
 
 /// Blocks begin at multiples of this: every vector load and tensor map is content with it.
 const ALIGNMENT: usize = 256;
@@ -17,15 +20,30 @@ const ALIGNMENT: usize = 256;
 #[derive(Debug)]
 pub(super) struct Memory<D: Driver> {
     pub driver: D,
-    regions: Mutex<Regions>,
+    arenas: [Mutex<Regions>; 3],
 }
 
-#[derive(Debug, Default)]
+/// The arenas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Device memory.
+    Buffers,
+    /// Device memory of pools.
+    Pool,
+    /// Host memory of pools.
+    Host,
+}
+
+const PLACES: [Place; 3] = [Place::Buffers, Place::Pool, Place::Host];
+
+#[derive(Debug)]
 struct Regions {
     /// By address: bytes, and the free ranges in them by offset.
     all: BTreeMap<u64, Region>,
     used: usize,
     peak: usize,
+    /// The most that may be used.
+    budget: usize,
 }
 
 #[derive(Debug)]
@@ -37,86 +55,183 @@ struct Region {
     high: usize,
 }
 
-/// What a device's memory holds, bytes.
+/// What a device holds, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MemoryUse {
+    /// Device memory of everything but pools.
+    pub buffers: Held,
+    /// Device memory of pools: keys and values of completed tokens, for the heads that read the past.
+    pub pool: Held,
+    /// Pinned host memory of pools.
+    pub host: Held,
+}
+
+/// What an arena of memory holds, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Held {
     /// In buffers now.
     pub used: usize,
-    /// The most there ever were.
+    /// The most there ever were, or since [`Gpu::reset_peaks`](super::Gpu::reset_peaks).
     pub peak: usize,
     /// Taken from the driver.
     pub reserved: usize,
-    /// As `peak`, with what lies unused between buffers: the size a single region needs.
+    /// The most there ever were, with what lies unused between buffers: the size a single region needs.
     pub high_water: usize,
+}
+
+impl MemoryUse {
+    /// Device memory taken from the driver.
+    pub fn on_device(&self) -> usize {
+        self.buffers.reserved + self.pool.reserved
+    }
 }
 
 impl<D: Driver> Memory<D> {
     pub fn new(driver: D) -> Self {
         Self {
             driver,
-            regions: Mutex::default(),
+            arenas: PLACES.map(|_| Mutex::default()),
         }
     }
 
-    /// Takes one region of `bytes` bytes from the driver before any is needed.
-    pub fn reserve(&self, bytes: usize) -> Result<()> {
-        self.lock().add(&self.driver, bytes).map(|_| ())
+    /// Takes device memory from the driver before any is needed: for buffers and for pools, as much as `planned` held.
+    pub fn reserve(self: &Arc<Self>, planned: &MemoryUse) -> Result<()> {
+        for (place, held) in [
+            (Place::Buffers, planned.buffers),
+            (Place::Pool, planned.pool),
+        ] {
+            let mut regions = self.lock(place);
+            let bytes = held.high_water.saturating_sub(regions.held().reserved);
+            if bytes > 0 {
+                self.grow(&mut regions, place, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn limit_pool(&self, bytes: usize) {
+        self.lock(Place::Pool).budget = bytes;
+    }
+
+    pub fn reset_peaks(&self) {
+        for place in PLACES {
+            let mut regions = self.lock(place);
+            regions.peak = regions.used;
+        }
     }
 
     pub fn memory_use(&self) -> MemoryUse {
-        let regions = self.lock();
+        let [buffers, pool, host] = PLACES.map(|place| self.lock(place).held());
         MemoryUse {
-            used: regions.used,
-            peak: regions.peak,
-            reserved: regions.all.values().map(|r| r.bytes).sum(),
-            high_water: regions.all.values().map(|r| r.high).sum(),
+            buffers,
+            pool,
+            host,
         }
     }
 
-    /// A block of at least `bytes` bytes; contents arbitrary.
-    pub fn block(self: &Arc<Self>, bytes: usize) -> Result<Block<D>> {
+    /// A block of at least `bytes` bytes, contents arbitrary; `None` where the arena's budget does not allow it.
+    pub fn block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
         let bytes = bytes.max(1);
         let bytes = match self.driver.region_bytes() {
             // Ends exactly where the buffer ends, so that a byte too far is seen.
             0 => bytes,
             _ => bytes.next_multiple_of(ALIGNMENT),
         };
-        let mut regions = self.lock();
+        let mut regions = self.lock(place);
+        if bytes > regions.budget.saturating_sub(regions.used) {
+            return Ok(None);
+        }
         let address = match regions.take(bytes) {
             Some(address) => address,
             None => {
-                regions.add(&self.driver, bytes.max(self.driver.region_bytes()))?;
+                self.grow(&mut regions, place, bytes.max(self.driver.region_bytes()))?;
                 regions.take(bytes).expect("a new region has room")
             }
         };
         regions.used += bytes;
         regions.peak = regions.peak.max(regions.used);
-        Ok(Block {
+        Ok(Some(Block {
             memory: self.clone(),
+            place,
             address,
             bytes,
-        })
+        }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Regions> {
+    fn grow(&self, regions: &mut Regions, place: Place, bytes: usize) -> Result<()> {
+        let allocated = match place {
+            Place::Buffers | Place::Pool => self.driver.allocate(bytes),
+            Place::Host => self.driver.allocate_host(bytes),
+        };
+        let address = allocated.map_err(|error| match error {
+            DeviceError::OutOfMemory(mut out) => {
+                out.held = regions.held().reserved;
+                out.free = (place != Place::Host)
+                    .then(|| self.driver.free_memory().ok())
+                    .flatten();
+                out.into()
+            }
+            error => error,
+        })?;
+        regions.add(address, bytes);
+        Ok(())
+    }
+
+    /// Gives a region to the driver.
+    ///
+    /// # Safety
+    /// It was of the arena, and there are no blocks in it.
+    unsafe fn release(&self, place: Place, address: u64, bytes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match place {
+                Place::Buffers | Place::Pool => self.driver.free(address, bytes),
+                Place::Host => self.driver.free_host(address, bytes),
+            }
+        }
+    }
+
+    fn lock(&self, place: Place) -> MutexGuard<'_, Regions> {
         // A panic elsewhere leaves the map as it was: it is changed in one go.
-        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
+        let arena = &self.arenas[place as usize];
+        arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<D: Driver> Drop for Memory<D> {
     fn drop(&mut self) {
-        let regions = std::mem::take(&mut self.lock().all);
-        for (address, region) in regions {
-            // SAFETY: the region is the driver's, and blocks hold the memory alive: there are none.
-            unsafe { self.driver.free(address, region.bytes) };
+        for place in PLACES {
+            let regions = std::mem::take(&mut self.lock(place).all);
+            for (address, region) in regions {
+                // SAFETY: the region is the arena's, and blocks hold the memory alive: there are none.
+                unsafe { self.release(place, address, region.bytes) };
+            }
+        }
+    }
+}
+
+impl Default for Regions {
+    fn default() -> Self {
+        Self {
+            all: BTreeMap::new(),
+            used: 0,
+            peak: 0,
+            budget: usize::MAX,
         }
     }
 }
 
 impl Regions {
-    fn add(&mut self, driver: &impl Driver, bytes: usize) -> Result<u64> {
-        let address = driver.allocate(bytes)?;
+    fn held(&self) -> Held {
+        Held {
+            used: self.used,
+            peak: self.peak,
+            reserved: self.all.values().map(|r| r.bytes).sum(),
+            high_water: self.all.values().map(|r| r.high).sum(),
+        }
+    }
+
+    fn add(&mut self, address: u64, bytes: usize) {
         let free = BTreeMap::from([(0, bytes)]);
         let region = Region {
             bytes,
@@ -124,7 +239,6 @@ impl Regions {
             high: 0,
         };
         self.all.insert(address, region);
-        Ok(address)
     }
 
     /// The lowest free range of any region that is large enough.
@@ -163,25 +277,32 @@ impl Regions {
     }
 }
 
-/// Bytes of device memory, given back when dropped.
+/// Bytes of memory, given back when dropped.
 #[derive(Debug)]
 pub(super) struct Block<D: Driver> {
     memory: Arc<Memory<D>>,
+    place: Place,
     pub address: u64,
     bytes: usize,
 }
 
+impl<D: Driver> Block<D> {
+    pub fn place(&self) -> Place {
+        self.place
+    }
+}
+
 impl<D: Driver> Drop for Block<D> {
     fn drop(&mut self) {
-        let mut regions = self.memory.lock();
+        let mut regions = self.memory.lock(self.place);
         let empty = regions.give_back(self.address, self.bytes);
         // Where every buffer has a region of its own the driver wants to know that it is gone.
         if self.memory.driver.region_bytes() == 0
             && let Some((address, bytes)) = empty
         {
             regions.all.remove(&address);
-            // SAFETY: the region is the driver's, and this was its only block.
-            unsafe { self.memory.driver.free(address, bytes) };
+            // SAFETY: the region is the arena's, and this was its only block.
+            unsafe { self.memory.release(self.place, address, bytes) };
         }
     }
 }

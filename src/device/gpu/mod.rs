@@ -23,12 +23,12 @@ use std::sync::Arc;
 
 pub use driver::{Driver, Operand, Plus, Product};
 pub use dry::DryRun;
-pub use memory::MemoryUse;
+pub use memory::{Held, MemoryUse};
 pub use past::{PastPool, Picks};
 
 use super::{Kind, Result, Rows, RowsMut};
 use crate::attention::cuda::DeviceSlice;
-use memory::{Block, Memory};
+use memory::{Block, Memory, Place};
 
 /// A GPU. Clones are the same device.
 #[derive(Debug)]
@@ -52,12 +52,25 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
-    /// Takes `bytes` bytes of memory at once, which later buffers lie in.
+    /// Takes device memory at once, which later buffers and pools lie in: as much as `planned`, the use of a
+    /// [`DryRun`], says that they need. Pinned host memory is taken as pools grow.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`](super::DeviceError::OutOfMemory), or what the driver says.
-    pub fn reserve(&self, bytes: usize) -> Result<()> {
-        self.memory.reserve(bytes)
+    pub fn reserve(&self, planned: &MemoryUse) -> Result<()> {
+        self.memory.reserve(planned)
+    }
+
+    /// From now on pools take at most `bytes` bytes of device memory, all sequences and layers together; at first, as
+    /// much as there is. What does not fit lies in pinned host memory, which kernels read over the bus: each
+    /// retrieval reads all keys but only the chosen values, so keys come first. No bit depends on where anything lies.
+    pub fn limit_pool(&self, bytes: usize) {
+        self.memory.limit_pool(bytes);
+    }
+
+    /// Counts [`Held::peak`] from now on.
+    pub fn reset_peaks(&self) {
+        self.memory.reset_peaks();
     }
 
     /// What its memory holds.
@@ -71,7 +84,8 @@ impl<D: Driver> Gpu<D> {
     }
 
     fn block(&self, bytes: usize) -> Result<Block<D>> {
-        self.memory.block(bytes)
+        let block = self.memory.block(Place::Buffers, bytes)?;
+        Ok(block.expect("only pools have a budget"))
     }
 
     /// Memory that holds these values, until it is dropped.
@@ -108,6 +122,11 @@ impl<D: Driver> Buffer<D> {
         assert!(element <= self.len, "element {element} of {}", self.len);
         let base = self.block.as_ref().map_or(0, |b| b.address);
         base + (element * bytes_of(self.kind)) as u64
+    }
+
+    /// Which arena it lies in.
+    fn place(&self) -> Option<Place> {
+        self.block.as_ref().map(Block::place)
     }
 
     /// The buffer from an element on.

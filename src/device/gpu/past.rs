@@ -1,11 +1,16 @@
 //! The pool of past keys and values: a chunk of memory for each segment that was appended; and retrieval from it.
+//!
+//! Chunks lie in device memory as far as its budget goes, keys before values, else in host memory that kernels read
+//! over the bus. Kernels find them by address and know no difference.
 
-use super::memory::Block;
+use super::memory::{Block, Place};
 use super::rows::{Grid, NONE, VECTOR, entry, exact, input, launch, output, pointer};
-use super::{Buffer, Driver, Gpu};
+use super::{Buffer, Driver, Gpu, bytes_of};
 use crate::attention::cuda::{Dtype, Error, File};
 use crate::device::bindings::{SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams};
-use crate::device::{Device, Fold, Kind, PastHeads, Pick, Probes, Result, Rows, RowsMut};
+use crate::device::{
+    Device, DeviceError, Fold, Kind, PastHeads, Pick, Probes, Purpose, Result, Rows, RowsMut,
+};
 
 /// Bytes that an element of a probe takes: three bf16 that add up to it.
 const PROBE_BYTES: usize = 6;
@@ -53,15 +58,60 @@ impl<D: Driver> PastPool<D> {
     /// A new chunk of `rows` tokens.
     fn chunk(&mut self, gpu: &Gpu<D>, rows: usize) -> Result<&mut Chunk<D>> {
         assert_eq!(rows, self.run, "tokens come a run at a time");
-        let len = rows * self.width();
+        let out_of_memory = |error: DeviceError| error.wanted_for(Purpose::Pool);
         let chunk = Chunk {
-            k: gpu.empty(Kind::Activation, len)?,
-            v: gpu.empty(Kind::Activation, len)?,
+            k: self.keys(gpu).map_err(out_of_memory)?,
+            v: values(gpu, rows * self.width()).map_err(out_of_memory)?,
         };
         self.chunks.push(chunk);
         self.tokens += rows;
         Ok(self.chunks.last_mut().expect("just pushed"))
     }
+
+    /// Room for the keys of a chunk. Where there is none left on the device, the oldest values there make it.
+    fn keys(&mut self, gpu: &Gpu<D>) -> Result<Buffer<D>> {
+        let len = self.run * self.width();
+        loop {
+            if let Some(keys) = lying(gpu, Place::Pool, len)? {
+                return Ok(keys);
+            }
+            let mut values = self.chunks.iter_mut().map(|chunk| &mut chunk.v);
+            let Some(oldest) = values.find(|v| v.place() == Some(Place::Pool)) else {
+                return in_host_memory(gpu, len);
+            };
+            let mut moved = in_host_memory(gpu, len)?;
+            let (from, to) = (
+                Rows::packed(oldest, 0, len),
+                RowsMut::packed(&mut moved, 0, len),
+            );
+            gpu.copy(from, to, 1, len, Fold::Set)?;
+            *oldest = moved;
+        }
+    }
+}
+
+/// Room for the values of a chunk.
+fn values<D: Driver>(gpu: &Gpu<D>, len: usize) -> Result<Buffer<D>> {
+    match lying(gpu, Place::Pool, len)? {
+        Some(values) => Ok(values),
+        None => in_host_memory(gpu, len),
+    }
+}
+
+fn in_host_memory<D: Driver>(gpu: &Gpu<D>, len: usize) -> Result<Buffer<D>> {
+    let buffer = lying(gpu, Place::Host, len)?;
+    Ok(buffer.expect("host memory has no budget"))
+}
+
+/// A buffer in an arena, if its budget allows it.
+fn lying<D: Driver>(gpu: &Gpu<D>, place: Place, len: usize) -> Result<Option<Buffer<D>>> {
+    let block = gpu.memory.block(place, len * bytes_of(Kind::Activation))?;
+    Ok(block.map(|block| Buffer {
+        block: Some(block),
+        kind: Kind::Activation,
+        len,
+        half_rows: false,
+    }))
 }
 
 /// Appends `rows` tokens, the `heads` named of rows of `[k, v]`.

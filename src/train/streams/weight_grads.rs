@@ -1,7 +1,7 @@
 //! Gradients of the weights, and how one segment adds its share.
 
 use super::Group;
-use crate::device::{Device, Fold, Kind, Result, Rows, RowsMut, SlotSpan};
+use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut, SlotSpan};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::model::state::Plan;
@@ -19,7 +19,10 @@ pub struct Gradients<D: Device> {
 impl<D: Device> Gradients<D> {
     /// Zeros for every tensor.
     pub fn new(model: &Decoder<D>) -> Result<Self> {
-        let zeros = |role: Role| model.device.zeros(Kind::Exact, role.len());
+        let zeros = |role: Role| {
+            let zeros = model.device.zeros(Kind::Exact, role.len());
+            zeros.map_err(|error| error.wanted_for(Purpose::Optimizer))
+        };
         let tied = model.config.tie_word_embeddings;
         Ok(Self {
             tensors: model

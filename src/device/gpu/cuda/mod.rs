@@ -2,14 +2,15 @@
 
 mod products;
 
+use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::{CudaStream, DriverError, result, sys};
 
 use super::driver::{Driver, Product};
 use crate::attention::cuda::{DriverKernels, DriverStream, Error, Launch, Launcher};
 use crate::cuda::{self, DeviceInfo, driver_error};
-use crate::device::DeviceError;
+use crate::device::{DeviceError, OutOfMemory};
 
 pub use products::Choice;
 use products::Products;
@@ -54,17 +55,6 @@ impl Cuda {
         &self.kernels
     }
 
-    /// Bytes of device memory that nobody has taken.
-    ///
-    /// # Errors
-    /// What the driver says.
-    pub fn free_memory(&self) -> Result<usize, Error> {
-        self.bind()?;
-        let (free, _) = result::mem_get_info()
-            .map_err(|error| driver_error("asking for free memory", error))?;
-        Ok(free)
-    }
-
     fn launcher(&self) -> Result<DriverStream<'_>, Error> {
         self.kernels.on(&self.stream)
     }
@@ -96,10 +86,7 @@ impl Driver for Cuda {
         self.bind()?;
         // SAFETY: what is read was written before: the device's promise.
         let allocated = unsafe { result::malloc_sync(bytes) };
-        allocated.map_err(|error| match driver_error("allocating memory", error) {
-            cuda::Error::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
-            error => Error::from(error).into(),
-        })
+        allocated.map_err(|error| refused("allocating memory", error, OutOfMemory::device(bytes)))
     }
 
     unsafe fn free(&self, address: u64, _: usize) {
@@ -107,6 +94,33 @@ impl Driver for Cuda {
         context.record_err(context.bind_to_thread());
         // SAFETY: the caller's promise; the driver waits for the device first.
         context.record_err(unsafe { result::free_sync(address) });
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError> {
+        self.bind()?;
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: as above.
+        let allocated = unsafe { result::malloc_host(bytes, flags) };
+        // Host and device share addresses on every GPU that the kernels are compiled for.
+        allocated
+            .map(|address| address as u64)
+            .map_err(|error| refused("pinning memory", error, OutOfMemory::pinned(bytes)))
+    }
+
+    unsafe fn free_host(&self, address: u64, _: usize) {
+        let context = self.stream.context();
+        context.record_err(context.bind_to_thread());
+        // Work that was asked for may still use it.
+        context.record_err(context.synchronize());
+        // SAFETY: the caller's promise.
+        context.record_err(unsafe { result::free_host(address as *mut c_void) });
+    }
+
+    fn free_memory(&self) -> Result<usize, Error> {
+        self.bind()?;
+        let (free, _) = result::mem_get_info()
+            .map_err(|error| driver_error("asking for free memory", error))?;
+        Ok(free)
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -132,8 +146,9 @@ impl Driver for Cuda {
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
         self.bind()?;
-        // SAFETY: as above.
-        let copied = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+        // SAFETY: as above. Either end may be host memory.
+        let copied =
+            unsafe { sys::cuMemcpyAsync(to, from, bytes, self.stream.cu_stream()) }.result();
         copied.map_err(|error| driver_error("copying on the GPU", error).into())
     }
 
@@ -146,6 +161,14 @@ impl Driver for Cuda {
         self.bind()?;
         // SAFETY: as above; the stream is of the current context.
         unsafe { self.products.run(self.stream.cu_stream(), product) }.map_err(Into::into)
+    }
+}
+
+/// The error of an allocation.
+fn refused(doing: &str, error: DriverError, out: OutOfMemory) -> DeviceError {
+    match driver_error(doing, error) {
+        cuda::Error::OutOfMemory { .. } => out.into(),
+        error => Error::from(error).into(),
     }
 }
 

@@ -1,0 +1,151 @@
+//! What a device may say, and which setting helps where memory is short.
+
+use std::fmt;
+
+use thiserror::Error;
+
+/// A device call that could not be carried out.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// Memory could not be had.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
+    /// The GPU's driver or kernels failed.
+    #[error(transparent)]
+    Gpu(#[from] crate::attention::cuda::Error),
+    /// The attention call was refused.
+    #[error(transparent)]
+    Attention(#[from] crate::attention::Error),
+}
+
+impl DeviceError {
+    /// Says what memory was wanted for, where that is not known yet. A forward's activations are a backward's in
+    /// training.
+    pub(crate) fn wanted_for(mut self, purpose: Purpose) -> Self {
+        if let DeviceError::OutOfMemory(out) = &mut self {
+            match (out.purpose, purpose) {
+                (None, _) | (Some(Purpose::Activations), Purpose::Backward) => {
+                    out.purpose = Some(purpose);
+                }
+                _ => {}
+            }
+        }
+        self
+    }
+}
+
+/// Memory that could not be had. Nothing is lost but what the call was about: the next one works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub struct OutOfMemory {
+    /// Bytes asked for.
+    pub bytes: usize,
+    /// Whether of the host's pinned memory; else of the device's own.
+    pub pinned: bool,
+    /// Bytes that the device holds of this memory already.
+    pub held: usize,
+    /// Bytes that nobody has taken, where that is known.
+    pub free: Option<usize>,
+    /// What it was wanted for.
+    pub purpose: Option<Purpose>,
+}
+
+impl OutOfMemory {
+    /// The device's own memory.
+    pub fn device(bytes: usize) -> Self {
+        Self {
+            bytes,
+            pinned: false,
+            held: 0,
+            free: None,
+            purpose: None,
+        }
+    }
+
+    /// The host's, pinned for a device.
+    pub fn pinned(bytes: usize) -> Self {
+        Self {
+            pinned: true,
+            ..Self::device(bytes)
+        }
+    }
+}
+
+impl fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            bytes,
+            pinned,
+            held,
+            free,
+            purpose,
+        } = *self;
+        let place = if pinned { "pinned host " } else { "" };
+        write!(f, "out of {place}memory")?;
+        if let Some(purpose) = purpose {
+            write!(f, " for {}", purpose.name())?;
+        }
+        write!(f, ": {bytes} bytes were asked for, {held} are held")?;
+        if let Some(free) = free {
+            write!(f, ", {free} are free")?;
+        }
+        match purpose {
+            Some(purpose) => write!(f, "; {}", purpose.remedy(pinned)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What memory is for, which decides the setting that changes how much.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Prepared weights.
+    Weights,
+    /// What the optimizer holds: weights in f32, gradients, moments.
+    Optimizer,
+    /// Segments in flight and prior tails.
+    Segments,
+    /// Keys and values of completed tokens, for the heads that read the past.
+    Pool,
+    /// Results between a segment's products.
+    Activations,
+    /// Activations that wait for their backward, and gradients of rows.
+    Backward,
+}
+
+impl Purpose {
+    /// Its name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Purpose::Weights => "weights",
+            Purpose::Optimizer => "weights, gradients and moments",
+            Purpose::Segments => "segments in flight",
+            Purpose::Pool => "the pool",
+            Purpose::Activations => "activations",
+            Purpose::Backward => "activations and their gradients",
+        }
+    }
+
+    fn remedy(self, pinned: bool) -> &'static str {
+        match self {
+            Purpose::Weights => "take a smaller model or a device with more memory",
+            Purpose::Optimizer => "train a smaller model or take a device with more memory",
+            Purpose::Segments => {
+                "lower `segments_per_step`, the batch, `segment_len`, or without segments the length of sequences"
+            }
+            Purpose::Pool if pinned => {
+                "lower the batch or the length of sequences, or give the pool more device memory"
+            }
+            Purpose::Pool => {
+                "lower the batch or the length of sequences; on a GPU give the pool less device memory, so that it \
+                 goes on in host memory (`--pool host`)"
+            }
+            Purpose::Activations => {
+                "lower `segments_per_step`, the batch or `segment_len`; on a GPU, give the pool less device memory \
+                 (`--pool host`)"
+            }
+            Purpose::Backward => {
+                "set `recompute`, or lower `segments_per_step`, the batch, `tbptt` or `segment_len`"
+            }
+        }
+    }
+}
