@@ -58,7 +58,8 @@ SEGATTN_FN void split_qkv(const SegattnQkvParams& p) {
   const int64_t place = p.cache_rows[at.row];
   const bool is_key = at.head < p.q_heads + p.kv_heads;
   const int64_t head = (int64_t)(at.head - p.q_heads - (is_key ? 0 : p.kv_heads)) * p.head_dim;
-  store_pairs(row_of<Bf16>(is_key ? p.raw_k : p.v, place) + head, at.pair, at.half, x);
+  const SegattnRows& plain = is_key ? p.raw_k : p.v;
+  if (plain.data) store_pairs(row_of<Bf16>(plain, place) + head, at.pair, at.half, x);
   if (!is_key) return;
   store_pairs(row_of<Bf16>(p.k, place) + head, at.pair, at.half, turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
 }

@@ -9,7 +9,7 @@ use common::{config, model, random, values};
 use segattn::device::Device;
 use segattn::device::reference::Reference;
 use segattn::model::decoder::{Decoder, Step};
-use segattn::model::state::{Carry, Plan, SequenceState, Slots};
+use segattn::model::state::{Angles, Carry, Plan, SequenceState, Slots};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 fn copy(state: &SequenceState<Reference>) -> SequenceState<Reference> {
@@ -37,7 +37,8 @@ fn segment_loss(
     let end = inputs.len().min(start + plan.segment_len);
     let mut step = Step::default();
     step.push(0, 0, 0, &inputs[start..end]);
-    let mut slots = Slots::new(&Reference, &model.config, plan, 1, plan.segment_len).unwrap();
+    let angles = Angles::new(&Reference, &model.config, plan, plan.segment_len).unwrap();
+    let mut slots = Slots::new(&Reference, plan, &angles, 1, plan.segment_len).unwrap();
     let forward = model
         .forward(plan, &step, &mut [state], &mut slots, |_, _| ())
         .unwrap();

@@ -191,7 +191,7 @@ fn damaged_files_are_errors_and_never_panics() {
         ("[21]", "[13]"),
         ("[21]", "[99999999999]"),
         ("[21]", "[]"),
-        ("session 1", "session 2"),
+        ("session 2", "session 1"),
         ("\"positions\"", "\"position\""),
         ("0.0.prior", "0.9.prior"),
     ] {

@@ -250,6 +250,27 @@ fn split_puts_every_head_where_attention_reads_it() {
     );
     q.assert_only_rows_written(gpu, "q");
     probes.assert_only_rows_written(gpu, "probes");
+    // Where nobody will read keys as they are, the rest is the same.
+    let sparse = ["k", "v"].map(|name| Matrix::poisoned::<bf16>(gpu, name, [20, kv_width], 0));
+    let without = SegattnQkvParams {
+        k: sparse[0].view(),
+        raw_k: NO_ROWS,
+        v: sparse[1].view(),
+        ..params
+    };
+    launch(
+        gpu,
+        &module("rope.cu"),
+        "split_qkv_bf16",
+        blocks,
+        None,
+        &without,
+    );
+    for (dense, sparse) in [&k, &v].into_iter().zip(&sparse) {
+        for place in places.iter().map(|place| *place as usize) {
+            assert_eq!(sparse.row::<u16>(gpu, place), dense.row::<u16>(gpu, place));
+        }
+    }
     let [raw_q, raw_keys] = [(0, q_width), (q_width, q_width + kv_width)]
         .map(|(from, to)| columns(&qkv, QKV, from, to));
     let check = |name: &str, got: &[bf16], src: &[bf16], heads: usize| {

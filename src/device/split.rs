@@ -31,8 +31,10 @@ pub(super) fn split<D: Device + ?Sized>(
         let to = RowsMut::packed(&mut cache.k, first, width);
         device.rope(k, to, kv, dim, tables, angles, false, Fold::Set)?;
         for (src, dst) in [(k, &mut cache.raw_k), (k.column(width), &mut cache.v)] {
-            let dst = RowsMut::packed(dst, first, width);
-            device.copy(src, dst, run.len(), width, Fold::Set)?;
+            if device.len(dst) > 0 {
+                let dst = RowsMut::packed(dst, first, width);
+                device.copy(src, dst, run.len(), width, Fold::Set)?;
+            }
         }
     }
     let Some(probes) = store.probes else {

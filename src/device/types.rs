@@ -114,7 +114,7 @@ pub struct SegmentCache<B> {
     pub rows: [usize; 3],
     /// Current keys, rotated.
     pub k: B,
-    /// Current keys before rotation.
+    /// Current keys before rotation; empty where no other segment will read them.
     pub raw_k: B,
     /// Current values.
     pub v: B,

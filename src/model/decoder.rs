@@ -183,8 +183,7 @@ impl<D: Device> Decoder<D> {
         let (x_normed, x_rstd) = self.norm(&x, rows, norm)?;
         let angles = step.angles(plan);
         let (cache_rows, probe_rows) = step.places(plan, slots.room);
-        let tables = (&slots.cos, &slots.sin);
-        let layer = &mut slots.layers[l];
+        let (layer, tables) = slots.layer_mut(l);
         let store = KeyStore {
             cache: &mut layer.kv,
             probes: layer.probes.as_mut(),
@@ -193,7 +192,7 @@ impl<D: Device> Decoder<D> {
         };
         let q = self.queries(plan, l, &x_normed, &angles, tables, Some(store))?;
         self.pass_on(plan, l, step, states, slots)?;
-        let (attended, lse) = self.attend(plan, l, &q, step, &slots.layers[l])?;
+        let (attended, lse) = self.attend(plan, l, &q, step, slots.layer_mut(l).0)?;
         let tape = LayerTape { x, attended, lse };
         let derived = self.after_attention(l, &tape, rows, (x_normed, x_rstd, q))?;
         let next = self.down(l, &derived, rows)?;
@@ -277,13 +276,13 @@ impl<D: Device> Decoder<D> {
         for Span { sequence, rows } in &step.spans {
             let carry = &mut states[*sequence].layers[l];
             if rows.start == 0 {
-                let (cos, sin) = (&slots.cos, &slots.sin);
-                let layer = &mut slots.layers[l];
-                open_segment(&self.device, plan, l, carry, layer, rows.slot, (cos, sin))?;
+                let (layer, tables) = slots.layer_mut(l);
+                open_segment(&self.device, plan, l, carry, layer, rows.slot, tables)?;
             }
             let complete = rows.start + rows.rows == plan.segment_len;
             if complete && self.config.segment.is_some() {
-                close_segment(&self.device, plan, l, &slots.layers[l], rows.slot, carry)?;
+                let (layer, _) = slots.layer_mut(l);
+                close_segment(&self.device, plan, l, layer, rows.slot, carry)?;
             }
         }
         Ok(())

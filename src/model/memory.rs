@@ -118,32 +118,17 @@ impl Count<'_> {
         5 * all + matrices + tied
     }
 
-    /// Rows of the prior tail, and past rows, that a layer's slots have room for.
-    fn sources(&self, layer: usize) -> [usize; 2] {
-        let reads = &self.plan.reads[layer];
-        let prior = if reads.prior.contains(&true) {
-            self.plan.prior_len
-        } else {
-            0
-        };
-        let past = if reads.past.is_empty() {
-            0
-        } else {
-            self.plan.past_len
-        };
-        [prior, past]
-    }
-
     /// As `Slots::new` allocates them.
     fn slots(&self, slots: usize, room: usize) -> usize {
         let layer = |l: usize| {
-            let [prior, past] = self.sources(l);
+            let [prior, past] = self.plan.sources(&self.plan.reads[l]);
+            let keys = if prior + past > 0 { 2 } else { 1 };
             let probes = if past > 0 {
                 self.plan.probe_rows * self.plan.q_width()
             } else {
                 0
             };
-            (3 * room + 2 * prior + 2 * past) * self.plan.kv_width() + probes
+            ((keys + 1) * room + 2 * prior + 2 * past) * self.plan.kv_width() + probes
         };
         let layers: usize = (0..self.plan.reads.len()).map(layer).sum();
         slots * layers + (self.plan.origin() + room) * self.plan.heads.dim
@@ -151,7 +136,8 @@ impl Count<'_> {
 
     /// As `SequenceState::new` allocates it.
     fn state(&self) -> usize {
-        let tails = (0..self.plan.reads.len()).map(|l| 2 * self.sources(l)[0]);
+        let reads = self.plan.reads.iter();
+        let tails = reads.map(|reads| 2 * self.plan.sources(reads)[0]);
         tails.sum::<usize>() * self.plan.kv_width()
     }
 
@@ -203,7 +189,7 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::device::reference::Reference;
-    use crate::model::state::{SequenceState, Slots};
+    use crate::model::state::{Angles, SequenceState, Slots};
 
     fn config() -> ModelConfig {
         let json = serde_json::json!({
@@ -223,7 +209,8 @@ mod tests {
         for tokens in [5, 16, 100] {
             let plan = Plan::new(&config, tokens);
             let room = plan.segment_len.min(tokens);
-            let slots = Slots::new(&Reference, &config, &plan, 1, room).unwrap();
+            let angles = Angles::new(&Reference, &config, &plan, room).unwrap();
+            let slots = Slots::new(&Reference, &plan, &angles, 1, room).unwrap();
             let len = |buffer: &Vec<f64>| Reference.len(buffer);
             let mut held = len(slots.tables().0) + len(slots.tables().1);
             for layer in &slots.layers {

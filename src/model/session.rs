@@ -1,11 +1,11 @@
 //! Sequences being read: prefill, scoring and decoding, through [`Decoder::forward`] alone.
 //!
-//! A session holds a state and one or more slots for each of its sequences. [`Session::feed`] takes
+//! A session holds a state for each of its sequences, and slots for their segments in flight. [`Session::feed`] takes
 //! any number of tokens for any of them, a whole prompt or one token; how they are cut into calls
 //! never changes a bit of what comes out.
 
 use super::decoder::{Decoder, Forward, Step};
-use super::state::{Plan, SequenceState, Slots};
+use super::state::{Angles, Plan, SequenceState, Slots};
 use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
 
 /// Tokens for one sequence of a session.
@@ -25,14 +25,51 @@ pub struct Feed<'a> {
 pub struct Session<'m, D: Device> {
     pub(super) model: &'m Decoder<D>,
     pub(super) plan: Plan,
-    pub(super) slots: Slots<D>,
+    pub(super) flight: Flight<D>,
     pub(super) states: Vec<SequenceState<D>>,
     /// Tokens each sequence has read.
     pub(super) positions: Vec<usize>,
     /// Logits after the last token of each sequence; empty before the first.
     pub(super) logits: Vec<Vec<f32>>,
-    /// Slots of each sequence, so many segments can run side by side.
-    pub(super) side_by_side: usize,
+    /// Whole segments of a sequence that run side by side.
+    side_by_side: usize,
+}
+
+/// The slots of a session's segments in flight. They exist from when they are first needed.
+#[derive(Debug)]
+pub(super) struct Flight<D: Device> {
+    angles: Angles<D>,
+    sequences: usize,
+    /// Rows that a segment can have.
+    room: usize,
+    open: Option<Slots<D>>,
+    passing: Option<Slots<D>>,
+}
+
+impl<D: Device> Flight<D> {
+    /// A slot for each sequence, which keeps its segment from step to step.
+    pub(super) fn open(&mut self, device: &D, plan: &Plan) -> Result<&mut Slots<D>> {
+        // Its place is free for them: a prompt's whole segments are behind it.
+        self.passing = None;
+        if self.open.is_none() {
+            let slots = Slots::new(device, plan, &self.angles, self.sequences, self.room)?;
+            self.open = Some(slots);
+        }
+        Ok(self.open.as_mut().expect("just made"))
+    }
+
+    /// The slots of segments that are being read, if there are any.
+    pub(super) fn opened(&self) -> Option<&Slots<D>> {
+        self.open.as_ref()
+    }
+
+    /// `count` slots for whole segments.
+    fn passing(&mut self, device: &D, plan: &Plan, count: usize) -> Result<&mut Slots<D>> {
+        if self.passing.is_none() {
+            self.passing = Some(Slots::passing(device, plan, &self.angles, count)?);
+        }
+        Ok(self.passing.as_mut().expect("just made"))
+    }
 }
 
 impl<'m, D: Device> Session<'m, D> {
@@ -48,15 +85,20 @@ impl<'m, D: Device> Session<'m, D> {
         let needed = longest.div_ceil(plan.segment_len).max(1);
         let side_by_side = segments_per_step.clamp(1, needed);
         let room = plan.segment_len.min(longest.max(1));
-        let count = sequences * side_by_side;
-        let slots = Slots::new(&model.device, &model.config, &plan, count, room)?;
+        let flight = Flight {
+            angles: Angles::new(&model.device, &model.config, &plan, room)?,
+            sequences,
+            room,
+            open: None,
+            passing: None,
+        };
         let states = (0..sequences)
             .map(|_| SequenceState::new(&model.device, &plan))
             .collect::<Result<_>>()?;
         Ok(Self {
             model,
             plan,
-            slots,
+            flight,
             states,
             positions: vec![0; sequences],
             logits: vec![Vec::new(); sequences],
@@ -86,8 +128,8 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// Most tokens that a sequence can read; `usize::MAX` where only memory for the pool bounds it.
     pub fn capacity(&self) -> usize {
-        if self.model.config.segment.is_none() || self.slots.room < self.plan.segment_len {
-            self.slots.room
+        if self.model.config.segment.is_none() || self.flight.room < self.plan.segment_len {
+            self.flight.room
         } else {
             usize::MAX
         }
@@ -128,10 +170,17 @@ impl<'m, D: Device> Session<'m, D> {
             if step.spans.is_empty() {
                 return Ok(scored);
             }
+            let whole = self.is_whole(step.spans[0].rows.rows);
             let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
-            let forward =
-                self.model
-                    .forward(&self.plan, &step, &mut states, &mut self.slots, |_, _| ())?;
+            let (model, plan) = (self.model, &self.plan);
+            let slots = match whole {
+                true => {
+                    let count = self.positions.len() * self.side_by_side;
+                    self.flight.passing(&model.device, plan, count)?
+                }
+                false => self.flight.open(&model.device, plan)?,
+            };
+            let forward = model.forward(plan, &step, &mut states, slots, |_, _| ())?;
             let mut ended = Vec::new();
             for (span, (feed, first)) in step.spans.iter().zip(owners) {
                 let (known, rows) = (&feeds[feed].targets, span.rows.rows);
@@ -148,27 +197,34 @@ impl<'m, D: Device> Session<'m, D> {
         }
     }
 
-    /// The next rows of every feed: at most `side_by_side` segments each, ordered by segment. Also
-    /// the feed of each span and how far into the feed it starts.
+    /// Whether rows that end in so many are a segment from its beginning to its end, which others follow.
+    fn is_whole(&self, rows: usize) -> bool {
+        self.model.config.segment.is_some() && rows == self.plan.segment_len
+    }
+
+    /// The next rows of every feed, ordered by segment: either whole segments, at most `side_by_side` of each feed, or
+    /// parts, one of each feed. Also the feed of each span and how far into the feed it starts.
     fn next_step(&mut self, feeds: &[Feed<'_>], read: &mut [usize]) -> (Step, Vec<(usize, usize)>) {
         let (mut step, mut owners) = (Step::default(), Vec::new());
-        for _ in 0..self.side_by_side {
+        let mut kind = None;
+        for turn in 0..self.side_by_side {
             for (i, feed) in feeds.iter().enumerate() {
-                let left = &feed.tokens[read[i]..];
-                if left.is_empty() {
+                let (left, position) = (&feed.tokens[read[i]..], self.positions[feed.sequence]);
+                let start = position % self.plan.segment_len;
+                let rows = left.len().min(self.plan.segment_len - start);
+                let whole = self.is_whole(rows);
+                if rows == 0 || *kind.get_or_insert(whole) != whole || (turn > 0 && !whole) {
                     continue;
                 }
-                let position = &mut self.positions[feed.sequence];
-                let (segment, start) = (
-                    *position / self.plan.segment_len,
-                    *position % self.plan.segment_len,
-                );
-                let rows = left.len().min(self.plan.segment_len - start);
-                let slot = feed.sequence * self.side_by_side + segment % self.side_by_side;
+                let segment = position / self.plan.segment_len;
+                let slot = match whole {
+                    true => feed.sequence * self.side_by_side + segment % self.side_by_side,
+                    false => feed.sequence,
+                };
                 step.push(feed.sequence, slot, start, &left[..rows]);
                 owners.push((i, read[i]));
                 read[i] += rows;
-                *position += rows;
+                self.positions[feed.sequence] += rows;
             }
         }
         (step, owners)

@@ -2,7 +2,8 @@
 //!
 //! The file is a safetensors file. Its metadata hold the format's name, the tokens each sequence has
 //! read, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, and
-//! of each layer `l`, keys (before rotation) and values one after the other:
+//! of each layer `l`, keys (before rotation, but in layers whose heads read nothing of other segments) and values one
+//! after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
 //! - `s.l.pool [2, tokens, heads, head_dim]`, of the KV heads that read the past, and of each of them
@@ -29,7 +30,7 @@ use layout::{Part, Shapes, fingerprint};
 use reader::Reader;
 
 /// The format's name in the metadata.
-const FORMAT: &str = "segattn session 1";
+const FORMAT: &str = "segattn session 2";
 
 /// A session that cannot be saved, or a file that cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -251,29 +252,34 @@ impl StateFile {
         let rows = self.floats(from, Part::Segment(l), &shapes.segment())?;
         let probes = self.floats(from, Part::Probes(l), &shapes.probes(l))?;
         let device = &session.model.device;
-        let (plan, slots) = (&session.plan, &mut session.slots);
-        let slot = to * session.side_by_side + shapes.segment_number % session.side_by_side;
-        let (tables, layer) = ((&slots.cos, &slots.sin), &mut slots.layers[l]);
+        let plan = &session.plan;
+        let slots = session.flight.open(device, plan)?;
+        let room = slots.room;
+        let (layer, tables) = slots.layer_mut(l);
         let carry = &session.states[to].layers[l];
-        open_segment(device, plan, l, carry, layer, slot, tables)?;
+        open_segment(device, plan, l, carry, layer, to, tables)?;
         let width = plan.kv_width();
-        let first = slot * slots.room;
+        let first = to * room;
         let (k, v) = rows.split_at(rows.len() / 2);
-        device.write(&mut layer.kv.raw_k, first * width, k)?;
         device.write(&mut layer.kv.v, first * width, v)?;
-        let angles: Vec<usize> = (0..shapes.rows).map(|p| plan.origin() + p).collect();
-        device.rope(
-            Rows::packed(&layer.kv.raw_k, first, width),
-            RowsMut::packed(&mut layer.kv.k, first, width),
-            plan.heads.kv,
-            plan.heads.dim,
-            tables,
-            &angles,
-            false,
-            Fold::Set,
-        )?;
+        if device.len(&layer.kv.raw_k) == 0 {
+            device.write(&mut layer.kv.k, first * width, k)?;
+        } else {
+            device.write(&mut layer.kv.raw_k, first * width, k)?;
+            let angles: Vec<usize> = (0..shapes.rows).map(|p| plan.origin() + p).collect();
+            device.rope(
+                Rows::packed(&layer.kv.raw_k, first, width),
+                RowsMut::packed(&mut layer.kv.k, first, width),
+                plan.heads.kv,
+                plan.heads.dim,
+                tables,
+                &angles,
+                false,
+                Fold::Set,
+            )?;
+        }
         if let Some(buffer) = &mut layer.probes {
-            let start = slot * plan.probe_rows * plan.q_width();
+            let start = to * plan.probe_rows * plan.q_width();
             device.write(buffer, start, &probes)?;
         }
         Ok(())

@@ -1,6 +1,8 @@
 //! What a sequence carries from segment to segment: per layer the prior tail, the choice of past
 //! blocks, and the pool; and the slots that hold the segments in flight.
 
+use std::sync::Arc;
+
 use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::device::{
@@ -83,6 +85,16 @@ impl Plan {
         }
     }
 
+    /// Rows of the prior tail, and past rows, that a layer with these readers needs.
+    pub fn sources(&self, reads: &LayerReads) -> [usize; 2] {
+        let prior = reads.prior.contains(&true);
+        let past = !reads.past.is_empty();
+        [
+            if prior { self.prior_len } else { 0 },
+            if past { self.past_len } else { 0 },
+        ]
+    }
+
     /// Elements of a row of keys.
     pub fn kv_width(&self) -> usize {
         self.heads.kv * self.heads.dim
@@ -115,80 +127,140 @@ pub struct LayerSlots<D: Device> {
     pub probes: Option<D::Buffer>,
 }
 
-/// Slots for segments in flight, and the angle tables they share.
-#[derive(Debug)]
-pub struct Slots<D: Device> {
-    /// Per layer.
-    pub layers: Vec<LayerSlots<D>>,
-    /// Number of slots.
-    pub count: usize,
-    /// Rows each slot has room for.
-    pub room: usize,
-    pub(super) cos: D::Buffer,
-    pub(super) sin: D::Buffer,
-}
-
-impl<D: Device> Slots<D> {
-    /// `count` empty slots with room for `room` rows (a whole segment, if segments follow).
-    pub fn new(
+impl<D: Device> LayerSlots<D> {
+    /// `count` empty slots for `[current, prior, past]` rows, for heads that read anything of other segments or none.
+    fn new(
         device: &D,
-        config: &ModelConfig,
         plan: &Plan,
         count: usize,
-        room: usize,
+        rows: [usize; 3],
+        handed_on: bool,
     ) -> Result<Self> {
+        let [room, prior, past] = rows;
         let width = plan.kv_width();
-        let layer = |reads: &LayerReads| {
-            let prior = if reads.prior.contains(&true) {
-                plan.prior_len
-            } else {
-                0
-            };
-            let past = if reads.past.is_empty() {
-                0
-            } else {
-                plan.past_len
-            };
-            let rows = |n: usize| device.empty(Kind::Activation, count * n * width);
-            let kv = SegmentCache {
-                rows: [room, prior, past],
-                k: rows(room)?,
-                raw_k: rows(room)?,
-                v: rows(room)?,
-                prior_k: rows(prior)?,
-                prior_v: rows(prior)?,
-                past_k: rows(past)?,
-                past_v: rows(past)?,
-                prior_len: vec![0; count],
-                past_len: vec![0; count * plan.heads.kv],
-            };
-            let probes = (past > 0)
-                .then(|| device.empty(Kind::Activation, count * plan.probe_rows * plan.q_width()))
-                .transpose()?;
-            Ok(LayerSlots { kv, probes })
-        };
         let short = |error: DeviceError| error.wanted_for(Purpose::Segments);
-        let layers = plan.reads.iter().map(layer).collect::<Result<_>>();
-        let layers = layers.map_err(short)?;
+        let empty = |rows: usize| {
+            let buffer = device.empty(Kind::Activation, count * rows * width);
+            buffer.map_err(short)
+        };
+        let kv = SegmentCache {
+            rows,
+            k: empty(room)?,
+            raw_k: empty(if handed_on { room } else { 0 })?,
+            v: empty(room)?,
+            prior_k: empty(prior)?,
+            prior_v: empty(prior)?,
+            past_k: empty(past)?,
+            past_v: empty(past)?,
+            prior_len: vec![0; count],
+            past_len: vec![0; count * plan.heads.kv],
+        };
+        let probes = (past > 0)
+            .then(|| device.empty(Kind::Activation, count * plan.probe_rows * plan.q_width()))
+            .transpose()
+            .map_err(short)?;
+        Ok(Self { kv, probes })
+    }
+}
+
+/// Cosines and sines of every position that a row can have, row [`Plan::origin`] + position.
+#[derive(Debug)]
+pub struct Angles<D: Device> {
+    cos: Arc<D::Buffer>,
+    sin: Arc<D::Buffer>,
+}
+
+impl<D: Device> Clone for Angles<D> {
+    fn clone(&self) -> Self {
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        Self { cos, sin }
+    }
+}
+
+impl<D: Device> Angles<D> {
+    /// For segments of at most `room` rows.
+    pub fn new(device: &D, config: &ModelConfig, plan: &Plan, room: usize) -> Result<Self> {
         let origin = plan.origin() as i64;
         let tables = Rope::new(config).tables(-origin..room as i64);
-        let upload = |values: &[f32]| -> Result<D::Buffer> {
+        let short = |error: DeviceError| error.wanted_for(Purpose::Segments);
+        let upload = |values: &[f32]| -> Result<Arc<D::Buffer>> {
             let mut buffer = device.empty(Kind::Exact, values.len())?;
             device.write(&mut buffer, 0, values)?;
-            Ok(buffer)
+            Ok(Arc::new(buffer))
         };
         Ok(Self {
-            layers,
-            count,
-            room,
             cos: upload(&tables.cos_f32).map_err(short)?,
             sin: upload(&tables.sin_f32).map_err(short)?,
         })
     }
+}
+
+/// Slots for segments in flight, and the angle tables they share.
+#[derive(Debug)]
+pub struct Slots<D: Device> {
+    /// Per layer; one for all where the slots are [`Slots::passing`].
+    pub layers: Vec<LayerSlots<D>>,
+    passing: bool,
+    /// Number of slots.
+    pub count: usize,
+    /// Rows each slot has room for.
+    pub room: usize,
+    angles: Angles<D>,
+}
+
+impl<D: Device> Slots<D> {
+    /// `count` empty slots with room for `room` rows (a whole segment, if segments follow), which keep every layer's
+    /// rows.
+    pub fn new(
+        device: &D,
+        plan: &Plan,
+        angles: &Angles<D>,
+        count: usize,
+        room: usize,
+    ) -> Result<Self> {
+        let layer = |reads: &LayerReads| {
+            let [prior, past] = plan.sources(reads);
+            LayerSlots::new(device, plan, count, [room, prior, past], prior + past > 0)
+        };
+        Ok(Self {
+            layers: plan.reads.iter().map(layer).collect::<Result<_>>()?,
+            passing: false,
+            count,
+            room,
+            angles: angles.clone(),
+        })
+    }
+
+    /// `count` empty slots for segments that begin and end within a step whose rows need not be kept: nobody reads a
+    /// layer's keys and values once the layer is done, so the next layer takes their place.
+    pub fn passing(device: &D, plan: &Plan, angles: &Angles<D>, count: usize) -> Result<Self> {
+        let sources = plan.reads.iter().map(|reads| plan.sources(reads));
+        let [prior, past] = sources.fold([0; 2], |a, b| [a[0].max(b[0]), a[1].max(b[1])]);
+        let rows = [plan.segment_len, prior, past];
+        Ok(Self {
+            layers: vec![LayerSlots::new(
+                device,
+                plan,
+                count,
+                rows,
+                prior + past > 0,
+            )?],
+            passing: true,
+            count,
+            room: plan.segment_len,
+            angles: angles.clone(),
+        })
+    }
+
+    /// A layer's slots, and the angle tables.
+    pub(super) fn layer_mut(&mut self, l: usize) -> (&mut LayerSlots<D>, (&D::Buffer, &D::Buffer)) {
+        let layer = &mut self.layers[if self.passing { 0 } else { l }];
+        (layer, (&self.angles.cos, &self.angles.sin))
+    }
 
     /// Cosines and sines, row `origin + position`.
     pub fn tables(&self) -> (&D::Buffer, &D::Buffer) {
-        (&self.cos, &self.sin)
+        (&self.angles.cos, &self.angles.sin)
     }
 }
 
@@ -218,11 +290,7 @@ impl<D: Device> SequenceState<D> {
     /// The state before the first token.
     pub fn new(device: &D, plan: &Plan) -> Result<Self> {
         let layer = |reads: &LayerReads| {
-            let rows = if reads.prior.contains(&true) {
-                plan.prior_len
-            } else {
-                0
-            };
+            let [rows, _] = plan.sources(reads);
             let past = reads.past.len();
             Ok(Carry {
                 prior_k: device.empty(Kind::Activation, rows * plan.kv_width())?,
@@ -256,6 +324,7 @@ pub(super) fn open_segment<D: Device>(
     let [_, prior_room, past_room] = kv.rows;
     let rows = carry.prior_rows;
     kv.prior_len[slot] = rows;
+    kv.past_len[slot * plan.heads.kv..][..plan.heads.kv].fill(0);
     if rows > 0 {
         let angles: Vec<usize> = (plan.origin() - rows..plan.origin()).collect();
         let first = slot * prior_room;
@@ -306,7 +375,8 @@ pub(super) fn close_segment<D: Device>(
     let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
     let kv = &slots.kv;
     let first = slot * kv.rows[0];
-    if kv.rows[1] > 0 {
+    let [prior, _] = plan.sources(reads);
+    if prior > 0 {
         let tail = first + plan.segment_len - plan.prior_len;
         for (src, dst) in [(&kv.raw_k, &mut carry.prior_k), (&kv.v, &mut carry.prior_v)] {
             let (src, dst) = (
@@ -316,7 +386,7 @@ pub(super) fn close_segment<D: Device>(
             device.copy(src, dst, plan.prior_len, width, Fold::Set)?;
         }
     }
-    carry.prior_rows = kv.rows[1];
+    carry.prior_rows = prior;
     let (Some(pool), Some(queries)) = (&mut carry.pool, &slots.probes) else {
         return Ok(());
     };

@@ -25,7 +25,7 @@ use pass::{Arrivals, LayerSums, Pass, StreamId, Work};
 use crate::device::{Device, Kind, Purpose, Result, Rows, RowsMut};
 use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
-use crate::model::state::{Plan, SequenceState, Slots};
+use crate::model::state::{Angles, Plan, SequenceState, Slots};
 
 /// How a gradient is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,7 +170,8 @@ impl<'a, D: Device> Streams<'a, D> {
         }
         let device = &self.model.device;
         let room = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
-        let mut slots = Slots::new(device, &self.model.config, self.plan, segments.len(), room)?;
+        let angles = Angles::new(device, &self.model.config, self.plan, room)?;
+        let mut slots = Slots::new(device, self.plan, &angles, segments.len(), room)?;
         let mut layers = Vec::with_capacity(self.model.config.num_hidden_layers);
         let mut states: Vec<&mut SequenceState<D>> = states.iter_mut().collect();
         let forward = self.model.forward(

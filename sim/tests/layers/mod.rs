@@ -122,8 +122,12 @@ impl Matrix {
 
     pub fn read<T: Pod>(&self, gpu: &mut Gpu) -> Vec<T> {
         (0..self.rows)
-            .flat_map(|r| gpu.download_range(self.buffer, self.byte(r), self.width))
-            .collect()
+            .flat_map(|r| self.row(gpu, r))
+            .collect::<Vec<T>>()
+    }
+
+    pub fn row<T: Pod>(&self, gpu: &mut Gpu, row: usize) -> Vec<T> {
+        gpu.download_range(self.buffer, self.byte(row), self.width)
     }
 
     /// Every element has been written, and nothing between the rows has.

@@ -432,7 +432,10 @@ pub(super) fn split_qkv<D: Driver>(
         qkv: input(&qkv, rows, q_width + 2 * width),
         q: output(&q, rows, q_width),
         k: place(&mut cache.k),
-        raw_k: place(&mut cache.raw_k),
+        raw_k: match cache.raw_k.len {
+            0 => NONE,
+            _ => place(&mut cache.raw_k),
+        },
         v: place(&mut cache.v),
         probes: match store.probes {
             Some(probes) => output(&RowsMut::packed(probes, 0, q_width), probed, q_width),

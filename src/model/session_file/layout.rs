@@ -57,8 +57,6 @@ pub(super) struct Shapes {
     pub(super) completed: usize,
     /// Rows of the current segment that have been read.
     pub(super) rows: usize,
-    /// The current segment's number.
-    pub(super) segment_number: usize,
     pub(super) past_len: usize,
     position: usize,
     vocab: usize,
@@ -76,7 +74,6 @@ impl Shapes {
         Self {
             completed: position - rows,
             rows,
-            segment_number: (position - rows) / plan.segment_len,
             past_len: plan.past_len,
             position,
             vocab: config.vocab_size,
@@ -188,7 +185,12 @@ pub(super) fn bytes<D: Device>(
     let (device, plan) = (&session.model.device, &session.plan);
     let carry = |l: usize| &session.states[sequence].layers[l];
     let shapes = Shapes::new(session, session.positions[sequence]);
-    let slot = sequence * session.side_by_side + shapes.segment_number % session.side_by_side;
+    let layer = |l: usize| {
+        session
+            .flight
+            .opened()
+            .map(|slots| (&slots.layers[l], slots.room))
+    };
     let width = plan.kv_width();
     let values = match part {
         Part::Logits => session.logits[sequence].clone(),
@@ -213,17 +215,23 @@ pub(super) fn bytes<D: Device>(
                 .flat_map(|p| (*p as i64).to_le_bytes())
                 .collect());
         }
-        Part::Segment(l) => {
-            let kv = &session.slots.layers[l].kv;
-            let first = slot * session.slots.room * width;
-            let range = first..first + shapes.rows * width;
-            let mut values = device.read(&kv.raw_k, range.clone())?;
-            values.extend(device.read(&kv.v, range)?);
-            values
-        }
-        Part::Probes(l) => match &session.slots.layers[l].probes {
+        Part::Segment(l) => match layer(l) {
+            Some((layer, room)) => {
+                let first = sequence * room * width;
+                let range = first..first + shapes.rows * width;
+                let keys = match device.len(&layer.kv.raw_k) {
+                    0 => &layer.kv.k,
+                    _ => &layer.kv.raw_k,
+                };
+                let mut values = device.read(keys, range.clone())?;
+                values.extend(device.read(&layer.kv.v, range)?);
+                values
+            }
+            None => Vec::new(),
+        },
+        Part::Probes(l) => match layer(l).and_then(|(layer, _)| layer.probes.as_ref()) {
             Some(probes) => {
-                let first = slot * plan.probe_rows * plan.q_width();
+                let first = sequence * plan.probe_rows * plan.q_width();
                 let rows = shapes.probes(l)[0];
                 device.read(probes, first..first + rows * plan.q_width())?
             }
