@@ -23,9 +23,11 @@ take() {
 }
 take test --no-run --test attention_cuda "$@"
 take build --bin segattn --example attention_slices --example attention_pointers "$@"
-take bench --no-run --bench attention "$@"
+take bench --no-run --bench attention --bench model "$@"
 mv "$folder/attention" "$folder/bench_attention"
+mv "$folder/model" "$folder/bench_model"
 cp benches/attention_gpu/peers.py "$folder/"
+cp benches/model/gpu/peers.py "$folder/model_peers.py"
 
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
@@ -37,18 +39,20 @@ fi
 
 cat > "$folder/run.sh" <<'RUN'
 #!/usr/bin/env bash
-# run.sh [--repeat N] [--sanitizer] [--bench]
+# run.sh [--repeat N] [--sanitizer] [--bench] [--model]
 #   tests on GPU 0; --repeat: equal bits over N repetitions (default 1000); --sanitizer: once more, small, under
-#   compute-sanitizer's memcheck and racecheck; --bench: afterwards the bench, against PyTorch where python3 has it
+#   compute-sanitizer's memcheck and racecheck; --bench, --model: afterwards the bench of attention, of whole models,
+#   against PyTorch where python3 has it
 set -uo pipefail
 cd "$(dirname "$0")"
-repeat=1000 sanitizer= bench=
+repeat=1000 sanitizer= bench= model=
 while [ $# -gt 0 ]; do
   case "$1" in
     --repeat) repeat=$2; shift ;;
     --sanitizer) sanitizer=1 ;;
     --bench) bench=1 ;;
-    *) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    --model) model=1 ;;
+    *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
@@ -75,6 +79,7 @@ if [ -n "$sanitizer" ]; then
   done
 fi
 if [ -n "$bench" ]; then SEGATTN_BENCH_PEERS=$PWD/peers.py SEGATTN_BENCH_RUNS=$PWD step ./bench_attention --bench; fi
+if [ -n "$model" ]; then SEGATTN_BENCH_PEERS=$PWD/model_peers.py SEGATTN_BENCH_RUNS=$PWD step ./bench_model --bench; fi
 [ -z "$failed" ] && echo "all well" || { echo "failed$failed"; exit 1; }
 RUN
 chmod +x "$folder/run.sh"

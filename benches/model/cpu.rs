@@ -1,24 +1,14 @@
 //! The model on the CPU: a whole training step against JAX, decoding against the speed of memory, prefill.
 //!
-//! ```text
-//! cargo bench --bench model              Criterion's times, then the table
-//! cargo bench --bench model -- table     the table only: a filter that no name matches
-//! ```
-//!
-//! The step is compared with benches/model_jax.py (same weights, tokens, gradient and update; the losses of
-//! the first steps must agree), run by `$SEGATTN_PYTHON` or `python3`. Without JAX that column stays empty.
-//! Decoding is compared with reading as many bytes in the same run. `$SEGATTN_BENCH_ONLY` picks one row of
-//! `TBPTT(1)`, `full BPTT`, `12 MB`, `500 MB`; `$SEGATTN_BENCH_OUT` names a JSON file for the raw results. Ratios are of best times, taken in turns.
+//! The step is compared with step_jax.py (same weights, tokens, gradient and update; the losses of the first steps must
+//! agree). Without JAX that column stays empty. Decoding is compared with reading as many bytes in the same run.
+//! Ratios are of best times, taken in turns.
 
-mod measure;
-
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
-use measure::{best, read_all};
 use segattn::device::cpu::Cpu;
 use segattn::device::{Device, Kind};
 use segattn::model::config::{ModelConfig, WeightType};
@@ -31,6 +21,9 @@ use segattn::train::config::Config;
 use segattn::train::progress::Tensors;
 use segattn::train::trainer::Trainer;
 use serde_json::{Value, json};
+
+use super::measure::{best, read_all};
+use super::python::{Python, interpreter};
 
 /// The default shape of `segattn train`: 3 million parameters, which fit the caches.
 const SMALL: [(&str, &str); 4] = [
@@ -78,9 +71,7 @@ fn tokens(count: usize, seed: usize) -> Vec<u32> {
 
 /// JAX in a process of its own, one step for each line sent.
 struct Jax {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    python: Python,
     version: String,
     losses: Vec<f64>,
 }
@@ -93,59 +84,38 @@ impl Jax {
         tensors: &Tensors,
         batch: &[Vec<u32>],
     ) -> Option<Self> {
-        let python = std::env::var("SEGATTN_PYTHON").unwrap_or("python3".into());
-        let probe = Command::new(&python).args(["-c", "import jax"]).output();
+        let probe = Command::new(interpreter())
+            .args(["-c", "import jax"])
+            .output();
         if !probe.is_ok_and(|probe| probe.status.success()) {
             eprintln!(
-                "No JAX for `{python}`, so nothing to compare with. To have it: python3 -m venv jax && \
-                 jax/bin/pip install jax, then SEGATTN_PYTHON=jax/bin/python cargo bench --bench model"
+                "No JAX for {:?}, so nothing to compare with. To have it: python3 -m venv jax && \
+                 jax/bin/pip install jax, then SEGATTN_PYTHON=jax/bin/python cargo bench --bench model",
+                interpreter()
             );
             return None;
         }
         let folder = tempfile::tempdir().expect("a temporary folder");
         write_inputs(folder.path(), config, model, tensors, batch);
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/model_jax.py");
-        let mut child = Command::new(python)
-            .arg(script)
-            .arg(folder.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("Python starts as it did before");
-        let mut jax = Jax {
-            input: child.stdin.take().expect("piped"),
-            output: BufReader::new(child.stdout.take().expect("piped")),
-            child,
-            version: String::new(),
-            losses: Vec::new(),
-        };
-        jax.version = jax.answer()["version"]
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/model/step_jax.py");
+        let python =
+            Python::start(&script, &[folder.path().as_os_str()]).expect("step_jax.py starts");
+        let version = python.hello["version"]
             .as_str()
             .expect("a version")
             .to_owned();
-        Some(jax)
-    }
-
-    fn answer(&mut self) -> Value {
-        let mut line = String::new();
-        self.output.read_line(&mut line).expect("a line");
-        serde_json::from_str(&line).expect("model_jax.py answers in JSON; its error is above")
+        Some(Jax {
+            python,
+            version,
+            losses: Vec::new(),
+        })
     }
 
     /// One more step; the seconds it took by its own clock.
     fn step(&mut self) -> f64 {
-        writeln!(self.input, "step").expect("the process reads");
-        let answer = self.answer();
+        let answer = self.python.ask(&Value::Null).expect("step_jax.py answers");
         self.losses.push(answer["loss"].as_f64().expect("a loss"));
         answer["seconds"].as_f64().expect("a time")
-    }
-}
-
-impl Drop for Jax {
-    fn drop(&mut self) {
-        // Its own end is near once its input ends; a killed process leaves nothing behind either.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -341,7 +311,8 @@ fn line(result: &Value) -> String {
     )
 }
 
-fn main() {
+/// Measures everything, or the rows that `$SEGATTN_BENCH_ONLY` names.
+pub fn run() {
     let mut criterion = Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(300))

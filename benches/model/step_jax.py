@@ -1,6 +1,6 @@
-"""The training step of benches/model.rs in JAX: same weights, tokens, loss, gradient and update.
+"""The training step of cpu.rs in JAX: same weights, tokens, loss, gradient and update.
 
-    python model_jax.py FOLDER
+    python step_jax.py FOLDER
 
 FOLDER: config.json and model.safetensors as the crate saves them, and bench.json (tokens [batch, length + 1],
 tbptt: K or null for no cut, and AdamW's numbers). Prints one JSON line when compiled, then one for each line it
