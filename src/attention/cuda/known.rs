@@ -1,0 +1,36 @@
+//! The kernels' constants without a device, for plans of a machine that is not there.
+
+use super::bindings::SegattnKernelInfo;
+use super::entries::Entry;
+use super::error::Error;
+use super::infos::INFOS;
+use super::launcher::Kernels;
+
+/// What planning needs to know of the kernels, on a GPU of so many multiprocessors that is not there. Nothing can be
+/// launched.
+#[derive(Debug, Clone, Copy)]
+pub struct KnownKernels {
+    /// Multiprocessors of the GPU: 132 of an H100 or H200, 108 of an A100.
+    pub multiprocessors: u32,
+}
+
+impl Kernels for KnownKernels {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+        match INFOS.binary_search_by_key(&entry.name, |(name, _)| name) {
+            Ok(found) => Ok(bytemuck::cast(INFOS[found].1)),
+            Err(_) => Err(Error::Launcher {
+                entry: entry.name.into(),
+                source: "no such kernel is known".into(),
+            }),
+        }
+    }
+
+    fn ready(&self, _: Entry) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn resident_blocks(&self, _: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
+        // What the kernels are compiled for: registers and shared memory leave room for no more.
+        Ok((info.blocks_per_multiprocessor as u32 * self.multiprocessors).max(1))
+    }
+}
