@@ -283,9 +283,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         v: Rows<'_, Self::Buffer>,
         rows: usize,
     ) -> Result<()>;
-    /// The pool's contents, keys then values, each `[tokens, heads, head_dim]`: for saving.
-    fn pool_read(&self, pool: &Self::Pool) -> Result<(Vec<f32>, Vec<f32>)>;
-    /// Restores what [`Device::pool_read`] gave.
+    /// Keys, then values, each `[tokens, heads, head_dim]`, of a range of whole runs: for saving.
+    fn pool_read(&self, pool: &Self::Pool, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)>;
+    /// Appends a run that [`Device::pool_read`] gave.
     fn pool_write(&self, pool: &mut Self::Pool, k: &[f32], v: &[f32]) -> Result<()>;
     /// Picks of these tokens, for each head of a pool: whole blocks of `block_len`, in order.
     fn picks(&self, tokens: &[Vec<usize>], block_len: usize) -> Result<Self::Picks>;

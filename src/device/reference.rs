@@ -422,14 +422,16 @@ impl Device for Reference {
         Ok(())
     }
 
-    fn pool_read(&self, pool: &Pool) -> Result<(Vec<f32>, Vec<f32>)> {
-        let narrow = |x: &Buf| x.iter().map(|x| *x as f32).collect();
+    fn pool_read(&self, pool: &Pool, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let width = pool.heads * pool.head_dim;
+        let range = tokens.start * width..tokens.end * width;
+        let narrow = |x: &Buf| x[range.clone()].iter().map(|x| *x as f32).collect();
         Ok((narrow(&pool.k), narrow(&pool.v)))
     }
 
     fn pool_write(&self, pool: &mut Pool, k: &[f32], v: &[f32]) -> Result<()> {
-        pool.k = k.iter().copied().map(f64::from).collect();
-        pool.v = v.iter().copied().map(f64::from).collect();
+        pool.k.extend(k.iter().copied().map(f64::from));
+        pool.v.extend(v.iter().copied().map(f64::from));
         Ok(())
     }
 

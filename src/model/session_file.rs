@@ -6,8 +6,8 @@
 //! after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
-//! - `s.l.pool [2, tokens, heads, head_dim]`, of the KV heads that read the past, and of each of them
-//!   `s.l.picks.h [rows]` (I64), the tokens chosen for the current segment;
+//! - `s.l.pool.i [2, segment_len, heads, head_dim]` of each complete segment `i`, of the KV heads that read the past,
+//!   and of each of them `s.l.picks.h [rows]` (I64), the tokens chosen for the current segment;
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, its queries among those that make probes.
 //!
@@ -179,17 +179,24 @@ impl StateFile {
     ) -> Result<(), StateFileError> {
         let device = &session.model.device;
         let prior = self.floats(from, Part::Prior(l), &shapes.prior(l))?;
-        let pool = self.floats(from, Part::Pool(l), &shapes.pool(l))?;
         let carry = &mut session.states[to].layers[l];
         let (k, v) = prior.split_at(prior.len() / 2);
         device.write(&mut carry.prior_k, 0, k)?;
         device.write(&mut carry.prior_v, 0, v)?;
         carry.prior_rows = shapes.prior(l)[1];
-        let Some(to_pool) = &mut carry.pool else {
+        let Some(pool) = &mut carry.pool else {
             return Ok(());
         };
-        let (k, v) = pool.split_at(pool.len() / 2);
-        device.pool_write(to_pool, k, v)?;
+        *pool = device.pool(
+            shapes.past_heads(l),
+            session.plan.heads.dim,
+            session.plan.segment_len,
+        )?;
+        for segment in 0..shapes.segments() {
+            let values = self.floats(from, Part::Pool(l, segment), &shapes.pool(l))?;
+            let (k, v) = values.split_at(values.len() / 2);
+            device.pool_write(pool, k, v)?;
+        }
         let block_len = session.plan.retrieval[2];
         let picks: Vec<Vec<usize>> = (0..shapes.past_heads(l))
             .map(|h| self.picks(from, l, h, shapes, block_len))

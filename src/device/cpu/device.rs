@@ -370,13 +370,12 @@ impl Device for Cpu {
         })
     }
 
-    fn pool_read(&self, pool: &Pool) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok(pool.contents())
+    fn pool_read(&self, pool: &Pool, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
+        Ok(pool.contents(tokens))
     }
 
     fn pool_write(&self, pool: &mut Pool, k: &[f32], v: &[f32]) -> Result<()> {
         let (heads, dim) = (pool.heads(), pool.head_dim());
-        *pool = Pool::new(heads, dim);
         let at = |row: usize, i: usize| (row * heads + i) * dim..(row * heads + i + 1) * dim;
         let rows = k.len() / (heads * dim);
         pool.append(rows, |row, i| (&k[at(row, i)], &v[at(row, i)]))

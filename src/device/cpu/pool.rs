@@ -84,10 +84,10 @@ impl Pool {
     }
 
     /// Keys, then values, each `[token, head, head_dim]`.
-    pub(super) fn contents(&self) -> (Vec<f32>, Vec<f32>) {
-        let len = self.len() * self.heads * self.head_dim;
+    pub(super) fn contents(&self, tokens: Range<usize>) -> (Vec<f32>, Vec<f32>) {
+        let len = tokens.len() * self.heads * self.head_dim;
         let (mut k, mut v) = (Vec::with_capacity(len), Vec::with_capacity(len));
-        for token in 0..self.len() {
+        for token in tokens {
             for head in 0..self.heads {
                 let (from_k, from_v) = self.token(head, token);
                 k.extend_from_slice(from_k);

@@ -473,8 +473,8 @@ impl<D: Driver> Device for Gpu<D> {
         past::append(self, pool, heads, [k, v], rows)
     }
 
-    fn pool_read(&self, pool: &PastPool<D>) -> Result<(Vec<f32>, Vec<f32>)> {
-        past::read(self, pool)
+    fn pool_read(&self, pool: &PastPool<D>, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
+        past::read(self, pool, tokens)
     }
 
     fn pool_write(&self, pool: &mut PastPool<D>, k: &[f32], v: &[f32]) -> Result<()> {

@@ -3,6 +3,8 @@
 //! Chunks lie in device memory as far as its budget goes, keys before values, else in host memory that kernels read
 //! over the bus. Kernels find them by address and know no difference.
 
+use std::ops::Range;
+
 use super::memory::{Block, Place};
 use super::rows::{Grid, NONE, VECTOR, entry, exact, input, launch, output, pointer};
 use super::{Buffer, Driver, Gpu, bytes_of};
@@ -140,34 +142,35 @@ pub(super) fn append<D: Driver>(
     Ok(())
 }
 
-/// The pool's contents, keys and values.
-pub(super) fn read<D: Driver>(gpu: &Gpu<D>, pool: &PastPool<D>) -> Result<(Vec<f32>, Vec<f32>)> {
-    let all = |buffer: fn(&Chunk<D>) -> &Buffer<D>| -> Result<Vec<f32>> {
-        let mut values = Vec::with_capacity(pool.tokens * pool.width());
-        for chunk in &pool.chunks {
-            values.extend(gpu.read(buffer(chunk), 0..buffer(chunk).len)?);
-        }
-        Ok(values)
-    };
-    Ok((all(|chunk| &chunk.k)?, all(|chunk| &chunk.v)?))
+/// Keys and values of whole runs.
+pub(super) fn read<D: Driver>(
+    gpu: &Gpu<D>,
+    pool: &PastPool<D>,
+    tokens: Range<usize>,
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let whole = |token: usize| token.is_multiple_of(pool.run);
+    assert!(
+        whole(tokens.start) && whole(tokens.end),
+        "tokens are read a run at a time"
+    );
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    for chunk in &pool.chunks[tokens.start / pool.run..tokens.end / pool.run] {
+        k.extend(gpu.read(&chunk.k, 0..chunk.k.len)?);
+        v.extend(gpu.read(&chunk.v, 0..chunk.v.len)?);
+    }
+    Ok((k, v))
 }
 
-/// Restores what [`read`] gave.
+/// Appends a run of what [`read`] gave.
 pub(super) fn write<D: Driver>(
     gpu: &Gpu<D>,
     pool: &mut PastPool<D>,
     k: &[f32],
     v: &[f32],
 ) -> Result<()> {
-    pool.chunks.clear();
-    pool.tokens = 0;
-    let (width, len) = (pool.width(), pool.run * pool.width());
-    for (k, v) in k.chunks(len).zip(v.chunks(len)) {
-        let chunk = pool.chunk(gpu, k.len() / width)?;
-        gpu.write(&mut chunk.k, 0, k)?;
-        gpu.write(&mut chunk.v, 0, v)?;
-    }
-    Ok(())
+    let chunk = pool.chunk(gpu, k.len() / pool.width())?;
+    gpu.write(&mut chunk.k, 0, k)?;
+    gpu.write(&mut chunk.v, 0, v)
 }
 
 /// Blocks that the heads of a pool have picked.

@@ -31,7 +31,8 @@ const MODEL_KEYS: [&str; 12] = [
 pub(super) enum Part {
     Logits,
     Prior(usize),
-    Pool(usize),
+    /// Of a segment.
+    Pool(usize, usize),
     Picks(usize, usize),
     Segment(usize),
     Probes(usize),
@@ -42,7 +43,7 @@ impl Part {
         match self {
             Self::Logits => format!("{sequence}.logits"),
             Self::Prior(l) => format!("{sequence}.{l}.prior"),
-            Self::Pool(l) => format!("{sequence}.{l}.pool"),
+            Self::Pool(l, segment) => format!("{sequence}.{l}.pool.{segment}"),
             Self::Picks(l, h) => format!("{sequence}.{l}.picks.{h}"),
             Self::Segment(l) => format!("{sequence}.{l}.segment"),
             Self::Probes(l) => format!("{sequence}.{l}.probes"),
@@ -95,8 +96,15 @@ impl Shapes {
         [2, rows, self.plan.heads.kv, self.plan.heads.dim]
     }
 
+    /// Segments that are complete.
+    pub(super) fn segments(&self) -> usize {
+        self.completed / self.plan.segment_len
+    }
+
+    /// Of a segment.
     pub(super) fn pool(&self, l: usize) -> [usize; 4] {
-        [2, self.completed, self.past_heads(l), self.plan.heads.dim]
+        let len = self.plan.segment_len;
+        [2, len, self.past_heads(l), self.plan.heads.dim]
     }
 
     pub(super) fn segment(&self) -> [usize; 4] {
@@ -128,7 +136,9 @@ pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Ve
         push(Part::Logits, &shapes.logits());
         for l in 0..session.states[s].layers.len() {
             push(Part::Prior(l), &shapes.prior(l));
-            push(Part::Pool(l), &shapes.pool(l));
+            for segment in 0..shapes.segments() {
+                push(Part::Pool(l, segment), &shapes.pool(l));
+            }
             push(Part::Segment(l), &shapes.segment());
             push(Part::Probes(l), &shapes.probes(l));
         }
@@ -200,9 +210,10 @@ pub(super) fn bytes<D: Device>(
             values.extend(device.read(&carry(l).prior_v, range)?);
             values
         }
-        Part::Pool(l) => match &carry(l).pool {
+        Part::Pool(l, segment) => match &carry(l).pool {
             Some(pool) => {
-                let (mut values, v) = device.pool_read(pool)?;
+                let first = segment * plan.segment_len;
+                let (mut values, v) = device.pool_read(pool, first..first + plan.segment_len)?;
                 values.extend(v);
                 values
             }
