@@ -46,6 +46,63 @@ fn inspect_counts_parameters_files_and_memory() {
 }
 
 #[test]
+fn inspect_plans_the_memory_of_a_gpu_that_is_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    save(folder, &config());
+    fails(folder, &["inspect", ".", "--device", "cuda"], "head_dim 8");
+    let mut config = config();
+    config.head_dim = 32;
+    save(folder, &config);
+    let rows = |more: &[&str]| -> Vec<Value> {
+        let args = [
+            "inspect",
+            ".",
+            "--json",
+            "--device",
+            "cuda",
+            "--context",
+            "640,6400",
+        ];
+        let report: Value =
+            serde_json::from_str(&printed(folder, &[&args, more].concat())).unwrap();
+        report["memory"]["rows"].as_array().unwrap().clone()
+    };
+    let (device, host) = (rows(&[]), rows(&["--pool", "host"]));
+    let number = |row: &Value, name: &str| row[name].as_u64().unwrap();
+    for (run, name) in ["score", "generate", "train"].into_iter().enumerate() {
+        let (short, long) = (&device[run], &device[3 + run]);
+        assert_eq!((&short["for"], &long["for"]), (&name.into(), &name.into()));
+        // Keys and values of two heads of 32, 2 bytes a number.
+        let pool = 2 * 2 * 32 * 2 * 6400;
+        assert_eq!(number(long, "pool"), pool, "{name}");
+        let parts = ["weights", "optimizer", "state", "activations", "pool"];
+        let sum: u64 = parts.iter().map(|part| number(long, part)).sum();
+        assert_eq!(number(long, "device"), sum);
+        let (short, long) = (&host[run], &host[3 + run]);
+        assert_eq!((number(long, "pool"), number(long, "host")), (0, pool));
+        if name != "train" {
+            assert_eq!(number(short, "device"), number(long, "device"));
+        }
+    }
+    // Two sequences, two segments at a time: more activations, the same weights.
+    let wide = rows(&["--batch", "2", "--segments-per-step", "2"]);
+    assert_eq!(number(&wide[0], "weights"), number(&device[0], "weights"));
+    assert!(number(&wide[0], "activations") > 3 * number(&device[0], "activations"));
+    let text = printed(
+        folder,
+        &["inspect", ".", "--device", "cuda", "--context", "640"],
+    );
+    assert!(text.contains("assumed: 132 multiprocessors"), "{text}");
+    fails(
+        folder,
+        &["inspect", ".", "--pool", "some"],
+        "auto, device, host, or GiB",
+    );
+    fails(folder, &["inspect", ".", "--pool", "-1"], "--pool");
+}
+
+#[test]
 fn inspect_still_reports_where_the_weights_do_not_fit_and_says_why() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();

@@ -1,18 +1,18 @@
-//! `--device`: which device a command runs on.
+//! `--device` and `--pool`: which device a command runs on, and where the past lies.
 
 use std::fmt;
+use std::str::FromStr;
 
-use anyhow::Result;
-#[cfg(feature = "cuda")]
-use anyhow::ensure;
+use anyhow::{Result, bail};
 #[cfg(feature = "cuda")]
 use segattn::attention::cuda::DriverKernels;
-use segattn::device::Device;
 use segattn::device::cpu::Cpu;
+use segattn::device::gpu::PoolPlace;
 #[cfg(feature = "cuda")]
 use segattn::device::gpu::cuda::{Choice, Cuda};
 #[cfg(feature = "cuda")]
-use segattn::device::gpu::{Driver, DryRun, Gpu};
+use segattn::device::gpu::{DryRun, Gpu};
+use segattn::device::{Device, Purpose};
 
 /// A device by name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -61,23 +61,68 @@ pub fn open_gpu() -> Result<Gpu<Cuda>> {
     Ok(Gpu::new(Cuda::open(0, Choice::SameBits)?))
 }
 
+/// Which device.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct DeviceArgs {
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    pub device: DeviceName,
+    /// Of a GPU, where the keys and values of the past lie: `device`, `host` (pinned memory, read over the bus), so
+    /// many GiB on the device and the rest on the host, or `auto`: on the device as far as there is room beside
+    /// everything else. Changes no bit
+    #[arg(
+        long,
+        value_name = "auto|device|host|GIB",
+        default_value = "auto",
+        allow_negative_numbers = true
+    )]
+    pub pool: Pool,
+}
+
+/// Where pools lie.
+#[derive(Debug, Clone, Copy)]
+pub struct Pool(pub PoolPlace);
+
+impl FromStr for Pool {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let gib: f64 = match text {
+            "auto" => return Ok(Pool(PoolPlace::Auto)),
+            "device" => return Ok(Pool(PoolPlace::AtMost(usize::MAX))),
+            "host" => 0.0,
+            text => text.parse().unwrap_or(-1.0),
+        };
+        if gib.is_nan() || gib < 0.0 {
+            bail!("expected auto, device, host, or GiB of device memory");
+        }
+        Ok(Pool(PoolPlace::AtMost((gib * f64::from(1 << 30)) as usize)))
+    }
+}
+
 /// Devices whose memory is planned before a run.
 pub trait Planned: Device {
     /// A device that counts memory and does nothing else.
     type Dry: Device;
 
-    /// Makes the run without doing it, then takes the memory that it needs, all at once.
+    /// Makes the run without doing it, then takes the memory that it needs, all at once. `purpose` is what most of it
+    /// beside weights and pools is for.
     ///
     /// # Errors
     /// Those of the run, or that there is not as much memory.
-    fn plan(&self, run: impl FnOnce(Self::Dry) -> Result<()>) -> Result<()>;
+    fn plan(
+        &self,
+        pool: Pool,
+        purpose: Purpose,
+        run: impl Fn(Self::Dry) -> Result<()>,
+    ) -> Result<()>;
 }
 
 impl Planned for Cpu {
     type Dry = Cpu;
 
     /// The system has as much memory as it has; nothing is planned.
-    fn plan(&self, _: impl FnOnce(Cpu) -> Result<()>) -> Result<()> {
+    fn plan(&self, _: Pool, _: Purpose, _: impl Fn(Cpu) -> Result<()>) -> Result<()> {
         Ok(())
     }
 }
@@ -86,20 +131,21 @@ impl Planned for Cpu {
 impl Planned for Gpu<Cuda> {
     type Dry = Gpu<DryRun<DriverKernels>>;
 
-    fn plan(&self, run: impl FnOnce(Self::Dry) -> Result<()>) -> Result<()> {
-        let dry = Gpu::new(DryRun::new(self.driver().shared_kernels().clone(), None));
-        run(dry.clone())?;
-        let (planned, gib) = (dry.memory_use(), f64::from(1 << 30));
-        let needed = planned.buffers.high_water + planned.pool.high_water;
-        let free = self.driver().free_memory()?;
-        ensure!(
-            needed <= free,
-            "this run needs {:.2} GiB of device memory, {:.2} GiB are free: lower training.segments_per_step, \
-             training.batch or training.sequence_len, or set training.recompute",
-            needed as f64 / gib,
-            free as f64 / gib
+    fn plan(
+        &self,
+        pool: Pool,
+        purpose: Purpose,
+        run: impl Fn(Self::Dry) -> Result<()>,
+    ) -> Result<()> {
+        let kernels = self.driver().shared_kernels().clone();
+        let plan = self.reserve_for(&kernels, pool.0, purpose, run)?;
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        tracing::info!(
+            "device memory: {:.3} GiB, of it {:.3} GiB pool; pinned host memory: {:.3} GiB",
+            gib(plan.device_bytes()),
+            gib(plan.planned.pool.high_water),
+            gib(plan.host_bytes())
         );
-        tracing::info!("device memory: {:.3} GiB", needed as f64 / gib);
-        Ok(self.reserve(&planned)?)
+        Ok(())
     }
 }

@@ -10,11 +10,12 @@ use segattn::eval::{
     Document, EvalError, Greedy, PerplexityConfig, PerplexityReport, Report, RunConfig, TaskKind,
     perplexity, run as run_tasks,
 };
+use segattn::generate::rehearsal::Reading;
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
-use super::device::on_device;
+use super::device::{Planned, on_device};
 use super::documents::read_documents;
 use super::files::write_atomically;
 use super::generate::progress;
@@ -88,13 +89,19 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     on_device!(args.model.device(), device => run_on(device, args, quiet))
 }
 
-fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
+fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let (tasks, with_perplexity) = parse_tasks(&args.task)?;
     ensure!(
         args.data.is_empty() != with_perplexity,
         "--data and the task perplexity go together"
     );
-    let (model, text) = args.model.load(device, !tasks.is_empty())?;
+    let opened = args.model.open(!tasks.is_empty())?;
+    let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
+    let documents = match with_perplexity {
+        true => read_documents(&args.data, text, vocab_size)?,
+        false => Vec::new(),
+    };
+    let model = opened.load(device, &args.readings(&documents, &tasks))?;
     let mut results = Results {
         model: args.model.path().to_owned(),
         device: model.device.description(),
@@ -104,13 +111,12 @@ fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
         tasks: None,
     };
     if with_perplexity {
-        let documents = read_documents(&args.data, text.as_ref(), model.config.vocab_size)?;
         results.perplexity = args.perplexity(&model, &documents, quiet)?;
         print_perplexity(&results.perplexity);
     }
     if !tasks.is_empty() {
         let text = text.context("the model has no tokenizer, which these tasks need")?;
-        let report = args.tasks(&model, &text, tasks, quiet)?;
+        let report = args.tasks(&model, text, tasks, quiet)?;
         println!("{}", report.table());
         for cell in report.cells.iter().filter_map(|c| c.skipped.as_ref()) {
             tracing::warn!("skipped: {cell}");
@@ -148,6 +154,43 @@ fn parse_tasks(names: &[String]) -> Result<(Vec<TaskKind>, bool)> {
 }
 
 impl Args {
+    /// The largest readings that there will be.
+    fn readings(&self, documents: &[Document], tasks: &[TaskKind]) -> Vec<Reading> {
+        let longest = documents.iter().map(|d| d.tokens.len()).max();
+        let window = self.lengths.iter().copied().max().unwrap_or(usize::MAX);
+        let stride = self.stride.unwrap_or(window - 1).max(1);
+        let windows = documents.iter().map(|d| d.tokens.len().div_ceil(stride));
+        let side_by_side = self.batch.min(windows.sum()).max(1);
+        let scored = longest.map(|longest| Reading {
+            sequences: vec![[0, longest.min(window).saturating_sub(1)]; side_by_side],
+            scored: true,
+            new: 0,
+            segments_per_step: self.segments_per_step,
+        });
+        let length = self.task_lengths().into_iter().max();
+        let answered = tasks.iter().map(|task| {
+            // The answer is part of the length.
+            let (length, new) = (length.unwrap_or(0), task.max_new());
+            Reading {
+                sequences: vec![
+                    [0, length.saturating_sub(new).max(1)];
+                    self.batch.min(self.samples).max(1)
+                ],
+                scored: false,
+                new,
+                segments_per_step: self.segments_per_step,
+            }
+        });
+        scored.into_iter().chain(answered).collect()
+    }
+
+    fn task_lengths(&self) -> Vec<usize> {
+        match &self.lengths[..] {
+            [] => vec![4096],
+            lengths => lengths.to_vec(),
+        }
+    }
+
     fn perplexity<D: Device>(
         &self,
         model: &Decoder<D>,
@@ -188,10 +231,7 @@ impl Args {
     ) -> Result<Report> {
         let config = RunConfig {
             tasks,
-            lengths: match &self.lengths[..] {
-                [] => vec![4096],
-                lengths => lengths.to_vec(),
-            },
+            lengths: self.task_lengths(),
             samples: self.samples,
             seed: self.seed,
             batch: self.batch,

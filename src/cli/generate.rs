@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use segattn::device::Device;
+use segattn::generate::rehearsal::Reading;
 use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::text::TextStream;
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
@@ -18,7 +19,7 @@ use segattn::model::session_file::{StateFile, save};
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
-use super::device::on_device;
+use super::device::{Planned, on_device};
 use super::files::{read_tokens, write_atomically};
 use super::model::ModelArgs;
 
@@ -105,15 +106,27 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     on_device!(args.model.device(), device => run_on(device, args, quiet))
 }
 
-fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
-    let (model, text) = args.model.load(device, args.tokens.is_empty())?;
+fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
+    let opened = args.model.open(args.tokens.is_empty())?;
+    let text = opened.text.as_ref();
     let mut state = args.state_in.as_deref().map(StateFile::open).transpose()?;
     let saved = state.as_ref().map_or(&[][..], StateFile::positions);
-    let inputs = args.inputs(&model, text.as_ref(), saved.len())?;
+    let inputs = args.inputs(opened.config.vocab_size, text, saved.len())?;
     let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
     let longest = longest
         .saturating_add(saved.iter().copied().max().unwrap_or(0))
         .saturating_add(args.max_new);
+    let before = |i: usize| saved.get(i).or(saved.first()).copied().unwrap_or(0);
+    let each = inputs.iter().enumerate();
+    let reading = Reading {
+        sequences: each
+            .map(|(i, input)| [before(i), input.tokens.len()])
+            .collect(),
+        scored: false,
+        new: args.max_new,
+        segments_per_step: args.segments_per_step,
+    };
+    let model = opened.load(device, &[reading])?;
     let mut session = Session::new(&model, inputs.len(), longest, args.segments_per_step)?;
     if let Some(state) = &mut state {
         state.restore(&mut session)?;
@@ -134,7 +147,7 @@ fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
         save(generator.session(), path)?;
     }
     let started = Instant::now();
-    let generated = match text.as_ref().filter(|_| args.tokens.is_empty()) {
+    let generated = match text.filter(|_| args.tokens.is_empty()) {
         Some(text) => args.stream(&mut generator, text, &inputs, quiet)?,
         None => print_tokens(&mut generator)?,
     };
@@ -176,9 +189,9 @@ impl Args {
     }
 
     /// The prompts. Those that follow a saved state may be left out.
-    fn inputs<D: Device>(
+    fn inputs(
         &self,
-        model: &Decoder<D>,
+        vocab_size: usize,
         text: Option<&Tokenizer>,
         saved: usize,
     ) -> Result<Vec<Input>> {
@@ -194,7 +207,7 @@ impl Args {
             let read = |path: &PathBuf| {
                 Ok(Input {
                     title: path.display().to_string(),
-                    tokens: read_tokens(path, model.config.vocab_size)?,
+                    tokens: read_tokens(path, vocab_size)?,
                 })
             };
             return self.tokens.iter().map(read).collect();

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use safetensors::tensor::{Dtype, TensorView};
-use segattn::device::Device;
+use segattn::device::{Device, Purpose};
 use segattn::model::decoder::Decoder;
 use segattn::model::weights::Checkpoint;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
-use super::device::on_device;
+use super::device::{Planned, on_device};
 use super::files::{read_tokens, write_atomically};
-use super::model::ModelArgs;
+use super::model::{ModelArgs, Opened};
 
 /// Writes the exact gradient of every weight under its own name (F32), and the loss in the metadata:
 /// the mean negative log-probability of all tokens but the first. The names are those of the folder's
@@ -42,27 +42,32 @@ pub fn run(args: &Args) -> Result<()> {
     on_device!(args.model.device(), device => run_on(device, args))
 }
 
-fn run_on<D: Device>(device: D, args: &Args) -> Result<()> {
-    let (checkpoint, model) = args.model.load_for_gradients(device)?;
-    let tokens = read_tokens(&args.tokens, model.config.vocab_size)?;
+fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
+    let Opened {
+        config, weights, ..
+    } = args.model.open(false)?;
+    let tokens = read_tokens(&args.tokens, config.vocab_size)?;
     ensure!(
         tokens.len() >= 2,
         "{}: expected at least 2 tokens, got {}",
         args.tokens.display(),
         tokens.len()
     );
-    let config = StreamConfig {
+    let streams = StreamConfig {
         tbptt: args.tbptt,
         segments_per_step: args.segments_per_step,
         recompute: args.recompute,
     };
-    let count = tokens.len() - 1;
-    let mut gradients = Gradients::new(&model)?;
-    let scale = 1.0 / count as f64;
-    let scored = accumulate(&model, &[tokens], config, scale, &mut gradients)?;
+    let (count, sequences) = (tokens.len() - 1, [tokens]);
+    device.plan(args.model.pool(), Purpose::Backward, |dry| {
+        let model = Decoder::blank(dry, config.clone(), true)?;
+        gradient(&model, &sequences, streams).map(|_| ())
+    })?;
+    let model = weights.load(device, config, true)?;
+    let (mut gradients, scored) = gradient(&model, &sequences, streams)?;
     let loss = -scored.concat().iter().sum::<f64>() / count as f64;
     println!("loss {loss:.6}");
-    let tensors = named(&checkpoint, &model, gradients.finish(&model.device)?)?;
+    let tensors = named(&weights, &model, gradients.finish(&model.device)?)?;
     let views = tensors
         .iter()
         .map(|(name, shape, bytes)| {
@@ -72,6 +77,25 @@ fn run_on<D: Device>(device: D, args: &Args) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let metadata = HashMap::from([("loss".to_owned(), loss.to_string())]);
     write_atomically(&args.out, &safetensors::serialize(views, Some(metadata))?)
+}
+
+/// The gradient of the mean loss, and the log-probabilities.
+fn gradient<D: Device>(
+    model: &Decoder<D>,
+    sequences: &[Vec<u32>],
+    streams: StreamConfig,
+) -> Result<(Gradients<D>, Vec<Vec<f64>>)> {
+    let mut gradients = Gradients::new(model)?;
+    let count: usize = sequences.iter().map(|s| s.len() - 1).sum();
+    let scored = accumulate(
+        model,
+        sequences,
+        streams,
+        1.0 / count as f64,
+        &mut gradients,
+    )?;
+    gradients.finish(&model.device)?;
+    Ok((gradients, scored))
 }
 
 type Named = (String, Vec<usize>, Vec<u8>);

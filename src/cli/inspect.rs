@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use clap::builder::RangedU64ValueParser;
 use segattn::model::config::ModelConfig;
 use segattn::model::memory::{Memory, Use, memory};
 use segattn::model::parameters::parameters;
@@ -11,9 +12,11 @@ use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
 use serde_json::{Value, json};
 
+use super::device::{DeviceArgs, DeviceName};
 use super::model::load_config;
+use super::plan::{self, Place, Planner};
 
-/// Bytes of a number on the CPU and in every buffer counted here.
+/// Bytes of a number on the CPU.
 const ELEMENT_BYTES: usize = 4;
 
 #[derive(Debug, clap::Args)]
@@ -27,13 +30,18 @@ pub struct Args {
         value_name = "TOKENS,...",
         value_delimiter = ',',
         default_values_t = [4096, 32_768, 262_144, 1_048_576],
-        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..1 << 32)
+        value_parser = at_least_one()
     )]
     context: Vec<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Sequences side by side, for the memory of a GPU
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
+    batch: usize,
     /// Segments that a loss reaches back, for the memory of training
     #[arg(long, value_name = "K", default_value_t = 1)]
     tbptt: usize,
-    /// Segments computed side by side, for the memory of training; 0 for all
+    /// Segments computed side by side, for the memory of training, and of a GPU; 0 for all
     #[arg(long, value_name = "N", default_value_t = 1)]
     segments_per_step: usize,
     /// Activations computed again instead of kept, for the memory of training
@@ -44,9 +52,17 @@ pub struct Args {
     json: bool,
 }
 
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..1 << 32)
+}
+
 pub fn run(args: &Args) -> Result<()> {
     let config = load_config(&args.model)?;
     let rows = estimates(&config, args);
+    let planned = match args.device.device {
+        DeviceName::Cpu => None,
+        DeviceName::Cuda => Some(plan::rows(&args.planner(&config), &args.context)?),
+    };
     let weights = Checkpoint::open(&args.model);
     let fits = match &weights {
         Ok(weights) => weights.check(&config),
@@ -64,12 +80,38 @@ pub fn run(args: &Args) -> Result<()> {
     if let (Ok(ids), Some(object)) = (end_ids(&args.model, &config), report.as_object_mut()) {
         object.insert("end_ids".into(), json!(ids));
     }
-    match args.json {
-        true => println!("{report:#}"),
-        false => print!("{}", text(&report, &rows)),
+    if let Some((place, rows)) = &planned {
+        report["memory"] = json!({"place": place, "rows": rows});
+    }
+    match (args.json, &planned) {
+        (true, _) => println!("{report:#}"),
+        (false, None) => print!("{}{}", text(&report), estimated(&rows)),
+        (false, Some((place, rows))) => {
+            print!("{}{}", text(&report), planned_text(args, place, rows))
+        }
     }
     fits.and(weights.map(drop))
         .context("the weights cannot be used")
+}
+
+impl Args {
+    fn planner<'a>(&self, config: &'a ModelConfig) -> Planner<'a> {
+        Planner {
+            config,
+            pool: self.device.pool.0,
+            batch: self.batch,
+            segments_per_step: self.side_by_side(),
+            tbptt: self.tbptt,
+            recompute: self.recompute,
+        }
+    }
+
+    fn side_by_side(&self) -> usize {
+        match self.segments_per_step {
+            0 => usize::MAX,
+            n => n,
+        }
+    }
 }
 
 fn architecture(config: &ModelConfig) -> Value {
@@ -158,10 +200,7 @@ struct Row {
 fn estimates(config: &ModelConfig, args: &Args) -> Vec<Row> {
     let train = Use::Train {
         tbptt: args.tbptt,
-        segments_per_step: match args.segments_per_step {
-            0 => usize::MAX,
-            n => n,
-        },
+        segments_per_step: args.side_by_side(),
         recompute: args.recompute,
     };
     let row = |tokens: &usize| Row {
@@ -182,14 +221,17 @@ fn row_json(row: &Row) -> Value {
     json!({"tokens": row.tokens, "read": memory(&row.read), "train": memory(&row.train)})
 }
 
-fn text(report: &Value, rows: &[Row]) -> String {
+/// A line of the report.
+fn push_line(out: &mut String, name: &str, text: &str) {
+    let text = format!("{name:<11} {text}");
+    out.push_str(text.trim_end());
+    out.push('\n');
+}
+
+fn text(report: &Value) -> String {
     let mut out = String::new();
     let a = &report["architecture"];
-    let mut line = |name: &str, text: String| {
-        let text = format!("{name:<11} {text}");
-        out.push_str(text.trim_end());
-        out.push('\n');
-    };
+    let mut line = |name: &str, text: String| push_line(&mut out, name, &text);
     line(
         "model",
         report["folder"].as_str().unwrap_or_default().to_owned(),
@@ -255,6 +297,13 @@ fn text(report: &Value, rows: &[Row]) -> String {
         }
     }
     line("", String::new());
+    out
+}
+
+/// The memory on the CPU.
+fn estimated(rows: &[Row]) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| push_line(&mut out, name, &text);
     line(
         "memory",
         "of one sequence in f32; pool: the part that grows".into(),
@@ -279,6 +328,65 @@ fn text(report: &Value, rows: &[Row]) -> String {
         ];
         let cells = cells.map(|bytes| format!("{:>15}", size(bytes))).concat();
         line("", format!("{:>15}{cells}", row.tokens));
+    }
+    out
+}
+
+/// The memory on a GPU.
+fn planned_text(args: &Args, place: &Place, rows: &[plan::Row]) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| push_line(&mut out, name, &text);
+    let step = match args.segments_per_step {
+        0 => "all segments".to_owned(),
+        n => format!("{n} segment(s)"),
+    };
+    let run = format!(
+        "batch {}, {step} per step, tbptt {}",
+        args.batch, args.tbptt
+    );
+    line("memory", format!("on the GPU ({}), {run}", place.gpu));
+    line(
+        "",
+        "device: what is taken at once before the run; host: pinned memory of pools".into(),
+    );
+    if let Some(bytes) = place.elsewhere {
+        let bytes = size(bytes as u64);
+        line(
+            "",
+            format!("beside it, the driver, loaded kernels and other programs: {bytes}"),
+        );
+    }
+    let head = [
+        "weights",
+        "optimizer",
+        "state",
+        "activations",
+        "pool",
+        "device",
+        "host",
+    ];
+    let cells = |cells: [String; 7]| cells.map(|c| format!("{c:>13}")).concat();
+    line(
+        "",
+        format!(
+            "{:>9} {:<8}{}",
+            "tokens",
+            "for",
+            cells(head.map(str::to_owned))
+        ),
+    );
+    for row in rows {
+        let bytes = [
+            row.weights,
+            row.optimizer,
+            row.state,
+            row.activations,
+            row.pool,
+            row.device,
+            row.host,
+        ];
+        let bytes = cells(bytes.map(|bytes| size(bytes as u64)));
+        line("", format!("{:>9} {:<8}{bytes}", row.tokens, row.run));
     }
     out
 }

@@ -14,6 +14,7 @@ mod metrics;
 mod model;
 mod op;
 mod overrides;
+mod plan;
 mod plot;
 mod resume;
 mod run;

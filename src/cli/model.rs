@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use segattn::device::Device;
+use segattn::device::Purpose;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
+use segattn::generate::rehearsal::{Reading, rehearse};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::Checkpoint;
 use segattn::train::checkpoint::list;
 
-use super::device::DeviceName;
+use super::device::{DeviceArgs, DeviceName, Planned, Pool};
 
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
@@ -20,9 +21,8 @@ pub struct ModelArgs {
     /// Folder of the model: config.json, *.safetensors, tokenizer.json
     #[arg(short, long, value_name = "DIR")]
     model: PathBuf,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t)]
-    device: DeviceName,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Run as the checkpoint says, in segments, or as full attention
     #[arg(
         long,
@@ -64,20 +64,19 @@ impl ModelArgs {
     }
 
     pub fn device(&self) -> DeviceName {
-        self.device
+        self.device.device
+    }
+
+    pub fn pool(&self) -> Pool {
+        self.device.pool
     }
 
     pub fn execution(&self) -> Execution {
         self.execution
     }
 
-    /// The model and, where the folder has one, its tokenizer; without `needs_text` a tokenizer
-    /// that cannot be read is no error.
-    pub fn load<D: Device>(
-        &self,
-        device: D,
-        needs_text: bool,
-    ) -> Result<(Decoder<D>, Option<Tokenizer>)> {
+    /// What the model's folder holds; without `needs_text` a tokenizer that cannot be read is no error.
+    pub fn open(&self, needs_text: bool) -> Result<Opened> {
         let mut config = self.config()?;
         config.eos_token_id = end_ids(&self.model, &config)?;
         let text = match Tokenizer::open(&self.model, &config) {
@@ -89,14 +88,13 @@ impl ModelArgs {
             }
         };
         let weights = Checkpoint::open(&self.model)?;
-        Ok((weights.load(device, config, false)?, text))
-    }
-
-    /// The folder's weights, and the model prepared for gradients.
-    pub fn load_for_gradients<D: Device>(&self, device: D) -> Result<(Checkpoint, Decoder<D>)> {
-        let weights = Checkpoint::open(&self.model)?;
-        let model = weights.load(device, self.config()?, true)?;
-        Ok((weights, model))
+        weights.check(&config)?;
+        Ok(Opened {
+            config,
+            text,
+            weights,
+            pool: self.device.pool,
+        })
     }
 
     fn config(&self) -> Result<ModelConfig> {
@@ -110,6 +108,29 @@ impl ModelArgs {
         };
         apply(&mut config, self.execution, &overrides)?;
         Ok(config)
+    }
+}
+
+/// A model's folder, before its weights are read.
+pub struct Opened {
+    /// As the model will run.
+    pub config: ModelConfig,
+    /// Its tokenizer, where it has one.
+    pub text: Option<Tokenizer>,
+    /// Its weights.
+    pub weights: Checkpoint,
+    pool: Pool,
+}
+
+impl Opened {
+    /// The model, on a device that has taken the memory for these readings.
+    pub fn load<D: Planned>(&self, device: D, readings: &[Reading]) -> Result<Decoder<D>> {
+        device.plan(self.pool, Purpose::Activations, |dry| {
+            let model = Decoder::blank(dry, self.config.clone(), false)?;
+            let mut each = readings.iter();
+            Ok(each.try_for_each(|reading| rehearse(&model, reading, || ()))?)
+        })?;
+        Ok(self.weights.load(device, self.config.clone(), false)?)
     }
 }
 

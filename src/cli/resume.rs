@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use segattn::device::Purpose;
 use segattn::train::checkpoint::load_latest;
 use segattn::train::config::Config;
 use segattn::train::trainer::Trainer;
 
-use super::device::{DeviceName, Planned, on_device};
+use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
 use super::text::Text;
@@ -19,9 +20,8 @@ pub struct Args {
     /// The run's folder (`training.output`)
     #[arg(value_name = "DIR", default_value = "run")]
     output: PathBuf,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t)]
-    device: DeviceName,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -39,8 +39,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         folder.display()
     );
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
-    on_device!(args.device, device => {
-        device.plan(|dry| dry_run(dry, &checkpoint.model, &config, tensors, &data))?;
+    on_device!(args.device.device, device => {
+        device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
         Run::new(trainer, data, checkpoint.extra, quiet)?.go()
     })

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use segattn::device::Device;
 use segattn::eval::perplexity::log_probabilities;
+use segattn::generate::rehearsal::Reading;
 use serde::Serialize;
 
-use super::device::on_device;
+use super::device::{Planned, on_device};
 use super::files::{read_tokens, write_atomically};
 use super::generate::{progress, read_prompt};
 use super::model::ModelArgs;
@@ -47,10 +47,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     on_device!(args.model.device(), device => run_on(device, args, quiet))
 }
 
-fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
-    let (model, text) = args.model.load(device, args.tokens.is_none())?;
-    let tokens = match (&args.tokens, &args.text, text) {
-        (Some(path), ..) => read_tokens(path, model.config.vocab_size)?,
+fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
+    let opened = args.model.open(args.tokens.is_none())?;
+    let tokens = match (&args.tokens, &args.text, &opened.text) {
+        (Some(path), ..) => read_tokens(path, opened.config.vocab_size)?,
         (None, Some(path), Some(text)) => text.encode(&read_prompt(path)?, true)?,
         (None, Some(_), None) => bail!("the model has no tokenizer; give --tokens"),
         (None, None, _) => bail!("nothing to score; give --tokens or --text"),
@@ -60,6 +60,13 @@ fn run_on<D: Device>(device: D, args: &Args, quiet: bool) -> Result<()> {
         "expected at least 2 tokens to score, got {}",
         tokens.len()
     );
+    let reading = Reading {
+        sequences: vec![[0, tokens.len() - 1]],
+        scored: true,
+        new: 0,
+        segments_per_step: args.segments_per_step,
+    };
+    let model = opened.load(device, &[reading])?;
     let bar = progress(!quiet, tokens.len() as u64 - 1, "tokens");
     let scored = log_probabilities(&model, &[&tokens], args.segments_per_step, |read| {
         bar.inc(read as u64);

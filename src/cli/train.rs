@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use segattn::device::Device;
+use segattn::device::{Device, Purpose};
 use segattn::model::config::ModelConfig;
 use segattn::model::parameters::specs;
 use segattn::model::weights;
@@ -12,7 +12,7 @@ use segattn::train::config::Config;
 use segattn::train::progress::Tensors;
 use segattn::train::trainer::Trainer;
 
-use super::device::{DeviceName, Planned, on_device};
+use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints};
@@ -24,9 +24,8 @@ pub struct Args {
     /// TOML file, see configs/train.toml; without it the defaults
     #[arg(value_name = "CONFIG")]
     config: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t)]
-    device: DeviceName,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -47,8 +46,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let (model, tensors) = start(&config, &text)?;
     let data = Data::read(&config, &model, &text, output)?;
     let extra = tokenizer_files(&config)?;
-    on_device!(args.device, device => {
-        device.plan(|dry| dry_run(dry, &model, &config, &tensors, &data))?;
+    on_device!(args.device.device, device => {
+        device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &model, &config, &data))?;
         let trainer = Trainer::new(device, model, config, &tensors, None)?;
         Run::new(trainer, data, extra, quiet)?.go()
     })
@@ -59,12 +58,11 @@ pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,
     config: &Config,
-    tensors: &Tensors,
     data: &Data,
 ) -> Result<()> {
     let training = &config.training;
     let sequence = vec![0; data.longest(training.sequence_len) + 1];
-    let mut trainer = Trainer::new(device, model.clone(), config.clone(), tensors, None)?;
+    let mut trainer = Trainer::blank(device, model.clone(), config.clone())?;
     trainer.step_on(&[vec![sequence.clone(); training.batch]])?;
     trainer.validate(&[sequence])?;
     Ok(())

@@ -11,9 +11,6 @@ use crate::model::session::{Feed, Session};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// Tokens read in one call where the model has no segments to bound what activations take.
-const PLAIN_CHUNK: usize = 1024;
-
 /// How documents are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -193,9 +190,7 @@ pub fn log_probabilities<D: Device>(
     let longest = sequences.iter().map(|s| inputs(s)).max().unwrap_or(0);
     let mut session = Session::new(model, sequences.len(), longest, segments_per_step)
         .map_err(EvalError::model)?;
-    let chunk = model.config.segment.as_ref().map_or(PLAIN_CHUNK, |s| {
-        s.segment_len.saturating_mul(session.segments_per_step())
-    });
+    let chunk = session.chunk();
     let mut scored = vec![Vec::new(); sequences.len()];
     let mut at = 0;
     while at < longest {

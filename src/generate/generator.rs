@@ -10,9 +10,6 @@ use crate::model::session::{Feed, Session};
 use std::ops::ControlFlow;
 
 /// Tokens of each prompt read in one call where the model has no segments to bound the memory that
-/// activations take.
-const PLAIN_CHUNK: usize = 1024;
-
 /// Generation that cannot begin or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
@@ -186,7 +183,7 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     /// # Errors
     /// [`GenerateError::Device`].
     pub fn read_prompts(&mut self) -> Result<usize, GenerateError> {
-        let chunk = self.chunk();
+        let chunk = self.session.chunk();
         let end = |s: &Sequence| s.prompt.min(s.read.saturating_add(chunk));
         let feeds: Vec<Feed<'_>> = self
             .sequences
@@ -215,16 +212,6 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     pub fn unread(&self) -> usize {
         let left = |s: &Sequence| s.prompt.saturating_sub(s.read);
         self.sequences.iter().map(left).sum()
-    }
-
-    /// Tokens of a prompt in one call: some segments, so that a caller can show how far it is.
-    fn chunk(&self) -> usize {
-        let segment = self.session.model().config.segment.as_ref();
-        segment.map_or(PLAIN_CHUNK, |s| {
-            s.segment_len
-                .saturating_mul(self.session.segments_per_step())
-                .max(PLAIN_CHUNK)
-        })
     }
 
     /// One more token for every sequence that has not ended; empty once all have. Reads the

@@ -1,6 +1,7 @@
 //! Generation: the loop over a session, the choice of tokens and the end of a text.
 
 pub mod generator;
+pub mod rehearsal;
 pub mod sampler;
 pub mod stop;
 pub mod text;

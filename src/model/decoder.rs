@@ -132,6 +132,19 @@ impl<D: Device> Decoder<D> {
         })
     }
 
+    /// A model whose weights hold anything, made as others are: for runs that only show what memory they need.
+    pub fn blank(device: D, config: ModelConfig, training: bool) -> Result<Self> {
+        let specs = specs(&config);
+        let values = |i: usize| device.empty(Kind::Exact, specs[i].role.len());
+        let weights = Weights::prepare(&device, &specs, values, training)?;
+        Ok(Self {
+            device,
+            config,
+            specs,
+            weights,
+        })
+    }
+
     /// The head's matrix: its own, or the embedding's.
     pub fn head(&self) -> &D::Matrix {
         let i = if self.config.tie_word_embeddings {

@@ -5,8 +5,11 @@
 //! never changes a bit of what comes out.
 
 use super::decoder::{Decoder, Forward, Step};
-use super::state::{Angles, Plan, SequenceState, Slots};
+use super::state::{Angles, Plan, SequenceState, Slots, pretend_segment};
 use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
+
+/// Tokens read in one call where the model has no segments to bound what activations take.
+const PLAIN_CHUNK: usize = 1024;
 
 /// Tokens for one sequence of a session.
 #[derive(Debug, Clone, Copy)]
@@ -133,6 +136,38 @@ impl<'m, D: Device> Session<'m, D> {
         } else {
             usize::MAX
         }
+    }
+
+    /// Tokens that a sequence best reads at a time where many come: whole segments, and of a model without segments so
+    /// many that activations stay bounded.
+    pub fn chunk(&self) -> usize {
+        match &self.model.config.segment {
+            Some(segment) => segment.segment_len.saturating_mul(self.side_by_side),
+            None => PLAIN_CHUNK,
+        }
+    }
+
+    /// Moves a sequence ahead as if it had read `tokens` tokens: its pool and state take the memory that they would
+    /// then, and hold anything. For dry runs.
+    pub(crate) fn pretend(&mut self, sequence: usize, tokens: usize) -> Result<()> {
+        let (device, plan) = (&self.model.device, &self.plan);
+        let before = self.positions[sequence];
+        if tokens == 0 {
+            return Ok(());
+        }
+        self.positions[sequence] = before + tokens;
+        self.logits[sequence] = vec![0.0; self.model.config.vocab_size];
+        if self.model.config.segment.is_none() {
+            return Ok(());
+        }
+        let segments = (before + tokens) / plan.segment_len - before / plan.segment_len;
+        let rows = device.empty(Kind::Activation, plan.segment_len * plan.kv_width())?;
+        for _ in 0..segments {
+            for (l, carry) in self.states[sequence].layers.iter_mut().enumerate() {
+                pretend_segment(device, plan, l, &rows, carry)?;
+            }
+        }
+        Ok(())
     }
 
     /// Logits for the token after the last one read; empty before the first.

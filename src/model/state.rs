@@ -421,3 +421,24 @@ pub(super) fn close_segment<D: Device>(
     carry.picks = device.pick_blocks(pool, &probes, &pick)?;
     Ok(())
 }
+
+/// Leaves a carry as a completed segment of these keys and values would, but for what is in it.
+pub(super) fn pretend_segment<D: Device>(
+    device: &D,
+    plan: &Plan,
+    layer: usize,
+    rows: &D::Buffer,
+    carry: &mut Carry<D>,
+) -> Result<()> {
+    let reads = &plan.reads[layer];
+    carry.prior_rows = plan.sources(reads)[0];
+    let Some(pool) = &mut carry.pool else {
+        return Ok(());
+    };
+    let rows = Rows::packed(rows, 0, plan.kv_width());
+    device.pool_append(pool, &reads.past, rows, rows, plan.segment_len)?;
+    let tokens = plan.past_len.min(device.pool_len(pool));
+    let picks = vec![(0..tokens).collect(); reads.past.len()];
+    carry.picks = device.picks(&picks, plan.retrieval[2])?;
+    Ok(())
+}

@@ -15,7 +15,7 @@ use super::streams::{Gradients, StreamConfig, accumulate};
 use crate::device::{AdamW, Device, GradTensor, Kind, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Role, TensorSpec, specs};
+use crate::model::parameters::{Role, TensorSpec, Weights, specs};
 use crate::model::session::score;
 
 /// What a step did.
@@ -64,14 +64,37 @@ impl<D: Device> Trainer<D> {
         progress: Option<Progress>,
     ) -> Result<Self> {
         check_sizes(&specs(&model), tensors)?;
-        let upload = |list: &[Vec<f32>]| -> Result<Vec<D::Buffer>> {
-            list.iter().map(|t| buffer(&device, t)).collect()
+        let lists = [&tensors.values, &tensors.m, &tensors.v];
+        let tensor = |device: &D, kind: Kept, i: usize| {
+            let mut buffer = room(device, lists[kind as usize][i].len())?;
+            device.write(&mut buffer, 0, &lists[kind as usize][i])?;
+            Ok(buffer)
         };
-        let (values, m, v) = (
-            upload(&tensors.values)?,
-            upload(&tensors.m)?,
-            upload(&tensors.v)?,
-        );
+        Self::made(device, model, config, progress, tensor)
+    }
+
+    /// A trainer at the start of a run whose tensors hold anything: for dry runs, which show what memory a run needs.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`], [`TrainError::Device`].
+    pub fn blank(device: D, model: ModelConfig, config: Config) -> Result<Self> {
+        let lens: Vec<usize> = specs(&model).iter().map(|s| s.role.len()).collect();
+        let tensor = |device: &D, _, i: usize| room(device, lens[i]);
+        Self::made(device, model, config, None, tensor)
+    }
+
+    fn made(
+        device: D,
+        model: ModelConfig,
+        config: Config,
+        progress: Option<Progress>,
+        tensor: impl Fn(&D, Kept, usize) -> crate::device::Result<D::Buffer>,
+    ) -> Result<Self> {
+        let count = specs(&model).len();
+        let all = |kind| -> Result<Vec<D::Buffer>> {
+            (0..count).map(|i| Ok(tensor(&device, kind, i)?)).collect()
+        };
+        let [values, m, v] = [all(Kept::Values)?, all(Kept::M)?, all(Kept::V)?];
         let progress = match progress {
             Some(progress) => progress,
             None => Progress {
@@ -82,12 +105,16 @@ impl<D: Device> Trainer<D> {
                 guard: Guard::new(config.guard.clone())?,
             },
         };
-        let mut prepared = Vec::new();
-        for t in &tensors.values {
-            prepared.push(Some(buffer(&device, t)?));
-        }
-        let take = |i: usize| Ok(prepared[i].take().expect("each tensor is asked for once"));
-        let model = Decoder::new(device, model, take, true)?;
+        let specs = specs(&model);
+        // The model prepares values of its own, one tensor at a time.
+        let weights =
+            Weights::prepare(&device, &specs, |i| tensor(&device, Kept::Values, i), true)?;
+        let model = Decoder {
+            device,
+            config: model,
+            specs,
+            weights,
+        };
         Ok(Self {
             schedule: config.schedule()?,
             gradients: Gradients::new(&model)?,
@@ -307,11 +334,17 @@ impl<D: Device> Trainer<D> {
     }
 }
 
-fn buffer<D: Device>(device: &D, values: &[f32]) -> Result<D::Buffer> {
-    let buffer = device.empty(Kind::Exact, values.len());
-    let mut buffer = buffer.map_err(|error| error.wanted_for(Purpose::Optimizer))?;
-    device.write(&mut buffer, 0, values)?;
-    Ok(buffer)
+/// What is kept of each tensor, in the order of [`Tensors`]' fields.
+#[derive(Clone, Copy)]
+enum Kept {
+    Values,
+    M,
+    V,
+}
+
+fn room<D: Device>(device: &D, len: usize) -> crate::device::Result<D::Buffer> {
+    let buffer = device.empty(Kind::Exact, len);
+    buffer.map_err(|error| error.wanted_for(Purpose::Optimizer))
 }
 
 fn check_sizes(specs: &[TensorSpec], tensors: &Tensors) -> Result<()> {

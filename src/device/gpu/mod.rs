@@ -16,6 +16,7 @@ mod dry;
 mod memory;
 mod optimizer;
 mod past;
+mod plan;
 mod rows;
 
 use std::fmt;
@@ -25,6 +26,7 @@ pub use driver::{Driver, Operand, Plus, Product};
 pub use dry::DryRun;
 pub use memory::{Held, MemoryUse};
 pub use past::{PastPool, Picks};
+pub use plan::{MemoryPlan, PoolPlace};
 
 use super::{Kind, Result, Rows, RowsMut};
 use crate::attention::cuda::DeviceSlice;

@@ -50,6 +50,11 @@ impl Cuda {
         &self.stream
     }
 
+    /// What the GPU is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
     /// The kernels, for a [`DryRun`](super::DryRun) of what will run here.
     pub fn shared_kernels(&self) -> &Arc<DriverKernels> {
         &self.kernels

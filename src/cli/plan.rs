@@ -1,0 +1,192 @@
+//! What a model takes on a GPU, from dry runs of the code that will run there: no GPU is needed.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use anyhow::Result;
+use segattn::attention::cuda::{Kernels, KnownKernels};
+use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, PoolPlace};
+use segattn::generate::rehearsal::{Reading, rehearse};
+use segattn::model::config::ModelConfig;
+use segattn::model::decoder::Decoder;
+use segattn::train::config::Config;
+use segattn::train::trainer::Trainer;
+use serde::Serialize;
+
+/// Multiprocessors of the GPU that is assumed where there is none: an H100 or H200.
+const MULTIPROCESSORS: u32 = 132;
+
+/// What is to be planned.
+pub struct Planner<'a> {
+    pub config: &'a ModelConfig,
+    pub pool: PoolPlace,
+    /// Sequences side by side.
+    pub batch: usize,
+    pub segments_per_step: usize,
+    pub tbptt: usize,
+    pub recompute: bool,
+}
+
+/// Where a plan holds.
+#[derive(Serialize)]
+pub struct Place {
+    /// The GPU, or what was assumed of it.
+    pub gpu: String,
+    /// Its memory that other programs, the driver and loaded kernels hold, bytes, where there is a GPU.
+    pub elsewhere: Option<usize>,
+    #[serde(skip)]
+    free: Option<usize>,
+}
+
+/// Bytes, by what they are for.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Tokens of each sequence.
+    pub tokens: usize,
+    /// score, generate (the tokens are a prompt, and one more segment is generated) or train.
+    #[serde(rename = "for")]
+    pub run: &'static str,
+    /// Prepared weights.
+    pub weights: usize,
+    /// Weights in f32, gradients, moments.
+    pub optimizer: usize,
+    /// Prior tails and angle tables.
+    pub state: usize,
+    /// Everything that comes and goes: segments in flight, activations, their gradients, workspace.
+    pub activations: usize,
+    /// Pools on the device.
+    pub pool: usize,
+    /// All of these.
+    pub device: usize,
+    /// Pools in pinned host memory.
+    pub host: usize,
+}
+
+/// Plans for these lengths, with the kernels of the machine's GPU or, where there is none, assumed ones.
+pub fn rows(planner: &Planner<'_>, contexts: &[usize]) -> Result<(Place, Vec<Row>)> {
+    #[cfg(feature = "cuda")]
+    match super::device::open_gpu() {
+        Ok(gpu) => {
+            use segattn::device::gpu::Driver;
+            let kernels = gpu.driver().shared_kernels();
+            let rows = planner.rows(kernels, None, contexts)?;
+            // The dry runs have loaded the kernels.
+            let (total, free) = (gpu.driver().info().memory, gpu.driver().free_memory()?);
+            let place = Place {
+                gpu: segattn::device::Device::description(&gpu),
+                elsewhere: Some(total.saturating_sub(free)),
+                free: Some(free),
+            };
+            let rows = match planner.pool {
+                PoolPlace::Auto => planner.rows(kernels, place.free, contexts)?,
+                PoolPlace::AtMost(_) => rows,
+            };
+            return Ok((place, rows));
+        }
+        Err(error) => tracing::debug!("no GPU: {error}"),
+    }
+    let place = Place {
+        gpu: format!("assumed: {MULTIPROCESSORS} multiprocessors"),
+        elsewhere: None,
+        free: None,
+    };
+    let multiprocessors = MULTIPROCESSORS;
+    let kernels = Arc::new(KnownKernels { multiprocessors });
+    let rows = planner.rows(&kernels, place.free, contexts)?;
+    Ok((place, rows))
+}
+
+impl Planner<'_> {
+    fn rows<K: Kernels + Send + Sync>(
+        &self,
+        kernels: &Arc<K>,
+        free: Option<usize>,
+        contexts: &[usize],
+    ) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        for tokens in contexts {
+            let segment = self.config.segment.as_ref();
+            let new = segment.map_or(1, |s| s.segment_len);
+            rows.push(self.read(kernels, free, "score", [*tokens, 0])?);
+            rows.push(self.read(kernels, free, "generate", [*tokens, new])?);
+            rows.push(self.train(kernels, free, *tokens)?);
+        }
+        Ok(rows)
+    }
+
+    fn read<K: Kernels + Send + Sync>(
+        &self,
+        kernels: &Arc<K>,
+        free: Option<usize>,
+        run: &'static str,
+        [tokens, new]: [usize; 2],
+    ) -> Result<Row> {
+        let reading = Reading {
+            sequences: vec![[0, tokens]; self.batch],
+            scored: new == 0,
+            new,
+            segments_per_step: self.segments_per_step,
+        };
+        let (weights, opened) = (Cell::new(0), Cell::new(0));
+        let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
+            let model = Decoder::blank(dry.clone(), self.config.clone(), false)?;
+            weights.set(used(&dry));
+            Ok(rehearse(&model, &reading, || opened.set(used(&dry)))?)
+        })?;
+        let state = opened.get() - weights.get();
+        Ok(row(run, tokens, &plan, [weights.get(), 0, state]))
+    }
+
+    fn train<K: Kernels + Send + Sync>(
+        &self,
+        kernels: &Arc<K>,
+        free: Option<usize>,
+        tokens: usize,
+    ) -> Result<Row> {
+        let mut config = Config::default();
+        config.training.sequence_len = tokens;
+        config.training.batch = self.batch;
+        config.training.segments_per_step = self.segments_per_step;
+        config.training.tbptt = self.tbptt;
+        config.training.recompute = self.recompute;
+        let dry = Gpu::new(DryRun::new(kernels.clone(), None));
+        let model = Decoder::blank(dry.clone(), self.config.clone(), true)?;
+        let (weights, made) = (used(&dry), Cell::new(0));
+        drop(model);
+        let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
+            let model = self.config.clone();
+            let mut trainer = Trainer::blank(dry.clone(), model, config.clone())?;
+            made.set(used(&dry));
+            let sequence = vec![0; tokens + 1];
+            trainer.step_on(&[vec![sequence.clone(); self.batch]])?;
+            trainer.validate(&[sequence])?;
+            Ok(())
+        })?;
+        let optimizer = made.get() - weights;
+        Ok(row("train", tokens, &plan, [weights, optimizer, 0]))
+    }
+}
+
+fn used<K: Kernels + Send + Sync>(dry: &Gpu<DryRun<K>>) -> usize {
+    dry.memory_use().buffers.used
+}
+
+fn row(
+    run: &'static str,
+    tokens: usize,
+    plan: &MemoryPlan,
+    [weights, optimizer, state]: [usize; 3],
+) -> Row {
+    let stays = weights + optimizer + state;
+    Row {
+        tokens,
+        run,
+        weights,
+        optimizer,
+        state,
+        activations: plan.planned.buffers.high_water - stays,
+        pool: plan.planned.pool.high_water,
+        device: plan.device_bytes(),
+        host: plan.host_bytes(),
+    }
+}

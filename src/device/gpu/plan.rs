@@ -1,0 +1,127 @@
+//! Memory planned before a run, from a dry run of the run's own code.
+
+use std::sync::Arc;
+
+use super::{Driver, DryRun, Gpu, MemoryUse};
+use crate::attention::cuda::Kernels;
+use crate::device::{DeviceError, OutOfMemory, Purpose};
+
+/// Device memory that a plan leaves: for kernels that are loaded while running, and for products that compare
+/// algorithms.
+const SPARE_BYTES: usize = 96 << 20;
+
+/// How much of the pools lies on the device; the rest lies in pinned host memory. No bit depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PoolPlace {
+    /// What the run's other needs leave room for: all of it if it fits.
+    #[default]
+    Auto,
+    /// At most so many bytes: 0 for none, `usize::MAX` for all.
+    AtMost(usize),
+}
+
+/// What a run will hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// The use of its dry run.
+    pub planned: MemoryUse,
+    /// What [`Gpu::limit_pool`] has to be told.
+    pub pool_limit: usize,
+}
+
+impl MemoryPlan {
+    /// The plan of `run` on a GPU with these kernels and `free` bytes of device memory; `None`: of as much as it needs.
+    ///
+    /// # Errors
+    /// Those of the run.
+    pub fn new<K: Kernels + Send + Sync, E>(
+        kernels: &Arc<K>,
+        pool: PoolPlace,
+        free: Option<usize>,
+        run: impl Fn(Gpu<DryRun<K>>) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let with = |pool_limit| {
+            let dry = Gpu::new(DryRun::new(kernels.clone(), None));
+            dry.limit_pool(pool_limit);
+            run(dry.clone())?;
+            let planned = dry.memory_use();
+            Ok(Self {
+                planned,
+                pool_limit,
+            })
+        };
+        let plan = match pool {
+            PoolPlace::Auto => with(usize::MAX)?,
+            PoolPlace::AtMost(bytes) => with(bytes)?,
+        };
+        let room = free.map_or(usize::MAX, |free| free.saturating_sub(SPARE_BYTES));
+        if pool == PoolPlace::Auto && plan.device_bytes() > room {
+            return with(room.saturating_sub(plan.planned.buffers.high_water));
+        }
+        Ok(plan)
+    }
+
+    /// Device memory that the run takes.
+    pub fn device_bytes(&self) -> usize {
+        self.planned.buffers.high_water + self.planned.pool.high_water
+    }
+
+    /// Pinned host memory that it takes, at most.
+    pub fn host_bytes(&self) -> usize {
+        self.planned.host.high_water
+    }
+}
+
+impl<D: Driver> Gpu<D> {
+    /// Makes `run` without doing it, then takes at once the device memory that it needs. `purpose` is what most of it
+    /// beside weights and pools is for. `kernels`: those of the driver.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] where device or host have not as much, and what the run or the driver says.
+    pub fn reserve_for<K: Kernels + Send + Sync, E: From<DeviceError>>(
+        &self,
+        kernels: &Arc<K>,
+        pool: PoolPlace,
+        purpose: Purpose,
+        run: impl Fn(Gpu<DryRun<K>>) -> Result<(), E>,
+    ) -> Result<MemoryPlan, E> {
+        let said = |error: crate::attention::cuda::Error| E::from(error.into());
+        // A first dry run loads the kernels, which take memory too.
+        let first = MemoryPlan::new(kernels, pool, None, &run)?;
+        let free = self.driver().free_memory().map_err(said)?;
+        let plan = match first.device_bytes().saturating_add(SPARE_BYTES) <= free {
+            true => first,
+            false => MemoryPlan::new(kernels, pool, Some(free), &run)?,
+        };
+        let out = if plan.device_bytes() > free {
+            let pool_asks = plan.planned.buffers.high_water <= free;
+            Some(OutOfMemory {
+                free: Some(free),
+                purpose: Some(if pool_asks { Purpose::Pool } else { purpose }),
+                ..OutOfMemory::device(plan.device_bytes())
+            })
+        } else {
+            let available = available_host_memory();
+            let short = available.filter(|bytes| plan.host_bytes() > *bytes);
+            short.map(|free| OutOfMemory {
+                free: Some(free),
+                purpose: Some(Purpose::Pool),
+                ..OutOfMemory::pinned(plan.host_bytes())
+            })
+        };
+        if let Some(out) = out {
+            return Err(DeviceError::from(out).into());
+        }
+        self.limit_pool(plan.pool_limit);
+        self.reserve(&plan.planned)?;
+        Ok(plan)
+    }
+}
+
+/// Bytes that programs can still have of the host, where the system says so.
+fn available_host_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

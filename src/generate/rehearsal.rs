@@ -1,0 +1,120 @@
+//! A reading and a generation gone through for the memory that they need: on a [`DryRun`](crate::device::gpu::DryRun),
+//! by the code that will do them, and in little time however long they are.
+
+use super::generator::{GenerateError, Generator, GeneratorConfig, Prompt};
+use super::sampler::SamplerConfig;
+use crate::device::Device;
+use crate::model::decoder::Decoder;
+use crate::model::session::{Feed, Session};
+use std::ops::ControlFlow;
+
+/// What is read and generated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reading {
+    /// Of each sequence the tokens that it has read before, in a saved state, and those that it reads.
+    pub sequences: Vec<[usize; 2]>,
+    /// Whether the tokens are scored.
+    pub scored: bool,
+    /// New tokens of each sequence.
+    pub new: usize,
+    /// Segments computed side by side.
+    pub segments_per_step: usize,
+}
+
+/// Goes through `reading`. Segments of which each leaves as much as the one before are passed over, but for what
+/// they add to the pools. `opened` is called when all that stays is there, but for the pools.
+///
+/// # Errors
+/// [`GenerateError::Device`].
+pub fn rehearse<D: Device>(
+    model: &Decoder<D>,
+    reading: &Reading,
+    opened: impl FnOnce(),
+) -> Result<(), GenerateError> {
+    let Reading {
+        ref sequences,
+        scored,
+        new,
+        segments_per_step,
+    } = *reading;
+    let of_each = |f: &dyn Fn(&[usize; 2]) -> usize| sequences.iter().map(f).collect::<Vec<_>>();
+    let longest = of_each(&|[before, tokens]| before + tokens + new);
+    let longest = longest.into_iter().max().unwrap_or(0);
+    let session = &mut Session::new(model, sequences.len(), longest, segments_per_step)?;
+    opened();
+    ahead(session, &of_each(&|[before, _]| *before))?;
+    // The first chunks fill the state, the last have the longest context.
+    let chunk = session.chunk();
+    let passed = |tokens: usize| (tokens / chunk).saturating_sub(4) * chunk;
+    let first = |tokens: usize| tokens.min(2 * chunk);
+    let asked = |tokens: usize| usize::from(new > 0 && tokens > first(tokens));
+    let last = |tokens: usize| tokens - first(tokens) - passed(tokens) - asked(tokens);
+    read(session, &of_each(&|[_, tokens]| first(*tokens)), scored)?;
+    ahead(session, &of_each(&|[_, tokens]| passed(*tokens)))?;
+    read(session, &of_each(&|[_, tokens]| last(*tokens)), scored)?;
+    generate(session, &of_each(&|[_, tokens]| asked(*tokens)), new.min(2))?;
+    // Generation ends a segment for the last time, and begins one. The last new token is never read.
+    let Some(segment) = &session.model().config.segment else {
+        return Ok(());
+    };
+    let far = |(i, [before, tokens]): (usize, &[usize; 2])| {
+        let end = (before + tokens + new).saturating_sub(1) / segment.segment_len;
+        (end * segment.segment_len).saturating_sub(session.position(i) + 1)
+    };
+    let far: Vec<usize> = sequences.iter().enumerate().map(far).collect();
+    ahead(session, &far)?;
+    let one: Vec<usize> = far.iter().map(|far| usize::from(*far > 0)).collect();
+    (0..2).try_for_each(|_| read(session, &one, false))
+}
+
+/// Moves sequences ahead by so many tokens each.
+fn ahead<D: Device>(session: &mut Session<'_, D>, tokens: &[usize]) -> Result<(), GenerateError> {
+    for (sequence, tokens) in tokens.iter().enumerate() {
+        session.pretend(sequence, *tokens)?;
+    }
+    Ok(())
+}
+
+/// Reads so many tokens of each sequence, a chunk at a time.
+fn read<D: Device>(
+    session: &mut Session<'_, D>,
+    tokens: &[usize],
+    scored: bool,
+) -> Result<(), GenerateError> {
+    let chunk = session.chunk();
+    let most = tokens.iter().copied().max().unwrap_or(0);
+    let row = vec![0; chunk.min(most)];
+    for first in (0..most).step_by(chunk) {
+        let feed = |(sequence, tokens): (usize, &usize)| {
+            let tokens = &row[..row.len().min(tokens.saturating_sub(first))];
+            Feed {
+                sequence,
+                tokens,
+                targets: if scored { tokens } else { &[] },
+            }
+        };
+        let feeds: Vec<Feed<'_>> = tokens.iter().enumerate().map(feed).collect();
+        session.feed(&feeds)?;
+    }
+    Ok(())
+}
+
+/// Generates after prompts of so many tokens.
+fn generate<D: Device>(
+    session: &mut Session<'_, D>,
+    prompts: &[usize],
+    max_new: usize,
+) -> Result<(), GenerateError> {
+    let prompt = |tokens: &usize| Prompt {
+        tokens: &[0; 1][..*tokens],
+        stream: 0,
+    };
+    let prompts: Vec<Prompt<'_>> = prompts.iter().map(prompt).collect();
+    let config = GeneratorConfig {
+        sampler: SamplerConfig::greedy(),
+        max_new,
+        end_tokens: Vec::new(),
+    };
+    Generator::new(session, &prompts, config)?.run(|_| ControlFlow::Continue(()))?;
+    Ok(())
+}

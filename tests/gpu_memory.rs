@@ -1,0 +1,206 @@
+//! Plans of a GPU's memory, made without one: a rehearsal holds what the run holds, a million tokens take the device
+//! memory of 32 thousand, and pools go where there is room.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use segattn::attention::cuda::KnownKernels;
+use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlace};
+use segattn::device::{DeviceError, Purpose};
+use segattn::generate::rehearsal::{Reading, rehearse};
+use segattn::generate::sampler::SamplerConfig;
+use segattn::generate::{GenerateError, Generator, GeneratorConfig, Prompt};
+use segattn::model::config::ModelConfig;
+use segattn::model::decoder::Decoder;
+use segattn::model::session::{Session, score};
+
+type Dry = Gpu<DryRun<KnownKernels>>;
+
+fn kernels() -> Arc<KnownKernels> {
+    Arc::new(KnownKernels {
+        multiprocessors: 132,
+    })
+}
+
+fn dry(bytes: Option<usize>) -> Dry {
+    Gpu::new(DryRun::new(kernels(), bytes))
+}
+
+/// `layers` layers of `heads` heads of 128, half of which read the past in every fourth layer.
+fn config(layers: usize, heads: usize, segment_len: usize) -> ModelConfig {
+    let read = |l: usize, g: usize| match (l % 4, g % 2) {
+        (_, 0) => vec!["prior"],
+        (3, _) => vec!["past"],
+        _ => Vec::new(),
+    };
+    let layer = |l| (0..heads).map(|g| read(l, g)).collect::<Vec<_>>();
+    ModelConfig::from_json(serde_json::json!({
+        "model_type": "llama", "vocab_size": 32_000, "hidden_size": heads * 128,
+        "intermediate_size": heads * 344, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "head_dim": 128,
+        "segment": {
+            "segment_len": segment_len, "prior_len": segment_len / 8, "past_len": segment_len / 8,
+            "head_reads": (0..layers).map(layer).collect::<Vec<_>>(),
+        },
+    }))
+    .expect("a config")
+}
+
+fn rehearsed(config: &ModelConfig, reading: &Reading, pool_limit: usize) -> MemoryUse {
+    let gpu = dry(None);
+    gpu.limit_pool(pool_limit);
+    let model = Decoder::blank(gpu.clone(), config.clone(), false).expect("a model");
+    rehearse(&model, reading, || ()).expect("a rehearsal");
+    gpu.memory_use()
+}
+
+/// The whole run, token by token where tokens are generated.
+fn run(model: &Decoder<Dry>, reading: &Reading) -> Result<(), GenerateError> {
+    if reading.scored {
+        let sequence = vec![0; reading.sequences[0][1] + 1];
+        score(model, &sequence, reading.segments_per_step)?;
+        return Ok(());
+    }
+    let longest = reading
+        .sequences
+        .iter()
+        .map(|[_, tokens]| tokens + reading.new);
+    let longest = longest.max().expect("sequences");
+    let count = reading.sequences.len();
+    let mut session = Session::new(model, count, longest, reading.segments_per_step)?;
+    let tokens: Vec<Vec<u32>> = reading.sequences.iter().map(|s| vec![0; s[1]]).collect();
+    let prompt = |tokens| Prompt { tokens, stream: 0 };
+    let prompts: Vec<Prompt<'_>> = tokens.iter().map(|t| prompt(t)).collect();
+    let config = GeneratorConfig {
+        sampler: SamplerConfig::greedy(),
+        max_new: reading.new,
+        end_tokens: Vec::new(),
+    };
+    Generator::new(&mut session, &prompts, config)?.run(|_| ControlFlow::Continue(()))?;
+    Ok(())
+}
+
+fn readings() -> [Reading; 6] {
+    let reading = |sequences: &[usize], scored, new, segments_per_step| Reading {
+        sequences: sequences.iter().map(|tokens| [0, *tokens]).collect(),
+        scored,
+        new,
+        segments_per_step,
+    };
+    [
+        reading(&[2100], true, 0, 1),
+        reading(&[2100], true, 0, 3),
+        reading(&[1500], false, 20, 1),
+        reading(&[10], false, 300, 1),
+        reading(&[1500, 40, 700], false, 150, 2),
+        reading(&[64], false, 1, 1),
+    ]
+}
+
+#[test]
+fn a_rehearsal_holds_what_the_run_holds() {
+    let config = config(8, 2, 64);
+    for reading in readings() {
+        for pool_limit in [usize::MAX, 0, 100_000] {
+            let gpu = dry(None);
+            gpu.limit_pool(pool_limit);
+            let model = Decoder::blank(gpu.clone(), config.clone(), false).expect("a model");
+            run(&model, &reading).expect("a run");
+            let (held, planned) = (gpu.memory_use(), rehearsed(&config, &reading, pool_limit));
+            for (held, planned) in [
+                (held.buffers, planned.buffers),
+                (held.pool, planned.pool),
+                (held.host, planned.host),
+            ] {
+                let [held, planned] = [held, planned].map(|h| h.high_water as f64);
+                assert!(
+                    held <= planned && planned <= 1.02 * held,
+                    "{reading:?}, {pool_limit}: {planned} planned, {held} held"
+                );
+            }
+        }
+    }
+}
+
+/// A model of 7 billion parameters in the paper's setting.
+#[test]
+fn a_million_tokens_take_the_device_memory_of_32_thousand() {
+    let mut config = config(32, 32, 4096);
+    config.intermediate_size = 11_008;
+    let of = |tokens| {
+        let reading = Reading {
+            sequences: vec![[0, tokens]],
+            scored: false,
+            new: 2,
+            segments_per_step: 1,
+        };
+        rehearsed(&config, &reading, 0)
+    };
+    let (short, long) = (of(1 << 15), of(1 << 20));
+    assert_eq!(short.buffers.high_water, long.buffers.high_water);
+    assert_eq!((short.pool.peak, long.pool.peak), (0, 0));
+    // Keys and values of 16 heads in 8 layers.
+    assert_eq!(long.host.peak, (2 * 16 * 128 * 2 * 8) << 20);
+}
+
+fn planned(gpu: &Dry, pool: PoolPlace, reading: &Reading) -> Result<MemoryPlan, GenerateError> {
+    let config = config(8, 2, 64);
+    gpu.reserve_for(&kernels(), pool, Purpose::Activations, |dry| {
+        let model = Decoder::blank(dry, config.clone(), false)?;
+        rehearse(&model, reading, || ())
+    })
+}
+
+#[test]
+fn a_pool_lies_on_the_device_as_far_as_there_is_room() {
+    let [_, _, reading, ..] = readings();
+    let all = planned(&dry(None), PoolPlace::Auto, &reading).expect("a plan");
+    assert_eq!(all.host_bytes(), 0);
+    let (pool, spare) = (all.planned.pool.high_water, 96 << 20);
+    for (bytes, on_device) in [
+        (all.device_bytes() + spare, pool),
+        (all.device_bytes() + spare - pool / 2, pool / 2),
+        (all.device_bytes() + spare - pool, 0),
+    ] {
+        let gpu = dry(Some(bytes));
+        let plan = planned(&gpu, PoolPlace::Auto, &reading).expect("a plan");
+        // Chunks are whole.
+        let held = plan.planned.pool.high_water;
+        assert!(
+            held <= on_device && held + 20_000 >= on_device,
+            "{held} of {on_device}"
+        );
+        assert!(plan.host_bytes() + held >= pool);
+        // What is taken is what the plan says, and the run asks for no more.
+        let before = gpu.memory_use().on_device();
+        assert_eq!(before, plan.device_bytes());
+        let config = config(8, 2, 64);
+        let model = Decoder::blank(gpu.clone(), config, false).expect("a model");
+        run(&model, &reading).expect("a run");
+        assert_eq!(gpu.memory_use().on_device(), before);
+    }
+}
+
+#[test]
+fn a_plan_that_does_not_fit_says_what_would() {
+    let [_, _, reading, ..] = readings();
+    let all = planned(&dry(None), PoolPlace::Auto, &reading).expect("a plan");
+    let buffers = all.planned.buffers.high_water;
+    let refused = |bytes, pool| {
+        let error = planned(&dry(Some(bytes)), pool, &reading).expect_err("too little memory");
+        match error {
+            GenerateError::Device(DeviceError::OutOfMemory(out)) => out,
+            error => panic!("{error}"),
+        }
+    };
+    let on_device = PoolPlace::AtMost(usize::MAX);
+    let out = refused(buffers + 1, on_device);
+    assert_eq!(out.purpose, Some(Purpose::Pool));
+    assert_eq!(
+        (out.bytes, out.free),
+        (all.device_bytes(), Some(buffers + 1))
+    );
+    let out = refused(buffers - 256, PoolPlace::Auto);
+    assert_eq!(out.purpose, Some(Purpose::Activations));
+    assert!(out.to_string().contains("segments_per_step"), "{out}");
+}
