@@ -207,12 +207,12 @@ SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
     load_keys<C>(p, shared, head, first, end);
     score_keys<C>(p, shared, head);
     __syncthreads();
-    // A thread a block: of the tile's blocks, or the one that is longer than a tile.
+    // A thread a block: of the tile's blocks, or the one that is longer than a tile. The next scores are written after the
+    // barrier for the next tile's keys.
     const int from = p.block_len > C::kKeys ? 0 : threadIdx.x * p.block_len;
     const int to = p.block_len > C::kKeys ? C::kKeys : from + p.block_len;
     const bool mine = (int)threadIdx.x < end_block - first_block;
     for (int key = from; mine && key < to && first + key < end; key++) block_best = max_f32(block_best, shared.scores[key]);
-    __syncthreads();
   }
   if ((int)threadIdx.x < end_block - first_block) p.scores[head * p.score_pitch + first_block + threadIdx.x] = block_best;
 }

@@ -1,6 +1,6 @@
 //! What the tests of the layers' kernels share: strided rows in poisoned buffers, launches, and the rule for errors.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytemuck::Pod;
@@ -10,11 +10,30 @@ use rand_chacha::ChaCha8Rng;
 use segattn::device::bindings::SegattnRows;
 use segattn_sim::{Buffer, Checks, Gpu, Module, Source};
 
+/// Names a folder whose kernels are run instead of the real ones: those with a planted bug.
+pub const PLANTED: &str = "SEGATTN_PLANTED_KERNELS";
+
+pub fn kernels_folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")
+}
+
+/// A kernel file as the tests run it.
+pub fn source(folder: &Path, file: &str, planted: bool) -> Source {
+    let source = Source::new(folder.join(file));
+    // Hundreds of planted bugs are compiled once each and run for seconds.
+    if planted {
+        source.optimization(1)
+    } else {
+        source
+    }
+}
+
 pub fn module(file: &str) -> Arc<Module> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../kernels")
-        .join(file);
-    Module::compile(&Source::new(path)).unwrap_or_else(|e| panic!("{e}"))
+    let source = match std::env::var_os(PLANTED) {
+        Some(folder) => source(Path::new(&folder), file, true),
+        None => source(&kernels_folder(), file, false),
+    };
+    Module::compile(&source).unwrap_or_else(|e| panic!("{e}"))
 }
 
 pub fn gpu(seed: u64) -> Gpu {
@@ -108,15 +127,6 @@ impl Matrix {
         SegattnRows {
             data: (self.buffer.address() + self.start * self.element) as *mut _,
             stride: self.stride as i64,
-        }
-    }
-
-    /// The same rows from `column` on.
-    pub fn column(&self, column: usize) -> SegattnRows {
-        let view = self.view();
-        SegattnRows {
-            data: view.data.wrapping_byte_add(column * self.element),
-            ..view
         }
     }
 

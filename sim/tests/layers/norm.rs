@@ -1,14 +1,12 @@
 //! `kernels/norm.cu` under every check, against the formula in f64.
 
-#[allow(dead_code)]
-mod layers;
-
 use std::sync::{Arc, OnceLock};
 
 use half::bf16;
-use layers::*;
 use segattn::device::bindings::SegattnNormParams;
 use segattn_sim::{Gpu, Module};
+
+use super::common::*;
 
 const EPS: f32 = 1e-5;
 
@@ -222,6 +220,18 @@ fn a_gradient_that_is_set_does_not_read_what_was_there() {
 }
 
 #[test]
+fn what_is_normed_is_the_residual_sum_as_it_is_rounded() {
+    let inputs = Inputs::new(5, 520);
+    let summed = run(&mut gpu(1), &inputs, true, 0);
+    let x = summed.x_sum.iter().map(|bits| bf16::from_bits(*bits));
+    let alone = Inputs {
+        x: x.collect(),
+        ..Inputs::new(5, 520)
+    };
+    assert_eq!(run(&mut gpu(1), &alone, false, 0), summed);
+}
+
+#[test]
 fn eps_counts_where_a_row_is_tiny() {
     let mut inputs = Inputs::new(2, 64);
     inputs.x.fill(bf16::from_f32(1e-3));
@@ -329,7 +339,7 @@ fn offsets_beyond_32_bits_are_kept() {
         eps: EPS,
     };
     launch(&mut gpu, norm(), "rms_norm_bf16", rows, Some(32), &params);
-    let near = run(&mut layers::gpu(1), &inputs, false, 0);
+    let near = run(&mut super::common::gpu(1), &inputs, false, 0);
     for r in 0..rows {
         let got: Vec<bf16> = gpu.download_range(y, r * stride * 2, width);
         assert_eq!(bits(&got), near.y[r * width..(r + 1) * width]);

@@ -1,12 +1,10 @@
 //! `kernels/loss.cu` under every check, against the formula in f64.
 
-#[allow(dead_code)]
-mod layers;
-
 use half::bf16;
-use layers::*;
 use segattn::device::bindings::{SegattnLossParams, SegattnRows};
 use segattn_sim::Buffer;
+
+use super::common::*;
 
 const SCALE: f32 = 0.01;
 
@@ -148,6 +146,25 @@ fn log_probabilities_and_gradient_agree_with_the_formula() {
                 (f64::from(*got) - exact).abs() < 4e-6 * exact.abs().max(1.0),
                 "{got}, {exact}"
             );
+        }
+    }
+}
+
+#[test]
+fn nothing_beyond_the_vocabulary_is_counted() {
+    // Far below 0, where a number left over would be all there is.
+    for vocab in [3, 13, 523] {
+        let case = Case {
+            rows: 2,
+            vocab,
+            in_place: false,
+            gap: 1,
+        };
+        let logits = vec![-40.0; 2 * vocab];
+        let (scored, _) = run_on(1, &case, &logits, &[0, vocab as u32 - 1]);
+        for score in scored {
+            let exact = -(vocab as f64).ln();
+            assert!((f64::from(score) - exact).abs() < 1e-5, "{score}, {exact}");
         }
     }
 }

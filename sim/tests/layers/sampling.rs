@@ -1,14 +1,12 @@
 //! `kernels/sampling.cu` under every check, against the host's sampler, token by token.
 
-#[allow(dead_code)]
-mod layers;
-
 use std::sync::{Arc, OnceLock};
 
-use layers::*;
 use segattn::device::bindings::{SegattnLossParams, SegattnSampleParams, SegattnSampler};
 use segattn::generate::sampler::{Sampler, SamplerConfig};
 use segattn_sim::{Buffer, Gpu, Module};
+
+use super::common::*;
 
 fn sampling() -> &'static Arc<Module> {
     static MODULE: OnceLock<Arc<Module>> = OnceLock::new();

@@ -1,16 +1,14 @@
 //! `kernels/rope.cu`, `kernels/swiglu.cu` and `kernels/embedding.cu` under every check, against the formulas in f64.
 
-#[allow(dead_code)]
-mod layers;
-
 use half::bf16;
-use layers::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use segattn::device::bindings::{
     SegattnEmbedParams, SegattnQkvParams, SegattnRopeParams, SegattnSwigluParams,
 };
 use segattn_sim::{Buffer, Gpu};
+
+use super::common::*;
 
 /// Cosines and sines of `positions` rows, as the model makes them.
 fn tables(positions: usize, half: usize) -> [Vec<f32>; 2] {
@@ -398,8 +396,12 @@ fn run_swiglu(seed: u64, rows: usize, inner: usize, gap: usize) -> [Vec<bf16>; 4
     };
     let (blocks, module) = ((rows * inner / 8).div_ceil(256), module("swiglu.cu"));
     launch(gpu, &module, "swiglu_bf16", blocks, None, &params);
+    params.y = NO_ROWS;
+    launch(gpu, &module, "swiglu_grad_bf16", blocks, None, &params);
+    let alone = d_gate_up.read::<u16>(gpu);
     params.y = again.view();
     launch(gpu, &module, "swiglu_grad_bf16", blocks, None, &params);
+    assert_eq!(d_gate_up.read::<u16>(gpu), alone, "with y and without");
     for result in [&y, &again, &d_gate_up] {
         result.assert_only_rows_written(gpu, "result");
     }

@@ -1,14 +1,12 @@
 //! `kernels/retrieval.cu` under every check, against the contract's retrieval in f64.
 
-#[allow(dead_code)]
-mod layers;
-
 use half::bf16;
-use layers::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use segattn::device::bindings::{SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams};
 use segattn_sim::{Buffer, Gpu};
+
+use super::common::*;
 
 const KV_HEADS: usize = 3;
 const GROUP: usize = 2;

@@ -1,12 +1,10 @@
 //! `kernels/adamw.cu` under every check: the norm against f64, every element against the CPU's arithmetic, to the bit.
 
-#[allow(dead_code)]
-mod layers;
-
 use half::bf16;
-use layers::*;
 use segattn::device::bindings::{SegattnAdamwParams, SegattnAdamwResult, SegattnAdamwTensor};
 use segattn_sim::{Buffer, Gpu};
+
+use super::common::*;
 
 const NAMES: [&str; 3] = ["adamw_norm_f32", "adamw_scale_f32", "adamw_update_f32"];
 const BETAS: [f64; 2] = [0.9, 0.95];

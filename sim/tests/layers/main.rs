@@ -1,0 +1,14 @@
+//! The kernels of the layers around attention on the simulated GPU, and with bugs planted into them.
+//!
+//! `cargo test -p segattn-sim --test layers` plants one bug in so many ([`planted::QUICK`]); every one:
+//! `cargo test -p segattn-sim --test layers -- --ignored --nocapture`.
+
+mod adamw;
+mod common;
+mod loss;
+mod norm;
+mod planted;
+mod planted_rules;
+mod retrieval;
+mod rows;
+mod sampling;

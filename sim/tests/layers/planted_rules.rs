@@ -1,0 +1,408 @@
+//! The bugs planted into the layers' kernels: barriers dropped, bounds and indices off by one, terms and factors mixed up,
+//! roundings left out.
+
+use segattn_sim::mutate::{Rule, drop_statement, replace};
+
+/// A file of `kernels/` and what is done to it.
+pub struct Target {
+    pub file: &'static str,
+    /// The kernels that hold it.
+    pub kernels: &'static [&'static str],
+    /// The tests that must see its bugs.
+    pub tests: &'static [&'static str],
+    pub rules: &'static [Rule],
+}
+
+pub const TARGETS: [Target; 11] = [
+    Target {
+        file: "norm.cu",
+        kernels: &["norm.cu"],
+        tests: &["norm::"],
+        rules: &NORM,
+    },
+    Target {
+        file: "reduce.cuh",
+        kernels: &["norm.cu", "loss.cu", "adamw.cu"],
+        tests: &["norm::", "loss::", "adamw::"],
+        rules: &REDUCE,
+    },
+    Target {
+        file: "vectors.cuh",
+        kernels: &["rope.cu", "swiglu.cu", "embedding.cu"],
+        tests: &["rows::"],
+        rules: &VECTORS,
+    },
+    Target {
+        file: "rope.cu",
+        kernels: &["rope.cu"],
+        tests: &["rows::"],
+        rules: &ROPE,
+    },
+    Target {
+        file: "rotation.cuh",
+        kernels: &["rope.cu"],
+        tests: &["rows::"],
+        rules: &ROTATION,
+    },
+    Target {
+        file: "swiglu.cu",
+        kernels: &["swiglu.cu"],
+        tests: &["rows::"],
+        rules: &SWIGLU,
+    },
+    Target {
+        file: "embedding.cu",
+        kernels: &["embedding.cu"],
+        tests: &["rows::"],
+        rules: &EMBEDDING,
+    },
+    Target {
+        file: "row_softmax.cuh",
+        kernels: &["loss.cu"],
+        tests: &["loss::"],
+        rules: &ROW_SOFTMAX,
+    },
+    Target {
+        file: "loss.cu",
+        kernels: &["loss.cu"],
+        tests: &["loss::"],
+        rules: &LOSS,
+    },
+    Target {
+        file: "adamw.cu",
+        kernels: &["adamw.cu"],
+        tests: &["adamw::"],
+        rules: &ADAMW,
+    },
+    Target {
+        file: "retrieval.cu",
+        kernels: &["retrieval.cu"],
+        tests: &["retrieval::"],
+        rules: &RETRIEVAL,
+    },
+];
+
+/// Rules with a mutant that is known to survive: file, text, and why.
+pub const SURVIVORS: [[&str; 3]; 4] = [
+    [
+        "retrieval.cu",
+        "p.first_block + p.blocks), eligible)",
+        "a block too many is scored and not picked",
+    ],
+    [
+        "retrieval.cu",
+        "(token - p.first_token) / p.chunk_tokens];",
+        "pools keep every token, so the first is 0",
+    ],
+    [
+        "norm.cu",
+        "first + row >= p.rows ||",
+        "rows beyond the last are multiplied and then not added",
+    ],
+    [
+        "row_softmax.cuh",
+        "((uintptr_t)g_row & 15) == 0",
+        "the simulator knows no alignment",
+    ],
+];
+
+const NORM: [Rule; 19] = [
+    drop_statement("__syncthreads()"),
+    drop_statement("if (column >= p.width) break"),
+    replace("r_x[e] += r_residual[e]", "r_x[e] = r_residual[e]"),
+    drop_statement("*(uint4*)(row_of<Bf16>(p.x_sum"),
+    // The sum must be taken of what was rounded.
+    replace("      unpack_vector(r_x, r_held[i]);\n    }", "    }"),
+    replace("+ p.eps", "- p.eps"),
+    replace("p.rstd[row] = rstd", "p.rstd[row] = squares"),
+    replace("squares / (float)p.width", "squares / (float)(p.width + 1)"),
+    replace(
+        "mul_rn(mul_rn(r_x[e], rstd), r_weight[e])",
+        "mul_rn(r_x[e], rstd)",
+    ),
+    replace("* rstd * rstd * rstd", "* rstd * rstd"),
+    replace("-mul_rn(r_x[e], pull)", "mul_rn(r_x[e], pull)"),
+    replace("if (p.add) load_vector", "load_vector"),
+    replace(
+        "if (row >= p.rows || column >= p.width) continue;\n    r.d_y",
+        "if (column >= p.width) continue;\n    r.d_y",
+    ),
+    replace("first + row >= p.rows ||", ""),
+    replace("stage ^= 1", "stage ^= 0"),
+    replace("p.rows - first);", "p.rows - first - 1);"),
+    replace("sums ? p.d_weight[first_column + thread] : 0.f", "0.f"),
+    replace(
+        "thread < C::kColumns && first_column + thread < p.width",
+        "thread < C::kColumns",
+    ),
+    replace(
+        "first + C::kRows + tile_row, column",
+        "first + C::kRows + tile_row + 1, column",
+    ),
+];
+
+const REDUCE: [Rule; 8] = [
+    drop_statement("__syncthreads()"),
+    replace("return max_f32(a, b)", "return a"),
+    replace("int mask = 16; mask > 0", "int mask = 8; mask > 0"),
+    replace(
+        "s_warps[threadIdx.x >> 5] = x",
+        "s_warps[threadIdx.x >> 6] = x",
+    ),
+    replace(
+        "int warp = 1; warp < (int)blockDim.x / 32",
+        "int warp = 1; warp < (int)blockDim.x / 32 - 1",
+    ),
+    replace("x = s_warps[0]", "x = s_warps[1]"),
+    replace("__shfl_xor_sync(0xffffffffu, own.high, mask)", "own.high"),
+    replace(
+        "if ((threadIdx.x & 31) == 0)",
+        "if ((threadIdx.x & 15) == 0)",
+    ),
+];
+
+const VECTORS: [Rule; 5] = [
+    replace("(uint16_t)(pairs[i] >> 16)", "(uint16_t)pairs[i]"),
+    replace("pack<Bf16>(x[2], x[3])", "pack<Bf16>(x[3], x[2])"),
+    replace("b = ((const float4*)p)[1]", "b = ((const float4*)p)[0]"),
+    replace("row * rows.stride", "row * (rows.stride + 8)"),
+    replace(
+        "blockIdx.x * blockDim.x + threadIdx.x",
+        "blockIdx.x * blockDim.x + threadIdx.x + 1",
+    ),
+];
+
+const ROPE: [Rule; 13] = [
+    replace("unit % head_units) * kVector", "unit % head_units)"),
+    replace(
+        "if (at.row >= p.rows) return",
+        "if (at.row > p.rows) return",
+    ),
+    replace(
+        "p.angles ? p.angles[at.row] : p.first_angle + at.row",
+        "p.first_angle + at.row",
+    ),
+    replace("p.inverse ? -1.f : 1.f", "1.f"),
+    replace("y.lo[e] += before.lo[e]", "y.lo[e] = before.lo[e]"),
+    replace("y.hi[e] += before.hi[e]", "y.hi[e] -= before.hi[e]"),
+    replace("|| p.probe_rows[at.row] < 0", ""),
+    replace("is_key ? p.raw_k : p.v", "is_key ? p.v : p.raw_k"),
+    replace("if (plain.data) ", ""),
+    replace("- p.q_heads - (is_key ? 0 : p.kv_heads)", "- p.q_heads"),
+    replace(
+        "place) + head, at.pair, at.half, turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f)",
+        "place) + head, at.pair, at.half, x",
+    ),
+    replace(
+        "is_value = at.head >= p.q_heads + p.kv_heads",
+        "is_value = at.head > p.q_heads + p.kv_heads",
+    ),
+    replace("at.half + at.pair, -1.f)", "at.half + at.pair, 1.f)"),
+];
+
+const ROTATION: [Rule; 4] = [
+    replace("g_head + half + pair);", "g_head + half);"),
+    replace("direction * r_sin[e]", "r_sin[e]"),
+    replace("-mul_rn(x.hi[e], sin)", "mul_rn(x.hi[e], sin)"),
+    replace(
+        "load_vector(r_sin, g_sin + at)",
+        "load_vector(r_sin, g_cos + at)",
+    ),
+];
+
+const SWIGLU: [Rule; 8] = [
+    replace("mul_rn(x, -kLog2E)", "mul_rn(x, kLog2E)"),
+    replace("if (row >= p.rows) return", "if (row > p.rows) return"),
+    replace("+ p.inner + column);\n#pragma", "+ column);\n#pragma"),
+    replace(
+        "fma_rn(r_gate[e], 1.f - s, 1.f)",
+        "fma_rn(r_gate[e], s, 1.f)",
+    ),
+    replace("mul_rn(r_d_y[e], silu)", "mul_rn(r_d_y[e], s)"),
+    replace("mul_rn(r_d_y[e], r_up[e])", "r_d_y[e]"),
+    replace(
+        "p.d_gate_up, row) + p.inner + column, r_d_up",
+        "p.d_gate_up, row) + p.inner + column, r_d_gate",
+    ),
+    replace("if (p.y.data) ", ""),
+];
+
+const EMBEDDING: [Rule; 9] = [
+    replace("p.table, p.tokens[row]", "p.table, row"),
+    replace("if (row >= p.rows) return", "if (row > p.rows) return"),
+    replace(
+        "if (run >= (uint32_t)p.runs) return",
+        "if (run > (uint32_t)p.runs) return",
+    ),
+    replace("p.run_start[run + 1]", "p.run_start[run + 1] - 1"),
+    replace("p.tokens[p.order[first]]", "p.tokens[first]"),
+    replace(
+        "if (inside) load_vector(r_sum, g_sum)",
+        "if (inside) load_vector(r_sum, (const float*)(g_sum + 8))",
+    ),
+    replace("p.order[at + lane] : 0", "at + lane : 0"),
+    replace(
+        "if (!inside || at + i >= end) continue",
+        "if (!inside) continue",
+    ),
+    replace("r_sum[e] += r_row[e]", "r_sum[e] = r_row[e]"),
+];
+
+const ROW_SOFTMAX: [Rule; 7] = [
+    replace(
+        "column + e < vocab ? g_row[column + e] : SEGATTN_NEG_INF",
+        "column + e < vocab ? g_row[column + e] : 0.f",
+    ),
+    replace("column + e < vocab ? g_row", "column + e <= vocab ? g_row"),
+    replace("((uintptr_t)g_row & 15) == 0", "true"),
+    replace("return x - max - logf(sum)", "return x - logf(sum)"),
+    replace(
+        "sum = fma_rn(sum, exp_of(max - reference), part)",
+        "sum = sum + part",
+    ),
+    replace("max = top;", ""),
+    replace("mul_rn(sum, exp_of(max - finite_max(row_max)))", "sum"),
+];
+
+const LOSS: [Rule; 8] = [
+    replace(
+        "column + kVector <= vocab && ((uintptr_t)g_row & 15) == 0",
+        "((uintptr_t)g_row & 15) == 0",
+    ),
+    replace(
+        "if (column + e < vocab) ((uint16_t*)",
+        "if (column + e <= vocab) ((uint16_t*)",
+    ),
+    replace(
+        "softmax.log_probability(g_logits[target])",
+        "softmax.log_probability(g_logits[0])",
+    ),
+    replace("if (!p.d_logits.data) return", ""),
+    replace("p.scale / softmax.sum", "1.f / softmax.sum"),
+    replace(
+        "p.scale * expm1f(log_probability)",
+        "expm1f(log_probability)",
+    ),
+    replace("next[e] - softmax.max", "next[e]"),
+    drop_statement("__syncthreads()"),
+];
+
+const ADAMW: [Rule; 23] = [
+    replace(
+        "p.tensors[middle].first_chunk <= chunk",
+        "p.tensors[middle].first_chunk < chunk",
+    ),
+    replace(
+        "at + 4 <= len) return *(const float4*)",
+        "at + 3 <= len) return *(const float4*)",
+    ),
+    replace("at + 2 < len ? g[at + 2] : 0.f", "0.f"),
+    replace("if (at + 2 < len) g[at + 2] = x.z", ""),
+    replace("if (at + 1 < len) g[at + 1] = x.y", "g[at + 1] = x.y"),
+    replace("if (at + 2 < len) g[at + 2] = (uint16_t)pairs.y", ""),
+    replace("(uint16_t)(pairs.x >> 16)", "(uint16_t)pairs.x"),
+    replace(
+        "(blockIdx.x - tensor.first_chunk) * C::kChunk",
+        "blockIdx.x * C::kChunk",
+    ),
+    replace(
+        "(x * x + y * y) + (z * z + w * w)",
+        "(x * x + y * y) + z * z",
+    ),
+    replace("const double x = g[i].x", "const float x = g[i].x"),
+    replace("chunk < p.chunks", "chunk < p.chunks - 1"),
+    replace(
+        "p.clip_norm >= 0. && norm > p.clip_norm",
+        "norm > p.clip_norm",
+    ),
+    replace("isfinite(norm) && ", ""),
+    replace(" && !p.only_measure", ""),
+    drop_statement("g = mul_rn(g, clip)"),
+    replace("mul_rn(p.rest1, g)", "g"),
+    replace("mul_rn(p.rest2, mul_rn(g, g))", "mul_rn(p.rest2, g)"),
+    replace(
+        "mul_rn(sqrtf(v), p.root) + p.eps",
+        "mul_rn(sqrtf(v), p.root)",
+    ),
+    replace("mul_rn(tensor.keep, w)", "w"),
+    replace(
+        "w > 0.f ? max_f32(next, tensor.floor) : w",
+        "max_f32(next, tensor.floor)",
+    ),
+    replace("if (!tensor.changes) return", ""),
+    replace(
+        "store_four(tensor.m, at, tensor.len, m[i])",
+        "store_four(tensor.m, at, tensor.len, v[i])",
+    ),
+    replace("if (tensor.weights) ", ""),
+];
+
+const RETRIEVAL: [Rule; 28] = [
+    replace(
+        "(token - p.first_token) / p.chunk_tokens];",
+        "token / p.chunk_tokens];",
+    ),
+    replace(
+        "% p.chunk_tokens * p.heads + head",
+        "% p.chunk_tokens * p.heads",
+    ),
+    replace("if (row >= p.rows) return", "if (row > p.rows) return"),
+    replace(
+        "p.head[head].kv_head * p.head_dim + column, dst",
+        "head * p.head_dim + column, dst",
+    ),
+    replace(
+        "if (probe >= (uint32_t)(p.heads * count)) return",
+        "if (probe > (uint32_t)(p.heads * count)) return",
+    ),
+    replace("within / p.windows;", "within % p.windows % p.group;"),
+    replace(
+        "within % p.windows * p.stride",
+        "within % p.windows * p.window",
+    ),
+    replace("row < first + p.window", "row < first + p.window - 1"),
+    replace("r_sum[e] / (float)p.window", "r_sum[e]"),
+    replace("r_sum[e] -= r_rounded[e]", "r_sum[e] -= 0.f"),
+    replace("p.past_len[info.kv_head] = rows", "p.past_len[head] = rows"),
+    replace(
+        "if (row >= (uint32_t)rows) return",
+        "if (row > (uint32_t)rows) return",
+    ),
+    replace("* p.block_len + row % p.block_len", "* p.block_len"),
+    replace(
+        "info.end_angle - rows + row",
+        "info.end_angle - rows + row - 1",
+    ),
+    replace("turned(k, p.cos", "turned(v, p.cos"),
+    replace(
+        "const bool valid = first + row < end",
+        "const bool valid = first + row <= end",
+    ),
+    replace(
+        "chunk_row -= p.chunk_tokens) chunk++",
+        "chunk_row -= p.chunk_tokens)",
+    ),
+    replace("min(first + row, count - 1)", "min(first + row, count)"),
+    replace(
+        "int part = kProbeParts - 1; part >= 0",
+        "int part = kProbeParts - 1; part >= 1",
+    ),
+    replace("max_f32(x[n][e], x[n][2 + e])", "x[n][e]"),
+    replace(
+        "best[n][0] = best[n][1] = -INFINITY",
+        "best[n][0] = best[n][1] = 0.f",
+    ),
+    replace("if (probe > 0) __syncthreads()", ""),
+    drop_statement("arrive_and_wait<0>()"),
+    replace("int mask = 4; mask < 32", "int mask = 4; mask < 16"),
+    replace("    __syncthreads();\n    // A thread", "    // A thread"),
+    replace(
+        "p.first_block + p.blocks), eligible)",
+        "p.first_block + p.blocks), eligible + 1)",
+    ),
+    replace(
+        "if (threadIdx.x == 0) p.pick_count[head] = picks",
+        "if (threadIdx.x == 0) p.pick_count[head] = count",
+    ),
+    replace("g_picks[place] = first + i", "g_picks[place] = first"),
+];
