@@ -15,25 +15,29 @@
 //   a whole section of chunks.
 // kDecode: at most a few rows per head. One warp x 16 rows, query heads of a group side by side; every chunk is an item
 //   of its own, so that one token's keys are spread over the chip.
+// kDecodeFew: the same where all items run at once, one or two blocks a multiprocessor: nothing but a block's own copies
+//   hides their latency, so several key tiles are on their way.
 // Keys per tile: 64 keeps scores (64 registers) beside out (128 at D 128); 32 at D 256. Part of the numbers' definition: both
 // kernels of a head_dim must agree on it. Two stages: 96 KB at D 128, so two blocks fit on Hopper, one on sm_86.
-enum Phase { kPrefill, kDecode };
+enum Phase { kPrefill, kDecode, kDecodeFew };
 
 template <class T_, int kHeadDim_, Phase kPhase>
 struct ForwardConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kPacked = kPhase == kDecode;
+  static constexpr bool kPacked = kPhase != kPrefill;
   static constexpr int kWarps = kPacked ? 1 : 4;
   static constexpr int kRowTiles = kPacked || kHeadDim == 256 ? 1 : 2;
   static constexpr int kRows = kWarps * kRowTiles * 16;
   static constexpr int kKeys = kHeadDim == 256 ? 32 : 64;
-  static constexpr int kStages = kPacked ? 1 : 2;
+  static constexpr int kStages = kPhase == kDecode ? 1 : kPhase == kPrefill ? 2 : kHeadDim <= 64 ? 4 : 3;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kBlocks = kPacked ? 8 : kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kBlocks = kPhase == kDecode ? 8 : kHeadDim <= 64 ? 3 : 2;
   static constexpr int kItemKeys = kPacked ? kChunkKeys : kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   static constexpr int kChunkSteps = kChunkKeys / kKeys;
+  // Tiles beyond the one worked on whose rows are known, and places for them.
+  static constexpr int kKnown = kStages > 2 ? kStages - 1 : 1, kTileRing = kStages > 2 ? 8 : 4;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
 };
@@ -50,7 +54,7 @@ struct ForwardShared {
   SourceRows<typename C::T> sources;
   Item item;  // here and not in registers, which are full
   bool done;
-  KeyTile tiles[4];  // number t at t % 4: the one worked on and the next two
+  KeyTile tiles[C::kTileRing];  // number t at t % kTileRing: the one worked on and the next ones
   WarpRows warps[C::kWarps];
   float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
   RowState totals[C::kRows];  // of the chunks before the current one, then of the item
@@ -248,15 +252,15 @@ SEGATTN_FN void packed_bias(float (&bias)[C::kRowTiles][2], const SegattnProblem
     }
 }
 
-// Copies and products of a run of key tiles. With two stages K and V of the next tile travel while this one is
+// Copies and products of a run of key tiles. With two stages and more K and V of the next tiles travel while this one is
 // worked on: one barrier a tile. With one, K(t+1) travels from the end of q k^T(t) on and V(t+1) from the end of p v(t)
-// on. Which rows a tile is, is found by one thread, two tiles ahead.
+// on. Which rows a tile is, is found by one thread, a tile before its copies start.
 template <class C>
 struct KeyPipeline {
   ForwardShared<C>& shared;
   int thread;
 
-  __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step & 3]; }
+  __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step % C::kTileRing]; }
   __device__ __forceinline__ int stage(int step) const { return Ring<C::kStages>::stage(step); }
   __device__ __forceinline__ void load(int step, bool keys, bool values) {
     if (step < shared.item.end_step) {
@@ -271,16 +275,19 @@ struct KeyPipeline {
     copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(target), rows, at.first, at.end, opaque(thread));
   }
   __device__ __forceinline__ void start(int step) {
-    load(step, true, C::kStages == 2);
+    load(step, true, C::kStages > 1);
     if (C::kStages == 1) load(step, false, true);
+#pragma unroll
+    for (int ahead = 1; ahead < C::kStages - 1; ahead++) load(step + ahead, true, true);
   }
   __device__ __forceinline__ void keys_ready(int step) {
-    arrive_and_wait<C::kStages == 1>();
-    if (C::kStages == 2) load(step + 1, true, true);
-    if (thread == 0) shared.tiles[step + 2 & 3] = shared.item.keys.template tile<C::kKeys>(step + 2);
+    arrive_and_wait<C::kStages == 1 ? 1 : C::kStages - 2>();
+    if (C::kStages > 1) load(step + C::kStages - 1, true, true);
+    constexpr int kNext = C::kKnown + 1;
+    if (thread == 0) shared.tiles[(step + kNext) % C::kTileRing] = shared.item.keys.template tile<C::kKeys>(step + kNext);
   }
   __device__ __forceinline__ void keys_done(int step) {
-    if (C::kStages == 2) return;
+    if (C::kStages > 1) return;
     __syncthreads();
     load(step + 1, true, false);
   }
@@ -288,7 +295,7 @@ struct KeyPipeline {
     if (C::kStages == 1) arrive_and_wait<1>();
   }
   __device__ __forceinline__ void values_done(int step) {
-    if (C::kStages == 2) return;
+    if (C::kStages > 1) return;
     __syncthreads();
     load(step + 1, false, true);
   }
@@ -364,7 +371,7 @@ SEGATTN_FN bool next_item(const SegattnForwardParams& p, ForwardShared<C>& share
     if (index >= items) return false;
     item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, heads_per_tile, max_items);
   } while (item.split >= item.splits);
-  for (int step = item.first_step; step < item.first_step + 2; step++) shared.tiles[step & 3] = item.keys.template tile<C::kKeys>(step);
+  for (int step = item.first_step; step <= item.first_step + C::kKnown; step++) shared.tiles[step % C::kTileRing] = item.keys.template tile<C::kKeys>(step);
   return true;
 }
 
@@ -452,10 +459,12 @@ constexpr SegattnKernelInfo kCombineInfo = {128, 0, 8, 4, 0, 0, (int)sizeof(Sega
 #define FORWARD(name, T, kHeadDim, kPhase)                                                  \
   using Config_##name = ForwardConfig<T, kHeadDim, kPhase>;                                 \
   SEGATTN_INFO(attention_##name, forward_info<Config_##name>())                             \
-  SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
   SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) {                   \
     attention_forward<Config_##name>(params);                                               \
-  }                                                                                         \
+  }
+// What prefill's or both decoding kernels' items are folded by.
+#define COMBINE(name)                                                                       \
+  SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
   SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \
     attention_combine<Config_##name>(params);                                               \
   }
@@ -480,5 +489,36 @@ FORWARD(decode_f16_d64, F16, 64, kDecode)
 FORWARD(decode_f16_d96, F16, 96, kDecode)
 FORWARD(decode_f16_d128, F16, 128, kDecode)
 FORWARD(decode_f16_d256, F16, 256, kDecode)
+FORWARD(decode_few_bf16_d32, Bf16, 32, kDecodeFew)
+FORWARD(decode_few_bf16_d64, Bf16, 64, kDecodeFew)
+FORWARD(decode_few_bf16_d96, Bf16, 96, kDecodeFew)
+FORWARD(decode_few_bf16_d128, Bf16, 128, kDecodeFew)
+FORWARD(decode_few_bf16_d256, Bf16, 256, kDecodeFew)
+FORWARD(decode_few_f16_d32, F16, 32, kDecodeFew)
+FORWARD(decode_few_f16_d64, F16, 64, kDecodeFew)
+FORWARD(decode_few_f16_d96, F16, 96, kDecodeFew)
+FORWARD(decode_few_f16_d128, F16, 128, kDecodeFew)
+FORWARD(decode_few_f16_d256, F16, 256, kDecodeFew)
+
+COMBINE(prefill_bf16_d32)
+COMBINE(prefill_bf16_d64)
+COMBINE(prefill_bf16_d96)
+COMBINE(prefill_bf16_d128)
+COMBINE(prefill_bf16_d256)
+COMBINE(prefill_f16_d32)
+COMBINE(prefill_f16_d64)
+COMBINE(prefill_f16_d96)
+COMBINE(prefill_f16_d128)
+COMBINE(prefill_f16_d256)
+COMBINE(decode_bf16_d32)
+COMBINE(decode_bf16_d64)
+COMBINE(decode_bf16_d96)
+COMBINE(decode_bf16_d128)
+COMBINE(decode_bf16_d256)
+COMBINE(decode_f16_d32)
+COMBINE(decode_f16_d64)
+COMBINE(decode_f16_d96)
+COMBINE(decode_f16_d128)
+COMBINE(decode_f16_d256)
 
 SEGATTN_LAYOUT(attention_forward)

@@ -97,11 +97,9 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
         return check(&Shape::plain(1, 2, head_dim, [40, 9, 0]), None, options);
     }
     check(&split(head_dim), Some(vec![1, 0]), phase(Phase::Decode));
-    check(
-        &lengths(head_dim),
-        Some(vec![126, 0, 34]),
-        phase(Phase::Decode),
-    );
+    for way in [Phase::Decode, Phase::DecodeFew] {
+        check(&lengths(head_dim), Some(vec![126, 0, 34]), phase(way));
+    }
     let shape = Shape {
         scale: Some(0.0),
         ..Shape::plain(1, 3, head_dim, [20, 3, 0])

@@ -78,7 +78,7 @@ pub const SURVIVORS: [[&str; 3]; 4] = [
     ],
 ];
 
-const FORWARD: [Rule; 51] = [
+const FORWARD: [Rule; 54] = [
     drop_statement("__syncthreads()"),
     drop_statement("__syncwarp()"),
     drop_statement("cp_async_commit()"),
@@ -128,23 +128,32 @@ const FORWARD: [Rule; 51] = [
     replace("splits <= 1) return", "splits <= 3) return"),
     replace("part.state.max)", "state.max)"),
     replace(
-        "arrive_and_wait<C::kStages == 1>()",
-        "cp_async_wait<C::kStages == 1>()",
+        "arrive_and_wait<C::kStages == 1 ?",
+        "cp_async_wait<C::kStages == 1 ?",
     ),
-    replace("arrive_and_wait<C::kStages == 1>()", "arrive_and_wait<1>()"),
+    replace("? 1 : C::kStages - 2>()", "? 1 : C::kStages - 1>()"),
     replace(
-        "arrive_and_wait<C::kStages == 1>();\n    if (C::kStages == 2) load(step + 1, true, true);",
-        "if (C::kStages == 2) load(step + 1, true, true);\n    arrive_and_wait<C::kStages == 1>();",
-    ),
-    replace("load(step + 1, true, true)", "load(step + 2, true, true)"),
-    replace(
-        "shared.tiles[step + 2 & 3] =",
-        "shared.tiles[step + 1 & 3] =",
+        "arrive_and_wait<C::kStages == 1 ? 1 : C::kStages - 2>();\n    if (C::kStages > 1) load(step + C::kStages - 1, true, true);",
+        "if (C::kStages > 1) load(step + C::kStages - 1, true, true);\n    arrive_and_wait<C::kStages == 1 ? 1 : C::kStages - 2>();",
     ),
     replace(
-        "if (thread == 0) shared.tiles[step + 2",
-        "shared.tiles[step + 2",
+        "load(step + C::kStages - 1, true, true)",
+        "load(step + C::kStages, true, true)",
     ),
+    replace(
+        "load(step + ahead, true, true)",
+        "load(step + ahead + 1, true, true)",
+    ),
+    replace(
+        "shared.tiles[(step + kNext) % C::kTileRing] =",
+        "shared.tiles[(step + kNext - 1) % C::kTileRing] =",
+    ),
+    replace("if (thread == 0) shared.tiles[(step", "shared.tiles[(step"),
+    replace(
+        "step <= item.first_step + C::kKnown",
+        "step < item.first_step + C::kKnown",
+    ),
+    replace("kTileRing = kStages > 2 ? 8 : 4", "kTileRing = 4"),
     replace(
         "(&shared.k[stage(step)], shared.sources.k[source]",
         "(&shared.k[stage(step)], shared.sources.v[source]",

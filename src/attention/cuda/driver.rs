@@ -167,8 +167,11 @@ impl Kernels for DriverKernels {
     fn resident_blocks(&self, entry: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
         let (threads, shared_bytes) = (info.threads as u32, info.shared_bytes as u32);
         let function = self.function(entry)?;
-        let blocks = function.blocks_per_multiprocessor(threads, shared_bytes)?;
-        Ok((blocks * self.multiprocessors).max(1))
+        match function.blocks_per_multiprocessor(threads, shared_bytes) {
+            Ok(blocks) => Ok(blocks * self.multiprocessors),
+            Err(cuda::Error::SharedMemory { .. }) => Ok(0),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

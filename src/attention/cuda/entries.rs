@@ -99,6 +99,7 @@ pub(super) struct Instance {
     pub prefill: Entry,
     pub prefill_combine: Entry,
     pub decode: Entry,
+    pub decode_few: Entry,
     pub decode_combine: Entry,
     pub prepare: Entry,
     pub query_grad: Entry,
@@ -126,6 +127,7 @@ macro_rules! instance {
             prefill: forward(concat!("attention_prefill_", $suffix)),
             prefill_combine: forward(concat!("combine_prefill_", $suffix)),
             decode: forward(concat!("attention_decode_", $suffix)),
+            decode_few: forward(concat!("attention_decode_few_", $suffix)),
             decode_combine: forward(concat!("combine_decode_", $suffix)),
             prepare: backward(concat!("attention_prepare_", $suffix)),
             query_grad: backward(concat!("attention_query_grad_", $suffix)),
@@ -194,8 +196,11 @@ mod tests {
         {
             let instance = Instance::of(dtype, dim).expect("kernels");
             assert!(instance.prefill.name.ends_with(&format!("{dtype}_d{dim}")));
-            for phase in ["prefill", "decode"] {
+            for phase in ["prefill", "decode", "decode_few"] {
                 assert!(sources[0].contains(&format!("FORWARD({phase}_{dtype}_d{dim},")));
+            }
+            for phase in ["prefill", "decode"] {
+                assert!(sources[0].contains(&format!("COMBINE({phase}_{dtype}_d{dim})")));
             }
             assert!(sources[1].contains(&format!("BACKWARD({dtype}_d{dim},")));
         }

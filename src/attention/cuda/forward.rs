@@ -14,6 +14,8 @@ pub enum Phase {
     Prefill,
     /// A few query rows: their keys are spread over the device, and the heads of a group share a tile.
     Decode,
+    /// The same with more keys on their way to a block: faster where all blocks run at once.
+    DecodeFew,
 }
 
 /// A validated forward call. `out` and `lse` are written, padding rows to 0 and -inf.
@@ -61,14 +63,22 @@ impl ForwardPlan {
         let rows = params.rows();
         let packed = shared_heads(problem);
         let decode = info::<SegattnForwardParams>(kernels, instance.decode)?;
-        let fits_a_tile = rows.saturating_mul(packed) <= decode.tile_rows as usize;
-        let phase = phase.unwrap_or(if fits_a_tile {
-            Phase::Decode
-        } else {
-            Phase::Prefill
-        });
+        let few = info::<SegattnForwardParams>(kernels, instance.decode_few)?;
+        let phase = match phase {
+            Some(phase) => phase,
+            None if rows.saturating_mul(packed) > decode.tile_rows as usize => Phase::Prefill,
+            None => {
+                let most = problem.batch.saturating_mul(problem.q_heads / packed);
+                let items = most.saturating_mul(most_items(problem, &decode));
+                match kernels.resident_blocks(instance.decode_few, &few)? as usize >= items {
+                    true => Phase::DecodeFew,
+                    false => Phase::Decode,
+                }
+            }
+        };
         let (entry, combine, info, packed) = match phase {
             Phase::Decode => (instance.decode, instance.decode_combine, decode, packed),
+            Phase::DecodeFew => (instance.decode_few, instance.decode_combine, few, packed),
             Phase::Prefill => {
                 let prefill = info::<SegattnForwardParams>(kernels, instance.prefill)?;
                 (instance.prefill, instance.prefill_combine, prefill, 1)

@@ -25,7 +25,7 @@ pub trait Kernels {
     /// Where the entry is missing.
     fn ready(&self, entry: Entry) -> Result<(), Error>;
 
-    /// How many blocks of an entry the whole device holds at once, at least 1.
+    /// How many blocks of an entry the whole device holds at once; 0: a block needs more shared memory than there is.
     ///
     /// # Errors
     /// What the driver says.
