@@ -13,6 +13,8 @@ pub struct Gradients<D: Device> {
     /// The head's share of a tied embedding, kept apart so that the order of additions, and so the
     /// bits, do not depend on how many segments ran side by side.
     tied_head: Option<D::Buffer>,
+    /// Whether that share has been added to since it was last brought to the embedding.
+    apart: bool,
     head: usize,
 }
 
@@ -33,23 +35,26 @@ impl<D: Device> Gradients<D> {
             tied_head: tied
                 .then(|| zeros(model.specs[index::EMBEDDING].role))
                 .transpose()?,
+            apart: false,
             head: index::head(model.config.num_hidden_layers),
         })
     }
 
     /// The gradients, complete: what the tied head kept apart is added to the embedding.
     pub fn finish(&mut self, device: &D) -> Result<&[D::Buffer]> {
-        if let Some(head) = &mut self.tied_head {
+        if let (Some(head), true) = (&mut self.tied_head, self.apart) {
             let len = device.len(head);
             let dst = RowsMut::packed(&mut self.tensors[index::EMBEDDING], 0, len);
             device.copy(Rows::packed(head, 0, len), dst, 1, len, Fold::Add)?;
             device.clear(head)?;
+            self.apart = false;
         }
         Ok(&self.tensors)
     }
 
     /// Sets every gradient to zero.
     pub fn clear(&mut self, device: &D) -> Result<()> {
+        self.apart = false;
         self.tensors
             .iter_mut()
             .chain(&mut self.tied_head)
@@ -69,7 +74,10 @@ impl<D: Device> Gradients<D> {
         shape: [usize; 2],
     ) -> Result<()> {
         let target = match &mut self.tied_head {
-            Some(head) => head,
+            Some(head) => {
+                self.apart = true;
+                head
+            }
             None => &mut self.tensors[self.head],
         };
         device.linear_weight_grad(d_logits, hidden, rows, shape, target)
