@@ -207,8 +207,9 @@ typedef struct SegattnSampleParams {
   uint32_t* seen;          /* [rows, seen_pitch]: bit t % 32 of word t / 32: t is in the history; the token chosen is added */
   uint32_t* tokens;        /* [rows] */
   float* log_probability;  /* [rows]: of the token, by the logits as they are */
+  const int32_t* places;   /* [rows of the launch] or null: which row of all of the above is meant */
   int64_t seen_pitch;      /* words, at least ceil(vocab / 32) */
-  int64_t rows;
+  int64_t rows;            /* of the launch */
   int32_t vocab;
 } SegattnSampleParams;
 

@@ -329,7 +329,7 @@ SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, Sa
 SEGATTN_FN void sample(const SegattnSampleParams& p) {
   if ((int)blockDim.x != softmax_threads(p.vocab)) __trap();
   SampleShared& shared = *(SampleShared*)shared_memory();
-  const int64_t index = blockIdx.x;
+  const int64_t index = p.places ? p.places[blockIdx.x] : blockIdx.x;
   SegattnSampler& sampler = p.sampler[index];
   if (threadIdx.x == 0) shared.uniform = uniform(sampler, shared.cipher);
   const float* g_logits = row_of<const float>(p.logits, index);

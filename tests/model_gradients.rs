@@ -39,8 +39,16 @@ fn segment_loss(
     step.push(0, 0, 0, &inputs[start..end]);
     let angles = Angles::new(&Reference, &model.config, plan, plan.segment_len).unwrap();
     let mut slots = Slots::new(&Reference, plan, &angles, 1, plan.segment_len).unwrap();
+    let mut placed = step.rows(plan, plan.segment_len);
     let forward = model
-        .forward(plan, &step, &mut [state], &mut slots, |_, _| ())
+        .forward(
+            plan,
+            &step,
+            &mut placed,
+            &mut [state],
+            &mut slots,
+            |_, _| (),
+        )
         .unwrap();
     let (rows, width) = (end - start, model.config.vocab_size);
     let mut logits = vec![0.0; rows * width];

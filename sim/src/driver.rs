@@ -24,12 +24,58 @@ pub struct Driver {
     kernels: Kernels,
 }
 
-/// The GPU, and whether it knows what has been written.
+/// The GPU, whether it knows what has been written, and the calls that are being recorded.
 struct Memory {
     gpu: Gpu,
     checks: Checks,
     /// Bytes of device memory that are left.
     left: usize,
+    recording: Option<Vec<Call>>,
+    replays: usize,
+}
+
+/// A call of a graph.
+enum Call {
+    Zero(u64, usize),
+    Copy(u64, u64, usize),
+    Product(Product),
+    Launch {
+        launch: Launch,
+        /// The params struct, in words so that it is aligned, and the call that knows its type.
+        params: Vec<u64>,
+        run: unsafe fn(&mut Gpu, &Kernels, &Launch, *const u64) -> Result<(), Error>,
+    },
+}
+
+/// Recorded calls.
+pub struct Graph(Vec<Call>);
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph({} calls)", self.0.len())
+    }
+}
+
+impl Graph {
+    /// Number of calls.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Memory {
+    /// Refuses what cannot be recorded.
+    fn at_once(&self, call: &'static str) -> Result<(), Error> {
+        match self.recording {
+            None => Ok(()),
+            Some(_) => Err(Error::Recording { call }),
+        }
+    }
 }
 
 impl Driver {
@@ -40,6 +86,8 @@ impl Driver {
                 gpu: Gpu::new(seed, checks),
                 checks,
                 left: usize::MAX,
+                recording: None,
+                replays: 0,
             }),
             kernels: Kernels::new(kernels),
         }
@@ -53,6 +101,80 @@ impl Driver {
     fn lock(&self) -> MutexGuard<'_, Memory> {
         self.gpu.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// How often recorded calls have been replayed.
+    pub fn replays(&self) -> usize {
+        self.lock().replays
+    }
+
+    /// Does a call, or notes it down where calls are recorded.
+    ///
+    /// # Safety
+    /// As for the call.
+    unsafe fn call(&self, call: Call) -> Result<(), Error> {
+        let memory = &mut *self.lock();
+        match &mut memory.recording {
+            Some(calls) => {
+                calls.push(call);
+                Ok(())
+            }
+            // SAFETY: the caller's promise.
+            None => unsafe { call.run(memory, &self.kernels) },
+        }
+    }
+}
+
+impl Call {
+    /// # Safety
+    /// As for the call.
+    unsafe fn run(&self, memory: &mut Memory, kernels: &Kernels) -> Result<(), Error> {
+        match self {
+            Call::Zero(at, bytes) => write(memory, "zero", *at, &vec![0u8; *bytes]),
+            Call::Copy(from, to, bytes) => {
+                let values = read::<u8>(memory, "copy", *from, *bytes)?;
+                write(memory, "copy", *to, &values)
+            }
+            Call::Product(product) => multiply(memory, product),
+            Call::Launch {
+                launch,
+                params,
+                run,
+            } => {
+                // SAFETY: the params are those that `run` was made for.
+                unsafe { run(&mut memory.gpu, kernels, launch, params.as_ptr()) }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `params` points to a `P`, the entry's struct.
+unsafe fn launch_as<P: Copy>(
+    gpu: &mut Gpu,
+    kernels: &Kernels,
+    launch: &Launch,
+    params: *const u64,
+) -> Result<(), Error> {
+    // SAFETY: the caller's promise; the simulator checks what the kernel does.
+    unsafe { Stream { gpu, kernels }.launch(launch, &*params.cast::<P>()) }
+}
+
+fn multiply(memory: &mut Memory, product: &Product) -> Result<(), Error> {
+    let Product { m, n, k, .. } = *product;
+    let (a, b) = (
+        matrix(memory, &product.a, m, k)?,
+        matrix(memory, &product.b, k, n)?,
+    );
+    for row in 0..m {
+        let sums: Vec<f32> = (0..n)
+            .map(|column| {
+                let terms = (0..k).map(|i| (a[row * k + i], b[i * n + column]));
+                terms.fold(0.0, |sum, (a, b)| a.mul_add(b, sum))
+            })
+            .collect();
+        store(memory, product, row, sums)?;
+    }
+    Ok(())
 }
 
 impl Memory {
@@ -76,6 +198,7 @@ impl fmt::Debug for Driver {
 
 impl gpu::Driver for Driver {
     type Kernels = Kernels;
+    type Graph = Graph;
 
     fn description(&self) -> String {
         "simulated GPU".into()
@@ -118,45 +241,65 @@ impl gpu::Driver for Driver {
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error> {
-        write(&mut self.lock(), "upload", to, bytes)
+        let mut memory = self.lock();
+        memory.at_once("upload")?;
+        write(&mut memory, "upload", to, bytes)
     }
 
     unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        bytes.copy_from_slice(&read(&mut self.lock(), "download", from, bytes.len())?);
+        let mut memory = self.lock();
+        memory.at_once("download")?;
+        bytes.copy_from_slice(&read(&mut memory, "download", from, bytes.len())?);
         Ok(())
     }
 
     unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), Error> {
-        write(&mut self.lock(), "zero", at, &vec![0u8; bytes])
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.call(Call::Zero(at, bytes)) }
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
-        let mut memory = self.lock();
-        let values = read::<u8>(&mut memory, "copy", from, bytes)?;
-        write(&mut memory, "copy", to, &values)
+        // SAFETY: as above.
+        unsafe { self.call(Call::Copy(from, to, bytes)) }
     }
 
     unsafe fn launch<P: Copy>(&self, launch: &Launch, params: &P) -> Result<(), Error> {
-        let (gpu, kernels) = (&mut self.lock().gpu, &self.kernels);
-        // SAFETY: the caller's promise; the simulator checks it.
-        unsafe { Stream { gpu, kernels }.launch(launch, params) }
+        const { assert!(align_of::<P>() <= align_of::<u64>()) };
+        let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())];
+        // SAFETY: there is room for a `P`, which is plain data; the rest is the caller's promise.
+        unsafe {
+            words.as_mut_ptr().cast::<P>().write(*params);
+            self.call(Call::Launch {
+                launch: *launch,
+                params: words,
+                run: launch_as::<P>,
+            })
+        }
     }
 
     unsafe fn product(&self, product: &Product) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.call(Call::Product(*product)) }
+    }
+
+    fn record(&self) -> Result<(), Error> {
+        let mut memory = self.lock();
+        memory.at_once("record")?;
+        memory.recording = Some(Vec::new());
+        Ok(())
+    }
+
+    fn recorded(&self) -> Result<Graph, Error> {
+        Ok(Graph(self.lock().recording.take().unwrap_or_default()))
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), Error> {
         let memory = &mut *self.lock();
-        let Product { m, n, k, .. } = *product;
-        let (a, b) = (
-            matrix(memory, &product.a, m, k)?,
-            matrix(memory, &product.b, k, n)?,
-        );
-        for row in 0..m {
-            let sums: Vec<f32> = (0..n)
-                .map(|column| {
-                    let terms = (0..k).map(|i| (a[row * k + i], b[i * n + column]));
-                    terms.fold(0.0, |sum, (a, b)| a.mul_add(b, sum))
-                })
-                .collect();
-            store(memory, product, row, sums)?;
+        memory.at_once("replay")?;
+        memory.replays += 1;
+        for call in &graph.0 {
+            // SAFETY: the caller's promise.
+            unsafe { call.run(memory, &self.kernels)? };
         }
         Ok(())
     }

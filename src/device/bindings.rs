@@ -553,13 +553,14 @@ pub struct SegattnSampleParams {
     pub seen: *mut u32,
     pub tokens: *mut u32,
     pub log_probability: *mut f32,
+    pub places: *const i32,
     pub seen_pitch: i64,
     pub rows: i64,
     pub vocab: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnSampleParams"][::core::mem::size_of::<SegattnSampleParams>() - 72usize];
+    ["Size of SegattnSampleParams"][::core::mem::size_of::<SegattnSampleParams>() - 80usize];
     ["Alignment of SegattnSampleParams"][::core::mem::align_of::<SegattnSampleParams>() - 8usize];
     ["Offset of field: SegattnSampleParams::logits"]
         [::core::mem::offset_of!(SegattnSampleParams, logits) - 0usize];
@@ -571,10 +572,12 @@ const _: () = {
         [::core::mem::offset_of!(SegattnSampleParams, tokens) - 32usize];
     ["Offset of field: SegattnSampleParams::log_probability"]
         [::core::mem::offset_of!(SegattnSampleParams, log_probability) - 40usize];
+    ["Offset of field: SegattnSampleParams::places"]
+        [::core::mem::offset_of!(SegattnSampleParams, places) - 48usize];
     ["Offset of field: SegattnSampleParams::seen_pitch"]
-        [::core::mem::offset_of!(SegattnSampleParams, seen_pitch) - 48usize];
+        [::core::mem::offset_of!(SegattnSampleParams, seen_pitch) - 56usize];
     ["Offset of field: SegattnSampleParams::rows"]
-        [::core::mem::offset_of!(SegattnSampleParams, rows) - 56usize];
+        [::core::mem::offset_of!(SegattnSampleParams, rows) - 64usize];
     ["Offset of field: SegattnSampleParams::vocab"]
-        [::core::mem::offset_of!(SegattnSampleParams, vocab) - 64usize];
+        [::core::mem::offset_of!(SegattnSampleParams, vocab) - 72usize];
 };

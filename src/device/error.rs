@@ -4,6 +4,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+use super::sampler::SamplerError;
+
 /// A device call that could not be carried out.
 #[derive(Debug, Error)]
 pub enum DeviceError {
@@ -16,6 +18,9 @@ pub enum DeviceError {
     /// The attention call was refused.
     #[error(transparent)]
     Attention(#[from] crate::attention::Error),
+    /// A token could not be chosen.
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
 }
 
 impl DeviceError {

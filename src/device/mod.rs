@@ -16,16 +16,21 @@ mod error;
 pub mod gpu;
 pub mod reference;
 mod runs;
+pub mod sampler;
+mod sampling;
 mod split;
 mod types;
 
 use std::ops::Range;
 
 pub use error::{DeviceError, OutOfMemory, Purpose};
+pub use sampling::HostSamplers;
 pub use types::{
     AdamW, Attention, AttentionGrad, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads, Pick,
-    Probes, Rows, RowsMut, SegmentCache, SlotSpan, Update,
+    Probes, Rows, RowsMut, Sampled, SegmentCache, SlotSpan, StepRows, Update,
 };
+
+use sampler::SamplerConfig;
 
 /// Results of device calls.
 pub type Result<T> = std::result::Result<T, DeviceError>;
@@ -44,6 +49,12 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     type Pool: Send + Sync + std::fmt::Debug;
     /// Tokens that the heads of a pool have chosen, in order of position.
     type Picks: Send + Sync + std::fmt::Debug;
+    /// What a step's rows need of the host, where the device's calls read it.
+    type Step: Send + Sync + std::fmt::Debug + AsRef<StepRows>;
+    /// How the sequences of a batch choose tokens, and what they have chosen last.
+    type Samplers: Send + Sync + std::fmt::Debug;
+    /// Calls that can be made again all at once.
+    type Recording: Send + Sync + std::fmt::Debug;
 
     /// Rows of logits that exist at a time.
     const LOGIT_ROWS: usize = 128;
@@ -55,6 +66,16 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         work()
     }
+
+    /// Records the calls that `work` makes, without making them; [`Device::replay`] makes them, as often as asked. `None`,
+    /// and `work` not called, where a device has nothing to win.
+    ///
+    /// Only calls that nobody on the host waits for can be recorded, and that write nothing from there: those between
+    /// [`Device::renew`] and [`Device::sampled`], after a first step with the same objects that was not recorded. Every
+    /// buffer in them has to be there at each replay. Calls of other threads meanwhile would be recorded as well.
+    fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<Option<(T, Self::Recording)>>;
+    /// Makes the recorded calls.
+    fn replay(&self, recording: &Self::Recording) -> Result<()>;
 
     /// A buffer of `len` zeros.
     fn zeros(&self, kind: Kind, len: usize) -> Result<Self::Buffer>;
@@ -142,11 +163,16 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         d_w: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `y[r] = table[tokens[r]]`.
+    /// Puts what the host knows of a step's rows on the device, in one go.
+    fn step(&self, rows: StepRows) -> Result<Self::Step>;
+    /// The same for the next step, in the same place: as many spans, of as many rows each.
+    fn renew(&self, step: &mut Self::Step, rows: StepRows) -> Result<()>;
+
+    /// `y[r] = table[tokens[r]]`, rows and tokens of the step.
     fn embed(
         &self,
         table: &Self::Matrix,
-        tokens: &[u32],
+        step: &Self::Step,
         y: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
     /// `d_table[tokens[r]] += d_y[r]`, rows in ascending order.
@@ -201,19 +227,18 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         inverse: bool,
         fold: Fold,
     ) -> Result<()>;
-    /// Takes rows `[q | k | v]` apart: rotated queries to `q`, and in `store`, where there is one, keys
-    /// rotated and not, values, and queries before rotation as probes. Row `r` is rotated by the
-    /// angles in row `angles[r]` of the tables.
+    /// Takes the step's rows `[q | k | v]` apart: rotated queries to `q`, and in `store` keys rotated
+    /// and not, values, and queries before rotation as probes.
     fn split_qkv(
         &self,
         qkv: Rows<'_, Self::Buffer>,
         heads: Heads,
         tables: (&Self::Buffer, &Self::Buffer),
-        angles: &[usize],
+        step: &Self::Step,
         q: RowsMut<'_, Self::Buffer>,
-        store: Option<KeyStore<'_, Self::Buffer>>,
+        store: KeyStore<'_, Self::Buffer>,
     ) -> Result<()> {
-        split::split(self, qkv, heads, tables, angles, q, store)
+        split::split(self, qkv, heads, tables, step.as_ref(), q, store)
     }
     /// The way back of [`Device::split_qkv`] for gradients: `d_qkv = [d_q | d_k | d_v]`, the first two turned back.
     fn join_qkv(
@@ -255,11 +280,30 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         scores: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
 
+    /// Samplers for the sequences of a batch, one random stream each. The repetition penalty sees their histories, tokens
+    /// below `vocab`, and what they choose.
+    fn samplers(
+        &self,
+        config: &SamplerConfig,
+        streams: &[u64],
+        histories: &[&[u32]],
+        vocab: usize,
+    ) -> Result<Self::Samplers>;
+    /// Says which sequences of the batch the next calls choose for.
+    fn select(&self, samplers: &mut Self::Samplers, sequences: &[usize]) -> Result<()>;
+    /// Chooses a token for each sequence selected, from its row of `logits [sequences, vocab]`, which stay as they are.
+    fn sample(&self, logits: &mut Self::Buffer, samplers: &mut Self::Samplers) -> Result<()>;
+    /// What was chosen, in the order of the selection; the host waits for it. `logits` are those of the last
+    /// [`Device::sample`].
+    fn sampled(&self, logits: &Self::Buffer, samplers: &Self::Samplers) -> Result<Vec<Sampled>>;
+
     /// Segment attention, forward: `out [rows, q_heads * head_dim]` and `lse [rows, q_heads]`, rows
-    /// as in the spans.
+    /// as in the spans, which are the step's. `number` tells the step's calls of attention apart.
     fn attention(
         &self,
         call: &Attention<'_, Self::Buffer>,
+        step: &mut Self::Step,
+        number: usize,
         out: RowsMut<'_, Self::Buffer>,
         lse: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;

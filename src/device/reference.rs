@@ -1,12 +1,14 @@
 //! The f64 device: every function written out plainly, for checking the model's code by finite
 //! differences and the fast devices by comparison. One thread, no cleverness.
 
+use std::convert::Infallible;
 use std::ops::Range;
 
 use super::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, PastHeads, Pick, Probes,
-    Result, Rows, RowsMut, Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostSamplers, Kind, PastHeads, Pick,
+    Probes, Result, Rows, RowsMut, Sampled, StepRows, Update, runs,
 };
+use crate::device::sampler::SamplerConfig;
 
 mod attention;
 
@@ -67,9 +69,20 @@ impl Device for Reference {
     type Matrix = Weight;
     type Pool = Pool;
     type Picks = Vec<Vec<usize>>;
+    type Step = StepRows;
+    type Samplers = HostSamplers;
+    type Recording = Infallible;
 
     fn description(&self) -> String {
         "reference (f64, one thread)".into()
+    }
+
+    fn record<T>(&self, _: impl FnOnce() -> Result<T>) -> Result<Option<(T, Infallible)>> {
+        Ok(None)
+    }
+
+    fn replay(&self, recording: &Infallible) -> Result<()> {
+        match *recording {}
     }
 
     fn zeros(&self, _: Kind, len: usize) -> Result<Buf> {
@@ -193,9 +206,18 @@ impl Device for Reference {
         Ok(())
     }
 
-    fn embed(&self, table: &Weight, tokens: &[u32], mut y: RowsMut<'_, Buf>) -> Result<()> {
+    fn step(&self, rows: StepRows) -> Result<StepRows> {
+        Ok(rows)
+    }
+
+    fn renew(&self, step: &mut StepRows, rows: StepRows) -> Result<()> {
+        *step = rows;
+        Ok(())
+    }
+
+    fn embed(&self, table: &Weight, step: &StepRows, mut y: RowsMut<'_, Buf>) -> Result<()> {
         let width = table.inner;
-        for (r, token) in tokens.iter().enumerate() {
+        for (r, token) in step.tokens.iter().enumerate() {
             let at = *token as usize * width;
             y.row(r, width)
                 .copy_from_slice(&table.values[at..at + width]);
@@ -372,9 +394,34 @@ impl Device for Reference {
         Ok(())
     }
 
+    fn samplers(
+        &self,
+        config: &SamplerConfig,
+        streams: &[u64],
+        histories: &[&[u32]],
+        vocab: usize,
+    ) -> Result<HostSamplers> {
+        HostSamplers::new(config, streams, histories, vocab)
+    }
+
+    fn select(&self, samplers: &mut HostSamplers, sequences: &[usize]) -> Result<()> {
+        samplers.select(sequences);
+        Ok(())
+    }
+
+    fn sample(&self, logits: &mut Buf, samplers: &mut HostSamplers) -> Result<()> {
+        samplers.sample(self, logits)
+    }
+
+    fn sampled(&self, _: &Buf, samplers: &HostSamplers) -> Result<Vec<Sampled>> {
+        samplers.sampled()
+    }
+
     fn attention(
         &self,
         call: &Attention<'_, Buf>,
+        _: &mut StepRows,
+        _: usize,
         out: RowsMut<'_, Buf>,
         lse: RowsMut<'_, Buf>,
     ) -> Result<()> {

@@ -199,6 +199,12 @@ impl Sources {
         }
     }
 
+    /// The same where the current segments may grow to `rows` rows.
+    pub fn reaching(mut self, rows: usize) -> Self {
+        self.rows[0] = self.rows[0].max(rows);
+        self
+    }
+
     /// Of a source: 0 current, 1 prior, 2 past.
     pub fn layout(&self, source: usize) -> Layout<'_> {
         let [kv_heads, head_dim] = self.shape;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Device, Fold, Heads, KeyStore, Result, Rows, RowsMut};
+use super::{Device, Fold, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
 
 /// Rotated queries to `q`; keys, values and probes to their places in `store`.
 pub(super) fn split<D: Device + ?Sized>(
@@ -10,9 +10,9 @@ pub(super) fn split<D: Device + ?Sized>(
     qkv: Rows<'_, D::Buffer>,
     heads: Heads,
     tables: (&D::Buffer, &D::Buffer),
-    angles: &[usize],
+    step: &StepRows,
     q: RowsMut<'_, D::Buffer>,
-    store: Option<KeyStore<'_, D::Buffer>>,
+    store: KeyStore<'_, D::Buffer>,
 ) -> Result<()> {
     let Heads {
         q: q_heads,
@@ -20,13 +20,11 @@ pub(super) fn split<D: Device + ?Sized>(
         dim,
     } = heads;
     let (q_width, width) = (q_heads * dim, kv * dim);
+    let angles = &step.angles;
     device.rope(qkv, q, q_heads, dim, tables, angles, false, Fold::Set)?;
-    let Some(store) = store else {
-        return Ok(());
-    };
     let (cache, keys) = (store.cache, qkv.column(q_width));
-    for run in consecutive(store.cache_rows.iter().copied().map(Some)) {
-        let first = store.cache_rows[run.start];
+    for run in consecutive(step.cache_rows.iter().copied().map(Some)) {
+        let first = step.cache_rows[run.start];
         let (k, angles) = (from_row(keys, run.start), &angles[run.clone()]);
         let to = RowsMut::packed(&mut cache.k, first, width);
         device.rope(k, to, kv, dim, tables, angles, false, Fold::Set)?;
@@ -40,8 +38,8 @@ pub(super) fn split<D: Device + ?Sized>(
     let Some(probes) = store.probes else {
         return Ok(());
     };
-    for run in consecutive(store.probe_rows.iter().copied()) {
-        if let Some(first) = store.probe_rows[run.start] {
+    for run in consecutive(step.probe_rows.iter().copied()) {
+        if let Some(first) = step.probe_rows[run.start] {
             let dst = RowsMut::packed(&mut *probes, first, q_width);
             device.copy(from_row(qkv, run.start), dst, run.len(), q_width, Fold::Set)?;
         }

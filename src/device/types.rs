@@ -132,17 +132,37 @@ pub struct SegmentCache<B> {
     pub past_len: Vec<usize>,
 }
 
-/// Where the keys and values of a call's rows go.
+/// Where the keys and values of a step's rows go.
 #[derive(Debug)]
 pub struct KeyStore<'a, B> {
     /// The slots.
     pub cache: &'a mut SegmentCache<B>,
     /// Queries before rotation, for retrieval `[rows, q_heads * head_dim]`.
     pub probes: Option<&'a mut B>,
-    /// For each row of the call, its row of `k`, `raw_k` and `v`.
-    pub cache_rows: &'a [usize],
+}
+
+/// Rows that are computed together, and all that the host has to say of them: what a
+/// [`Device::Step`](super::Device::Step) is made of.
+#[derive(Debug, Clone, Default)]
+pub struct StepRows {
+    /// The token of each row.
+    pub tokens: Vec<u32>,
+    /// Its row of the angle tables.
+    pub angles: Vec<usize>,
+    /// Its row of the slots' `k`, `raw_k` and `v`.
+    pub cache_rows: Vec<usize>,
     /// Its row of the probes, if it is kept.
-    pub probe_rows: &'a [Option<usize>],
+    pub probe_rows: Vec<Option<usize>>,
+    /// The segments that the rows belong to, in the rows' order.
+    pub spans: Vec<SlotSpan>,
+    /// Rows of a segment that a recorded attention call is good for: no span ends later.
+    pub reach: usize,
+}
+
+impl AsRef<StepRows> for StepRows {
+    fn as_ref(&self) -> &StepRows {
+        self
+    }
 }
 
 /// Rows of one segment that are computed in one call.
@@ -156,6 +176,15 @@ pub struct SlotSpan {
     pub start: usize,
     /// The slot that holds the segment.
     pub slot: usize,
+}
+
+/// A token that a sequence has chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its natural-log probability by the logits as they are.
+    pub log_probability: f32,
 }
 
 /// One attention call over the spans' rows.

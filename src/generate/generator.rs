@@ -4,8 +4,8 @@
 //! itself, so nothing that a sequence yields depends on its neighbours: not its tokens and not the
 //! bits of their log-probabilities.
 
-use super::sampler::{Sampler, SamplerConfig, SamplerError};
-use crate::device::{Device, DeviceError};
+use super::sampler::{SamplerConfig, SamplerError};
+use crate::device::{Device, DeviceError, Sampled};
 use crate::model::session::{Feed, Session};
 use std::ops::ControlFlow;
 
@@ -54,7 +54,16 @@ pub enum GenerateError {
     Sampler(#[from] SamplerError),
     /// The device failed.
     #[error(transparent)]
-    Device(#[from] DeviceError),
+    Device(DeviceError),
+}
+
+impl From<DeviceError> for GenerateError {
+    fn from(error: DeviceError) -> Self {
+        match error {
+            DeviceError::Sampler(error) => Self::Sampler(error),
+            error => Self::Device(error),
+        }
+    }
 }
 
 /// Settings that all sequences share.
@@ -121,7 +130,6 @@ struct Sequence {
     prompt: usize,
     /// Tokens of the history that the session has read.
     read: usize,
-    sampler: Sampler,
     log_probabilities: Vec<f32>,
     finish: Option<Finish>,
 }
@@ -129,6 +137,28 @@ struct Sequence {
 impl Sequence {
     fn new_tokens(&self) -> usize {
         self.history.len() - self.prompt
+    }
+
+    /// Takes the token that it has chosen as number `index`; those before have been read.
+    fn take(&mut self, index: usize, sampled: Sampled, config: &GeneratorConfig) -> NewToken {
+        let Sampled {
+            token,
+            log_probability,
+        } = sampled;
+        self.read = self.history.len();
+        self.history.push(token);
+        self.log_probabilities.push(log_probability);
+        if config.end_tokens.contains(&token) {
+            self.finish = Some(Finish::EndToken);
+        } else if self.new_tokens() == config.max_new {
+            self.finish = Some(Finish::Length);
+        }
+        NewToken {
+            sequence: index,
+            token,
+            log_probability,
+            finish: self.finish,
+        }
     }
 }
 
@@ -146,7 +176,7 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     /// something before.
     ///
     /// # Errors
-    /// Every [`GenerateError`] but `Device`; nothing has been read then.
+    /// Every [`GenerateError`]; nothing has been read then.
     pub fn new(
         session: &'s mut Session<'m, D>,
         prompts: &[Prompt<'_>],
@@ -165,11 +195,13 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
                 history: prompt.tokens.to_vec(),
                 prompt: prompt.tokens.len(),
                 read: 0,
-                sampler: Sampler::new(config.sampler, prompt.stream)?,
                 log_probabilities: Vec::new(),
                 finish: (config.max_new == 0).then_some(Finish::Length),
             });
         }
+        let streams: Vec<u64> = prompts.iter().map(|p| p.stream).collect();
+        let histories: Vec<&[u32]> = prompts.iter().map(|p| p.tokens).collect();
+        session.choose_by(&config.sampler, &streams, &histories)?;
         Ok(Self {
             session,
             config,
@@ -221,42 +253,21 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     /// [`GenerateError::Device`] and [`GenerateError::Sampler`].
     pub fn step(&mut self) -> Result<Vec<NewToken>, GenerateError> {
         while self.read_prompts()? > 0 {}
-        let feeds: Vec<Feed<'_>> = self
-            .sequences
-            .iter()
-            .enumerate()
-            .filter(|(_, s)| s.finish.is_none() && s.read < s.history.len())
-            .map(|(sequence, s)| Feed {
-                sequence,
-                tokens: &s.history[s.read..],
-                targets: &[],
-            })
+        let going = |(_, s): &(usize, &Sequence)| s.finish.is_none();
+        let going = || self.sequences.iter().enumerate().filter(going);
+        // All have one more token than they have read, or, right after the prompts, none has.
+        let next: Vec<(usize, u32)> = going()
+            .filter(|(_, s)| s.read < s.history.len())
+            .map(|(i, s)| (i, s.history[s.read]))
             .collect();
-        self.session.feed(&feeds)?;
-        let mut chosen = Vec::new();
-        for (i, sequence) in self.sequences.iter_mut().enumerate() {
-            if sequence.finish.is_some() {
-                continue;
-            }
-            sequence.read = sequence.history.len();
-            let logits = self.session.logits(i);
-            let token = sequence.sampler.sample(logits, &sequence.history)?;
-            let log_probability = self.session.log_probability(i, token)?;
-            sequence.history.push(token);
-            sequence.log_probabilities.push(log_probability);
-            if self.config.end_tokens.contains(&token) {
-                sequence.finish = Some(Finish::EndToken);
-            } else if sequence.new_tokens() == self.config.max_new {
-                sequence.finish = Some(Finish::Length);
-            }
-            chosen.push(NewToken {
-                sequence: i,
-                token,
-                log_probability,
-                finish: sequence.finish,
-            });
-        }
-        Ok(chosen)
+        let going: Vec<usize> = going().map(|(i, _)| i).collect();
+        let sampled = match next.is_empty() {
+            true => self.session.sample(&going)?,
+            false => self.session.decode(&next)?,
+        };
+        let (config, sequences) = (&self.config, &mut self.sequences);
+        let one = |(i, sampled): (usize, Sampled)| sequences[i].take(i, sampled, config);
+        Ok(going.into_iter().zip(sampled).map(one).collect())
     }
 
     /// Ends a sequence that has not ended yet.

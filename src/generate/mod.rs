@@ -2,10 +2,10 @@
 
 pub mod generator;
 pub mod rehearsal;
-pub mod sampler;
 pub mod stop;
 pub mod text;
 
+pub use crate::device::sampler;
 pub use generator::{
     Finish, GenerateError, Generated, Generator, GeneratorConfig, NewToken, Prompt,
 };

@@ -9,7 +9,9 @@
 use super::config::ModelConfig;
 use super::parameters::{TensorSpec, Weights, index, specs};
 use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
-use crate::device::{Attention, Device, Fold, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan};
+use crate::device::{
+    Attention, Device, Fold, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan, StepRows,
+};
 
 /// Rows of one segment of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,12 +53,21 @@ impl Step {
             .collect()
     }
 
-    /// For each row, its row of slots that have room for `room`, and of the probes.
-    fn places(&self, plan: &Plan, room: usize) -> (Vec<usize>, Vec<Option<usize>>) {
-        let rows = self.spans.iter().map(|s| s.rows);
-        rows.flat_map(|s| (s.start..s.start + s.rows).map(move |position| (s.slot, position)))
+    /// What a device needs to know of the rows, whose slots have room for `room` rows.
+    pub fn rows(&self, plan: &Plan, room: usize) -> StepRows {
+        let spans: Vec<SlotSpan> = self.spans.iter().map(|s| s.rows).collect();
+        let (cache_rows, probe_rows) = (spans.iter())
+            .flat_map(|s| (s.start..s.start + s.rows).map(move |position| (s.slot, position)))
             .map(|(slot, position)| (slot * room + position, plan.probe_row(slot, position)))
-            .unzip()
+            .unzip();
+        StepRows {
+            tokens: self.tokens.clone(),
+            angles: self.angles(plan),
+            cache_rows,
+            probe_rows,
+            reach: spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0),
+            spans,
+        }
     }
 }
 
@@ -155,12 +166,13 @@ impl<D: Device> Decoder<D> {
         self.weights.matrix(i)
     }
 
-    /// Runs the step's rows through all layers. `keep` receives each layer's tape and what is
-    /// derived from it.
+    /// Runs the step's rows through all layers. `placed` is what the device has of them
+    /// ([`Step::rows`]); `keep` receives each layer's tape and what is derived from it.
     pub fn forward(
         &self,
         plan: &Plan,
         step: &Step,
+        placed: &mut D::Step,
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
         mut keep: impl FnMut(LayerTape<D>, Derived<D>),
@@ -169,9 +181,9 @@ impl<D: Device> Decoder<D> {
         let mut x = self.device.empty(Kind::Activation, rows * hidden)?;
         let table = self.weights.matrix(index::EMBEDDING);
         self.device
-            .embed(table, &step.tokens, RowsMut::packed(&mut x, 0, hidden))?;
+            .embed(table, placed, RowsMut::packed(&mut x, 0, hidden))?;
         for l in 0..self.config.num_hidden_layers {
-            let (tape, derived, next) = self.layer(plan, l, x, step, states, slots)?;
+            let (tape, derived, next) = self.layer(plan, l, x, (step, placed), states, slots)?;
             keep(tape, derived);
             x = next;
         }
@@ -187,25 +199,23 @@ impl<D: Device> Decoder<D> {
         plan: &Plan,
         l: usize,
         x: D::Buffer,
-        step: &Step,
+        (step, placed): (&Step, &mut D::Step),
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
     ) -> Result<(LayerTape<D>, Derived<D>, D::Buffer)> {
         let rows = step.tokens.len();
         let norm = self.weights.vector(index::attention_norm(l));
         let (x_normed, x_rstd) = self.norm(&x, rows, norm)?;
-        let angles = step.angles(plan);
-        let (cache_rows, probe_rows) = step.places(plan, slots.room);
         let (layer, tables) = slots.layer_mut(l);
         let store = KeyStore {
             cache: &mut layer.kv,
             probes: layer.probes.as_mut(),
-            cache_rows: &cache_rows,
-            probe_rows: &probe_rows,
         };
-        let q = self.queries(plan, l, &x_normed, &angles, tables, Some(store))?;
+        let q = self.queries(plan, l, &x_normed, rows, |qkv, q| {
+            (self.device).split_qkv(qkv, plan.heads, tables, placed, q, store)
+        })?;
         self.pass_on(plan, l, step, states, slots)?;
-        let (attended, lse) = self.attend(plan, l, &q, step, slots.layer_mut(l).0)?;
+        let (attended, lse) = self.attend(plan, l, &q, placed, slots.layer_mut(l).0)?;
         let tape = LayerTape { x, attended, lse };
         let derived = self.after_attention(l, &tape, rows, (x_normed, x_rstd, q))?;
         let next = self.down(l, &derived, rows)?;
@@ -224,8 +234,20 @@ impl<D: Device> Decoder<D> {
         let rows = step.tokens.len();
         let norm = self.weights.vector(index::attention_norm(l));
         let (x_normed, x_rstd) = self.norm(&tape.x, rows, norm)?;
-        let angles = step.angles(plan);
-        let q = self.queries(plan, l, &x_normed, &angles, slots.tables(), None)?;
+        let (heads, angles) = (plan.heads, step.angles(plan));
+        let q = self.queries(plan, l, &x_normed, rows, |qkv, q| {
+            let tables = slots.tables();
+            (self.device).rope(
+                qkv,
+                q,
+                heads.q,
+                heads.dim,
+                tables,
+                &angles,
+                false,
+                Fold::Set,
+            )
+        })?;
         self.after_attention(l, tape, rows, (x_normed, x_rstd, q))
     }
 
@@ -251,17 +273,16 @@ impl<D: Device> Decoder<D> {
         Ok((y, rstd))
     }
 
-    /// The rotated queries of all rows; keys, values and probes go to `store`, where there is one.
+    /// The rotated queries of all rows, which `take` takes out of the rows `[q | k | v]`.
     fn queries(
         &self,
         plan: &Plan,
         l: usize,
         x_normed: &D::Buffer,
-        angles: &[usize],
-        tables: (&D::Buffer, &D::Buffer),
-        store: Option<KeyStore<'_, D::Buffer>>,
+        rows: usize,
+        take: impl FnOnce(Rows<'_, D::Buffer>, RowsMut<'_, D::Buffer>) -> Result<()>,
     ) -> Result<D::Buffer> {
-        let (device, rows) = (&self.device, angles.len());
+        let device = &self.device;
         let (q_width, stride) = (plan.q_width(), plan.q_width() + 2 * plan.kv_width());
         let mut qkv = device.empty(Kind::Activation, rows * stride)?;
         let input = Rows::packed(x_normed, 0, self.config.hidden_size);
@@ -269,11 +290,10 @@ impl<D: Device> Decoder<D> {
         let target = RowsMut::packed(&mut qkv, 0, stride);
         device.linear(input, rows, weight, target, Fold::Set)?;
         let mut q = device.empty(Kind::Activation, rows * q_width)?;
-        let (qkv, to) = (
+        take(
             Rows::packed(&qkv, 0, stride),
             RowsMut::packed(&mut q, 0, q_width),
-        );
-        device.split_qkv(qkv, plan.heads, tables, angles, to, store)?;
+        )?;
         Ok(q)
     }
 
@@ -306,11 +326,11 @@ impl<D: Device> Decoder<D> {
         plan: &Plan,
         l: usize,
         q: &D::Buffer,
-        step: &Step,
+        placed: &mut D::Step,
         slots: &LayerSlots<D>,
     ) -> Result<(D::Buffer, D::Buffer)> {
-        let (rows, width) = (step.tokens.len(), plan.q_width());
-        let spans: Vec<SlotSpan> = step.spans.iter().map(|s| s.rows).collect();
+        let spans = placed.as_ref().spans.clone();
+        let (rows, width) = (placed.as_ref().tokens.len(), plan.q_width());
         let (gates, prior) = self.reads(plan, l);
         let call = Attention {
             heads: plan.heads,
@@ -323,8 +343,9 @@ impl<D: Device> Decoder<D> {
         let mut out = self.device.empty(Kind::Activation, rows * width)?;
         let mut lse = self.device.empty(Kind::Exact, rows * plan.heads.q)?;
         let lse_rows = RowsMut::packed(&mut lse, 0, plan.heads.q);
+        let out_rows = RowsMut::packed(&mut out, 0, width);
         self.device
-            .attention(&call, RowsMut::packed(&mut out, 0, width), lse_rows)?;
+            .attention(&call, placed, l, out_rows, lse_rows)?;
         Ok((out, lse))
     }
 

@@ -4,9 +4,12 @@
 //! any number of tokens for any of them, a whole prompt or one token; how they are cut into calls
 //! never changes a bit of what comes out.
 
+mod decode;
+
 use super::decoder::{Decoder, Forward, Step};
 use super::state::{Angles, Plan, SequenceState, Slots, pretend_segment};
 use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
+use decode::Decoding;
 
 /// Tokens read in one call where the model has no segments to bound what activations take.
 const PLAIN_CHUNK: usize = 1024;
@@ -32,10 +35,12 @@ pub struct Session<'m, D: Device> {
     pub(super) states: Vec<SequenceState<D>>,
     /// Tokens each sequence has read.
     pub(super) positions: Vec<usize>,
-    /// Logits after the last token of each sequence; empty before the first.
-    pub(super) logits: Vec<Vec<f32>>,
+    /// Logits after the last token of each sequence `[sequences, vocab]`, where it has read any.
+    pub(super) logits: D::Buffer,
     /// Whole segments of a sequence that run side by side.
     side_by_side: usize,
+    /// How the sequences choose tokens of their own, and the steps in which they do.
+    pub(super) decoding: Decoding<D>,
 }
 
 /// The slots of a session's segments in flight. They exist from when they are first needed.
@@ -98,14 +103,16 @@ impl<'m, D: Device> Session<'m, D> {
         let states = (0..sequences)
             .map(|_| SequenceState::new(&model.device, &plan))
             .collect::<Result<_>>()?;
+        let logits = sequences * model.config.vocab_size;
         Ok(Self {
             model,
             plan,
             flight,
             states,
             positions: vec![0; sequences],
-            logits: vec![Vec::new(); sequences],
+            logits: model.device.empty(Kind::Exact, logits)?,
             side_by_side,
+            decoding: Decoding::default(),
         })
     }
 
@@ -171,8 +178,13 @@ impl<'m, D: Device> Session<'m, D> {
     }
 
     /// Logits for the token after the last one read; empty before the first.
-    pub fn logits(&self, sequence: usize) -> &[f32] {
-        &self.logits[sequence]
+    pub fn logits(&self, sequence: usize) -> Result<Vec<f32>> {
+        if self.positions[sequence] == 0 {
+            return Ok(Vec::new());
+        }
+        let vocab = self.model.config.vocab_size;
+        let row = sequence * vocab..(sequence + 1) * vocab;
+        self.model.device.read(&self.logits, row)
     }
 
     /// Log-probability of `token` as the next token of a sequence that has read at least one.
@@ -180,7 +192,9 @@ impl<'m, D: Device> Session<'m, D> {
         let device = &self.model.device;
         let vocab = self.model.config.vocab_size;
         let mut logits = device.empty(Kind::Exact, vocab)?;
-        device.write(&mut logits, 0, &self.logits[sequence])?;
+        let row = RowsMut::packed(&mut logits, 0, vocab);
+        let src = Rows::packed(&self.logits, sequence, vocab);
+        device.copy(src, row, 1, vocab, Fold::Set)?;
         let row = RowsMut::packed(&mut logits, 0, vocab);
         let mut score = device.empty(Kind::Exact, 1)?;
         let scores = RowsMut::packed(&mut score, 0, 1);
@@ -205,6 +219,7 @@ impl<'m, D: Device> Session<'m, D> {
             if step.spans.is_empty() {
                 return Ok(scored);
             }
+            self.decoding.interrupt();
             let whole = self.is_whole(step.spans[0].rows.rows);
             let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
             let (model, plan) = (self.model, &self.plan);
@@ -215,7 +230,8 @@ impl<'m, D: Device> Session<'m, D> {
                 }
                 false => self.flight.open(&model.device, plan)?,
             };
-            let forward = model.forward(plan, &step, &mut states, slots, |_, _| ())?;
+            let mut placed = model.device.step(step.rows(plan, slots.room))?;
+            let forward = model.forward(plan, &step, &mut placed, &mut states, slots, |_, _| ())?;
             let mut ended = Vec::new();
             for (span, (feed, first)) in step.spans.iter().zip(owners) {
                 let (known, rows) = (&feeds[feed].targets, span.rows.rows);
@@ -227,7 +243,7 @@ impl<'m, D: Device> Session<'m, D> {
                 }
             }
             for ended in ended.chunks(D::LOGIT_ROWS) {
-                self.read_logits(&forward, ended)?;
+                self.take_logits(&forward, ended)?;
             }
         }
     }
@@ -280,18 +296,30 @@ impl<'m, D: Device> Session<'m, D> {
     }
 
     /// The logits of each sequence's row, in one product: the head's weights are read once.
-    fn read_logits(&mut self, forward: &Forward<D>, ended: &[(usize, usize)]) -> Result<()> {
+    fn take_logits(&mut self, forward: &Forward<D>, ended: &[(usize, usize)]) -> Result<()> {
         let (device, hidden) = (&self.model.device, self.hidden());
+        let vocab = self.model.config.vocab_size;
+        let runs = runs(ended);
+        if let [(sequence, row, count)] = runs[..] {
+            let x = Rows::packed(&forward.hidden, row, hidden);
+            let y = RowsMut::packed(&mut self.logits, sequence, vocab);
+            return device.linear(x, count, self.model.head(), y, Fold::Set);
+        }
         let mut last = device.empty(Kind::Activation, ended.len() * hidden)?;
-        for (i, (_, row)) in ended.iter().enumerate() {
+        let mut at = 0;
+        for (_, row, count) in &runs {
             let src = Rows::packed(&forward.hidden, *row, hidden);
-            let dst = RowsMut::packed(&mut last, i, hidden);
-            device.copy(src, dst, 1, hidden, Fold::Set)?;
+            let dst = RowsMut::packed(&mut last, at, hidden);
+            device.copy(src, dst, *count, hidden, Fold::Set)?;
+            at += count;
         }
         let logits = self.head(Rows::packed(&last, 0, hidden), ended.len())?;
-        let vocab = self.model.config.vocab_size;
-        for (i, (sequence, _)) in ended.iter().enumerate() {
-            self.logits[*sequence] = device.read(&logits, i * vocab..(i + 1) * vocab)?;
+        at = 0;
+        for (sequence, _, count) in &runs {
+            let src = Rows::packed(&logits, at, vocab);
+            let dst = RowsMut::packed(&mut self.logits, *sequence, vocab);
+            device.copy(src, dst, *count, vocab, Fold::Set)?;
+            at += count;
         }
         Ok(())
     }
@@ -307,6 +335,22 @@ impl<'m, D: Device> Session<'m, D> {
         device.linear(x, rows, self.model.head(), y, Fold::Set)?;
         Ok(logits)
     }
+}
+
+/// Runs of sequences that follow each other and whose rows do: the first sequence, its row, and how many.
+fn runs(ended: &[(usize, usize)]) -> Vec<(usize, usize, usize)> {
+    let mut runs: Vec<(usize, usize, usize)> = Vec::new();
+    for (sequence, row) in ended {
+        match runs.last_mut() {
+            Some((first, first_row, count))
+                if *first + *count == *sequence && *first_row + *count == *row =>
+            {
+                *count += 1;
+            }
+            _ => runs.push((*sequence, *row, 1)),
+        }
+    }
+    runs
 }
 
 /// Log-probability of each token but the first, `segments_per_step` segments at a time.

@@ -142,7 +142,13 @@ impl StateFile {
     ) -> Result<(), StateFileError> {
         let shapes = Shapes::new(session, position);
         session.positions[to] = position;
-        session.logits[to] = self.floats(from, Part::Logits, &shapes.logits())?;
+        session.decoding = Default::default();
+        let logits = self.floats(from, Part::Logits, &shapes.logits())?;
+        let first = to * session.model.config.vocab_size;
+        session
+            .model
+            .device
+            .write(&mut session.logits, first, &logits)?;
         for l in 0..session.model.config.num_hidden_layers {
             self.restore_carry(from, to, l, &shapes, session)?;
             if shapes.rows > 0 {

@@ -174,9 +174,11 @@ impl<'a, D: Device> Streams<'a, D> {
         let mut slots = Slots::new(device, self.plan, &angles, segments.len(), room)?;
         let mut layers = Vec::with_capacity(self.model.config.num_hidden_layers);
         let mut states: Vec<&mut SequenceState<D>> = states.iter_mut().collect();
+        let mut placed = device.step(step.rows(self.plan, slots.room))?;
         let forward = self.model.forward(
             self.plan,
             &step,
+            &mut placed,
             &mut states,
             &mut slots,
             |tape, derived| {

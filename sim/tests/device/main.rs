@@ -2,6 +2,7 @@
 
 mod buffers;
 mod common;
+mod decode;
 mod memory;
 mod model;
 mod pool;

@@ -77,6 +77,7 @@ impl Batch {
             seen: at.seen.ptr(),
             tokens: at.tokens.ptr(),
             log_probability: at.log_probability.ptr(),
+            places: std::ptr::null(),
             seen_pitch: at.seen_pitch as i64,
             rows: self.configs.len() as i64,
             vocab: self.vocab as i32,

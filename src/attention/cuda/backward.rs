@@ -236,7 +236,8 @@ fn named<'a>(
 }
 
 fn check(problem: &Problem<'_>, saved: &Saved<'_>, gradients: &Gradients<'_>) -> Result<(), Error> {
-    if let Lengths::Device {
+    if let Lengths::Growing { .. }
+    | Lengths::Device {
         query_start: Some(_),
         ..
     } = problem.lengths

@@ -44,6 +44,7 @@ fn image(file: File) -> &'static [u8] {
         File::Norm => image!("norm"),
         File::Retrieval => image!("retrieval"),
         File::Rope => image!("rope"),
+        File::Sampling => image!("sampling"),
         File::Swiglu => image!("swiglu"),
     }
 }

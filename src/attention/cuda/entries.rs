@@ -48,13 +48,15 @@ pub enum File {
     Retrieval,
     /// `rope.cu`.
     Rope,
+    /// `sampling.cu`.
+    Sampling,
     /// `swiglu.cu`.
     Swiglu,
 }
 
 impl File {
     /// All files.
-    pub const ALL: [File; 10] = [
+    pub const ALL: [File; 11] = [
         File::Adamw,
         File::AttentionForward,
         File::AttentionBackward,
@@ -64,6 +66,7 @@ impl File {
         File::Norm,
         File::Retrieval,
         File::Rope,
+        File::Sampling,
         File::Swiglu,
     ];
 
@@ -79,6 +82,7 @@ impl File {
             File::Norm => "norm",
             File::Retrieval => "retrieval",
             File::Rope => "rope",
+            File::Sampling => "sampling",
             File::Swiglu => "swiglu",
         }
     }

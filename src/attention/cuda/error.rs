@@ -81,6 +81,12 @@ pub enum Error {
         /// Number of the argument's.
         got: usize,
     },
+    /// What reads or writes host memory cannot be part of a graph.
+    #[error("{call}: expected none while calls are recorded for a graph")]
+    Recording {
+        /// What was asked for.
+        call: &'static str,
+    },
     /// A launcher that is not the driver's failed.
     #[error("{entry}: {source}")]
     Launcher {

@@ -4,7 +4,7 @@ use super::bindings::{SegattnForwardParams, SegattnKernelInfo};
 use super::entries::{Entry, Instance};
 use super::error::Error;
 use super::launcher::{Kernels, Launch, Launcher};
-use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_items};
+use super::params::{Bases, Place, ProblemParams, TensorParams, Workspace, count, most_items};
 use super::problem::{DeviceSlice, Problem, Tensor, units};
 
 /// How the work is cut. Results have the same bits.
@@ -181,11 +181,36 @@ impl ForwardPlan {
         launcher: &mut impl Launcher,
         workspace: DeviceSlice,
     ) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(launcher, workspace.data, workspace) }
+    }
+
+    /// The host's values that [`run`](Self::run) copies with the call.
+    pub fn values(&self) -> &[u8] {
+        self.workspace.uploads()
+    }
+
+    /// As [`launch`](Self::launch), where the host's values lie in memory of their own.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run); `values` is the device address, a multiple of 16, of a copy of [`values`](Self::values).
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub unsafe fn launch_with(
+        &self,
+        launcher: &mut impl Launcher,
+        values: u64,
+        workspace: DeviceSlice,
+    ) -> Result<(), Error> {
         self.workspace.check(workspace)?;
         if self.attention.blocks == 0 {
             return Ok(());
         }
-        let params = self.params(workspace.data);
+        let params = self.params(Bases {
+            values,
+            workspace: workspace.data,
+        });
         // SAFETY: the caller's promise, and the params are those of these entries.
         unsafe {
             launcher.zero(params.next_item as u64, 4)?;
@@ -197,15 +222,15 @@ impl ForwardPlan {
         }
     }
 
-    fn params(&self, workspace: u64) -> SegattnForwardParams {
+    fn params(&self, bases: Bases) -> SegattnForwardParams {
         SegattnForwardParams {
-            problem: self.problem.fill(workspace),
-            out: self.out.fill(workspace),
-            lse: Place::Device(self.lse).at(workspace),
-            partial_out: self.partial_out.at(workspace),
-            partial_state: self.partial_state.at(workspace),
-            fold: self.fold.at(workspace),
-            next_item: self.next_item.at(workspace),
+            problem: self.problem.fill(bases),
+            out: self.out.fill(bases),
+            lse: Place::Device(self.lse).at(bases),
+            partial_out: self.partial_out.at(bases),
+            partial_state: self.partial_state.at(bases),
+            fold: self.fold.at(bases),
+            next_item: self.next_item.at(bases),
             heads_per_tile: self.heads_per_tile as i32,
             tiles: self.tiles as i32,
             max_items: self.max_items as i32,

@@ -9,21 +9,41 @@ use crate::attention::{Batch, PastLen};
 /// Parts of the workspace begin at multiples of this.
 const ALIGNMENT: usize = 256;
 
-/// An address that is known, or that is once there is a workspace.
+/// An address that is known, or that is once there is memory for the host's values and a workspace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     Device(u64),
+    Value(usize),
     Workspace(usize),
+}
+
+/// Where the host's values and the workspace begin.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bases {
+    pub values: u64,
+    pub workspace: u64,
+}
+
+impl From<u64> for Bases {
+    /// The host's values lie at the beginning of the workspace.
+    fn from(workspace: u64) -> Self {
+        Bases {
+            values: workspace,
+            workspace,
+        }
+    }
 }
 
 impl Place {
     pub const NULL: Place = Place::Device(0);
 
-    /// The address, given where the workspace begins.
-    pub fn at<T>(self, workspace: u64) -> *mut T {
+    /// The address, given where everything begins.
+    pub fn at<T>(self, bases: impl Into<Bases>) -> *mut T {
+        let bases = bases.into();
         let address = match self {
             Place::Device(address) => address,
-            Place::Workspace(offset) => workspace + offset as u64,
+            Place::Value(offset) => bases.values + offset as u64,
+            Place::Workspace(offset) => bases.workspace + offset as u64,
         };
         address as usize as *mut T
     }
@@ -41,7 +61,7 @@ impl Workspace {
     pub fn upload<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Place {
         debug_assert_eq!(self.bytes, self.uploads.len());
         self.uploads.resize(self.bytes.next_multiple_of(16), 0);
-        let place = Place::Workspace(self.uploads.len());
+        let place = Place::Value(self.uploads.len());
         self.uploads.extend_from_slice(bytemuck::cast_slice(values));
         self.bytes = self.uploads.len();
         place
@@ -145,11 +165,11 @@ impl TensorParams {
         self.numbers[3] as usize
     }
 
-    pub fn fill(&self, workspace: u64) -> SegattnTensor {
-        let [batch_stride, row_stride, head_stride, rows] = self.numbers;
+    pub fn fill(&self, bases: impl Into<Bases>) -> SegattnTensor {
+        let (bases, [batch_stride, row_stride, head_stride, rows]) = (bases.into(), self.numbers);
         SegattnTensor {
-            data: Place::Device(self.data).at(workspace),
-            batch_offsets: self.offsets.at(workspace),
+            data: Place::Device(self.data).at(bases),
+            batch_offsets: self.offsets.at(bases),
             batch_stride,
             row_stride,
             head_stride,
@@ -199,6 +219,9 @@ impl ProblemParams {
             Lengths::Host {
                 past_len: PastLen::PerHead(_),
                 ..
+            } | Lengths::Growing {
+                past_len: PastLen::PerHead(_),
+                ..
             } | Lengths::Device {
                 past_len: PastLengths::PerHead(_),
                 ..
@@ -229,9 +252,10 @@ impl ProblemParams {
         self.tensors[0].rows()
     }
 
-    pub fn fill(&self, workspace: u64) -> SegattnProblem {
+    pub fn fill(&self, bases: impl Into<Bases>) -> SegattnProblem {
+        let bases = bases.into();
         let [q, k, v, prior_k, prior_v, past_k, past_v] =
-            self.tensors.map(|tensor| tensor.fill(workspace));
+            self.tensors.map(|tensor| tensor.fill(bases));
         let [batch, q_heads, kv_heads] = self.counts;
         let [past_len_batch_stride, past_len_head_stride] = self.past_len_strides;
         SegattnProblem {
@@ -242,12 +266,12 @@ impl ProblemParams {
             prior_v,
             past_k,
             past_v,
-            segment_len: self.segment_len.at(workspace),
-            prior_len: self.prior_len.at(workspace),
-            past_len: self.past_len.at(workspace),
-            query_start: self.query_start.at(workspace),
-            past_gate: self.past_gate.at(workspace),
-            prior_heads: self.prior_heads.at(workspace),
+            segment_len: self.segment_len.at(bases),
+            prior_len: self.prior_len.at(bases),
+            past_len: self.past_len.at(bases),
+            query_start: self.query_start.at(bases),
+            past_gate: self.past_gate.at(bases),
+            prior_heads: self.prior_heads.at(bases),
             past_len_batch_stride,
             past_len_head_stride,
             batch,
@@ -274,6 +298,20 @@ fn lengths(lengths: &Lengths<'_>, workspace: &mut Workspace) -> [Place; 4] {
                 workspace.upload(prior_len),
                 workspace.upload(past_len),
                 start.map_or(Place::NULL, |start| workspace.upload(start)),
+            ]
+        }
+        Lengths::Growing {
+            segment_len,
+            query_start,
+            prior_len,
+            past_len,
+        } => {
+            let (PastLen::PerBatch(past_len) | PastLen::PerHead(past_len)) = past_len;
+            [
+                Place::Device(segment_len),
+                workspace.upload(prior_len),
+                workspace.upload(past_len),
+                Place::Device(query_start),
             ]
         }
         Lengths::Device {
@@ -313,7 +351,7 @@ fn most_key_tiles(problem: &Problem<'_>, key_rows: usize) -> usize {
             + tiles(segment)
     };
     match problem.lengths {
-        Lengths::Device { .. } => sum(
+        Lengths::Growing { .. } | Lengths::Device { .. } => sum(
             problem.past_k.layout.rows,
             problem.prior_k.layout.rows,
             problem.k.layout.rows,

@@ -109,7 +109,9 @@ impl DeviceSlice {
     }
 }
 
-/// How many rows are valid, as host values (validated, copied with the call) or device addresses (trusted).
+/// How many rows are valid, as host values (validated, copied with the call) or device addresses (trusted). Where an
+/// address stands for a length, the work is cut for as many rows as the tensors have, so that a plan serves as long as
+/// they suffice.
 #[derive(Debug, Clone, Copy)]
 pub enum Lengths<'a> {
     /// As in [`crate::attention::Problem`].
@@ -122,6 +124,17 @@ pub enum Lengths<'a> {
         past_len: PastLen<'a>,
         /// `[batch]`: position of each entry's first query row; `None` is 0.
         query_start: Option<&'a [i32]>,
+    },
+    /// Of segments that grow from call to call: the device has their lengths, and the rest changes only with the segment.
+    Growing {
+        /// Device address of `[batch]`, as in [`Lengths::Device`].
+        segment_len: u64,
+        /// Device address of `[batch]`, as in [`Lengths::Device`].
+        query_start: u64,
+        /// As in [`Lengths::Host`].
+        prior_len: &'a [i32],
+        /// As in [`Lengths::Host`].
+        past_len: PastLen<'a>,
     },
     /// Device addresses of i32, whose values must be what validation would accept: `0 <= prior_len <= rows of prior_k`,
     /// `0 <= past_len <= rows of past_k`, `0 <= query_start <= segment_len <= rows of k`, and
@@ -285,6 +298,11 @@ impl Problem<'_> {
                 past_len,
                 query_start,
             } => (segment_len, prior_len, past_len, query_start),
+            Lengths::Growing {
+                prior_len,
+                past_len,
+                ..
+            } => (&segment[..], prior_len, past_len, Some(&start[..])),
             Lengths::Device { query_start, .. } => (
                 &segment[..],
                 &prior[..],

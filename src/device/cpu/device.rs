@@ -1,14 +1,16 @@
 //! [`Device`] for the CPU: hands each call to the functions of this module's neighbours.
 
+use std::convert::Infallible;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::rows::{self, Angles, HeadRows};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, product};
+use crate::device::sampler::SamplerConfig;
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Kind, PastHeads, Pick, Probes,
-    Result, Rows, RowsMut, Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostSamplers, Kind, PastHeads, Pick,
+    Probes, Result, Rows, RowsMut, Sampled, StepRows, Update, runs,
 };
 use crate::isa::Isa;
 
@@ -44,6 +46,9 @@ impl Device for Cpu {
     type Matrix = PackedMatrix;
     type Pool = Pool;
     type Picks = Vec<Vec<usize>>;
+    type Step = StepRows;
+    type Samplers = HostSamplers;
+    type Recording = Infallible;
 
     fn description(&self) -> String {
         let isa = match Isa::best() {
@@ -58,6 +63,14 @@ impl Device for Cpu {
     fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         // On a thread of the pool: to start parallel work from outside costs a wake-up and a wait each time.
         rayon::scope(|_| work())
+    }
+
+    fn record<T>(&self, _: impl FnOnce() -> Result<T>) -> Result<Option<(T, Infallible)>> {
+        Ok(None)
+    }
+
+    fn replay(&self, recording: &Infallible) -> Result<()> {
+        match *recording {}
     }
 
     fn zeros(&self, _: Kind, len: usize) -> Result<Buffer> {
@@ -179,14 +192,23 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn step(&self, rows: StepRows) -> Result<StepRows> {
+        Ok(rows)
+    }
+
+    fn renew(&self, step: &mut StepRows, rows: StepRows) -> Result<()> {
+        *step = rows;
+        Ok(())
+    }
+
     fn embed(
         &self,
         table: &PackedMatrix,
-        tokens: &[u32],
+        step: &StepRows,
         mut y: RowsMut<'_, Buffer>,
     ) -> Result<()> {
         let (stride, width) = (y.stride, table.inputs());
-        for (row, token) in y.data().chunks_mut(stride).zip(tokens) {
+        for (row, token) in y.data().chunks_mut(stride).zip(&step.tokens) {
             table.row(*token as usize, &mut row[..width]);
         }
         Ok(())
@@ -327,9 +349,34 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn samplers(
+        &self,
+        config: &SamplerConfig,
+        streams: &[u64],
+        histories: &[&[u32]],
+        vocab: usize,
+    ) -> Result<HostSamplers> {
+        HostSamplers::new(config, streams, histories, vocab)
+    }
+
+    fn select(&self, samplers: &mut HostSamplers, sequences: &[usize]) -> Result<()> {
+        samplers.select(sequences);
+        Ok(())
+    }
+
+    fn sample(&self, logits: &mut Buffer, samplers: &mut HostSamplers) -> Result<()> {
+        samplers.sample(self, logits)
+    }
+
+    fn sampled(&self, _: &Buffer, samplers: &HostSamplers) -> Result<Vec<Sampled>> {
+        samplers.sampled()
+    }
+
     fn attention(
         &self,
         call: &Attention<'_, Buffer>,
+        _: &mut StepRows,
+        _: usize,
         out: RowsMut<'_, Buffer>,
         lse: RowsMut<'_, Buffer>,
     ) -> Result<()> {

@@ -2,7 +2,7 @@
 //! padding is computed.
 
 use super::driver::Stream;
-use super::{Buffer, Driver, Gpu};
+use super::{Buffer, Driver, Gpu, Step};
 use crate::attention::Layout;
 use crate::attention::cuda::{
     BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gates, Gradients, Lengths, Problem, Saved,
@@ -11,24 +11,37 @@ use crate::attention::cuda::{
 use crate::device::runs::{Run, Sources, runs};
 use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut};
 
-/// Runs the operation forward over all spans.
+/// Runs the operation forward over all spans, which are the step's; `number` is the call's.
 pub(super) fn forward<D: Driver>(
     gpu: &Gpu<D>,
     call: &Attention<'_, Buffer<D>>,
+    (step, number): (&mut Step<D>, usize),
     out: &RowsMut<'_, Buffer<D>>,
     lse: &RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    let heads = call.heads;
-    for_each(call, |problem, run| {
+    assert_eq!(call.spans, step.rows.spans, "the step's spans");
+    let (heads, reach) = (call.heads, step.rows.reach);
+    for (launch, run) in runs(call.spans).iter().enumerate() {
+        let [segment_len, query_start] = step.lengths(run.spans.start);
+        let sources = Sources::of(call, run).reaching(reach.min(call.cache.rows[0]));
+        let lengths = Lengths::Growing {
+            segment_len,
+            query_start,
+            prior_len: &sources.prior_len,
+            past_len: sources.past_len(),
+        };
+        let problem = &problem(call, run, &sources, lengths);
         let out = tensor(out.buffer, out.start, out.stride, run, heads.dim);
         let lse = log_sums(lse.buffer, lse.start, lse.stride, run, heads.q);
         let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
         let workspace = gpu.block(plan.workspace_bytes())?;
         let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
-        // SAFETY: the tensors lie in live buffers, which the plan has checked; the workspace is nobody else's, and
-        // whoever gets it next uses it after this call.
-        unsafe { plan.run(&mut Stream(gpu.driver()), slice) }.map_err(Into::into)
-    })
+        let values = step.tell(gpu, [number, launch], plan.values())?;
+        // SAFETY: the tensors lie in live buffers, which the plan has checked, and the step's lengths are those of its
+        // spans; the workspace is nobody else's, and whoever gets it next uses it after this call.
+        unsafe { plan.launch_with(&mut Stream(gpu.driver()), values, slice)? };
+    }
+    Ok(())
 }
 
 /// Runs the operation backward over all spans.
@@ -38,7 +51,15 @@ pub(super) fn backward<D: Driver>(
     grad: &AttentionGrad<'_, Buffer<D>>,
 ) -> Result<()> {
     let (heads, prior) = (call.heads, call.cache.rows[1]);
-    for_each(call, |problem, run| {
+    for run in &runs(call.spans) {
+        let sources = Sources::of(call, run);
+        let lengths = Lengths::Host {
+            segment_len: &sources.segment_len,
+            prior_len: &sources.prior_len,
+            past_len: sources.past_len(),
+            query_start: sources.query_start(),
+        };
+        let problem = &problem(call, run, &sources, lengths);
         let read =
             |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, run, heads.dim);
         let write =
@@ -74,8 +95,9 @@ pub(super) fn backward<D: Driver>(
         let workspace = gpu.block(plan.workspace_bytes())?;
         let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
         // SAFETY: as in the forward.
-        unsafe { plan.run(&mut Stream(gpu.driver()), slice) }.map_err(Into::into)
-    })
+        unsafe { plan.run(&mut Stream(gpu.driver()), slice)? };
+    }
+    Ok(())
 }
 
 /// A run's rows of heads.
@@ -103,43 +125,35 @@ fn log_sums<D: Driver>(
     DeviceSlice::new(buffer.address(start + run.row * stride), count)
 }
 
-/// Calls `f` with the problem of each run.
-fn for_each<D: Driver>(
-    call: &Attention<'_, Buffer<D>>,
-    mut f: impl FnMut(&Problem<'_>, &Run) -> Result<()>,
-) -> Result<()> {
+/// The problem of a run.
+fn problem<'a, D: Driver>(
+    call: &Attention<'a, Buffer<D>>,
+    run: &'a Run,
+    sources: &'a Sources,
+    lengths: Lengths<'a>,
+) -> Problem<'a> {
     let (heads, cache) = (call.heads, call.cache);
-    for run in runs(call.spans) {
-        let sources = Sources::of(call, &run);
-        let view = |buffer: &Buffer<D>, source: usize| {
-            let DeviceSlice { data, len } = buffer.slice(0);
-            let layout = sources.layout(source);
-            Tensor { data, len, layout }
-        };
-        let problem = Problem {
-            dtype: Dtype::Bf16,
-            batch: run.spans.len(),
-            q_heads: heads.q,
-            kv_heads: heads.kv,
-            head_dim: heads.dim,
-            q: tensor(call.q.buffer, call.q.start, call.q.stride, &run, heads.dim),
-            k: view(&cache.k, 0),
-            v: view(&cache.v, 0),
-            prior_k: view(&cache.prior_k, 1),
-            prior_v: view(&cache.prior_v, 1),
-            past_k: view(&cache.past_k, 2),
-            past_v: view(&cache.past_v, 2),
-            lengths: Lengths::Host {
-                segment_len: &sources.segment_len,
-                prior_len: &sources.prior_len,
-                past_len: sources.past_len(),
-                query_start: sources.query_start(),
-            },
-            past_gate: Gates::Host(call.past_gate),
-            prior_heads: call.prior_heads,
-            scale: None,
-        };
-        f(&problem, &run)?;
+    let view = |buffer: &Buffer<D>, source: usize| {
+        let DeviceSlice { data, len } = buffer.slice(0);
+        let layout = sources.layout(source);
+        Tensor { data, len, layout }
+    };
+    Problem {
+        dtype: Dtype::Bf16,
+        batch: run.spans.len(),
+        q_heads: heads.q,
+        kv_heads: heads.kv,
+        head_dim: heads.dim,
+        q: tensor(call.q.buffer, call.q.start, call.q.stride, run, heads.dim),
+        k: view(&cache.k, 0),
+        v: view(&cache.v, 0),
+        prior_k: view(&cache.prior_k, 1),
+        prior_v: view(&cache.prior_v, 1),
+        past_k: view(&cache.past_k, 2),
+        past_v: view(&cache.past_v, 2),
+        lengths,
+        past_gate: Gates::Host(call.past_gate),
+        prior_heads: call.prior_heads,
+        scale: None,
     }
-    Ok(())
 }

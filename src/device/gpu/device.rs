@@ -5,12 +5,13 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{
-    Buffer, Driver, Gpu, Matrix, Operand, PastPool, Picks, Plus, Product, attend, bytes_of,
-    optimizer, past, rows,
+    Buffer, Driver, Gpu, Matrix, Operand, PastPool, Picks, Plus, Product, Recording, Samplers,
+    Step, attend, bytes_of, optimizer, past, record, rows,
 };
+use crate::device::sampler::SamplerConfig;
 use crate::device::{
     AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads,
-    Pick, Probes, Result, Rows, RowsMut, Update,
+    Pick, Probes, Result, Rows, RowsMut, Sampled, StepRows, Update,
 };
 
 impl<D: Driver> Gpu<D> {
@@ -109,12 +110,23 @@ impl<D: Driver> Device for Gpu<D> {
     type Matrix = Matrix<D>;
     type Pool = PastPool<D>;
     type Picks = Picks<D>;
+    type Step = Step<D>;
+    type Samplers = Samplers<D>;
+    type Recording = Recording<D>;
 
     /// The head's gradient is read and written once for so many rows: 128 would cost as much as the products.
     const LOGIT_ROWS: usize = 1024;
 
     fn description(&self) -> String {
         self.driver().description()
+    }
+
+    fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<Option<(T, Recording<D>)>> {
+        record::record(self, work).map(Some)
+    }
+
+    fn replay(&self, recording: &Recording<D>) -> Result<()> {
+        recording.replay(self)
     }
 
     fn zeros(&self, kind: Kind, len: usize) -> Result<Buffer<D>> {
@@ -304,8 +316,16 @@ impl<D: Driver> Device for Gpu<D> {
         unsafe { self.driver().product(&product) }.map_err(Into::into)
     }
 
-    fn embed(&self, table: &Matrix<D>, tokens: &[u32], y: RowsMut<'_, Buffer<D>>) -> Result<()> {
-        rows::embed(self, table, tokens, y)
+    fn step(&self, rows: StepRows) -> Result<Step<D>> {
+        Step::new(self, rows)
+    }
+
+    fn renew(&self, step: &mut Step<D>, rows: StepRows) -> Result<()> {
+        step.renew(self, rows)
+    }
+
+    fn embed(&self, table: &Matrix<D>, step: &Step<D>, y: RowsMut<'_, Buffer<D>>) -> Result<()> {
+        rows::embed(self, table, step, y)
     }
 
     fn embed_grad(
@@ -381,17 +401,11 @@ impl<D: Driver> Device for Gpu<D> {
         qkv: Rows<'_, Buffer<D>>,
         heads: Heads,
         tables: (&Buffer<D>, &Buffer<D>),
-        angles: &[usize],
+        step: &Step<D>,
         q: RowsMut<'_, Buffer<D>>,
-        store: Option<KeyStore<'_, Buffer<D>>>,
+        store: KeyStore<'_, Buffer<D>>,
     ) -> Result<()> {
-        match store {
-            Some(store) => rows::split_qkv(self, qkv, heads, tables, angles, q, store),
-            None => {
-                let shape = [heads.q, heads.dim];
-                rows::rope(self, qkv, q, shape, tables, angles, false, Fold::Set)
-            }
-        }
+        rows::split_qkv(self, qkv, heads, tables, step, q, store)
     }
 
     fn join_qkv(
@@ -437,13 +451,37 @@ impl<D: Driver> Device for Gpu<D> {
         rows::log_probabilities(self, logits, vocab, targets, scale, scores)
     }
 
+    fn samplers(
+        &self,
+        config: &SamplerConfig,
+        streams: &[u64],
+        histories: &[&[u32]],
+        vocab: usize,
+    ) -> Result<Samplers<D>> {
+        Samplers::new(self, config, streams, histories, vocab)
+    }
+
+    fn select(&self, samplers: &mut Samplers<D>, sequences: &[usize]) -> Result<()> {
+        samplers.select(self, sequences)
+    }
+
+    fn sample(&self, logits: &mut Buffer<D>, samplers: &mut Samplers<D>) -> Result<()> {
+        samplers.sample(self, logits)
+    }
+
+    fn sampled(&self, logits: &Buffer<D>, samplers: &Samplers<D>) -> Result<Vec<Sampled>> {
+        samplers.sampled(self, logits)
+    }
+
     fn attention(
         &self,
         call: &Attention<'_, Buffer<D>>,
+        step: &mut Step<D>,
+        number: usize,
         out: RowsMut<'_, Buffer<D>>,
         lse: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        attend::forward(self, call, &out, &lse)
+        attend::forward(self, call, (step, number), &out, &lse)
     }
 
     fn attention_grad(

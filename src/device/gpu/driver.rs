@@ -11,6 +11,8 @@ use crate::device::{DeviceError, Kind};
 pub trait Driver: Debug + Send + Sync {
     /// The compiled kernels.
     type Kernels: Kernels;
+    /// Calls that were recorded.
+    type Graph: Debug + Send + Sync;
 
     /// One line for people.
     fn description(&self) -> String;
@@ -106,6 +108,28 @@ pub trait Driver: Debug + Send + Sync {
     /// # Errors
     /// What the driver says.
     unsafe fn product(&self, product: &Product) -> Result<(), Error>;
+
+    /// From here on zeros, copies, launches and products are recorded instead of done, until [`Driver::recorded`].
+    /// Uploads and downloads are refused meanwhile.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn record(&self) -> Result<(), Error>;
+
+    /// Ends recording, also after an error.
+    ///
+    /// # Errors
+    /// What the driver says, also of what was recorded.
+    fn recorded(&self) -> Result<Self::Graph, Error>;
+
+    /// Does what was recorded.
+    ///
+    /// # Safety
+    /// As for the calls that were recorded.
+    ///
+    /// # Errors
+    /// What the driver says.
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), Error>;
 }
 
 /// `c = a b`, or what [`Plus`] says is added, row-major, `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.

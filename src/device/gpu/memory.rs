@@ -21,7 +21,20 @@ const ALIGNMENT: usize = 256;
 pub(super) struct Memory<D: Driver> {
     pub driver: D,
     arenas: [Mutex<Regions>; 3],
+    /// Where buffers come from while calls are recorded.
+    recorded: Mutex<Option<Arc<Recorded<D>>>>,
 }
+
+/// Memory that serves the calls of a recording and nobody else: what they give back comes here again.
+#[derive(Debug)]
+pub(super) struct Recorded<D: Driver> {
+    regions: Mutex<Regions>,
+    /// The regions' memory.
+    held: Mutex<Vec<Block<D>>>,
+}
+
+/// Bytes that a recording takes at a time.
+const RECORDED_BYTES: usize = 4 << 20;
 
 /// The arenas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +66,19 @@ struct Region {
     free: BTreeMap<usize, usize>,
     /// End of the highest block there ever was.
     high: usize,
+}
+
+impl Region {
+    /// Offset of the lowest free range that is large enough.
+    fn take(&mut self, bytes: usize) -> Option<usize> {
+        let (&offset, &len) = self.free.iter().find(|(_, len)| **len >= bytes)?;
+        self.free.remove(&offset);
+        if len > bytes {
+            self.free.insert(offset + bytes, len - bytes);
+        }
+        self.high = self.high.max(offset + bytes);
+        Some(offset)
+    }
 }
 
 /// What a device holds, bytes.
@@ -91,6 +117,7 @@ impl<D: Driver> Memory<D> {
         Self {
             driver,
             arenas: PLACES.map(|_| Mutex::default()),
+            recorded: Mutex::default(),
         }
     }
 
@@ -129,14 +156,31 @@ impl<D: Driver> Memory<D> {
         }
     }
 
+    /// Lets later buffers come from a recording's memory, or from everywhere again.
+    pub fn set_recorded(&self, recorded: Option<Arc<Recorded<D>>>) {
+        *locked(&self.recorded) = recorded;
+    }
+
     /// A block of at least `bytes` bytes, contents arbitrary; `None` where the arena's budget does not allow it.
     pub fn block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
+        let recorded = locked(&self.recorded).clone();
+        match recorded.filter(|_| place == Place::Buffers) {
+            Some(recorded) => recorded.block(self, bytes),
+            None => self.shared_block(place, bytes),
+        }
+    }
+
+    fn rounded(&self, bytes: usize) -> usize {
         let bytes = bytes.max(1);
-        let bytes = match self.driver.region_bytes() {
+        match self.driver.region_bytes() {
             // Ends exactly where the buffer ends, so that a byte too far is seen.
             0 => bytes,
             _ => bytes.next_multiple_of(ALIGNMENT),
-        };
+        }
+    }
+
+    fn shared_block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
+        let bytes = self.rounded(bytes);
         let mut regions = self.lock(place);
         if bytes > regions.budget.saturating_sub(regions.used) {
             return Ok(None);
@@ -152,6 +196,7 @@ impl<D: Driver> Memory<D> {
         regions.peak = regions.peak.max(regions.used);
         Ok(Some(Block {
             memory: self.clone(),
+            recorded: None,
             place,
             address,
             bytes,
@@ -192,9 +237,56 @@ impl<D: Driver> Memory<D> {
     }
 
     fn lock(&self, place: Place) -> MutexGuard<'_, Regions> {
-        // A panic elsewhere leaves the map as it was: it is changed in one go.
-        let arena = &self.arenas[place as usize];
-        arena.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.arenas[place as usize])
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere leaves what is in there as it was: it is changed in one go.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<D: Driver> Default for Recorded<D> {
+    fn default() -> Self {
+        Self {
+            regions: Mutex::default(),
+            held: Mutex::default(),
+        }
+    }
+}
+
+impl<D: Driver> Recorded<D> {
+    fn block(self: &Arc<Self>, memory: &Arc<Memory<D>>, bytes: usize) -> Result<Option<Block<D>>> {
+        let (bytes, mut regions) = (memory.rounded(bytes), locked(&self.regions));
+        // Where every buffer has a region of its own it has one here too.
+        let shared = memory.driver.region_bytes() > 0;
+        let found = if shared { regions.take(bytes) } else { None };
+        let address = match found {
+            Some(address) => address,
+            None => {
+                let piece = if shared {
+                    bytes.max(RECORDED_BYTES)
+                } else {
+                    bytes
+                };
+                let Some(held) = memory.shared_block(Place::Buffers, piece)? else {
+                    return Ok(None);
+                };
+                let address = held.address;
+                regions.add(address, piece);
+                locked(&self.held).push(held);
+                let taken = regions.take_at(address, bytes);
+                taken.expect("a new piece has room")
+            }
+        };
+        regions.used += bytes;
+        Ok(Some(Block {
+            memory: memory.clone(),
+            recorded: Some(self.clone()),
+            place: Place::Buffers,
+            address,
+            bytes,
+        }))
     }
 }
 
@@ -243,19 +335,13 @@ impl Regions {
 
     /// The lowest free range of any region that is large enough.
     fn take(&mut self, bytes: usize) -> Option<u64> {
-        for (address, region) in &mut self.all {
-            let found = region.free.iter().find(|(_, len)| **len >= bytes);
-            let Some((&offset, &len)) = found else {
-                continue;
-            };
-            region.free.remove(&offset);
-            if len > bytes {
-                region.free.insert(offset + bytes, len - bytes);
-            }
-            region.high = region.high.max(offset + bytes);
-            return Some(address + offset as u64);
-        }
-        None
+        let mut all = self.all.iter_mut();
+        all.find_map(|(address, region)| Some(address + region.take(bytes)? as u64))
+    }
+
+    /// The lowest free range of this region.
+    fn take_at(&mut self, address: u64, bytes: usize) -> Option<u64> {
+        Some(address + self.all.get_mut(&address)?.take(bytes)? as u64)
     }
 
     /// Takes a block back; the region's address and size if it is empty now.
@@ -281,6 +367,7 @@ impl Regions {
 #[derive(Debug)]
 pub(super) struct Block<D: Driver> {
     memory: Arc<Memory<D>>,
+    recorded: Option<Arc<Recorded<D>>>,
     place: Place,
     pub address: u64,
     bytes: usize,
@@ -294,6 +381,10 @@ impl<D: Driver> Block<D> {
 
 impl<D: Driver> Drop for Block<D> {
     fn drop(&mut self) {
+        if let Some(recorded) = &self.recorded {
+            locked(&recorded.regions).give_back(self.address, self.bytes);
+            return;
+        }
         let mut regions = self.memory.lock(self.place);
         let empty = regions.give_back(self.address, self.bytes);
         // Where every buffer has a region of its own the driver wants to know that it is gone.

@@ -17,7 +17,10 @@ mod memory;
 mod optimizer;
 mod past;
 mod plan;
+mod record;
 mod rows;
+mod sample;
+mod step;
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,6 +30,9 @@ pub use dry::DryRun;
 pub use memory::{Held, MemoryUse};
 pub use past::{PastPool, Picks};
 pub use plan::{MemoryPlan, PoolPlace};
+pub use record::Recording;
+pub use sample::Samplers;
+pub use step::Step;
 
 use super::{Kind, Result, Rows, RowsMut};
 use crate::attention::cuda::DeviceSlice;

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::memory::Block;
-use super::{Buffer, Driver, Gpu, Matrix};
+use super::{Buffer, Driver, Gpu, Matrix, Step};
 use crate::attention::cuda::{Entry, Error, File, Kernels, Launch};
 use crate::device::bindings::{
     SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnQkvParams,
@@ -83,7 +83,7 @@ pub(super) const NONE: SegattnRows = SegattnRows {
     stride: 0,
 };
 
-fn rows_at(address: u64, stride: usize) -> SegattnRows {
+pub(super) fn rows_at(address: u64, stride: usize) -> SegattnRows {
     SegattnRows {
         data: address as usize as *mut c_void,
         stride: stride as i64,
@@ -195,14 +195,13 @@ fn convert<D: Driver>(
 pub(super) fn embed<D: Driver>(
     gpu: &Gpu<D>,
     table: &Matrix<D>,
-    tokens: &[u32],
+    step: &Step<D>,
     y: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    let (rows, width) = (tokens.len(), table.inner);
-    let ids = gpu.upload(tokens)?;
+    let (rows, width) = (step.rows.tokens.len(), table.inner);
     let params = SegattnEmbedParams {
         table: rows_at(table.block.address, width),
-        tokens: pointer(&ids),
+        tokens: step.tokens(),
         y: output(&y, rows, width),
         d_table: NONE,
         order: std::ptr::null(),
@@ -256,7 +255,7 @@ pub(super) fn embed_grad<D: Driver>(
 }
 
 /// Threads of a row that is summed up: part of the sum's definition, see `kernels/norm.cu` and `kernels/loss.cu`.
-fn row_threads(width: usize) -> usize {
+pub(super) fn row_threads(width: usize) -> usize {
     let warps = width.div_ceil(2 * VECTOR * WARP).max(1);
     (warps * WARP).min(MOST_THREADS)
 }
@@ -399,35 +398,20 @@ pub(super) fn split_qkv<D: Driver>(
     qkv: Rows<'_, Buffer<D>>,
     heads: Heads,
     (cos, sin): (&Buffer<D>, &Buffer<D>),
-    angles: &[usize],
+    step: &Step<D>,
     q: RowsMut<'_, Buffer<D>>,
     store: KeyStore<'_, Buffer<D>>,
 ) -> Result<()> {
-    let (rows, cache) = (angles.len(), store.cache);
+    let (rows, cache, of) = (step.rows.tokens.len(), store.cache, &step.rows);
     let [q_width, width] = [heads.q * heads.dim, heads.kv * heads.dim];
-    let cached = store.cache_rows.iter().max().map_or(0, |row| row + 1);
-    let probed = store
+    let cached = of.cache_rows.iter().max().map_or(0, |row| row + 1);
+    let probed = of
         .probe_rows
         .iter()
         .flatten()
         .max()
         .map_or(0, |row| row + 1);
     let place = |buffer| output(&RowsMut::packed(buffer, 0, width), cached, width);
-    let places = [
-        store
-            .cache_rows
-            .iter()
-            .map(|row| *row as i32)
-            .collect::<Vec<_>>(),
-        store
-            .probe_rows
-            .iter()
-            .map(|row| row.map_or(-1, |row| row as i32))
-            .collect(),
-        angles.iter().map(|angle| *angle as i32).collect(),
-    ];
-    let held = gpu.upload(&places.concat())?;
-    let table = |i: usize| pointer::<i32>(&held).wrapping_add(i * rows);
     let params = SegattnQkvParams {
         qkv: input(&qkv, rows, q_width + 2 * width),
         q: output(&q, rows, q_width),
@@ -443,9 +427,9 @@ pub(super) fn split_qkv<D: Driver>(
         },
         cos: exact(cos, 0, cos.len),
         sin: exact(sin, 0, sin.len),
-        angles: table(2),
-        cache_rows: table(0),
-        probe_rows: table(1),
+        angles: step.angles(),
+        cache_rows: step.cache_rows(),
+        probe_rows: step.probe_rows(),
         rows: rows as i64,
         q_heads: heads.q as i32,
         kv_heads: heads.kv as i32,

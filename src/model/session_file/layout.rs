@@ -203,7 +203,7 @@ pub(super) fn bytes<D: Device>(
     };
     let width = plan.kv_width();
     let values = match part {
-        Part::Logits => session.logits[sequence].clone(),
+        Part::Logits => session.logits(sequence)?,
         Part::Prior(l) => {
             let range = 0..carry(l).prior_rows * width;
             let mut values = device.read(&carry(l).prior_k, range.clone())?;

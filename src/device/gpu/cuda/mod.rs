@@ -4,6 +4,7 @@ mod products;
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
@@ -25,6 +26,29 @@ pub struct Cuda {
     stream: Arc<CudaStream>,
     products: Products,
     info: DeviceInfo,
+    /// Whether calls are recorded.
+    recording: AtomicBool,
+}
+
+/// Recorded calls, ready to be launched on the stream that they were recorded on.
+#[derive(Debug)]
+pub struct Graph {
+    stream: Arc<CudaStream>,
+    ready: sys::CUgraphExec,
+}
+
+// SAFETY: whoever launches it has the driver's stream, one call at a time; destroying it needs no thread of its own.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let context = self.stream.context();
+        context.record_err(context.bind_to_thread());
+        // SAFETY: made by `recorded`, and gone after this; the driver keeps it until its last launch has ended.
+        context.record_err(unsafe { result::graph::exec_destroy(self.ready) });
+    }
 }
 
 impl Cuda {
@@ -42,6 +66,7 @@ impl Cuda {
             products: Products::new(choice)?,
             kernels: Arc::new(DriverKernels::new(&context)?),
             stream,
+            recording: AtomicBool::new(false),
         })
     }
 
@@ -64,6 +89,14 @@ impl Cuda {
         self.kernels.on(&self.stream)
     }
 
+    /// Refuses what cannot be recorded.
+    fn at_once(&self, call: &'static str) -> Result<(), Error> {
+        match self.recording.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(Error::Recording { call }),
+        }
+    }
+
     fn bind(&self) -> Result<(), Error> {
         let bound = self.stream.context().bind_to_thread();
         bound.map_err(|error| driver_error("choosing the GPU", error).into())
@@ -72,6 +105,7 @@ impl Cuda {
 
 impl Driver for Cuda {
     type Kernels = DriverKernels;
+    type Graph = Graph;
 
     fn description(&self) -> String {
         let DeviceInfo { name, memory, .. } = &self.info;
@@ -129,11 +163,13 @@ impl Driver for Cuda {
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.at_once("upload")?;
         // SAFETY: the caller's promise, here and below.
         unsafe { self.launcher()?.upload(to, bytes) }
     }
 
     unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        self.at_once("download")?;
         self.bind()?;
         let stream = self.stream.cu_stream();
         // SAFETY: as above; the stream is waited for before `bytes` is anybody else's again.
@@ -166,6 +202,45 @@ impl Driver for Cuda {
         self.bind()?;
         // SAFETY: as above; the stream is of the current context.
         unsafe { self.products.run(self.stream.cu_stream(), product) }.map_err(Into::into)
+    }
+
+    fn record(&self) -> Result<(), Error> {
+        self.at_once("record")?;
+        self.bind()?;
+        // Memory may be asked for meanwhile: relaxed.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is of this context.
+        unsafe { result::stream::begin_capture(self.stream.cu_stream(), mode) }
+            .map_err(|error| driver_error("beginning to record", error))?;
+        self.recording.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn recorded(&self) -> Result<Graph, Error> {
+        self.recording.store(false, Ordering::Relaxed);
+        self.bind()?;
+        // SAFETY: the stream is of this context; the graph is used by nobody but `instantiate`.
+        let ready = unsafe {
+            let graph = result::stream::end_capture(self.stream.cu_stream())
+                .map_err(|error| driver_error("recording", error))?;
+            let ready = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            self.stream
+                .context()
+                .record_err(result::graph::destroy(graph));
+            ready.map_err(|error| driver_error("making a graph", error))?
+        };
+        Ok(Graph {
+            stream: self.stream.clone(),
+            ready,
+        })
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), Error> {
+        self.at_once("replay")?;
+        self.bind()?;
+        // SAFETY: the caller's promise; both are of this context.
+        unsafe { result::graph::launch(graph.ready, self.stream.cu_stream()) }
+            .map_err(|error| driver_error("launching a graph", error).into())
     }
 }
 

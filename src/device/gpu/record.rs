@@ -1,0 +1,62 @@
+//! Calls recorded once and made again by one call of the driver: a decoding step.
+
+use std::sync::Arc;
+
+use super::memory::Recorded;
+use super::{Driver, Gpu};
+use crate::device::Result;
+
+/// Recorded calls, and the memory that was asked for by them: nobody else gets it as long as they can be replayed.
+#[derive(Debug)]
+pub struct Recording<D: Driver> {
+    graph: D::Graph,
+    _memory: Arc<Recorded<D>>,
+}
+
+impl<D: Driver> Recording<D> {
+    pub(super) fn replay(&self, gpu: &Gpu<D>) -> Result<()> {
+        // SAFETY: the calls were checked when they were recorded; what they ask for themselves is here, and that the rest
+        // is there is the caller's promise.
+        unsafe { gpu.driver().replay(&self.graph) }.map_err(Into::into)
+    }
+}
+
+/// Ends what it has begun, also where `work` panics.
+struct Recorder<'a, D: Driver> {
+    gpu: &'a Gpu<D>,
+    open: bool,
+}
+
+impl<D: Driver> Recorder<'_, D> {
+    fn end(&mut self) -> Result<D::Graph> {
+        self.open = false;
+        self.gpu.memory.set_recorded(None);
+        Ok(self.gpu.driver().recorded()?)
+    }
+}
+
+impl<D: Driver> Drop for Recorder<'_, D> {
+    fn drop(&mut self) {
+        if self.open {
+            // Only a panic leads here, which says more than the driver's error.
+            let _ = self.end();
+        }
+    }
+}
+
+pub(super) fn record<D: Driver, T>(
+    gpu: &Gpu<D>,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<(T, Recording<D>)> {
+    let memory = Arc::new(Recorded::default());
+    gpu.driver().record()?;
+    gpu.memory.set_recorded(Some(memory.clone()));
+    let mut recorder = Recorder { gpu, open: true };
+    let made = work();
+    let graph = recorder.end();
+    let recording = Recording {
+        graph: graph?,
+        _memory: memory,
+    };
+    Ok((made?, recording))
+}

@@ -1,0 +1,157 @@
+//! Sampling on the device: a block a sequence; the host reads tokens and their log-probabilities back.
+
+use super::memory::Block;
+use super::rows::{Grid, entry, launch, pointer, row_threads, rows_at};
+use super::{Buffer, Driver, Gpu};
+use crate::attention::cuda::File;
+use crate::device::bindings::{SegattnSampleParams, SegattnSampler};
+use crate::device::sampler::{SamplerConfig, SamplerError};
+use crate::device::{Device, Kind, Result, Rows, Sampled};
+
+/// Tokens whose marks share a word.
+const WORD_TOKENS: usize = 32;
+
+/// Settings, random streams and histories of a batch's sequences, and what they have chosen last.
+#[derive(Debug)]
+pub struct Samplers<D: Driver> {
+    /// [`SegattnSampler`] `[sequences]`, tokens `[sequences]`, log-probabilities `[sequences]`.
+    state: Block<D>,
+    /// Marks of the tokens in each history, `[sequences, pitch]` words.
+    seen: Block<D>,
+    /// i32: the sequences selected, as many as there are or fewer.
+    places: Block<D>,
+    sequences: usize,
+    selected: Vec<usize>,
+    vocab: usize,
+}
+
+impl<D: Driver> Samplers<D> {
+    pub(super) fn new(
+        gpu: &Gpu<D>,
+        config: &SamplerConfig,
+        streams: &[u64],
+        histories: &[&[u32]],
+        vocab: usize,
+    ) -> Result<Self> {
+        config.validate()?;
+        let sequences = streams.len();
+        let state: Vec<u8> = streams
+            .iter()
+            .flat_map(|stream| bytes(config, *stream))
+            .chain(std::iter::repeat_n(0, sequences * RESULT_BYTES))
+            .collect();
+        let pitch = vocab.div_ceil(WORD_TOKENS);
+        let mut seen = vec![0u32; sequences * pitch];
+        for (marks, history) in seen.chunks_mut(pitch.max(1)).zip(histories) {
+            for token in *history {
+                let token = *token as usize;
+                marks[token / WORD_TOKENS] |= 1 << (token % WORD_TOKENS);
+            }
+        }
+        Ok(Self {
+            state: gpu.upload(&state)?,
+            seen: gpu.upload(&seen)?,
+            places: gpu.upload(&vec![0i32; sequences])?,
+            sequences,
+            selected: Vec::new(),
+            vocab,
+        })
+    }
+
+    pub(super) fn select(&mut self, gpu: &Gpu<D>, sequences: &[usize]) -> Result<()> {
+        if self.selected == sequences || sequences.is_empty() {
+            return Ok(());
+        }
+        let known = sequences.len() <= self.sequences
+            && sequences.iter().all(|index| *index < self.sequences);
+        assert!(known, "sequences of the batch, once each");
+        let places: Vec<i32> = sequences.iter().map(|index| *index as i32).collect();
+        // SAFETY: the block holds as many numbers.
+        unsafe {
+            gpu.driver()
+                .upload(self.places.address, bytemuck::cast_slice(&places))?
+        };
+        self.selected = sequences.to_vec();
+        Ok(())
+    }
+
+    pub(super) fn sample(&mut self, gpu: &Gpu<D>, logits: &Buffer<D>) -> Result<()> {
+        assert_eq!(logits.kind, Kind::Exact, "logits are f32");
+        let at = Rows::packed(logits, 0, self.vocab).address(self.sequences, self.vocab);
+        let tokens =
+            pointer::<u8>(&self.state).wrapping_add(self.sequences * size_of::<SegattnSampler>());
+        let log_probability = tokens.wrapping_add(self.sequences * size_of::<u32>());
+        let params = SegattnSampleParams {
+            logits: rows_at(at, self.vocab),
+            sampler: pointer::<SegattnSampler>(&self.state).cast_mut(),
+            seen: pointer::<u32>(&self.seen).cast_mut(),
+            tokens: tokens.cast_mut().cast(),
+            log_probability: log_probability.cast_mut().cast(),
+            places: pointer(&self.places),
+            seen_pitch: self.vocab.div_ceil(WORD_TOKENS) as i64,
+            rows: self.selected.len() as i64,
+            vocab: self.vocab as i32,
+        };
+        let grid = Grid::Sized(self.selected.len(), row_threads(self.vocab));
+        launch(gpu, entry(File::Sampling, "sample_f32"), grid, &params)
+    }
+
+    pub(super) fn sampled(&self, gpu: &Gpu<D>, logits: &Buffer<D>) -> Result<Vec<Sampled>> {
+        let entry = size_of::<SegattnSampler>();
+        let mut state = vec![0; self.sequences * (entry + RESULT_BYTES)];
+        // SAFETY: the block has that size, all of it written when it was made.
+        unsafe { gpu.driver().download(self.state.address, &mut state)? };
+        let (samplers, results) = state.split_at(self.sequences * entry);
+        let (tokens, scores) = results.split_at(self.sequences * size_of::<u32>());
+        let word = |words: &[u8], i: usize| words.as_chunks::<4>().0[i];
+        let one = |index: &usize| {
+            let sampler: SegattnSampler =
+                bytemuck::pod_read_unaligned(&samplers[index * entry..][..entry]);
+            match sampler.failure {
+                0 => Ok(Sampled {
+                    token: u32::from_le_bytes(word(tokens, *index)),
+                    log_probability: f32::from_le_bytes(word(scores, *index)),
+                }),
+                _ => Err(self.failure(gpu, logits, *index)?.into()),
+            }
+        };
+        self.selected.iter().map(one).collect()
+    }
+
+    /// What is wrong with the logits of a sequence.
+    fn failure(&self, gpu: &Gpu<D>, logits: &Buffer<D>, index: usize) -> Result<SamplerError> {
+        let logits = gpu.read(logits, index * self.vocab..(index + 1) * self.vocab)?;
+        let wrong = |x: &f32| x.is_nan() || *x == f32::INFINITY;
+        Ok(match logits.iter().position(wrong) {
+            Some(id) => SamplerError::Logit {
+                id,
+                got: logits[id],
+            },
+            None => SamplerError::NoCandidate { len: logits.len() },
+        })
+    }
+}
+
+/// Bytes of a token and its log-probability.
+const RESULT_BYTES: usize = size_of::<u32>() + size_of::<f32>();
+
+// SAFETY: numbers without gaps between them, as the size says.
+unsafe impl bytemuck::Zeroable for SegattnSampler {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for SegattnSampler {}
+const _: () = assert!(size_of::<SegattnSampler>() == 3 * 8 + 6 * 4);
+
+/// A sequence's entry at its stream's beginning.
+fn bytes(config: &SamplerConfig, stream: u64) -> [u8; size_of::<SegattnSampler>()] {
+    bytemuck::cast(SegattnSampler {
+        seed: config.seed,
+        stream,
+        position: 0,
+        temperature: config.temperature,
+        top_p: config.top_p,
+        min_p: config.min_p,
+        penalty: config.repetition_penalty,
+        top_k: u32::try_from(config.top_k).unwrap_or(u32::MAX),
+        failure: 0,
+    })
+}
