@@ -52,7 +52,8 @@ pub fn rehearse<D: Device>(
     read(session, &of_each(&|[_, tokens]| first(*tokens)), scored)?;
     ahead(session, &of_each(&|[_, tokens]| passed(*tokens)))?;
     read(session, &of_each(&|[_, tokens]| last(*tokens)), scored)?;
-    generate(session, &of_each(&|[_, tokens]| asked(*tokens)), new.min(2))?;
+    // Of three steps in a segment one is recorded; two in a row begin or end one.
+    generate(session, &of_each(&|[_, tokens]| asked(*tokens)), new.min(6))?;
     // Generation ends a segment for the last time, and begins one. The last new token is never read.
     let Some(segment) = &session.model().config.segment else {
         return Ok(());

@@ -163,7 +163,6 @@ impl<'m, D: Device> Session<'m, D> {
             return Ok(());
         }
         self.positions[sequence] = before + tokens;
-        self.logits[sequence] = vec![0.0; self.model.config.vocab_size];
         if self.model.config.segment.is_none() {
             return Ok(());
         }

@@ -211,6 +211,38 @@ fn lengths_on_the_device_are_planned_for_at_their_largest() {
     assert_eq!(strides, (2, 1));
 }
 
+/// The same launches and the same host values as long as segments grow; the host's values lie where the caller says.
+#[test]
+fn a_plan_serves_segments_that_grow() {
+    let mut problem = problem();
+    problem.q = Tensor::packed(Q, [2, 1, 4, 64]);
+    problem.lengths = Lengths::Growing {
+        segment_len: 256,
+        query_start: 512,
+        prior_len: &[40, 0],
+        past_len: PastLen::PerHead(&[70, 0, 3, 4]),
+    };
+    let plan = plan(&problem, None).expect("a plan");
+    assert_eq!(plan.phase(), Phase::Decode);
+    let mut recorder = Recorder::default();
+    // SAFETY: a recorder touches no memory.
+    unsafe { plan.launch_with(&mut recorder, 8192, workspace(plan.workspace_bytes())) }
+        .expect("a launch");
+    assert!(recorder.uploads.is_empty());
+    let params = forward_params(&recorder.launches[0].1);
+    // 1094 tiles of past, one of prior and four of the segment, or 1, in chunks of 16 tiles.
+    assert_eq!(params.max_items, 69);
+    let of = &params.problem;
+    assert_eq!([of.segment_len as u64, of.query_start as u64], [256, 512]);
+    let value = |at: u64, len: usize| -> Vec<i32> {
+        let first = (at - 8192) as usize;
+        bytemuck::pod_collect_to_vec(&plan.values()[first..first + 4 * len])
+    };
+    assert_eq!(value(of.prior_len as u64, 2), [40, 0]);
+    assert_eq!(value(of.past_len as u64, 4), [70, 0, 3, 4]);
+    assert!(params.next_item as u64 >= WORKSPACE);
+}
+
 #[test]
 fn heads_share_a_tile_only_where_they_read_the_same() {
     let mut problem = problem();
@@ -402,17 +434,25 @@ fn backward_without_rows_still_writes_the_gradients_of_gates_and_keys() {
 #[test]
 fn backward_refuses_queries_that_do_not_begin_at_0() {
     let mut problem = problem();
-    problem.lengths = Lengths::Device {
-        segment_len: 256,
-        prior_len: 256,
-        past_len: PastLengths::PerBatch(256),
-        query_start: Some(256),
-    };
-    let error = backward(&problem, false)
-        .err()
-        .expect("refused")
-        .to_string();
-    assert!(error.starts_with("query_start: "), "{error}");
+    for lengths in [
+        Lengths::Device {
+            segment_len: 256,
+            prior_len: 256,
+            past_len: PastLengths::PerBatch(256),
+            query_start: Some(256),
+        },
+        Lengths::Growing {
+            segment_len: 256,
+            query_start: 256,
+            prior_len: &[40, 0],
+            past_len: PastLen::PerBatch(&[70, 0]),
+        },
+    ] {
+        problem.lengths = lengths;
+        let refused = backward(&problem, false).err().expect("refused");
+        let error = refused.to_string();
+        assert!(error.starts_with("query_start: "), "{error}");
+    }
 }
 
 #[test]

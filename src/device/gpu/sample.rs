@@ -108,11 +108,11 @@ impl<D: Driver> Samplers<D> {
             let sampler: SegattnSampler =
                 bytemuck::pod_read_unaligned(&samplers[index * entry..][..entry]);
             match sampler.failure {
-                0 => Ok(Sampled {
+                1 | 2 => Err(self.failure(gpu, logits, *index)?.into()),
+                _ => Ok(Sampled {
                     token: u32::from_le_bytes(word(tokens, *index)),
                     log_probability: f32::from_le_bytes(word(scores, *index)),
                 }),
-                _ => Err(self.failure(gpu, logits, *index)?.into()),
             }
         };
         self.selected.iter().map(one).collect()
