@@ -124,22 +124,25 @@ pub(super) fn append<D: Driver>(
     kv: [Rows<'_, Buffer<D>>; 2],
     rows: usize,
 ) -> Result<()> {
-    let (width, dim) = (pool.width(), pool.head_dim);
-    let chunk = pool.chunk(gpu, rows)?;
-    for (src, dst) in kv.into_iter().zip([&mut chunk.k, &mut chunk.v]) {
-        // Neighbouring heads are one copy.
-        let mut first = 0;
-        while first < heads.len() {
-            let count = (first..heads.len())
-                .take_while(|i| heads[*i] == heads[first] + i - first)
-                .count();
-            let to = RowsMut::packed(dst, 0, width).column(first * dim);
-            let from = src.column(heads[first] * dim);
-            gpu.copy(from, to, rows, count * dim, Fold::Set)?;
-            first += count;
-        }
-    }
-    Ok(())
+    let (token, dim) = (pool.tokens, pool.head_dim);
+    pool.chunk(gpu, rows)?;
+    let none = vec![0; heads.len()];
+    let held = Held::new(gpu, pool, heads, &none, &none)?;
+    let width = heads.iter().max().map_or(0, |head| (head + 1) * dim);
+    let params = SegattnRetrievalParams {
+        k: input(&kv[0], rows, width),
+        v: input(&kv[1], rows, width),
+        token: token as i64,
+        rows: rows as i64,
+        ..held.params(pool)
+    };
+    let threads = Grid::Threads(rows * heads.len() * dim / VECTOR);
+    launch(
+        gpu,
+        entry(File::Retrieval, "pool_append_bf16"),
+        threads,
+        &params,
+    )
 }
 
 /// Keys and values of whole runs.
