@@ -177,11 +177,7 @@ impl<D: Device> Decoder<D> {
         slots: &mut Slots<D>,
         mut keep: impl FnMut(LayerTape<D>, Derived<D>),
     ) -> Result<Forward<D>> {
-        let (rows, hidden) = (step.tokens.len(), self.config.hidden_size);
-        let mut x = self.device.empty(Kind::Activation, rows * hidden)?;
-        let table = self.weights.matrix(index::EMBEDDING);
-        self.device
-            .embed(table, placed, RowsMut::packed(&mut x, 0, hidden))?;
+        let mut x = self.embed(placed)?;
         for l in 0..self.config.num_hidden_layers {
             let (tape, derived, next) = self.layer(plan, l, x, (step, placed), states, slots)?;
             keep(tape, derived);
@@ -190,8 +186,36 @@ impl<D: Device> Decoder<D> {
         let norm = self
             .weights
             .vector(index::final_norm(self.config.num_hidden_layers));
-        let (hidden, rstd) = self.norm(&x, rows, norm)?;
+        let (hidden, rstd) = self.norm(&x, step.tokens.len(), norm)?;
         Ok(Forward { x, hidden, rstd })
+    }
+
+    /// [`Decoder::forward`] as far as later rows need it, where nobody asks what these rows give: it ends with the keys
+    /// and values of the last layer.
+    pub fn advance(
+        &self,
+        plan: &Plan,
+        step: &Step,
+        placed: &mut D::Step,
+        states: &mut [&mut SequenceState<D>],
+        slots: &mut Slots<D>,
+    ) -> Result<()> {
+        let mut x = self.embed(placed)?;
+        let last = self.config.num_hidden_layers - 1;
+        for l in 0..last {
+            (_, _, x) = self.layer(plan, l, x, (step, placed), states, slots)?;
+        }
+        self.read(plan, last, &x, (step, placed), states, slots)?;
+        Ok(())
+    }
+
+    fn embed(&self, placed: &mut D::Step) -> Result<D::Buffer> {
+        let (rows, hidden) = (placed.as_ref().tokens.len(), self.config.hidden_size);
+        let mut x = self.device.empty(Kind::Activation, rows * hidden)?;
+        let table = self.weights.matrix(index::EMBEDDING);
+        let y = RowsMut::packed(&mut x, 0, hidden);
+        self.device.embed(table, placed, y)?;
+        Ok(x)
     }
 
     fn layer(
@@ -203,9 +227,28 @@ impl<D: Device> Decoder<D> {
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
     ) -> Result<(LayerTape<D>, Derived<D>, D::Buffer)> {
+        let from_x = self.read(plan, l, &x, (step, placed), states, slots)?;
+        let (attended, lse) = self.attend(plan, l, &from_x.2, placed, slots.layer_mut(l).0)?;
+        let tape = LayerTape { x, attended, lse };
+        let derived = self.after_attention(l, &tape, step.tokens.len(), from_x)?;
+        let next = self.down(l, &derived, step.tokens.len())?;
+        Ok((tape, derived, next))
+    }
+
+    /// A layer up to its attention: keys and values go to the slots, segments are opened and closed. Returns the normed
+    /// input, its reciprocal root mean square, and the queries.
+    fn read(
+        &self,
+        plan: &Plan,
+        l: usize,
+        x: &D::Buffer,
+        (step, placed): (&Step, &mut D::Step),
+        states: &mut [&mut SequenceState<D>],
+        slots: &mut Slots<D>,
+    ) -> Result<(D::Buffer, D::Buffer, D::Buffer)> {
         let rows = step.tokens.len();
         let norm = self.weights.vector(index::attention_norm(l));
-        let (x_normed, x_rstd) = self.norm(&x, rows, norm)?;
+        let (x_normed, x_rstd) = self.norm(x, rows, norm)?;
         let (layer, tables) = slots.layer_mut(l);
         let store = KeyStore {
             cache: &mut layer.kv,
@@ -215,11 +258,7 @@ impl<D: Device> Decoder<D> {
             (self.device).split_qkv(qkv, plan.heads, tables, placed, q, store)
         })?;
         self.pass_on(plan, l, step, states, slots)?;
-        let (attended, lse) = self.attend(plan, l, &q, placed, slots.layer_mut(l).0)?;
-        let tape = LayerTape { x, attended, lse };
-        let derived = self.after_attention(l, &tape, rows, (x_normed, x_rstd, q))?;
-        let next = self.down(l, &derived, rows)?;
-        Ok((tape, derived, next))
+        Ok((x_normed, x_rstd, q))
     }
 
     /// Computes again, to the bit, what [`Decoder::forward`] derived from a layer's tape.

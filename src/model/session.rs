@@ -6,7 +6,7 @@
 
 mod decode;
 
-use super::decoder::{Decoder, Forward, Step};
+use super::decoder::{Decoder, Forward, Span, Step};
 use super::state::{Angles, Plan, SequenceState, Slots, pretend_segment};
 use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
@@ -230,6 +230,16 @@ impl<'m, D: Device> Session<'m, D> {
                 false => self.flight.open(&model.device, plan)?,
             };
             let mut placed = model.device.step(step.rows(plan, slots.room))?;
+            let asked = |(span, (feed, first)): (&Span, &(usize, usize))| {
+                let Feed {
+                    tokens, targets, ..
+                } = &feeds[*feed];
+                *first < targets.len() || first + span.rows.rows == tokens.len()
+            };
+            if !step.spans.iter().zip(&owners).any(asked) {
+                model.advance(plan, &step, &mut placed, &mut states, slots)?;
+                continue;
+            }
             let forward = model.forward(plan, &step, &mut placed, &mut states, slots, |_, _| ())?;
             let mut ended = Vec::new();
             for (span, (feed, first)) in step.spans.iter().zip(owners) {
