@@ -54,9 +54,11 @@ pub(super) fn record<D: Driver, T>(
     let mut recorder = Recorder { gpu, open: true };
     let made = work();
     let graph = recorder.end();
+    // What went wrong in `work` says more than what became of the graph.
+    let made = made?;
     let recording = Recording {
         graph: graph?,
         _memory: memory,
     };
-    Ok((made?, recording))
+    Ok((made, recording))
 }
