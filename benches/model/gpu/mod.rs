@@ -16,9 +16,10 @@
 //!
 //! | variable | picks |
 //! |---|---|
-//! | `SEGATTN_BENCH_PARTS` | of `check,prefill,decode,training` |
+//! | `SEGATTN_BENCH_PARTS` | of `check,prefill,decode,training`, in this order |
 //! | `SEGATTN_BENCH_WHO` | of `segment,segment-host,plain,flash,cudnn,compiled` |
-//! | `SEGATTN_BENCH_CONTEXTS` | tokens, of prefill and training |
+//! | `SEGATTN_BENCH_CONTEXTS` | tokens of the prompts |
+//! | `SEGATTN_BENCH_LENGTHS` | tokens of the sequences trained on |
 //! | `SEGATTN_BENCH_DECODE` | `model:batch:context`, as in `7B:8:6144` |
 //! | `SEGATTN_BENCH_SECONDS` | no row begins later |
 //! | `SEGATTN_BENCH_REPORT` | nothing: tables and plots of a file of earlier rows, for which no GPU is needed |
@@ -38,8 +39,8 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use segattn::device::gpu::cuda::{Choice, Cuda};
-use segattn::device::gpu::{Driver, DryRun, Gpu};
-use segattn::device::{Device, DeviceError};
+use segattn::device::gpu::{Driver, DryRun, Gpu, PoolPlace};
+use segattn::device::{Device, DeviceError, Purpose};
 use segattn::generate::GenerateError;
 use segattn::train::error::TrainError;
 use serde_json::{Value, json};
@@ -71,7 +72,8 @@ const GIB: f64 = (1u64 << 30) as f64;
 struct Options {
     parts: Vec<String>,
     who: Vec<String>,
-    contexts: Option<Vec<usize>>,
+    contexts: Vec<usize>,
+    lengths: Vec<usize>,
     decode: Vec<String>,
     until: Option<Instant>,
     layers: Option<usize>,
@@ -84,7 +86,13 @@ impl Options {
             text.split(',').map(|part| part.trim().to_owned()).collect()
         };
         let number = |name: &str| std::env::var(name).ok()?.trim().parse::<usize>().ok();
-        let contexts = std::env::var("SEGATTN_BENCH_CONTEXTS").ok();
+        let numbers = |name: &str, default: &[usize]| match std::env::var(name) {
+            Ok(text) => text
+                .split(',')
+                .filter_map(|n| n.trim().parse().ok())
+                .collect(),
+            Err(_) => default.to_vec(),
+        };
         let seconds = number("SEGATTN_BENCH_SECONDS");
         Self {
             parts: texts("SEGATTN_BENCH_PARTS", "check,prefill,decode,training"),
@@ -92,26 +100,18 @@ impl Options {
                 "SEGATTN_BENCH_WHO",
                 "segment,segment-host,plain,flash,cudnn",
             ),
-            contexts: contexts
-                .map(|c| c.split(',').filter_map(|n| n.trim().parse().ok()).collect()),
+            contexts: numbers("SEGATTN_BENCH_CONTEXTS", &prefill::CONTEXTS),
+            lengths: numbers("SEGATTN_BENCH_LENGTHS", &training::LENGTHS),
             decode: texts("SEGATTN_BENCH_DECODE", decode::CASES),
             until: seconds.map(|s| Instant::now() + Duration::from_secs(s as u64)),
             layers: number("SEGATTN_BENCH_LAYERS"),
         }
     }
 
-    fn part(&self, name: &str) -> bool {
-        self.parts.iter().any(|part| part == name)
-    }
-
     /// Those of `names` that are asked for.
     fn who<const N: usize>(&self, names: [&'static str; N]) -> Vec<&'static str> {
         let asked = |name: &&str| self.who.iter().any(|who| who == name);
         names.into_iter().filter(asked).collect()
-    }
-
-    fn contexts(&self, default: &[usize]) -> Vec<usize> {
-        self.contexts.clone().unwrap_or(default.to_vec())
     }
 }
 
@@ -189,30 +189,19 @@ fn reason(error: &(dyn Error + 'static)) -> String {
 const OURS: [&str; 3] = ["segment", "segment-host", "plain"];
 const PEERS: [&str; 3] = ["flash", "cudnn", "compiled"];
 
-/// The GPU, with the memory reserved that `dry` makes of it; or that there is less.
+/// The GPU, with the memory taken that a dry run of `run` needs; or that there is less.
 fn planned(
     who: &str,
-    dry: impl FnOnce(Gpu<DryRun<<Cuda as Driver>::Kernels>>) -> Result<()>,
+    run: impl Fn(Gpu<DryRun<<Cuda as Driver>::Kernels>>) -> Result<()>,
 ) -> Result<Gpu<Cuda>> {
-    let cuda = Cuda::open(0, Choice::SameBits)?;
-    let counting = Gpu::new(DryRun::new(cuda.shared_kernels().clone(), None));
-    place_pool(&counting, who);
-    dry(counting.clone())?;
-    let planned = counting.memory_use();
-    let needed = planned.buffers.high_water + planned.pool.high_water;
-    if needed > cuda.free_memory()? {
-        return Err(OUT_OF_MEMORY.into());
-    }
-    let gpu = Gpu::new(cuda);
-    place_pool(&gpu, who);
-    gpu.reserve(&planned)?;
+    let gpu = Gpu::new(Cuda::open(0, Choice::SameBits)?);
+    let pool = match who {
+        "segment-host" => PoolPlace::AtMost(0),
+        _ => PoolPlace::AtMost(usize::MAX),
+    };
+    let kernels = gpu.driver().shared_kernels().clone();
+    gpu.reserve_for(&kernels, pool, Purpose::Segments, run)?;
     Ok(gpu)
-}
-
-fn place_pool<D: Driver>(gpu: &Gpu<D>, who: &str) {
-    if who == "segment-host" {
-        gpu.limit_pool(0);
-    }
 }
 
 /// The most memory that there was, as PyTorch counts its own: in buffers, and taken from the driver.
@@ -252,17 +241,14 @@ pub fn run() -> std::result::Result<(), Failed> {
         report,
         peers: None,
     };
-    if bench.options.part("check") {
-        check::run(&mut bench)?;
-    }
-    for (part, run) in [
-        ("prefill", prefill::run as fn(&mut Bench) -> Result<()>),
-        ("decode", decode::run),
-        ("training", training::run),
-    ] {
-        if bench.options.part(part) {
-            run(&mut bench)?;
-        }
+    for part in bench.options.parts.clone() {
+        match part.as_str() {
+            "check" => check::run(&mut bench),
+            "prefill" => prefill::run(&mut bench),
+            "decode" => decode::run(&mut bench),
+            "training" => training::run(&mut bench),
+            _ => Err(format!("SEGATTN_BENCH_PARTS: {part} is no part").into()),
+        }?;
     }
     Ok(bench.report.finish()?)
 }

@@ -98,6 +98,11 @@ def prefill(ask):
 def read_prompt(first, backend, shape, tokens):
     """Times `first`, which reads ids and returns the logits of the last."""
     weights = torch.cuda.memory_allocated()
+    # Keys and values that do not fit should not be found out layer by layer.
+    heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
+    cache = torch.empty(4 * heads * shape["head_dim"] * tokens, dtype=torch.uint8, device="cuda")
+    del cache
+    torch.cuda.empty_cache()
 
     def read(count):
         ids = torch.randint(shape["vocab_size"], (1, count), device="cuda")
@@ -110,7 +115,7 @@ def read_prompt(first, backend, shape, tokens):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         seconds = read(tokens)
-        if seconds < 4:
+        if seconds < 1:
             seconds = min(seconds, read(tokens))
     return {"first_token_s": seconds, "weights_bytes": weights, **memory()}
 
@@ -287,7 +292,7 @@ def loss_chunk(x, weight, targets, scale):
 
 def faster_attention(shape, tokens, backward):
     """The backend with the faster forward (and backward) on this shape."""
-    best, seconds = None, float("inf")
+    best, seconds, tokens = None, float("inf"), min(tokens, 32768)
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
 
     def random(count):

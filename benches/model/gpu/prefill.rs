@@ -12,16 +12,21 @@ use serde_json::{Value, json};
 use super::shapes::{LLAMA_7B, Shape};
 use super::{Bench, OURS, PEERS, Result, memory, planned, reason, tokens, wait, weights};
 
-const CONTEXTS: [usize; 6] = [8192, 32_768, 81_920, 131_072, 524_288, 1_048_576];
+pub const CONTEXTS: [usize; 6] = [8192, 32_768, 81_920, 131_072, 524_288, 1_048_576];
 /// Tokens of a plain prompt in one call, which bounds its activations.
 const PART: usize = 4096;
 /// Tokens decoded after the first.
 const DECODED: usize = 32;
 /// A prompt that takes longer is read once.
-const ONCE: f64 = 4.0;
+const ONCE: f64 = 1.0;
 
-/// Reads a prompt and goes on: seconds of the first token and of each of `more`.
-fn read<D: Device>(model: &Decoder<D>, prompt: &[u32], more: usize) -> Result<Vec<f64>> {
+/// Reads a prompt and goes on: seconds of the first token, when `at_first` is called, and of each of `more`.
+fn read<D: Device>(
+    model: &Decoder<D>,
+    prompt: &[u32],
+    more: usize,
+    mut at_first: impl FnMut(),
+) -> Result<Vec<f64>> {
     let mut session = Session::new(model, 1, prompt.len() + more, 1)?;
     let mut begin = Instant::now();
     read_prompt(&mut session, 0, prompt)?;
@@ -30,6 +35,9 @@ fn read<D: Device>(model: &Decoder<D>, prompt: &[u32], more: usize) -> Result<Ve
     for _ in 0..=more {
         generator.step()?;
         seconds.push(begin.elapsed().as_secs_f64());
+        if seconds.len() == 1 {
+            at_first();
+        }
         begin = Instant::now();
     }
     Ok(seconds)
@@ -85,25 +93,24 @@ fn ours(shape: &Shape, who: &str, context: usize) -> Result<Value> {
     let (config, prompt) = (shape.config(who), tokens(context, shape.vocab));
     let gpu = planned(who, |dry| {
         let model = weights::decoder(&dry, config.clone())?;
-        read(&model, &prompt, DECODED).map(|_| ())
+        read(&model, &prompt, DECODED, || ()).map(|_| ())
     })?;
     let model = weights::decoder(&gpu, config)?;
     wait(&gpu)?;
     let weights = gpu.memory_use().buffers.used;
-    gpu.reset_peaks();
     // The first call loads kernels and chooses products' algorithms.
-    read(&model, &prompt[..PART.min(context)], 2)?;
-    let mut best = f64::INFINITY;
-    let mut more = Vec::new();
+    read(&model, &prompt[..PART.min(context)], 2, || ())?;
+    let (mut figures, mut best, mut more) = (Value::Null, f64::INFINITY, Vec::new());
     for _ in 0..2 {
-        let seconds = read(&model, &prompt, DECODED)?;
+        gpu.reset_peaks();
+        let seconds = read(&model, &prompt, DECODED, || figures = memory(&gpu))?;
         best = best.min(seconds[0]);
         more = seconds[1..].to_vec();
         if best > ONCE {
             break;
         }
     }
-    let mut figures = memory(&gpu);
+    figures["decoding_peak_bytes"] = memory(&gpu)["peak_bytes"].clone();
     figures["weights_bytes"] = json!(weights);
     figures["first_token_s"] = json!(best);
     figures["per_token_s"] = json!(median(&more));
@@ -113,7 +120,7 @@ fn ours(shape: &Shape, who: &str, context: usize) -> Result<Value> {
 /// All contexts, one implementation after the other.
 pub fn run(bench: &mut Bench) -> Result<()> {
     let shape = LLAMA_7B.with_layers(bench.options.layers);
-    let contexts = bench.options.contexts(&CONTEXTS);
+    let contexts = bench.options.contexts.clone();
     let key = |who: &str, context: usize| json!({ "part": "prefill", "model": shape.name, "who": who, "tokens": context });
     for who in bench.options.who(OURS) {
         for &context in &contexts {

@@ -95,8 +95,8 @@ impl Report {
         let columns = [
             "first_token_s",
             "peak_bytes",
-            "reserved_bytes",
             "per_token_s",
+            "decoding_peak_bytes",
         ];
         self.table("prefill", &columns);
         self.flatness();
@@ -205,7 +205,7 @@ fn head(figure: &str) -> &'static str {
     match figure {
         "first_token_s" => "first token s",
         "peak_bytes" => "peak GiB",
-        "reserved_bytes" => "reserved GiB",
+        "decoding_peak_bytes" => "decoding GiB",
         "per_token_s" => "ms a token",
         "tokens_per_s" => "tokens/s",
         _ => "step ms",
@@ -216,7 +216,7 @@ fn cell(row: &Value, figure: &str) -> String {
     let number = |key: &str| row[key].as_f64();
     let shown = match figure {
         "first_token_s" => number(figure).map(|x| format!("{x:.3}")),
-        "peak_bytes" | "reserved_bytes" => number(figure).map(|x| format!("{:.2}", x / GIB)),
+        "peak_bytes" | "decoding_peak_bytes" => number(figure).map(|x| format!("{:.2}", x / GIB)),
         "per_token_s" | "step_s" => number(figure).map(|x| format!("{:.3}", 1e3 * x)),
         // Of a step: one for each sequence where there is a batch, else the whole sequence.
         _ => number("step_s").and_then(|seconds| {

@@ -14,10 +14,10 @@ use super::prefill::median;
 use super::shapes::{LLAMA_1B, Shape};
 use super::{Bench, OUT_OF_MEMORY, Result, memory, planned, tokens, wait};
 
-const CONTEXTS: [usize; 3] = [8192, 32_768, 131_072];
+pub const LENGTHS: [usize; 3] = [8192, 32_768, 131_072];
 /// Steps timed: at most so many, and none that begins after so many seconds.
 const STEPS: usize = 8;
-const SECONDS: f64 = 10.0;
+const SECONDS: f64 = 6.0;
 
 fn settings(recompute: bool) -> Config {
     let recompute = recompute.to_string();
@@ -86,7 +86,7 @@ fn fitting(shape: &Shape, who: &str, tensors: &Tensors, context: usize) -> Resul
 /// All lengths, one implementation after the other.
 pub fn run(bench: &mut Bench) -> Result<()> {
     let shape = LLAMA_1B.with_layers(bench.options.layers);
-    let contexts = bench.options.contexts(&CONTEXTS);
+    let contexts = bench.options.lengths.clone();
     let key = |who: &str, context: usize| json!({ "part": "training", "model": shape.name, "who": who, "tokens": context });
     let ours = bench.options.who(["segment", "plain"]);
     if !ours.is_empty() {
