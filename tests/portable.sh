@@ -21,7 +21,7 @@ take() {
       echo "$name  $(du -h "$folder/$name" | cut -f1)"
     done
 }
-take test --no-run --test attention_cuda --test decode_cuda "$@"
+take test --no-run --test attention_cuda --test decode_cuda --test memory_cuda "$@"
 take build --bin segattn --example attention_slices --example attention_pointers "$@"
 take bench --no-run --bench attention --bench model "$@"
 mv "$folder/attention" "$folder/bench_attention"
@@ -73,6 +73,7 @@ step ./attention_pointers
 if [ -x golden_record ]; then step golden; fi
 SEGATTN_REPEAT=$repeat step ./attention_cuda --test-threads 4
 step ./decode_cuda --test-threads 1
+step ./memory_cuda --test-threads 1
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
     SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \

@@ -89,13 +89,27 @@ impl fmt::Display for OutOfMemory {
         if let Some(purpose) = purpose {
             write!(f, " for {}", purpose.name())?;
         }
-        write!(f, ": {bytes} bytes were asked for, {held} are held")?;
-        if let Some(free) = free {
+        let [bytes, held] = [bytes, held].map(Size);
+        write!(f, ": {bytes} were asked for, {held} are held")?;
+        if let Some(free) = free.map(Size) {
             write!(f, ", {free} are free")?;
         }
         match purpose {
             Some(purpose) => write!(f, "; {}", purpose.remedy(pinned)),
             None => Ok(()),
+        }
+    }
+}
+
+/// Bytes for people.
+struct Size(usize);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.0 >> 20, self.0 as f64 / f64::from(1 << 20)) {
+            (0, _) => write!(f, "{} bytes", self.0),
+            (..1024, mib) => write!(f, "{mib:.1} MiB"),
+            (_, mib) => write!(f, "{:.2} GiB", mib / 1024.0),
         }
     }
 }
@@ -152,5 +166,34 @@ impl Purpose {
                 "set `recompute`, or lower `segments_per_step`, the batch, `tbptt` or `segment_len`"
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn out_of_memory_says_how_much_is_short_and_what_to_change() {
+        let mut out = OutOfMemory::device(3 << 29);
+        assert_eq!(
+            out.to_string(),
+            "out of memory: 1.50 GiB were asked for, 0 bytes are held"
+        );
+        (out.held, out.free) = (5 << 20, Some(1000));
+        let error = DeviceError::from(out).wanted_for(Purpose::Activations);
+        let text = error.to_string();
+        let expected = "out of memory for activations: 1.50 GiB were asked for, 5.0 MiB are held, 1000 bytes are \
+                        free; lower `segments_per_step`";
+        assert!(text.starts_with(expected), "{text}");
+        // A forward's activations are a backward's in training; the pool is the pool everywhere.
+        let text = error.wanted_for(Purpose::Backward).to_string();
+        assert!(text.contains("set `recompute`"), "{text}");
+        let error = DeviceError::from(OutOfMemory::pinned(1)).wanted_for(Purpose::Pool);
+        let text = error.wanted_for(Purpose::Backward).to_string();
+        assert!(
+            text.starts_with("out of pinned host memory for the pool"),
+            "{text}"
+        );
     }
 }

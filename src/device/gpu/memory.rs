@@ -16,6 +16,9 @@ use crate::device::{DeviceError, Result};
 /// Blocks begin at multiples of this: every vector load and tensor map is content with it.
 const ALIGNMENT: usize = 256;
 
+/// Most bytes asked for at a time for chunks of pools, which are smaller.
+const POOL_PIECE: usize = 64 << 20;
+
 /// A driver's memory.
 #[derive(Debug)]
 pub(super) struct Memory<D: Driver> {
@@ -188,7 +191,7 @@ impl<D: Driver> Memory<D> {
         let address = match regions.take(bytes) {
             Some(address) => address,
             None => {
-                self.grow(&mut regions, place, bytes.max(self.driver.region_bytes()))?;
+                self.grow(&mut regions, place, self.piece(place, bytes))?;
                 regions.take(bytes).expect("a new region has room")
             }
         };
@@ -201,6 +204,15 @@ impl<D: Driver> Memory<D> {
             address,
             bytes,
         }))
+    }
+
+    /// Bytes to ask for where a block has no place yet. Chunks of a pool are of one size, so they fill their pieces.
+    fn piece(&self, place: Place, block: usize) -> usize {
+        let region = self.driver.region_bytes();
+        match place {
+            Place::Buffers => block.max(region),
+            Place::Pool | Place::Host => block * (region.min(POOL_PIECE) / block).max(1),
+        }
     }
 
     fn grow(&self, regions: &mut Regions, place: Place, bytes: usize) -> Result<()> {

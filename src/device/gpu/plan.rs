@@ -119,7 +119,7 @@ impl<D: Driver> Gpu<D> {
 }
 
 /// Bytes that programs can still have of the host, where the system says so.
-fn available_host_memory() -> Option<usize> {
+pub(super) fn available_host_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

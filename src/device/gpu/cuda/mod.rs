@@ -1,8 +1,8 @@
 //! NVIDIA's driver under the GPU device: kernels loaded at run time, products by cuBLASLt.
 
+mod host;
 mod products;
 
-use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -137,22 +137,22 @@ impl Driver for Cuda {
 
     fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError> {
         self.bind()?;
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        // SAFETY: as above.
-        let allocated = unsafe { result::malloc_host(bytes, flags) };
         // Host and device share addresses on every GPU that the kernels are compiled for.
-        allocated
-            .map(|address| address as u64)
-            .map_err(|error| refused("pinning memory", error, OutOfMemory::pinned(bytes)))
+        host::allocate(bytes).map_err(|error| match error {
+            host::Refused::Full => OutOfMemory::pinned(bytes).into(),
+            host::Refused::Driver(error) => {
+                refused("pinning memory", error, OutOfMemory::pinned(bytes))
+            }
+        })
     }
 
-    unsafe fn free_host(&self, address: u64, _: usize) {
+    unsafe fn free_host(&self, address: u64, bytes: usize) {
         let context = self.stream.context();
         context.record_err(context.bind_to_thread());
         // Work that was asked for may still use it.
         context.record_err(context.synchronize());
         // SAFETY: the caller's promise.
-        context.record_err(unsafe { result::free_host(address as *mut c_void) });
+        context.record_err(unsafe { host::free(address, bytes) });
     }
 
     fn free_memory(&self) -> Result<usize, Error> {
