@@ -92,11 +92,11 @@ def prefill(ask):
     def first(ids):
         return model(ids, use_cache=True, logits_to_keep=1).logits
 
-    return read_prompt(first, BACKENDS[ask["who"]], shape, ask["tokens"])
+    return read_prompt(first, BACKENDS[ask["who"]], shape, ask["tokens"], min(ask["tokens"], 4096))
 
 
-def read_prompt(first, backend, shape, tokens):
-    """Times `first`, which reads ids and returns the logits of the last."""
+def read_prompt(first, backend, shape, tokens, warm):
+    """Times `first`, which reads ids and returns the logits of the last, after a prompt of `warm` tokens."""
     weights = torch.cuda.memory_allocated()
     # Keys and values that do not fit should not be found out layer by layer.
     heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
@@ -111,7 +111,7 @@ def read_prompt(first, backend, shape, tokens):
         return synced() - begin
 
     with sdpa_kernel(backend):
-        read(min(tokens, 4096))
+        read(warm)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         seconds = read(tokens)
@@ -189,9 +189,9 @@ def make(shape, dtype):
     return model
 
 
-def compiled(model, dynamic=False):
+def compiled(model):
     for block in model.blocks:
-        block.compile(dynamic=dynamic)
+        block.compile(dynamic=False)
     return model
 
 
@@ -201,21 +201,21 @@ def compiled(model, dynamic=False):
 def prefill_compiled(shape, tokens):
     free()
     attention = faster_attention(shape, tokens, backward=False)
-    model = compiled(make(shape, torch.bfloat16).requires_grad_(False), dynamic=True)
+    model = compiled(make(shape, torch.bfloat16).requires_grad_(False))
     cos, sin = tables(shape, tokens)
     held = []
 
     def first(ids):
         held.clear()
-        count = ids.shape[1]
-        size = (2, 1, shape["num_key_value_heads"], count, shape["head_dim"])
+        size = (2, 1, shape["num_key_value_heads"], tokens, shape["head_dim"])
         x = model.embedding(ids)
         for block in model.blocks:
             held.append(torch.empty(size, device="cuda", dtype=torch.bfloat16))
-            x = block(x, cos[:count], sin[:count], *held[-1])
+            x = block(x, cos, sin, *held[-1])
         return model.head(model.norm(x[:, -1:]))
 
-    return read_prompt(first, BACKENDS[attention], shape, tokens) | {"attention": attention}
+    # Compiled for this length, by a prompt of this length.
+    return read_prompt(first, BACKENDS[attention], shape, tokens, tokens) | {"attention": attention}
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ impl Report {
         let folder = std::env::var_os("SEGATTN_BENCH_RUNS").map(PathBuf::from);
         let folder = folder.unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/runs").into());
         std::fs::create_dir_all(&folder)?;
-        let today = date(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() / 86_400);
+        let today = date(unix_seconds() / 86_400);
         let name = gpu.split(" (").next().unwrap_or(gpu);
         let path = folder.join(format!(
             "{today}-model-{}.json",
@@ -79,6 +79,7 @@ impl Report {
         };
         let row = row.as_object_mut().ok_or("a row is an object")?;
         row.remove("failed");
+        row.insert("at".into(), json!(unix_seconds()));
         row.extend(figures.as_object().cloned().unwrap_or_default());
         self.write()
     }
@@ -199,6 +200,12 @@ impl Report {
             println!("{name:46}{cells}");
         }
     }
+}
+
+/// When a row was measured: rows of a file may be of several runs.
+fn unix_seconds() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |time| time.as_secs())
 }
 
 fn head(figure: &str) -> &'static str {
