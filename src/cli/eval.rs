@@ -158,7 +158,7 @@ impl Args {
     fn readings(&self, documents: &[Document], tasks: &[TaskKind]) -> Vec<Reading> {
         let longest = documents.iter().map(|d| d.tokens.len()).max();
         let window = self.lengths.iter().copied().max().unwrap_or(usize::MAX);
-        let stride = self.stride.unwrap_or(window - 1).max(1);
+        let stride = self.stride.unwrap_or(window.saturating_sub(1)).max(1);
         let windows = documents.iter().map(|d| d.tokens.len().div_ceil(stride));
         let side_by_side = self.batch.min(windows.sum()).max(1);
         let scored = longest.map(|longest| Reading {

@@ -8,6 +8,7 @@
 //! enough; so the highest address of a dry run is how large a region has to be, see [`Held::high_water`].
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::Driver;
@@ -24,6 +25,8 @@ const POOL_PIECE: usize = 64 << 20;
 pub(super) struct Memory<D: Driver> {
     pub driver: D,
     arenas: [Mutex<Regions>; 3],
+    /// Whether what is needed has been reserved.
+    planned: AtomicBool,
     /// Where buffers come from while calls are recorded.
     recorded: Mutex<Option<Arc<Recorded<D>>>>,
 }
@@ -120,6 +123,7 @@ impl<D: Driver> Memory<D> {
         Self {
             driver,
             arenas: PLACES.map(|_| Mutex::default()),
+            planned: AtomicBool::new(false),
             recorded: Mutex::default(),
         }
     }
@@ -136,6 +140,7 @@ impl<D: Driver> Memory<D> {
                 self.grow(&mut regions, place, bytes)?;
             }
         }
+        self.planned.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -191,7 +196,11 @@ impl<D: Driver> Memory<D> {
         let address = match regions.take(bytes) {
             Some(address) => address,
             None => {
-                self.grow(&mut regions, place, self.piece(place, bytes))?;
+                let piece = self.piece(place, bytes);
+                if place != Place::Host && self.planned.load(Ordering::Relaxed) {
+                    tracing::warn!("{piece} bytes of device memory beyond the plan");
+                }
+                self.grow(&mut regions, place, piece)?;
                 regions.take(bytes).expect("a new region has room")
             }
         };
