@@ -25,10 +25,15 @@ pub fn kernels() -> &'static Kernels {
 /// An attention kernel file's text with the entry points of one instance alone, line for line.
 pub fn only(text: &str, instance: &str) -> String {
     let wanted = |line: &str| {
-        let entry = line
-            .strip_prefix("FORWARD(")
-            .or_else(|| line.strip_prefix("BACKWARD("));
-        entry.is_none_or(|entry| entry.contains(&format!("{instance},")))
+        let macros = ["FORWARD(", "BACKWARD(", "COMBINE("];
+        let mut entry = macros.iter().filter_map(|name| line.strip_prefix(name));
+        let is_it = |entry: &str| {
+            [',', ')']
+                .map(|end| format!("{instance}{end}"))
+                .iter()
+                .any(|name| entry.contains(name))
+        };
+        entry.next().is_none_or(is_it)
     };
     let lines = text
         .lines()
