@@ -409,3 +409,34 @@ impl<D: Driver> Held<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::DryRun;
+    use super::*;
+    use crate::attention::cuda::KnownKernels;
+
+    #[test]
+    fn keys_stay_on_the_device_longest() {
+        let kernels = KnownKernels { multiprocessors: 1 };
+        let gpu = Gpu::new(DryRun::new(Arc::new(kernels), None));
+        let (heads, dim, run) = (2, 32, 8);
+        let width = heads * dim;
+        gpu.limit_pool(5 * run * width * bytes_of(Kind::Activation));
+        let rows = gpu.empty(Kind::Activation, run * width).expect("rows");
+        let rows = Rows::packed(&rows, 0, width);
+        let mut pool = gpu.pool(heads, dim, run).expect("a pool");
+        for on_device in [[1, 1], [2, 2], [3, 2], [4, 1], [5, 0], [5, 0], [5, 0]] {
+            append(&gpu, &mut pool, &[0, 1], [rows; 2], run).expect("a run");
+            let here = |buffer: &Buffer<_>| usize::from(buffer.place() == Some(Place::Pool));
+            let count = |f: fn(&Chunk<_>) -> &Buffer<_>| pool.chunks.iter().map(f).map(here).sum();
+            let (keys, values): (usize, usize) = (count(|c| &c.k), count(|c| &c.v));
+            assert_eq!([keys, values], on_device);
+            // The oldest keys are those that stay.
+            let keys = pool.chunks.iter().map(|c| here(&c.k));
+            assert!(keys.is_sorted_by(|a, b| a >= b));
+        }
+    }
+}
