@@ -116,6 +116,19 @@ pub trait Planned: Device {
         purpose: Purpose,
         run: impl Fn(Self::Dry) -> Result<()>,
     ) -> Result<()>;
+
+    /// The device's measured speed of products, operations a second. Asked for before memory is planned.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn peak_flops(&self) -> Result<Option<f64>> {
+        Ok(None)
+    }
+
+    /// Bytes of the device's own memory that are taken.
+    fn memory_taken(&self) -> Option<usize> {
+        None
+    }
 }
 
 impl Planned for Cpu {
@@ -147,5 +160,13 @@ impl Planned for Gpu<Cuda> {
             gib(plan.host_bytes())
         );
         Ok(())
+    }
+
+    fn peak_flops(&self) -> Result<Option<f64>> {
+        Ok(Some(self.driver().measure_peak()?))
+    }
+
+    fn memory_taken(&self) -> Option<usize> {
+        Some(self.memory_use().on_device())
     }
 }

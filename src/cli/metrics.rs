@@ -28,6 +28,9 @@ pub struct Line {
     pub tokens: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// The model's own operations over those that the device could have done, where its speed was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_flops_utilisation: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
 }

@@ -40,8 +40,9 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     );
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     on_device!(args.device.device, device => {
+        let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
-        Run::new(trainer, data, checkpoint.extra, quiet)?.go()
+        Run::new(trainer, data, checkpoint.extra, peak, quiet)?.go()
     })
 }

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use segattn::device::Device;
 use segattn::model::config::ModelConfig;
+use segattn::model::flops::training_flops;
 use segattn::train::checkpoint::{Disk, save};
 use segattn::train::config::Config;
 use segattn::train::data::{Corpus, Document, Reading, Sequences, split};
 use segattn::train::trainer::{StepReport, Trainer};
 
+use super::device::Planned;
 use super::metrics::{Line, Metrics};
 use super::plot;
 use super::text::Text;
@@ -106,7 +107,7 @@ enum End {
 }
 
 /// A run.
-pub struct Run<D: Device> {
+pub struct Run<D: Planned> {
     trainer: Trainer<D>,
     data: Data,
     extra: Vec<(String, Vec<u8>)>,
@@ -117,14 +118,17 @@ pub struct Run<D: Device> {
     /// Smoothed loss, and seconds a token.
     shown: Option<(f64, f64)>,
     saved: Option<(u64, PathBuf)>,
+    /// The model's operations for a token over the device's measured speed: seconds a token at full use.
+    full_use: Option<f64>,
 }
 
-impl<D: Device> Run<D> {
-    /// A run that goes on where `trainer` is.
+impl<D: Planned> Run<D> {
+    /// A run that goes on where `trainer` is, on a device whose products have this measured speed.
     pub fn new(
         trainer: Trainer<D>,
         data: Data,
         extra: Vec<(String, Vec<u8>)>,
+        peak_flops: Option<f64>,
         quiet: bool,
     ) -> Result<Self> {
         let training = &trainer.config().training;
@@ -132,6 +136,7 @@ impl<D: Device> Run<D> {
         let metrics = Metrics::open(&output.join("metrics.jsonl"), step)?;
         let validation = data.validation(training.validation_sequences)?;
         let bar = progress_bar(training.steps, step, quiet);
+        let flops = training_flops(&trainer.model().config, data.longest(training.sequence_len));
         Ok(Self {
             trainer,
             data,
@@ -142,6 +147,7 @@ impl<D: Device> Run<D> {
             quiet,
             shown: None,
             saved: None,
+            full_use: peak_flops.map(|peak| flops / peak),
         })
     }
 
@@ -211,16 +217,33 @@ impl<D: Device> Run<D> {
             Some((l, p)) => (l + NEWEST * (report.loss - l), p + NEWEST * (pace - p)),
         };
         self.shown = Some((loss, pace)).filter(|s| s.0.is_finite());
-        self.bar.set_message(format!(
-            "loss {loss:.4}  {:.0} tokens/s",
-            1.0 / pace.max(1e-9)
-        ));
+        self.bar.set_message(self.message(loss, pace));
         self.bar.set_position(report.step + 1);
         let every = self.trainer.config().log.every;
         if report.skipped.is_some() || (report.step + 1).is_multiple_of(every) {
-            self.metrics.write(&Line::step(report, seconds))?;
+            let utilisation = self
+                .full_use
+                .map(|full| full / (seconds / report.tokens as f64));
+            let line = Line {
+                model_flops_utilisation: utilisation,
+                ..Line::step(report, seconds)
+            };
+            self.metrics.write(&line)?;
         }
         Ok(())
+    }
+
+    /// What the progress bar says: loss, speed, and of a GPU the share of its speed that the model's own operations
+    /// take and the memory that is taken.
+    fn message(&self, loss: f64, pace: f64) -> String {
+        let mut message = format!("loss {loss:.4}  {:.0} tokens/s", 1.0 / pace.max(1e-9));
+        if let Some(full) = self.full_use {
+            message += &format!("  MFU {:.0}%", 100.0 * full / pace.max(1e-12));
+        }
+        if let Some(bytes) = self.trainer.model().device.memory_taken() {
+            message += &format!("  {:.1} GiB", bytes as f64 / f64::from(1 << 30));
+        }
+        message
     }
 
     fn validate(&mut self) -> Result<()> {

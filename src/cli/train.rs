@@ -47,9 +47,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let data = Data::read(&config, &model, &text, output)?;
     let extra = tokenizer_files(&config)?;
     on_device!(args.device.device, device => {
+        let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &model, &config, &data))?;
         let trainer = Trainer::new(device, model, config, &tensors, None)?;
-        Run::new(trainer, data, extra, quiet)?.go()
+        Run::new(trainer, data, extra, peak, quiet)?.go()
     })
 }
 

@@ -4,6 +4,7 @@ pub mod config;
 pub mod decoder;
 pub mod error;
 mod files;
+pub mod flops;
 pub mod memory;
 pub mod parameters;
 pub mod rope;

@@ -37,6 +37,24 @@ pub struct StepReport {
     pub stop: bool,
 }
 
+/// A step's sequences, and where in the data they lie.
+#[derive(Debug)]
+struct Ahead {
+    from: Position,
+    batches: Vec<Vec<Vec<u32>>>,
+    to: Position,
+}
+
+impl Ahead {
+    fn read(config: &Config, corpus: &Corpus, data: &Sequences, from: Position) -> Result<Self> {
+        let (training, mut to) = (&config.training, from);
+        let batches = (0..training.accumulation)
+            .map(|_| data.next_batch(corpus, training.seed, &mut to, training.batch))
+            .collect::<Result<_>>()?;
+        Ok(Self { from, batches, to })
+    }
+}
+
 /// A model in training.
 #[derive(Debug)]
 pub struct Trainer<D: Device> {
@@ -48,6 +66,8 @@ pub struct Trainer<D: Device> {
     v: Vec<D::Buffer>,
     gradients: Gradients<D>,
     progress: Progress,
+    /// What the next step will work on, read while the last one ran.
+    ahead: Option<Ahead>,
 }
 
 impl<D: Device> Trainer<D> {
@@ -124,6 +144,7 @@ impl<D: Device> Trainer<D> {
             m,
             v,
             progress,
+            ahead: None,
         })
     }
 
@@ -174,18 +195,28 @@ impl<D: Device> Trainer<D> {
         })
     }
 
-    /// One step on the next sequences of the data.
+    /// One step on the next sequences of the data. Those of the step after it are read meanwhile.
     ///
     /// # Errors
     /// As [`Sequences::next_batch`] and [`Trainer::step_on`]; the run is where it was then.
     pub fn step(&mut self, corpus: &Corpus, data: &Sequences) -> Result<StepReport> {
-        let training = &self.config.training;
-        let mut position = self.progress.position;
-        let batches: Vec<Vec<Vec<u32>>> = (0..training.accumulation)
-            .map(|_| data.next_batch(corpus, training.seed, &mut position, training.batch))
-            .collect::<Result<_>>()?;
-        let report = self.step_on(&batches)?;
-        self.progress.position = position;
+        let from = self.progress.position;
+        let ready = self.ahead.take().filter(|ahead| ahead.from == from);
+        let Ahead { batches, to, .. } = match ready {
+            Some(ahead) => ahead,
+            None => Ahead::read(&self.config, corpus, data, from)?,
+        };
+        let config = self.config.clone();
+        let (report, ahead) = std::thread::scope(|scope| {
+            let next = scope.spawn(|| Ahead::read(&config, corpus, data, to));
+            (self.step_on(&batches), next.join())
+        });
+        let report = report?;
+        self.progress.position = to;
+        // What could not be read is an error of the step that needs it.
+        self.ahead = ahead
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            .ok();
         Ok(report)
     }
 

@@ -1,6 +1,7 @@
 //! NVIDIA's driver under the GPU device: kernels loaded at run time, products by cuBLASLt.
 
 mod host;
+mod peak;
 mod products;
 
 use std::sync::Arc;
