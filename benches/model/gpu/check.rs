@@ -75,6 +75,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
             return Ok(());
         }
     };
+    bench.free();
     let reference = numbers(&answer["reference"])?;
     let mean = reference.iter().sum::<f64>() / reference.len() as f64;
     let spread = rms(reference.iter().map(|x| x - mean));

@@ -16,7 +16,7 @@
 //!
 //! | variable | picks |
 //! |---|---|
-//! | `SEGATTN_BENCH_PARTS` | of `check,prefill,decode,training`, in this order |
+//! | `SEGATTN_BENCH_PARTS` | of `check,prefill,decode,training`, run in the order given |
 //! | `SEGATTN_BENCH_WHO` | of `segment,segment-host,plain,flash,cudnn,compiled` |
 //! | `SEGATTN_BENCH_CONTEXTS` | tokens of the prompts |
 //! | `SEGATTN_BENCH_LENGTHS` | tokens of the sequences trained on |
@@ -96,10 +96,7 @@ impl Options {
         let seconds = number("SEGATTN_BENCH_SECONDS");
         Self {
             parts: texts("SEGATTN_BENCH_PARTS", "check,prefill,decode,training"),
-            who: texts(
-                "SEGATTN_BENCH_WHO",
-                "segment,segment-host,plain,flash,cudnn",
-            ),
+            who: texts("SEGATTN_BENCH_WHO", &[&OURS[..], &PEERS].concat().join(",")),
             contexts: numbers("SEGATTN_BENCH_CONTEXTS", &prefill::CONTEXTS),
             lengths: numbers("SEGATTN_BENCH_LENGTHS", &training::LENGTHS),
             decode: texts("SEGATTN_BENCH_DECODE", decode::CASES),

@@ -121,7 +121,10 @@ fn ours(shape: &Shape, who: &str, context: usize) -> Result<Value> {
 pub fn run(bench: &mut Bench) -> Result<()> {
     let shape = LLAMA_7B.with_layers(bench.options.layers);
     let contexts = bench.options.contexts.clone();
-    let key = |who: &str, context: usize| json!({ "part": "prefill", "model": shape.name, "who": who, "tokens": context });
+    let key = |who: &str, context: usize| {
+        let (part, model) = ("prefill", shape.name);
+        json!({ "part": part, "model": model, "who": who, "tokens": context })
+    };
     for who in bench.options.who(OURS) {
         for &context in &contexts {
             bench.row(key(who, context), |_| ours(&shape, who, context))?;

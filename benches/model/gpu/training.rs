@@ -87,7 +87,10 @@ fn fitting(shape: &Shape, who: &str, tensors: &Tensors, context: usize) -> Resul
 pub fn run(bench: &mut Bench) -> Result<()> {
     let shape = LLAMA_1B.with_layers(bench.options.layers);
     let contexts = bench.options.lengths.clone();
-    let key = |who: &str, context: usize| json!({ "part": "training", "model": shape.name, "who": who, "tokens": context });
+    let key = |who: &str, context: usize| {
+        let (part, model) = ("training", shape.name);
+        json!({ "part": part, "model": model, "who": who, "tokens": context })
+    };
     let ours = bench.options.who(["segment", "plain"]);
     if !ours.is_empty() {
         let tensors = Tensors::initial(&shape.config("segment"), 1);
