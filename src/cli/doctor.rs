@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
+use segattn::device::HostMemory;
 use segattn::isa::Isa;
 use serde::Serialize;
 
@@ -21,7 +22,7 @@ struct Report {
     version: &'static str,
     system: String,
     cpu: Cpu,
-    memory: Memory,
+    memory: HostMemory,
     gpu: Gpu,
     nvcc: Option<Nvcc>,
     advice: Vec<String>,
@@ -33,15 +34,6 @@ struct Cpu {
     threads: usize,
     /// Instruction sets the kernels are written for, of this CPU.
     instruction_sets: Vec<String>,
-}
-
-/// Bytes, where the system says.
-#[derive(Debug, Serialize)]
-struct Memory {
-    total: Option<u64>,
-    available: Option<u64>,
-    /// Limit of the container or service.
-    limit: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -83,7 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
         version: env!("CARGO_PKG_VERSION"),
         system: format!("{} {}", env::consts::OS, env::consts::ARCH),
         cpu: cpu(),
-        memory: memory(),
+        memory: HostMemory::now(),
         gpu: gpu(),
         nvcc: nvcc(),
         advice: Vec::new(),
@@ -105,32 +97,6 @@ fn cpu() -> Cpu {
             .iter()
             .map(|isa| format!("{isa:?}"))
             .collect(),
-    }
-}
-
-fn memory() -> Memory {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = |name: &str| {
-        let value = field(&info, name)?;
-        value
-            .strip_suffix(" kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()
-            .map(|kib| kib * 1024)
-    };
-    let limit = [
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ]
-    .iter()
-    .find_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
-    let total = kib("MemTotal");
-    Memory {
-        total,
-        available: kib("MemAvailable"),
-        // Without a limit some systems report a number beyond all memory.
-        limit: limit.filter(|limit| total.is_none_or(|total| *limit < total)),
     }
 }
 
@@ -391,7 +357,7 @@ mod tests {
             version: "",
             system: String::new(),
             cpu: cpu(),
-            memory: memory(),
+            memory: HostMemory::now(),
             gpu: Gpu {
                 driver: None,
                 names: vec!["X".into()],

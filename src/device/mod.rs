@@ -14,6 +14,7 @@ pub mod bindings;
 pub mod cpu;
 mod error;
 pub mod gpu;
+mod host_memory;
 pub mod reference;
 mod runs;
 pub mod sampler;
@@ -24,6 +25,7 @@ mod types;
 use std::ops::Range;
 
 pub use error::{DeviceError, OutOfMemory, Purpose};
+pub use host_memory::HostMemory;
 pub use sampling::HostSamplers;
 pub use types::{
     AdamW, Attention, AttentionGrad, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads, Pick,

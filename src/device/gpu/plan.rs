@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Driver, DryRun, Gpu, MemoryUse};
 use crate::attention::cuda::Kernels;
-use crate::device::{DeviceError, OutOfMemory, Purpose};
+use crate::device::{DeviceError, HostMemory, OutOfMemory, Purpose};
 
 /// Device memory that a plan leaves: for kernels that are loaded while running, and for products that compare
 /// algorithms.
@@ -101,7 +101,7 @@ impl<D: Driver> Gpu<D> {
                 ..OutOfMemory::device(plan.device_bytes())
             })
         } else {
-            let available = available_host_memory();
+            let available = HostMemory::now().left();
             let short = available.filter(|bytes| plan.host_bytes() > *bytes);
             short.map(|free| OutOfMemory {
                 free: Some(free),
@@ -116,12 +116,4 @@ impl<D: Driver> Gpu<D> {
         self.reserve(&plan.planned)?;
         Ok(plan)
     }
-}
-
-/// Bytes that programs can still have of the host, where the system says so.
-pub(super) fn available_host_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

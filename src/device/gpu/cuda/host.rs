@@ -7,6 +7,8 @@ use std::ffi::c_void;
 
 use cudarc::driver::{DriverError, sys};
 
+use crate::device::HostMemory;
+
 /// Why memory was not had.
 pub(super) enum Refused {
     /// The host has no more.
@@ -17,9 +19,8 @@ pub(super) enum Refused {
 
 /// Pinned memory of the current context, at a multiple of 4096 bytes; contents arbitrary.
 pub(super) fn allocate(bytes: usize) -> Result<u64, Refused> {
-    let available = super::super::plan::available_host_memory();
     // Pages that are touched and not there would end the program.
-    if available.is_some_and(|available| bytes > available) {
+    if HostMemory::now().left().is_some_and(|left| bytes > left) {
         return Err(Refused::Full);
     }
     pages::allocate(bytes)
