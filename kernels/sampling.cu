@@ -27,6 +27,10 @@ struct SampleShared {
   int32_t found[kMaxWarps];
   uint32_t cipher[16];
   double uniform;
+  // Here and not in registers, which are full.
+  int64_t index;  // of the block's row
+  const uint32_t* g_seen;
+  SegattnSampler sampler;
   uint32_t list_keys[SampleConfig::kListLen], list_ids[SampleConfig::kListLen];
 };
 
@@ -35,7 +39,6 @@ struct SampleShared {
 // Logits after the penalty, as keys that order as they do; an excluded token has the least.
 struct LogitRow {
   const float* g_logits;
-  const uint32_t* g_seen;
   int count;
   float penalty;
 
@@ -43,7 +46,7 @@ struct LogitRow {
   __device__ __forceinline__ void load(uint32_t (&keys)[kVector], int first) const {
     float x[kVector];
     load_logits(x, g_logits, first, count);
-    const uint32_t seen = penalty == 1.f ? 0 : g_seen[first / 32] >> (first % 32);
+    const uint32_t seen = penalty == 1.f ? 0 : ((SampleShared*)shared_memory())->g_seen[first / 32] >> (first % 32);
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
       if (seen >> i & 1) x[i] = x[i] > 0.f ? x[i] / penalty : mul_rn(x[i], penalty);
@@ -329,27 +332,30 @@ SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, Sa
 SEGATTN_FN void sample(const SegattnSampleParams& p) {
   if ((int)blockDim.x != softmax_threads(p.vocab)) __trap();
   SampleShared& shared = *(SampleShared*)shared_memory();
-  const int64_t index = p.places ? p.places[blockIdx.x] : blockIdx.x;
-  SegattnSampler& sampler = p.sampler[index];
-  if (threadIdx.x == 0) shared.uniform = uniform(sampler, shared.cipher);
-  const float* g_logits = row_of<const float>(p.logits, index);
-  uint32_t* g_seen = p.seen + index * p.seen_pitch;
-  const LogitRow row = {g_logits, g_seen, p.vocab, sampler.penalty};
+  if (threadIdx.x == 0) {
+    shared.index = p.places ? p.places[blockIdx.x] : blockIdx.x;
+    shared.g_seen = p.seen + shared.index * p.seen_pitch;
+    shared.sampler = p.sampler[shared.index];
+    shared.uniform = uniform(shared.sampler, shared.cipher);
+  }
+  __syncthreads();
+  const LogitRow row = {row_of<const float>(p.logits, shared.index), p.vocab, shared.sampler.penalty};
   const Highest top = highest(row, shared);
   if (top.key == kLeastKey || top.key >= kInfinityKey) {
-    if (threadIdx.x == 0) sampler.failure = top.key == kLeastKey ? 2 : 1;
+    if (threadIdx.x == 0) p.sampler[shared.index].failure = top.key == kLeastKey ? 2 : 1;
     return;
   }
   const int greedy = threadIdx.x == 0 ? (int)top.id : -1;
-  const int token = sampler.temperature == 0.f ? greedy : draw(row, sampler, value_of(top.key), shared);
-  const RowSoftmax softmax = row_softmax(g_logits, p.vocab, shared.softmax);
-  __syncthreads();  // all have read the history and the position
+  const int token = shared.sampler.temperature == 0.f ? greedy : draw(row, shared.sampler, value_of(top.key), shared);
+  const RowSoftmax softmax = row_softmax(row.g_logits, p.vocab, shared.softmax);
+  __syncthreads();  // all have read the history
   if (token < 0) return;
+  const int64_t index = shared.index;
   p.tokens[index] = token;
-  p.log_probability[index] = softmax.log_probability(g_logits[token]);
-  g_seen[token / 32] |= 1u << (token % 32);
-  sampler.position++;
-  sampler.failure = 0;
+  p.log_probability[index] = softmax.log_probability(row.g_logits[token]);
+  p.seen[index * p.seen_pitch + token / 32] |= 1u << (token % 32);
+  p.sampler[index].position = shared.sampler.position + 1;
+  p.sampler[index].failure = 0;
 }
 
 // ---------------------------------------------------------------------------------------------------- entry points
