@@ -6,7 +6,7 @@ use plotters::prelude::*;
 
 use super::Result;
 
-const SIZE: (u32, u32) = (960, 540);
+const SIZE: (u32, u32) = (1000, 540);
 const INK: RGBColor = RGBColor(51, 51, 51);
 const GRID: RGBColor = RGBColor(226, 226, 226);
 const COLORS: [RGBColor; 6] = [
@@ -49,6 +49,17 @@ fn context(tokens: f64) -> String {
     }
 }
 
+/// 1, 2 and 5 times every power of ten between two numbers.
+fn ticks(low: f64, high: f64) -> Vec<f64> {
+    let exponents = low.log10().floor() as i32..=high.log10().ceil() as i32;
+    let all = exponents.flat_map(|e| [1.0, 2.0, 5.0].map(|digit| (digit, e)));
+    // As it is written, not as it is computed: 0.2, not 0.2000000001.
+    let number = |(digit, e): (f64, i32)| format!("{digit}e{e}").parse().unwrap_or(digit);
+    all.map(number)
+        .filter(|y| (low..=high).contains(y))
+        .collect()
+}
+
 /// Draws a chart that has a line. Where a line ends before the others, its implementation was out of memory.
 pub fn draw(chart: &Chart, path: &Path) -> Result<()> {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
@@ -60,9 +71,12 @@ pub fn draw(chart: &Chart, path: &Path) -> Result<()> {
     };
     let ((left, right), (low, high)) = (chart.bounds(|p| p.0), chart.bounds(|p| p.1));
     let x = (left / 1.2..right * 1.2).log_scale().base(2.0);
-    let y = (low / 1.3..high * 1.6).log_scale();
+    let y = (low / 1.5..high * 1.3)
+        .log_scale()
+        .with_key_points(ticks(low / 1.5..high * 1.3));
     let mut context_2d = ChartBuilder::on(&area)
         .margin(24)
+        .margin_right(300)
         .x_label_area_size(48)
         .y_label_area_size(64)
         .caption(&chart.title, font(24))
@@ -77,24 +91,19 @@ pub fn draw(chart: &Chart, path: &Path) -> Result<()> {
         .axis_desc_style(font(15))
         .x_desc("context, tokens")
         .x_label_formatter(&|x| context(*x))
+        .y_label_formatter(&|y| format!("{y}"))
         .draw()?;
-    for ((name, line), color) in chart.lines.iter().zip(COLORS) {
+    let x_end = SIZE.0 as i32 - 290;
+    for (i, ((name, line), color)) in chart.lines.iter().zip(COLORS).enumerate() {
         let strong = color.stroke_width(3);
-        context_2d
-            .draw_series(LineSeries::new(line.iter().copied(), strong))?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], strong));
+        context_2d.draw_series(LineSeries::new(line.iter().copied(), strong))?;
         let points = line.iter().map(|at| Circle::new(*at, 4, color.filled()));
         context_2d.draw_series(points)?;
+        // Beside the plot, where no line is.
+        let y = 90 + 26 * i as i32;
+        area.draw(&PathElement::new([(x_end, y), (x_end + 22, y)], strong))?;
+        area.draw(&Text::new(name.clone(), (x_end + 30, y - 8), font(16)))?;
     }
-    context_2d
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .margin(16)
-        .label_font(font(16))
-        .border_style(GRID)
-        .background_style(WHITE.mix(0.9))
-        .draw()?;
     area.present()?;
     Ok(())
 }

@@ -132,7 +132,7 @@ impl Report {
         let mut chart = Chart::new(title);
         for (who, label) in [
             ("segment", "segment attention"),
-            ("segment-host", "segment attention, pool in host memory"),
+            ("segment-host", "segment attention, pool on the host"),
             ("plain", "full attention, our kernels"),
             ("flash", "Transformers, FlashAttention-2"),
             ("cudnn", "Transformers, cuDNN"),
