@@ -73,7 +73,7 @@ pub fn draw(chart: &Chart, path: &Path) -> Result<()> {
     let x = (left / 1.2..right * 1.2).log_scale().base(2.0);
     let y = (low / 1.5..high * 1.3)
         .log_scale()
-        .with_key_points(ticks(low / 1.5..high * 1.3));
+        .with_key_points(ticks(low / 1.5, high * 1.3));
     let mut context_2d = ChartBuilder::on(&area)
         .margin(24)
         .margin_right(300)
