@@ -5,9 +5,6 @@
 
 template <int kStages>
 struct Ring {
-  // Groups that may still be in flight when the oldest one needed must have arrived: K(t) while V(t) and the
-  // later stages' K and V travel, and likewise V(t) while K(t+1) and so on do.
-  static constexpr int kInFlight = 2 * (kStages - 1);
   SEGATTN_FN int stage(int step) { return kStages == 1 ? 0 : kStages == 2 ? step & 1 : step % kStages; }
 };
 
