@@ -3,8 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use segattn_sim::Module;
@@ -76,34 +74,19 @@ fn plant(stride: usize) -> (usize, Vec<String>) {
     }
     all.retain(|(target, mutant)| stride == 1 || !may_survive(target, mutant));
     let planted: Vec<(&Target, Mutant)> = all.into_iter().step_by(stride).collect();
-    let (next, survivors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some((target, mutant)) = planted.get(index) else {
-                return;
-            };
-            let folder = folder(target, Some(mutant), &format!("{}-{index}", target.file));
-            let bug = format!(
-                "{}:{}: {:?} {:?}",
-                target.file, mutant.line, mutant.find, mutant.change
+    let is_caught = |target: &&Target, mutant: &Mutant, index: usize| {
+        let folder = folder(target, Some(mutant), &format!("{}-{index}", target.file));
+        for kernel in target.kernels {
+            let compiled = Module::compile(&source(&folder, kernel, true));
+            let (line, find) = (mutant.line, mutant.find);
+            assert!(
+                compiled.is_ok(),
+                "{kernel}:{line}: {find:?} does not compile"
             );
-            for kernel in target.kernels {
-                let compiled = Module::compile(&source(&folder, kernel, true));
-                assert!(compiled.is_ok(), "{bug} does not compile");
-            }
-            if is_caught(target, &folder) {
-                println!("caught: {bug}");
-            } else {
-                println!("SURVIVED: {bug}");
-                survivors.lock().expect("no panic").push(bug);
-            }
         }
+        is_caught(target, &folder)
     };
-    std::thread::scope(|scope| (0..2).for_each(|_| drop(scope.spawn(work))));
-    let survivors = survivors.into_inner().expect("no panic");
-    let caught = planted.len() - survivors.len();
-    println!("{caught} of {} planted bugs caught", planted.len());
+    let survivors = mutate::plant(&planted, |target| target.file, is_caught);
     (planted.len(), survivors)
 }
 

@@ -3,8 +3,7 @@
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, Once};
+use std::sync::Once;
 
 use segattn::attention::cuda::{Dtype, File, Phase};
 use segattn_sim::mutate::{self, Mutant};
@@ -174,37 +173,16 @@ fn plant(stride: usize) -> (usize, Vec<String>) {
     }
     all.retain(|(target, mutant)| stride == 1 || !may_survive(target, mutant));
     let planted: Vec<(&Target, Mutant)> = all.into_iter().step_by(stride).collect();
-    let (next, survivors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some((target, mutant)) = planted.get(index) else {
-                return;
-            };
-            let kernels = kernels(target, Some(mutant), &format!("{}-{index}", target.file));
-            let bug = format!(
-                "{}:{}: {:?} {:?}",
-                target.file, mutant.line, mutant.find, mutant.change
-            );
-            assert!(
-                target.files().iter().all(|&file| kernels.compiles(file)),
-                "{bug} does not compile"
-            );
-            if is_caught(&kernels, target) {
-                println!("caught: {bug}");
-            } else {
-                println!("SURVIVED: {bug}");
-                survivors.lock().expect("no panic").push(bug);
-            }
-        }
+    let is_caught = |target: &&Target, mutant: &Mutant, index: usize| {
+        let kernels = kernels(target, Some(mutant), &format!("{}-{index}", target.file));
+        let (file, line, find) = (target.file, mutant.line, mutant.find);
+        assert!(
+            target.files().iter().all(|&file| kernels.compiles(file)),
+            "{file}:{line}: {find:?} does not compile"
+        );
+        is_caught(&kernels, target)
     };
-    std::thread::scope(|scope| (0..2).for_each(|_| drop(scope.spawn(work))));
-    let survivors = survivors.into_inner().expect("no panic");
-    println!(
-        "{} of {} planted bugs caught",
-        planted.len() - survivors.len(),
-        planted.len()
-    );
+    let survivors = mutate::plant(&planted, |target| target.file, is_caught);
     (planted.len(), survivors)
 }
 
