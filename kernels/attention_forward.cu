@@ -5,11 +5,10 @@
 // are accumulated from zero and folded left to right into sections, sections likewise into the result; where a
 // tile has several items each leaves its part in the workspace and the combine kernel folds them. A row
 // therefore sees the same operations in the same order in every kernel of this file (docs/kernels.md).
-#include "attention_items.cuh"
+#include "attention_rows.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
 #include "products.cuh"
-#include "softmax.cuh"
 
 // kPrefill: many query rows. 4 warps x 32 rows (16 at D 256, where the accumulators of 32 do not fit), a block folds
 //   a whole section of chunks.
@@ -42,11 +41,6 @@ struct ForwardConfig {
   using KeyTile = Tile<T, kKeys, kHeadDim>;
 };
 
-// A warp's place: its rows' range of positions, empty where all are padding.
-struct WarpRows {
-  int first_row, first_position, last_position;
-};
-
 template <class C>
 struct ForwardShared {
   typename C::QueryTile q;  // later the output on its way to global memory
@@ -59,75 +53,6 @@ struct ForwardShared {
   float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
   RowState totals[C::kRows];  // of the chunks before the current one, then of the item
 };
-
-// What a warp accumulates over a chunk, and a section.
-template <class C>
-struct Accumulator {
-  float out[C::kRowTiles][C::kOutTiles][4];
-  RowState rows[C::kRowTiles][2];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int m = 0; m < C::kRowTiles; m++) {
-#pragma unroll
-      for (int n = 0; n < C::kOutTiles; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) out[m][n][e] = 0.f;
-      rows[m][0] = rows[m][1] = {SEGATTN_NEG_INF, 0.f};
-    }
-  }
-};
-
-template <class C>
-SEGATTN_FN WarpRows warp_rows(const Item& item, int heads_per_tile, int warp) {
-  const int first_row = warp * C::kRowTiles * 16;
-  const int first = query_row<C::kRows>(item, first_row, heads_per_tile).query;
-  const int last = min(query_row<C::kRows>(item, first_row + C::kRowTiles * 16 - 1, heads_per_tile).query, item.query_rows - 1);
-  return {first_row, item.keys.query_start + first, first <= last ? item.keys.query_start + last : -1};
-}
-
-// A negative scale goes into the queries, whose sign is free. Each warp turns its own rows.
-template <class C>
-SEGATTN_FN void negate_queries(ForwardShared<C>& shared, int warp, int lane) {
-  constexpr int kWarpRows = C::kRowTiles * 16, kRowWords = C::QueryTile::kRowBytes / 4;
-  for (int panel = 0; panel < C::kHeadDim / C::QueryTile::kPanelCols; panel++) {
-    uint32_t* words = (uint32_t*)&shared.q + (panel * C::kRows + warp * kWarpRows) * kRowWords;
-    for (int i = lane; i < kWarpRows * kRowWords; i += 32) words[i] ^= 0x80008000u;
-  }
-  __syncwarp();
-}
-
-// Scores of a tile of 16 rows to weights; what was accumulated is brought to the new maximum where it changed.
-template <class C>
-SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4], float (&out)[C::kOutTiles][4],
-                             RowState (&rows)[2], const float (&bias)[2], float scale) {
-  float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias[half]);
-#pragma unroll
-  for (int n = 0; n < C::kColTiles; n++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) weights[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
-  if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) return;
-#pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) out[n][e] = mul_rn(out[n][e], factor[e / 2]);
-}
-
-template <class C>
-SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int heads_per_tile, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const QueryRow row = query_row<C::kRows>(item, first_row + half * 8 + lane / 4, heads_per_tile);
-    const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < C::kColTiles; n++) {
-      if (n * 8 >= limit) s[n][half * 2] = SEGATTN_NEG_INF;
-      if (n * 8 + 1 >= limit) s[n][half * 2 + 1] = SEGATTN_NEG_INF;
-    }
-  }
-}
 
 // The weights of a key tile, packed as operands of the next product.
 template <class C>
@@ -148,108 +73,6 @@ SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4
     const float bias[2] = {C::kPacked ? mul_rn(gate_bias[m][0], past) : gate, C::kPacked ? mul_rn(gate_bias[m][1], past) : gate};
     softmax_rows<C>(weights[m], s[m], acc.out[m], acc.rows[m], bias, scale);
   }
-}
-
-// 16 rows' values joined with those of the chunks before, which lie kThreads apart.
-template <class C>
-SEGATTN_FN void fold_row_tile(float (&out)[C::kOutTiles][4], const FoldFactors (&factors)[2], float4* place, bool first, bool last) {
-  if (!first) {
-#pragma unroll
-    for (int n = 0; n < C::kOutTiles; n++) {
-      const float4 total = place[n * C::kThreads];
-      out[n][0] = fold_value(total.x, out[n][0], factors[0]);
-      out[n][1] = fold_value(total.y, out[n][1], factors[0]);
-      out[n][2] = fold_value(total.z, out[n][2], factors[1]);
-      out[n][3] = fold_value(total.w, out[n][3], factors[1]);
-    }
-  }
-  if (last) return;
-#pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++) place[n * C::kThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
-}
-
-// A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
-// each value in a place of its thread's own (they would fill the registers of a second accumulator). At the last
-// chunk of the item acc.rows and acc.out are the item's.
-template <class C>
-SEGATTN_FN void close_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_fold, bool first, bool last, int thread) {
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++) {
-    FoldFactors factors[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      RowState &row = acc.rows[m][half], &total = s_totals[m * 16 + half * 8 + thread % 32 / 4];
-      row.sum = quad_sum(row.sum);
-      if (!first) {
-        factors[half] = fold_factors(total.max, row.max);
-        row = {factors[half].max, fold_value(total.sum, row.sum, factors[half])};
-      }
-      if (!last) {
-        __syncwarp();
-        if (thread % 4 == 0) total = row;
-      }
-    }
-    if (!(first && last)) fold_row_tile<C>(acc.out[m], factors, (float4*)g_fold + m * C::kOutTiles * C::kThreads + thread, first, last);
-  }
-}
-
-// The end of a row, shared with the combine kernel. Adding 0 makes -0 and 0 one.
-SEGATTN_FN float row_inverse(float sum) { return sum > 0.f || sum != sum ? 1.f / sum : 0.f; }
-SEGATTN_FN float finish_value(float x, float inverse) { return fma_rn(x, inverse, 0.f); }
-SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_INF ? row.max : (row.max + log2_approx(row.sum)) * kLn2; }
-
-template <class C>
-SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, ForwardShared<C>& shared,
-                            int first_row, int warp, int lane) {
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const RowState& row = acc.rows[m][half];
-      const float inverse = row_inverse(row.sum);
-#pragma unroll
-      for (int n = 0; n < C::kOutTiles; n++) {
-        acc.out[m][n][half * 2] = finish_value(acc.out[m][n][half * 2], inverse);
-        acc.out[m][n][half * 2 + 1] = finish_value(acc.out[m][n][half * 2 + 1], inverse);
-      }
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
-      if (lane % 4 == 0 && q.query < p.problem.q.rows)
-        p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
-    }
-  store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&shared.q), (unsigned char*)&shared, p.out,
-                                                              item, heads_per_tile, warp, lane);
-}
-
-template <class C>
-SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, const Accumulator<C>& acc, int first_row, int lane) {
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
-      if (q.position < 0) continue;
-      const int64_t row = partial_row(p.problem, item.split, item.entry, q.head, q.query);
-      float2* out = (float2*)(p.partial_out + row * C::kHeadDim);
-#pragma unroll
-      for (int n = 0; n < C::kOutTiles; n++)
-        out[n * 4 + lane % 4] = make_float2(acc.out[m][n][half * 2], acc.out[m][n][half * 2 + 1]);
-      if (lane % 4 == 0) ((float2*)p.partial_state)[row] = make_float2(acc.rows[m][half].max, acc.rows[m][half].sum);
-    }
-}
-
-// What the gate adds to a past row's scores, where the rows of a tile are of several heads.
-template <class C>
-SEGATTN_FN void packed_bias(float (&bias)[C::kRowTiles][2], const SegattnProblem& p, const Item& item, int first_row,
-                            int heads_per_tile, int lane) {
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float gate = p.past_gate[query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile).head];
-      bias[m][half] = gate > 0.f ? log2_approx(gate) : 0.f;
-    }
 }
 
 // Copies and products of a run of key tiles. With two stages and more K and V of the next tiles travel while this one is
@@ -332,7 +155,7 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
   acc.clear();
   for (int step = item.first_step; step < item.end_step; step++) {
     pipeline.keys_ready(step);
-    if (step == item.first_step && p.problem.scale < 0.f) negate_queries(shared, warp, lane);
+    if (step == item.first_step && p.problem.scale < 0.f) negate_queries<C>(shared.q, warp, lane);
     const KeyTile& tile = pipeline.tile(step);
     const int stage = pipeline.stage(step);
     const bool sees = rows.last_position >= 0 && tile.first < item.keys.limit(tile, rows.last_position);
@@ -356,7 +179,7 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
   if (item.splits > 1)
     store_partial<C>(p, item, acc, rows.first_row, lane);
   else
-    store_final<C>(p, item, acc, shared, rows.first_row, warp, lane);
+    store_final<C>(p, item, acc, shared.q, rows.first_row, warp, lane);
 }
 
 // Finds the block's next item that has work, the first without asking; false: none is left.
@@ -390,71 +213,10 @@ SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   }
 }
 
-// Folds the parts of a row's items: chunks (where items are chunks) into sections, sections into the row. One
-// warp a row, lane l holding columns l, l + 32, ...
-template <class C>
-struct CombinedRow {
-  static constexpr int kValues = C::kHeadDim / 32;
-  float out[kValues];
-  RowState state;
-
-  __device__ __forceinline__ void load(const SegattnForwardParams& p, int64_t row, int lane) {
-    const float2 s = ((const float2*)p.partial_state)[row];
-    state = {s.x, s.y};
-#pragma unroll
-    for (int i = 0; i < kValues; i++) out[i] = p.partial_out[row * C::kHeadDim + i * 32 + lane];
-  }
-  __device__ __forceinline__ void fold(const CombinedRow& part) {
-    const FoldFactors f = fold_factors(state.max, part.state.max);
-    state = {f.max, fold_value(state.sum, part.state.sum, f)};
-#pragma unroll
-    for (int i = 0; i < kValues; i++) out[i] = fold_value(out[i], part.out[i], f);
-  }
-};
-
-template <class C>
-SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
-  using T = typename C::T;
-  const int lane = threadIdx.x & 31, rows = (int)p.problem.q.rows;
-  const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
-  if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
-  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
-  const KeyList keys = KeyList::of(p.problem, entry, head);
-  const int query_rows = keys.query_rows(rows);
-  const int tile = (query * heads_per_tile + head % heads_per_tile) / C::kRows;
-  const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, heads_per_tile, query_rows);
-  const int splits = ceil_div(steps, C::kItemKeys / C::kKeys);
-  if (splits <= 1) return;  // already final
-
-  constexpr int kSectionItems = kSectionChunks * kChunkKeys / C::kItemKeys;
-  CombinedRow<C> total, section, part;
-  for (int first = 0; first < splits && query < query_rows; first += kSectionItems) {
-    section.load(p, partial_row(p.problem, first, entry, head, query), lane);
-    for (int split = first + 1; split < min(splits, first + kSectionItems); split++) {
-      part.load(p, partial_row(p.problem, split, entry, head, query), lane);
-      section.fold(part);
-    }
-    if (first == 0) total = section;
-    else total.fold(section);
-  }
-  uint16_t* out = (uint16_t*)Rows<T>::of(p.out, entry, head).row(query);
-  const float inverse = query < query_rows ? row_inverse(total.state.sum) : 0.f;
-#pragma unroll
-  for (int i = 0; i < CombinedRow<C>::kValues; i++)
-    out[i * 32 + lane] = query < query_rows ? (uint16_t)pack<T>(finish_value(total.out[i], inverse), 0.f) : (uint16_t)0;
-  if (lane == 0) p.lse[index] = query < query_rows ? row_lse(total.state) : SEGATTN_NEG_INF;
-}
-
 template <class C>
 constexpr SegattnKernelInfo forward_info() {
   return {C::kThreads, (int)sizeof(ForwardShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
 }
-
-struct CombineConfig {
-  static constexpr int kThreads = 128, kBlocks = 8;
-};
-constexpr SegattnKernelInfo kCombineInfo = {128, 0, 8, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
 
 #define FORWARD(name, T, kHeadDim, kPhase)                                                  \
   using Config_##name = ForwardConfig<T, kHeadDim, kPhase>;                                 \

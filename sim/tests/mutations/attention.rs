@@ -143,7 +143,7 @@ impl Target {
     /// The compiled files that hold it.
     fn files(&self) -> &'static [File] {
         match self.file {
-            "attention_forward.cu" => &[File::AttentionForward],
+            "attention_forward.cu" | "attention_rows.cuh" => &[File::AttentionForward],
             "attention_backward.cu" => &[File::AttentionBackward],
             _ => &[File::AttentionForward, File::AttentionBackward],
         }

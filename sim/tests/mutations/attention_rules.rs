@@ -11,11 +11,16 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",
         rules: &FORWARD,
+    },
+    Target {
+        file: "attention_rows.cuh",
+        instance: "bf16_d32",
+        rules: &ROWS,
     },
     Target {
         file: "attention_backward.cu",
@@ -108,7 +113,7 @@ pub const SURVIVORS: [[&str; 3]; 10] = [
     ],
 ];
 
-const FORWARD: [Rule; 54] = [
+const FORWARD: [Rule; 33] = [
     drop_statement("__syncthreads()"),
     drop_statement("__syncwarp()"),
     drop_statement("cp_async_commit()"),
@@ -117,9 +122,6 @@ const FORWARD: [Rule; 54] = [
         "limit(tile, rows.first_position)",
         "limit(tile, rows.last_position)",
     ),
-    replace("n * 8 >= limit", "n * 8 > limit"),
-    replace("n * 8 + 1 >= limit", "n * 8 + 1 > limit"),
-    replace("lane % 4 * 2;", "lane % 4;"),
     replace(
         "tile.first < item.keys.limit(tile, rows.last_position)",
         "tile.first + 1 < item.keys.limit(tile, rows.last_position)",
@@ -130,33 +132,10 @@ const FORWARD: [Rule; 54] = [
     ),
     replace("last || (step + 1) % C::kChunkSteps == 0", "last"),
     drop_statement("if (!last) acc.clear()"),
-    replace("factor[e / 2]", "factor[0]"),
-    replace("factor[0] != 1.f || factor[1] != 1.f", "factor[0] != 1.f"),
-    replace("out[n][1], factors[0]", "out[n][1], factors[1]"),
-    drop_statement("row.sum = quad_sum"),
-    replace("if (thread % 4 == 0) total = row", "total = row"),
-    replace("m * C::kOutTiles * C::kThreads + thread", "thread"),
-    replace("* kLn2", "* 1.f"),
-    replace(
-        "lane % 4 == 0 && q.query < p.problem.q.rows",
-        "lane % 4 == 0",
-    ),
-    replace(
-        "q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF",
-        "row_lse(row)",
-    ),
-    replace("out[n * 4 + lane % 4]", "out[n * 4 + lane / 8]"),
-    replace("? log2_approx(gate)", "? gate"),
     replace("item.split >= item.splits", "item.split > item.splits"),
     replace("index >= items", "index > items"),
     replace("(int64_t)blockIdx.x * (C::kRows", "(int64_t)0 * (C::kRows"),
     replace("scale < 0.f) negate", "scale < -9.f) negate"),
-    replace("0x80008000u", "0x8000u"),
-    replace("first == 0) total", "first >= 0) total"),
-    replace("split = first + 1", "split = first + 2"),
-    replace("min(splits, first + kSectionItems)", "splits"),
-    replace("splits <= 1) return", "splits <= 3) return"),
-    replace("part.state.max)", "state.max)"),
     replace(
         "arrive_and_wait<C::kStages == 1 ?",
         "cp_async_wait<C::kStages == 1 ?",
@@ -208,14 +187,44 @@ const FORWARD: [Rule; 54] = [
         "rows.first_row + m * 16, heads_per_tile",
         "rows.first_row, heads_per_tile",
     ),
-    replace(
-        "weights[n / 2][n % 2 * 2 + half]",
-        "weights[n / 2][half * 2 + n % 2]",
-    ),
     replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
     replace(
         "first ? blockIdx.x : gridDim.x",
         "first ? blockIdx.x : gridDim.x - 1",
+    ),
+];
+
+const ROWS: [Rule; 22] = [
+    drop_statement("__syncwarp()"),
+    replace("n * 8 >= limit", "n * 8 > limit"),
+    replace("n * 8 + 1 >= limit", "n * 8 + 1 > limit"),
+    replace("lane % 4 * 2;", "lane % 4;"),
+    replace("factor[e / 2]", "factor[0]"),
+    replace("factor[0] != 1.f || factor[1] != 1.f", "factor[0] != 1.f"),
+    replace("out[n][1], factors[0]", "out[n][1], factors[1]"),
+    drop_statement("row.sum = quad_sum"),
+    replace("if (thread % 4 == 0) total = row", "total = row"),
+    replace("m * C::kOutTiles * C::kThreads + thread", "thread"),
+    replace("* kLn2", "* 1.f"),
+    replace(
+        "lane % 4 == 0 && q.query < p.problem.q.rows",
+        "lane % 4 == 0",
+    ),
+    replace(
+        "q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF",
+        "row_lse(row)",
+    ),
+    replace("out[n * 4 + lane % 4]", "out[n * 4 + lane / 8]"),
+    replace("? log2_approx(gate)", "? gate"),
+    replace("0x80008000u", "0x8000u"),
+    replace("first == 0) total", "first >= 0) total"),
+    replace("split = first + 1", "split = first + 2"),
+    replace("min(splits, first + kSectionItems)", "splits"),
+    replace("splits <= 1) return", "splits <= 3) return"),
+    replace("part.state.max)", "state.max)"),
+    replace(
+        "weights[n / 2][n % 2 * 2 + half]",
+        "weights[n / 2][half * 2 + n % 2]",
     ),
 ];
 
