@@ -8,8 +8,11 @@ use segattn::attention::cuda::{DeviceSlice, Dtype, Gates, Lengths, Problem, Tens
 use segattn::attention::{Batch, Layout, PastLen};
 use segattn::cuda::{Error, alloc};
 
+/// More than any GPU's cache keeps.
+const CACHED_BYTES: f64 = 4e8;
+
 /// A batch of equal segments; the first `past_heads` heads read the past, all heads the prior.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Case {
     pub batch: usize,
     pub q_heads: usize,
@@ -20,8 +23,10 @@ pub struct Case {
     pub segment: usize,
     pub prior: usize,
     pub past: usize,
-    /// KV heads that read the past.
+    /// KV heads that have past rows.
     pub past_heads: usize,
+    /// The first of them, whose gate is 1; that of the others is 0, so that nobody reads their rows.
+    pub reading_heads: usize,
 }
 
 impl Case {
@@ -37,26 +42,55 @@ impl Case {
             prior,
             past,
             past_heads: if past > 0 { 4 } else { 0 },
+            reading_heads: if past > 0 { 4 } else { 0 },
         }
     }
 
-    /// One token of each of `batch` sequences at the end of a segment of 4096, every head reading everything.
-    pub fn decode(head_dim: usize, batch: usize) -> Self {
+    /// One token of each of `batch` sequences at the end of its segment, every head reading everything, `keys` in all.
+    pub fn decode(head_dim: usize, batch: usize, keys: usize) -> Self {
         Case {
             batch,
             q_heads: 32,
             kv_heads: 8,
             head_dim,
             rows: 1,
-            segment: 4096,
+            segment: keys - 1024,
             prior: 512,
             past: 512,
             past_heads: 8,
+            reading_heads: 8,
+        }
+    }
+
+    /// The same with a past of so many rows of every KV head, which the first `reading_heads` read.
+    pub fn gated(&self, past: usize, reading_heads: usize) -> Self {
+        Case {
+            past,
+            past_heads: self.kv_heads,
+            reading_heads,
+            ..self.clone()
+        }
+    }
+
+    /// The same without the rows that nobody reads.
+    pub fn without_closed(&self) -> Self {
+        Case {
+            past: if self.reading_heads > 0 { self.past } else { 0 },
+            past_heads: self.reading_heads,
+            ..self.clone()
         }
     }
 
     pub fn is_decode(&self) -> bool {
         self.rows < self.segment
+    }
+
+    /// Copies of the tensors that take turns, so that a decoding step's keys come from memory and not from a cache.
+    pub fn copies(&self) -> usize {
+        match self.is_decode() {
+            true => (CACHED_BYTES / self.kv_bytes()).ceil().clamp(1.0, 64.0) as usize,
+            false => 1,
+        }
     }
 
     pub fn name(&self) -> String {
@@ -68,9 +102,16 @@ impl Case {
             past,
             ..
         } = self;
+        let closed = match self.past_heads - self.reading_heads {
+            0 => String::new(),
+            closed => format!(" {closed} gates 0"),
+        };
         match self.is_decode() {
-            true => format!("decode D{head_dim} {batch} sequences"),
-            false => format!("D{head_dim} S{segment} M{prior} R{past}"),
+            true => {
+                let keys = segment + prior + past;
+                format!("decode D{head_dim} {batch} sequences, {keys} keys{closed}")
+            }
+            false => format!("D{head_dim} S{segment} M{prior} R{past}{closed}"),
         }
     }
 
@@ -83,7 +124,7 @@ impl Case {
         let current = rows * (segment - rows) + rows * (rows + 1.0) / 2.0;
         let entries = self.batch as f64;
         [
-            entries * group * self.past_heads as f64 * rows * past,
+            entries * group * self.reading_heads as f64 * rows * past,
             entries * self.q_heads as f64 * (current + rows * prior),
         ]
     }
@@ -101,7 +142,7 @@ impl Case {
 
     /// Bytes of keys and values that a decoding step reads.
     pub fn kv_bytes(&self) -> f64 {
-        let rows = self.kv_heads * (self.segment + self.prior) + self.past_heads * self.past;
+        let rows = self.kv_heads * (self.segment + self.prior) + self.reading_heads * self.past;
         (2 * Dtype::BYTES * self.head_dim * self.batch * rows) as f64
     }
 }
@@ -210,7 +251,7 @@ impl Data {
                 each(case.segment - case.rows),
             ],
             gates: (0..case.q_heads)
-                .map(|head| f32::from(u8::from(head / group < case.past_heads)))
+                .map(|head| f32::from(u8::from(head / group < case.reading_heads)))
                 .collect(),
             prior_heads: vec![case.prior > 0; case.q_heads],
         })

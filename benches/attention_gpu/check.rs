@@ -50,7 +50,7 @@ impl<'a> Host<'a> {
     fn visible(&self, row: usize, head: usize) -> Vec<(usize, usize, usize)> {
         let case = &self.data.case;
         let current = case.segment - case.rows + row + 1;
-        let past = if head * case.kv_heads / case.q_heads < case.past_heads {
+        let past = if head * case.kv_heads / case.q_heads < case.reading_heads {
             case.past
         } else {
             0

@@ -1,9 +1,10 @@
 //! The kernels on a GPU: device-event times under criterion, after a check of the same tensors, against PyTorch's
 //! FlashAttention-2, cuDNN and FlexAttention at equal visible pairs.
 //!
-//! `SEGATTN_BENCH_S` (segment lengths), `SEGATTN_BENCH_FLEX` (those for which FlexAttention is compiled, which takes its
-//! time) and `SEGATTN_BENCH_SECONDS` (no case begins later) narrow a run. Raw results go to `SEGATTN_BENCH_RUNS`, by
-//! default benches/runs/.
+//! Parts are `decode`, `gates` (what heads with a gate of 0 cost) and `prefill`; `-- decode` runs one of them,
+//! `-- 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
+//! `SEGATTN_BENCH_FLEX` (those for which FlexAttention is compiled, which takes its time) and `SEGATTN_BENCH_SECONDS` (no
+//! case begins later) narrow a run. Raw results go to `SEGATTN_BENCH_RUNS`, by default benches/runs/.
 
 mod case;
 mod check;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DevicePtr};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr};
 use segattn::attention::cuda::{
     BackwardPlan, DeviceSlice, DriverKernels, ForwardPlan, Gradients, Saved,
 };
@@ -39,25 +40,68 @@ fn list(name: &str, default: &[usize]) -> Vec<usize> {
     }
 }
 
-/// Every case and whether FlexAttention is asked for it.
-fn cases() -> Vec<(Case, bool)> {
+/// Which peers are asked for a case.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Ask {
+    Nobody,
+    All,
+    /// All but FlexAttention.
+    NoFlex,
+}
+
+/// Every case, its part of the bench and whom to ask for it: the short parts first.
+fn cases() -> Vec<(&'static str, Case, Ask)> {
     let segments = list("SEGATTN_BENCH_S", &[512, 1024, 2048, 4096, 8192, 16_384]);
     let flex = list("SEGATTN_BENCH_FLEX", &segments);
     let mut cases = Vec::new();
+    for head_dim in [128, 64] {
+        for keys in [5120, 8192, 32_768] {
+            for batch in [1, 8, 64] {
+                cases.push(("decode", Case::decode(head_dim, batch, keys), Ask::NoFlex));
+            }
+        }
+    }
+    for head_dim in [128, 64] {
+        let bases = [
+            Case::decode(head_dim, 8, 5120),
+            Case::prefill(head_dim, 512, 512, 0),
+            Case::prefill(head_dim, 4096, 4096, 0),
+        ];
+        for base in bases {
+            // A past that nobody reads; one that a quarter of the heads read.
+            for reading in [0, base.kv_heads / 4] {
+                let case = base.gated(32_768, reading);
+                cases.push(("gates", case.without_closed(), Ask::Nobody));
+                cases.push(("gates", case, Ask::Nobody));
+            }
+        }
+    }
     for head_dim in [128, 64] {
         for &segment in &segments {
             for prior in [segment, segment / 8] {
                 for past in [0, 512, 32_768] {
                     let case = Case::prefill(head_dim, segment, prior, past);
-                    cases.push((case, flex.contains(&segment)));
+                    let ask = match flex.contains(&segment) {
+                        true => Ask::All,
+                        false => Ask::NoFlex,
+                    };
+                    cases.push(("prefill", case, ask));
                 }
             }
         }
-        for batch in [1, 8, 64] {
-            cases.push((Case::decode(head_dim, batch), false));
-        }
     }
     cases
+}
+
+/// The name of a measured pass, which a filter is looked for in.
+fn pass_name(part: &str, pass: &str, case: &Case) -> String {
+    format!("{part}/{pass} {}", case.name())
+}
+
+/// Whether a pass is wanted: all are, or those with the first argument, or one of several between `|`, in their names.
+fn is_wanted(name: &str) -> bool {
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    filter.is_none_or(|filter| filter.split('|').any(|text| name.contains(text)))
 }
 
 /// Device events around work on a stream.
@@ -100,8 +144,35 @@ fn bandwidth(clock: &Clock, source: &Source) -> Result<f64> {
     Ok(4.0 * from.len() as f64 / best.as_secs_f64())
 }
 
+fn workspace(stream: &Arc<CudaStream>, bytes: usize) -> Result<CudaSlice<u8>> {
+    // SAFETY: kernels read of it only what they wrote.
+    Ok(unsafe { alloc(stream, bytes.max(1)) }?)
+}
+
+/// A forward call and its memory.
+struct Call {
+    data: Data,
+    plan: ForwardPlan,
+    memory: CudaSlice<u8>,
+}
+
+impl Call {
+    fn new(case: &Case, source: &Source, kernels: &DriverKernels) -> Result<Self> {
+        let mut data = Data::new(case, source)?;
+        let (out, lse) = (data.tensor(case::OUT), data.lse());
+        let plan = ForwardPlan::new(&data.problem(), &out, lse, None, kernels)?;
+        let memory = workspace(&data.stream, plan.workspace_bytes())?;
+        Ok(Call { data, plan, memory })
+    }
+
+    fn workspace(&self) -> DeviceSlice {
+        let address = self.memory.device_ptr(&self.data.stream).0;
+        DeviceSlice::new(address, self.memory.len())
+    }
+}
+
 struct Bench<'a> {
-    kernels: DriverKernels,
+    kernels: Arc<DriverKernels>,
     stream: Arc<CudaStream>,
     clock: Clock,
     criterion: &'a mut Criterion,
@@ -125,36 +196,40 @@ impl Bench<'_> {
         best
     }
 
-    fn workspace(&self, bytes: usize) -> Result<cudarc::driver::CudaSlice<u8>> {
-        // SAFETY: kernels read of it only what they wrote.
-        Ok(unsafe { alloc(&self.stream, bytes.max(1)) }?)
-    }
-
-    /// Checks and times a case, forward and, where there is one, backward.
-    fn case(&mut self, case: &Case, source: &Source, flex: bool) -> Result<()> {
-        let mut data = Data::new(case, source)?;
-        let (out, lse) = (data.tensor(case::OUT), data.lse());
-        let plan = ForwardPlan::new(&data.problem(), &out, lse, None, &self.kernels)?;
-        let memory = self.workspace(plan.workspace_bytes())?;
-        let workspace = DeviceSlice::new(memory.device_ptr(&self.stream).0, memory.len());
-        // SAFETY: here and below: every address is that of a slice in `data` or of `memory`, which live until the
-        // clock has waited for the stream; the lengths are those of the slices.
-        unsafe { plan.run(&mut self.kernels.on(&self.stream)?, workspace) }?;
-        check::forward(&data)?;
-        let (stream, name) = (self.stream.clone(), case.name());
-        let kernels = DriverKernels::new(stream.context())?;
-        let mut launcher = kernels.on(&stream)?;
-        // The host's values are in the workspace already, as in a captured step.
-        let seconds = self.measure(&format!("forward {name}"), || {
-            unsafe { plan.launch(&mut launcher, workspace) }.expect("a launch");
-        });
-        self.finish(case, false, seconds, flex);
-        if case.is_decode() {
+    /// Checks and times what is wanted of a case: forward and, where there is one, backward.
+    fn case(&mut self, part: &str, case: &Case, source: &Source, ask: Ask) -> Result<()> {
+        let [forward, backward] = ["forward", "backward"].map(|pass| pass_name(part, pass, case));
+        let with_backward = !case.is_decode() && is_wanted(&backward);
+        if !is_wanted(&forward) && !with_backward {
             return Ok(());
         }
+        let stream = self.stream.clone();
+        let kernels = self.kernels.clone();
+        let mut launcher = kernels.on(&stream)?;
+        let calls = (0..case.copies()).map(|_| Call::new(case, source, &kernels));
+        let mut calls = calls.collect::<Result<Vec<_>>>()?;
+        for call in &calls {
+            // SAFETY: here and below: every address is that of a slice in a call's `data` or `memory`, or in `memory`,
+            // which live until the clock has waited for the stream; the lengths are those of the slices.
+            unsafe { call.plan.run(&mut launcher, call.workspace()) }?;
+        }
+        check::forward(&calls[0].data)?;
+        if is_wanted(&forward) {
+            // The host's values are in the workspace already, as in a captured step.
+            let mut turns = (0..calls.len()).cycle();
+            let seconds = self.measure(&forward, || {
+                let call = &calls[turns.next().unwrap_or_default()];
+                unsafe { call.plan.launch(&mut launcher, call.workspace()) }.expect("a launch");
+            });
+            self.finish(case, false, seconds, ask);
+        }
+        if !with_backward {
+            return Ok(());
+        }
+        let data = &mut calls[0].data;
         let saved = Saved {
-            out,
-            lse,
+            out: data.tensor(case::OUT),
+            lse: data.lse(),
             d_out: data.tensor(case::D_OUT),
             d_lse: None,
         };
@@ -165,21 +240,22 @@ impl Bench<'_> {
             d_prior: Some((data.tensor(case::D_PRIOR_K), data.tensor(case::D_PRIOR_V))),
             d_past_gate: data.d_past_gate(),
         };
-        let plan = BackwardPlan::new(&data.problem(), &saved, &gradients, &self.kernels)?;
-        let memory = self.workspace(plan.workspace_bytes())?;
-        let workspace = DeviceSlice::new(memory.device_ptr(&self.stream).0, memory.len());
+        let plan = BackwardPlan::new(&data.problem(), &saved, &gradients, &*kernels)?;
+        let memory = workspace(&stream, plan.workspace_bytes())?;
+        let workspace = DeviceSlice::new(memory.device_ptr(&stream).0, memory.len());
         unsafe { plan.run(&mut launcher, workspace) }?;
-        check::backward(&data)?;
-        let seconds = self.measure(&format!("backward {name}"), || {
+        check::backward(data)?;
+        let seconds = self.measure(&backward, || {
             unsafe { plan.launch(&mut launcher, workspace) }.expect("a launch");
         });
-        self.finish(case, true, seconds, flex);
+        self.finish(case, true, seconds, ask);
         Ok(())
     }
 
-    fn finish(&mut self, case: &Case, backward: bool, seconds: f64, flex: bool) {
+    fn finish(&mut self, case: &Case, backward: bool, seconds: f64, ask: Ask) {
         let peers = match &mut self.peers {
-            Ok(peers) => peers.time(case, backward, flex),
+            _ if ask == Ask::Nobody => Err("not asked".into()),
+            Ok(peers) => peers.time(case, backward, ask == Ask::All),
             Err(missing) => Err(missing.clone()),
         };
         self.report.push(Row::new(case, backward, seconds, peers));
@@ -207,19 +283,19 @@ pub fn run(context: &Arc<CudaContext>, criterion: &mut Criterion) -> Result<()> 
         bandwidth(&clock, &source)?,
     );
     let mut bench = Bench {
-        kernels: DriverKernels::new(context)?,
+        kernels: Arc::new(DriverKernels::new(context)?),
         stream,
         clock,
         criterion,
         peers,
         report,
     };
-    for (case, flex) in cases() {
+    for (part, case, ask) in cases() {
         if begin.elapsed().as_secs() >= limit {
             println!("left out for lack of time: {}", case.name());
             continue;
         }
-        if let Err(error) = bench.case(&case, &source, flex) {
+        if let Err(error) = bench.case(part, &case, &source, ask) {
             println!("{}: {error}", case.name());
         }
     }

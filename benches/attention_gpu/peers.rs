@@ -82,7 +82,7 @@ impl Peers {
             "current": case.segment,
             "prior": case.prior,
             "past": case.past,
-            "past_heads": case.past_heads * group,
+            "past_heads": case.reading_heads * group,
             "backward": backward,
             "flex": flex,
         });

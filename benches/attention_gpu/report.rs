@@ -92,7 +92,7 @@ impl Report {
             "{}, {} multiprocessors; kernels for {KERNEL_ARCHITECTURES}; peak of an 8192^3 bf16 product {peak}, copy \
              {:.2} TB/s; PyTorch {}\n\
              16 heads, 16,384 tokens; S segment, M prior, R past on a quarter of the heads; peers at equal visible \
-             pairs, as times ours\n{:34} {:>9} {:>8} {:>8} {}",
+             pairs, as times ours\n{:52} {:>9} {:>8} {:>8} {}",
             self.device.name,
             self.device.multiprocessors,
             self.bandwidth / 1e12,
@@ -122,11 +122,20 @@ impl Report {
             None => format!("{:>7}", "-"),
         });
         format!(
-            "{:34} {:9.3} {speed:>8} {share:>8} {}",
+            "{:52} {:9.3} {speed:>8} {share:>8} {}{}",
             format!("{} {}", row.pass(), row.case.name()),
             1e3 * row.seconds,
-            peers.join(" ")
+            peers.join(" "),
+            self.closed_cost(row).unwrap_or_default(),
         )
+    }
+
+    /// Where gates are 0: the time as a multiple of that without the rows behind them, if it is known.
+    fn closed_cost(&self, row: &Row) -> Option<String> {
+        let without = row.case.without_closed();
+        let same = |other: &&Row| other.case == without && other.backward == row.backward;
+        let other = self.rows.iter().find(same)?;
+        (row.case != without).then(|| format!("  {:.3}x without them", row.seconds / other.seconds))
     }
 
     pub fn push(&mut self, row: Row) {
