@@ -14,6 +14,10 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 /// Real architectures of the fat binary; its PTX, for GPUs to come, is of `PTX_ARCH`.
 const ARCHS: &[&str] = &["80", "86", "89", "90", "100", "120"];
 const PTX_ARCH: &str = "80";
+/// Files whose names end so use Hopper's own instructions: they are compiled for `HOPPER_ARCH` alone, where sm_90 is among
+/// the architectures, and are empty where it is not.
+const HOPPER_ENDING: &str = "_hopper";
+const HOPPER_ARCH: &str = "90a";
 /// How ptxas weighs registers against instructions (0 to 10, 5 by default). Kernels whose accumulators fill the registers fit at one
 /// level or another, by architecture; none may use local memory.
 const REGISTER_LEVELS: &[&str] = &["5", "0", "10"];
@@ -146,12 +150,7 @@ fn architectures() -> Result<Vec<String>> {
 fn compile_all(nvcc: &Path, kernels: &[String], archs: &[String], out: &Path) -> Result<()> {
     let jobs: VecDeque<(&str, Option<&str>)> = kernels
         .iter()
-        .flat_map(|kernel| {
-            let real = archs
-                .iter()
-                .map(|arch| (kernel.as_str(), Some(arch.as_str())));
-            real.chain([(kernel.as_str(), None)])
-        })
+        .flat_map(|kernel| targets(kernel, archs).map(|target| (kernel.as_str(), target)))
         .collect();
     let jobs = Mutex::new(jobs);
     let errors = Mutex::new(Vec::new());
@@ -182,6 +181,16 @@ fn compile_all(nvcc: &Path, kernels: &[String], archs: &[String], out: &Path) ->
     }
 }
 
+/// What a file is compiled for: architectures, and PTX as `None`.
+fn targets<'a>(kernel: &str, archs: &'a [String]) -> impl Iterator<Item = Option<&'a str>> {
+    let hopper = kernel.ends_with(HOPPER_ENDING);
+    let own = archs.iter().filter_map(move |arch| match hopper {
+        true => (arch == "90").then_some(HOPPER_ARCH),
+        false => Some(arch.as_str()),
+    });
+    own.map(Some).chain((!hopper).then_some(None))
+}
+
 fn object(kernel: &str, arch: Option<&str>, out: &Path) -> PathBuf {
     match arch {
         Some(arch) => out.join(format!("{kernel}.sm_{arch}.cubin")),
@@ -189,7 +198,7 @@ fn object(kernel: &str, arch: Option<&str>, out: &Path) -> PathBuf {
     }
 }
 
-/// The first of [`REGISTER_LEVELS`] at which no kernel of the file uses local memory.
+/// The first of [`REGISTER_LEVELS`] at which no kernel of the file uses local memory, or waits for each of its products.
 fn compile(nvcc: &Path, kernel: &str, arch: Option<&str>, out: &Path) -> Result<()> {
     let mut entries = Vec::new();
     for level in REGISTER_LEVELS {
@@ -214,12 +223,20 @@ fn compile(nvcc: &Path, kernel: &str, arch: Option<&str>, out: &Path) -> Result<
             return Err(format!("{}: {kernel}.cu: {status}\n{log}", nvcc.display()).into());
         }
         entries = spilled(&log);
+        entries.extend(
+            log.lines()
+                .filter(|line| is_lost_speed(line))
+                .map(str::to_owned),
+        );
         if entries.is_empty() {
             return Ok(());
         }
     }
     let entries = entries.join(", ");
-    Err(format!("{kernel}.cu, architecture {arch:?}: local memory in {entries}").into())
+    Err(
+        format!("{kernel}.cu, architecture {arch:?}: local memory or lost speed in {entries}")
+            .into(),
+    )
 }
 
 /// Entry points that by the report of `ptxas -v` use local memory: a stack, which is where spilled registers go too.
@@ -239,24 +256,30 @@ fn spilled(log: &str) -> Vec<String> {
     found
 }
 
+/// ptxas took the overlap out of a warpgroup's products, or left its registers as they are.
+fn is_lost_speed(line: &str) -> bool {
+    line.contains("are serialized") || (line.contains("setmaxnreg") && line.contains("ignored"))
+}
+
 fn link(nvcc: &Path, kernel: &str, archs: &[String], out: &Path) -> Result<()> {
     let mut command = Command::new(nvcc.with_file_name("fatbinary"));
     command.arg("-64").arg(format!(
         "--create={}",
         out.join(format!("{kernel}.fatbin")).display()
     ));
-    for arch in archs {
-        let file = object(kernel, Some(arch), out);
+    let mut images = 0;
+    for target in targets(kernel, archs) {
+        let (kind, arch) = target.map_or(("ptx", PTX_ARCH), |arch| ("elf", arch));
+        let file = object(kernel, target, out);
         command.arg(format!(
-            "--image3=kind=elf,sm={arch},file={}",
+            "--image3=kind={kind},sm={arch},file={}",
             file.display()
         ));
+        images += 1;
     }
-    let ptx = object(kernel, None, out);
-    command.arg(format!(
-        "--image3=kind=ptx,sm={PTX_ARCH},file={}",
-        ptx.display()
-    ));
+    if images == 0 {
+        return Ok(fs::write(out.join(format!("{kernel}.fatbin")), [])?);
+    }
     let output = command.output()?;
     match output.status.success() {
         true => Ok(()),

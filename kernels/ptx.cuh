@@ -47,6 +47,36 @@ SEGATTN_FN uint32_t pack_two(float low, float high, F16) { return sim_f16_bits(l
 SEGATTN_FN float widen(uint16_t bits, Bf16) { return sim_bf16_value(bits); }
 SEGATTN_FN float widen(uint16_t bits, F16) { return sim_f16_value(bits); }
 
+// ---- Hopper: barriers in shared memory, and products of a warpgroup
+SEGATTN_FN void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { sim_mbarrier_init(barrier, arrivals, sim_site()); }
+SEGATTN_FN void fence_mbarrier_init() { sim_fence_mbarrier_init(); }
+SEGATTN_FN void mbarrier_arrive(uint64_t* barrier) { sim_mbarrier_arrive(barrier, 1, sim_site()); }
+SEGATTN_FN void mbarrier_wait(uint64_t* barrier, uint32_t parity) { sim_mbarrier_wait(barrier, parity, sim_site()); }
+SEGATTN_FN void fence_proxy_async_shared() { sim_fence_proxy_async(SIM_SHARED); }
+template <int kThreads>
+SEGATTN_FN void barrier_sync(int id) { sim_barrier_sync(id, kThreads, sim_site()); }
+template <int kRegisters>
+SEGATTN_FN void take_registers() {}
+template <int kRegisters>
+SEGATTN_FN void release_registers() {}
+SEGATTN_FN uint64_t matrix_descriptor(SharedAddress at, uint32_t leading_bytes, uint32_t stride_bytes) {
+  return sim_shared_address((const void*)at) >> 4 | (uint64_t)(leading_bytes >> 4) << 16 | (uint64_t)(stride_bytes >> 4) << 32 | 1ull << 62;
+}
+SEGATTN_FN void wgmma_fence() { sim_wgmma_fence(sim_site()); }
+SEGATTN_FN void wgmma_commit() { sim_wgmma_commit(sim_site()); }
+template <int kNewestLeft>
+SEGATTN_FN void wgmma_wait() { sim_wgmma_wait(kNewestLeft, sim_site()); }
+SEGATTN_FN int wgmma_type(Bf16) { return SIM_BF16; }
+SEGATTN_FN int wgmma_type(F16) { return 0; }
+template <bool kAccumulate, bool kColumns, int kColTiles, class T>
+SEGATTN_FN void wgmma(float (&d)[kColTiles][4], uint64_t a, uint64_t b, T t) {
+  sim_wgmma(&d[0][0], kColTiles * 8, nullptr, a, b, wgmma_type(t) | (kAccumulate ? SIM_ACCUMULATE : 0) | (kColumns ? SIM_B_MN_MAJOR : 0), sim_site());
+}
+template <bool kAccumulate, bool kColumns, int kColTiles, class T>
+SEGATTN_FN void wgmma(float (&d)[kColTiles][4], const uint32_t (&a)[4], uint64_t b, T t) {
+  sim_wgmma(&d[0][0], kColTiles * 8, a, 0, b, wgmma_type(t) | (kAccumulate ? SIM_ACCUMULATE : 0) | (kColumns ? SIM_B_MN_MAJOR : 0), sim_site());
+}
+
 #else
 
 #define SEGATTN_FN static __device__ __forceinline__
@@ -100,6 +130,73 @@ SEGATTN_FN uint32_t pack_two(float low, float high, F16) {
 }
 SEGATTN_FN float widen(uint16_t bits, Bf16) { return __uint_as_float((uint32_t)bits << 16); }
 SEGATTN_FN float widen(uint16_t bits, F16) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits)); return x; }
+
+// ---- Hopper: barriers in shared memory, and products of a warpgroup (128 threads, the first a multiple of 128). For
+// kernels that are compiled for sm_90a.
+SEGATTN_FN void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers known to the async proxy; a barrier of the block makes them known to its threads.
+SEGATTN_FN void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SEGATTN_FN void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Returns once the phase of that parity has completed.
+SEGATTN_FN void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+               ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// What this thread wrote to shared memory is seen by the products and bulk copies of the threads it then signals.
+SEGATTN_FN void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier of kThreads of the block's threads: 1 <= id < 16.
+template <int kThreads>
+SEGATTN_FN void barrier_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory"); }
+// Registers of each thread of the warpgroup from here on: a multiple of 8.
+template <int kRegisters>
+SEGATTN_FN void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters>
+SEGATTN_FN void release_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
+// An operand in shared memory with 128-byte swizzle. In rows of k: 8 rows are stride_bytes apart, leading_bytes is not
+// read. In columns (k by k, panels of 64 columns): panels are leading_bytes apart, 8 k stride_bytes.
+SEGATTN_FN uint64_t matrix_descriptor(SharedAddress at, uint32_t leading_bytes, uint32_t stride_bytes) {
+  return (at & 0x3ffff) >> 4 | (uint64_t)(leading_bytes >> 4) << 16 | (uint64_t)(stride_bytes >> 4) << 32 | 1ull << 62;
+}
+// Before the first product, and whenever accumulators or operands in registers were touched since the last one.
+SEGATTN_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SEGATTN_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kNewestLeft>
+SEGATTN_FN void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewestLeft) : "memory"); }
+
+// d = a b, or d += a b: 64 x 16 by 16 x 64 or 128. A warp has the 16 rows of its place in the warpgroup, with m16n8k16's
+// layouts of d and of a in registers, and the bits of a chain of m16n8k16. `a` in shared memory is in rows of k, b
+// in rows of k or in columns. Until the wait for its group neither d nor a in registers may be touched.
+#define SEGATTN_D8 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SEGATTN_D16                                                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define SEGATTN_OUT(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SEGATTN_OUT8(d, i)                                                                                            \
+  SEGATTN_OUT(d, i), SEGATTN_OUT(d, i + 1), SEGATTN_OUT(d, i + 2), SEGATTN_OUT(d, i + 3), SEGATTN_OUT(d, i + 4),       \
+      SEGATTN_OUT(d, i + 5), SEGATTN_OUT(d, i + 6), SEGATTN_OUT(d, i + 7)
+#define SEGATTN_WGMMA(T, type, tiles, shape, registers, outputs, a0, a1, a2, a3, a4, a5, a6)                          \
+  template <bool kAccumulate, bool kColumns>                                                                          \
+  SEGATTN_FN void wgmma(float (&d)[tiles][4], uint64_t a, uint64_t b, T) {                                            \
+    asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " " registers                         \
+                 ", %" #a0 ", %" #a1 ", %" #a2 ", 1, 1, 0, %" #a3 ";"                                                   \
+                 : outputs : "l"(a), "l"(b), "n"((int)kAccumulate), "n"((int)kColumns));                              \
+  }                                                                                                                   \
+  template <bool kAccumulate, bool kColumns>                                                                          \
+  SEGATTN_FN void wgmma(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, T) {                                \
+    asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " " registers                         \
+                 ", {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4 ", %" #a5 ", 1, 1, %" #a6 ";"                       \
+                 : outputs : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)kAccumulate), "n"((int)kColumns)); \
+  }
+#define SEGATTN_ALL(...) __VA_ARGS__
+SEGATTN_WGMMA(Bf16, "bf16", 8, "m64n64", SEGATTN_D8, SEGATTN_ALL(SEGATTN_OUT8(d, 0)), 32, 33, 34, 35, 36, 37, 38)
+SEGATTN_WGMMA(F16, "f16", 8, "m64n64", SEGATTN_D8, SEGATTN_ALL(SEGATTN_OUT8(d, 0)), 32, 33, 34, 35, 36, 37, 38)
+SEGATTN_WGMMA(Bf16, "bf16", 16, "m64n128", SEGATTN_D16, SEGATTN_ALL(SEGATTN_OUT8(d, 0), SEGATTN_OUT8(d, 8)), 64, 65, 66, 67, 68, 69, 70)
+SEGATTN_WGMMA(F16, "f16", 16, "m64n128", SEGATTN_D16, SEGATTN_ALL(SEGATTN_OUT8(d, 0), SEGATTN_OUT8(d, 8)), 64, 65, 66, 67, 68, 69, 70)
 #endif
 
 // What has one meaning for both.

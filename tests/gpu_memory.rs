@@ -19,6 +19,7 @@ type Dry = Gpu<DryRun<KnownKernels>>;
 fn kernels() -> Arc<KnownKernels> {
     Arc::new(KnownKernels {
         multiprocessors: 132,
+        hopper: true,
     })
 }
 

@@ -15,6 +15,7 @@ use crate::module::{Kernel, Module, Source};
 pub struct Kernels {
     files: [Lazy; File::ALL.len()],
     resident_blocks: u32,
+    hopper: bool,
 }
 
 /// A source and, once needed, what was compiled from it.
@@ -38,6 +39,15 @@ impl Kernels {
                 module: Mutex::new(None),
             }),
             resident_blocks: 3,
+            hopper: false,
+        }
+    }
+
+    /// The same as a device that has the kernels written for Hopper, which come first then.
+    pub fn hopper(self) -> Kernels {
+        Kernels {
+            hopper: true,
+            ..self
         }
     }
 
@@ -101,6 +111,10 @@ impl segattn::attention::cuda::Kernels for Kernels {
 
     fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, Error> {
         Ok(self.resident_blocks)
+    }
+
+    fn hopper(&self) -> bool {
+        self.hopper
     }
 }
 

@@ -9,10 +9,27 @@ use safetensors::SafeTensors;
 use segattn_sim::{Checks, Gpu, Module, Source};
 
 /// Functions of `ptx.cuh` whose meaning no record could show, and those that await the next recording.
-const NOT_RECORDED: [(&str, &str); 3] = [
+const NOT_RECORDED: [(&str, &str); 17] = [
     ("shared_memory", "an address; used by the copies' kernels"),
     ("shared_address", "an address; used by the copies' kernels"),
     ("pack", "pack_two under another name"),
+    ("mbarrier_init", "no result"),
+    ("fence_mbarrier_init", "no result"),
+    ("mbarrier_arrive", "no result"),
+    ("mbarrier_wait", "no result"),
+    ("fence_proxy_async_shared", "no result"),
+    ("barrier_sync", "no result"),
+    ("take_registers", "no result"),
+    ("release_registers", "no result"),
+    (
+        "matrix_descriptor",
+        "an address; used by the products' kernels",
+    ),
+    ("wgmma_fence", "no result"),
+    ("wgmma_commit", "no result"),
+    ("wgmma_wait", "no result"),
+    ("wgmma_type", "a number of the simulator"),
+    ("wgmma", "next recording"),
 ];
 
 /// Relative error of ex2.approx.ftz: 2^-22 by NVIDIA's account, and half a unit of our own exp2f.

@@ -90,8 +90,10 @@ pub fn rows(planner: &Planner<'_>, contexts: &[usize]) -> Result<(Place, Vec<Row
         elsewhere: None,
         free: None,
     };
-    let multiprocessors = MULTIPROCESSORS;
-    let kernels = Arc::new(KnownKernels { multiprocessors });
+    let kernels = Arc::new(KnownKernels {
+        multiprocessors: MULTIPROCESSORS,
+        hopper: true,
+    });
     let rows = planner.rows(&kernels, place.free, contexts)?;
     Ok((place, rows))
 }

@@ -100,6 +100,11 @@ fn info(ordinal: i32) -> Result<DeviceInfo, Error> {
 }
 
 impl DeviceInfo {
+    /// Whether kernels were compiled for this very architecture with Hopper's own instructions (sm_90a).
+    pub fn has_hopper_kernels(&self) -> bool {
+        self.architecture == (9, 0) && KERNEL_ARCHITECTURES.split(", ").any(|arch| arch == "sm_90")
+    }
+
     /// What a context's GPU is.
     ///
     /// # Errors

@@ -55,6 +55,7 @@ fn image(file: File) -> &'static [u8] {
 pub struct DriverKernels {
     context: Arc<CudaContext>,
     multiprocessors: u32,
+    hopper: bool,
     modules: [OnceLock<Arc<Module>>; File::ALL.len()],
     entries: Mutex<HashMap<&'static str, Arc<Function>>>,
     infos: Mutex<HashMap<&'static str, SegattnKernelInfo>>,
@@ -71,9 +72,11 @@ impl DriverKernels {
     /// # Errors
     /// What the driver says.
     pub fn new(context: &Arc<CudaContext>) -> Result<Self, Error> {
+        let info = cuda::DeviceInfo::of(context)?;
         Ok(DriverKernels {
             context: context.clone(),
-            multiprocessors: cuda::DeviceInfo::of(context)?.multiprocessors,
+            multiprocessors: info.multiprocessors,
+            hopper: info.has_hopper_kernels(),
             modules: Default::default(),
             entries: Mutex::default(),
             infos: Mutex::default(),
@@ -173,6 +176,10 @@ impl Kernels for DriverKernels {
             Err(cuda::Error::SharedMemory { .. }) => Ok(0),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn hopper(&self) -> bool {
+        self.hopper
     }
 }
 

@@ -12,6 +12,8 @@ use super::launcher::Kernels;
 pub struct KnownKernels {
     /// Multiprocessors of the GPU: 132 of an H100 or H200, 108 of an A100.
     pub multiprocessors: u32,
+    /// Whether it is an H100 or H200, which have kernels of their own.
+    pub hopper: bool,
 }
 
 impl Kernels for KnownKernels {
@@ -32,5 +34,9 @@ impl Kernels for KnownKernels {
     fn resident_blocks(&self, _: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
         // What the kernels are compiled for: registers and shared memory leave room for no more.
         Ok((info.blocks_per_multiprocessor as u32 * self.multiprocessors).max(1))
+    }
+
+    fn hopper(&self) -> bool {
+        self.hopper
     }
 }

@@ -30,6 +30,10 @@ pub trait Kernels {
     /// # Errors
     /// What the driver says.
     fn resident_blocks(&self, entry: Entry, info: &SegattnKernelInfo) -> Result<u32, Error>;
+
+    /// Whether the kernels written for Hopper (sm_90a) are there and run on this device. They give the bits of the
+    /// others in forward.
+    fn hopper(&self) -> bool;
 }
 
 /// One kernel launch: a grid of `blocks` x 1 x 1.

@@ -34,6 +34,10 @@ impl Kernels for Table {
     fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, Error> {
         Ok(8)
     }
+
+    fn hopper(&self) -> bool {
+        false
+    }
 }
 
 /// What was asked of a stream.

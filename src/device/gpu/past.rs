@@ -420,7 +420,10 @@ mod tests {
 
     #[test]
     fn keys_stay_on_the_device_longest() {
-        let kernels = KnownKernels { multiprocessors: 1 };
+        let kernels = KnownKernels {
+            multiprocessors: 1,
+            hopper: false,
+        };
         let gpu = Gpu::new(DryRun::new(Arc::new(kernels), None));
         let (heads, dim, run) = (2, 32, 8);
         let width = heads * dim;
