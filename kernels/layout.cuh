@@ -31,8 +31,9 @@
       offsetof(SegattnBackwardParams, d_prior_k), offsetof(SegattnBackwardParams, d_prior_v),                         \
       offsetof(SegattnBackwardParams, d_past_gate), offsetof(SegattnBackwardParams, row_lse),                         \
       offsetof(SegattnBackwardParams, row_delta), offsetof(SegattnBackwardParams, partial_d_q),                       \
-      offsetof(SegattnBackwardParams, partial_gate), offsetof(SegattnBackwardParams, row_pitch),                      \
-      offsetof(SegattnBackwardParams, tiles), offsetof(SegattnBackwardParams, max_items),                             \
+      offsetof(SegattnBackwardParams, partial_gate), offsetof(SegattnBackwardParams, next_item),                      \
+      offsetof(SegattnBackwardParams, row_pitch), offsetof(SegattnBackwardParams, tiles),                             \
+      offsetof(SegattnBackwardParams, max_items),                                                                     \
       sizeof(SegattnKernelInfo), offsetof(SegattnKernelInfo, threads), offsetof(SegattnKernelInfo, shared_bytes),     \
       offsetof(SegattnKernelInfo, blocks_per_multiprocessor), offsetof(SegattnKernelInfo, tile_rows),                 \
       offsetof(SegattnKernelInfo, key_rows), offsetof(SegattnKernelInfo, item_keys),                                  \

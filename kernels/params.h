@@ -65,6 +65,7 @@ typedef struct SegattnBackwardParams {
   float* row_delta;         /* [batch, q_heads, row_pitch]: d_out . out - d_lse, 0 for padding */
   float* partial_d_q;       /* [items per tile, batch, q_heads, rows, head_dim], used where there are several */
   float* partial_gate;      /* [items per tile, batch, q_heads, tiles]: sums of ds over past keys */
+  uint32_t* next_item;      /* [2], zero before the launches: for kernels whose blocks take items, of d_q and of d_k */
   int32_t row_pitch;        /* rows rounded up to a multiple of 128 */
   int32_t tiles;            /* query tiles of the d_q pass */
   int32_t max_items;        /* most items that one tile's keys are split into */

@@ -66,6 +66,8 @@ SEGATTN_FN void wgmma_fence() { sim_wgmma_fence(sim_site()); }
 SEGATTN_FN void wgmma_commit() { sim_wgmma_commit(sim_site()); }
 template <int kNewestLeft>
 SEGATTN_FN void wgmma_wait() { sim_wgmma_wait(kNewestLeft, sim_site()); }
+template <int kColTiles>
+SEGATTN_FN void settle(float (&)[kColTiles][4]) {}
 SEGATTN_FN int wgmma_type(Bf16) { return SIM_BF16; }
 SEGATTN_FN int wgmma_type(F16) { return 0; }
 template <bool kAccumulate, bool kColumns, int kColTiles, class T>
@@ -168,6 +170,14 @@ SEGATTN_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;"
 template <int kNewestLeft>
 SEGATTN_FN void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewestLeft) : "memory"); }
 
+// Whatever is computed of these values is computed before what follows: the compiler must not put it off until a product
+// is in flight.
+template <int kColTiles>
+SEGATTN_FN void settle(float (&d)[kColTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+
 // d = a b, or d += a b: 64 x 16 by 16 x 64 or 128. A warp has the 16 rows of its place in the warpgroup, with m16n8k16's
 // layouts of d and of a in registers, and the bits of a chain of m16n8k16. `a` in shared memory is in rows of k, b
 // in rows of k or in columns. Until the wait for its group neither d nor a in registers may be touched.
@@ -201,6 +211,9 @@ SEGATTN_WGMMA(F16, "f16", 16, "m64n128", SEGATTN_D16, SEGATTN_ALL(SEGATTN_OUT8(d
 
 // What has one meaning for both.
 SEGATTN_FN float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+SEGATTN_FN uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The same value, which all lanes have, where the compiler must know that they do: addresses in descriptors.
+SEGATTN_FN int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 SEGATTN_FN bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 SEGATTN_FN uint32_t atomic_add(uint32_t* p, uint32_t n) { return atomicAdd(p, n); }
 SEGATTN_FN float max_f32(float a, float b) { return fmaxf(a, b); }

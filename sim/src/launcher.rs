@@ -66,7 +66,7 @@ impl Kernels {
             return Ok(module.clone());
         }
         let compiled = Module::compile(&lazy.source).map_err(|error| failed(file.stem(), error))?;
-        if matches!(file, File::AttentionForward | File::AttentionBackward) {
+        if file.has_layout() {
             let layout = compiled.constant::<DeviceLayout>(&DeviceLayout::name(file));
             let layout = layout.map_err(|error| failed(file.stem(), error))?;
             layout.check(file)?;

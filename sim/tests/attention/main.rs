@@ -5,6 +5,7 @@
 mod attention_cases;
 mod bits;
 mod far_offsets;
+mod hopper;
 mod known_bugs;
 mod simulated;
 mod variants;

@@ -15,6 +15,8 @@ const ROW_PITCH: usize = 128;
 /// Kernels of a warp a row, which have no constant of their own.
 const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
+/// Counters of kernels whose blocks take items.
+const NEXT_ITEMS: usize = 2;
 
 /// What a backward pass reads besides the problem.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +61,7 @@ pub struct BackwardPlan {
     row_delta: Place,
     partial_d_q: Place,
     partial_gate: Place,
+    next_item: Place,
     row_pitch: u32,
     tiles: u32,
     max_items: u32,
@@ -87,8 +90,14 @@ impl BackwardPlan {
                 *params = TensorParams::new(name, tensor, &mut workspace)?;
             }
         }
-        let query = info::<SegattnBackwardParams>(kernels, instance.query_grad)?;
-        let key = info::<SegattnBackwardParams>(kernels, instance.key_grad)?;
+        let hopper = instance.backward_hopper.filter(|_| kernels.hopper());
+        let [query_grad, query_grad_sum, key_grad] = hopper.unwrap_or([
+            instance.query_grad,
+            instance.query_grad_sum,
+            instance.key_grad,
+        ]);
+        let query = info::<SegattnBackwardParams>(kernels, query_grad)?;
+        let key = info::<SegattnBackwardParams>(kernels, key_grad)?;
         let (batch, heads, rows) = (problem.batch, problem.q_heads, params.rows());
         let row_pitch = rows.next_multiple_of(ROW_PITCH);
         let tiles = rows.div_ceil(query.tile_rows as usize);
@@ -102,12 +111,16 @@ impl BackwardPlan {
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
         let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads, batch])?;
         let split = usize::from(max_items > 1) * max_items;
-        let entries = [
-            instance.prepare,
-            instance.query_grad,
-            instance.query_grad_sum,
-            instance.key_grad,
-        ];
+        // Blocks that take items are no more than run at once.
+        let grid = |entry, items: u32, info: &_| match hopper {
+            Some(_) if items > 0 => {
+                Ok(kernels.resident_blocks(entry, info)?.max(1).min(items)) as Result<_, Error>
+            }
+            _ => Ok(items),
+        };
+        let query_blocks = grid(query_grad, items, &query)?;
+        let key_blocks = grid(key_grad, key_blocks, &key)?;
+        let entries = [instance.prepare, query_grad, query_grad_sum, key_grad];
         entries.iter().try_for_each(|&entry| kernels.ready(entry))?;
         Ok(BackwardPlan {
             problem: params,
@@ -127,15 +140,19 @@ impl BackwardPlan {
                 4,
                 &[max_items, batch, heads, tiles],
             )?,
+            next_item: match hopper {
+                Some(_) => workspace.reserve("next_item", 4, &[NEXT_ITEMS])?,
+                None => Place::NULL,
+            },
             workspace,
             row_pitch: count("row_pitch", &[row_pitch])?,
             tiles: count("tiles", &[tiles])?,
             max_items: count("items", &[max_items])?,
             launches: [
                 of_rows(instance.prepare, row_pitch)?,
-                launch(instance.query_grad, items, &query),
-                of_rows(instance.query_grad_sum, rows)?,
-                launch(instance.key_grad, key_blocks, &key),
+                launch(query_grad, query_blocks, &query),
+                of_rows(query_grad_sum, rows)?,
+                launch(key_grad, key_blocks, &key),
             ],
         })
     }
@@ -185,6 +202,9 @@ impl BackwardPlan {
                 // No row's kernel runs, and it is the rows' kernels that write this.
                 launcher.zero(self.d_past_gate.data, 4 * self.d_past_gate.len)?;
             }
+            if self.next_item != Place::NULL {
+                launcher.zero(params.next_item as u64, 4 * NEXT_ITEMS)?;
+            }
             self.launches
                 .iter()
                 .filter(|launch| launch.blocks > 0)
@@ -211,6 +231,7 @@ impl BackwardPlan {
             row_delta: self.row_delta.at(workspace),
             partial_d_q: self.partial_d_q.at(workspace),
             partial_gate: self.partial_gate.at(workspace),
+            next_item: self.next_item.at(workspace),
             row_pitch: self.row_pitch as i32,
             tiles: self.tiles as i32,
             max_items: self.max_items as i32,

@@ -148,13 +148,14 @@ pub struct SegattnBackwardParams {
     pub row_delta: *mut f32,
     pub partial_d_q: *mut f32,
     pub partial_gate: *mut f32,
+    pub next_item: *mut u32,
     pub row_pitch: i32,
     pub tiles: i32,
     pub max_items: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 816usize];
+    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 824usize];
     ["Alignment of SegattnBackwardParams"]
         [::core::mem::align_of::<SegattnBackwardParams>() - 8usize];
     ["Offset of field: SegattnBackwardParams::problem"]
@@ -187,12 +188,14 @@ const _: () = {
         [::core::mem::offset_of!(SegattnBackwardParams, partial_d_q) - 784usize];
     ["Offset of field: SegattnBackwardParams::partial_gate"]
         [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 792usize];
+    ["Offset of field: SegattnBackwardParams::next_item"]
+        [::core::mem::offset_of!(SegattnBackwardParams, next_item) - 800usize];
     ["Offset of field: SegattnBackwardParams::row_pitch"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 800usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 808usize];
     ["Offset of field: SegattnBackwardParams::tiles"]
-        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 804usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 812usize];
     ["Offset of field: SegattnBackwardParams::max_items"]
-        [::core::mem::offset_of!(SegattnBackwardParams, max_items) - 808usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, max_items) - 816usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

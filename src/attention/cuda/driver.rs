@@ -37,6 +37,7 @@ fn image(file: File) -> &'static [u8] {
     match file {
         File::AttentionForward => image!("attention_forward"),
         File::AttentionBackward => image!("attention_backward"),
+        File::AttentionBackwardHopper => image!("attention_backward_hopper"),
         File::Adamw => image!("adamw"),
         File::Copy => image!("copy"),
         File::Embedding => image!("embedding"),
@@ -94,7 +95,7 @@ impl DriverKernels {
             return Ok(module);
         }
         let module = Module::load(&self.context, file.stem(), image(file))?;
-        if matches!(file, File::AttentionForward | File::AttentionBackward) {
+        if file.has_layout() {
             let layout: DeviceLayout = module.constant(&DeviceLayout::name(file))?;
             layout.check(file)?;
         }

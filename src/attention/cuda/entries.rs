@@ -36,6 +36,8 @@ pub enum File {
     AttentionForward,
     /// `attention_backward.cu`.
     AttentionBackward,
+    /// `attention_backward_hopper.cu`.
+    AttentionBackwardHopper,
     /// `copy.cu`.
     Copy,
     /// `embedding.cu`.
@@ -56,10 +58,11 @@ pub enum File {
 
 impl File {
     /// All files.
-    pub const ALL: [File; 11] = [
+    pub const ALL: [File; 12] = [
         File::Adamw,
         File::AttentionForward,
         File::AttentionBackward,
+        File::AttentionBackwardHopper,
         File::Copy,
         File::Embedding,
         File::Loss,
@@ -76,6 +79,7 @@ impl File {
             File::Adamw => "adamw",
             File::AttentionForward => "attention_forward",
             File::AttentionBackward => "attention_backward",
+            File::AttentionBackwardHopper => "attention_backward_hopper",
             File::Copy => "copy",
             File::Embedding => "embedding",
             File::Loss => "loss",
@@ -85,6 +89,11 @@ impl File {
             File::Sampling => "sampling",
             File::Swiglu => "swiglu",
         }
+    }
+
+    /// Whether the file's kernels take the structs of `params.h`, whose layout it then holds.
+    pub fn has_layout(self) -> bool {
+        self.stem().starts_with("attention")
     }
 }
 
@@ -109,6 +118,8 @@ pub(super) struct Instance {
     pub query_grad: Entry,
     pub query_grad_sum: Entry,
     pub key_grad: Entry,
+    /// In place of `query_grad`, `query_grad_sum` and `key_grad` on Hopper; their blocks take items.
+    pub backward_hopper: Option<[Entry; 3]>,
 }
 
 const fn forward(name: &'static str) -> Entry {
@@ -125,8 +136,28 @@ const fn backward(name: &'static str) -> Entry {
     }
 }
 
+const fn backward_hopper(name: &'static str) -> Entry {
+    Entry {
+        file: File::AttentionBackwardHopper,
+        name,
+    }
+}
+
 macro_rules! instance {
     ($suffix:literal) => {
+        instance!($suffix, None)
+    };
+    ($suffix:literal, hopper) => {
+        instance!(
+            $suffix,
+            Some([
+                backward_hopper(concat!("attention_query_grad_hopper_", $suffix)),
+                backward_hopper(concat!("attention_query_grad_sum_hopper_", $suffix)),
+                backward_hopper(concat!("attention_key_grad_hopper_", $suffix)),
+            ])
+        )
+    };
+    ($suffix:literal, $backward_hopper:expr) => {
         Some(Instance {
             prefill: forward(concat!("attention_prefill_", $suffix)),
             prefill_combine: forward(concat!("combine_prefill_", $suffix)),
@@ -137,6 +168,7 @@ macro_rules! instance {
             query_grad: backward(concat!("attention_query_grad_", $suffix)),
             query_grad_sum: backward(concat!("attention_query_grad_sum_", $suffix)),
             key_grad: backward(concat!("attention_key_grad_", $suffix)),
+            backward_hopper: $backward_hopper,
         })
     };
 }
@@ -144,14 +176,14 @@ macro_rules! instance {
 fn find(dtype: Dtype, head_dim: usize) -> Option<Instance> {
     match (dtype, head_dim) {
         (Dtype::Bf16, 32) => instance!("bf16_d32"),
-        (Dtype::Bf16, 64) => instance!("bf16_d64"),
+        (Dtype::Bf16, 64) => instance!("bf16_d64", hopper),
         (Dtype::Bf16, 96) => instance!("bf16_d96"),
-        (Dtype::Bf16, 128) => instance!("bf16_d128"),
+        (Dtype::Bf16, 128) => instance!("bf16_d128", hopper),
         (Dtype::Bf16, 256) => instance!("bf16_d256"),
         (Dtype::F16, 32) => instance!("f16_d32"),
-        (Dtype::F16, 64) => instance!("f16_d64"),
+        (Dtype::F16, 64) => instance!("f16_d64", hopper),
         (Dtype::F16, 96) => instance!("f16_d96"),
-        (Dtype::F16, 128) => instance!("f16_d128"),
+        (Dtype::F16, 128) => instance!("f16_d128", hopper),
         (Dtype::F16, 256) => instance!("f16_d256"),
         _ => None,
     }
@@ -193,6 +225,7 @@ mod tests {
         let sources = [
             include_str!("../../../kernels/attention_forward.cu"),
             include_str!("../../../kernels/attention_backward.cu"),
+            include_str!("../../../kernels/attention_backward_hopper.cu"),
         ];
         for (dtype, dim) in [Dtype::Bf16, Dtype::F16]
             .into_iter()
@@ -206,7 +239,12 @@ mod tests {
             for phase in ["prefill", "decode"] {
                 assert!(sources[0].contains(&format!("COMBINE({phase}_{dtype}_d{dim})")));
             }
-            assert!(sources[1].contains(&format!("BACKWARD({dtype}_d{dim},")));
+            let backward = format!("BACKWARD({dtype}_d{dim},");
+            assert!(sources[1].contains(&backward));
+            assert_eq!(
+                sources[2].contains(&backward),
+                instance.backward_hopper.is_some()
+            );
         }
     }
 }

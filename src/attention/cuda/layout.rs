@@ -32,7 +32,7 @@ const HOST: &[Item] = layout! {
     }
     SegattnBackwardParams {
         problem, out, d_out, lse, d_lse, d_q, d_k, d_v, d_prior_k, d_prior_v, d_past_gate, row_lse, row_delta,
-        partial_d_q, partial_gate, row_pitch, tiles, max_items,
+        partial_d_q, partial_gate, next_item, row_pitch, tiles, max_items,
     }
     SegattnKernelInfo {
         threads, shared_bytes, blocks_per_multiprocessor, tile_rows, key_rows, item_keys, params_bytes,

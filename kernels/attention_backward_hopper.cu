@@ -1,0 +1,623 @@
+// Segment attention, backward, for Hopper: d_q, and d_k with d_v, of attention_backward.cu on products of a warpgroup.
+//
+// Three warpgroups a block. The first fetches: its warp w keeps stage w of a ring full, so that a warp waits for nothing but
+// its own copies. The others multiply, 64 rows each: of keys against tiles of queries (d_k, d_v), of queries against tiles
+// of keys (d_q). While one product runs, a warpgroup turns the one before into weights, and each warpgroup's weights also
+// run beside the other's products. Blocks take items until there are none (docs/kernels.md).
+#include "attention_gradients.cuh"
+#include "layout.cuh"
+#include "warpgroups.cuh"
+
+// What both kernels have in common.
+template <class T_, int kHeadDim_>
+struct WarpgroupConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = 2;  // warpgroups that multiply
+  static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kFetchWarps;
+  static constexpr int kWarps = kConsumers * 4;
+  static constexpr int kThreads = kFetchThreads + kWarps * 32, kBlocks = 1;
+  static constexpr int kFetchRegisters = 56, kRegisters = 224;
+  static constexpr int kSteps = kHeadDim / 16, kOutTiles = kHeadDim / 8;
+};
+
+// The block's n-th item lies at n % kItems: blocks fetch for one while they multiply one and store another.
+constexpr int kItems = 4;
+
+// The number of the block's next item.
+SEGATTN_FN uint32_t take_item(uint32_t* next_item, bool first) { return first ? blockIdx.x : gridDim.x + atomic_add(next_item, 1); }
+
+// ---------------------------------------------------------------------------------------------------- d_q
+
+template <class T, int kHeadDim>
+struct QueryGradConfig : WarpgroupConfig<T, kHeadDim> {
+  static constexpr int kRows = 64 * QueryGradConfig::kConsumers;
+  static constexpr int kKeys = 64;
+  static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
+  static constexpr int kColTiles = kKeys / 8;
+  using QueryTile = Tile<T, kRows, kHeadDim>;
+  using KeyTile = Tile<T, kKeys, kHeadDim>;
+};
+
+struct QueryWork {
+  Item item;
+  bool done;  // there is no item any more
+};
+
+template <class C>
+struct QueryGradShared {
+  typename C::QueryTile q, d_out;
+  typename C::KeyTile k[C::kStages], v[C::kStages];
+  alignas(16) float lse[C::kRows], delta[C::kRows];
+  SourceRows<typename C::T> sources;
+  QueryWork work[kItems];
+  KeyTile tiles[C::kStages];
+  float gate_sums[2][C::kWarps];  // of item n at n % 2
+  uint64_t rows_full, rows_empty;
+  uint64_t full[C::kStages], empty[C::kStages];
+};
+
+template <class C>
+SEGATTN_FN void start_barriers(QueryGradShared<C>& shared) {
+  mbarrier_init(&shared.rows_full, C::kFetchThreads);
+  mbarrier_init(&shared.rows_empty, C::kWarps);
+  for (int stage = 0; stage < C::kStages; stage++) {
+    mbarrier_init(&shared.full[stage], 32);
+    mbarrier_init(&shared.empty[stage], C::kWarps);
+  }
+  fence_mbarrier_init();
+}
+
+// The block's next item that is there: tiles have fewer items than the longest.
+template <class C>
+SEGATTN_FN void find_work(const SegattnBackwardParams& p, QueryWork& work, bool first) {
+  const uint32_t items = (uint32_t)p.max_items * p.tiles * p.problem.q_heads * p.problem.batch;
+  do {
+    const uint32_t index = take_item(p.next_item, first);
+    first = false;
+    work.done = index >= items;
+    if (work.done) return;
+    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_items);
+  } while (work.item.split >= work.item.splits);
+}
+
+// Each warp copies its share of q, d_out and what preparation left of the item's rows.
+template <class C>
+SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const Item& item, int thread) {
+  using T = typename C::T;
+  const int first = item.tile * C::kRows;
+  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, item.entry, item.head), first,
+                                                           item.query_rows, thread);
+  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, item.entry, item.head), first,
+                                                           item.query_rows, thread);
+  const int64_t row = prepared_row(p, item.entry, item.head, first);
+  for (int i = thread; i < C::kRows / 4; i += C::kFetchThreads) {
+    cp_async_16(shared_address(&shared.lse[i * 4]), p.row_lse + row + i * 4, 16);
+    cp_async_16(shared_address(&shared.delta[i * 4]), p.row_delta + row + i * 4, 16);
+  }
+  cp_async_commit();
+}
+
+template <class C>
+SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  uint32_t first_step = 0;  // of the item, counted over all items of the block
+  for (uint32_t n = 0;; n++) {
+    QueryWork& work = shared.work[n % kItems];
+    if (thread == 0) find_work<C>(p, work, n == 0);
+    barrier_sync<C::kFetchThreads>(1);
+    if (work.done) {
+      wait_empty(&shared.rows_empty, n);
+      mbarrier_arrive(&shared.rows_full);
+      return;
+    }
+    const Item& item = work.item;
+    shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+    barrier_sync<C::kFetchThreads>(1);
+    wait_empty(&shared.rows_empty, n);
+    copy_rows<C>(p, shared, item, thread);
+    signal_landed<0>(&shared.rows_full);
+    const int steps = max(0, item.end_step - item.first_step);
+    for (int step = (warp - first_step) % C::kStages; step < steps; step += C::kStages) {
+      const KeyTile tile = item.keys.template tile<C::kKeys>(item.first_step + step);
+      wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
+      copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[warp]), shared.sources.k[tile.source], tile.first, tile.end, lane);
+      copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[warp]), shared.sources.v[tile.source], tile.first, tile.end, lane);
+      cp_async_commit();
+      if (lane == 0) shared.tiles[warp] = tile;
+      signal_landed<0>(&shared.full[warp]);
+    }
+    first_step += steps;
+  }
+}
+
+// Scores of the keys that a row does not see become such that their weight is 0: `limit` keys are seen by the thread's
+// upper row, `below` by the lower.
+template <int kColTiles>
+SEGATTN_FN void hide_keys(float (&s)[kColTiles][4], int limit, int below, float scale, int lane) {
+  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (n * 8 + lane % 4 * 2 + e % 2 >= (e < 2 ? limit : below)) s[n][e] = hidden;
+}
+
+// Where a warpgroup is in an item, and which queries it has: steps of the ring from `turn` to `end`.
+template <class C>
+struct KeyTurns {
+  QueryGradShared<C>& shared;
+  uint32_t turn, end;
+  int first_query, last_query;  // of the warpgroup, valid ones
+  int lane;
+
+  __device__ __forceinline__ int stage() const { return uniform(turn % C::kStages); }
+  // Waits for keys of which some are seen by some row of the warpgroup; the others pass by. Whether there are any.
+  __device__ __forceinline__ bool seek() {
+    for (; turn != end; turn++) {
+      mbarrier_wait(&shared.full[turn % C::kStages], phase(turn / C::kStages));
+      const KeyTile& tile = shared.tiles[turn % C::kStages];
+      if (last_query >= first_query && (tile.source != kCurrent || tile.first <= last_query)) return true;
+      release(&shared.empty[turn % C::kStages], lane);
+    }
+    return false;
+  }
+};
+
+// A thread's rows and what it needs to know of them.
+template <class C>
+struct HeldQueries {
+  uint32_t q[C::kSteps][4], d_out[C::kSteps][4];
+  float lse[2], delta[2];
+};
+
+template <class C>
+SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, int stage) {
+  wgmma_fence();
+  begin_held<typename C::T, typename C::KeyTile>(s, held.q, shared_address(&shared.k[stage]));
+  wgmma_commit();
+}
+
+// The item's keys: d_q of the warpgroup's rows, and the thread's sum of ds over past keys. Scores of the next keys are
+// under way before the products of these are waited for.
+template <class C>
+SEGATTN_FN float multiply_keys(float (&d_q)[C::kOutTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, const KeyList& keys,
+                               KeyTurns<C> at, float scale, int row) {
+  using T = typename C::T;
+  using KT = typename C::KeyTile;
+  const int lane = at.lane;
+  float gate_sum = 0.f, s[C::kColTiles][4], dp[C::kColTiles][4];
+  if (!at.seek()) return 0.f;
+  begin_scores<C>(s, held, shared, at.stage());
+  while (true) {
+    const int stage = at.stage();
+    const KeyTile& tile = shared.tiles[stage];
+    const bool past = tile.source == kPast, current = tile.source == kCurrent;
+    uint32_t ds[C::kColTiles / 2][4];
+    wgmma_fence();
+    begin_held<T, KT>(dp, held.d_out, shared_address(&shared.v[stage]));
+    wgmma_commit();
+    wgmma_wait<1>();
+    if ((current ? at.first_query + 1 : tile.end) < tile.first + C::kKeys) {
+      const int limit = (current ? row + 1 : tile.end) - tile.first;
+      hide_keys(s, limit, current ? limit + 8 : limit, scale, lane);
+    }
+    const float bias = past ? keys.gate_log2 : 0.f;
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[n][e] = exp2_approx(fma_rn(s[n][e], scale, bias - held.lse[e / 2]));
+    wgmma_wait<0>();
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) dp[n][e] = s[n][e] * (dp[n][e] - held.delta[e / 2]);
+    if (past)
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; n++) gate_sum += (dp[n][0] + dp[n][1]) + (dp[n][2] + dp[n][3]);
+    pack_operands<T>(ds, dp);
+    wgmma_fence();
+    begin_columns<T, KT>(d_q, ds, shared_address(&shared.k[stage]));
+    wgmma_commit();
+    const uint32_t busy = at.turn++;
+    if (!at.seek()) {
+      wgmma_wait<0>();
+      release(&shared.empty[busy % C::kStages], lane);
+      return gate_sum;
+    }
+    begin_scores<C>(s, held, shared, at.stage());
+    wgmma_wait<1>();
+    release(&shared.empty[busy % C::kStages], lane);
+  }
+}
+
+template <class C>
+SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4], const Item& item, int query, int lane) {
+  const int rows = (int)p.problem.q.rows;
+  if (item.splits == 1) return store_rows(d_q, p.problem.scale, Rows<typename C::T>::of(p.d_q, item.entry, item.head), query, item.query_rows, rows, lane);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (query + half * 8 >= rows) continue;
+    float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, item.split, item.entry, item.head, query + half * 8) * C::kHeadDim);
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; n++) out[n * 4 + lane % 4] = make_float2(d_q[n][half * 2], d_q[n][half * 2 + 1]);
+  }
+}
+
+// The item's part of d_past_gate times gate: lanes, then warps, in order.
+template <class C>
+SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::kWarps], const Item& item, float sum, int thread) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (thread % 32 == 0) sums[thread / 32] = sum;
+  barrier_sync<C::kWarps * 32>(2);
+  if (thread != 0) return;
+  float total = 0.f;
+  for (int i = 0; i < C::kWarps; i++) total += sums[i];
+  p.partial_gate[partial_row(p.problem, item.split, item.entry, item.head, 0) / p.problem.q.rows * p.tiles + item.tile] = total;
+}
+
+template <class C>
+SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
+  using QT = typename C::QueryTile;
+  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, warp_row = thread / 32 * 16, row = warp_row + lane / 4;
+  const float scale = signed_scale_log2(p.problem.scale);
+  uint32_t first_step = 0;
+  for (uint32_t n = 0;; n++) {
+    mbarrier_wait(&shared.rows_full, phase(n));
+    if (shared.work[n % kItems].done) return;
+    const Item& item = shared.work[n % kItems].item;
+    HeldQueries<C> held;
+    hold_rows<QT>(held.q, shared_address(&shared.q), warp_row, lane);
+    hold_rows<QT>(held.d_out, shared_address(&shared.d_out), warp_row, lane);
+#pragma unroll
+    for (int half = 0; half < 2; half++) held.lse[half] = shared.lse[row + half * 8], held.delta[half] = shared.delta[row + half * 8];
+    release(&shared.rows_empty, lane);
+    float d_q[C::kOutTiles][4];
+    clear(d_q);
+    const int first = item.tile * C::kRows, group = first + thread / 128 * 64;
+    const KeyTurns<C> turns = {shared, first_step, first_step + max(0, item.end_step - item.first_step), group, min(group + 64, item.query_rows) - 1, lane};
+    const float gate_sum = multiply_keys<C>(d_q, held, shared, item.keys, turns, scale, first + row);
+    first_step = turns.end;
+    store_query_grad<C>(p, d_q, item, first + row, lane);
+    store_gate_sum<C>(p, shared.gate_sums[n & 1], item, gate_sum, thread);
+  }
+}
+
+template <class C>
+SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
+  QueryGradShared<C>& shared = *(QueryGradShared<C>*)shared_memory();
+  if (threadIdx.x == 0) start_barriers(shared);
+  __syncthreads();
+  if (threadIdx.x < C::kFetchThreads) {
+    release_registers<C::kFetchRegisters>();
+    fetch_query_grad<C>(p, shared);
+  } else {
+    take_registers<C::kRegisters>();
+    multiply_query_grad<C>(p, shared);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- d_k, d_v
+
+template <class T, int kHeadDim>
+struct KeyGradConfig : WarpgroupConfig<T, kHeadDim> {
+  static constexpr int kKeys = 64 * KeyGradConfig::kConsumers;
+  static constexpr int kQueries = 64;
+  static constexpr bool kHeld = kHeadDim == 64;  // k and v in registers
+  static constexpr int kColTiles = kQueries / 8;
+  using KeyTile = Tile<T, kKeys, kHeadDim>;
+  using QueryTile = Tile<T, kQueries, kHeadDim>;
+};
+
+struct KeyWork {
+  KeyItem item;
+  int steps;  // query tiles of all its heads
+  bool done;  // there is no item any more
+};
+
+template <class C>
+struct KeyGradShared {
+  typename C::KeyTile k, v;
+  typename C::QueryTile q[C::kStages], d_out[C::kStages];
+  alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
+  KeyWork work[kItems];
+  int query[C::kStages];  // first row of the stage's tile
+  uint64_t keys_full, keys_empty;
+  uint64_t full[C::kStages], empty[C::kStages];
+};
+
+template <class C>
+SEGATTN_FN void start_barriers(KeyGradShared<C>& shared) {
+  mbarrier_init(&shared.keys_full, C::kFetchThreads);
+  mbarrier_init(&shared.keys_empty, C::kWarps);
+  for (int stage = 0; stage < C::kStages; stage++) {
+    mbarrier_init(&shared.full[stage], 32);
+    mbarrier_init(&shared.empty[stage], C::kWarps);
+  }
+  fence_mbarrier_init();
+}
+
+template <class C>
+SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& work, bool first) {
+  const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
+  const uint32_t items = (uint32_t)(prior_tiles + ceil_div((int)p.d_k.rows, C::kKeys)) * p.problem.kv_heads * p.problem.batch;
+  const uint32_t index = take_item(p.next_item + 1, first);
+  work.done = index >= items;
+  if (work.done) return;
+  const KeyItem item = key_item<C>(p, index);
+  work.item = item;
+  int readers = 0;
+  for (int head = item.kv_head * (p.problem.q_heads / p.problem.kv_heads); head < item.end_head; head++)
+    readers += !item.prior || p.problem.prior_heads[head];
+  work.steps = readers * max(0, ceil_div(item.query_rows - item.first_query, C::kQueries));
+}
+
+// Fills this warp's stage with a tile of queries.
+template <class C>
+SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyItem& item, const QueryCursor& at, int stage, int lane) {
+  using T = typename C::T;
+  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, item.entry, at.head), at.query,
+                                             item.query_rows, lane);
+  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, item.entry, at.head), at.query,
+                                             item.query_rows, lane);
+  const int64_t row = prepared_row(p, item.entry, at.head, at.query);
+  for (int i = lane; i < C::kQueries / 4; i += 32) {
+    cp_async_16(shared_address(&shared.lse[stage][i * 4]), p.row_lse + row + i * 4, 16);
+    cp_async_16(shared_address(&shared.delta[stage][i * 4]), p.row_delta + row + i * 4, 16);
+  }
+  cp_async_commit();
+  if (lane == 0) shared.query[stage] = at.query;
+}
+
+// Each warp copies its share of the item's keys.
+template <class C>
+SEGATTN_FN void copy_keys(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyItem& item, int thread) {
+  using T = typename C::T;
+  const SegattnTensor &k = item.prior ? p.problem.prior_k : p.problem.k, &v = item.prior ? p.problem.prior_v : p.problem.v;
+  copy_rows_async<typename C::KeyTile, C::kFetchThreads>(shared_address(&shared.k), Rows<const T>::of(k, item.entry, item.kv_head), item.first,
+                                                         item.len, thread);
+  copy_rows_async<typename C::KeyTile, C::kFetchThreads>(shared_address(&shared.v), Rows<const T>::of(v, item.entry, item.kv_head), item.first,
+                                                         item.len, thread);
+  cp_async_commit();
+}
+
+template <class C>
+SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  uint32_t first_step = 0;  // of the item, counted over all items of the block
+  for (uint32_t n = 0;; n++) {
+    KeyWork& work = shared.work[n % kItems];
+    if (thread == 0) find_work<C>(p, work, n == 0);
+    barrier_sync<C::kFetchThreads>(1);
+    if (work.done) {
+      wait_empty(&shared.keys_empty, n);
+      mbarrier_arrive(&shared.keys_full);
+      return;
+    }
+    const KeyItem& item = work.item;
+    QueryCursor at = QueryCursor::first(p.problem, item);
+    int step = (warp - first_step) % C::kStages;
+    for (int i = 0; i < step; i++) at = at.template next<C::kQueries>(p.problem, item);
+    const bool any = step < work.steps;
+    // The item's first queries travel while the keys before are in use.
+    if (any) {
+      wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
+      copy_queries<C>(p, shared, item, at, warp, lane);
+    }
+    wait_empty(&shared.keys_empty, n);
+    copy_keys<C>(p, shared, item, thread);
+    if (any) signal_landed<1>(&shared.full[warp]);
+    signal_landed<0>(&shared.keys_full);
+    for (step += C::kStages; step < work.steps; step += C::kStages) {
+      for (int i = 0; i < C::kStages; i++) at = at.template next<C::kQueries>(p.problem, item);
+      wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
+      copy_queries<C>(p, shared, item, at, warp, lane);
+      signal_landed<0>(&shared.full[warp]);
+    }
+    first_step += work.steps;
+  }
+}
+
+// Keys are hidden from the queries before them: `before` queries of the tile for the thread's upper row of keys.
+template <int kColTiles>
+SEGATTN_FN void hide_queries(float (&s)[kColTiles][4], int before, float scale, int lane) {
+  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (n * 8 + lane % 4 * 2 + e % 2 < before + e / 2 * 8) s[n][e] = hidden;
+}
+
+// Scores of keys x queries to weights.
+template <int kColTiles>
+SEGATTN_FN void transposed_weights(float (&s)[kColTiles][4], const float* s_lse, float scale, int lane) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++) {
+    const float2 lse = ((const float2*)s_lse)[n * 4 + lane % 4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[n][e] = exp2_approx(fma_rn(s[n][e], scale, -(e % 2 ? lse.y : lse.x)));
+  }
+}
+
+// d_out v^T, transposed, to ds^T.
+template <int kColTiles>
+SEGATTN_FN void transposed_gradients(float (&dp)[kColTiles][4], const float (&weights)[kColTiles][4], const float* s_delta, int lane) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++) {
+    const float2 delta = ((const float2*)s_delta)[n * 4 + lane % 4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) dp[n][e] = weights[n][e] * (dp[n][e] - (e % 2 ? delta.y : delta.x));
+  }
+}
+
+// A warp's operands k and v, or nothing where registers do not hold them.
+template <class C>
+struct HeldKeys {
+  static constexpr int kSteps = C::kHeld ? C::kSteps : 1;
+  uint32_t k[kSteps][4], v[kSteps][4];
+};
+
+// The gradients of 64 keys.
+template <class C>
+struct KeyGrads {
+  float d_k[C::kOutTiles][4], d_v[C::kOutTiles][4];
+};
+
+// Where a warpgroup is in an item: steps of the ring from `turn` to `end`.
+template <class C>
+struct QueryTurns {
+  KeyGradShared<C>& shared;
+  uint32_t turn, end;
+  int first_key, lane;  // of the warpgroup's keys
+
+  __device__ __forceinline__ int stage() const { return uniform(turn % C::kStages); }
+  // Keys of the warpgroup that the stage's first query does not see, or a negative number.
+  __device__ __forceinline__ int before() const { return first_key - shared.query[turn % C::kStages]; }
+  // Waits for queries that see some key of the warpgroup; the others pass by. Whether there are any.
+  __device__ __forceinline__ bool seek() {
+    for (; turn != end; turn++) {
+      mbarrier_wait(&shared.full[turn % C::kStages], phase(turn / C::kStages));
+      if (before() < C::kQueries) return true;
+      release(&shared.empty[turn % C::kStages], lane);
+    }
+    return false;
+  }
+};
+
+template <class C>
+SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldKeys<C>& held, KeyGradShared<C>& shared, int stage, int first_row) {
+  const SharedAddress q = shared_address(&shared.q[stage]);
+  wgmma_fence();
+  if constexpr (C::kHeld) begin_held<typename C::T, typename C::QueryTile>(s, held.k, q);
+  else begin_rows<typename C::T, typename C::KeyTile, typename C::QueryTile>(s, shared_address(&shared.k), uniform(first_row), q);
+  wgmma_commit();
+}
+
+template <class C>
+SEGATTN_FN void begin_values(float (&dp)[C::kColTiles][4], const HeldKeys<C>& held, KeyGradShared<C>& shared, int stage, int first_row) {
+  const SharedAddress d_out = shared_address(&shared.d_out[stage]);
+  wgmma_fence();
+  if constexpr (C::kHeld) begin_held<typename C::T, typename C::QueryTile>(dp, held.v, d_out);
+  else begin_rows<typename C::T, typename C::KeyTile, typename C::QueryTile>(dp, shared_address(&shared.v), uniform(first_row), d_out);
+  wgmma_commit();
+}
+
+// The item's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
+// queries are under way before the products of these are waited for.
+template <class C>
+SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, float scale, int first_row, int lane) {
+  using T = typename C::T;
+  using KT = typename C::KeyTile;
+  using QT = typename C::QueryTile;
+  const int warp_row = threadIdx.x % 128 / 32 * 16;
+  HeldKeys<C> held;
+  if constexpr (C::kHeld) {
+    hold_rows<KT>(held.k, shared_address(&shared.k), first_row + warp_row, lane);
+    hold_rows<KT>(held.v, shared_address(&shared.v), first_row + warp_row, lane);
+    release(&shared.keys_empty, lane);
+  }
+  if (at.seek()) {
+    float s[C::kColTiles][4], dp[C::kColTiles][4];
+    begin_scores<C>(s, held, shared, at.stage(), first_row);
+    while (true) {
+      const int stage = at.stage(), before = at.before();
+      uint32_t weights[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
+      begin_values<C>(dp, held, shared, stage, first_row);
+      wgmma_wait<1>();
+      if (before > -64) hide_queries(s, before + warp_row + lane / 4, scale, lane);
+      transposed_weights(s, shared.lse[stage], scale, lane);
+      pack_operands<T>(weights, s);
+      wgmma_wait<0>();
+      transposed_gradients(dp, s, shared.delta[stage], lane);
+      pack_operands<T>(ds, dp);
+      wgmma_fence();
+      begin_columns<T, QT>(grads.d_v, weights, shared_address(&shared.d_out[stage]));
+      begin_columns<T, QT>(grads.d_k, ds, shared_address(&shared.q[stage]));
+      wgmma_commit();
+      const uint32_t busy = at.turn++;
+      if (!at.seek()) {
+        wgmma_wait<0>();
+        release(&shared.empty[busy % C::kStages], lane);
+        break;
+      }
+      begin_scores<C>(s, held, shared, at.stage(), first_row);
+      wgmma_wait<1>();
+      release(&shared.empty[busy % C::kStages], lane);
+    }
+  }
+  if constexpr (!C::kHeld) release(&shared.keys_empty, lane);
+}
+
+template <class C>
+SEGATTN_FN void multiply_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
+  using T = typename C::T;
+  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, first_row = thread / 128 * 64;
+  const float scale = signed_scale_log2(p.problem.scale);
+  uint32_t first_step = 0;
+  for (uint32_t n = 0;; n++) {
+    mbarrier_wait(&shared.keys_full, phase(n));
+    const KeyWork& work = shared.work[n % kItems];
+    if (work.done) return;
+    KeyGrads<C> grads;
+    clear(grads.d_k);
+    clear(grads.d_v);
+    const KeyItem& item = work.item;
+    const QueryTurns<C> turns = {shared, first_step, first_step + work.steps, item.prior ? -(1 << 30) : item.first + first_row, lane};
+    multiply_queries<C>(grads, shared, turns, scale, first_row, lane);
+    first_step = turns.end;
+    const SegattnTensor &d_k = item.prior ? p.d_prior_k : p.d_k, &d_v = item.prior ? p.d_prior_v : p.d_v;
+    const int row = item.first + thread / 32 * 16 + lane / 4;
+    store_rows<T>(grads.d_k, p.problem.scale, Rows<T>::of(d_k, item.entry, item.kv_head), row, item.len, (int)d_k.rows, lane);
+    store_rows<T>(grads.d_v, 1.f, Rows<T>::of(d_v, item.entry, item.kv_head), row, item.len, (int)d_v.rows, lane);
+  }
+}
+
+template <class C>
+SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
+  KeyGradShared<C>& shared = *(KeyGradShared<C>*)shared_memory();
+  if (threadIdx.x == 0) start_barriers(shared);
+  __syncthreads();
+  if (threadIdx.x < C::kFetchThreads) {
+    release_registers<C::kFetchRegisters>();
+    fetch_key_grad<C>(p, shared);
+  } else {
+    take_registers<C::kRegisters>();
+    multiply_key_grad<C>(p, shared);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+template <class C>
+constexpr SegattnKernelInfo query_grad_info() {
+  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnBackwardParams)};
+}
+template <class C>
+constexpr SegattnKernelInfo key_grad_info() {
+  return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0, (int)sizeof(SegattnBackwardParams)};
+}
+
+// query_grad and key_grad: as many blocks as run at once, which take items: tiles of queries, times max_items; and of keys. query_grad_sum: 4 rows a block.
+#define BACKWARD(name, T, kHeadDim)                                                                            \
+  using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \
+  using KeyGrad_##name = KeyGradConfig<T, kHeadDim>;                                                           \
+  SEGATTN_INFO(attention_query_grad_hopper_##name, query_grad_info<QueryGrad_##name>())                        \
+  SEGATTN_INFO(attention_key_grad_hopper_##name, key_grad_info<KeyGrad_##name>())                              \
+  SEGATTN_KERNEL(attention_query_grad_hopper_##name, QueryGrad_##name, SegattnBackwardParams) {                \
+    attention_query_grad<QueryGrad_##name>(params);                                                            \
+  }                                                                                                            \
+  SEGATTN_KERNEL(attention_query_grad_sum_hopper_##name, PrepareConfig, SegattnBackwardParams) {               \
+    attention_query_grad_sum<QueryGrad_##name>(params);                                                        \
+  }                                                                                                            \
+  SEGATTN_KERNEL(attention_key_grad_hopper_##name, KeyGrad_##name, SegattnBackwardParams) {                    \
+    attention_key_grad<KeyGrad_##name>(params);                                                                \
+  }
+
+BACKWARD(bf16_d64, Bf16, 64)
+BACKWARD(bf16_d128, Bf16, 128)
+BACKWARD(f16_d64, F16, 64)
+BACKWARD(f16_d128, F16, 128)
+
+SEGATTN_LAYOUT(attention_backward_hopper)

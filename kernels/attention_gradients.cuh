@@ -1,0 +1,102 @@
+// What the backward kernels share: what preparation leaves of each row, the work of a block of keys, and d_q's parts.
+#pragma once
+#include "attention_items.cuh"
+#include "softmax.cuh"
+
+// Kernels of a warp a row.
+struct PrepareConfig {
+  static constexpr int kThreads = 128, kBlocks = 8;
+};
+
+SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int entry, int head, int query) {
+  return ((int64_t)entry * p.problem.q_heads + head) * p.row_pitch + query;
+}
+
+// The factor of the exponent's argument with its sign.
+SEGATTN_FN float signed_scale_log2(float scale) { return scale < 0.f ? -scale_log2(scale) : scale_log2(scale); }
+
+// A block's keys and the queries that see them: heads of the group that read the source, each from first_query on.
+struct KeyItem {
+  int entry, kv_head, end_head;  // query heads before end_head
+  int first;                  // first key row
+  int len;                    // valid keys of the source
+  int query_rows, first_query;
+  bool prior;
+};
+
+// A step of the loop over heads and query tiles.
+struct QueryCursor {
+  int head, query;  // a head beyond the group: the loop is done
+
+  SEGATTN_FN QueryCursor first(const SegattnProblem& p, const KeyItem& item) {
+    QueryCursor at = {item.kv_head * (p.q_heads / p.kv_heads), item.first_query};
+    at.skip(p, item);
+    return at;
+  }
+  template <int kQueries>
+  __device__ __forceinline__ QueryCursor next(const SegattnProblem& p, const KeyItem& item) const {
+    if (query + kQueries < item.query_rows) return {head, query + kQueries};
+    QueryCursor at = {head + 1, item.first_query};
+    at.skip(p, item);
+    return at;
+  }
+  // Moves to the first head at or after `head` that reads the source.
+  __device__ __forceinline__ void skip(const SegattnProblem& p, const KeyItem& item) {
+    if (item.first_query >= item.query_rows) head = item.end_head;
+    while (head < item.end_head && item.prior && !p.prior_heads[head]) head++;
+  }
+};
+
+// Head by head; the current keys that the fewest queries see come last, of all heads, so that the blocks end together.
+template <class C>
+SEGATTN_FN KeyItem key_item(const SegattnBackwardParams& p, int index) {
+  const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
+  const int current_tiles = ceil_div((int)p.d_k.rows, C::kKeys), last_tiles = current_tiles / 4;
+  const int heads = p.problem.kv_heads * p.problem.batch, longer = prior_tiles + current_tiles - last_tiles;
+  const int rest = index - longer * heads;
+  const int tile = rest < 0 ? index % longer : longer + rest / heads, head = rest < 0 ? index / longer : rest % heads;
+  KeyItem item;
+  item.kv_head = head % p.problem.kv_heads;
+  item.end_head = (item.kv_head + 1) * (p.problem.q_heads / p.problem.kv_heads);
+  item.entry = head / p.problem.kv_heads;
+  item.prior = tile < prior_tiles;
+  item.first = (item.prior ? tile : tile - prior_tiles) * C::kKeys;
+  const int segment_len = p.problem.segment_len[item.entry];
+  item.len = item.prior ? p.problem.prior_len[item.entry] : segment_len;
+  item.query_rows = item.first < item.len ? min(segment_len, (int)p.problem.q.rows) : 0;
+  item.first_query = item.prior ? 0 : item.first / C::kQueries * C::kQueries;
+  return item;
+}
+
+// One warp a row: adds up the parts of d_q where there are several. The warp of a head's first row
+// also adds up the head's gate sums.
+template <class C>
+SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
+  using T = typename C::T;
+  const int lane = threadIdx.x & 31, rows = (int)p.problem.q.rows;
+  const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
+  if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
+  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
+  const KeyList keys = KeyList::of(p.problem, entry, head);
+  const int query_rows = keys.query_rows(rows);
+  constexpr int kItemSteps = C::kItemKeys / C::kKeys;
+  const int splits = ceil_div(tile_steps<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kItemSteps);
+  if (splits > 1) {
+    uint16_t* out = (uint16_t*)Rows<T>::of(p.d_q, entry, head).row(query);
+#pragma unroll
+    for (int i = lane; i < C::kHeadDim; i += 32) {
+      float sum = 0.f;
+      for (int split = 0; split < splits; split++) sum += p.partial_d_q[partial_row(p.problem, split, entry, head, query) * C::kHeadDim + i];
+      out[i] = (uint16_t)pack<T>(query < query_rows ? sum * p.problem.scale : 0.f, 0.f);
+    }
+  }
+  if (query != 0 || lane != 0) return;
+  float sum = 0.f;
+  const float gate = p.problem.past_gate[head];
+  for (int tile = 0; gate > 0.f && tile < p.tiles; tile++) {
+    const int parts = max(1, ceil_div(tile_steps<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kItemSteps));
+    for (int split = 0; split < parts; split++)
+      sum += p.partial_gate[(((int64_t)split * p.problem.batch + entry) * p.problem.q_heads + head) * p.tiles + tile];
+  }
+  p.d_past_gate[(int64_t)entry * p.problem.q_heads + head] = gate > 0.f ? sum / gate : 0.f;
+}

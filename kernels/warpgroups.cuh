@@ -1,0 +1,109 @@
+// What Hopper's kernels are made of: a ring that one warpgroup fills and others read, their products on tiles, and
+// accumulators on their way out. Accumulators x[n] are columns n * 8... of a warpgroup's 64 rows (ptx.cuh).
+#pragma once
+#include "tile.cuh"
+
+// The parity of the n-th phase of a barrier, n = 0, 1, ...
+SEGATTN_FN uint32_t phase(uint32_t n) { return n & 1; }
+// An `empty` barrier: the n-th use of what it guards waits for the end of use n - 1, the first for nothing.
+SEGATTN_FN void wait_empty(uint64_t* barrier, uint32_t n) { mbarrier_wait(barrier, phase(n) ^ 1); }
+
+// Waits for all but the newest copies of this thread, and says so at a barrier, to the products too.
+template <int kNewestLeft>
+SEGATTN_FN void signal_landed(uint64_t* barrier) {
+  cp_async_wait<kNewestLeft>();
+  fence_proxy_async_shared();
+  mbarrier_arrive(barrier);
+}
+
+// A warp is done with what the barrier guards.
+SEGATTN_FN void release(uint64_t* barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(barrier);
+}
+
+// Bytes from column 0 of rows in a tile to column k.
+template <class Tile>
+SEGATTN_FN uint32_t rows_step(int k) { return k / 64 * Tile::kPanelBytes + k % 64 * 2; }
+// The operand so many bytes further on, where it reads no other rows or columns than the tile's.
+SEGATTN_FN uint64_t advance(uint64_t operand, uint32_t bytes) { return (operand & ~0xffffffffull) | (uint32_t)((uint32_t)operand + bytes / 16); }
+
+// x = a b^T over all of head_dim, begun: 64 rows of a [rows][head_dim] tile and kColTiles * 8 of another.
+template <class T, class TileA, class TileB, int kColTiles>
+SEGATTN_FN void begin_rows(float (&x)[kColTiles][4], SharedAddress a, int a_row, SharedAddress b) {
+  const uint64_t first_a = rows_operand<TileA>(a, a_row, 0), first_b = rows_operand<TileB>(b, 0, 0);
+  wgmma<false, false>(x, first_a, first_b, T{});
+#pragma unroll
+  for (int k = 16; k < TileA::kCols; k += 16)
+    wgmma<true, false>(x, advance(first_a, rows_step<TileA>(k)), advance(first_b, rows_step<TileB>(k)), T{});
+}
+
+// The same with all of a's operands in registers.
+template <class T, class TileB, int kColTiles, int kSteps>
+SEGATTN_FN void begin_held(float (&x)[kColTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
+  const uint64_t first = rows_operand<TileB>(b, 0, 0);
+  wgmma<false, false>(x, a[0], first, T{});
+#pragma unroll
+  for (int k = 1; k < kSteps; k++) wgmma<true, false>(x, a[k], advance(first, rows_step<TileB>(k * 16)), T{});
+}
+
+// out += w b, begun: weights in registers against the rows of a [k][n] tile, all of its columns.
+template <class T, class TileB, int kSteps, int kOutTiles>
+SEGATTN_FN void begin_columns(float (&out)[kOutTiles][4], const uint32_t (&w)[kSteps][4], SharedAddress b) {
+  const uint64_t first = columns_operand<TileB>(b, 0, 0);
+#pragma unroll
+  for (int k = 0; k < kSteps; k++) wgmma<true, true>(out, w[k], advance(first, k * 16 * TileB::kRowBytes), T{});
+}
+
+template <int kTiles>
+SEGATTN_FN void clear(float (&x)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[n][e] = 0.f;
+}
+
+// A warp's operands: its 16 rows of a [rows][head_dim] tile.
+template <class TileA, int kSteps>
+SEGATTN_FN void hold_rows(uint32_t (&a)[kSteps][4], SharedAddress tile, int row, int lane) {
+  const SharedAddress base = a_base<TileA>(tile, lane);
+#pragma unroll
+  for (int k = 0; k < kSteps; k++) load_a<TileA>(a[k], base, row, k * 16);
+}
+
+// Accumulators as operands of the next product: the layouts agree.
+template <class T, int kColTiles>
+SEGATTN_FN void pack_operands(uint32_t (&w)[kColTiles / 2][4], const float (&x)[kColTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; n++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) w[n / 2][n % 2 * 2 + half] = pack<T>(x[n][half * 2], x[n][half * 2 + 1]);
+}
+
+// The four lanes that share a row hold 4 bytes each of four chunks; afterwards each holds one chunk, that of its place.
+SEGATTN_FN void gather_chunk(uint32_t (&w)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+  const uint32_t first = shuffle_xor(odd ? w[0] : w[1], 1), second = shuffle_xor(odd ? w[2] : w[3], 1);
+  const uint32_t a0 = odd ? first : w[0], a1 = odd ? w[1] : first, b0 = odd ? second : w[2], b1 = odd ? w[3] : second;
+  const uint32_t c0 = shuffle_xor(upper ? a0 : b0, 2), c1 = shuffle_xor(upper ? a1 : b1, 2);
+  w[0] = upper ? c0 : a0, w[1] = upper ? c1 : a1, w[2] = upper ? b0 : c0, w[3] = upper ? b1 : c1;
+}
+
+// Accumulators times a factor to rows `row` (lane / 4 of the warp's) and `row` + 8, of which those before `len` hold
+// something, those from there to `rows` become zero, and the others are not there.
+template <class T, int kOutTiles>
+SEGATTN_FN void store_rows(const float (&x)[kOutTiles][4], float factor, Rows<T> target, int row, int len, int rows, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int at = row + half * 8;
+#pragma unroll
+    for (int n = 0; n < kOutTiles; n += 4) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = pack<T>(x[n + i][half * 2] * factor, x[n + i][half * 2 + 1] * factor);
+      gather_chunk(w, lane);
+      const bool valid = at < len;
+      if (at < rows) *(uint4*)(target.row(at) + (n + lane % 4) * 8) = valid ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
+    }
+  }
+}

@@ -1,0 +1,86 @@
+//! The kernels written for Hopper, on a device that has them: what the others must do, at their head sizes.
+
+use std::sync::OnceLock;
+
+use segattn::attention::cuda::Dtype;
+use segattn_sim::Kernels;
+
+use super::attention_cases::variants::{self, Named};
+use super::attention_cases::{bits, suite};
+use super::simulated::{Entries, Simulated, folder};
+
+const HEAD_DIMS: [usize; 2] = [64, 128];
+
+fn kernels() -> &'static Kernels {
+    static KERNELS: OnceLock<Kernels> = OnceLock::new();
+    KERNELS.get_or_init(|| Kernels::new(&folder()).hopper())
+}
+
+fn check(cases: Vec<Named>, head_dim: usize) {
+    for (seed, case) in cases.into_iter().enumerate() {
+        let shape = super::attention_cases::Shape {
+            head_dim,
+            ..case.shape
+        };
+        let mut gpu = Simulated::of(seed as u64, kernels());
+        suite::check(&mut gpu, &shape, case.query_start, case.options);
+    }
+}
+
+/// Runs an element type and head size, and shows that its backward entry points ran.
+fn check_variant(dtype: Dtype, head_dim: usize) {
+    let entries = Entries::default();
+    for (seed, case) in variants::of(dtype, head_dim).into_iter().enumerate() {
+        let mut gpu = Simulated::of(seed as u64, kernels()).noting(&entries);
+        suite::check(&mut gpu, &case.shape, case.query_start, case.options);
+    }
+    let ran = entries.into_inner().expect("no panic");
+    for kernel in ["query_grad", "query_grad_sum", "key_grad"] {
+        let own = format!("attention_{kernel}_hopper_{dtype}_d{head_dim}");
+        assert!(ran.contains(own.as_str()), "{own}: {ran:?}");
+        let other = format!("attention_{kernel}_{dtype}_d{head_dim}");
+        assert!(!ran.contains(other.as_str()), "{other}");
+    }
+}
+
+#[test]
+fn bf16_d64() {
+    check_variant(Dtype::Bf16, 64);
+}
+
+#[test]
+fn bf16_d128() {
+    check_variant(Dtype::Bf16, 128);
+}
+
+#[test]
+fn f16_d64() {
+    check_variant(Dtype::F16, 64);
+}
+
+#[test]
+fn f16_d128() {
+    check_variant(Dtype::F16, 128);
+}
+
+#[test]
+fn every_role_and_gate_in_groups_of_1_3_and_8() {
+    check(variants::roles(), 64);
+}
+
+#[test]
+fn every_source_empty_or_there() {
+    check(variants::sources(), 128);
+}
+
+#[test]
+fn every_arrangement_kind_of_numbers_and_scale() {
+    check(variants::arrangements_and_values(), 64);
+}
+
+#[test]
+fn gradients_do_not_depend_on_the_neighbours_in_the_batch() {
+    for head_dim in HEAD_DIMS {
+        bits::neighbours_change_no_gradient(&mut Simulated::of(4, kernels()), Dtype::Bf16, head_dim);
+    }
+}
