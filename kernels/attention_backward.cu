@@ -13,30 +13,56 @@
 
 // ---------------------------------------------------------------------------------------------------- prepare
 
-// One warp a row, padding up to row_pitch included.
-template <class T, int kHeadDim>
-SEGATTN_FN void attention_prepare(const SegattnBackwardParams& p) {
-  const int lane = threadIdx.x & 31;
-  const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
-  if (index >= (int64_t)p.problem.batch * p.problem.q_heads * p.row_pitch) return;
-  const int query = (int)(index % p.row_pitch);
-  const int head = (int)(index / p.row_pitch % p.problem.q_heads), entry = (int)(index / p.row_pitch / p.problem.q_heads);
-  const bool valid = query < min(p.problem.segment_len[entry], (int)p.problem.q.rows);
-  float delta = 0.f, lse = INFINITY;
-  if (valid) {
-    const uint16_t* out = (const uint16_t*)Rows<const T>::of(p.out, entry, head).row(query);
-    const uint16_t* d_out = (const uint16_t*)Rows<const T>::of(p.d_out, entry, head).row(query);
+// Rows of a block of 4 warps: kLanes lanes a row, 16 bytes each, kPasses rows one after the other.
+template <class T_, int kHeadDim>
+struct PrepareRows {
+  using T = T_;
+  static constexpr int kChunks = kHeadDim / 8, kLanes = kHeadDim == 96 ? 16 : kChunks;
+  static constexpr int kPasses = 4, kPassRows = 32 / kLanes, kRows = 4 * kPasses * kPassRows;
+};
+
+// a . b of eight elements, added to sum.
+template <class T>
+SEGATTN_FN float add_products(float sum, const uint4& a, const uint4& b) {
+  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-    for (int i = lane; i < kHeadDim; i += 32) delta = fma_rn(widen(out[i], T{}), widen(d_out[i], T{}), delta);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-    const int64_t row = ((int64_t)entry * p.problem.q_heads + head) * p.problem.q.rows + query;
-    if (p.d_lse) delta -= p.d_lse[row];
-    lse = p.lse[row] * kLog2E;
+  for (int i = 0; i < 4; i++) {
+    sum = fma_rn(widen((uint16_t)x[i], T{}), widen((uint16_t)y[i], T{}), sum);
+    sum = fma_rn(widen((uint16_t)(x[i] >> 16), T{}), widen((uint16_t)(y[i] >> 16), T{}), sum);
   }
-  if (lane == 0) {
-    p.row_delta[index] = delta;
-    p.row_lse[index] = lse;
+  return sum;
+}
+
+// A block's rows are of one head, padding up to row_pitch included.
+template <class R>
+SEGATTN_FN void attention_prepare(const SegattnBackwardParams& p) {
+  using T = typename R::T;
+  const int lane = threadIdx.x & 31, chunk = lane % R::kLanes, blocks = p.row_pitch / R::kRows, of_head = blockIdx.x / blocks;
+  const int head = of_head % p.problem.q_heads, entry = of_head / p.problem.q_heads;
+  const int first = blockIdx.x % blocks * R::kRows + (threadIdx.x >> 5) * (R::kPasses * R::kPassRows) + lane / R::kLanes;
+  const int rows = min(p.problem.segment_len[entry], (int)p.problem.q.rows);
+  const Rows<const T> out = Rows<const T>::of(p.out, entry, head), d_out = Rows<const T>::of(p.d_out, entry, head);
+  uint4 x[R::kPasses], y[R::kPasses];
+#pragma unroll
+  for (int i = 0; i < R::kPasses; i++) {
+    const int query = first + i * R::kPassRows;
+    x[i] = y[i] = make_uint4(0, 0, 0, 0);
+    if (query < rows && chunk < R::kChunks) x[i] = *(const uint4*)(out.row(query) + chunk * 8), y[i] = *(const uint4*)(d_out.row(query) + chunk * 8);
+  }
+#pragma unroll
+  for (int i = 0; i < R::kPasses; i++) {
+    const int query = first + i * R::kPassRows;
+    float delta = add_products<T>(0.f, x[i], y[i]), lse = INFINITY;
+#pragma unroll
+    for (int mask = R::kLanes / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
+    if (chunk != 0) continue;
+    if (query < rows) {
+      const int64_t row = ((int64_t)entry * p.problem.q_heads + head) * p.problem.q.rows + query;
+      if (p.d_lse) delta -= p.d_lse[row];
+      lse = p.lse[row] * kLog2E;
+    }
+    p.row_delta[prepared_row(p, entry, head, query)] = delta;
+    p.row_lse[prepared_row(p, entry, head, query)] = lse;
   }
 }
 
@@ -460,6 +486,10 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
+template <class R>
+constexpr SegattnKernelInfo prepare_info() {
+  return {PrepareConfig::kThreads, 0, PrepareConfig::kBlocks, R::kRows, 0, 0, (int)sizeof(SegattnBackwardParams)};
+}
 template <class C>
 constexpr SegattnKernelInfo query_grad_info() {
   return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnBackwardParams)};
@@ -469,15 +499,18 @@ constexpr SegattnKernelInfo key_grad_info() {
   return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0, (int)sizeof(SegattnBackwardParams)};
 }
 
-// prepare and query_grad_sum: 4 rows a block, over batch * q_heads * row_pitch and * rows. query_grad: a block an item.
+// prepare: over batch * q_heads * row_pitch rows. query_grad: a block an item. query_grad_sum: 4 rows a block, over batch *
+// q_heads * rows, or one row a head where no tile has several items.
 // key_grad: a block a key tile, batch * kv_heads * (prior tiles, unless read_only_prior, + current tiles).
 #define BACKWARD(name, T, kHeadDim)                                                                            \
   using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \
   using KeyGrad_##name = KeyGradConfig<T, kHeadDim>;                                                           \
+  using Prepare_##name = PrepareRows<T, kHeadDim>;                                                             \
+  SEGATTN_INFO(attention_prepare_##name, prepare_info<Prepare_##name>())                                       \
   SEGATTN_INFO(attention_query_grad_##name, query_grad_info<QueryGrad_##name>())                               \
   SEGATTN_INFO(attention_key_grad_##name, key_grad_info<KeyGrad_##name>())                                     \
   SEGATTN_KERNEL(attention_prepare_##name, PrepareConfig, SegattnBackwardParams) {                             \
-    attention_prepare<T, kHeadDim>(params);                                                                    \
+    attention_prepare<Prepare_##name>(params);                                                                 \
   }                                                                                                            \
   SEGATTN_KERNEL(attention_query_grad_##name, QueryGrad_##name, SegattnBackwardParams) {                       \
     attention_query_grad<QueryGrad_##name>(params);                                                            \

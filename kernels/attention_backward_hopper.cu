@@ -1,3 +1,8 @@
+#ifndef Q64_CONSUMERS
+#define Q64_CONSUMERS 2
+#define Q64_KEYS 64
+#define Q64_HELD true
+#endif
 // Segment attention, backward, for Hopper: d_q, and d_k with d_v, of attention_backward.cu on products of a warpgroup.
 //
 // Three warpgroups a block. The first fetches: its warp w keeps stage w of a ring full, so that a warp waits for nothing but
@@ -9,15 +14,15 @@
 #include "warpgroups.cuh"
 
 // What both kernels have in common.
-template <class T_, int kHeadDim_>
+template <class T_, int kHeadDim_, int kMultiply>
 struct WarpgroupConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = 2;  // warpgroups that multiply
+  static constexpr int kConsumers = kMultiply;  // warpgroups that multiply
   static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kFetchWarps;
   static constexpr int kWarps = kConsumers * 4;
   static constexpr int kThreads = kFetchThreads + kWarps * 32, kBlocks = 1;
-  static constexpr int kFetchRegisters = 56, kRegisters = 224;
+  static constexpr int kFetchRegisters = kConsumers == 3 ? 48 : 40, kRegisters = kConsumers == 3 ? 152 : 232;
   static constexpr int kSteps = kHeadDim / 16, kOutTiles = kHeadDim / 8;
 };
 
@@ -30,9 +35,10 @@ SEGATTN_FN uint32_t take_item(uint32_t* next_item, bool first) { return first ? 
 // ---------------------------------------------------------------------------------------------------- d_q
 
 template <class T, int kHeadDim>
-struct QueryGradConfig : WarpgroupConfig<T, kHeadDim> {
+struct QueryGradConfig : WarpgroupConfig<T, kHeadDim, kHeadDim == 64 ? Q64_CONSUMERS : 2> {
   static constexpr int kRows = 64 * QueryGradConfig::kConsumers;
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = kHeadDim == 64 ? Q64_KEYS : 64;
+  static constexpr bool kHeld = kHeadDim == 128 || Q64_HELD;  // d_out in registers
   static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
@@ -92,8 +98,9 @@ SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& sh
                                                            item.query_rows, thread);
   const int64_t row = prepared_row(p, item.entry, item.head, first);
   for (int i = thread; i < C::kRows / 4; i += C::kFetchThreads) {
-    cp_async_16(shared_address(&shared.lse[i * 4]), p.row_lse + row + i * 4, 16);
-    cp_async_16(shared_address(&shared.delta[i * 4]), p.row_delta + row + i * 4, 16);
+    const int bytes = first + i * 4 < p.row_pitch ? 16 : 0;
+    cp_async_16(shared_address(&shared.lse[i * 4]), p.row_lse + row + i * 4, bytes);
+    cp_async_16(shared_address(&shared.delta[i * 4]), p.row_delta + row + i * 4, bytes);
   }
   cp_async_commit();
 }
@@ -102,10 +109,10 @@ template <class C>
 SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   uint32_t first_step = 0;  // of the item, counted over all items of the block
+  if (thread == 0) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
-    QueryWork& work = shared.work[n % kItems];
-    if (thread == 0) find_work<C>(p, work, n == 0);
     barrier_sync<C::kFetchThreads>(1);
+    const QueryWork& work = shared.work[n % kItems];
     if (work.done) {
       wait_empty(&shared.rows_empty, n);
       mbarrier_arrive(&shared.rows_full);
@@ -117,8 +124,8 @@ SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared
     wait_empty(&shared.rows_empty, n);
     copy_rows<C>(p, shared, item, thread);
     signal_landed<0>(&shared.rows_full);
-    const int steps = max(0, item.end_step - item.first_step);
-    for (int step = (warp - first_step) % C::kStages; step < steps; step += C::kStages) {
+    const int steps = max(0, item.end_step - item.first_step), own = (warp - first_step) % C::kStages;
+    const auto fetch = [&](int step) {
       const KeyTile tile = item.keys.template tile<C::kKeys>(item.first_step + step);
       wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
       copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[warp]), shared.sources.k[tile.source], tile.first, tile.end, lane);
@@ -126,7 +133,12 @@ SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared
       cp_async_commit();
       if (lane == 0) shared.tiles[warp] = tile;
       signal_landed<0>(&shared.full[warp]);
-    }
+    };
+    if (own < steps) fetch(own);
+    // What comes next is found while the keys fetched are in use.
+    if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
+    __syncwarp();
+    for (int step = own + C::kStages; step < steps; step += C::kStages) fetch(step);
     first_step += steps;
   }
 }
@@ -167,7 +179,7 @@ struct KeyTurns {
 // A thread's rows and what it needs to know of them.
 template <class C>
 struct HeldQueries {
-  uint32_t q[C::kSteps][4], d_out[C::kSteps][4];
+  uint32_t q[C::kSteps][4], d_out[C::kHeld ? C::kSteps : 1][4];
   float lse[2], delta[2];
 };
 
@@ -182,7 +194,7 @@ SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldQueries<C>& 
 // under way before the products of these are waited for.
 template <class C>
 SEGATTN_FN float multiply_keys(float (&d_q)[C::kOutTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, const KeyList& keys,
-                               KeyTurns<C> at, float scale, int row) {
+                               KeyTurns<C> at, float scale, int row, int group) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   const int lane = at.lane;
@@ -195,7 +207,8 @@ SEGATTN_FN float multiply_keys(float (&d_q)[C::kOutTiles][4], const HeldQueries<
     const bool past = tile.source == kPast, current = tile.source == kCurrent;
     uint32_t ds[C::kColTiles / 2][4];
     wgmma_fence();
-    begin_held<T, KT>(dp, held.d_out, shared_address(&shared.v[stage]));
+    if constexpr (C::kHeld) begin_held<T, KT>(dp, held.d_out, shared_address(&shared.v[stage]));
+    else begin_rows<T, typename C::QueryTile, KT>(dp, shared_address(&shared.d_out), uniform(group), shared_address(&shared.v[stage]));
     wgmma_commit();
     wgmma_wait<1>();
     if ((current ? at.first_query + 1 : tile.end) < tile.first + C::kKeys) {
@@ -269,16 +282,17 @@ SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradSha
     const Item& item = shared.work[n % kItems].item;
     HeldQueries<C> held;
     hold_rows<QT>(held.q, shared_address(&shared.q), warp_row, lane);
-    hold_rows<QT>(held.d_out, shared_address(&shared.d_out), warp_row, lane);
+    if constexpr (C::kHeld) hold_rows<QT>(held.d_out, shared_address(&shared.d_out), warp_row, lane);
 #pragma unroll
     for (int half = 0; half < 2; half++) held.lse[half] = shared.lse[row + half * 8], held.delta[half] = shared.delta[row + half * 8];
-    release(&shared.rows_empty, lane);
+    if constexpr (C::kHeld) release(&shared.rows_empty, lane);
     float d_q[C::kOutTiles][4];
     clear(d_q);
     const int first = item.tile * C::kRows, group = first + thread / 128 * 64;
     const KeyTurns<C> turns = {shared, first_step, first_step + max(0, item.end_step - item.first_step), group, min(group + 64, item.query_rows) - 1, lane};
-    const float gate_sum = multiply_keys<C>(d_q, held, shared, item.keys, turns, scale, first + row);
+    const float gate_sum = multiply_keys<C>(d_q, held, shared, item.keys, turns, scale, first + row, thread / 128 * 64);
     first_step = turns.end;
+    if constexpr (!C::kHeld) release(&shared.rows_empty, lane);
     store_query_grad<C>(p, d_q, item, first + row, lane);
     store_gate_sum<C>(p, shared.gate_sums[n & 1], item, gate_sum, thread);
   }
@@ -301,10 +315,9 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 // ---------------------------------------------------------------------------------------------------- d_k, d_v
 
 template <class T, int kHeadDim>
-struct KeyGradConfig : WarpgroupConfig<T, kHeadDim> {
+struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2> {
   static constexpr int kKeys = 64 * KeyGradConfig::kConsumers;
-  static constexpr int kQueries = 64;
-  static constexpr bool kHeld = kHeadDim == 64;  // k and v in registers
+  static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
   static constexpr int kColTiles = kQueries / 8;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
   using QueryTile = Tile<T, kQueries, kHeadDim>;
@@ -386,10 +399,10 @@ template <class C>
 SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   uint32_t first_step = 0;  // of the item, counted over all items of the block
+  if (thread == 0) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
-    KeyWork& work = shared.work[n % kItems];
-    if (thread == 0) find_work<C>(p, work, n == 0);
     barrier_sync<C::kFetchThreads>(1);
+    const KeyWork& work = shared.work[n % kItems];
     if (work.done) {
       wait_empty(&shared.keys_empty, n);
       mbarrier_arrive(&shared.keys_full);
@@ -409,6 +422,9 @@ SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>&
     copy_keys<C>(p, shared, item, thread);
     if (any) signal_landed<1>(&shared.full[warp]);
     signal_landed<0>(&shared.keys_full);
+    // What comes next is found while this is worked on.
+    if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
+    __syncwarp();
     for (step += C::kStages; step < work.steps; step += C::kStages) {
       for (int i = 0; i < C::kStages; i++) at = at.template next<C::kQueries>(p.problem, item);
       wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
@@ -452,13 +468,6 @@ SEGATTN_FN void transposed_gradients(float (&dp)[kColTiles][4], const float (&we
   }
 }
 
-// A warp's operands k and v, or nothing where registers do not hold them.
-template <class C>
-struct HeldKeys {
-  static constexpr int kSteps = C::kHeld ? C::kSteps : 1;
-  uint32_t k[kSteps][4], v[kSteps][4];
-};
-
 // The gradients of 64 keys.
 template <class C>
 struct KeyGrads {
@@ -486,24 +495,6 @@ struct QueryTurns {
   }
 };
 
-template <class C>
-SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldKeys<C>& held, KeyGradShared<C>& shared, int stage, int first_row) {
-  const SharedAddress q = shared_address(&shared.q[stage]);
-  wgmma_fence();
-  if constexpr (C::kHeld) begin_held<typename C::T, typename C::QueryTile>(s, held.k, q);
-  else begin_rows<typename C::T, typename C::KeyTile, typename C::QueryTile>(s, shared_address(&shared.k), uniform(first_row), q);
-  wgmma_commit();
-}
-
-template <class C>
-SEGATTN_FN void begin_values(float (&dp)[C::kColTiles][4], const HeldKeys<C>& held, KeyGradShared<C>& shared, int stage, int first_row) {
-  const SharedAddress d_out = shared_address(&shared.d_out[stage]);
-  wgmma_fence();
-  if constexpr (C::kHeld) begin_held<typename C::T, typename C::QueryTile>(dp, held.v, d_out);
-  else begin_rows<typename C::T, typename C::KeyTile, typename C::QueryTile>(dp, shared_address(&shared.v), uniform(first_row), d_out);
-  wgmma_commit();
-}
-
 // The item's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
 // queries are under way before the products of these are waited for.
 template <class C>
@@ -511,43 +502,43 @@ SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, Q
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
-  const int warp_row = threadIdx.x % 128 / 32 * 16;
-  HeldKeys<C> held;
-  if constexpr (C::kHeld) {
-    hold_rows<KT>(held.k, shared_address(&shared.k), first_row + warp_row, lane);
-    hold_rows<KT>(held.v, shared_address(&shared.v), first_row + warp_row, lane);
-    release(&shared.keys_empty, lane);
-  }
-  if (at.seek()) {
-    float s[C::kColTiles][4], dp[C::kColTiles][4];
-    begin_scores<C>(s, held, shared, at.stage(), first_row);
-    while (true) {
-      const int stage = at.stage(), before = at.before();
-      uint32_t weights[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
-      begin_values<C>(dp, held, shared, stage, first_row);
-      wgmma_wait<1>();
-      if (before > -64) hide_queries(s, before + warp_row + lane / 4, scale, lane);
-      transposed_weights(s, shared.lse[stage], scale, lane);
-      pack_operands<T>(weights, s);
+  const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const auto q = [&](int stage) { return shared_address(&shared.q[stage]); };
+  const auto d_out = [&](int stage) { return shared_address(&shared.d_out[stage]); };
+  if (!at.seek()) return release(&shared.keys_empty, lane);
+  float s[C::kColTiles][4], dp[C::kColTiles][4];
+  wgmma_fence();
+  begin_rows<T, KT, QT>(s, shared_address(&shared.k), uniform(first_row), q(at.stage()));
+  wgmma_commit();
+  while (true) {
+    const int stage = at.stage(), before = at.before();
+    uint32_t weights[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
+    wgmma_fence();
+    begin_rows<T, KT, QT>(dp, shared_address(&shared.v), uniform(first_row), d_out(stage));
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (before > -64) hide_queries(s, before + row, scale, lane);
+    transposed_weights(s, shared.lse[stage], scale, lane);
+    pack_operands<T>(weights, s);
+    wgmma_wait<0>();
+    if (at.turn + 1 == at.end) release(&shared.keys_empty, lane);
+    transposed_gradients(dp, s, shared.delta[stage], lane);
+    pack_operands<T>(ds, dp);
+    wgmma_fence();
+    begin_columns<T, QT>(grads.d_v, weights, d_out(stage));
+    begin_columns<T, QT>(grads.d_k, ds, q(stage));
+    wgmma_commit();
+    const uint32_t busy = at.turn++;
+    if (!at.seek()) {
       wgmma_wait<0>();
-      transposed_gradients(dp, s, shared.delta[stage], lane);
-      pack_operands<T>(ds, dp);
-      wgmma_fence();
-      begin_columns<T, QT>(grads.d_v, weights, shared_address(&shared.d_out[stage]));
-      begin_columns<T, QT>(grads.d_k, ds, shared_address(&shared.q[stage]));
-      wgmma_commit();
-      const uint32_t busy = at.turn++;
-      if (!at.seek()) {
-        wgmma_wait<0>();
-        release(&shared.empty[busy % C::kStages], lane);
-        break;
-      }
-      begin_scores<C>(s, held, shared, at.stage(), first_row);
-      wgmma_wait<1>();
-      release(&shared.empty[busy % C::kStages], lane);
+      return release(&shared.empty[busy % C::kStages], lane);
     }
+    wgmma_fence();
+    begin_rows<T, KT, QT>(s, shared_address(&shared.k), uniform(first_row), q(at.stage()));
+    wgmma_commit();
+    wgmma_wait<1>();
+    release(&shared.empty[busy % C::kStages], lane);
   }
-  if constexpr (!C::kHeld) release(&shared.keys_empty, lane);
 }
 
 template <class C>

@@ -69,25 +69,33 @@ SEGATTN_FN KeyItem key_item(const SegattnBackwardParams& p, int index) {
 }
 
 // One warp a row: adds up the parts of d_q where there are several. The warp of a head's first row
-// also adds up the head's gate sums.
+// also adds up the head's gate sums, and is alone where no tile has several items.
 template <class C>
 SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   using T = typename C::T;
-  const int lane = threadIdx.x & 31, rows = (int)p.problem.q.rows;
+  const int lane = threadIdx.x & 31, rows = p.max_items > 1 ? (int)p.problem.q.rows : 1;
   const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
   const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
   const KeyList keys = KeyList::of(p.problem, entry, head);
-  const int query_rows = keys.query_rows(rows);
+  const int query_rows = keys.query_rows((int)p.problem.q.rows);
   constexpr int kItemSteps = C::kItemKeys / C::kKeys;
   const int splits = ceil_div(tile_steps<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kItemSteps);
   if (splits > 1) {
-    uint16_t* out = (uint16_t*)Rows<T>::of(p.d_q, entry, head).row(query);
+    const float4* parts = (const float4*)(p.partial_d_q + partial_row(p.problem, 0, entry, head, query) * C::kHeadDim);
+    const int64_t pitch = partial_row(p.problem, 1, 0, 0, 0) * C::kHeadDim / 4;
+    uint2* out = (uint2*)Rows<T>::of(p.d_q, entry, head).row(query);
+    const float scale = p.problem.scale;
 #pragma unroll
-    for (int i = lane; i < C::kHeadDim; i += 32) {
-      float sum = 0.f;
-      for (int split = 0; split < splits; split++) sum += p.partial_d_q[partial_row(p.problem, split, entry, head, query) * C::kHeadDim + i];
-      out[i] = (uint16_t)pack<T>(query < query_rows ? sum * p.problem.scale : 0.f, 0.f);
+    for (int i = lane; i < C::kHeadDim / 4; i += 32) {
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+      for (int split = 0; split < splits; split++) {
+        const float4 part = parts[split * pitch + i];
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      }
+      const uint2 value = make_uint2(pack<T>(sum.x * scale, sum.y * scale), pack<T>(sum.z * scale, sum.w * scale));
+      out[i] = query < query_rows ? value : make_uint2(0, 0);
     }
   }
   if (query != 0 || lane != 0) return;

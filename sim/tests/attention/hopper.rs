@@ -81,6 +81,10 @@ fn every_arrangement_kind_of_numbers_and_scale() {
 #[test]
 fn gradients_do_not_depend_on_the_neighbours_in_the_batch() {
     for head_dim in HEAD_DIMS {
-        bits::neighbours_change_no_gradient(&mut Simulated::of(4, kernels()), Dtype::Bf16, head_dim);
+        bits::neighbours_change_no_gradient(
+            &mut Simulated::of(4, kernels()),
+            Dtype::Bf16,
+            head_dim,
+        );
     }
 }

@@ -106,7 +106,11 @@ impl BackwardPlan {
             "tiles * items * heads * batch",
             &[tiles, max_items, heads, batch],
         )?;
-        let of_rows = |entry, rows: usize| row_launch(entry, &[batch, heads, rows]);
+        let prepare = info::<SegattnBackwardParams>(kernels, instance.prepare)?;
+        let prepare_blocks = row_pitch.div_ceil(prepare.tile_rows as usize);
+        let prepare_blocks = count("blocks of a grid", &[batch, heads, prepare_blocks])?;
+        // Where nothing is summed but the gate's parts, one row a head is enough.
+        let sum_rows = if max_items > 1 { rows } else { rows.min(1) };
         let key_rows = |tensor: &TensorParams| tensor.rows().div_ceil(key.tile_rows as usize);
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
         let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads, batch])?;
@@ -149,9 +153,9 @@ impl BackwardPlan {
             tiles: count("tiles", &[tiles])?,
             max_items: count("items", &[max_items])?,
             launches: [
-                of_rows(instance.prepare, row_pitch)?,
+                launch(instance.prepare, prepare_blocks, &prepare),
                 launch(query_grad, query_blocks, &query),
-                of_rows(query_grad_sum, rows)?,
+                row_launch(query_grad_sum, &[batch, heads, sum_rows])?,
                 launch(key_grad, key_blocks, &key),
             ],
         })

@@ -392,9 +392,9 @@ fn backward_prepares_then_takes_queries_then_keys() {
             .map(|(launch, _)| (launch.entry.name, launch.blocks))
             .collect();
         let expected = [
-            ("attention_prepare_bf16_d64", 2 * 4 * 256 / 4),
+            ("attention_prepare_bf16_d64", 2 * 4 * 256 / 64),
             ("attention_query_grad_bf16_d64", 2 * 4 * 2),
-            ("attention_query_grad_sum_bf16_d64", 2 * 4 * 200 / 4),
+            ("attention_query_grad_sum_bf16_d64", 2 * 4 / 4),
             ("attention_key_grad_bf16_d64", key_blocks),
         ];
         assert_eq!(launches, expected);
