@@ -1,28 +1,24 @@
-#ifndef Q64_CONSUMERS
-#define Q64_CONSUMERS 2
-#define Q64_KEYS 64
-#define Q64_HELD true
-#endif
 // Segment attention, backward, for Hopper: d_q, and d_k with d_v, of attention_backward.cu on products of a warpgroup.
 //
-// Three warpgroups a block. The first fetches: its warp w keeps stage w of a ring full, so that a warp waits for nothing but
-// its own copies. The others multiply, 64 rows each: of keys against tiles of queries (d_k, d_v), of queries against tiles
-// of keys (d_q). While one product runs, a warpgroup turns the one before into weights, and each warpgroup's weights also
-// run beside the other's products. Blocks take items until there are none (docs/kernels.md).
+// The first warpgroup of a block fetches: its warp w keeps stage w of a ring full, so that a warp waits for nothing but its
+// own copies. The others multiply, 64 rows each: of keys against tiles of queries (d_k, d_v), of queries against tiles of
+// keys (d_q). While one product runs, a warpgroup turns the one before into weights, and each warpgroup's weights also
+// run beside the other's products. Registers move from the warps that fetch to those that multiply. Blocks take items until
+// there are none (docs/kernels.md).
 #include "attention_gradients.cuh"
 #include "layout.cuh"
 #include "warpgroups.cuh"
 
 // What both kernels have in common.
-template <class T_, int kHeadDim_, int kMultiply>
+template <class T_, int kHeadDim_, int kMultiply, int kRing>
 struct WarpgroupConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kMultiply;  // warpgroups that multiply
-  static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kFetchWarps;
+  static constexpr int kConsumers = kMultiply;  // warpgroups
+  static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kRing;
   static constexpr int kWarps = kConsumers * 4;
   static constexpr int kThreads = kFetchThreads + kWarps * 32, kBlocks = 1;
-  static constexpr int kFetchRegisters = kConsumers == 3 ? 48 : 40, kRegisters = kConsumers == 3 ? 152 : 232;
+  static constexpr int kFetchRegisters = kConsumers == 3 ? 48 : 56, kRegisters = kConsumers == 3 ? 152 : 224;
   static constexpr int kSteps = kHeadDim / 16, kOutTiles = kHeadDim / 8;
 };
 
@@ -35,10 +31,10 @@ SEGATTN_FN uint32_t take_item(uint32_t* next_item, bool first) { return first ? 
 // ---------------------------------------------------------------------------------------------------- d_q
 
 template <class T, int kHeadDim>
-struct QueryGradConfig : WarpgroupConfig<T, kHeadDim, kHeadDim == 64 ? Q64_CONSUMERS : 2> {
+struct QueryGradConfig : WarpgroupConfig<T, kHeadDim, kHeadDim == 64 ? 3 : 2, 4> {
   static constexpr int kRows = 64 * QueryGradConfig::kConsumers;
-  static constexpr int kKeys = kHeadDim == 64 ? Q64_KEYS : 64;
-  static constexpr bool kHeld = kHeadDim == 128 || Q64_HELD;  // d_out in registers
+  static constexpr int kKeys = 64;
+  static constexpr bool kHeld = QueryGradConfig::kConsumers == 2;  // d_out in registers
   static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
@@ -294,7 +290,7 @@ SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradSha
     first_step = turns.end;
     if constexpr (!C::kHeld) release(&shared.rows_empty, lane);
     store_query_grad<C>(p, d_q, item, first + row, lane);
-    store_gate_sum<C>(p, shared.gate_sums[n & 1], item, gate_sum, thread);
+    if (item.keys.past_len > 0) store_gate_sum<C>(p, shared.gate_sums[n & 1], item, gate_sum, thread);
   }
 }
 
@@ -315,7 +311,7 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 // ---------------------------------------------------------------------------------------------------- d_k, d_v
 
 template <class T, int kHeadDim>
-struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2> {
+struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2, 3> {
   static constexpr int kKeys = 64 * KeyGradConfig::kConsumers;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
   static constexpr int kColTiles = kQueries / 8;
@@ -331,19 +327,21 @@ struct KeyWork {
 
 template <class C>
 struct KeyGradShared {
-  typename C::KeyTile k, v;
+  typename C::KeyTile k[2], v[2];  // of item n at n % 2; then d_k and d_v on their way to global memory
   typename C::QueryTile q[C::kStages], d_out[C::kStages];
   alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
   KeyWork work[kItems];
   int query[C::kStages];  // first row of the stage's tile
-  uint64_t keys_full, keys_empty;
+  uint64_t keys_full[2], keys_empty[2];
   uint64_t full[C::kStages], empty[C::kStages];
 };
 
 template <class C>
 SEGATTN_FN void start_barriers(KeyGradShared<C>& shared) {
-  mbarrier_init(&shared.keys_full, C::kFetchThreads);
-  mbarrier_init(&shared.keys_empty, C::kWarps);
+  for (int i = 0; i < 2; i++) {
+    mbarrier_init(&shared.keys_full[i], 32);
+    mbarrier_init(&shared.keys_empty[i], C::kWarps);
+  }
   for (int stage = 0; stage < C::kStages; stage++) {
     mbarrier_init(&shared.full[stage], 32);
     mbarrier_init(&shared.empty[stage], C::kWarps);
@@ -383,54 +381,50 @@ SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& s
   if (lane == 0) shared.query[stage] = at.query;
 }
 
-// Each warp copies its share of the item's keys.
+// The last warp that fetches: the item's keys, while those before are in use, and then what comes next.
 template <class C>
-SEGATTN_FN void copy_keys(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyItem& item, int thread) {
+SEGATTN_FN void fetch_keys(const SegattnBackwardParams& p, KeyGradShared<C>& shared, uint32_t n, int lane) {
   using T = typename C::T;
+  const KeyWork& work = shared.work[n % kItems];
+  const KeyItem& item = work.item;
+  wait_empty(&shared.keys_empty[n & 1], n / 2);
+  if (work.done) return mbarrier_arrive(&shared.keys_full[n & 1]);
   const SegattnTensor &k = item.prior ? p.problem.prior_k : p.problem.k, &v = item.prior ? p.problem.prior_v : p.problem.v;
-  copy_rows_async<typename C::KeyTile, C::kFetchThreads>(shared_address(&shared.k), Rows<const T>::of(k, item.entry, item.kv_head), item.first,
-                                                         item.len, thread);
-  copy_rows_async<typename C::KeyTile, C::kFetchThreads>(shared_address(&shared.v), Rows<const T>::of(v, item.entry, item.kv_head), item.first,
-                                                         item.len, thread);
+  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[n & 1]), Rows<const T>::of(k, item.entry, item.kv_head), item.first, item.len, lane);
+  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[n & 1]), Rows<const T>::of(v, item.entry, item.kv_head), item.first, item.len, lane);
   cp_async_commit();
+  signal_landed<0>(&shared.keys_full[n & 1]);
+  if (lane == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
+}
+
+// The others: the item's queries, each its stage of the ring.
+template <class C>
+SEGATTN_FN void fetch_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& work, uint32_t first_step, int warp, int lane) {
+  const KeyItem& item = work.item;
+  QueryCursor at = QueryCursor::first(p.problem, item);
+  const int own = (warp + C::kStages - first_step % C::kStages) % C::kStages;
+  for (int i = 0; i < own; i++) at = at.template next<C::kQueries>(p.problem, item);
+  for (int step = own; step < work.steps; step += C::kStages) {
+    wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
+    copy_queries<C>(p, shared, item, at, warp, lane);
+    signal_landed<0>(&shared.full[warp]);
+    for (int i = 0; i < C::kStages; i++) at = at.template next<C::kQueries>(p.problem, item);
+  }
 }
 
 template <class C>
 SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
+  static_assert(C::kFetchWarps == C::kStages + 1, "a warp a stage, and one for the keys");
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   uint32_t first_step = 0;  // of the item, counted over all items of the block
-  if (thread == 0) find_work<C>(p, shared.work[0], true);
+  if (thread == C::kStages * 32) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
     barrier_sync<C::kFetchThreads>(1);
     const KeyWork& work = shared.work[n % kItems];
-    if (work.done) {
-      wait_empty(&shared.keys_empty, n);
-      mbarrier_arrive(&shared.keys_full);
-      return;
-    }
-    const KeyItem& item = work.item;
-    QueryCursor at = QueryCursor::first(p.problem, item);
-    int step = (warp - first_step) % C::kStages;
-    for (int i = 0; i < step; i++) at = at.template next<C::kQueries>(p.problem, item);
-    const bool any = step < work.steps;
-    // The item's first queries travel while the keys before are in use.
-    if (any) {
-      wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
-      copy_queries<C>(p, shared, item, at, warp, lane);
-    }
-    wait_empty(&shared.keys_empty, n);
-    copy_keys<C>(p, shared, item, thread);
-    if (any) signal_landed<1>(&shared.full[warp]);
-    signal_landed<0>(&shared.keys_full);
-    // What comes next is found while this is worked on.
-    if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
-    __syncwarp();
-    for (step += C::kStages; step < work.steps; step += C::kStages) {
-      for (int i = 0; i < C::kStages; i++) at = at.template next<C::kQueries>(p.problem, item);
-      wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
-      copy_queries<C>(p, shared, item, at, warp, lane);
-      signal_landed<0>(&shared.full[warp]);
-    }
+    const bool done = work.done;
+    if (warp == C::kStages) fetch_keys<C>(p, shared, n, lane);
+    else if (!done) fetch_queries<C>(p, shared, work, first_step, warp, lane);
+    if (done) return;
     first_step += work.steps;
   }
 }
@@ -498,30 +492,29 @@ struct QueryTurns {
 // The item's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
 // queries are under way before the products of these are waited for.
 template <class C>
-SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, float scale, int first_row, int lane) {
+SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, int buffer, float scale, int first_row, int lane) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
   const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   const auto q = [&](int stage) { return shared_address(&shared.q[stage]); };
   const auto d_out = [&](int stage) { return shared_address(&shared.d_out[stage]); };
-  if (!at.seek()) return release(&shared.keys_empty, lane);
+  if (!at.seek()) return;
   float s[C::kColTiles][4], dp[C::kColTiles][4];
   wgmma_fence();
-  begin_rows<T, KT, QT>(s, shared_address(&shared.k), uniform(first_row), q(at.stage()));
+  begin_rows<T, KT, QT>(s, shared_address(&shared.k[buffer]), uniform(first_row), q(at.stage()));
   wgmma_commit();
   while (true) {
     const int stage = at.stage(), before = at.before();
     uint32_t weights[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
     wgmma_fence();
-    begin_rows<T, KT, QT>(dp, shared_address(&shared.v), uniform(first_row), d_out(stage));
+    begin_rows<T, KT, QT>(dp, shared_address(&shared.v[buffer]), uniform(first_row), d_out(stage));
     wgmma_commit();
     wgmma_wait<1>();
     if (before > -64) hide_queries(s, before + row, scale, lane);
     transposed_weights(s, shared.lse[stage], scale, lane);
     pack_operands<T>(weights, s);
     wgmma_wait<0>();
-    if (at.turn + 1 == at.end) release(&shared.keys_empty, lane);
     transposed_gradients(dp, s, shared.delta[stage], lane);
     pack_operands<T>(ds, dp);
     wgmma_fence();
@@ -534,7 +527,7 @@ SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, Q
       return release(&shared.empty[busy % C::kStages], lane);
     }
     wgmma_fence();
-    begin_rows<T, KT, QT>(s, shared_address(&shared.k), uniform(first_row), q(at.stage()));
+    begin_rows<T, KT, QT>(s, shared_address(&shared.k[buffer]), uniform(first_row), q(at.stage()));
     wgmma_commit();
     wgmma_wait<1>();
     release(&shared.empty[busy % C::kStages], lane);
@@ -544,11 +537,12 @@ SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, Q
 template <class C>
 SEGATTN_FN void multiply_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
   using T = typename C::T;
-  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, first_row = thread / 128 * 64;
+  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, first_row = thread / 128 * 64, warp_row = thread / 32 * 16;
   const float scale = signed_scale_log2(p.problem.scale);
   uint32_t first_step = 0;
   for (uint32_t n = 0;; n++) {
-    mbarrier_wait(&shared.keys_full, phase(n));
+    const int buffer = uniform(n & 1);
+    mbarrier_wait(&shared.keys_full[buffer], phase(n / 2));
     const KeyWork& work = shared.work[n % kItems];
     if (work.done) return;
     KeyGrads<C> grads;
@@ -556,12 +550,13 @@ SEGATTN_FN void multiply_key_grad(const SegattnBackwardParams& p, KeyGradShared<
     clear(grads.d_v);
     const KeyItem& item = work.item;
     const QueryTurns<C> turns = {shared, first_step, first_step + work.steps, item.prior ? -(1 << 30) : item.first + first_row, lane};
-    multiply_queries<C>(grads, shared, turns, scale, first_row, lane);
+    multiply_queries<C>(grads, shared, turns, buffer, scale, first_row, lane);
     first_step = turns.end;
     const SegattnTensor &d_k = item.prior ? p.d_prior_k : p.d_k, &d_v = item.prior ? p.d_prior_v : p.d_v;
-    const int row = item.first + thread / 32 * 16 + lane / 4;
-    store_rows<T>(grads.d_k, p.problem.scale, Rows<T>::of(d_k, item.entry, item.kv_head), row, item.len, (int)d_k.rows, lane);
-    store_rows<T>(grads.d_v, 1.f, Rows<T>::of(d_v, item.entry, item.kv_head), row, item.len, (int)d_v.rows, lane);
+    barrier_sync<128>(2 + thread / 128);
+    store_rows(grads.d_k, p.problem.scale, shared.k[buffer], warp_row, Rows<T>::of(d_k, item.entry, item.kv_head), item.first, item.len, (int)d_k.rows, lane);
+    store_rows(grads.d_v, 1.f, shared.v[buffer], warp_row, Rows<T>::of(d_v, item.entry, item.kv_head), item.first, item.len, (int)d_v.rows, lane);
+    release(&shared.keys_empty[buffer], lane);
   }
 }
 
@@ -590,7 +585,8 @@ constexpr SegattnKernelInfo key_grad_info() {
   return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0, (int)sizeof(SegattnBackwardParams)};
 }
 
-// query_grad and key_grad: as many blocks as run at once, which take items: tiles of queries, times max_items; and of keys. query_grad_sum: 4 rows a block.
+// query_grad, key_grad: the blocks that run at once take items: q_heads * batch * tiles * max_items, and key tiles as in
+// attention_backward.cu. query_grad_sum: as there.
 #define BACKWARD(name, T, kHeadDim)                                                                            \
   using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \
   using KeyGrad_##name = KeyGradConfig<T, kHeadDim>;                                                           \

@@ -107,3 +107,26 @@ SEGATTN_FN void store_rows(const float (&x)[kOutTiles][4], float factor, Rows<T>
     }
   }
 }
+
+// The same for a warp's rows row... of a tile's, through the tile, which it may overwrite there; row 0 of the tile is
+// row `first` of the target.
+template <class T, class Tile, int kOutTiles>
+SEGATTN_FN void store_rows(const float (&x)[kOutTiles][4], float factor, Tile& tile, int row, Rows<T> target, int first, int len, int rows, int lane) {
+  const SharedAddress at = shared_address(&tile);
+  unsigned char* bytes = (unsigned char*)&tile;
+#pragma unroll
+  for (int n = 0; n < kOutTiles; n++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const SharedAddress offset = Tile::chunk(at, row + half * 8 + lane / 4, n) - at;
+      *(uint32_t*)(bytes + offset + lane % 4 * 4) = pack<T>(x[n][half * 2] * factor, x[n][half * 2 + 1] * factor);
+    }
+  __syncwarp();
+#pragma unroll 4
+  for (int i = lane; i < 16 * kOutTiles; i += 32) {
+    const int from = row + i / kOutTiles, chunk = i % kOutTiles, to = first + from;
+    if (to >= rows) continue;
+    const uint4 value = *(const uint4*)(bytes + (Tile::chunk(at, from, chunk) - at));
+    *(uint4*)(target.row(to) + chunk * 8) = to < len ? value : make_uint4(0, 0, 0, 0);
+  }
+}

@@ -5,8 +5,9 @@ use std::sync::OnceLock;
 use segattn::attention::cuda::Dtype;
 use segattn_sim::Kernels;
 
+use super::attention_cases::gpu::Options;
 use super::attention_cases::variants::{self, Named};
-use super::attention_cases::{bits, suite};
+use super::attention_cases::{Shape, bits, suite};
 use super::simulated::{Entries, Simulated, folder};
 
 const HEAD_DIMS: [usize; 2] = [64, 128];
@@ -18,7 +19,7 @@ fn kernels() -> &'static Kernels {
 
 fn check(cases: Vec<Named>, head_dim: usize) {
     for (seed, case) in cases.into_iter().enumerate() {
-        let shape = super::attention_cases::Shape {
+        let shape = Shape {
             head_dim,
             ..case.shape
         };
@@ -34,6 +35,10 @@ fn check_variant(dtype: Dtype, head_dim: usize) {
         let mut gpu = Simulated::of(seed as u64, kernels()).noting(&entries);
         suite::check(&mut gpu, &case.shape, case.query_start, case.options);
     }
+    // So many queries and keys that the rings turn within an item, and that blocks take several.
+    let long = Shape::plain(1, 3, head_dim, [300, 200, 70]);
+    let mut gpu = Simulated::of(9, kernels()).noting(&entries);
+    suite::check(&mut gpu, &long, None, Options::new(dtype));
     let ran = entries.into_inner().expect("no panic");
     for kernel in ["query_grad", "query_grad_sum", "key_grad"] {
         let own = format!("attention_{kernel}_hopper_{dtype}_d{head_dim}");

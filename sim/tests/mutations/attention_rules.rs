@@ -11,7 +11,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 12] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",
@@ -26,6 +26,21 @@ pub const TARGETS: [Target; 9] = [
         file: "attention_backward.cu",
         instance: "bf16_d32",
         rules: &BACKWARD,
+    },
+    Target {
+        file: "attention_gradients.cuh",
+        instance: "bf16_d32",
+        rules: &GRADIENTS,
+    },
+    Target {
+        file: "attention_backward_hopper.cu",
+        instance: "bf16_d64",
+        rules: &BACKWARD_HOPPER,
+    },
+    Target {
+        file: "warpgroups.cuh",
+        instance: "bf16_d64",
+        rules: &WARPGROUPS,
     },
     Target {
         file: "attention_items.cuh",
@@ -60,7 +75,12 @@ pub const TARGETS: [Target; 9] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 10] = [
+pub const SURVIVORS: [[&str; 3]; 11] = [
+    [
+        "attention_backward_hopper.cu",
+        "wgmma_fence()",
+        "some follow another since the registers were touched; ptxas wants them, and the build fails without",
+    ],
     [
         "attention_forward.cu",
         "mul_rn(gate_bias[m][1], past)",
@@ -77,23 +97,23 @@ pub const SURVIVORS: [[&str; 3]; 10] = [
         "the same: k and v join the first queries' group",
     ],
     [
-        "attention_backward.cu",
+        "attention_gradients.cuh",
         "longer + rest / heads",
         "no small problem has the four key tiles of which the last is put off",
     ],
     [
-        "attention_backward.cu",
+        "attention_gradients.cuh",
         "{head + 1, item.first_query}",
         "queries before the keys are hidden: more work, the same sums",
     ],
     [
-        "attention_backward.cu",
+        "attention_gradients.cuh",
         "query + kQueries < item.query_rows",
         "one step more, of padding",
     ],
     [
-        "attention_backward.cu",
-        "query < query_rows ? sum",
+        "attention_gradients.cuh",
+        "query < query_rows ? value",
         "the parts of a padding row are zeros, and so is their sum",
     ],
     [
@@ -228,7 +248,7 @@ const ROWS: [Rule; 22] = [
     ),
 ];
 
-const BACKWARD: [Rule; 56] = [
+const BACKWARD: [Rule; 46] = [
     drop_statement("__syncthreads()"),
     drop_statement("arrive_and_wait<"),
     drop_statement("cp_async_wait<"),
@@ -236,10 +256,6 @@ const BACKWARD: [Rule; 56] = [
     drop_statement("if (p.d_lse) delta"),
     replace("p.lse[row] * kLog2E", "p.lse[row]"),
     drop_statement("delta += shuffle_xor"),
-    replace(
-        "query < min(p.problem.segment_len[entry]",
-        "query <= min(p.problem.segment_len[entry]",
-    ),
     replace("(dp[m][n][half * 2 + e] - delta)", "dp[m][n][half * 2 + e]"),
     replace("- tile.first - lane % 4 * 2", "- lane % 4 * 2"),
     replace("item.splits == 1", "true"),
@@ -247,21 +263,6 @@ const BACKWARD: [Rule; 56] = [
     replace("if (lane == 0) shared.gate_sums", "shared.gate_sums"),
     drop_statement("sum += shuffle_xor"),
     replace("* p.tiles + item.tile", "* p.tiles"),
-    replace("splits > 1", "splits > 2"),
-    replace("sum * p.problem.scale", "sum"),
-    replace("sum / gate", "sum"),
-    replace("tile < p.tiles; tile++", "tile < p.tiles - 1; tile++"),
-    replace("query < query_rows ? sum", "true ? sum"),
-    replace("tile : tile - prior_tiles", "tile : tile"),
-    replace(
-        "C::kQueries * C::kQueries;",
-        "C::kQueries * C::kQueries + C::kQueries;",
-    ),
-    replace(
-        "item.prior ? p.problem.prior_len[item.entry] : segment_len",
-        "segment_len",
-    ),
-    replace("item.prior && !p.prior_heads[head]", "false"),
     replace("p.row_delta + row", "p.row_lse + row"),
     replace(
         "item.first + row >= tensor.rows",
@@ -270,7 +271,6 @@ const BACKWARD: [Rule; 56] = [
     replace("item.first + row < item.len ? value", "true ? value"),
     replace("(d_k, p.problem.scale", "(d_k, 1.f"),
     replace("shared.lse[stage] + sub", "shared.lse[stage]"),
-    replace("d_out[i], T{}), delta)", "out[i], T{}), delta)"),
     replace("item.prior ? p.d_prior_v : p.d_v", "p.d_v"),
     replace(
         "item.prior ? p.problem.prior_k : p.problem.k",
@@ -321,12 +321,143 @@ const BACKWARD: [Rule; 56] = [
         "bt_base<QT>(q, lane), sub, column",
     ),
     replace("bias - shared.lse[row]", "bias - shared.delta[row]"),
+    replace("query < rows)", "query <= rows)"),
+    replace("if (chunk != 0) continue", ";"),
+    replace("R::kLanes / 2; mask", "R::kLanes / 4; mask"),
+    replace(
+        "(x[i] >> 16), T{}), widen((uint16_t)(y[i] >> 16)",
+        "(x[i] >> 16), T{}), widen((uint16_t)y[i]",
+    ),
+];
+
+const GRADIENTS: [Rule; 15] = [
+    replace("splits > 1", "splits > 2"),
+    replace("sum.x * scale", "sum.x"),
+    replace("sum / gate", "sum"),
+    replace("tile < p.tiles; tile++", "tile < p.tiles - 1; tile++"),
+    replace("query < query_rows ? value", "true ? value"),
+    replace("tile : tile - prior_tiles", "tile : tile"),
+    replace(
+        "C::kQueries * C::kQueries;",
+        "C::kQueries * C::kQueries + C::kQueries;",
+    ),
+    replace(
+        "item.prior ? p.problem.prior_len[item.entry] : segment_len",
+        "segment_len",
+    ),
+    replace("item.prior && !p.prior_heads[head]", "false"),
     replace("longer + rest / heads", "longer - 1 + rest / heads"),
     replace("{head + 1, item.first_query}", "{head + 1, 0}"),
     replace(
         "query + kQueries < item.query_rows",
         "query + kQueries <= item.query_rows",
     ),
+    replace("p.max_items > 1 ? (int)p.problem.q.rows : 1", "1"),
+    replace("split * pitch + i", "i"),
+    replace("sum.w * scale", "sum.z * scale"),
+];
+
+const BACKWARD_HOPPER: [Rule; 61] = [
+    drop_statement("__syncthreads()"),
+    drop_statement("barrier_sync<"),
+    drop_statement("cp_async_commit()"),
+    drop_statement("wgmma_fence()"),
+    drop_statement("wgmma_commit()"),
+    drop_statement("wgmma_wait<"),
+    drop_statement("wait_empty("),
+    drop_statement("mbarrier_wait("),
+    drop_statement("release(&shared"),
+    drop_statement("fence_mbarrier_init()"),
+    replace("wgmma_wait<0>()", "wgmma_wait<1>()"),
+    replace("wgmma_wait<1>()", "wgmma_wait<2>()"),
+    replace("signal_landed<0>", "signal_landed<1>"),
+    replace("signal_landed<1>", "signal_landed<2>"),
+    replace(
+        "first ? blockIdx.x : gridDim.x",
+        "first ? blockIdx.x : gridDim.x - 1",
+    ),
+    replace("index >= items", "index > items"),
+    replace("kItems = 4", "kItems = 2"),
+    replace("p.next_item + 1", "p.next_item"),
+    replace(
+        "work.item.split >= work.item.splits",
+        "work.item.split > work.item.splits",
+    ),
+    replace("first_step) % C::kStages", "0) % C::kStages"),
+    replace("first_step += ", "first_step = "),
+    replace("p.row_delta + row", "p.row_lse + row"),
+    replace("step += C::kStages", "step += C::kStages + 1"),
+    replace("(n + 1) % kItems], false", "(n + 1) % kItems], true"),
+    replace(">= (e < 2 ? limit : below)", "> (e < 2 ? limit : below)"),
+    replace("e < 2 ? limit : below", "limit"),
+    replace("current ? limit + 8 : limit", "limit"),
+    replace("tile.first <= last_query", "tile.first < last_query"),
+    replace("last_query >= first_query &&", ""),
+    replace("tile.source != kCurrent ||", ""),
+    replace(
+        "at.first_query + 1 : tile.end) < tile.first + C::kKeys",
+        "at.first_query + 64 : tile.end) < tile.first + C::kKeys",
+    ),
+    replace("row + 1 : tile.end", "row : tile.end"),
+    replace("past ? keys.gate_log2 : 0.f", "keys.gate_log2"),
+    replace("bias - held.lse[e / 2]", "bias - held.lse[0]"),
+    replace("- held.delta[e / 2]", "- held.delta[0]"),
+    replace("if (past)\n", "if (true)\n"),
+    replace("item.splits == 1", "true"),
+    replace("if (query + half * 8 >= rows) continue", ";"),
+    replace("* p.tiles + item.tile", "* p.tiles"),
+    replace("if (thread % 32 == 0) sums", "sums"),
+    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
+    replace("gate_sums[n & 1]", "gate_sums[0]"),
+    replace("min(group + 64, item.query_rows) - 1", "group + 63"),
+    replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
+    replace("readers += !item.prior || p", "readers += p"),
+    replace(
+        "item.prior ? p.problem.prior_k : p.problem.k",
+        "p.problem.k",
+    ),
+    replace("item.prior ? p.d_prior_v : p.d_v", "p.d_v"),
+    replace("< before + e / 2 * 8", "<= before + e / 2 * 8"),
+    replace("before + e / 2 * 8", "before"),
+    replace("before > -64", "before > 0"),
+    replace("before() < C::kQueries", "before() < C::kQueries - 64"),
+    replace("-(e % 2 ? lse.y : lse.x)", "-lse.x"),
+    replace("(e % 2 ? delta.y : delta.x)", "delta.x"),
+    replace(
+        "grads.d_v, weights, d_out(stage)",
+        "grads.d_v, weights, q(stage)",
+    ),
+    replace("uniform(first_row)", "0"),
+    replace("(grads.d_k, p.problem.scale", "(grads.d_k, 1.f"),
+    replace("at.turn + 1 == at.end", "at.turn + 2 == at.end"),
+    replace("at.turn + 1 == at.end", "true"),
+    replace("busy % C::kStages", "(busy + 1) % C::kStages"),
+    replace("item.prior ? -(1 << 30) : item", "item"),
+    replace(
+        "thread / 32 * 16 + lane / 4;",
+        "thread / 32 * 16 + lane % 4;",
+    ),
+];
+
+const WARPGROUPS: [Rule; 15] = [
+    drop_statement("cp_async_wait<"),
+    drop_statement("fence_proxy_async_shared()"),
+    drop_statement("mbarrier_arrive(barrier)"),
+    drop_statement("__syncwarp()"),
+    replace("phase(n) ^ 1", "phase(n)"),
+    replace("wgmma<false, false>", "wgmma<true, false>"),
+    replace("k % 64 * 2", "k % 64"),
+    replace(
+        "(first, k * 16 * TileB::kRowBytes)",
+        "(first, k * 8 * TileB::kRowBytes)",
+    ),
+    replace("+ bytes / 16", "+ bytes / 8"),
+    replace("n % 2 * 2 + half", "half * 2 + n % 2"),
+    replace("odd ? w[0] : w[1]", "odd ? w[1] : w[0]"),
+    replace("upper ? a0 : b0", "upper ? b0 : a0"),
+    replace("at < len", "at <= len"),
+    replace("if (at < rows)", "if (at <= rows)"),
+    replace("(n + lane % 4) * 8", "n * 8"),
 ];
 
 const ITEMS: [Rule; 11] = [
