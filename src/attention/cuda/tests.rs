@@ -14,6 +14,9 @@ impl Kernels for Table {
             name if name.starts_with("attention_prefill") => [128, 64, 8192, forward],
             name if name.starts_with("attention_decode") => [16, 64, 1024, forward],
             name if name.starts_with("combine") => [4, 0, 0, forward],
+            name if name.starts_with("attention_prepare") => {
+                [64, 0, 0, size_of::<SegattnBackwardParams>() as i32]
+            }
             _ => [128, 32, 8192, size_of::<SegattnBackwardParams>() as i32],
         };
         Ok(SegattnKernelInfo {
@@ -37,6 +40,27 @@ impl Kernels for Table {
 
     fn hopper(&self) -> bool {
         false
+    }
+}
+
+/// The same where there are kernels for Hopper.
+struct HopperTable;
+
+impl Kernels for HopperTable {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+        Table.info(entry)
+    }
+
+    fn ready(&self, entry: Entry) -> Result<(), Error> {
+        Table.ready(entry)
+    }
+
+    fn resident_blocks(&self, entry: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
+        Table.resident_blocks(entry, info)
+    }
+
+    fn hopper(&self) -> bool {
+        true
     }
 }
 
@@ -357,6 +381,14 @@ fn a_workspace_that_is_too_small_launches_nothing() {
 }
 
 fn backward(problem: &Problem<'_>, read_only_prior: bool) -> Result<Recorder, Error> {
+    backward_with(&Table, problem, read_only_prior)
+}
+
+fn backward_with(
+    kernels: &impl Kernels,
+    problem: &Problem<'_>,
+    read_only_prior: bool,
+) -> Result<Recorder, Error> {
     let rows = problem.q.layout.rows;
     let like_q = |address| Tensor {
         data: address,
@@ -375,7 +407,7 @@ fn backward(problem: &Problem<'_>, read_only_prior: bool) -> Result<Recorder, Er
         d_prior: (!read_only_prior).then_some((problem.prior_k, problem.prior_v)),
         d_past_gate: DeviceSlice::new(2048, 8),
     };
-    let plan = BackwardPlan::new(problem, &saved, &gradients, &Table)?;
+    let plan = BackwardPlan::new(problem, &saved, &gradients, kernels)?;
     let mut recorder = Recorder::default();
     // SAFETY: a recorder touches no memory.
     unsafe { plan.run(&mut recorder, workspace(plan.workspace_bytes()))? };
@@ -413,6 +445,30 @@ fn backward_prepares_then_takes_queries_then_keys() {
             (256, 2, 1)
         );
     }
+}
+
+#[test]
+fn on_hopper_backward_takes_items_with_the_blocks_that_run_at_once() {
+    let recorder = backward_with(&HopperTable, &problem(), false).expect("a plan");
+    let launches: Vec<_> = recorder
+        .launches
+        .iter()
+        .map(|(launch, _)| (launch.entry.name, launch.blocks))
+        .collect();
+    let expected = [
+        ("attention_prepare_bf16_d64", 2 * 4 * 256 / 64),
+        ("attention_query_grad_hopper_bf16_d64", 8),
+        ("attention_query_grad_sum_hopper_bf16_d64", 2 * 4 / 4),
+        ("attention_key_grad_hopper_bf16_d64", 8),
+    ];
+    assert_eq!(launches, expected);
+    // SAFETY: the bytes are those of such a struct.
+    let params = unsafe {
+        let bytes = recorder.launches[1].1.as_ptr();
+        bytes.cast::<SegattnBackwardParams>().read_unaligned()
+    };
+    assert_eq!(recorder.zeroed, [(params.next_item as u64, 8)]);
+    assert_ne!(recorder.zeroed[0].0, 0);
 }
 
 #[test]
