@@ -330,7 +330,7 @@ const BACKWARD: [Rule; 46] = [
     ),
 ];
 
-const GRADIENTS: [Rule; 15] = [
+const GRADIENTS: [Rule; 16] = [
     replace("splits > 1", "splits > 2"),
     replace("sum.x * scale", "sum.x"),
     replace("sum / gate", "sum"),
@@ -355,9 +355,10 @@ const GRADIENTS: [Rule; 15] = [
     replace("p.max_items > 1 ? (int)p.problem.q.rows : 1", "1"),
     replace("split * pitch + i", "i"),
     replace("sum.w * scale", "sum.z * scale"),
+    replace("keys.past_len > 0 && tile", "tile"),
 ];
 
-const BACKWARD_HOPPER: [Rule; 61] = [
+const BACKWARD_HOPPER: [Rule; 62] = [
     drop_statement("__syncthreads()"),
     drop_statement("barrier_sync<"),
     drop_statement("cp_async_commit()"),
@@ -371,7 +372,6 @@ const BACKWARD_HOPPER: [Rule; 61] = [
     replace("wgmma_wait<0>()", "wgmma_wait<1>()"),
     replace("wgmma_wait<1>()", "wgmma_wait<2>()"),
     replace("signal_landed<0>", "signal_landed<1>"),
-    replace("signal_landed<1>", "signal_landed<2>"),
     replace(
         "first ? blockIdx.x : gridDim.x",
         "first ? blockIdx.x : gridDim.x - 1",
@@ -429,14 +429,13 @@ const BACKWARD_HOPPER: [Rule; 61] = [
     ),
     replace("uniform(first_row)", "0"),
     replace("(grads.d_k, p.problem.scale", "(grads.d_k, 1.f"),
-    replace("at.turn + 1 == at.end", "at.turn + 2 == at.end"),
-    replace("at.turn + 1 == at.end", "true"),
     replace("busy % C::kStages", "(busy + 1) % C::kStages"),
     replace("item.prior ? -(1 << 30) : item", "item"),
-    replace(
-        "thread / 32 * 16 + lane / 4;",
-        "thread / 32 * 16 + lane % 4;",
-    ),
+    replace("warp + C::kStages - first_step % C::kStages", "warp"),
+    replace("shared.k[n & 1]", "shared.k[0]"),
+    replace("phase(n / 2)", "phase(n)"),
+    replace("shared.k[buffer], warp_row", "shared.k[buffer], first_row"),
+    replace("keys_empty[n & 1], n / 2", "keys_empty[n & 1], n"),
 ];
 
 const WARPGROUPS: [Rule; 15] = [
