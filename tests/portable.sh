@@ -76,7 +76,8 @@ step ./decode_cuda --test-threads 1
 step ./memory_cuda --test-threads 1
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
-    SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \
+    # racecheck does not follow the mbarriers that order Hopper's kernels; the simulated GPU does.
+    SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" $([ $tool = racecheck ] && echo --kernel-name-exclude kernel_substring=hopper) --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \
       every_role repeated
   done
 fi

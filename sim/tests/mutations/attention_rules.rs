@@ -75,7 +75,12 @@ pub const TARGETS: [Target; 12] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 11] = [
+pub const SURVIVORS: [[&str; 3]; 12] = [
+    [
+        "attention_backward_hopper.cu",
+        "barrier_sync<",
+        "before gradients take the place of keys: a simulated warp's product reads its own rows of them alone",
+    ],
     [
         "attention_backward_hopper.cu",
         "wgmma_fence()",
@@ -330,7 +335,7 @@ const BACKWARD: [Rule; 46] = [
     ),
 ];
 
-const GRADIENTS: [Rule; 16] = [
+const GRADIENTS: [Rule; 15] = [
     replace("splits > 1", "splits > 2"),
     replace("sum.x * scale", "sum.x"),
     replace("sum / gate", "sum"),
@@ -355,7 +360,6 @@ const GRADIENTS: [Rule; 16] = [
     replace("p.max_items > 1 ? (int)p.problem.q.rows : 1", "1"),
     replace("split * pitch + i", "i"),
     replace("sum.w * scale", "sum.z * scale"),
-    replace("keys.past_len > 0 && tile", "tile"),
 ];
 
 const BACKWARD_HOPPER: [Rule; 62] = [
