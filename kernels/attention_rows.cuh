@@ -48,6 +48,16 @@ SEGATTN_FN void negate_queries(typename C::QueryTile& q, int warp, int lane) {
   __syncwarp();
 }
 
+// Brings what was accumulated to the rows' new maxima, where one changed.
+template <int kOutTiles>
+SEGATTN_FN void rescale(float (&out)[kOutTiles][4], const float (&factor)[2]) {
+  if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) return;
+#pragma unroll
+  for (int n = 0; n < kOutTiles; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) out[n][e] = mul_rn(out[n][e], factor[e / 2]);
+}
+
 // Scores of a tile of 16 rows to weights; what was accumulated is brought to the new maximum where it changed.
 template <class C>
 SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4], float (&out)[C::kOutTiles][4],
@@ -59,11 +69,7 @@ SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s
   for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
     for (int half = 0; half < 2; half++) weights[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
-  if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) return;
-#pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) out[n][e] = mul_rn(out[n][e], factor[e / 2]);
+  rescale(out, factor);
 }
 
 template <class C>
@@ -128,9 +134,9 @@ SEGATTN_FN float row_inverse(float sum) { return sum > 0.f || sum != sum ? 1.f /
 SEGATTN_FN float finish_value(float x, float inverse) { return fma_rn(x, inverse, 0.f); }
 SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_INF ? row.max : (row.max + log2_approx(row.sum)) * kLn2; }
 
+// acc.out becomes out; lse is written.
 template <class C>
-SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc,
-                            typename C::QueryTile& staging, int first_row, int warp, int lane) {
+SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, int first_row, int lane) {
   const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
@@ -147,6 +153,13 @@ SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Acc
       if (lane % 4 == 0 && q.query < p.problem.q.rows)
         p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
     }
+}
+
+template <class C>
+SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc,
+                            typename C::QueryTile& staging, int first_row, int warp, int lane) {
+  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  finish_rows<C>(p, item, acc, first_row, lane);
   store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&staging), (unsigned char*)&staging, p.out,
                                                               item, heads_per_tile, warp, lane);
 }

@@ -88,18 +88,19 @@ struct Rows {
   __device__ __forceinline__ T* row(int64_t index) const { return data + index * stride; }
 };
 
-// Starts copying rows [first, first + kRows) into a tile; rows at or beyond `end` become zero and are not read.
-template <class Tile, int kThreads, class T>
+// Starts copying rows [first, first + kRows) into a tile, from its beginning or a multiple of 8 rows on; rows at or beyond
+// `end` become zero and are not read.
+template <class Tile, int kThreads, int kRows = Tile::kRows, class T>
 SEGATTN_FN void copy_rows_async(SharedAddress tile, Rows<T> rows, int first, int end, uint32_t thread) {
   constexpr int kRowChunks = Tile::kCols / 8;
   constexpr int kUnit = (kRowChunks & (kRowChunks - 1)) == 0 ? kRowChunks : Tile::kPanelChunks;
   constexpr int kRowsPerPass = kThreads / kUnit;
-  static_assert(kThreads % kUnit == 0 && Tile::kRows % kRowsPerPass == 0, "a thread keeps its column");
+  static_assert(kThreads % kUnit == 0 && kRows % kRowsPerPass == 0, "a thread keeps its column");
   const int row0 = thread / kUnit, column = thread % kUnit, left = end - first - row0;
   const T* src = rows.row(first + row0) + column * 8;
   const SharedAddress origin = Tile::chunk(tile, row0, column);
 #pragma unroll
-  for (int pass = 0; pass < Tile::kRows / kRowsPerPass; pass++) {
+  for (int pass = 0; pass < kRows / kRowsPerPass; pass++) {
     const int row = pass * kRowsPerPass;
     const SharedAddress target = row % 8 == 0 ? origin + row * Tile::kRowBytes : Tile::chunk(tile, row0 + row, column);
 #pragma unroll

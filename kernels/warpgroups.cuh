@@ -3,6 +3,12 @@
 #pragma once
 #include "tile.cuh"
 
+// Whether warps that fetch can hand so many registers to those that multiply: a block has what it was launched with.
+constexpr bool registers_fit(int fetch_threads, int fetch, int threads, int multiply) {
+  const int all = fetch_threads + threads, each = 65536 / all / 8 * 8;
+  return fetch_threads * fetch + threads * multiply <= all * each;
+}
+
 // The parity of the n-th phase of a barrier, n = 0, 1, ...
 SEGATTN_FN uint32_t phase(uint32_t n) { return n & 1; }
 // An `empty` barrier: the n-th use of what it guards waits for the end of use n - 1, the first for nothing.

@@ -28,7 +28,7 @@ fn check(cases: Vec<Named>, head_dim: usize) {
     }
 }
 
-/// Runs an element type and head size, and shows that its backward entry points ran.
+/// Runs an element type and head size, and shows that its own entry points ran.
 fn check_variant(dtype: Dtype, head_dim: usize) {
     let entries = Entries::default();
     for (seed, case) in variants::of(dtype, head_dim).into_iter().enumerate() {
@@ -40,10 +40,17 @@ fn check_variant(dtype: Dtype, head_dim: usize) {
     let mut gpu = Simulated::of(9, kernels()).noting(&entries);
     suite::check(&mut gpu, &long, None, Options::new(dtype));
     let ran = entries.into_inner().expect("no panic");
-    for kernel in ["query_grad", "query_grad_sum", "key_grad"] {
-        let own = format!("attention_{kernel}_hopper_{dtype}_d{head_dim}");
+    let kernels = [
+        "attention_prefill",
+        "combine_prefill",
+        "attention_query_grad",
+        "attention_query_grad_sum",
+        "attention_key_grad",
+    ];
+    for kernel in kernels {
+        let own = format!("{kernel}_hopper_{dtype}_d{head_dim}");
         assert!(ran.contains(own.as_str()), "{own}: {ran:?}");
-        let other = format!("attention_{kernel}_{dtype}_d{head_dim}");
+        let other = format!("{kernel}_{dtype}_d{head_dim}");
         assert!(!ran.contains(other.as_str()), "{other}");
     }
 }
@@ -81,6 +88,14 @@ fn every_source_empty_or_there() {
 #[test]
 fn every_arrangement_kind_of_numbers_and_scale() {
     check(variants::arrangements_and_values(), 64);
+}
+
+/// Decoded rows are those of the kernels that every device has: the two agree by bits.
+#[test]
+fn a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same() {
+    for (dtype, head_dim) in [(Dtype::Bf16, 128), (Dtype::F16, 64)] {
+        bits::rows_stand_alone(&mut Simulated::of(3, kernels()), dtype, head_dim);
+    }
 }
 
 #[test]

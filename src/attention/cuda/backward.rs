@@ -90,12 +90,15 @@ impl BackwardPlan {
                 *params = TensorParams::new(name, tensor, &mut workspace)?;
             }
         }
-        let hopper = instance.backward_hopper.filter(|_| kernels.hopper());
-        let [query_grad, query_grad_sum, key_grad] = hopper.unwrap_or([
-            instance.query_grad,
-            instance.query_grad_sum,
-            instance.key_grad,
-        ]);
+        let hopper = instance.hopper.filter(|_| kernels.hopper());
+        let [query_grad, query_grad_sum, key_grad] = hopper.map_or(
+            [
+                instance.query_grad,
+                instance.query_grad_sum,
+                instance.key_grad,
+            ],
+            |hopper| [hopper.query_grad, hopper.query_grad_sum, hopper.key_grad],
+        );
         let query = info::<SegattnBackwardParams>(kernels, query_grad)?;
         let key = info::<SegattnBackwardParams>(kernels, key_grad)?;
         let (batch, heads, rows) = (problem.batch, problem.q_heads, params.rows());

@@ -36,6 +36,7 @@ macro_rules! image {
 fn image(file: File) -> &'static [u8] {
     match file {
         File::AttentionForward => image!("attention_forward"),
+        File::AttentionForwardHopper => image!("attention_forward_hopper"),
         File::AttentionBackward => image!("attention_backward"),
         File::AttentionBackwardHopper => image!("attention_backward_hopper"),
         File::Adamw => image!("adamw"),

@@ -34,6 +34,8 @@ pub enum File {
     Adamw,
     /// `attention_forward.cu`.
     AttentionForward,
+    /// `attention_forward_hopper.cu`.
+    AttentionForwardHopper,
     /// `attention_backward.cu`.
     AttentionBackward,
     /// `attention_backward_hopper.cu`.
@@ -58,9 +60,10 @@ pub enum File {
 
 impl File {
     /// All files.
-    pub const ALL: [File; 12] = [
+    pub const ALL: [File; 13] = [
         File::Adamw,
         File::AttentionForward,
+        File::AttentionForwardHopper,
         File::AttentionBackward,
         File::AttentionBackwardHopper,
         File::Copy,
@@ -78,6 +81,7 @@ impl File {
         match self {
             File::Adamw => "adamw",
             File::AttentionForward => "attention_forward",
+            File::AttentionForwardHopper => "attention_forward_hopper",
             File::AttentionBackward => "attention_backward",
             File::AttentionBackwardHopper => "attention_backward_hopper",
             File::Copy => "copy",
@@ -118,29 +122,27 @@ pub(super) struct Instance {
     pub query_grad: Entry,
     pub query_grad_sum: Entry,
     pub key_grad: Entry,
-    /// In place of `query_grad`, `query_grad_sum` and `key_grad` on Hopper; their blocks take items.
-    pub backward_hopper: Option<[Entry; 3]>,
+    /// What comes in their place on a device that has [`Kernels::hopper`](super::Kernels::hopper).
+    pub hopper: Option<HopperInstance>,
 }
 
-const fn forward(name: &'static str) -> Entry {
-    Entry {
-        file: File::AttentionForward,
-        name,
-    }
+/// The entry points written for Hopper. The blocks of all but the combining and summing ones take items.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HopperInstance {
+    pub prefill: Entry,
+    pub prefill_combine: Entry,
+    pub query_grad: Entry,
+    pub query_grad_sum: Entry,
+    pub key_grad: Entry,
 }
 
-const fn backward(name: &'static str) -> Entry {
-    Entry {
-        file: File::AttentionBackward,
-        name,
-    }
-}
-
-const fn backward_hopper(name: &'static str) -> Entry {
-    Entry {
-        file: File::AttentionBackwardHopper,
-        name,
-    }
+macro_rules! entry {
+    ($file:ident, $prefix:literal, $suffix:literal) => {
+        Entry {
+            file: File::$file,
+            name: concat!($prefix, $suffix),
+        }
+    };
 }
 
 macro_rules! instance {
@@ -150,25 +152,39 @@ macro_rules! instance {
     ($suffix:literal, hopper) => {
         instance!(
             $suffix,
-            Some([
-                backward_hopper(concat!("attention_query_grad_hopper_", $suffix)),
-                backward_hopper(concat!("attention_query_grad_sum_hopper_", $suffix)),
-                backward_hopper(concat!("attention_key_grad_hopper_", $suffix)),
-            ])
+            Some(HopperInstance {
+                prefill: entry!(AttentionForwardHopper, "attention_prefill_hopper_", $suffix),
+                prefill_combine: entry!(AttentionForwardHopper, "combine_prefill_hopper_", $suffix),
+                query_grad: entry!(
+                    AttentionBackwardHopper,
+                    "attention_query_grad_hopper_",
+                    $suffix
+                ),
+                query_grad_sum: entry!(
+                    AttentionBackwardHopper,
+                    "attention_query_grad_sum_hopper_",
+                    $suffix
+                ),
+                key_grad: entry!(
+                    AttentionBackwardHopper,
+                    "attention_key_grad_hopper_",
+                    $suffix
+                ),
+            })
         )
     };
-    ($suffix:literal, $backward_hopper:expr) => {
+    ($suffix:literal, $hopper:expr) => {
         Some(Instance {
-            prefill: forward(concat!("attention_prefill_", $suffix)),
-            prefill_combine: forward(concat!("combine_prefill_", $suffix)),
-            decode: forward(concat!("attention_decode_", $suffix)),
-            decode_few: forward(concat!("attention_decode_few_", $suffix)),
-            decode_combine: forward(concat!("combine_decode_", $suffix)),
-            prepare: backward(concat!("attention_prepare_", $suffix)),
-            query_grad: backward(concat!("attention_query_grad_", $suffix)),
-            query_grad_sum: backward(concat!("attention_query_grad_sum_", $suffix)),
-            key_grad: backward(concat!("attention_key_grad_", $suffix)),
-            backward_hopper: $backward_hopper,
+            prefill: entry!(AttentionForward, "attention_prefill_", $suffix),
+            prefill_combine: entry!(AttentionForward, "combine_prefill_", $suffix),
+            decode: entry!(AttentionForward, "attention_decode_", $suffix),
+            decode_few: entry!(AttentionForward, "attention_decode_few_", $suffix),
+            decode_combine: entry!(AttentionForward, "combine_decode_", $suffix),
+            prepare: entry!(AttentionBackward, "attention_prepare_", $suffix),
+            query_grad: entry!(AttentionBackward, "attention_query_grad_", $suffix),
+            query_grad_sum: entry!(AttentionBackward, "attention_query_grad_sum_", $suffix),
+            key_grad: entry!(AttentionBackward, "attention_key_grad_", $suffix),
+            hopper: $hopper,
         })
     };
 }
@@ -226,6 +242,7 @@ mod tests {
             include_str!("../../../kernels/attention_forward.cu"),
             include_str!("../../../kernels/attention_backward.cu"),
             include_str!("../../../kernels/attention_backward_hopper.cu"),
+            include_str!("../../../kernels/attention_forward_hopper.cu"),
         ];
         for (dtype, dim) in [Dtype::Bf16, Dtype::F16]
             .into_iter()
@@ -241,10 +258,10 @@ mod tests {
             }
             let backward = format!("BACKWARD({dtype}_d{dim},");
             assert!(sources[1].contains(&backward));
-            assert_eq!(
-                sources[2].contains(&backward),
-                instance.backward_hopper.is_some()
-            );
+            let forward = format!("FORWARD({dtype}_d{dim},");
+            for (source, entry) in [(sources[2], &backward), (sources[3], &forward)] {
+                assert_eq!(source.contains(entry.as_str()), instance.hopper.is_some());
+            }
         }
     }
 }

@@ -80,8 +80,13 @@ impl ForwardPlan {
             Phase::Decode => (instance.decode, instance.decode_combine, decode, packed),
             Phase::DecodeFew => (instance.decode_few, instance.decode_combine, few, packed),
             Phase::Prefill => {
-                let prefill = info::<SegattnForwardParams>(kernels, instance.prefill)?;
-                (instance.prefill, instance.prefill_combine, prefill, 1)
+                let hopper = instance.hopper.filter(|_| kernels.hopper());
+                let (prefill, combine) = hopper
+                    .map_or((instance.prefill, instance.prefill_combine), |hopper| {
+                        (hopper.prefill, hopper.prefill_combine)
+                    });
+                let info = info::<SegattnForwardParams>(kernels, prefill)?;
+                (prefill, combine, info, 1)
             }
         };
         let (tile_rows, head_dim) = (info.tile_rows as usize, problem.head_dim);

@@ -1,0 +1,308 @@
+// Segment attention, forward, for Hopper: the prefill of attention_forward.cu on products of a warpgroup, with the same key
+// tiles, chunks and sections and therefore the same bits.
+//
+// The first warpgroup of a block fetches: its warp w keeps every fourth stage of the ring full, so that a warp waits for nothing
+// but its own copies. The others multiply, 64 query rows each. What bounds them is the latency of their own instructions, which
+// they hide from each other: so many warpgroups as there are registers for (docs/kernels.md).
+#include "attention_rows.cuh"
+#include "layout.cuh"
+#include "warpgroups.cuh"
+
+// 64 rows a warpgroup that multiplies: as many of these as there are registers for (out 64 at D 128, scores 32, weights 16,
+// and some 35), so queries are read from shared memory, product by product.
+template <class T_, int kHeadDim_>
+struct WarpgroupConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kPacked = false;
+  static constexpr int kConsumers = kHeadDim == 64 ? 4 : 3, kRowTiles = 1, kRows = 64 * kConsumers, kKeys = 64;
+  static constexpr int kWarps = kConsumers * 4, kThreads = kWarps * 32;  // that multiply
+  static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kHeadDim == 64 ? 8 : 4;
+  static constexpr int kFetchRegisters = kHeadDim == 64 ? 32 : 56, kRegisters = kHeadDim == 64 ? 112 : 152;
+  static constexpr int kCopyRows = kHeadDim == 64 ? 8 : 32;  // of a tile at a time: the addresses of more need more registers
+  static constexpr int kItemKeys = kChunkKeys * kSectionChunks, kChunkSteps = kChunkKeys / kKeys;
+  static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
+  using QueryTile = Tile<T, kRows, kHeadDim>;
+  using KeyTile = Tile<T, kKeys, kHeadDim>;
+  static_assert(registers_fit(kFetchThreads, kFetchRegisters, kThreads, kRegisters), "or the launch waits for ever");
+};
+
+template <class C>
+struct WarpgroupLaunch {
+  static constexpr int kThreads = C::kFetchThreads + C::kThreads, kBlocks = 1;
+};
+
+// The block's n-th item and its queries lie at n % 2: one is worked on while the next one is fetched.
+struct ForwardWork {
+  Item item;
+  uint32_t first_turn;  // the item's first step, counted over all items of the block
+  bool none;            // there is no item any more
+
+  __device__ __forceinline__ int steps() const { return max(0, item.end_step - item.first_step); }
+};
+
+template <class C>
+struct ForwardShared {
+  typename C::QueryTile q[2];
+  typename C::KeyTile k[C::kStages], v[C::kStages];
+  SourceRows<typename C::T> sources;
+  ForwardWork work[2];
+  RowState totals[C::kRows];   // of the chunks before the current one
+  uint64_t full[2], done[2];   // an item and its queries are there; it is finished
+  uint64_t k_full[C::kStages], v_full[C::kStages], empty[C::kStages];
+};
+
+template <class C>
+SEGATTN_FN void start_barriers(ForwardShared<C>& shared) {
+  for (int place = 0; place < 2; place++) {
+    mbarrier_init(&shared.full[place], C::kFetchThreads);
+    mbarrier_init(&shared.done[place], C::kWarps);
+  }
+  for (int stage = 0; stage < C::kStages; stage++) {
+    mbarrier_init(&shared.k_full[stage], 32);
+    mbarrier_init(&shared.v_full[stage], 32);
+    mbarrier_init(&shared.empty[stage], C::kWarps);
+  }
+  fence_mbarrier_init();
+}
+
+// ---------------------------------------------------------------------------------------------------- the warps that fetch
+
+// The block's next item that is there (tiles have fewer items than the longest), the first without asking.
+template <class C>
+SEGATTN_FN void find_work(const SegattnForwardParams& p, ForwardWork& work, const ForwardWork& before, bool first) {
+  const uint32_t items = (uint32_t)p.max_items * p.tiles * p.problem.q_heads * p.problem.batch;
+  work.first_turn = first ? 0 : before.first_turn + before.steps();
+  do {
+    const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.next_item, 1);
+    first = false;
+    work.none = index >= items;
+    if (work.none) return;
+    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_items);
+  } while (work.item.split >= work.item.splits);
+}
+
+// Starts a copy of rows `first`... to a tile, in parts: all at once their addresses would not fit into the registers.
+template <class Tile, int kThreads, int kPart, class T>
+SEGATTN_FN void copy_in_parts(const Tile& tile, Rows<T> rows, int first, int end, int thread) {
+#pragma unroll 1
+  for (int row = 0; row < Tile::kRows; row += kPart)
+    copy_rows_async<Tile, kThreads, kPart>(shared_address(&tile) + row * Tile::kRowBytes, rows, first + row, end, thread);
+  cp_async_commit();
+}
+
+template <class C>
+SEGATTN_FN void fetch(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+  using T = typename C::T;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  for (uint32_t n = 0;; n++) {
+    ForwardWork& work = shared.work[n & 1];
+    wait_empty(&shared.done[n & 1], n / 2);
+    if (thread == 0) find_work<C>(p, work, shared.work[~n & 1], n == 0);
+    barrier_sync<C::kFetchThreads>(1);
+    if (work.none) {
+      mbarrier_arrive(&shared.full[n & 1]);
+      return;
+    }
+    const Item& item = work.item;
+    shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+    barrier_sync<C::kFetchThreads>(1);
+    copy_in_parts<typename C::QueryTile, C::kFetchThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, item.entry, item.head),
+                                                                  item.tile * C::kRows, item.query_rows, thread);
+    signal_landed<0>(&shared.full[n & 1]);
+    for (int step = (warp - work.first_turn) % C::kFetchWarps; step < work.steps(); step += C::kFetchWarps) {
+      const KeyTile tile = item.keys.template tile<C::kKeys>(item.first_step + step);
+      const uint32_t turn = work.first_turn + step, stage = turn % C::kStages;
+      wait_empty(&shared.empty[stage], turn / C::kStages);
+      copy_in_parts<typename C::KeyTile, 32, C::kCopyRows>(shared.k[stage], shared.sources.k[tile.source], tile.first, tile.end, lane);
+      copy_in_parts<typename C::KeyTile, 32, C::kCopyRows>(shared.v[stage], shared.sources.v[tile.source], tile.first, tile.end, lane);
+      signal_landed<1>(&shared.k_full[stage]);
+      signal_landed<0>(&shared.v_full[stage]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the warps that multiply
+
+// An item as a warpgroup sees it: the same numbers in all of a warp's lanes.
+template <class C>
+struct Turns {
+  int first_step, end_step;  // of the key list; beyond the end none of the warpgroup's rows sees anything
+  int item_end;
+  uint32_t first_turn;                      // the ring's number of first_step
+  int place, first_row;                     // where the item and its queries lie; the warpgroup's first row of them
+  int past_tiles;
+  int part_past, part_prior, first_masked;  // tiles of which a row does not see all: two, and all from one on
+
+  SEGATTN_FN Turns of(const ForwardWork& work, int place, int warp) {
+    const Item& item = work.item;
+    const KeyList& keys = item.keys;
+    const int first_row = warp / 4 * 64, first = item.tile * C::kRows + first_row, last = min(first + 64, item.query_rows) - 1;
+    const int position = keys.query_start + item.tile * C::kRows + warp * 16;  // of the warp's first row
+    const int past = ceil_div(keys.past_len, C::kKeys), prior = ceil_div(keys.prior_len, C::kKeys);
+    const int end = first <= last ? min(item.end_step, keys.template tiles_of<C::kKeys>(keys.query_start + last)) : 0;
+    return {uniform(item.first_step), uniform(max(end, item.first_step)), uniform(max(item.end_step, item.first_step)),
+            (uint32_t)uniform(work.first_turn), uniform(place), uniform(first_row), past,
+            keys.past_len % C::kKeys ? past - 1 : -1, keys.prior_len % C::kKeys ? past + prior - 1 : -1,
+            past + prior + min(position + 1, keys.segment_len) / C::kKeys};
+  }
+  __device__ __forceinline__ bool masked(int step) const { return step == part_past || step == part_prior || step >= first_masked; }
+  __device__ __forceinline__ uint32_t turn(int step) const { return first_turn + (step - first_step); }
+};
+
+// s = q k^T, begun.
+template <class C>
+SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], ForwardShared<C>& shared, const Turns<C>& turns, int step) {
+  const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
+  mbarrier_wait(&shared.k_full[stage], phase(turn / C::kStages));
+  wgmma_fence();
+  begin_rows<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, shared_address(&shared.q[turns.place]), turns.first_row, shared_address(&shared.k[stage]));
+  wgmma_commit();
+}
+
+// out += p v, begun.
+template <class C>
+SEGATTN_FN void begin_values(float (&out)[C::kOutTiles][4], const uint32_t (&weights)[C::kColTiles / 2][4], ForwardShared<C>& shared,
+                             const Turns<C>& turns, int step) {
+  const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
+  mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
+  wgmma_fence();
+  begin_columns<typename C::T, typename C::KeyTile>(out, weights, shared_address(&shared.v[stage]));
+  wgmma_commit();
+}
+
+// Scores to weights, which stay where the scores were; factors for what was accumulated before.
+template <class C>
+SEGATTN_FN void weigh_scores(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const Item& item, const Turns<C>& turns,
+                             int step, int first_row, float gate, float scale, int lane) {
+  if (turns.masked(step)) mask_rows<C>(s, item, item.keys.template tile<C::kKeys>(step), first_row, 1, lane);
+  const float bias = step < turns.past_tiles ? gate : 0.f;
+#pragma unroll
+  for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias);
+}
+
+// A warpgroup's part of an item, which is not empty. Scores of the next tile are begun before the values of this one.
+template <class C>
+SEGATTN_FN void multiply_item(Accumulator<C>& acc, ForwardShared<C>& shared, const Item& item, const Turns<C>& turns, int first_row, float* fold,
+                              float scale, int thread) {
+  const int lane = thread & 31;
+  const float gate = item.keys.gate_log2;
+  float(&out)[C::kOutTiles][4] = acc.out[0];
+  float s[C::kColTiles][4], factor[2];
+  uint32_t weights[C::kColTiles / 2][4];
+  const auto weigh = [&](int step) {
+    weigh_scores<C>(s, factor, acc.rows[0], item, turns, step, first_row, gate, scale, lane);
+    settle(s);
+  };
+  begin_scores<C>(s, shared, turns, turns.first_step);
+  wgmma_wait<0>();
+  for (int step = turns.first_step;; step++) {
+    weigh(step);
+    pack_operands<typename C::T>(weights, s);
+    const int end = min(turns.end_step, step + C::kChunkSteps);
+    const bool first = step == turns.first_step;
+    for (; step + 1 < end; step++) {
+      settle(out);
+      settle(s);
+      begin_scores<C>(s, shared, turns, step + 1);
+      begin_values<C>(out, weights, shared, turns, step);
+      wgmma_wait<1>();
+      weigh(step + 1);
+      wgmma_wait<0>();
+      release(&shared.empty[turns.turn(step) % C::kStages], lane);
+      pack_operands<typename C::T>(weights, s);
+      rescale(out, factor);
+    }
+    const bool last = end == turns.end_step;
+    settle(out);
+    settle(s);
+    if (last) {  // the wait stands in both branches, or ptxas lets no product overlap another
+      begin_values<C>(out, weights, shared, turns, step);
+      wgmma_wait<0>();
+    } else {
+      begin_scores<C>(s, shared, turns, end);
+      begin_values<C>(out, weights, shared, turns, step);
+      wgmma_wait<0>();
+    }
+    release(&shared.empty[turns.turn(step) % C::kStages], lane);
+    close_chunk<C>(acc, shared.totals + first_row, fold, first, last, thread);
+    if (last) return;
+    acc.clear();
+  }
+}
+
+template <class C>
+SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, int first_row, int lane) {
+  finish_rows<C>(p, item, acc, first_row, lane);
+  const int query = item.tile * C::kRows + first_row + lane / 4;
+  store_rows(acc.out[0], 1.f, Rows<typename C::T>::of(p.out, item.entry, item.head), query, item.query_rows, (int)p.problem.q.rows, lane);
+}
+
+template <class C>
+SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, warp = thread >> 5, first_row = warp * 16;
+  const float scale = scale_log2(p.problem.scale);
+  float* fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+  for (uint32_t n = 0;; n++) {
+    mbarrier_wait(&shared.full[n & 1], phase(n / 2));
+    if (shared.work[n & 1].none) return;
+    const Item& item = shared.work[n & 1].item;
+    const Turns<C> turns = Turns<C>::of(shared.work[n & 1], n & 1, warp);
+    if (p.problem.scale < 0.f) {
+      negate_queries<C>(shared.q[n & 1], warp, lane);
+      fence_proxy_async_shared();
+      barrier_sync<128>(2 + warp / 4);
+    }
+    Accumulator<C> acc;
+    acc.clear();
+    if (turns.first_step < turns.end_step) multiply_item<C>(acc, shared, item, turns, first_row, fold, scale, thread);
+    // Not before the tile is there: the release would count for the one that another warpgroup still reads.
+    for (int step = turns.end_step; step < turns.item_end; step++) {
+      const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
+      mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
+      release(&shared.empty[stage], lane);
+    }
+    if (item.splits > 1)
+      store_partial<C>(p, item, acc, first_row, lane);
+    else
+      store_final_rows<C>(p, item, acc, first_row, lane);
+    release(&shared.done[n & 1], lane);
+  }
+}
+
+template <class C>
+SEGATTN_FN void attention_forward_hopper(const SegattnForwardParams& p) {
+  ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
+  if (threadIdx.x == 0) start_barriers(shared);
+  __syncthreads();
+  if (threadIdx.x < C::kFetchThreads) {
+    release_registers<C::kFetchRegisters>();
+    fetch<C>(p, shared);
+  } else {
+    take_registers<C::kRegisters>();
+    multiply<C>(p, shared);
+  }
+}
+
+template <class C>
+constexpr SegattnKernelInfo forward_info() {
+  return {WarpgroupLaunch<C>::kThreads, (int)sizeof(ForwardShared<C>), 1, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
+}
+
+#define FORWARD(name, T, kHeadDim)                                                                                \
+  using Config_##name = WarpgroupConfig<T, kHeadDim>;                                                             \
+  SEGATTN_INFO(attention_prefill_hopper_##name, forward_info<Config_##name>())                                    \
+  SEGATTN_KERNEL(attention_prefill_hopper_##name, WarpgroupLaunch<Config_##name>, SegattnForwardParams) {         \
+    attention_forward_hopper<Config_##name>(params);                                                              \
+  }                                                                                                               \
+  SEGATTN_INFO(combine_prefill_hopper_##name, kCombineInfo)                                                       \
+  SEGATTN_KERNEL(combine_prefill_hopper_##name, CombineConfig, SegattnForwardParams) {                            \
+    attention_combine<Config_##name>(params);                                                                     \
+  }
+
+FORWARD(bf16_d64, Bf16, 64)
+FORWARD(bf16_d128, Bf16, 128)
+FORWARD(f16_d64, F16, 64)
+FORWARD(f16_d128, F16, 128)
+
+SEGATTN_LAYOUT(attention_forward_hopper)
