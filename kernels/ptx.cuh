@@ -56,9 +56,9 @@ SEGATTN_FN void fence_proxy_async_shared() { sim_fence_proxy_async(SIM_SHARED); 
 template <int kThreads>
 SEGATTN_FN void barrier_sync(int id) { sim_barrier_sync(id, kThreads, sim_site()); }
 template <int kRegisters>
-SEGATTN_FN void take_registers() {}
+SEGATTN_FN void take_registers() { sim_set_registers(kRegisters, 1, sim_site()); }
 template <int kRegisters>
-SEGATTN_FN void release_registers() {}
+SEGATTN_FN void release_registers() { sim_set_registers(kRegisters, 0, sim_site()); }
 SEGATTN_FN uint64_t matrix_descriptor(SharedAddress at, uint32_t leading_bytes, uint32_t stride_bytes) {
   return sim_shared_address((const void*)at) >> 4 | (uint64_t)(leading_bytes >> 4) << 16 | (uint64_t)(stride_bytes >> 4) << 32 | 1ull << 62;
 }

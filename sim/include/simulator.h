@@ -129,6 +129,10 @@ void sim_bulk_commit(void);
 // cp.async.bulk.wait_group[.read].
 void sim_bulk_wait(uint32_t newest_left, int read, const void* site);
 
+// ---- setmaxnreg.inc (take) or .dec: all 128 threads of a warpgroup have `each` registers from here on. What the block has
+// to hand out is as under __launch_bounds__(threads, 1).
+void sim_set_registers(uint32_t each, int take, const void* site);
+
 // ---- wgmma: all 128 threads of a warpgroup make every call
 void sim_wgmma_fence(const void* site);
 // wgmma.m64n{n}k16.f32: d[n / 2] (+)= a b. `a` holds this thread's four registers, or is null for the

@@ -4,6 +4,7 @@ use crate::barrier::Barrier;
 use crate::bulk::COPY_SLOTS;
 use crate::mbarrier::Barriers;
 use crate::memory::Region;
+use crate::registers::Registers;
 use crate::thread::Thread;
 use crate::warp::Warp;
 
@@ -17,6 +18,7 @@ pub(crate) struct Block {
     pub shared: Region,
     pub unfinished: usize,
     pub mbarriers: Barriers,
+    pub registers: Registers,
     pub copies_issued: u64,
 }
 

@@ -55,6 +55,7 @@ CALL(void, sim_bulk_reduce_add, (void* dst, const void* src, uint32_t bytes, con
 CALL(void, sim_bulk_commit, (void), ())
 CALL(void, sim_bulk_wait, (uint32_t newest_left, int read, const void* site), (newest_left, read, site))
 
+CALL(void, sim_set_registers, (uint32_t each, int take, const void* site), (each, take, site))
 CALL(void, sim_wgmma_fence, (const void* site), (site))
 CALL(void, sim_wgmma,
      (float* d, int n, const uint32_t* a, uint64_t a_desc, uint64_t b_desc, int flags, const void* site),

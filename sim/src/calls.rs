@@ -26,7 +26,7 @@ macro_rules! calls {
 }
 
 /// Everything a compiled kernel needs.
-pub(crate) fn table() -> [Call; 39] {
+pub(crate) fn table() -> [Call; 40] {
     calls! {
         c"sim_thread_pointer" => thread;
         c"sim_syncthreads_pointer" => syncthreads;
@@ -46,6 +46,7 @@ pub(crate) fn table() -> [Call; 39] {
         c"sim_yield_pointer" => yield_now;
         c"sim_trap_pointer" => trap;
         c"sim_access_pointer" => access;
+        c"sim_set_registers_pointer" => set_registers;
         c"sim_wgmma_fence_pointer" => wgmma_fence;
         c"sim_wgmma_pointer" => wgmma;
         c"sim_wgmma_commit_pointer" => wgmma_commit;
@@ -214,6 +215,18 @@ unsafe extern "C" fn mma(
             &mut Operands::Mma { d, a, b },
             site,
         )
+    }
+}
+
+unsafe extern "C" fn set_registers(each: u32, take: i32, site: *const c_void) {
+    let op = Op::Registers {
+        each,
+        take: take != 0,
+    };
+    // SAFETY: see above.
+    unsafe {
+        meet(op, ALL, &mut Operands::None, site);
+        stop_if_fatal();
     }
 }
 

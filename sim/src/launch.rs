@@ -12,6 +12,7 @@ use crate::bulk::{BulkCopy, COPY_SLOTS};
 use crate::clock::Foreign;
 use crate::memory::{GlobalMemory, Region};
 use crate::race::Readers;
+use crate::registers::Registers;
 use crate::report::{Kind, RawParty, RawReport, ReportLog, Site};
 use crate::rng::Rng;
 use crate::stack::ThreadStack;
@@ -204,6 +205,7 @@ impl Launch {
             shared,
             unfinished: count,
             mbarriers: Default::default(),
+            registers: Registers::new(count),
             copies_issued: 0,
         });
         self.next_block += 1;
@@ -276,6 +278,7 @@ impl Launch {
             self.check_copies_at_end();
             self.check_mbarriers_at_end();
             self.check_wgmma_at_end();
+            self.check_registers_at_end();
         }
         if last && let Some(mut block) = self.blocks[slot as usize].take() {
             block.threads.iter_mut().for_each(Thread::end);
@@ -399,6 +402,7 @@ impl Launch {
     }
 
     fn report_stuck_block(&mut self) {
+        let told = self.report_waits_for_registers();
         let block = self.block();
         let mut pairs: Vec<(u16, Option<u16>)> = Vec::new();
         for (warp, meetings) in block
@@ -416,7 +420,7 @@ impl Launch {
                 (0..block.threads.len() as u16).find(|thread| !barrier.waiting.contains(thread));
             pairs.extend(barrier.waiting.first().map(|&waiting| (waiting, missing)));
         }
-        if pairs.is_empty() {
+        if pairs.is_empty() && !told {
             let stuck = (0..block.threads.len()).find(|&thread| !block.threads[thread].finished);
             pairs.extend(stuck.map(|thread| (thread as u16, None)));
         }

@@ -27,6 +27,7 @@ mod mma;
 mod module;
 pub mod mutate;
 mod race;
+mod registers;
 mod report;
 mod rng;
 mod stack;

@@ -15,14 +15,33 @@ pub(crate) enum Op {
     SyncWarp,
     Shuffle,
     Ballot,
-    LoadMatrix { count: u8, transpose: bool },
-    StoreMatrix { count: u8, transpose: bool },
-    Mma { bf16: bool },
+    LoadMatrix {
+        count: u8,
+        transpose: bool,
+    },
+    StoreMatrix {
+        count: u8,
+        transpose: bool,
+    },
+    Mma {
+        bf16: bool,
+    },
     Wgmma(Product),
     WgmmaFence,
     WgmmaCommit,
-    WgmmaWait { newest_left: u32 },
-    Barrier { id: u32, count: u32, wait: bool },
+    WgmmaWait {
+        newest_left: u32,
+    },
+    Barrier {
+        id: u32,
+        count: u32,
+        wait: bool,
+    },
+    /// setmaxnreg to so many registers a thread.
+    Registers {
+        each: u32,
+        take: bool,
+    },
 }
 
 impl Op {
@@ -44,6 +63,8 @@ impl Op {
             } => "__syncthreads",
             Op::Barrier { wait: true, .. } => "bar.sync",
             Op::Barrier { .. } => "bar.arrive",
+            Op::Registers { take: true, .. } => "setmaxnreg.inc",
+            Op::Registers { .. } => "setmaxnreg.dec",
         }
     }
 
@@ -216,6 +237,9 @@ impl Launch {
             Op::Wgmma(product) => self.wgmma(warp, product, meeting),
             Op::WgmmaFence => self.wgmma_fence(warp),
             Op::WgmmaCommit => self.wgmma_commit(warp),
+            Op::Registers { each, take } => {
+                return self.set_registers(warp, each, take, meeting);
+            }
             Op::WgmmaWait { newest_left } => self.wgmma_wait(warp, newest_left, meeting),
             Op::Barrier { id, count, wait } => {
                 let threads = lanes(meeting.arrived).map(|lane| (warp * 32 + lane) as u16);
