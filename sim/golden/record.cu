@@ -1,6 +1,7 @@
 // Runs every kernel of instructions.cu on a GPU and writes inputs and results to a safetensors file:
-//   nvcc -std=c++17 -arch=sm_90 -I../../kernels record.cu -o record && ./record vectors.safetensors
-// Tensors are named <kernel>.in, <kernel>.more and <kernel>.out, flat, in the types of instructions.cu.
+//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -I../../kernels record.cu -o record && ./record vectors.safetensors
+// Tensors are named <kernel>.in, <kernel>.more and <kernel>.out, flat, in the types of instructions.cu. The products of a
+// warpgroup (wgmma_*) have the inputs of mma_chain_*, and of their results a digest is kept.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -52,20 +53,29 @@ void* upload(const std::vector<T>& values) {
 
 using Kernel = void (*)(GoldenParams);
 
-// Runs `kernel` on `count` records and keeps what went in and came out.
+// What `kernel` makes of `count` records.
 template <class Out, class In, class More>
-void record(const char* name, Kernel kernel, int count, const std::vector<In>& in, const std::vector<More>& more, size_t outs) {
+std::vector<Out> run(const char* name, Kernel kernel, int count, const std::vector<In>& in, const std::vector<More>& more, size_t outs, int threads = 32,
+                     int shared_bytes = 2048) {
   std::vector<Out> out(outs);
   GoldenParams p = {upload(in), upload(more), upload(out), count};
-  kernel<<<1, 32, 2048>>>(p);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
+  kernel<<<1, threads, shared_bytes>>>(p);
   check(cudaGetLastError(), name);
   check(cudaDeviceSynchronize(), name);
   check(cudaMemcpy(out.data(), p.out, outs * sizeof(Out), cudaMemcpyDeviceToHost), name);
+  std::printf("%s: %d records\n", name, count);
+  std::fflush(stdout);
+  return out;
+}
+
+// Runs `kernel` on `count` records and keeps what went in and came out.
+template <class Out, class In, class More>
+void record(const char* name, Kernel kernel, int count, const std::vector<In>& in, const std::vector<More>& more, size_t outs) {
+  const std::vector<Out> out = run<Out>(name, kernel, count, in, more, outs);
   keep(std::string(name) + ".in", in);
   if (!more.empty()) keep(std::string(name) + ".more", more);
   keep(std::string(name) + ".out", out);
-  std::printf("%s: %d records\n", name, count);
-  std::fflush(stdout);
 }
 #define RECORD(Out, name, count, in, more, outs) record<Out>(#name, golden_##name, count, in, more, outs)
 
@@ -143,6 +153,13 @@ void record_warp() {
   std::vector<float> lanes(masks.size() * 32);
   for (size_t i = 0; i < lanes.size(); i++) lanes[i] = (float)i;
   RECORD(float, shuffle_xor, (int)masks.size(), lanes, masks, lanes.size());
+  std::vector<uint32_t> bits(lanes.size());
+  std::vector<int32_t> numbers(4 * 32);
+  std::mt19937 draw(2);
+  for (uint32_t& x : bits) x = draw();
+  for (int32_t& x : numbers) x = (int32_t)draw();
+  RECORD(uint32_t, shuffle_xor_bits, (int)masks.size(), bits, masks, bits.size());
+  RECORD(int32_t, uniform, (int)numbers.size() / 32, numbers, kNone, numbers.size());
   std::vector<uint32_t> votes = {0, ~0u, 1, 0x80000000u, 0x00010000u};
   for (int i = 0; i < 5; i++) votes.push_back(rng() & rng() & rng());
   RECORD(uint32_t, warp_any, (int)votes.size(), votes, kNone, votes.size() * 32);
@@ -202,6 +219,58 @@ void record_products(const char* name, Kernel kernel, bool bf16) {
   record<float>(name, kernel, count, operands, sums, sums.size());
 }
 
+// 64 bits of values: FNV-1a over their bytes, low word first.
+std::vector<uint32_t> digest(const float* values, size_t count) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (size_t i = 0; i < count * 4; i++) hash = (hash ^ ((const unsigned char*)values)[i]) * 0x100000001b3u;
+  return {(uint32_t)hash, (uint32_t)(hash >> 32)};
+}
+
+struct WarpgroupKernel {
+  const char* name;
+  Kernel kernel;
+  int columns;
+};
+#define WGMMA(name, columns) {"wgmma_" #name, golden_wgmma_##name, columns}
+#define WGMMAS(type)                                                                                                               \
+  {WGMMA(held_rows_64_##type, 64), WGMMA(held_rows_128_##type, 128), WGMMA(held_columns_64_##type, 64),                            \
+   WGMMA(held_columns_128_##type, 128), WGMMA(shared_rows_64_##type, 64), WGMMA(shared_rows_128_##type, 128),                      \
+   WGMMA(shared_columns_64_##type, 64), WGMMA(shared_columns_128_##type, 128)}
+
+// Even rows of a and of b hold small integers, and their sums are exact; the others hold real numbers of many sizes.
+void record_warpgroup(const std::string& type, Kernel chain, const std::vector<WarpgroupKernel>& kernels) {
+  const bool bf16 = type == "bf16";
+  std::vector<uint32_t> operands((kWgmmaRows + kWgmmaCols) * kWgmmaDepth / 2);
+  for (size_t i = 0; i < operands.size(); i++) {
+    const int row = (int)(i * 2 / kWgmmaDepth);
+    auto element = [&]() -> uint32_t {
+      const float size = std::ldexp(1.f, row % 5 * 3 - 6);
+      return narrow(row % 2 ? real(-size, size) : (float)((int)(rng() % 31) - 15), bf16);
+    };
+    const uint32_t low = element();
+    operands[i] = low | element() << 16;
+  }
+  std::vector<float> sums(kWgmmaRows * kWgmmaCols);
+  for (size_t i = 0; i < sums.size(); i++) {
+    // Even rows and columns: small integers too.
+    const bool exact = i / 4 % 32 / 4 % 2 == 0 && i % 2 == 0;
+    sums[i] = exact ? (float)((int)(rng() % 8001) - 4000) : real(-1, 1) * std::ldexp(1.f, (int)(rng() % 9) * 2 - 10);
+  }
+  const int shared = sizeof(WgmmaShared<Bf16>);
+  const std::string name = "mma_chain_" + type;
+  keep(name + ".in", operands);
+  keep(name + ".more", sums);
+  keep(name + ".out", run<float>(name.c_str(), chain, 1, operands, sums, 2 * sums.size(), 128, shared));
+  for (const WarpgroupKernel& k : kernels) {
+    const size_t count = kWgmmaRows * k.columns;
+    const std::vector<float> out = run<float>(k.name, k.kernel, 1, operands, sums, 2 * count, 128, shared);
+    std::vector<uint32_t> digests;
+    for (int part = 0; part < 2; part++)
+      for (uint32_t word : digest(out.data() + part * count, count)) digests.push_back(word);
+    keep(std::string(k.name) + ".out", digests);
+  }
+}
+
 void write(const char* path) {
   std::string header = "{\"__metadata__\":{\"exact\":\"" + std::to_string(kExact) + "\",\"real\":\"" + std::to_string(kReal) + "\"}";
   size_t at = 0;
@@ -233,6 +302,8 @@ int main(int argc, char** argv) {
   record_copies();
   record_products("mma_16x8x16_bf16", golden_mma_16x8x16_bf16, true);
   record_products("mma_16x8x16_f16", golden_mma_16x8x16_f16, false);
+  record_warpgroup("bf16", golden_mma_chain_bf16, WGMMAS(bf16));
+  record_warpgroup("f16", golden_mma_chain_f16, WGMMAS(f16));
   write(argv[1]);
   return 0;
 }
