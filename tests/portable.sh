@@ -31,7 +31,7 @@ cp benches/model/gpu/peers.py "$folder/model_peers.py"
 
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
-if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -arch=sm_90 -Ikernels -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
+if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -Ikernels -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
   cp sim/golden/vectors.safetensors "$folder/golden.safetensors"
 else
   echo "no golden vectors: the recorder did not compile"
