@@ -1,6 +1,6 @@
 // Segment attention, backward, for Hopper: d_q, and d_k with d_v, of attention_backward.cu on products of a warpgroup.
 //
-// The first warpgroup of a block fetches: its warp w keeps stage w of a ring full, so that a warp waits for nothing but its
+// The warps of a block's first warpgroup fetch, each a stage of a ring at a time, so that a warp waits for nothing but its
 // own copies. The others multiply, 64 rows each: of keys against tiles of queries (d_k, d_v), of queries against tiles of
 // keys (d_q). While one product runs, a warpgroup turns the one before into weights, and each warpgroup's weights also
 // run beside the other's products. Registers move from the warps that fetch to those that multiply. Blocks take items until
@@ -67,7 +67,6 @@ SEGATTN_FN void start_barriers(QueryGradShared<C>& shared) {
     mbarrier_init(&shared.full[stage], 32);
     mbarrier_init(&shared.empty[stage], C::kWarps);
   }
-  fence_mbarrier_init();
 }
 
 // The block's next item that is there: tiles have fewer items than the longest.
@@ -311,7 +310,8 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 // ---------------------------------------------------------------------------------------------------- d_k, d_v
 
 template <class T, int kHeadDim>
-struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2, 3> {
+struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2, kHeadDim == 64 ? 4 : 3> {
+  static constexpr int kQueryWarps = KeyGradConfig::kFetchWarps - 1;  // that fetch queries; the last one fetches keys
   static constexpr int kKeys = 64 * KeyGradConfig::kConsumers;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
   static constexpr int kColTiles = kQueries / 8;
@@ -346,7 +346,6 @@ SEGATTN_FN void start_barriers(KeyGradShared<C>& shared) {
     mbarrier_init(&shared.full[stage], 32);
     mbarrier_init(&shared.empty[stage], C::kWarps);
   }
-  fence_mbarrier_init();
 }
 
 template <class C>
@@ -364,7 +363,7 @@ SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& work, bool fi
   work.steps = readers * max(0, ceil_div(item.query_rows - item.first_query, C::kQueries));
 }
 
-// Fills this warp's stage with a tile of queries.
+// Fills a stage with a tile of queries.
 template <class C>
 SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyItem& item, const QueryCursor& at, int stage, int lane) {
   using T = typename C::T;
@@ -397,32 +396,33 @@ SEGATTN_FN void fetch_keys(const SegattnBackwardParams& p, KeyGradShared<C>& sha
   if (lane == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
 }
 
-// The others: the item's queries, each its stage of the ring.
+// The others: the item's queries, a tile each in turn.
 template <class C>
 SEGATTN_FN void fetch_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& work, uint32_t first_step, int warp, int lane) {
   const KeyItem& item = work.item;
   QueryCursor at = QueryCursor::first(p.problem, item);
-  const int own = (warp + C::kStages - first_step % C::kStages) % C::kStages;
+  const int own = (warp + C::kQueryWarps - first_step % C::kQueryWarps) % C::kQueryWarps;
   for (int i = 0; i < own; i++) at = at.template next<C::kQueries>(p.problem, item);
-  for (int step = own; step < work.steps; step += C::kStages) {
-    wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
-    copy_queries<C>(p, shared, item, at, warp, lane);
-    signal_landed<0>(&shared.full[warp]);
-    for (int i = 0; i < C::kStages; i++) at = at.template next<C::kQueries>(p.problem, item);
+  for (int step = own; step < work.steps; step += C::kQueryWarps) {
+    const uint32_t turn = first_step + step;
+    const int stage = turn % C::kStages;
+    wait_empty(&shared.empty[stage], turn / C::kStages);
+    copy_queries<C>(p, shared, item, at, stage, lane);
+    signal_landed<0>(&shared.full[stage]);
+    for (int i = 0; i < C::kQueryWarps; i++) at = at.template next<C::kQueries>(p.problem, item);
   }
 }
 
 template <class C>
 SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
-  static_assert(C::kFetchWarps == C::kStages + 1, "a warp a stage, and one for the keys");
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   uint32_t first_step = 0;  // of the item, counted over all items of the block
-  if (thread == C::kStages * 32) find_work<C>(p, shared.work[0], true);
+  if (thread == C::kQueryWarps * 32) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
     barrier_sync<C::kFetchThreads>(1);
     const KeyWork& work = shared.work[n % kItems];
     const bool done = work.done;
-    if (warp == C::kStages) fetch_keys<C>(p, shared, n, lane);
+    if (warp == C::kQueryWarps) fetch_keys<C>(p, shared, n, lane);
     else if (!done) fetch_queries<C>(p, shared, work, first_step, warp, lane);
     if (done) return;
     first_step += work.steps;
