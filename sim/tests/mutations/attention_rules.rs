@@ -372,7 +372,7 @@ const GRADIENTS: [Rule; 15] = [
     replace("sum.w * scale", "sum.z * scale"),
 ];
 
-const BACKWARD_HOPPER: [Rule; 61] = [
+const BACKWARD_HOPPER: [Rule; 60] = [
     drop_statement("__syncthreads()"),
     drop_statement("barrier_sync<"),
     drop_statement("cp_async_commit()"),
@@ -400,7 +400,6 @@ const BACKWARD_HOPPER: [Rule; 61] = [
     replace("first_step += ", "first_step = "),
     replace("p.row_delta + row", "p.row_lse + row"),
     replace("step += C::kStages", "step += C::kStages + 1"),
-    replace("(n + 1) % kItems], false", "(n + 1) % kItems], true"),
     replace(">= (e < 2 ? limit : below)", "> (e < 2 ? limit : below)"),
     replace("e < 2 ? limit : below", "limit"),
     replace("current ? limit + 8 : limit", "limit"),
