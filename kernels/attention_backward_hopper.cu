@@ -67,6 +67,7 @@ SEGATTN_FN void start_barriers(QueryGradShared<C>& shared) {
     mbarrier_init(&shared.full[stage], 32);
     mbarrier_init(&shared.empty[stage], C::kWarps);
   }
+  fence_mbarrier_init();
 }
 
 // The block's next item that is there: tiles have fewer items than the longest.
@@ -346,6 +347,7 @@ SEGATTN_FN void start_barriers(KeyGradShared<C>& shared) {
     mbarrier_init(&shared.full[stage], 32);
     mbarrier_init(&shared.empty[stage], C::kWarps);
   }
+  fence_mbarrier_init();
 }
 
 template <class C>
