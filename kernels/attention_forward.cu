@@ -10,33 +10,24 @@
 #include "pipeline.cuh"
 #include "products.cuh"
 
-// kPrefill: many query rows. 4 warps x 32 rows (16 at D 256, where the accumulators of 32 do not fit), a block folds
-//   a whole section of chunks.
-// kDecode: at most a few rows per head. One warp x 16 rows, query heads of a group side by side; every chunk is an item
-//   of its own, so that one token's keys are spread over the chip.
-// kDecodeFew: the same where all items run at once, one or two blocks a multiprocessor: nothing but a block's own copies
-//   hides their latency, so several key tiles are on their way.
-// Keys per tile: 64 keeps scores (64 registers) beside out (128 at D 128); 32 at D 256. Part of the numbers' definition: both
-// kernels of a head_dim must agree on it. Two stages: 96 KB at D 128, so two blocks fit on Hopper, one on sm_86.
-enum Phase { kPrefill, kDecode, kDecodeFew };
-
-template <class T_, int kHeadDim_, Phase kPhase>
+// 4 warps x 32 query rows (16 at D 256, where the accumulators of 32 do not fit); a block folds a whole section of chunks.
+// 64 keys a tile keep scores (64 registers) beside out (128 at D 128). Two stages: 96 KB at D 128, so two blocks fit on Hopper,
+// one on sm_86.
+template <class T_, int kHeadDim_>
 struct ForwardConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kPacked = kPhase != kPrefill;
-  static constexpr int kWarps = kPacked ? 1 : 4;
-  static constexpr int kRowTiles = kPacked || kHeadDim == 256 ? 1 : 2;
+  static constexpr bool kPacked = false;
+  static constexpr int kWarps = 4;
+  static constexpr int kRowTiles = kHeadDim == 256 ? 1 : 2;
   static constexpr int kRows = kWarps * kRowTiles * 16;
-  static constexpr int kKeys = kHeadDim == 256 ? 32 : 64;
-  static constexpr int kStages = kPhase == kDecode ? 1 : kPhase == kPrefill ? 2 : kHeadDim <= 64 ? 4 : 3;
+  static constexpr int kKeys = tile_keys(kHeadDim);
+  static constexpr int kStages = 2;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kBlocks = kPhase == kDecode ? 8 : kHeadDim <= 64 ? 3 : 2;
-  static constexpr int kItemKeys = kPacked ? kChunkKeys : kChunkKeys * kSectionChunks;
+  static constexpr int kBlocks = kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   static constexpr int kChunkSteps = kChunkKeys / kKeys;
-  // Tiles beyond the one worked on whose rows are known, and places for them.
-  static constexpr int kKnown = kStages > 2 ? kStages - 1 : 1, kTileRing = kStages > 2 ? 8 : 4;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
 };
@@ -48,7 +39,7 @@ struct ForwardShared {
   SourceRows<typename C::T> sources;
   Item item;  // here and not in registers, which are full
   bool done;
-  KeyTile tiles[C::kTileRing];  // number t at t % kTileRing: the one worked on and the next ones
+  KeyTile tiles[4];  // number t at t % 4: the one worked on and the next ones
   WarpRows warps[C::kWarps];
   float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
   RowState totals[C::kRows];  // of the chunks before the current one, then of the item
@@ -57,8 +48,7 @@ struct ForwardShared {
 // The weights of a key tile, packed as operands of the next product.
 template <class C>
 SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc, ForwardShared<C>& shared,
-                           const KeyTile& tile, int stage, const WarpRows& rows, const float (&gate_bias)[C::kRowTiles][2],
-                           float scale, int heads_per_tile, int lane) {
+                           const KeyTile& tile, int stage, const WarpRows& rows, float scale, int lane) {
   const Item& item = shared.item;
   const bool masked = tile.first + C::kKeys > item.keys.limit(tile, rows.first_position);
   const float past = tile.source == kPast ? 1.f : 0.f;
@@ -68,107 +58,67 @@ SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4
   multiply_rows<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, q, rows.first_row, k, 0);
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
-    if (masked) mask_rows<C>(s[m], item, tile, rows.first_row + m * 16, heads_per_tile, lane);
+    if (masked) mask_rows<C>(s[m], item, tile, rows.first_row + m * 16, 1, lane);
     const float gate = item.keys.gate_log2 * past;
-    const float bias[2] = {C::kPacked ? mul_rn(gate_bias[m][0], past) : gate, C::kPacked ? mul_rn(gate_bias[m][1], past) : gate};
-    softmax_rows<C>(weights[m], s[m], acc.out[m], acc.rows[m], bias, scale);
+    softmax_rows<C>(weights[m], s[m], acc.out[m], acc.rows[m], {gate, gate}, scale);
   }
 }
 
-// Copies and products of a run of key tiles. With two stages and more K and V of the next tiles travel while this one is
-// worked on: one barrier a tile. With one, K(t+1) travels from the end of q k^T(t) on and V(t+1) from the end of p v(t)
-// on. Which rows a tile is, is found by one thread, a tile before its copies start.
+// Copies and products of a run of key tiles: K and V of the next tile travel while this one is worked on, with one barrier a
+// tile. Which rows a tile is, is found by one thread, a tile before its copies start.
 template <class C>
 struct KeyPipeline {
   ForwardShared<C>& shared;
   int thread;
 
-  __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step % C::kTileRing]; }
+  __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step % 4]; }
   __device__ __forceinline__ int stage(int step) const { return Ring<C::kStages>::stage(step); }
-  __device__ __forceinline__ void load(int step, bool keys, bool values) {
+  __device__ __forceinline__ void load(int step) {
     if (step < shared.item.end_step) {
       const KeyTile& rows = tile(step);
       const int source = rows.source;
-      if (keys) load_tile(&shared.k[stage(step)], shared.sources.k[source], rows);
-      if (values) load_tile(&shared.v[stage(step)], shared.sources.v[source], rows);
+      load_tile(&shared.k[stage(step)], shared.sources.k[source], rows);
+      load_tile(&shared.v[stage(step)], shared.sources.v[source], rows);
     }
     cp_async_commit();
   }
   __device__ __forceinline__ void load_tile(const void* target, Rows<const typename C::T> rows, const KeyTile& at) {
     copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(target), rows, at.first, at.end, opaque(thread));
   }
-  __device__ __forceinline__ void start(int step) {
-    load(step, true, C::kStages > 1);
-    if (C::kStages == 1) load(step, false, true);
-#pragma unroll
-    for (int ahead = 1; ahead < C::kStages - 1; ahead++) load(step + ahead, true, true);
-  }
-  __device__ __forceinline__ void keys_ready(int step) {
-    arrive_and_wait<C::kStages == 1 ? 1 : C::kStages - 2>();
-    if (C::kStages > 1) load(step + C::kStages - 1, true, true);
-    constexpr int kNext = C::kKnown + 1;
-    if (thread == 0) shared.tiles[(step + kNext) % C::kTileRing] = shared.item.keys.template tile<C::kKeys>(step + kNext);
-  }
-  __device__ __forceinline__ void keys_done(int step) {
-    if (C::kStages > 1) return;
-    __syncthreads();
-    load(step + 1, true, false);
-  }
-  __device__ __forceinline__ void values_ready() {
-    if (C::kStages == 1) arrive_and_wait<1>();
-  }
-  __device__ __forceinline__ void values_done(int step) {
-    if (C::kStages > 1) return;
-    __syncthreads();
-    load(step + 1, false, true);
+  __device__ __forceinline__ void ready(int step) {
+    arrive_and_wait<C::kStages - 2>();
+    load(step + C::kStages - 1);
+    if (thread == 0) shared.tiles[(step + 2) % 4] = shared.item.keys.template tile<C::kKeys>(step + 2);
   }
 };
-
-template <class C>
-SEGATTN_FN void load_queries(const SegattnTensor& q, ForwardShared<C>& shared, int heads_per_tile, int thread) {
-  using T = typename C::T;
-  const Item& item = shared.item;
-  const SharedAddress target = shared_address(&shared.q);
-  thread = opaque(thread);
-  if (C::kPacked) copy_query_rows_async<typename C::QueryTile, C::kThreads, T>(target, q, item, heads_per_tile, thread);
-  else
-    copy_rows_async<typename C::QueryTile, C::kThreads>(target, Rows<const T>::of(q, item.entry, item.head), item.tile * C::kRows,
-                                                        item.query_rows, thread);
-}
 
 // One item.
 template <class C>
 SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+  using T = typename C::T;
   const Item& item = shared.item;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
   WarpRows& rows = shared.warps[warp];
-  if (lane == 0) rows = warp_rows<C>(item, heads_per_tile, warp);
-  __syncwarp();
+  if (lane == 0) rows = warp_rows<C>(item, 1, warp);
   const float scale = scale_log2(p.problem.scale);
-  float gate_bias[C::kRowTiles][2];
-  if (C::kPacked) packed_bias<C>(gate_bias, p.problem, item, rows.first_row, heads_per_tile, lane);
-  load_queries<C>(p.problem.q, shared, heads_per_tile, thread);
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, item.entry, item.head),
+                                                      item.tile * C::kRows, item.query_rows, opaque(thread));
   KeyPipeline<C> pipeline = {shared, thread};
-  pipeline.start(item.first_step);
+  pipeline.load(item.first_step);
   Accumulator<C> acc;
   acc.clear();
   for (int step = item.first_step; step < item.end_step; step++) {
-    pipeline.keys_ready(step);
+    pipeline.ready(step);
     if (step == item.first_step && p.problem.scale < 0.f) negate_queries<C>(shared.q, warp, lane);
     const KeyTile& tile = pipeline.tile(step);
     const int stage = pipeline.stage(step);
     const bool sees = rows.last_position >= 0 && tile.first < item.keys.limit(tile, rows.last_position);
-    uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
-    if (sees)
-      weigh_keys<C>(weights, acc, shared, tile, stage, rows, gate_bias, scale, heads_per_tile, opaque(lane));
-    pipeline.keys_done(step);
-    pipeline.values_ready();
-    if (sees)
-      accumulate<typename C::T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
+    if (sees) {
+      uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
+      weigh_keys<C>(weights, acc, shared, tile, stage, rows, scale, opaque(lane));
+      accumulate<T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
           acc.out, weights, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
-    pipeline.values_done(step);
-
+    }
     const bool last = step + 1 == item.end_step;
     if (last || (step + 1) % C::kChunkSteps == 0) {
       close_chunk<C>(acc, shared.totals + rows.first_row, shared.fold, step - item.first_step < C::kChunkSteps, last, thread);
@@ -185,16 +135,16 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
 // Finds the block's next item that has work, the first without asking; false: none is left.
 template <class C>
 SEGATTN_FN bool next_item(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
-  const int tiles = opaque(p.tiles), max_items = opaque(p.max_items), heads_per_tile = C::kPacked ? opaque(p.heads_per_tile) : 1;
-  const uint32_t items = (uint32_t)max_items * tiles * (opaque(p.problem.q_heads) / heads_per_tile) * p.problem.batch;
+  const int tiles = opaque(p.tiles), max_items = opaque(p.max_items);
+  const uint32_t items = (uint32_t)max_items * tiles * opaque(p.problem.q_heads) * p.problem.batch;
   Item& item = shared.item;
   do {
     const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.next_item, 1);
     first = false;
     if (index >= items) return false;
-    item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, heads_per_tile, max_items);
+    item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, 1, max_items);
   } while (item.split >= item.splits);
-  for (int step = item.first_step; step <= item.first_step + C::kKnown; step++) shared.tiles[step % C::kTileRing] = item.keys.template tile<C::kKeys>(step);
+  for (int step = item.first_step; step <= item.first_step + 1; step++) shared.tiles[step % 4] = item.keys.template tile<C::kKeys>(step);
   return true;
 }
 
@@ -218,49 +168,23 @@ constexpr SegattnKernelInfo forward_info() {
   return {C::kThreads, (int)sizeof(ForwardShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
 }
 
-#define FORWARD(name, T, kHeadDim, kPhase)                                                  \
-  using Config_##name = ForwardConfig<T, kHeadDim, kPhase>;                                 \
+#define FORWARD(name, T, kHeadDim)                                                          \
+  using Config_##name = ForwardConfig<T, kHeadDim>;                                         \
   SEGATTN_INFO(attention_##name, forward_info<Config_##name>())                             \
   SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) {                   \
     attention_forward<Config_##name>(params);                                               \
   }
-// What prefill's or both decoding kernels' items are folded by.
-#define COMBINE(name)                                                                       \
-  SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
-  SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \
-    attention_combine<Config_##name>(params);                                               \
-  }
 
-FORWARD(prefill_bf16_d32, Bf16, 32, kPrefill)
-FORWARD(prefill_bf16_d64, Bf16, 64, kPrefill)
-FORWARD(prefill_bf16_d96, Bf16, 96, kPrefill)
-FORWARD(prefill_bf16_d128, Bf16, 128, kPrefill)
-FORWARD(prefill_bf16_d256, Bf16, 256, kPrefill)
-FORWARD(prefill_f16_d32, F16, 32, kPrefill)
-FORWARD(prefill_f16_d64, F16, 64, kPrefill)
-FORWARD(prefill_f16_d96, F16, 96, kPrefill)
-FORWARD(prefill_f16_d128, F16, 128, kPrefill)
-FORWARD(prefill_f16_d256, F16, 256, kPrefill)
-FORWARD(decode_bf16_d32, Bf16, 32, kDecode)
-FORWARD(decode_bf16_d64, Bf16, 64, kDecode)
-FORWARD(decode_bf16_d96, Bf16, 96, kDecode)
-FORWARD(decode_bf16_d128, Bf16, 128, kDecode)
-FORWARD(decode_bf16_d256, Bf16, 256, kDecode)
-FORWARD(decode_f16_d32, F16, 32, kDecode)
-FORWARD(decode_f16_d64, F16, 64, kDecode)
-FORWARD(decode_f16_d96, F16, 96, kDecode)
-FORWARD(decode_f16_d128, F16, 128, kDecode)
-FORWARD(decode_f16_d256, F16, 256, kDecode)
-FORWARD(decode_few_bf16_d32, Bf16, 32, kDecodeFew)
-FORWARD(decode_few_bf16_d64, Bf16, 64, kDecodeFew)
-FORWARD(decode_few_bf16_d96, Bf16, 96, kDecodeFew)
-FORWARD(decode_few_bf16_d128, Bf16, 128, kDecodeFew)
-FORWARD(decode_few_bf16_d256, Bf16, 256, kDecodeFew)
-FORWARD(decode_few_f16_d32, F16, 32, kDecodeFew)
-FORWARD(decode_few_f16_d64, F16, 64, kDecodeFew)
-FORWARD(decode_few_f16_d96, F16, 96, kDecodeFew)
-FORWARD(decode_few_f16_d128, F16, 128, kDecodeFew)
-FORWARD(decode_few_f16_d256, F16, 256, kDecodeFew)
+FORWARD(prefill_bf16_d32, Bf16, 32)
+FORWARD(prefill_bf16_d64, Bf16, 64)
+FORWARD(prefill_bf16_d96, Bf16, 96)
+FORWARD(prefill_bf16_d128, Bf16, 128)
+FORWARD(prefill_bf16_d256, Bf16, 256)
+FORWARD(prefill_f16_d32, F16, 32)
+FORWARD(prefill_f16_d64, F16, 64)
+FORWARD(prefill_f16_d96, F16, 96)
+FORWARD(prefill_f16_d128, F16, 128)
+FORWARD(prefill_f16_d256, F16, 256)
 
 COMBINE(prefill_bf16_d32)
 COMBINE(prefill_bf16_d64)
@@ -272,15 +196,5 @@ COMBINE(prefill_f16_d64)
 COMBINE(prefill_f16_d96)
 COMBINE(prefill_f16_d128)
 COMBINE(prefill_f16_d256)
-COMBINE(decode_bf16_d32)
-COMBINE(decode_bf16_d64)
-COMBINE(decode_bf16_d96)
-COMBINE(decode_bf16_d128)
-COMBINE(decode_bf16_d256)
-COMBINE(decode_f16_d32)
-COMBINE(decode_f16_d64)
-COMBINE(decode_f16_d96)
-COMBINE(decode_f16_d128)
-COMBINE(decode_f16_d256)
 
 SEGATTN_LAYOUT(attention_forward)

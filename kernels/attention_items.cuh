@@ -36,6 +36,18 @@ SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int heads_per_tile, int
   return keys.tiles_of<kKeys>(keys.query_start + last);
 }
 
+// The item of a head's tile that begins with the split-th run of its keys.
+template <int kRows, int kKeys, int kItemKeys>
+SEGATTN_FN void describe(Item& item, const SegattnProblem& p, int heads_per_tile) {
+  item.keys = KeyList::of(p, item.entry, item.head);
+  item.query_rows = item.keys.query_rows((int)p.q.rows);
+  const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, heads_per_tile, item.query_rows);
+  constexpr int kItemSteps = kItemKeys / kKeys;
+  item.splits = max(1, ceil_div(steps, kItemSteps));
+  item.first_step = item.split * kItemSteps;
+  item.end_step = min(steps, item.first_step + kItemSteps);
+}
+
 template <int kRows, int kKeys, int kItemKeys>
 SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads_per_tile, int max_items) {
   const int head_tiles = opaque(p.q_heads) / heads_per_tile, per_split = tiles * head_tiles * p.batch;
@@ -56,13 +68,7 @@ SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads
   }
   item.head = head % head_tiles * heads_per_tile;
   item.entry = head / head_tiles;
-  item.keys = KeyList::of(p, item.entry, item.head);
-  item.query_rows = item.keys.query_rows((int)p.q.rows);
-  const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, heads_per_tile, item.query_rows);
-  constexpr int kItemSteps = kItemKeys / kKeys;
-  item.splits = max(1, ceil_div(steps, kItemSteps));
-  item.first_step = item.split * kItemSteps;
-  item.end_step = min(steps, item.first_step + kItemSteps);
+  describe<kRows, kKeys, kItemKeys>(item, p, heads_per_tile);
   return item;
 }
 
@@ -86,21 +92,6 @@ struct SourceRows {
     if (thread == 5) v[kCurrent] = Rows<const T>::of(p.v, entry, kv_head);
   }
 };
-
-// Starts copying the packed query rows of a tile of a tensor like q; rows that are none become zero.
-template <class Tile, int kThreads, class T>
-SEGATTN_FN void copy_query_rows_async(SharedAddress tile, const SegattnTensor& tensor, const Item& item,
-                                      int heads_per_tile, int thread) {
-  constexpr int kRowChunks = Tile::kCols / 8;
-#pragma unroll 4
-  for (int i = thread; i < Tile::kRows * kRowChunks; i += kThreads) {
-    const int row = i / kRowChunks, column = i % kRowChunks;
-    const QueryRow q = query_row<Tile::kRows>(item, row, heads_per_tile);
-    const bool valid = q.position >= 0;
-    const Rows<const T> rows = Rows<const T>::of(tensor, item.entry, valid ? q.head : item.head);
-    cp_async_16(Tile::chunk(tile, row, column), rows.row(valid ? q.query : 0) + column * 8, valid ? 16 : 0);
-  }
-}
 
 // Writes a warp's accumulators as 16-bit rows of a tensor like q: through the warp's own rows of a tile, so that
 // global memory is written 16 bytes at a time. Rows that are padding become zero.

@@ -6,6 +6,9 @@
 #include "attention_items.cuh"
 #include "softmax.cuh"
 
+// Keys of a tile: part of the numbers' definition, so all forward kernels of a head_dim agree on it.
+__host__ __device__ constexpr int tile_keys(int head_dim) { return head_dim == 256 ? 32 : 64; }
+
 // A warp's place: its rows' range of positions, empty where all are padding.
 struct WarpRows {
   int first_row, first_position, last_position;
@@ -72,18 +75,25 @@ SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s
   rescale(out, factor);
 }
 
-template <class C>
-SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int heads_per_tile, int lane) {
+// Hides the keys that the rows at two positions do not see, of a tile's keys from `key` on.
+template <int kColTiles>
+SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const Item& item, const KeyTile& tile, int key, const int (&position)[2], int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const QueryRow row = query_row<C::kRows>(item, first_row + half * 8 + lane / 4, heads_per_tile);
-    const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
+    const int limit = item.keys.limit(tile, position[half]) - tile.first - key - lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < C::kColTiles; n++) {
+    for (int n = 0; n < kColTiles; n++) {
       if (n * 8 >= limit) s[n][half * 2] = SEGATTN_NEG_INF;
       if (n * 8 + 1 >= limit) s[n][half * 2 + 1] = SEGATTN_NEG_INF;
     }
   }
+}
+
+template <class C>
+SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int heads_per_tile, int lane) {
+  const int row = first_row + lane / 4;
+  const int first = query_row<C::kRows>(item, row, heads_per_tile).position, second = query_row<C::kRows>(item, row + 8, heads_per_tile).position;
+  mask_keys(s, item, tile, 0, {first, second}, lane);
 }
 
 // 16 rows' values joined with those of the chunks before, which lie kThreads apart.
@@ -182,19 +192,6 @@ SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, c
     }
 }
 
-// What the gate adds to a past row's scores, where the rows of a tile are of several heads.
-template <class C>
-SEGATTN_FN void packed_bias(float (&bias)[C::kRowTiles][2], const SegattnProblem& p, const Item& item, int first_row,
-                            int heads_per_tile, int lane) {
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float gate = p.past_gate[query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile).head];
-      bias[m][half] = gate > 0.f ? log2_approx(gate) : 0.f;
-    }
-}
-
 // Folds the parts of a row's items: chunks (where items are chunks) into sections, sections into the row. One
 // warp a row, lane l holding columns l, l + 32, ...
 template <class C>
@@ -220,28 +217,32 @@ struct CombinedRow {
 template <class C>
 SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   using T = typename C::T;
-  const int lane = threadIdx.x & 31, rows = (int)p.problem.q.rows;
-  const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
-  if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
-  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
+  const int lane = threadIdx.x & 31;
+  const uint32_t rows = (uint32_t)p.problem.q.rows, heads = p.problem.q_heads, index = blockIdx.x * 4 + (threadIdx.x >> 5);
+  if (index >= p.problem.batch * heads * rows) return wait_for_previous();
+  const int query = index % rows, head = index / rows % heads, entry = index / rows / heads;
   const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
   const KeyList keys = KeyList::of(p.problem, entry, head);
-  const int query_rows = keys.query_rows(rows);
+  const int query_rows = keys.query_rows((int)rows);
   const int tile = (query * heads_per_tile + head % heads_per_tile) / C::kRows;
   const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, heads_per_tile, query_rows);
   const int splits = ceil_div(steps, C::kItemKeys / C::kKeys);
+  wait_for_previous();      // what is read so far was there before
   if (splits <= 1) return;  // already final
 
   constexpr int kSectionItems = kSectionChunks * kChunkKeys / C::kItemKeys;
-  CombinedRow<C> total, section, part;
+  CombinedRow<C> total, parts[kSectionItems];
   for (int first = 0; first < splits && query < query_rows; first += kSectionItems) {
-    section.load(p, partial_row(p.problem, first, entry, head, query), lane);
-    for (int split = first + 1; split < min(splits, first + kSectionItems); split++) {
-      part.load(p, partial_row(p.problem, split, entry, head, query), lane);
-      section.fold(part);
-    }
-    if (first == 0) total = section;
-    else total.fold(section);
+    const int count = splits - first;
+    // All of a section's loads first: each takes as long as the rest of it.
+#pragma unroll
+    for (int i = 0; i < kSectionItems; i++)
+      if (i < count) parts[i].load(p, partial_row(p.problem, first + i, entry, head, query), lane);
+#pragma unroll
+    for (int i = 1; i < kSectionItems; i++)
+      if (i < count) parts[0].fold(parts[i]);
+    if (first == 0) total = parts[0];
+    else total.fold(parts[0]);
   }
   uint16_t* out = (uint16_t*)Rows<T>::of(p.out, entry, head).row(query);
   const float inverse = query < query_rows ? row_inverse(total.state.sum) : 0.f;
@@ -252,6 +253,13 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
 }
 
 struct CombineConfig {
-  static constexpr int kThreads = 128, kBlocks = 8;
+  static constexpr int kThreads = 128, kBlocks = 4;
 };
-constexpr SegattnKernelInfo kCombineInfo = {128, 0, 8, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
+constexpr SegattnKernelInfo kCombineInfo = {128, 0, 4, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
+
+// What the items of a kernel are folded by.
+#define COMBINE(name)                                                                       \
+  SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
+  SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \
+    attention_combine<Config_##name>(params);                                               \
+  }

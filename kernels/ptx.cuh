@@ -37,6 +37,9 @@ SEGATTN_FN void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
   sim_mma_m16n8k16(d, a, b, 0, sim_site());
 }
 
+SEGATTN_FN void let_next_begin() {}
+SEGATTN_FN void wait_for_previous() {}
+
 SEGATTN_FN int opaque(int x) { return x; }
 SEGATTN_FN float exp2_approx(float x) { return sim_exp2(x); }
 SEGATTN_FN float log2_approx(float x) { return sim_log2(x); }
@@ -113,6 +116,19 @@ SEGATTN_FN void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 SEGATTN_FN void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Kernels that overlap: the next one may begin once all blocks have said so or ended; it waits, in every block, until this one has
+// ended, before it reads what this one writes. Where there is no such instruction the host launches nothing so.
+SEGATTN_FN void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+SEGATTN_FN void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // The same value, computed here: keeps what depends on it from being prepared ahead of a loop, in registers.

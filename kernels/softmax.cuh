@@ -27,6 +27,17 @@ SEGATTN_FN float quad_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
+// What the highest score of a tile makes of a row: its new maximum, the factor for what was accumulated before, and what
+// is added to the tile's exponents.
+struct RowStep {
+  float max, factor, offset;
+};
+SEGATTN_FN RowStep row_step(float row_max, float top, float scale_log2, float bias) {
+  const float max = max_f32(row_max, fma_rn(top, scale_log2, bias)), reference = finite_max(max);
+  return {max, exp2_approx(row_max - reference), bias - reference};
+}
+SEGATTN_FN float weight_of(float score, float scale_log2, const RowStep& step) { return exp2_approx(fma_rn(score, scale_log2, step.offset)); }
+
 // Turns one row's scores of a tile (elements half * 2 and half * 2 + 1 of each accumulator) into weights,
 // updates the row and returns the factor for what was accumulated before.
 template <int kColTiles>
@@ -35,21 +46,18 @@ SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, 
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) top = max_f32(top, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
   top = quad_max(top);
-  const float max = max_f32(row.max, fma_rn(top, scale_log2, bias));
-  const float reference = finite_max(max);
-  const float factor = exp2_approx(row.max - reference);
-  const float offset = bias - reference;
+  const RowStep step = row_step(row.max, top, scale_log2, bias);
   float even = 0.f, odd = 0.f;
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) {
-    s[n][half * 2] = exp2_approx(fma_rn(s[n][half * 2], scale_log2, offset));
-    s[n][half * 2 + 1] = exp2_approx(fma_rn(s[n][half * 2 + 1], scale_log2, offset));
+    s[n][half * 2] = weight_of(s[n][half * 2], scale_log2, step);
+    s[n][half * 2 + 1] = weight_of(s[n][half * 2 + 1], scale_log2, step);
     even += s[n][half * 2];
     odd += s[n][half * 2 + 1];
   }
-  row.sum = fma_rn(row.sum, factor, even + odd);
-  row.max = max;
-  return factor;
+  row.sum = fma_rn(row.sum, step.factor, even + odd);
+  row.max = step.max;
+  return step.factor;
 }
 
 // Factors that bring two parts of a row to their common maximum.

@@ -76,6 +76,17 @@ SEGATTN_FN uint64_t columns_operand(SharedAddress tile, int k, int column) {
   return matrix_descriptor(tile + column / 64 * Tile::kPanelBytes + k * Tile::kRowBytes, Tile::kPanelBytes, 8 * Tile::kRowBytes);
 }
 
+// B of one n8 tile and two neighbouring k16 steps, {b[0], b[1]} and {b[2], b[3]}, where a warp's columns are no multiple of 16:
+// from a [n][k] tile, and from a [k][n] tile.
+template <class Tile>
+SEGATTN_FN void load_b_pair(uint32_t (&b)[4], SharedAddress tile, int n, int k, int lane) {
+  ldmatrix_x4(b, Tile::chunk(tile, n + (lane & 7), k / 8 + (lane >> 3)));
+}
+template <class Tile>
+SEGATTN_FN void load_bt_pair(uint32_t (&b)[4], SharedAddress tile, int k, int n, int lane) {
+  ldmatrix_x4_trans(b, Tile::chunk(tile, k + lane, n / 8));
+}
+
 // One head of one batch entry of a tensor.
 template <class T>
 struct Rows {

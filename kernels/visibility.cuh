@@ -28,7 +28,8 @@ struct KeyList {
     const int kv_head = head / (p.q_heads / p.kv_heads);
     const float gate = p.past_gate[head];
     KeyList list;
-    list.past_len = gate > 0.f ? p.past_len[entry * p.past_len_batch_stride + kv_head * p.past_len_head_stride] : 0;
+    const int past_len = p.past_len[entry * p.past_len_batch_stride + kv_head * p.past_len_head_stride];
+    list.past_len = gate > 0.f ? past_len : 0;  // both loads at once
     list.prior_len = p.prior_heads[head] ? p.prior_len[entry] : 0;
     list.segment_len = p.segment_len[entry];
     list.query_start = p.query_start ? p.query_start[entry] : 0;

@@ -4,7 +4,10 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use cudarc::driver::sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule, CUstream};
+use cudarc::driver::sys::{
+    self, CUfunction, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUstream,
+};
 use cudarc::driver::{CudaContext, DriverError, result};
 
 use super::device::{DeviceInfo, KERNEL_ARCHITECTURES, driver_error, driver_version, toolkit};
@@ -12,6 +15,10 @@ use super::error::Error;
 
 /// Shared memory that a block has without asking.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
+
+/// The architecture, times ten, from which on kernels are compiled with instructions to wait for the kernel before
+/// (`wait_for_previous` of kernels/ptx.cuh).
+const OVERLAP_VERSION: i32 = 90;
 
 /// A fat binary in a context.
 #[derive(Debug)]
@@ -73,9 +80,14 @@ impl Module {
         let symbol = CString::new(name).unwrap_or_default();
         // SAFETY: the module is loaded.
         let raw = unsafe { result::module::get_function(self.raw, symbol) };
+        let raw = raw.map_err(|error| driver_error(&doing(), error))?;
+        let version = Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        // SAFETY: the function is of a loaded module.
+        let version = unsafe { result::function::get_function_attribute(raw, version) };
         Ok(Function {
             name,
-            raw: raw.map_err(|error| driver_error(&doing(), error))?,
+            raw,
+            can_overlap: version.map_err(|error| driver_error(&doing(), error))? >= OVERLAP_VERSION,
             shared_bytes: AtomicU32::new(DEFAULT_SHARED_BYTES),
             module: self.clone(),
         })
@@ -153,6 +165,8 @@ fn not_loaded(context: &CudaContext, name: &str, error: DriverError) -> Error {
 pub struct Function {
     name: &'static str,
     raw: CUfunction,
+    /// Whether the instructions are in it by which a kernel waits for the one before it.
+    can_overlap: bool,
     /// Dynamic shared memory that it may be launched with.
     shared_bytes: AtomicU32,
     module: Arc<Module>,
@@ -213,11 +227,12 @@ impl Function {
         Ok(blocks.max(0) as u32)
     }
 
-    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads, whose one parameter is `params`, by value.
+    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads, whose one parameter is `params`, by value. With
+    /// `overlaps` it may begin while the kernel before it runs, where the GPU can do that.
     ///
     /// # Safety
     /// `stream` is a stream of the module's context; `P` is the kernel's own struct; what it points to holds until
-    /// the stream has passed.
+    /// the stream has passed. A kernel that `overlaps` waits by itself, in every block.
     ///
     /// # Errors
     /// As [`allow_shared_bytes`](Self::allow_shared_bytes); errors of earlier work may be among them.
@@ -227,14 +242,34 @@ impl Function {
         blocks: u32,
         threads: u32,
         shared_bytes: u32,
+        overlaps: bool,
         params: &P,
     ) -> Result<(), Error> {
         self.allow_shared_bytes(shared_bytes)?;
-        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
+        let mut overlap = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes,
+            hStream: stream,
+            attrs: &mut overlap,
+            numAttrs: u32::from(overlaps && self.can_overlap),
+        };
         let mut params = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the caller's promise; the driver copies the params before it returns.
+        // SAFETY: the caller's promise; the driver copies config and params before it returns.
         let launched = unsafe {
-            result::launch_kernel(self.raw, grid, block, shared_bytes, stream, &mut params)
+            let (params, extra) = (params.as_mut_ptr(), std::ptr::null_mut());
+            sys::cuLaunchKernelEx(&config, self.raw, params, extra).result()
         };
         launched.map_err(|error| driver_error(&format!("launching {}", self.name), error))
     }

@@ -55,7 +55,6 @@ pub fn rows_stand_alone(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
     let excerpts = [
         ("one row alone", Phase::Prefill, one(alone(0, 130))),
         ("one row decoded", Phase::Decode, one(alone(0, 64))),
-        ("one row decoded alone", Phase::DecodeFew, one(alone(0, 64))),
         ("rows of another tile", Phase::Prefill, one((0, 61..71))),
         (
             "another batch",
@@ -70,13 +69,8 @@ pub fn rows_stand_alone(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
                 alone(0, 63),
                 alone(1, 8),
                 alone(0, 127),
-                (0, 128..131),
+                (0, 122..131),
             ],
-        ),
-        (
-            "a few decoded rows",
-            Phase::DecodeFew,
-            vec![alone(1, 8), (0, 127..131)],
         ),
     ];
     for (what, phase, parts) in excerpts {

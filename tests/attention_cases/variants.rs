@@ -71,7 +71,7 @@ fn split_past(dtype: Dtype, head_dim: usize) -> Named {
 }
 
 /// One token of each sequence, whose keys are split into chunks; heads of a group share a tile.
-fn decode(dtype: Dtype, head_dim: usize, phase: Phase) -> Named {
+fn decode(dtype: Dtype, head_dim: usize) -> Named {
     let shape = Shape {
         segment_len: vec![70, 1, 0],
         prior_len: vec![33, 0, 4],
@@ -81,13 +81,12 @@ fn decode(dtype: Dtype, head_dim: usize, phase: Phase) -> Named {
         ..Shape::plain(2, 3, head_dim, [0; 3])
     };
     let options = Options {
-        phase: Some(phase),
+        phase: Some(Phase::Decode),
         ..Options::new(dtype)
     };
-    let name = format!("decoding over chunks, {phase:?}");
     Named {
         query_start: Some(vec![69, 0, 0]),
-        ..named(name, shape, options)
+        ..named("decoding over chunks", shape, options)
     }
 }
 
@@ -96,8 +95,7 @@ pub fn of(dtype: Dtype, head_dim: usize) -> Vec<Named> {
     vec![
         lengths(dtype, head_dim),
         split_past(dtype, head_dim),
-        decode(dtype, head_dim, Phase::Decode),
-        decode(dtype, head_dim, Phase::DecodeFew),
+        decode(dtype, head_dim),
     ]
 }
 

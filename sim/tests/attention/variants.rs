@@ -28,7 +28,6 @@ fn check_variant(dtype: Dtype, head_dim: usize) {
         "attention_prefill",
         "combine_prefill",
         "attention_decode",
-        "attention_decode_few",
         "combine_decode",
         "attention_prepare",
         "attention_query_grad",

@@ -102,9 +102,17 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
         return check(&Shape::plain(1, 2, head_dim, [40, 9, 0]), None, options);
     }
     check(&split(head_dim), Some(vec![1, 0]), phase(Phase::Decode));
-    for way in [Phase::Decode, Phase::DecodeFew] {
-        check(&lengths(head_dim), Some(vec![126, 0, 34]), phase(way));
-    }
+    check(
+        &lengths(head_dim),
+        Some(vec![126, 0, 34]),
+        phase(Phase::Decode),
+    );
+    let shape = Shape {
+        past_gate: vec![0.25, 1.0, 3.0],
+        scale: Some(-0.4),
+        ..Shape::plain(1, 3, head_dim, [20, 9, 9])
+    };
+    check(&shape, Some(vec![15]), phase(Phase::Decode));
     let shape = Shape {
         scale: Some(0.0),
         ..Shape::plain(1, 3, head_dim, [20, 3, 0])
@@ -141,18 +149,31 @@ fn is_caught(kernels: &Kernels, target: &Target) -> bool {
         PLANTED.set(false);
         result.is_err()
     };
-    let mut files = target.files().iter();
-    files.any(|&file| caught(file == File::AttentionForward))
+    let is_backward = |file: &File| {
+        matches!(
+            file,
+            File::AttentionBackward | File::AttentionBackwardHopper
+        )
+    };
+    let files = target.files();
+    (!files.iter().all(is_backward) && caught(true))
+        || (files.iter().any(is_backward) && caught(false))
 }
 
 impl Target {
     /// The compiled files that hold it.
     fn files(&self) -> &'static [File] {
         match self.file {
-            "attention_forward.cu" | "attention_rows.cuh" => &[File::AttentionForward],
+            "attention_forward.cu" => &[File::AttentionForward],
+            "attention_decode.cu" => &[File::AttentionDecode],
+            "attention_rows.cuh" => &[File::AttentionForward, File::AttentionDecode],
             "attention_backward.cu" | "attention_gradients.cuh" => &[File::AttentionBackward],
             "attention_backward_hopper.cu" | "warpgroups.cuh" => &[File::AttentionBackwardHopper],
-            _ => &[File::AttentionForward, File::AttentionBackward],
+            _ => &[
+                File::AttentionForward,
+                File::AttentionDecode,
+                File::AttentionBackward,
+            ],
         }
     }
 }

@@ -11,11 +11,16 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",
         rules: &FORWARD,
+    },
+    Target {
+        file: "attention_decode.cu",
+        instance: "bf16_d32",
+        rules: &DECODE,
     },
     Target {
         file: "attention_rows.cuh",
@@ -98,8 +103,8 @@ pub const SURVIVORS: [[&str; 3]; 14] = [
     ],
     [
         "attention_forward.cu",
-        "mul_rn(gate_bias[m][1], past)",
-        "no small problem decodes nine rows of heads with different gates",
+        "item.split >= item.splits",
+        "an item of no keys, whose results those of the tile's first item replace",
     ],
     [
         "attention_backward.cu",
@@ -148,9 +153,8 @@ pub const SURVIVORS: [[&str; 3]; 14] = [
     ],
 ];
 
-const FORWARD: [Rule; 33] = [
+const FORWARD: [Rule; 29] = [
     drop_statement("__syncthreads()"),
-    drop_statement("__syncwarp()"),
     drop_statement("cp_async_commit()"),
     drop_statement("arrive_and_wait<"),
     replace(
@@ -171,33 +175,7 @@ const FORWARD: [Rule; 33] = [
     replace("index >= items", "index > items"),
     replace("(int64_t)blockIdx.x * (C::kRows", "(int64_t)0 * (C::kRows"),
     replace("scale < 0.f) negate", "scale < -9.f) negate"),
-    replace(
-        "arrive_and_wait<C::kStages == 1 ?",
-        "cp_async_wait<C::kStages == 1 ?",
-    ),
-    replace("? 1 : C::kStages - 2>()", "? 1 : C::kStages - 1>()"),
-    replace(
-        "arrive_and_wait<C::kStages == 1 ? 1 : C::kStages - 2>();\n    if (C::kStages > 1) load(step + C::kStages - 1, true, true);",
-        "if (C::kStages > 1) load(step + C::kStages - 1, true, true);\n    arrive_and_wait<C::kStages == 1 ? 1 : C::kStages - 2>();",
-    ),
-    replace(
-        "load(step + C::kStages - 1, true, true)",
-        "load(step + C::kStages, true, true)",
-    ),
-    replace(
-        "load(step + ahead, true, true)",
-        "load(step + ahead + 1, true, true)",
-    ),
-    replace(
-        "shared.tiles[(step + kNext) % C::kTileRing] =",
-        "shared.tiles[(step + kNext - 1) % C::kTileRing] =",
-    ),
     replace("if (thread == 0) shared.tiles[(step", "shared.tiles[(step"),
-    replace(
-        "step <= item.first_step + C::kKnown",
-        "step < item.first_step + C::kKnown",
-    ),
-    replace("kTileRing = kStages > 2 ? 8 : 4", "kTileRing = 4"),
     replace(
         "(&shared.k[stage(step)], shared.sources.k[source]",
         "(&shared.k[stage(step)], shared.sources.v[source]",
@@ -213,20 +191,85 @@ const FORWARD: [Rule; 33] = [
         "tile.source == kPrior ? 1.f : 0.f",
     ),
     replace("tile.source == kPast ? 1.f : 0.f", "1.f"),
-    replace("item.keys.gate_log2 * past", "item.keys.gate_log2"),
-    replace(
-        "mul_rn(gate_bias[m][1], past)",
-        "mul_rn(gate_bias[m][0], past)",
-    ),
-    replace(
-        "rows.first_row + m * 16, heads_per_tile",
-        "rows.first_row, heads_per_tile",
-    ),
     replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
     replace(
         "first ? blockIdx.x : gridDim.x",
         "first ? blockIdx.x : gridDim.x - 1",
     ),
+    replace(
+        "arrive_and_wait<C::kStages - 2>",
+        "cp_async_wait<C::kStages - 2>",
+    ),
+    replace("kStages - 2>()", "kStages - 1>()"),
+    replace(
+        "arrive_and_wait<C::kStages - 2>();\n    load(step + C::kStages - 1);",
+        "load(step + C::kStages - 1);\n    arrive_and_wait<C::kStages - 2>();",
+    ),
+    replace("load(step + C::kStages - 1)", "load(step + C::kStages)"),
+    replace(
+        "shared.tiles[(step + 2) % 4] =",
+        "shared.tiles[(step + 1) % 4] =",
+    ),
+    replace("step <= item.first_step + 1", "step < item.first_step + 1"),
+    replace("item.keys.gate_log2 * past", "item.keys.gate_log2"),
+    replace("rows.first_row + m * 16, 1", "rows.first_row, 1"),
+];
+
+const DECODE: [Rule; 42] = [
+    drop_statement("__syncthreads()"),
+    drop_statement("cp_async_commit()"),
+    drop_statement("arrive_and_wait<"),
+    replace("kInFlight = C::kRing - 2", "kInFlight = C::kRing - 1"),
+    replace("2 * step + C::kRing - 1)", "2 * step + C::kRing)"),
+    replace("number % 2 == 0 ?", "number % 2 == 1 ?"),
+    replace("shared.tiles[number / 2]", "shared.tiles[number / 4]"),
+    replace("(warp * C::kOwnColTiles + n) * 8", "n * 8"),
+    replace("(warp * C::kOutTiles + n) * 8", "n * 8"),
+    replace("n = warp * C::kOwnColTiles + i;", "n = i;"),
+    replace("i % 2 * 2 + 1", "i % 2 * 2"),
+    replace("k % 2 * 2 + 1", "k % 2 * 2"),
+    replace("top = quad_max(top)", "top = shuffle_xor(top, 1)"),
+    replace("tops[half * 8 + lane / 4][warp]", "tops[lane / 4][warp]"),
+    replace("max_f32(tops.z, tops.w)", "tops.z"),
+    replace(
+        "shared.tops[half * 8 + lane / 4];",
+        "shared.tops[lane / 4];",
+    ),
+    replace("[lane][n % 2]", "[lane][0]"),
+    replace("step[e / 2]", "step[0]"),
+    replace("max[half] = step[half].max", "max[half] = max[half]"),
+    drop_statement("odd += two"),
+    replace(
+        "tile.first + C::kKeys > item.keys.limit(tile, item.keys.query_start)",
+        "false",
+    ),
+    replace(
+        "tile, warp * C::kOwnColTiles * 8, position",
+        "tile, 0, position",
+    ),
+    replace("== kPast ? 1.f : 0.f", "== kPrior ? 1.f : 0.f"),
+    replace("== kPast ? 1.f : 0.f", ">= kPast ? 1.f : 0.f"),
+    replace("mul_rn(gate_bias[1], past)", "mul_rn(gate_bias[0], past)"),
+    replace("lane / 4 + 8, heads_per_tile", "lane / 4, heads_per_tile"),
+    replace("? log2_approx(gate)", "? gate"),
+    replace("warp * C::kOutTiles * 8 + lane % 4 * 2", "lane % 4 * 2"),
+    replace("warp == 0 ? factor[0]", "warp == 1 ? factor[0]"),
+    replace("if (warp < 2) sum_row", "if (warp < 1) sum_row"),
+    replace("item.split, item.entry", "0, item.entry"),
+    replace("q.query >= p.problem.q.rows", "q.query > p.problem.q.rows"),
+    replace("q.position >= 0 ? two : 0", "two"),
+    replace(
+        "q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF",
+        "row_lse(row)",
+    ),
+    drop_statement("sum = quad_sum"),
+    replace("|| lane % 4 != 0", ""),
+    replace("item.split >= item.splits", "item.split > item.splits"),
+    replace("item.first_step + thread);", "thread);"),
+    replace("at.position >= 0", "at.position >= -1"),
+    replace("scale < 0.f ? 0x80008000u", "scale < 0.f ? 0x8000u"),
+    replace("ring.place(2 * step + 1)", "ring.place(2 * step)"),
+    replace("index % heads * p.heads_per_tile", "index % heads"),
 ];
 
 const ROWS: [Rule; 22] = [
@@ -250,17 +293,20 @@ const ROWS: [Rule; 22] = [
         "row_lse(row)",
     ),
     replace("out[n * 4 + lane % 4]", "out[n * 4 + lane / 8]"),
-    replace("? log2_approx(gate)", "? gate"),
     replace("0x80008000u", "0x8000u"),
     replace("first == 0) total", "first >= 0) total"),
-    replace("split = first + 1", "split = first + 2"),
-    replace("min(splits, first + kSectionItems)", "splits"),
+    replace(
+        "int i = 1; i < kSectionItems",
+        "int i = 2; i < kSectionItems",
+    ),
+    replace("count = splits - first", "count = splits"),
     replace("splits <= 1) return", "splits <= 3) return"),
     replace("part.state.max)", "state.max)"),
     replace(
         "weights[n / 2][n % 2 * 2 + half]",
         "weights[n / 2][half * 2 + n % 2]",
     ),
+    replace("row + 8, heads_per_tile", "row, heads_per_tile"),
 ];
 
 const BACKWARD: [Rule; 46] = [
@@ -500,7 +546,7 @@ const VISIBILITY: [Rule; 11] = [
         "min(position, segment_len)",
     ),
     replace("min(position + 1, segment_len)", "segment_len"),
-    replace("gate > 0.f ? p.past_len", "true ? p.past_len"),
+    replace("gate > 0.f ? past_len", "true ? past_len"),
     replace("p.prior_heads[head] ?", "true ?"),
     replace(
         "kv_head * p.past_len_head_stride",
@@ -520,10 +566,10 @@ const VISIBILITY: [Rule; 11] = [
 
 const SOFTMAX: [Rule; 11] = [
     replace("shuffle_xor(x, 2)", "shuffle_xor(x, 1)"),
-    replace("row.max - reference", "max - reference"),
+    replace("row_max - reference", "max - reference"),
     replace("bias - reference", "-reference"),
     replace("even + odd", "even"),
-    drop_statement("row.max = max"),
+    drop_statement("row.max = step.max"),
     replace(
         "exp2_approx(part_max - reference)",
         "exp2_approx(total_max - reference)",
@@ -544,7 +590,10 @@ const PIPELINE: [Rule; 3] = [
     replace("step & 1", "0"),
 ];
 
-const TILE: [Rule; 13] = [
+const TILE: [Rule; 16] = [
+    replace("n + (lane & 7), k / 8", "n, k / 8"),
+    replace("k / 8 + (lane >> 3)", "k / 8"),
+    replace("k + lane, n / 8", "k, n / 8"),
     replace(
         "(base ^ (within << 4)) + panel * kPanelBytes",
         "(base ^ (within << 4)) + panel * kRowBytes",

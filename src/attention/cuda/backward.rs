@@ -316,5 +316,6 @@ fn row_launch(entry: Entry, rows: &[usize]) -> Result<Launch, Error> {
         blocks: count("blocks of a grid", &[rows.div_ceil(ROWS_PER_BLOCK)])?,
         threads: ROW_THREADS,
         shared_bytes: 0,
+        overlaps: false,
     })
 }

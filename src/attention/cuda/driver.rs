@@ -37,6 +37,7 @@ fn image(file: File) -> &'static [u8] {
     match file {
         File::AttentionForward => image!("attention_forward"),
         File::AttentionForwardHopper => image!("attention_forward_hopper"),
+        File::AttentionDecode => image!("attention_decode"),
         File::AttentionBackward => image!("attention_backward"),
         File::AttentionBackwardHopper => image!("attention_backward_hopper"),
         File::Adamw => image!("adamw"),
@@ -215,9 +216,12 @@ impl Launcher for DriverStream<'_> {
             blocks,
             threads,
             shared_bytes,
+            overlaps,
         } = *launch;
         let function = self.kernels.function(entry)?;
         // SAFETY: the caller's promise, and `on_raw`'s for the stream.
-        Ok(unsafe { function.launch(self.stream, blocks, threads, shared_bytes, params) }?)
+        Ok(unsafe {
+            function.launch(self.stream, blocks, threads, shared_bytes, overlaps, params)
+        }?)
     }
 }

@@ -36,6 +36,8 @@ pub enum File {
     AttentionForward,
     /// `attention_forward_hopper.cu`.
     AttentionForwardHopper,
+    /// `attention_decode.cu`.
+    AttentionDecode,
     /// `attention_backward.cu`.
     AttentionBackward,
     /// `attention_backward_hopper.cu`.
@@ -60,10 +62,11 @@ pub enum File {
 
 impl File {
     /// All files.
-    pub const ALL: [File; 13] = [
+    pub const ALL: [File; 14] = [
         File::Adamw,
         File::AttentionForward,
         File::AttentionForwardHopper,
+        File::AttentionDecode,
         File::AttentionBackward,
         File::AttentionBackwardHopper,
         File::Copy,
@@ -82,6 +85,7 @@ impl File {
             File::Adamw => "adamw",
             File::AttentionForward => "attention_forward",
             File::AttentionForwardHopper => "attention_forward_hopper",
+            File::AttentionDecode => "attention_decode",
             File::AttentionBackward => "attention_backward",
             File::AttentionBackwardHopper => "attention_backward_hopper",
             File::Copy => "copy",
@@ -116,7 +120,6 @@ pub(super) struct Instance {
     pub prefill: Entry,
     pub prefill_combine: Entry,
     pub decode: Entry,
-    pub decode_few: Entry,
     pub decode_combine: Entry,
     pub prepare: Entry,
     pub query_grad: Entry,
@@ -177,9 +180,8 @@ macro_rules! instance {
         Some(Instance {
             prefill: entry!(AttentionForward, "attention_prefill_", $suffix),
             prefill_combine: entry!(AttentionForward, "combine_prefill_", $suffix),
-            decode: entry!(AttentionForward, "attention_decode_", $suffix),
-            decode_few: entry!(AttentionForward, "attention_decode_few_", $suffix),
-            decode_combine: entry!(AttentionForward, "combine_decode_", $suffix),
+            decode: entry!(AttentionDecode, "attention_decode_", $suffix),
+            decode_combine: entry!(AttentionDecode, "combine_decode_", $suffix),
             prepare: entry!(AttentionBackward, "attention_prepare_", $suffix),
             query_grad: entry!(AttentionBackward, "attention_query_grad_", $suffix),
             query_grad_sum: entry!(AttentionBackward, "attention_query_grad_sum_", $suffix),
@@ -240,6 +242,7 @@ mod tests {
     fn every_entry_is_written_in_its_file() {
         let sources = [
             include_str!("../../../kernels/attention_forward.cu"),
+            include_str!("../../../kernels/attention_decode.cu"),
             include_str!("../../../kernels/attention_backward.cu"),
             include_str!("../../../kernels/attention_backward_hopper.cu"),
             include_str!("../../../kernels/attention_forward_hopper.cu"),
@@ -250,16 +253,14 @@ mod tests {
         {
             let instance = Instance::of(dtype, dim).expect("kernels");
             assert!(instance.prefill.name.ends_with(&format!("{dtype}_d{dim}")));
-            for phase in ["prefill", "decode", "decode_few"] {
-                assert!(sources[0].contains(&format!("FORWARD({phase}_{dtype}_d{dim},")));
-            }
-            for phase in ["prefill", "decode"] {
-                assert!(sources[0].contains(&format!("COMBINE({phase}_{dtype}_d{dim})")));
-            }
+            assert!(sources[0].contains(&format!("FORWARD(prefill_{dtype}_d{dim},")));
+            assert!(sources[0].contains(&format!("COMBINE(prefill_{dtype}_d{dim})")));
+            assert!(sources[1].contains(&format!("DECODE(decode_{dtype}_d{dim},")));
+            assert!(sources[1].contains(&format!("COMBINE(decode_{dtype}_d{dim})")));
             let backward = format!("BACKWARD({dtype}_d{dim},");
-            assert!(sources[1].contains(&backward));
+            assert!(sources[2].contains(&backward));
             let forward = format!("FORWARD({dtype}_d{dim},");
-            for (source, entry) in [(sources[2], &backward), (sources[3], &forward)] {
+            for (source, entry) in [(sources[3], &backward), (sources[4], &forward)] {
                 assert_eq!(source.contains(entry.as_str()), instance.hopper.is_some());
             }
         }

@@ -14,8 +14,6 @@ pub enum Phase {
     Prefill,
     /// A few query rows: their keys are spread over the device, and the heads of a group share a tile.
     Decode,
-    /// The same with more keys on their way to a block: faster where all blocks run at once.
-    DecodeFew,
 }
 
 /// A validated forward call. `out` and `lse` are written, padding rows to 0 and -inf.
@@ -63,22 +61,13 @@ impl ForwardPlan {
         let rows = params.rows();
         let packed = shared_heads(problem);
         let decode = info::<SegattnForwardParams>(kernels, instance.decode)?;
-        let few = info::<SegattnForwardParams>(kernels, instance.decode_few)?;
         let phase = match phase {
             Some(phase) => phase,
             None if rows.saturating_mul(packed) > decode.tile_rows as usize => Phase::Prefill,
-            None => {
-                let most = problem.batch.saturating_mul(problem.q_heads / packed);
-                let items = most.saturating_mul(most_items(problem, &decode));
-                match kernels.resident_blocks(instance.decode_few, &few)? as usize >= items {
-                    true => Phase::DecodeFew,
-                    false => Phase::Decode,
-                }
-            }
+            None => Phase::Decode,
         };
         let (entry, combine, info, packed) = match phase {
             Phase::Decode => (instance.decode, instance.decode_combine, decode, packed),
-            Phase::DecodeFew => (instance.decode_few, instance.decode_combine, few, packed),
             Phase::Prefill => {
                 let hopper = instance.hopper.filter(|_| kernels.hopper());
                 let (prefill, combine) = hopper
@@ -97,9 +86,14 @@ impl ForwardPlan {
             "tiles * items * heads * batch",
             &[tiles, max_items, head_tiles, problem.batch],
         )?;
-        let blocks = match items {
-            0 => 0,
-            items => kernels.resident_blocks(entry, &info)?.max(1).min(items),
+        // Prefill's blocks take one item after the other and keep totals of chunks meanwhile; in decoding an item is a block.
+        let (blocks, folds) = match (items, phase) {
+            (0, _) => (0, 0),
+            (items, Phase::Decode) => (items, 0),
+            (items, Phase::Prefill) => {
+                let blocks = kernels.resident_blocks(entry, &info)?.max(1).min(items);
+                (blocks, blocks as usize)
+            }
         };
         let query_rows = [problem.batch, problem.q_heads, rows];
         let is_split = max_items > 1 && items > 0;
@@ -117,7 +111,7 @@ impl ForwardPlan {
             out,
             lse: lse.data,
             next_item: workspace.reserve("next_item", 4, &[1])?,
-            fold: workspace.reserve("fold", 4, &[blocks as usize, tile_rows, head_dim])?,
+            fold: workspace.reserve("fold", 4, &[folds, tile_rows, head_dim])?,
             partial_out: workspace.reserve(
                 "partial_out",
                 4,
@@ -132,6 +126,7 @@ impl ForwardPlan {
             attention: launch(entry, blocks, &info),
             combine: Launch {
                 blocks: if is_split { combined.blocks } else { 0 },
+                overlaps: phase == Phase::Decode,
                 ..combined
             },
         })
@@ -218,7 +213,9 @@ impl ForwardPlan {
         });
         // SAFETY: the caller's promise, and the params are those of these entries.
         unsafe {
-            launcher.zero(params.next_item as u64, 4)?;
+            if self.phase == Phase::Prefill {
+                launcher.zero(params.next_item as u64, 4)?;
+            }
             launcher.launch(&self.attention, &params)?;
             match self.combine.blocks {
                 0 => Ok(()),
@@ -276,14 +273,9 @@ pub(super) fn info_blocks(
     rows: &[usize],
 ) -> Result<Launch, Error> {
     let info = info::<SegattnForwardParams>(kernels, entry)?;
-    let rows = rows
-        .iter()
-        .fold(1, |product: usize, &n| product.saturating_mul(n));
-    let blocks = count(
-        "blocks of a grid",
-        &[rows.div_ceil(info.tile_rows as usize)],
-    )?;
-    Ok(launch(entry, blocks, &info))
+    // Their number is counted in 32 bits.
+    let rows = count("rows of all heads", rows)?;
+    Ok(launch(entry, rows.div_ceil(info.tile_rows as u32), &info))
 }
 
 pub(super) fn launch(entry: Entry, blocks: u32, info: &SegattnKernelInfo) -> Launch {
@@ -292,5 +284,6 @@ pub(super) fn launch(entry: Entry, blocks: u32, info: &SegattnKernelInfo) -> Lau
         blocks,
         threads: info.threads as u32,
         shared_bytes: info.shared_bytes as u32,
+        overlaps: false,
     }
 }

@@ -47,6 +47,8 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory of a block, bytes.
     pub shared_bytes: u32,
+    /// May begin while the launch before it still runs: the kernel itself waits before it reads what that one wrote.
+    pub overlaps: bool,
 }
 
 /// A stream: what is asked of it happens later, in order. No call waits for the device.

@@ -68,6 +68,7 @@ pub(super) fn launch<D: Driver, P: Copy>(
         })?,
         threads: threads as u32,
         shared_bytes: info.shared_bytes as u32,
+        overlaps: false,
     };
     kernels.ready(entry)?;
     // SAFETY: P is the entry's struct by its size and name, its addresses as said above.

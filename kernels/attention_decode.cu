@@ -1,0 +1,312 @@
+// Segment attention where at most a few query rows per head are left: the result of attention_forward.cu, to the bit.
+//
+// Rows of all query heads of a group share a tile of 16. Every chunk of keys is an item, and every item a block, so that one
+// token's keys are spread over the chip; the combine kernel folds what the items of a tile left. One warp would be bound
+// by its own latency, so four share each key tile: a warp takes the scores and weights of a quarter of its keys, and a
+// quarter of out's columns. Maxima, weights and the terms of the sums go through shared memory. Every accumulator and sum
+// sees what it sees in prefill, in the same order.
+#include "attention_rows.cuh"
+#include "layout.cuh"
+#include "pipeline.cuh"
+#include "products.cuh"
+
+// kRing: tiles of K and V on their way or worked on.
+template <class T_, int kHeadDim_>
+struct DecodeConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kPacked = true;
+  static constexpr int kWarps = 4, kThreads = kWarps * 32;
+  static constexpr int kRowTiles = 1, kRows = 16;
+  static constexpr int kKeys = tile_keys(kHeadDim);
+  static constexpr int kItemKeys = kChunkKeys, kSteps = kItemKeys / kKeys;
+  static constexpr int kRing = kHeadDim <= 32 ? 8 : kHeadDim <= 96 ? 5 : 4;
+  static constexpr int kBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
+  // Columns of scores, and of the scores and of out that are a warp's, in tiles of 8.
+  static constexpr int kColTiles = kKeys / 8, kOwnColTiles = kColTiles / kWarps, kOutTiles = kHeadDim / 8 / kWarps;
+  using QueryTile = Tile<T, kRows, kHeadDim>;
+  using KeyTile = Tile<T, kKeys, kHeadDim>;
+};
+
+template <class C>
+struct DecodeShared {
+  typename C::QueryTile q;
+  typename C::KeyTile ring[C::kRing];
+  // Of the tile worked on: each warp's highest score of a row; the weights as operands of the next product, two words of
+  // each 8 columns; and the same as they are summed, like accumulators.
+  float tops[C::kRows][C::kWarps];
+  uint2 weights[C::kColTiles / 2][32][2];
+  float4 terms[C::kColTiles][32];
+  SourceRows<typename C::T> sources;
+  KeyTile tiles[C::kSteps];  // of the item
+};
+
+// Copies of the item's tiles: number 2 t is K of its tile t, 2 t + 1 is V. Each is committed, copied or not.
+template <class C>
+struct KeyRing {
+  DecodeShared<C>& shared;
+  int tiles, thread;
+
+  __device__ __forceinline__ void load(int number) {
+    if (number / 2 < tiles) {
+      const KeyTile& tile = shared.tiles[number / 2];
+      const Rows<const typename C::T> rows = number % 2 == 0 ? shared.sources.k[tile.source] : shared.sources.v[tile.source];
+      copy_rows_async<typename C::KeyTile, C::kThreads>(place(number), rows, tile.first, tile.end, opaque(thread));
+    }
+    cp_async_commit();
+  }
+  __device__ __forceinline__ SharedAddress place(int number) const { return shared_address(&shared.ring[number % C::kRing]); }
+};
+
+// Starts copying the tile's rows of queries; those that are none become zero.
+template <class C>
+SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const Item& item, int heads_per_tile, int thread) {
+  constexpr int kRowChunks = C::kHeadDim / 8;
+#pragma unroll 1
+  for (int i = thread; i < C::kRows * kRowChunks; i += C::kThreads) {
+    const int row = i / kRowChunks, column = i % kRowChunks;
+    const QueryRow at = query_row<C::kRows>(item, row, heads_per_tile);
+    const bool valid = at.position >= 0;
+    const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, item.entry, valid ? at.head : item.head);
+    cp_async_16(C::QueryTile::chunk(shared_address(&shared.q), row, column), rows.row(valid ? at.query : 0) + column * 8, valid ? 16 : 0);
+  }
+}
+
+// Scores of the warp's keys.
+template <class C>
+SEGATTN_FN void score_keys(float (&s)[C::kOwnColTiles][4], const uint32_t (&q)[1][C::kHeadDim / 16][4], SharedAddress k, int warp, int lane) {
+  constexpr int kPairs = C::kHeadDim / 32;
+  uint32_t b[C::kOwnColTiles][kPairs][4];
+#pragma unroll
+  for (int i = 0; i < kPairs; i++)
+#pragma unroll
+    for (int n = 0; n < C::kOwnColTiles; n++) load_b_pair<typename C::KeyTile>(b[n][i], k, (warp * C::kOwnColTiles + n) * 8, i * 32, lane);
+#pragma unroll
+  for (int n = 0; n < C::kOwnColTiles; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+#pragma unroll
+  for (int i = 0; i < kPairs * 2; i++)
+#pragma unroll
+    for (int n = 0; n < C::kOwnColTiles; n++)
+      mma_16x8x16(s[n], q[0][i], b[n][i / 2][i % 2 * 2], b[n][i / 2][i % 2 * 2 + 1], typename C::T{});
+}
+
+// The warp's highest score of each row, for all warps.
+template <class C>
+SEGATTN_FN void share_tops(float (&tops)[C::kRows][C::kWarps], const float (&s)[C::kOwnColTiles][4], int warp, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float top = s[0][half * 2];
+#pragma unroll
+    for (int n = 0; n < C::kOwnColTiles; n++) top = max_f32(top, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
+    top = quad_max(top);
+    if (lane % 4 == 0) tops[half * 8 + lane / 4][warp] = top;
+  }
+}
+
+// A tile's maxima, and the weights of the warp's keys for all warps.
+template <class C>
+SEGATTN_FN void weigh_keys(float (&factor)[2], float (&max)[2], DecodeShared<C>& shared, const float (&s)[C::kOwnColTiles][4],
+                           const float (&bias)[2], float scale, int warp, int lane) {
+  RowStep step[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float4 tops = *(const float4*)shared.tops[half * 8 + lane / 4];
+    const float top = max_f32(max_f32(tops.x, tops.y), max_f32(tops.z, tops.w));
+    step[half] = row_step(max[half], top, scale, bias[half]);
+    max[half] = step[half].max;
+    factor[half] = step[half].factor;
+  }
+#pragma unroll
+  for (int i = 0; i < C::kOwnColTiles; i++) {
+    const int n = warp * C::kOwnColTiles + i;
+    float w[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) w[e] = weight_of(s[i][e], scale, step[e / 2]);
+    shared.weights[n / 2][lane][n % 2] = make_uint2(pack<typename C::T>(w[0], w[1]), pack<typename C::T>(w[2], w[3]));
+    shared.terms[n][lane] = make_float4(w[0], w[1], w[2], w[3]);
+  }
+}
+
+// The sum of the rows of one half, by one warp, as softmax_row does it.
+template <class C>
+SEGATTN_FN void sum_row(float& sum, const float4 (&terms)[C::kColTiles][32], float factor, int half, int lane) {
+  float even = 0.f, odd = 0.f;
+#pragma unroll
+  for (int n = 0; n < C::kColTiles; n++) {
+    const float2 two = ((const float2*)&terms[n][lane])[half];
+    even += two.x;
+    odd += two.y;
+  }
+  sum = fma_rn(sum, factor, even + odd);
+}
+
+// A tile's values to the warp's columns of out.
+template <class C>
+SEGATTN_FN void add_values(float (&out)[C::kOutTiles][4], const uint2 (&weights)[C::kColTiles / 2][32][2], const float (&factor)[2],
+                           SharedAddress v, int warp, int lane) {
+  constexpr int kPairs = C::kKeys / 32;
+  uint32_t b[C::kOutTiles][kPairs][4], w[C::kColTiles / 2][4];
+#pragma unroll
+  for (int i = 0; i < kPairs; i++)
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; n++) load_bt_pair<typename C::KeyTile>(b[n][i], v, i * 32, (warp * C::kOutTiles + n) * 8, lane);
+#pragma unroll
+  for (int k = 0; k < C::kColTiles / 2; k++) {
+    const uint4 four = *(const uint4*)weights[k][lane];
+    w[k][0] = four.x, w[k][1] = four.y, w[k][2] = four.z, w[k][3] = four.w;
+  }
+  rescale(out, factor);
+#pragma unroll
+  for (int k = 0; k < C::kColTiles / 2; k++)
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; n++)
+      mma_16x8x16(out[n], w[k], b[n][k / 2][k % 2 * 2], b[n][k / 2][k % 2 * 2 + 1], typename C::T{});
+}
+
+// The warp's columns of the rows of one half: of the result, or of an item's part.
+template <class C>
+SEGATTN_FN void store_columns(const SegattnForwardParams& p, const Item& item, const QueryRow& q, const float (&out)[C::kOutTiles][4], float sum,
+                              int half, int warp, int lane) {
+  if (q.query >= p.problem.q.rows) return;
+  const int column = warp * C::kOutTiles * 8 + lane % 4 * 2;
+  if (item.splits > 1) {
+    float* g_out = p.partial_out + partial_row(p.problem, item.split, item.entry, q.head, q.query) * C::kHeadDim + column;
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; n++) *(float2*)(g_out + n * 8) = make_float2(out[n][half * 2], out[n][half * 2 + 1]);
+    return;
+  }
+  typename C::T* g_out = Rows<typename C::T>::of(p.out, item.entry, q.head).row(q.query) + column;
+  const float inverse = row_inverse(sum);
+#pragma unroll
+  for (int n = 0; n < C::kOutTiles; n++) {
+    const uint32_t two = pack<typename C::T>(finish_value(out[n][half * 2], inverse), finish_value(out[n][half * 2 + 1], inverse));
+    *(uint32_t*)(g_out + n * 8) = q.position >= 0 ? two : 0;
+  }
+}
+
+// The states of the rows of one half, or their lse.
+SEGATTN_FN void store_state(const SegattnForwardParams& p, const Item& item, const QueryRow& q, const RowState& row, int lane) {
+  if (q.query >= p.problem.q.rows || lane % 4 != 0) return;
+  if (item.splits > 1)
+    ((float2*)p.partial_state)[partial_row(p.problem, item.split, item.entry, q.head, q.query)] = make_float2(row.max, row.sum);
+  else
+    p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+}
+
+// The block's item: first splits first, which are full.
+template <class C>
+SEGATTN_FN Item block_item(const SegattnForwardParams& p) {
+  const uint32_t heads = (uint32_t)p.problem.q_heads / p.heads_per_tile, batch = p.problem.batch, tiles = p.tiles;
+  Item item;
+  uint32_t index = blockIdx.x;
+  item.tile = index % tiles, index /= tiles;
+  item.head = index % heads * p.heads_per_tile, index /= heads;
+  item.entry = index % batch, item.split = index / batch;
+  describe<C::kRows, C::kKeys, C::kItemKeys>(item, p.problem, p.heads_per_tile);
+  return item;
+}
+
+template <class C>
+SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
+  DecodeShared<C>& shared = *(DecodeShared<C>*)shared_memory();
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, heads_per_tile = p.heads_per_tile;
+  let_next_begin();
+  const Item item = block_item<C>(p);
+  if (item.split >= item.splits) return;
+  if (thread < C::kSteps) shared.tiles[thread] = item.keys.template tile<C::kKeys>(item.first_step + thread);
+  shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
+  load_queries<C>(shared, p.problem.q, item, heads_per_tile, thread);
+  // Rows of a tile are of several heads, whose gates differ.
+  const QueryRow rows[2] = {query_row<C::kRows>(item, lane / 4, heads_per_tile), query_row<C::kRows>(item, lane / 4 + 8, heads_per_tile)};
+  const int position[2] = {rows[0].position, rows[1].position};
+  float gate_bias[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float gate = p.problem.past_gate[rows[half].head];
+    gate_bias[half] = gate > 0.f ? log2_approx(gate) : 0.f;
+  }
+  const float scale = scale_log2(p.problem.scale);
+  __syncthreads();
+  KeyRing<C> ring = {shared, item.end_step - item.first_step, thread};
+  // All copies but the one that is needed may be on their way.
+  constexpr int kInFlight = C::kRing - 2;
+#pragma unroll 1
+  for (int number = 0; number < C::kRing - 1; number++) ring.load(number);
+  arrive_and_wait<kInFlight>();
+  uint32_t q[1][C::kHeadDim / 16][4];
+  hold_rows<typename C::QueryTile>(q, a_base<typename C::QueryTile>(shared_address(&shared.q), lane), 0);
+  // A negative scale goes into the queries, whose sign is free.
+  const uint32_t sign = p.problem.scale < 0.f ? 0x80008000u : 0;
+#pragma unroll
+  for (int k = 0; k < C::kHeadDim / 16; k++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) q[0][k][i] ^= sign;
+
+  float out[1][C::kOutTiles][4];
+  clear(out);
+  float max[2] = {SEGATTN_NEG_INF, SEGATTN_NEG_INF}, sum = 0.f;  // sum: of the half that is the warp's, if one is
+  for (int step = 0; step < ring.tiles; step++) {
+    const KeyTile& tile = shared.tiles[step];
+    ring.load(2 * step + C::kRing - 1);  // in the place of the values before
+    float s[C::kOwnColTiles][4], factor[2];
+    score_keys<C>(s, q, ring.place(2 * step), warp, lane);
+    if (tile.first + C::kKeys > item.keys.limit(tile, item.keys.query_start))
+      mask_keys(s, item, tile, warp * C::kOwnColTiles * 8, position, lane);
+    share_tops<C>(shared.tops, s, warp, lane);
+    __syncthreads();
+    ring.load(2 * step + C::kRing);  // in the place of the keys
+    const float past = tile.source == kPast ? 1.f : 0.f;
+    weigh_keys<C>(factor, max, shared, s, {mul_rn(gate_bias[0], past), mul_rn(gate_bias[1], past)}, scale, warp, lane);
+    arrive_and_wait<kInFlight>();
+    add_values<C>(out[0], shared.weights, factor, ring.place(2 * step + 1), warp, lane);
+    if (warp < 2) sum_row<C>(sum, shared.terms, warp == 0 ? factor[0] : factor[1], warp, lane);
+    arrive_and_wait<kInFlight>();
+  }
+  sum = quad_sum(sum);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (warp != half) continue;
+    store_state(p, item, rows[half], {max[half], sum}, lane);
+    if (lane % 4 == 0) shared.tops[half * 8 + lane / 4][0] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    store_columns<C>(p, item, rows[half], out[0], shared.tops[half * 8 + lane / 4][0], half, warp, lane);
+}
+
+template <class C>
+constexpr SegattnKernelInfo decode_info() {
+  return {C::kThreads, (int)sizeof(DecodeShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
+}
+
+#define DECODE(name, T, kHeadDim)                                                \
+  using Config_##name = DecodeConfig<T, kHeadDim>;                               \
+  SEGATTN_INFO(attention_##name, decode_info<Config_##name>())                   \
+  SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) {        \
+    attention_decode<Config_##name>(params);                                     \
+  }
+
+DECODE(decode_bf16_d32, Bf16, 32)
+DECODE(decode_bf16_d64, Bf16, 64)
+DECODE(decode_bf16_d96, Bf16, 96)
+DECODE(decode_bf16_d128, Bf16, 128)
+DECODE(decode_bf16_d256, Bf16, 256)
+DECODE(decode_f16_d32, F16, 32)
+DECODE(decode_f16_d64, F16, 64)
+DECODE(decode_f16_d96, F16, 96)
+DECODE(decode_f16_d128, F16, 128)
+DECODE(decode_f16_d256, F16, 256)
+
+COMBINE(decode_bf16_d32)
+COMBINE(decode_bf16_d64)
+COMBINE(decode_bf16_d96)
+COMBINE(decode_bf16_d128)
+COMBINE(decode_bf16_d256)
+COMBINE(decode_f16_d32)
+COMBINE(decode_f16_d64)
+COMBINE(decode_f16_d96)
+COMBINE(decode_f16_d128)
+COMBINE(decode_f16_d256)
+
+SEGATTN_LAYOUT(attention_decode)
