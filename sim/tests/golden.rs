@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use segattn_sim::{Checks, Gpu, Module, Source};
 
 /// Functions of `ptx.cuh` whose meaning no record could show.
-const NOT_RECORDED: [(&str, &str); 12] = [
+const NOT_RECORDED: [(&str, &str); 14] = [
     ("shared_memory", "an address; used by the copies' kernels"),
     ("shared_address", "an address; used by the copies' kernels"),
     ("pack", "pack_two under another name"),
@@ -18,6 +18,8 @@ const NOT_RECORDED: [(&str, &str); 12] = [
     ("mbarrier_arrive", "no result: it orders"),
     ("mbarrier_wait", "no result: it orders"),
     ("barrier_sync", "no result: it orders"),
+    ("let_next_begin", "no result: it orders launches"),
+    ("wait_for_previous", "no result: it orders launches"),
     ("take_registers", "no result"),
     ("release_registers", "no result"),
     (

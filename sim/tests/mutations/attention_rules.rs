@@ -8,6 +8,8 @@ pub struct Target {
     pub file: &'static str,
     /// The element type and head size of the instances that run: the smallest that the rules need.
     pub instance: &'static str,
+    /// Whether Hopper's prefill runs, and it alone.
+    pub hopper_prefill: bool,
     pub rules: &'static [Rule],
 }
 
@@ -15,72 +17,85 @@ pub const TARGETS: [Target; 13] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &FORWARD,
     },
     Target {
         file: "attention_decode.cu",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &DECODE,
     },
     Target {
         file: "attention_rows.cuh",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &ROWS,
     },
     Target {
         file: "attention_backward.cu",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &BACKWARD,
     },
     Target {
         file: "attention_gradients.cuh",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &GRADIENTS,
     },
     Target {
         file: "attention_backward_hopper.cu",
         instance: "bf16_d64",
+        hopper_prefill: false,
         rules: &BACKWARD_HOPPER,
     },
     Target {
         file: "warpgroups.cuh",
         instance: "bf16_d64",
+        hopper_prefill: false,
         rules: &WARPGROUPS,
     },
     Target {
         file: "attention_items.cuh",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &ITEMS,
     },
     Target {
         file: "visibility.cuh",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &VISIBILITY,
     },
     Target {
         file: "softmax.cuh",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &SOFTMAX,
     },
     Target {
         file: "pipeline.cuh",
         instance: "bf16_d32",
+        hopper_prefill: false,
         rules: &PIPELINE,
     },
     Target {
         file: "products.cuh",
         instance: "bf16_d96",
+        hopper_prefill: false,
         rules: &PRODUCTS,
     },
     Target {
         file: "tile.cuh",
         instance: "bf16_d96",
+        hopper_prefill: false,
         rules: &TILE,
     },
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 14] = [
+pub const SURVIVORS: [[&str; 3]; 15] = [
     [
         "attention_backward_hopper.cu",
         "release(&shared",
@@ -95,6 +110,11 @@ pub const SURVIVORS: [[&str; 3]; 14] = [
         "attention_backward_hopper.cu",
         "barrier_sync<",
         "before gradients take the place of keys: a simulated warp's product reads its own rows of them alone",
+    ],
+    [
+        "attention_forward_hopper.cu",
+        "barrier_sync<128>",
+        "each warp turns the rows that its own part of a product reads",
     ],
     [
         "attention_backward_hopper.cu",

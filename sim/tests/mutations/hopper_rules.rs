@@ -1,0 +1,211 @@
+//! The bugs planted into Hopper's prefill: barriers with wrong counts, stages and parities, waits and releases dropped or too
+//! early, products out of order, descriptors that lead elsewhere, tiles masked, skipped or closed one too early or late.
+
+use segattn_sim::mutate::{Rule, drop_statement, replace};
+
+use super::attention_rules::Target;
+
+const fn target(file: &'static str, instance: &'static str, rules: &'static [Rule]) -> Target {
+    Target {
+        file,
+        instance,
+        hopper_prefill: true,
+        rules,
+    }
+}
+
+/// At D 128 tiles have two panels, and a block fewer warpgroups and stages.
+pub const TARGETS: [Target; 4] = [
+    target("attention_forward_hopper.cu", "bf16_d64", &FORWARD),
+    target("attention_forward_hopper.cu", "bf16_d128", &TWO_PANELS),
+    target("warpgroups.cuh", "bf16_d128", &ROWS),
+    target("tile.cuh", "bf16_d128", &OPERANDS),
+];
+
+const FORWARD: [Rule; 86] = [
+    // Barriers: counts, waits, parities, releases.
+    drop_statement("__syncthreads()"),
+    replace(
+        "&shared.full[place], C::kFetchThreads)",
+        "&shared.full[place], 96)",
+    ),
+    replace("&shared.k_full[stage], 32)", "&shared.k_full[stage], 31)"),
+    replace("&shared.v_full[stage], 32)", "&shared.v_full[stage], 33)"),
+    replace(
+        "mbarrier_init(&shared.empty[stage], C::kWarps)",
+        "mbarrier_init(&shared.empty[stage], C::kWarps - 4)",
+    ),
+    replace(
+        "mbarrier_init(&shared.done[place], C::kWarps)",
+        "mbarrier_init(&shared.done[place], C::kWarps - 1)",
+    ),
+    drop_statement("wait_empty(&shared.done"),
+    replace("(&shared.done[n & 1], n / 2)", "(&shared.done[n & 1], n)"),
+    drop_statement("wait_empty(&shared.empty[stage]"),
+    replace(
+        "(&shared.empty[stage], turn / C::kStages)",
+        "(&shared.empty[stage], turn / C::kStages + 1)",
+    ),
+    replace(
+        "wait_empty(&shared.empty[stage], turn / C::kStages)",
+        "wait_empty(&shared.empty[0], turn / C::kStages)",
+    ),
+    drop_statement("barrier_sync<C::kFetchThreads>(1)"),
+    drop_statement("mbarrier_wait(&shared.k_full"),
+    drop_statement("mbarrier_wait(&shared.v_full"),
+    replace(
+        "(&shared.k_full[stage], phase(turn / C::kStages))",
+        "(&shared.k_full[stage], phase(turn / C::kStages + 1))",
+    ),
+    replace(
+        "(&shared.v_full[stage], phase(turn / C::kStages))",
+        "(&shared.v_full[stage], phase(turn))",
+    ),
+    // From the third item on: what shared memory holds before the first two may make a warpgroup loop for ever.
+    replace(
+        "mbarrier_wait(&shared.full",
+        "if (n >= 2) {} else mbarrier_wait(&shared.full",
+    ),
+    replace(
+        "(&shared.full[n & 1], phase(n / 2))",
+        "(&shared.full[n & 1], phase(n))",
+    ),
+    drop_statement("release(&shared.empty["),
+    replace(
+        "release(&shared.empty[turns.turn(step) %",
+        "release(&shared.empty[turns.turn(step + 1) %",
+    ),
+    replace(
+        "wgmma_wait<0>();\n      release(&shared.empty[turns.turn(step) % C::kStages], lane);",
+        "release(&shared.empty[turns.turn(step) % C::kStages], lane);\n      wgmma_wait<0>();",
+    ),
+    drop_statement("release(&shared.done["),
+    replace("release(&shared.done[n & 1]", "release(&shared.done[0]"),
+    drop_statement("mbarrier_arrive(&shared.full"),
+    // Registers handed over.
+    drop_statement("release_registers<"),
+    replace(
+        "take_registers<C::kRegisters>",
+        "take_registers<C::kRegisters + 8>",
+    ),
+    // What is fetched.
+    replace("before.first_turn + before.steps()", "before.first_turn"),
+    replace("shared.work[~n & 1], n == 0", "work, n == 0"),
+    replace("work = shared.work[n & 1]", "work = shared.work[0]"),
+    replace("index >= items", "index > items"),
+    replace(
+        "work.item.split >= work.item.splits",
+        "work.item.split > work.item.splits",
+    ),
+    replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
+    replace("first + row, end, thread", "first, end, thread"),
+    replace("first + row, end, thread", "first + row, end + 1, thread"),
+    replace("+ row * Tile::kRowBytes", ""),
+    replace("step += C::kFetchWarps", "step++"),
+    replace("shared.sources.k[tile", "shared.sources.v[tile"),
+    replace("shared.sources.v[tile", "shared.sources.k[tile"),
+    drop_statement("cp_async_commit()"),
+    replace("signal_landed<1>(&shared.k", "signal_landed<2>(&shared.k"),
+    replace("signal_landed<0>(&shared.v", "signal_landed<1>(&shared.v"),
+    replace(
+        "signal_landed<0>(&shared.full",
+        "signal_landed<1>(&shared.full",
+    ),
+    replace("turn = work.first_turn + step", "turn = step"),
+    replace(
+        "item.tile * C::kRows, item.query_rows",
+        "0, item.query_rows",
+    ),
+    replace("(shared.q[n & 1], Rows", "(shared.q[0], Rows"),
+    // Which steps a warpgroup takes, and which of them it masks.
+    replace(
+        "first = item.tile * C::kRows + first_row",
+        "first = item.tile * C::kRows",
+    ),
+    replace("first_row = warp / 4 * 64", "first_row = warp / 4 * 32"),
+    replace(
+        "min(first + 64, item.query_rows) - 1",
+        "min(first + 64, item.query_rows) - 2",
+    ),
+    replace("first <= last ?", "first < last ?"),
+    replace("keys.past_len % C::kKeys ?", "false ?"),
+    replace("keys.prior_len % C::kKeys ?", "false ?"),
+    replace("past + prior + min(", "past + prior + 1 + min("),
+    replace("min(position + 1,", "min(position + 2,"),
+    replace("C::kRows + warp * 16;", "C::kRows + warp * 16 + 15;"),
+    replace("step >= first_masked", "step > first_masked"),
+    replace("step == part_past ||", "step + 1 == part_past ||"),
+    replace("step == part_prior ||", ""),
+    replace("first_turn + (step - first_step)", "step - first_step"),
+    replace("uniform(max(end, item.first_step))", "uniform(end)"),
+    replace("step < turns.item_end", "step + 1 < turns.item_end"),
+    replace("if (turns.masked(step)) mask_rows", "if (false) mask_rows"),
+    replace("step < turns.past_tiles ?", "step <= turns.past_tiles ?"),
+    // Products and their order.
+    drop_statement("wgmma_fence()"),
+    drop_statement("wgmma_commit()"),
+    drop_statement("wgmma_wait<"),
+    replace("wgmma_wait<1>()", "wgmma_wait<2>()"),
+    replace("(&shared.k[stage])", "(&shared.v[stage])"),
+    replace("(&shared.v[stage])", "(&shared.k[stage])"),
+    replace("shared.q[turns.place]", "shared.q[0]"),
+    replace("(s, shared, turns, step + 1)", "(s, shared, turns, step)"),
+    replace("(s, shared, turns, end)", "(s, shared, turns, step)"),
+    replace(
+        "weights, shared, turns, step)",
+        "weights, shared, turns, step + 1)",
+    ),
+    replace("weigh(step + 1)", "weigh(step)"),
+    drop_statement("pack_operands<"),
+    // The sign of the queries.
+    replace("p.problem.scale < 0.f", "p.problem.scale < -9.f"),
+    drop_statement("fence_proxy_async_shared()"),
+    drop_statement("barrier_sync<128>"),
+    // Rescaling, chunks and their end.
+    drop_statement("rescale(out, factor)"),
+    replace("step + C::kChunkSteps)", "step + C::kChunkSteps - 1)"),
+    replace("first = step == turns.first_step", "first = true"),
+    drop_statement("acc.clear()"),
+    replace("shared.totals + first_row", "shared.totals"),
+    replace("(int64_t)blockIdx.x * (C::kRows", "(int64_t)0 * (C::kRows"),
+    replace("item.splits > 1)", "item.splits > 2)"),
+    drop_statement("finish_rows<C>"),
+    replace(
+        "query, item.query_rows, (int)",
+        "query, (int)p.problem.q.rows, (int)",
+    ),
+];
+
+const TWO_PANELS: [Rule; 5] = [
+    replace("turns.first_row, shared", "0, shared"),
+    drop_statement("negate_queries<C>"),
+    drop_statement("wait_empty(&shared.empty[stage]"),
+    drop_statement("wait_empty(&shared.done"),
+    replace(
+        "take_registers<C::kRegisters>",
+        "take_registers<C::kRegisters + 8>",
+    ),
+];
+
+const ROWS: [Rule; 3] = [
+    replace("k / 64 * Tile::kPanelBytes", "k / 64 * 64"),
+    replace("advance(first_a, rows_step<TileA>(k))", "first_a"),
+    replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
+];
+
+const OPERANDS: [Rule; 5] = [
+    replace(
+        "row * Tile::kRowBytes + k % 64 * 2, 0, 8",
+        "k % 64 * 2, 0, 8",
+    ),
+    replace("2, 0, 8 * Tile::kRowBytes", "2, 0, 16 * Tile::kRowBytes"),
+    replace(
+        "Tile::kPanelBytes, 8 * Tile::kRowBytes",
+        "Tile::kRowBytes, 8 * Tile::kRowBytes",
+    ),
+    replace(
+        "Tile::kPanelBytes, 8 * Tile::kRowBytes",
+        "Tile::kPanelBytes, 16 * Tile::kRowBytes",
+    ),
+    replace("row % 8 == 0 ? origin", "true ? origin + 16"),
+];
