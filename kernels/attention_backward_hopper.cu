@@ -20,6 +20,7 @@ struct WarpgroupConfig {
   static constexpr int kThreads = kFetchThreads + kWarps * 32, kBlocks = 1;
   static constexpr int kFetchRegisters = kConsumers == 3 ? 48 : 56, kRegisters = kConsumers == 3 ? 152 : 224;
   static constexpr int kSteps = kHeadDim / 16, kOutTiles = kHeadDim / 8;
+  static_assert(registers_fit(kFetchThreads, kFetchRegisters, kWarps * 32, kRegisters), "or the launch waits for ever");
 };
 
 // The block's n-th item lies at n % kItems: blocks fetch for one while they multiply one and store another.
