@@ -1,5 +1,5 @@
 // The simulated GPU as kernels see it when g++ compiles them: the CUDA names they use, and the calls behind
-// the second meaning of every function in kernels/ptx.cuh. The other side of these calls is sim/src/calls.rs.
+// the second meaning of every function in kernels/ptx.cuh. The other side of these calls is sim/src/machine/calls.rs.
 //
 // Kernels are compiled with -DSEGATTN_SIM. Every call that can go wrong takes the place it was made from
 // (`sim_site()`) as its last argument. An array given to a call is read or written once all lanes have met,
@@ -37,7 +37,7 @@ static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// What a running thread knows about itself. Mirrored by ThreadContext in sim/src/thread.rs.
+// What a running thread knows about itself. Mirrored by ThreadContext in sim/src/machine/thread.rs.
 struct SimThread {
   uint3 thread_idx, block_idx;
   dim3 block_dim, grid_dim;
@@ -45,7 +45,7 @@ struct SimThread {
 };
 
 // A tensor map as the simulator holds it: what cuTensorMapEncodeTiled was told. Mirrored by TensorMap in
-// sim/src/tensor_map.rs. 128 bytes, like the real one.
+// sim/src/instructions/tensor_map.rs. 128 bytes, like the real one.
 struct alignas(64) CUtensorMap {
   uint64_t base;
   uint64_t dims[5];

@@ -7,41 +7,18 @@
 //!
 //! Global shadow cells cover two bytes: threads that write neighbouring single bytes are reported as a race.
 
-mod access;
-mod async_calls;
-mod async_copy;
-mod atomics;
-mod barrier;
-mod block;
-mod bulk;
-mod calls;
-mod clock;
-mod driver;
-mod gpu;
-mod launch;
-mod launcher;
-mod mapping;
-mod mbarrier;
+mod checks;
+mod host;
+mod instructions;
+mod machine;
 mod memory;
-mod mma;
-mod module;
 pub mod mutate;
-mod race;
-mod registers;
-mod report;
-mod rng;
-mod stack;
-mod symbols;
-mod tensor_map;
-mod thread;
-mod warp;
-mod wgmma;
 
-pub use driver::Driver;
-pub use gpu::{Checks, Failure, Gpu, SimError};
-pub use launch::Stats;
-pub use launcher::{Kernels, Stream};
-pub use memory::Buffer;
-pub use module::{CompileError, Kernel, Module, Source};
-pub use report::{Kind, Party, Report};
-pub use tensor_map::TensorMap;
+pub use checks::report::{Kind, Party, Report};
+pub use host::driver::Driver;
+pub use host::gpu::{Checks, Failure, Gpu, SimError};
+pub use host::launcher::{Kernels, Stream};
+pub use host::module::{CompileError, Kernel, Module, Source};
+pub use instructions::tensor_map::TensorMap;
+pub use machine::launch::Stats;
+pub use memory::global::Buffer;

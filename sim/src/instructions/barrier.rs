@@ -1,8 +1,8 @@
 //! The block's sixteen hardware barriers.
 
-use crate::clock::Clock;
-use crate::launch::Launch;
-use crate::report::{Kind, Site};
+use crate::checks::clock::Clock;
+use crate::checks::report::{Kind, Site};
+use crate::machine::launch::Launch;
 
 /// One barrier: who has arrived in the current round.
 #[derive(Default)]

@@ -5,13 +5,13 @@
 //! flight are poisoned in the kernel's own registers. Register operands of `a` are read when the product is issued,
 //! so a change before the wait is not seen; a missing wgmma.fence before them is.
 
-use crate::access::{Access, Mode};
-use crate::block::actors;
-use crate::bulk::COPY_SLOTS;
-use crate::clock::Clock;
-use crate::launch::Launch;
-use crate::report::{Kind, Site};
-use crate::warp::{Meeting, Operands, lanes};
+use crate::checks::clock::Clock;
+use crate::checks::report::{Kind, Site};
+use crate::instructions::access::{Access, Mode};
+use crate::instructions::bulk::COPY_SLOTS;
+use crate::instructions::warp::{Meeting, Operands, lanes};
+use crate::machine::block::actors;
+use crate::machine::launch::Launch;
 
 /// Flags of sim_wgmma; see simulator.h.
 const BF16: u32 = 1;

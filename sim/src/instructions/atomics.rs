@@ -1,11 +1,11 @@
 //! Atomic operations and fences, by the rules of the C++ memory model: what a thread publishes by a release
 //! (or by a relaxed store after a fence) is known to whom reads it by an acquire (or before a fence).
 
-use crate::access::{Access, Mode};
-use crate::clock::Clock;
-use crate::launch::Launch;
-use crate::race::{ATOMIC, INITIALIZED};
-use crate::report::Site;
+use crate::checks::clock::Clock;
+use crate::checks::report::Site;
+use crate::checks::shadow::{ATOMIC, INITIALIZED};
+use crate::instructions::access::{Access, Mode};
+use crate::machine::launch::Launch;
 
 /// An atomic operation; the numbers are those of `SimAtomic` in simulator.h.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
-use crate::launch::{Launch, Shape, Stats};
-use crate::memory::{Buffer, GlobalMemory};
-use crate::module::Kernel;
-use crate::report::Report;
+use crate::checks::report::Report;
+use crate::host::module::Kernel;
+use crate::machine::launch::{Launch, Shape, Stats};
+use crate::memory::global::{Buffer, GlobalMemory};
 
 /// Most threads a block may have.
 const MAX_THREADS: u32 = 1024;

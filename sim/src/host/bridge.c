@@ -1,5 +1,5 @@
 // Linked into every compiled kernel: the functions of simulator.h and the hooks of g++ -fsanitize=thread,
-// each passed on through a pointer that the simulator sets after loading (sim/src/module.rs, by name).
+// each passed on through a pointer that the simulator sets after loading (sim/src/host/module.rs, by name).
 // There is no libtsan: the hooks are the simulator's own.
 #include <stddef.h>
 #include <stdint.h>

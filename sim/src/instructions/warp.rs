@@ -1,10 +1,10 @@
 //! Collectives of a warp: lanes arrive one by one, the last one carries the operation out for all.
 
-use crate::access::{Access, Mode};
-use crate::launch::Launch;
-use crate::mma;
-use crate::report::{Kind, Site};
-use crate::wgmma::{Product, Wgmma};
+use crate::checks::report::{Kind, Site};
+use crate::instructions::access::{Access, Mode};
+use crate::instructions::mma;
+use crate::instructions::wgmma::{Product, Wgmma};
+use crate::machine::launch::Launch;
 
 /// Lanes of a full warp.
 pub(crate) const ALL: u32 = u32::MAX;
@@ -132,7 +132,7 @@ impl Launch {
         } else {
             mask
         };
-        self.thread_mut().wait = Some(crate::thread::Wait {
+        self.thread_mut().wait = Some(crate::machine::thread::Wait {
             what: op.name(),
             site,
         });

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use segattn::attention::cuda::bindings::SegattnKernelInfo;
 use segattn::attention::cuda::{DeviceLayout, Entry, Error, File, Launch, Launcher};
 
-use crate::gpu::Gpu;
-use crate::module::{Kernel, Module, Source};
+use crate::host::gpu::Gpu;
+use crate::host::module::{Kernel, Module, Source};
 
 /// The kernels of a folder, each file compiled when it is first asked for, and how many blocks of any of them are
 /// resident at once.

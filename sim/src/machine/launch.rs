@@ -7,16 +7,16 @@ use std::ptr;
 
 use corosensei::{Coroutine, CoroutineResult};
 
-use crate::block::{Block, actors};
-use crate::bulk::{BulkCopy, COPY_SLOTS};
-use crate::clock::Foreign;
-use crate::memory::{GlobalMemory, Region};
-use crate::race::Readers;
-use crate::registers::Registers;
-use crate::report::{Kind, RawParty, RawReport, ReportLog, Site};
-use crate::rng::Rng;
-use crate::stack::ThreadStack;
-use crate::thread::{Thread, ThreadContext};
+use crate::checks::clock::Foreign;
+use crate::checks::report::{Kind, RawParty, RawReport, ReportLog, Site};
+use crate::checks::shadow::Readers;
+use crate::instructions::bulk::{BulkCopy, COPY_SLOTS};
+use crate::instructions::registers::Registers;
+use crate::machine::block::{Block, actors};
+use crate::machine::rng::Rng;
+use crate::machine::stack::ThreadStack;
+use crate::machine::thread::{Thread, ThreadContext};
+use crate::memory::global::{GlobalMemory, Region};
 
 /// Turns of spinning threads, with no other progress, after which a launch counts as stuck.
 const SPIN_LIMIT: u64 = 1 << 20;
@@ -234,7 +234,7 @@ impl Launch {
     }
 
     /// Picks a ready thread at random and makes it the running one.
-    fn next_thread(&mut self) -> Option<crate::thread::Body> {
+    fn next_thread(&mut self) -> Option<crate::machine::thread::Body> {
         while !self.in_flight.is_empty() && (self.ready.is_empty() || self.rng.below(32) == 0) {
             let index = self.rng.below(self.in_flight.len());
             self.land_bulk_copy(index);

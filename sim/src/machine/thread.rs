@@ -2,11 +2,11 @@
 
 use corosensei::{Coroutine, Yielder};
 
-use crate::async_copy::ThreadCopies;
-use crate::bulk::ThreadBulk;
-use crate::clock::Clock;
-use crate::report::Site;
-use crate::stack::ThreadStack;
+use crate::checks::clock::Clock;
+use crate::checks::report::Site;
+use crate::instructions::bulk::ThreadBulk;
+use crate::instructions::cp_async::ThreadCopies;
+use crate::machine::stack::ThreadStack;
 
 /// What kernels read through `threadIdx` and friends; mirrored by `SimThread` in simulator.h.
 #[repr(C)]

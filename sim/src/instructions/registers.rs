@@ -4,9 +4,9 @@
 //! (`__launch_bounds__(threads, 1)`); what one warpgroup gives back another may take, and a warp that takes more than
 //! the block has free waits until there is enough: for ever, unless another gives it back. Warps that end keep theirs.
 
-use crate::launch::Launch;
-use crate::report::Kind;
-use crate::warp::{Meeting, lanes};
+use crate::checks::report::Kind;
+use crate::instructions::warp::{Meeting, lanes};
+use crate::machine::launch::Launch;
 
 /// Registers of a multiprocessor, and the most a thread begins with.
 const ALL: u32 = 65536;

@@ -14,9 +14,9 @@ use segattn::attention::cuda::{Error, Launch, Launcher};
 use segattn::device::gpu::{self, Operand, Plus, Product};
 use segattn::device::{DeviceError, Kind, OutOfMemory};
 
-use crate::gpu::{Checks, Gpu};
-use crate::launcher::{Kernels, Stream};
-use crate::memory::Buffer;
+use crate::host::gpu::{Checks, Gpu};
+use crate::host::launcher::{Kernels, Stream};
+use crate::memory::global::Buffer;
 
 /// A simulated GPU with the kernels of a folder.
 pub struct Driver {

@@ -1,11 +1,11 @@
 //! One access to memory: which memory it is, whether it lies inside, and whether it is ordered after the others.
 
-use crate::clock::Clock;
-use crate::launch::Launch;
-use crate::memory::{GUARD, Region};
-use crate::module::image_base;
-use crate::race::{ATOMIC, Actor, Cell, Conflict, Epoch, INITIALIZED, Readers};
-use crate::report::{Kind, RawParty, RawReport, Site};
+use crate::checks::clock::Clock;
+use crate::checks::report::{Kind, RawParty, RawReport, Site};
+use crate::checks::shadow::{ATOMIC, Actor, Cell, Conflict, Epoch, INITIALIZED, Readers};
+use crate::host::module::image_base;
+use crate::machine::launch::Launch;
+use crate::memory::global::{GUARD, Region};
 
 /// How memory is touched.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -201,7 +201,7 @@ impl Launch {
             action: format!("{did}{}", atomic(&old)),
             site: Site(old.site),
         });
-        let place = self.describe(access.address / 2 * 2 + cell * crate::race::GRANULE);
+        let place = self.describe(access.address / 2 * 2 + cell * crate::checks::shadow::GRANULE);
         let party = self.party_of(id, access.action, site);
         self.log.add(RawReport {
             kind,

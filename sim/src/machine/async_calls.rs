@@ -2,12 +2,12 @@
 
 use std::ffi::c_void;
 
-use crate::bulk::Direction;
-use crate::calls::stop_if_fatal;
-use crate::launch::{Launch, suspend, with};
-use crate::mbarrier::Arrival;
-use crate::report::Site;
-use crate::tensor_map::TensorMap;
+use crate::checks::report::Site;
+use crate::instructions::bulk::Direction;
+use crate::instructions::mbarrier::Arrival;
+use crate::instructions::tensor_map::TensorMap;
+use crate::machine::calls::stop_if_fatal;
+use crate::machine::launch::{Launch, suspend, with};
 
 // SAFETY, for every function below: it is called by a kernel, so on a simulated thread of the launch that runs on
 // this OS thread, and the pointers are those that simulator.h asks for. Nothing with a destructor is alive where

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 
-use crate::symbols;
+use crate::checks::symbols;
 
 /// Reports kept of one launch; more of them are rarely of use.
 const MAX_REPORTS: usize = 32;

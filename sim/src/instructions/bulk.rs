@@ -3,12 +3,12 @@
 
 use std::collections::VecDeque;
 
-use crate::access::{Access, Mode};
-use crate::clock::Clock;
-use crate::launch::Launch;
-use crate::race::{ASYNC, ATOMIC, INITIALIZED, PENDING};
-use crate::report::{Kind, Site};
-use crate::tensor_map::{CHUNK, Chunk, TensorMap};
+use crate::checks::clock::Clock;
+use crate::checks::report::{Kind, Site};
+use crate::checks::shadow::{ASYNC, ATOMIC, INITIALIZED, PENDING};
+use crate::instructions::access::{Access, Mode};
+use crate::instructions::tensor_map::{CHUNK, Chunk, TensorMap};
+use crate::machine::launch::Launch;
 
 /// Bulk copies of a block that have clocks of their own; more share them in turn.
 pub(crate) const COPY_SLOTS: usize = 16;

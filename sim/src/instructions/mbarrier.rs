@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use crate::access::{Access, Mode};
-use crate::clock::Clock;
-use crate::launch::Launch;
-use crate::race::{BARRIER, INITIALIZED};
-use crate::report::{Kind, Site};
-use crate::thread::Wait;
+use crate::checks::clock::Clock;
+use crate::checks::report::{Kind, Site};
+use crate::checks::shadow::{BARRIER, INITIALIZED};
+use crate::instructions::access::{Access, Mode};
+use crate::machine::launch::Launch;
+use crate::machine::thread::Wait;
 
 /// The mbarriers of a block, by address.
 pub(crate) type Barriers = HashMap<usize, Mbarrier>;

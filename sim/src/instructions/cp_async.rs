@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 
-use crate::access::{Access, Mode};
-use crate::launch::Launch;
-use crate::race::{INITIALIZED, PENDING};
-use crate::report::{Kind, Site};
+use crate::checks::report::{Kind, Site};
+use crate::checks::shadow::{INITIALIZED, PENDING};
+use crate::instructions::access::{Access, Mode};
+use crate::machine::launch::Launch;
 
 /// One copy into shared memory.
 #[derive(Clone, Copy)]

@@ -6,7 +6,7 @@
 //! The same cell carries the poison: memory that was never written, or whose asynchronous copy has not
 //! been waited for, cannot be read.
 
-use crate::clock::Foreign;
+use crate::checks::clock::Foreign;
 
 /// Bytes covered by one cell: the smallest element that kernels share between threads.
 pub(crate) const GRANULE: usize = 2;

@@ -8,8 +8,8 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::calls;
-use crate::stack::STACK_BYTES;
+use crate::machine::calls;
+use crate::machine::stack::STACK_BYTES;
 
 /// The functions and hooks linked into every kernel.
 const BRIDGE: &str = include_str!("bridge.c");

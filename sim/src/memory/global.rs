@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
-use crate::mapping::Mapping;
-use crate::race::{Cell, GRANULE, INITIALIZED};
+use crate::checks::shadow::{Cell, GRANULE, INITIALIZED};
+use crate::memory::mapping::Mapping;
 
 /// Buffers up to this size are filled with NaN bytes when allocated; larger ones read as zeros where poisoned
 /// (every such read is reported either way).

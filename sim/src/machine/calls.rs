@@ -3,14 +3,14 @@
 
 use std::ffi::{CStr, c_void};
 
-use crate::access::{Access, Mode};
-use crate::async_calls;
-use crate::atomics::{Operation, Order};
-use crate::launch::{suspend, with};
-use crate::report::{Kind, Site};
-use crate::thread::ThreadContext;
-use crate::warp::{ALL, Op, Operands};
-use crate::wgmma::Product;
+use crate::checks::report::{Kind, Site};
+use crate::instructions::access::{Access, Mode};
+use crate::instructions::atomics::{Operation, Order};
+use crate::instructions::warp::{ALL, Op, Operands};
+use crate::instructions::wgmma::Product;
+use crate::machine::async_calls;
+use crate::machine::launch::{suspend, with};
+use crate::machine::thread::ThreadContext;
 
 /// An entry of [`TABLE`]: the name in simulator.h and the address of the function.
 pub(crate) struct Call {
@@ -394,7 +394,7 @@ pub(crate) unsafe fn stop_if_fatal() {
     }
 }
 
-impl crate::launch::Launch {
+impl crate::machine::launch::Launch {
     /// The place in the kernel of a code address.
     pub fn site(&self, address: *const c_void) -> Site {
         Site((address as usize).wrapping_sub(self.image_base) as u32)

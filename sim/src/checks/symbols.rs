@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 
-use crate::report::Site;
+use crate::checks::report::Site;
 
 /// Files whose frames say nothing about the kernel: the simulated instructions themselves.
 const VOCABULARY: [&str; 2] = ["ptx.cuh", "simulator.h"];

@@ -1,12 +1,12 @@
 //! A resident block: its threads, warps, barriers and shared memory.
 
-use crate::barrier::Barrier;
-use crate::bulk::COPY_SLOTS;
-use crate::mbarrier::Barriers;
-use crate::memory::Region;
-use crate::registers::Registers;
-use crate::thread::Thread;
-use crate::warp::Warp;
+use crate::instructions::barrier::Barrier;
+use crate::instructions::bulk::COPY_SLOTS;
+use crate::instructions::mbarrier::Barriers;
+use crate::instructions::registers::Registers;
+use crate::instructions::warp::Warp;
+use crate::machine::thread::Thread;
+use crate::memory::global::Region;
 
 /// A block that is running.
 pub(crate) struct Block {

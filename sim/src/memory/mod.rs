@@ -1,0 +1,4 @@
+//! Memory of the simulated GPU: buffers with exact bounds over sparse mappings, each with its shadow.
+
+pub mod global;
+pub mod mapping;
