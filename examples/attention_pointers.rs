@@ -7,10 +7,9 @@
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, result};
 use half::bf16;
-use segattn::attention::cuda::{
-    DeviceSlice, DriverKernels, Dtype, ForwardPlan, Gates, Lengths, Problem, Tensor,
-};
+use segattn::attention::cuda::{DeviceSlice, Dtype, ForwardPlan, Gates, Lengths, Problem, Tensor};
 use segattn::attention::{Batch, Layout, PastLen};
+use segattn::cuda::kernels::DriverKernels;
 
 const BATCH: usize = 2;
 const ROWS: usize = 128;

@@ -4,8 +4,9 @@
 
 use half::bf16;
 use segattn::attention::cuda::slices::{GradientSlices, Input, Output, SavedSlices, Workspace};
-use segattn::attention::cuda::{DriverKernels, Dtype, Gates, Lengths, Problem};
+use segattn::attention::cuda::{Dtype, Gates, Lengths, Problem};
 use segattn::attention::{self, PastLen, View, ViewMut, cpu};
+use segattn::cuda::kernels::DriverKernels;
 
 // Two segments side by side, 8 query heads on 2 KV heads. Heads 0..4 read the prior, 4..8 the past.
 const BATCH: usize = 2;

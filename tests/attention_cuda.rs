@@ -18,9 +18,9 @@ use proptest::test_runner::{Config, TestRunner};
 use segattn::attention::PastLen;
 use segattn::attention::cuda::slices::{Input, Output, Workspace};
 use segattn::attention::cuda::{
-    self, BackwardPlan, DeviceSlice, DriverKernels, Dtype, Error, ForwardPlan, Gates, Lengths,
-    Problem,
+    BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Gates, Lengths, Problem,
 };
+use segattn::cuda::kernels::{DriverKernels, Kernels};
 
 /// The kernels on GPU 0, loaded once; `None`, said once, where there is none.
 fn kernels() -> Option<&'static DriverKernels> {
@@ -64,7 +64,7 @@ impl Real {
 }
 
 impl Gpu for Real {
-    fn kernels(&self) -> &impl cuda::Kernels {
+    fn kernels(&self) -> &impl Kernels {
         self.kernels
     }
 

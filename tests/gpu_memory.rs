@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use segattn::attention::cuda::KnownKernels;
+use segattn::cuda::kernels::KernelMetadata;
 use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlace};
 use segattn::device::{DeviceError, Purpose};
 use segattn::generate::rehearsal::{Reading, rehearse};
@@ -14,10 +14,10 @@ use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::session::{Session, score};
 
-type Dry = Gpu<DryRun<KnownKernels>>;
+type Dry = Gpu<DryRun<KernelMetadata>>;
 
-fn kernels() -> Arc<KnownKernels> {
-    Arc::new(KnownKernels {
+fn kernels() -> Arc<KernelMetadata> {
+    Arc::new(KernelMetadata {
         multiprocessors: 132,
         hopper: true,
     })

@@ -11,8 +11,8 @@ use std::process::{Command, Output};
 
 /// Headers and their mirrors.
 const MIRRORS: [[&str; 2]; 2] = [
-    ["params.h", "src/attention/cuda/bindings.rs"],
-    ["layer_params.h", "src/device/bindings.rs"],
+    ["params.h", "src/cuda/kernels/params.rs"],
+    ["layer_params.h", "src/cuda/kernels/layer_params.rs"],
 ];
 
 fn root() -> &'static Path {

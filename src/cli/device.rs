@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 #[cfg(feature = "cuda")]
-use segattn::attention::cuda::DriverKernels;
+use segattn::cuda::kernels::DriverKernels;
 use segattn::device::cpu::Cpu;
 use segattn::device::gpu::PoolPlace;
 #[cfg(feature = "cuda")]

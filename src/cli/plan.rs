@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use anyhow::Result;
-use segattn::attention::cuda::{Kernels, KnownKernels};
+use segattn::cuda::kernels::{KernelMetadata, Kernels};
 use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, PoolPlace};
 use segattn::generate::rehearsal::{Reading, rehearse};
 use segattn::model::config::ModelConfig;
@@ -90,7 +90,7 @@ pub fn rows(planner: &Planner<'_>, contexts: &[usize]) -> Result<(Place, Vec<Row
         elsewhere: None,
         free: None,
     };
-    let kernels = Arc::new(KnownKernels {
+    let kernels = Arc::new(KernelMetadata {
         multiprocessors: MULTIPROCESSORS,
         hopper: true,
     });

@@ -5,6 +5,8 @@ use std::fmt;
 use thiserror::Error;
 
 use super::sampler::SamplerError;
+use crate::attention;
+use crate::cuda::kernels;
 
 /// A device call that could not be carried out.
 #[derive(Debug, Error)]
@@ -14,13 +16,26 @@ pub enum DeviceError {
     OutOfMemory(#[from] OutOfMemory),
     /// The GPU's driver or kernels failed.
     #[error(transparent)]
-    Gpu(#[from] crate::attention::cuda::Error),
+    Gpu(#[from] kernels::Error),
+    /// The attention call does not fit the GPU.
+    #[error(transparent)]
+    GpuAttention(attention::cuda::Error),
     /// The attention call was refused.
     #[error(transparent)]
-    Attention(#[from] crate::attention::Error),
+    Attention(#[from] attention::Error),
     /// A token could not be chosen.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
+}
+
+impl From<attention::cuda::Error> for DeviceError {
+    fn from(error: attention::cuda::Error) -> Self {
+        match error {
+            attention::cuda::Error::Kernels(error) => error.into(),
+            attention::cuda::Error::Argument(error) => error.into(),
+            error => DeviceError::GpuAttention(error),
+        }
+    }
 }
 
 impl DeviceError {

@@ -10,7 +10,6 @@
 //! how many rows there are, which rows stand beside it, or how many threads work
 //! (segment-attention contract, section 4).
 
-pub mod bindings;
 pub mod cpu;
 mod error;
 pub mod gpu;

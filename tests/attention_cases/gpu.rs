@@ -3,9 +3,10 @@
 
 use half::{bf16, f16};
 use segattn::attention::cuda::{
-    self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Gates, Gradients, Kernels, Lengths,
-    Phase, Saved,
+    self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Gates, Gradients, Lengths, Phase,
+    Saved,
 };
+use segattn::cuda::kernels::Kernels;
 
 use super::{Case, Tensor};
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
-use segattn::attention::cuda::{Error, Launch, Launcher};
+use segattn::cuda::kernels::{Error, Launch, Launcher};
 use segattn::device::gpu::{self, Operand, Plus, Product};
 use segattn::device::{DeviceError, Kind, OutOfMemory};
 

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use segattn::attention::cuda::bindings::SegattnKernelInfo;
-use segattn::attention::cuda::{DeviceLayout, Entry, Error, File, Launch, Launcher};
+use segattn::cuda::kernels::{
+    DeviceLayout, Entry, Error, File, Launch, Launcher, SegattnKernelInfo,
+};
 
 use crate::host::gpu::Gpu;
 use crate::host::module::{Kernel, Module, Source};
@@ -80,7 +81,7 @@ impl Kernels {
     }
 }
 
-impl segattn::attention::cuda::Kernels for Kernels {
+impl segattn::cuda::kernels::Kernels for Kernels {
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
         let name = format!("{}_info", entry.name);
         let info = self.module(entry.file)?.constant::<[i32; 7]>(&name);

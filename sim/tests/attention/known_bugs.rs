@@ -17,9 +17,8 @@
 //! | 32 lanes store, one arrives | cudnn-frontend#426 | `lanes_that_store_without_arriving_are_reported` |
 //! | a neighbour's length that changes the tile and so the bits | vllm#51902 | `a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same` (module `bits`) |
 
-use segattn::attention::cuda::{
-    BackwardPlan, DeviceSlice, Dtype, Error, File, Launch, Launcher, Phase,
-};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, Phase};
+use segattn::cuda::kernels::{Error, File, Launch, Launcher};
 use segattn_sim::{Kernels, Source, Stream};
 
 use super::attention_cases::gpu::{self, Gpu, Options};

@@ -4,9 +4,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
-use segattn::attention::cuda::{
-    self, BackwardPlan, DeviceSlice, Error, ForwardPlan, Launch, Launcher,
-};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Error, ForwardPlan};
+use segattn::cuda::kernels::{self, Launch, Launcher};
 use segattn_sim::{Buffer, Checks, Kernels, Stream};
 
 use super::attention_cases::gpu::Gpu;
@@ -112,7 +111,7 @@ impl<'a> Simulated<'a> {
 }
 
 impl Gpu for Simulated<'_> {
-    fn kernels(&self) -> &impl cuda::Kernels {
+    fn kernels(&self) -> &impl kernels::Kernels {
         self.kernels
     }
 
@@ -152,17 +151,21 @@ struct Noting<'a> {
 }
 
 impl Launcher for Noting<'_> {
-    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), kernels::Error> {
         // SAFETY: the caller's promise.
         unsafe { self.stream.upload(to, bytes) }
     }
 
-    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), kernels::Error> {
         // SAFETY: the caller's promise.
         unsafe { self.stream.zero(at, bytes) }
     }
 
-    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+    unsafe fn launch<P: Copy>(
+        &mut self,
+        launch: &Launch,
+        params: &P,
+    ) -> Result<(), kernels::Error> {
         if let Some(entries) = self.entries {
             entries.lock().expect("no panic").insert(launch.entry.name);
         }

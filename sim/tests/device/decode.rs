@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 
 use crate::common::{config, gpu, model, tokens, upload, values};
-use segattn::attention::cuda::Error;
+use segattn::cuda::kernels::Error;
 use segattn::device::gpu::Gpu;
 use segattn::device::sampler::{Sampler, SamplerConfig, SamplerError};
 use segattn::device::{Device, DeviceError, Fold, Kind, Rows, RowsMut, Sampled};

@@ -1,7 +1,9 @@
 //! `kernels/adamw.cu` under every check: the norm against f64, every element against the CPU's arithmetic, to the bit.
 
 use half::bf16;
-use segattn::device::bindings::{SegattnAdamwParams, SegattnAdamwResult, SegattnAdamwTensor};
+use segattn::cuda::kernels::layer_params::{
+    SegattnAdamwParams, SegattnAdamwResult, SegattnAdamwTensor,
+};
 use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;

@@ -7,7 +7,7 @@ use bytemuck::Pod;
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::device::bindings::SegattnRows;
+use segattn::cuda::kernels::layer_params::SegattnRows;
 use segattn_sim::{Buffer, Checks, Gpu, Module, Source};
 
 /// Names a folder whose kernels are run instead of the real ones: those with a planted bug.

@@ -1,7 +1,7 @@
 //! `kernels/loss.cu` under every check, against the formula in f64.
 
 use half::bf16;
-use segattn::device::bindings::{SegattnLossParams, SegattnRows};
+use segattn::cuda::kernels::layer_params::{SegattnLossParams, SegattnRows};
 use segattn_sim::Buffer;
 
 use super::common::*;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use half::bf16;
-use segattn::device::bindings::SegattnNormParams;
+use segattn::cuda::kernels::layer_params::SegattnNormParams;
 use segattn_sim::{Gpu, Module};
 
 use super::common::*;
@@ -319,7 +319,7 @@ fn offsets_beyond_32_bits_are_kept() {
     for r in 0..rows {
         gpu.write(x, r * stride * 2, &inputs.x[r * width..(r + 1) * width]);
     }
-    let view = |buffer: segattn_sim::Buffer| segattn::device::bindings::SegattnRows {
+    let view = |buffer: segattn_sim::Buffer| segattn::cuda::kernels::layer_params::SegattnRows {
         data: buffer.ptr(),
         stride: stride as i64,
     };

@@ -3,7 +3,9 @@
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::device::bindings::{SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams};
+use segattn::cuda::kernels::layer_params::{
+    SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams,
+};
 use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;

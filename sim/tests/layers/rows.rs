@@ -3,7 +3,7 @@
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::device::bindings::{
+use segattn::cuda::kernels::layer_params::{
     SegattnEmbedParams, SegattnQkvParams, SegattnRopeParams, SegattnSwigluParams,
 };
 use segattn_sim::{Buffer, Gpu};

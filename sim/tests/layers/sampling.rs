@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, OnceLock};
 
-use segattn::device::bindings::{SegattnLossParams, SegattnSampleParams, SegattnSampler};
+use segattn::cuda::kernels::layer_params::{
+    SegattnLossParams, SegattnSampleParams, SegattnSampler,
+};
 use segattn::generate::sampler::{Sampler, SamplerConfig};
 use segattn_sim::{Buffer, Gpu, Module};
 

@@ -5,7 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Once;
 
-use segattn::attention::cuda::{Dtype, File, Phase};
+use segattn::attention::cuda::{Dtype, Phase};
+use segattn::cuda::kernels::File;
 use segattn_sim::mutate::{self, Mutant};
 use segattn_sim::{Kernels, Source};
 

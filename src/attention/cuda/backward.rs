@@ -1,14 +1,14 @@
 //! The plan of a backward call: prepare, d_q, the sum of its parts, d_k and d_v.
 
-use super::bindings::SegattnBackwardParams;
-use super::entries::{Entry, Instance};
 use super::error::Error;
 use super::forward::{info, launch};
-use super::launcher::{Kernels, Launch, Launcher};
+use super::instances::Instance;
 use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_items};
 use super::problem::{DeviceSlice, Lengths, Problem, Tensor, units};
 use crate::attention::problem::Saved as HostSaved;
 use crate::attention::{Error as ArgumentError, Grads};
+use crate::cuda::kernels::params::SegattnBackwardParams;
+use crate::cuda::kernels::{Entry, Kernels, Launch, Launcher};
 
 /// Rows of the arrays that preparation fills are rounded up to this.
 const ROW_PITCH: usize = 128;
@@ -212,11 +212,11 @@ impl BackwardPlan {
             if self.next_item != Place::NULL {
                 launcher.zero(params.next_item as u64, 4 * NEXT_ITEMS)?;
             }
-            self.launches
-                .iter()
-                .filter(|launch| launch.blocks > 0)
-                .try_for_each(|launch| launcher.launch(launch, &params))
+            for launch in self.launches.iter().filter(|launch| launch.blocks > 0) {
+                launcher.launch(launch, &params)?;
+            }
         }
+        Ok(())
     }
 
     fn params(&self, workspace: u64) -> SegattnBackwardParams {

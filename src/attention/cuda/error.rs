@@ -1,25 +1,15 @@
-//! What can go wrong on the way to a GPU, and what to do about it.
+//! What can be wrong with an attention call on a GPU.
 
-use super::entries::Dtype;
+use crate::cuda::kernels;
 
-/// Why a call did nothing, or what the driver said. After any of them the next call works, unless the message says
-/// that the context is lost.
+/// Why an attention call did nothing. After any of them the next call works, unless the message says that the context
+/// is lost.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// An argument that no device would take.
     #[error(transparent)]
     Argument(#[from] crate::attention::Error),
-    /// There is no kernel for the element type and head size.
-    #[error("no kernel for {got} with head_dim {head_dim}: supported are {supported}")]
-    Unsupported {
-        /// The element type.
-        got: Dtype,
-        /// Elements of a row.
-        head_dim: usize,
-        /// What there are kernels for.
-        supported: String,
-    },
     /// Rows are copied 16 bytes at a time.
     #[error("{argument}: expected {expected}, got {got}")]
     Alignment {
@@ -28,16 +18,6 @@ pub enum Error {
         /// What would have been accepted.
         expected: &'static str,
         /// What was passed.
-        got: u64,
-    },
-    /// More than the kernels' indices can count.
-    #[error("{what}: expected at most {expected}, got {got}; split the batch")]
-    TooLarge {
-        /// What is too much.
-        what: &'static str,
-        /// The most there may be.
-        expected: u64,
-        /// What was asked for; `u64::MAX` stands for more than that.
         got: u64,
     },
     /// The workspace does not hold what the plan needs.
@@ -52,47 +32,13 @@ pub enum Error {
         /// Where they begin.
         address: u64,
     },
-    /// The compiled kernels are not those that this host side was written for.
-    #[error(
-        "{entry}: {what}: expected {expected}, got {got}; build kernels and library from one source tree"
-    )]
-    Mismatch {
-        /// The kernel's entry point.
-        entry: String,
-        /// What differs.
-        what: &'static str,
-        /// What the host has.
-        expected: String,
-        /// What the kernel has.
-        got: String,
-    },
-    /// The driver failed.
+    /// There is no kernel for the call, or launching it failed.
     #[error(transparent)]
-    Driver(#[from] crate::cuda::Error),
-    /// Memory or a stream of another GPU than the kernels'.
-    #[error(
-        "{argument}: expected one of the kernels' context on GPU {expected}, got another on GPU {got}"
-    )]
-    Context {
-        /// The offending argument.
-        argument: &'static str,
-        /// Number of the kernels' GPU.
-        expected: usize,
-        /// Number of the argument's.
-        got: usize,
-    },
-    /// What reads or writes host memory cannot be part of a graph.
-    #[error("{call}: expected none while calls are recorded for a graph")]
-    Recording {
-        /// What was asked for.
-        call: &'static str,
-    },
-    /// A launcher that is not the driver's failed.
-    #[error("{entry}: {source}")]
-    Launcher {
-        /// What it was doing: an entry point, or a copy.
-        entry: String,
-        /// Its own error.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    Kernels(#[from] kernels::Error),
+}
+
+impl From<crate::cuda::Error> for Error {
+    fn from(error: crate::cuda::Error) -> Self {
+        Error::Kernels(error.into())
+    }
 }

@@ -1,11 +1,11 @@
 //! The plan of a forward call: which kernel, how many blocks, which workspace.
 
-use super::bindings::{SegattnForwardParams, SegattnKernelInfo};
-use super::entries::{Entry, Instance};
 use super::error::Error;
-use super::launcher::{Kernels, Launch, Launcher};
+use super::instances::Instance;
 use super::params::{Bases, Place, ProblemParams, TensorParams, Workspace, count, most_items};
 use super::problem::{DeviceSlice, Problem, Tensor, units};
+use crate::cuda::kernels::params::{SegattnForwardParams, SegattnKernelInfo};
+use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
 
 /// How the work is cut. Results have the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,11 +217,11 @@ impl ForwardPlan {
                 launcher.zero(params.next_item as u64, 4)?;
             }
             launcher.launch(&self.attention, &params)?;
-            match self.combine.blocks {
-                0 => Ok(()),
-                _ => launcher.launch(&self.combine, &params),
+            if self.combine.blocks > 0 {
+                launcher.launch(&self.combine, &params)?;
             }
         }
+        Ok(())
     }
 
     fn params(&self, bases: Bases) -> SegattnForwardParams {
@@ -258,12 +258,13 @@ pub(super) fn info<P>(kernels: &impl Kernels, entry: Entry) -> Result<SegattnKer
     if info.params_bytes as usize == size_of::<P>() && info.threads > 0 && info.tile_rows > 0 {
         return Ok(info);
     }
-    Err(Error::Mismatch {
+    Err(kernels::Error::Mismatch {
         entry: entry.name.into(),
         what: "bytes of the params struct",
         expected: size_of::<P>().to_string(),
         got: info.params_bytes.to_string(),
-    })
+    }
+    .into())
 }
 
 /// The launch of a kernel whose blocks take `tile_rows` of `product(rows)` rows each.

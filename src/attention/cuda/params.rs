@@ -1,10 +1,11 @@
 //! From a problem to the structs of `kernels/params.h`: where everything lies, in the caller's memory or in the
 //! workspace, and the host values that travel with a call.
 
-use super::bindings::{SegattnKernelInfo, SegattnProblem, SegattnTensor};
 use super::error::Error;
 use super::problem::{DeviceSlice, Gates, Lengths, PastLengths, Problem, Tensor};
 use crate::attention::{Batch, PastLen};
+use crate::cuda::kernels;
+use crate::cuda::kernels::params::{SegattnKernelInfo, SegattnProblem, SegattnTensor};
 
 /// Parts of the workspace begin at multiples of this.
 const ALIGNMENT: usize = 256;
@@ -73,7 +74,7 @@ impl Workspace {
         what: &'static str,
         size: usize,
         counts: &[usize],
-    ) -> Result<Place, Error> {
+    ) -> Result<Place, kernels::Error> {
         let begin = self.bytes.next_multiple_of(ALIGNMENT);
         let bytes = counts
             .iter()
@@ -82,7 +83,7 @@ impl Workspace {
         match end {
             Some(end) if end < isize::MAX as usize => self.bytes = end,
             _ => {
-                return Err(Error::TooLarge {
+                return Err(kernels::Error::TooLarge {
                     what,
                     expected: isize::MAX as u64,
                     got: u64::MAX,
@@ -135,7 +136,7 @@ impl TensorParams {
         what: &'static str,
         tensor: &Tensor<'_>,
         workspace: &mut Workspace,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, kernels::Error> {
         let layout = &tensor.layout;
         // Tile arithmetic is in 32 bits, on multiples of up to 128 rows.
         limit(what, layout.rows, i32::MAX as usize - 128)?;
@@ -195,7 +196,7 @@ pub(super) struct ProblemParams {
 
 impl ProblemParams {
     /// A validated problem.
-    pub fn new(problem: &Problem<'_>, workspace: &mut Workspace) -> Result<Self, Error> {
+    pub fn new(problem: &Problem<'_>, workspace: &mut Workspace) -> Result<Self, kernels::Error> {
         let mut tensors = [TensorParams::NONE; 7];
         for (params, (name, tensor)) in tensors.iter_mut().zip(problem.tensors()) {
             *params = TensorParams::new(name, tensor, workspace)?;
@@ -382,11 +383,11 @@ fn most_key_tiles(problem: &Problem<'_>, key_rows: usize) -> usize {
 }
 
 /// `got`, if the kernels can count it.
-pub(super) fn limit(what: &'static str, got: usize, most: usize) -> Result<usize, Error> {
+pub(super) fn limit(what: &'static str, got: usize, most: usize) -> Result<usize, kernels::Error> {
     if got <= most {
         return Ok(got);
     }
-    Err(Error::TooLarge {
+    Err(kernels::Error::TooLarge {
         what,
         expected: most as u64,
         got: got as u64,
@@ -394,15 +395,15 @@ pub(super) fn limit(what: &'static str, got: usize, most: usize) -> Result<usize
 }
 
 /// The number of blocks of a grid, or an index, which fits in an i32.
-pub(super) fn count(what: &'static str, factors: &[usize]) -> Result<u32, Error> {
+pub(super) fn count(what: &'static str, factors: &[usize]) -> Result<u32, kernels::Error> {
     let product = factors
         .iter()
         .fold(1, |product: usize, &n| product.saturating_mul(n));
     limit(what, product, i32::MAX as usize).map(|n| n as u32)
 }
 
-fn elements(what: &'static str, n: usize) -> Result<i64, Error> {
-    i64::try_from(n).map_err(|_| Error::TooLarge {
+fn elements(what: &'static str, n: usize) -> Result<i64, kernels::Error> {
+    i64::try_from(n).map_err(|_| kernels::Error::TooLarge {
         what,
         expected: i64::MAX as u64,
         got: n as u64,

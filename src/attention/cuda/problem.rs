@@ -1,8 +1,8 @@
 //! The arguments of a call on a GPU. They are checked by the same code as those of the CPU
 //! ([`crate::attention::Problem`]), on slices of `()` as long as the device memory.
 
-use super::entries::Dtype;
 use super::error::Error;
+use super::instances::Dtype;
 use crate::attention::{
     Error as ArgumentError, Layout, PastLen, Problem as HostProblem, View, ViewMut,
 };

@@ -7,13 +7,13 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
 use half::{bf16, f16};
 
 use super::backward::{self, BackwardPlan};
-use super::driver::DriverKernels;
-use super::entries::Dtype;
 use super::error::Error;
 use super::forward::{ForwardPlan, Phase};
+use super::instances::Dtype;
 use super::problem::{DeviceSlice, Gates, Lengths, Problem, Tensor};
 use crate::attention::Layout;
 use crate::cuda;
+use crate::cuda::kernels::DriverKernels;
 
 mod sealed {
     pub trait Sealed {}

@@ -1,14 +1,17 @@
 //! Plans without a device: what they refuse, what they launch, what they write where.
 
-use super::bindings::{SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo};
 use super::*;
 use crate::attention::{Batch, Layout, PastLen};
+use crate::cuda::kernels::params::{
+    SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo,
+};
+use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
 
 /// Kernels of the sizes that the D 64 ones have, on a device of 8 blocks.
 struct Table;
 
 impl Kernels for Table {
-    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, kernels::Error> {
         let forward = size_of::<SegattnForwardParams>() as i32;
         let [tile_rows, key_rows, item_keys, params_bytes] = match entry.name {
             name if name.starts_with("attention_prefill") => [128, 64, 8192, forward],
@@ -30,11 +33,11 @@ impl Kernels for Table {
         })
     }
 
-    fn ready(&self, _: Entry) -> Result<(), Error> {
+    fn ready(&self, _: Entry) -> Result<(), kernels::Error> {
         Ok(())
     }
 
-    fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, Error> {
+    fn resident_blocks(&self, _: Entry, _: &SegattnKernelInfo) -> Result<u32, kernels::Error> {
         Ok(8)
     }
 
@@ -47,15 +50,19 @@ impl Kernels for Table {
 struct HopperTable;
 
 impl Kernels for HopperTable {
-    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
+    fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, kernels::Error> {
         Table.info(entry)
     }
 
-    fn ready(&self, entry: Entry) -> Result<(), Error> {
+    fn ready(&self, entry: Entry) -> Result<(), kernels::Error> {
         Table.ready(entry)
     }
 
-    fn resident_blocks(&self, entry: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
+    fn resident_blocks(
+        &self,
+        entry: Entry,
+        info: &SegattnKernelInfo,
+    ) -> Result<u32, kernels::Error> {
         Table.resident_blocks(entry, info)
     }
 
@@ -73,17 +80,21 @@ struct Recorder {
 }
 
 impl Launcher for Recorder {
-    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
+    unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), kernels::Error> {
         self.uploads.push((to, bytes.to_vec()));
         Ok(())
     }
 
-    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), Error> {
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), kernels::Error> {
         self.zeroed.push((at, bytes));
         Ok(())
     }
 
-    unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error> {
+    unsafe fn launch<P: Copy>(
+        &mut self,
+        launch: &Launch,
+        params: &P,
+    ) -> Result<(), kernels::Error> {
         // SAFETY: the structs of params.h have no padding between their fields but at most behind the last; bytes
         // there are read, never used.
         let bytes = unsafe {

@@ -10,7 +10,8 @@ use segattn::attention::PastLen;
 use segattn::attention::cuda::slices::{
     Element, GradientSlices, Input, Output, SavedSlices, Workspace,
 };
-use segattn::attention::cuda::{DriverKernels, Gates, Lengths, Problem};
+use segattn::attention::cuda::{Gates, Lengths, Problem};
+use segattn::cuda::kernels::DriverKernels;
 
 use super::Case;
 

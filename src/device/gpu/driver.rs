@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 
-use crate::attention::cuda::{Error, Kernels, Launch, Launcher};
+use crate::cuda::kernels::{Error, Kernels, Launch, Launcher};
 use crate::device::{DeviceError, Kind};
 
 /// A GPU and one stream on it: what is asked happens in order, later; only [`Driver::download`]

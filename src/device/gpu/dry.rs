@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::{Driver, Product};
-use crate::attention::cuda::{Error, Kernels, Launch};
+use crate::cuda::kernels::{Error, Kernels, Launch};
 use crate::device::{DeviceError, OutOfMemory};
 
 /// Where its memory begins: no address is null.

@@ -2,8 +2,10 @@
 
 use super::rows::{Grid, entry, exact, launch, pointer};
 use super::{Buffer, Driver, Gpu};
-use crate::attention::cuda::{Entry, File, Kernels};
-use crate::device::bindings::{SegattnAdamwParams, SegattnAdamwResult, SegattnAdamwTensor};
+use crate::cuda::kernels::layer_params::{
+    SegattnAdamwParams, SegattnAdamwResult, SegattnAdamwTensor,
+};
+use crate::cuda::kernels::{Entry, File, Kernels};
 use crate::device::{AdamW, GradTensor, Result, Update};
 
 const NORM: Entry = entry(File::Adamw, "adamw_norm_f32");

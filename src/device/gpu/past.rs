@@ -8,8 +8,10 @@ use std::ops::Range;
 use super::memory::{Block, Place};
 use super::rows::{Grid, NONE, VECTOR, entry, exact, input, launch, output, pointer};
 use super::{Buffer, Driver, Gpu, bytes_of};
-use crate::attention::cuda::{Dtype, Error, File};
-use crate::device::bindings::{SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams};
+use crate::cuda::kernels::layer_params::{
+    SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams,
+};
+use crate::cuda::kernels::{Error, File};
 use crate::device::{
     Device, DeviceError, Fold, Kind, PastHeads, Pick, Probes, Purpose, Result, Rows, RowsMut,
 };
@@ -339,8 +341,8 @@ fn scores_entry(head_dim: usize) -> Result<&'static str> {
         96 => Ok("pool_scores_bf16_d96"),
         128 => Ok("pool_scores_bf16_d128"),
         256 => Ok("pool_scores_bf16_d256"),
-        head_dim => Err(Error::Unsupported {
-            got: Dtype::Bf16,
+        head_dim => Err(Error::NoKernel {
+            dtype: "bf16".into(),
             head_dim,
             supported: "bf16 with head_dim 32, 64, 96, 128, 256".into(),
         }
@@ -416,11 +418,11 @@ mod tests {
 
     use super::super::DryRun;
     use super::*;
-    use crate::attention::cuda::KnownKernels;
+    use crate::cuda::kernels::KernelMetadata;
 
     #[test]
     fn keys_stay_on_the_device_longest() {
-        let kernels = KnownKernels {
+        let kernels = KernelMetadata {
             multiprocessors: 1,
             hopper: false,
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Driver, DryRun, Gpu, MemoryUse};
-use crate::attention::cuda::Kernels;
+use crate::cuda::kernels::{self, Kernels};
 use crate::device::{DeviceError, HostMemory, OutOfMemory, Purpose};
 
 /// Device memory that a plan leaves: for kernels that are loaded while running, and for products that compare
@@ -85,7 +85,7 @@ impl<D: Driver> Gpu<D> {
         purpose: Purpose,
         run: impl Fn(Gpu<DryRun<K>>) -> Result<(), E>,
     ) -> Result<MemoryPlan, E> {
-        let said = |error: crate::attention::cuda::Error| E::from(error.into());
+        let said = |error: kernels::Error| E::from(error.into());
         // A first dry run loads the kernels, which take memory too.
         let first = MemoryPlan::new(kernels, pool, None, &run)?;
         let free = self.driver().free_memory().map_err(said)?;

@@ -4,11 +4,11 @@ use std::ffi::c_void;
 
 use super::memory::Block;
 use super::{Buffer, Driver, Gpu, Matrix, Step};
-use crate::attention::cuda::{Entry, Error, File, Kernels, Launch};
-use crate::device::bindings::{
+use crate::cuda::kernels::layer_params::{
     SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnQkvParams,
     SegattnRopeParams, SegattnRows, SegattnSwigluParams,
 };
+use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
 use crate::device::{Fold, Heads, KeyStore, Kind, Result, Rows, RowsMut};
 
 /// Elements that a thread of most kernels handles at a time.

@@ -3,8 +3,8 @@
 use super::memory::Block;
 use super::rows::{Grid, entry, launch, pointer, row_threads, rows_at};
 use super::{Buffer, Driver, Gpu};
-use crate::attention::cuda::File;
-use crate::device::bindings::{SegattnSampleParams, SegattnSampler};
+use crate::cuda::kernels::File;
+use crate::cuda::kernels::layer_params::{SegattnSampleParams, SegattnSampler};
 use crate::device::sampler::{SamplerConfig, SamplerError};
 use crate::device::{Device, Kind, Result, Rows, Sampled};
 

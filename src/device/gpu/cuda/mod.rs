@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
 use super::driver::{Driver, Product};
-use crate::attention::cuda::{DriverKernels, DriverStream, Error, Launch, Launcher};
+use crate::cuda::kernels::{DriverKernels, DriverStream, Error, Launch, Launcher};
 use crate::cuda::{self, DeviceInfo, driver_error};
 use crate::device::{DeviceError, OutOfMemory};
 

@@ -1,9 +1,9 @@
 //! What planning needs to know of compiled kernels, and what it asks of a stream: two traits, so that plans run on
 //! the driver and on the simulated GPU alike.
 
-use super::bindings::SegattnKernelInfo;
-use super::entries::Entry;
 use super::error::Error;
+use super::params::SegattnKernelInfo;
+use super::registry::Entry;
 
 // SAFETY: seven i32 and nothing between them, as the size says.
 unsafe impl bytemuck::Zeroable for SegattnKernelInfo {}

@@ -4,26 +4,20 @@
 //! say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a stream. Nothing is allocated,
 //! nothing waits, and the workspace may be used again by the next call on the same stream.
 //!
-//! Planning knows no driver: it asks [`Kernels`] what was compiled and hands its launches to a [`Launcher`]. With
-//! feature `cuda` there is `DriverKernels`, which is both on NVIDIA's driver, loaded at run time ([`crate::cuda`]), and
-//! has safe calls on cudarc's slices (module `slices`, `examples/attention_slices.rs`). Plans themselves take
-//! addresses, with strides and on any stream (`examples/attention_pointers.rs`).
+//! Planning knows no driver: it asks [`Kernels`](crate::cuda::kernels::Kernels) what was compiled and hands its launches
+//! to a [`Launcher`](crate::cuda::kernels::Launcher). With feature `cuda` there is `DriverKernels`, which is both on
+//! NVIDIA's driver, loaded at run time ([`crate::cuda`]), and has safe calls on cudarc's slices (module `slices`,
+//! `examples/attention_slices.rs`). Plans themselves take addresses, with strides and on any stream
+//! (`examples/attention_pointers.rs`).
 //!
 //! **Lengths and gates.** Those given as host values are validated and travel with the call, into the workspace and
 //! in stream order. Those given as device addresses are trusted: nobody reads them back, and a length beyond its
 //! tensor reads foreign memory. Whether a head reads the prior or the past is always known to the host.
 
 mod backward;
-pub mod bindings;
-#[cfg(feature = "cuda")]
-mod driver;
-mod entries;
 mod error;
 mod forward;
-mod infos;
-mod known;
-mod launcher;
-mod layout;
+mod instances;
 mod params;
 mod problem;
 #[cfg(feature = "cuda")]
@@ -32,12 +26,7 @@ pub mod slices;
 mod tests;
 
 pub use backward::{BackwardPlan, Gradients, Saved};
-#[cfg(feature = "cuda")]
-pub use driver::{DriverKernels, DriverStream};
-pub use entries::{Dtype, Entry, File};
 pub use error::Error;
 pub use forward::{ForwardPlan, Phase};
-pub use known::KnownKernels;
-pub use launcher::{Kernels, Launch, Launcher};
-pub use layout::DeviceLayout;
+pub use instances::Dtype;
 pub use problem::{DeviceSlice, Gates, Lengths, PastLengths, Problem, Tensor};

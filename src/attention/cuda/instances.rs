@@ -1,8 +1,8 @@
-//! Which kernels there are: the one table from element type and head size to entry points.
+//! The attention kernels: the one table from element type and head size to entry points.
 
 use std::fmt;
 
-use super::error::Error;
+use crate::cuda::kernels::{Entry, Error, File};
 
 /// Element type of queries, keys, values and their gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -27,93 +27,6 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// A compiled file of `kernels/`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum File {
-    /// `adamw.cu`.
-    Adamw,
-    /// `attention_forward.cu`.
-    AttentionForward,
-    /// `attention_forward_hopper.cu`.
-    AttentionForwardHopper,
-    /// `attention_decode.cu`.
-    AttentionDecode,
-    /// `attention_backward.cu`.
-    AttentionBackward,
-    /// `attention_backward_hopper.cu`.
-    AttentionBackwardHopper,
-    /// `copy.cu`.
-    Copy,
-    /// `embedding.cu`.
-    Embedding,
-    /// `loss.cu`.
-    Loss,
-    /// `norm.cu`.
-    Norm,
-    /// `retrieval.cu`.
-    Retrieval,
-    /// `rope.cu`.
-    Rope,
-    /// `sampling.cu`.
-    Sampling,
-    /// `swiglu.cu`.
-    Swiglu,
-}
-
-impl File {
-    /// All files.
-    pub const ALL: [File; 14] = [
-        File::Adamw,
-        File::AttentionForward,
-        File::AttentionForwardHopper,
-        File::AttentionDecode,
-        File::AttentionBackward,
-        File::AttentionBackwardHopper,
-        File::Copy,
-        File::Embedding,
-        File::Loss,
-        File::Norm,
-        File::Retrieval,
-        File::Rope,
-        File::Sampling,
-        File::Swiglu,
-    ];
-
-    /// The file's name without its ending.
-    pub fn stem(self) -> &'static str {
-        match self {
-            File::Adamw => "adamw",
-            File::AttentionForward => "attention_forward",
-            File::AttentionForwardHopper => "attention_forward_hopper",
-            File::AttentionDecode => "attention_decode",
-            File::AttentionBackward => "attention_backward",
-            File::AttentionBackwardHopper => "attention_backward_hopper",
-            File::Copy => "copy",
-            File::Embedding => "embedding",
-            File::Loss => "loss",
-            File::Norm => "norm",
-            File::Retrieval => "retrieval",
-            File::Rope => "rope",
-            File::Sampling => "sampling",
-            File::Swiglu => "swiglu",
-        }
-    }
-
-    /// Whether the file's kernels take the structs of `params.h`, whose layout it then holds.
-    pub fn has_layout(self) -> bool {
-        self.stem().starts_with("attention")
-    }
-}
-
-/// An `extern "C"` kernel. How it is launched lies beside it, in the constant `<name>_info`, if it has one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Entry {
-    /// Where it was compiled.
-    pub file: File,
-    /// Its name there.
-    pub name: &'static str,
-}
-
 /// The entry points of an element type and a head size.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Instance {
@@ -125,7 +38,7 @@ pub(super) struct Instance {
     pub query_grad: Entry,
     pub query_grad_sum: Entry,
     pub key_grad: Entry,
-    /// What comes in their place on a device that has [`Kernels::hopper`](super::Kernels::hopper).
+    /// What comes in their place on a device that has [`Kernels::hopper`](crate::cuda::kernels::Kernels::hopper).
     pub hopper: Option<HopperInstance>,
 }
 
@@ -211,13 +124,13 @@ impl Instance {
     /// The kernels for an element type and head size.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where there are none.
+    /// [`Error::NoKernel`] where there are none.
     pub fn of(dtype: Dtype, head_dim: usize) -> Result<Instance, Error> {
         find(dtype, head_dim).ok_or_else(|| {
             let dims = (1..=1024).filter(|&dim| find(dtype, dim).is_some());
             let dims: Vec<String> = dims.map(|dim| dim.to_string()).collect();
-            Error::Unsupported {
-                got: dtype,
+            Error::NoKernel {
+                dtype: dtype.to_string(),
                 head_dim,
                 supported: format!("bf16 and f16 with head_dim {}", dims.join(", ")),
             }

@@ -1,25 +1,26 @@
-//! The kernels' constants without a device, for plans of a machine that is not there.
+//! Kernel metadata without a device: the constants `<entry>_info`, for planning without a GPU.
 
-use super::bindings::SegattnKernelInfo;
-use super::entries::Entry;
+mod table;
+
 use super::error::Error;
-use super::infos::INFOS;
 use super::launcher::Kernels;
+use super::params::SegattnKernelInfo;
+use super::registry::Entry;
+use table::METADATA;
 
-/// What planning needs to know of the kernels, on a GPU of so many multiprocessors that is not there. Nothing can be
-/// launched.
+/// Kernel metadata for planning without a GPU. Nothing can be launched.
 #[derive(Debug, Clone, Copy)]
-pub struct KnownKernels {
+pub struct KernelMetadata {
     /// Multiprocessors of the GPU: 132 of an H100 or H200, 108 of an A100.
     pub multiprocessors: u32,
     /// Whether it is an H100 or H200, which have kernels of their own.
     pub hopper: bool,
 }
 
-impl Kernels for KnownKernels {
+impl Kernels for KernelMetadata {
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error> {
-        match INFOS.binary_search_by_key(&entry.name, |(name, _)| name) {
-            Ok(found) => Ok(bytemuck::cast(INFOS[found].1)),
+        match METADATA.binary_search_by_key(&entry.name, |(name, _)| name) {
+            Ok(found) => Ok(bytemuck::cast(METADATA[found].1)),
             Err(_) => Err(Error::Launcher {
                 entry: entry.name.into(),
                 source: "no such kernel is known".into(),

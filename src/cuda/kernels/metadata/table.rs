@@ -1,8 +1,8 @@
 //! The constant `<entry>_info` of every kernel, in `SegattnKernelInfo`'s order. Written by a test of the
-//! simulated GPU, `sim/tests/kernel_infos.rs`.
+//! simulated GPU, `sim/tests/kernel_metadata.rs`.
 
 #[rustfmt::skip]
-pub(super) const INFOS: &[(&str, [i32; 7])] = &[
+pub(super) const METADATA: &[(&str, [i32; 7])] = &[
     ("adamw_norm_f32", [256, 256, 3, 0, 0, 16384, 72]),
     ("adamw_scale_f32", [1024, 256, 1, 0, 0, 16384, 72]),
     ("adamw_update_f32", [256, 0, 3, 0, 0, 16384, 72]),

@@ -2,11 +2,11 @@
 
 use std::mem::offset_of;
 
-use super::bindings::{
+use super::error::Error;
+use super::params::{
     SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo, SegattnProblem, SegattnTensor,
 };
-use super::entries::File;
-use super::error::Error;
+use super::registry::File;
 
 /// A size (of a struct) or an offset (of `Struct.field`), in bytes, by name.
 type Item = (&'static str, usize);
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn every_field_of_the_mirror_is_listed() {
-        let mirror = include_str!("bindings.rs");
+        let mirror = include_str!("params.rs");
         let flat = mirror.split_whitespace().collect::<Vec<_>>().join(" ");
         let fields = flat.matches("[\"Offset of field: ").count();
         let structs = flat.matches("[\"Size of ").count();

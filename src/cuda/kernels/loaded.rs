@@ -1,4 +1,4 @@
-//! Plans on the driver: the compiled kernels in a context, and its streams.
+//! The compiled kernels in a context of the driver, and its streams.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::sys::CUstream;
 use cudarc::driver::{CudaContext, CudaStream, result};
 
-use super::bindings::SegattnKernelInfo;
-use super::entries::{Entry, File};
 use super::error::Error;
 use super::launcher::{Kernels, Launch, Launcher};
 use super::layout::DeviceLayout;
+use super::params::SegattnKernelInfo;
+use super::registry::{Entry, File};
 use crate::cuda::{self, Function, Module};
 
 /// Copies from the host that are not longer than this do not make the host wait.
@@ -140,7 +140,7 @@ impl DriverKernels {
     }
 
     /// Refuses what belongs to another GPU.
-    pub(super) fn check_context(
+    pub(crate) fn check_context(
         &self,
         argument: &'static str,
         context: &CudaContext,
@@ -199,7 +199,7 @@ impl Launcher for DriverStream<'_> {
             let to = to + (i * COPY_BYTES) as u64;
             // SAFETY: the caller's promise; the driver has read a pageable source when it returns.
             let copied = unsafe { result::memcpy_htod_async(to, part, self.stream) };
-            copied.map_err(|error| cuda::driver_error("copying lengths and gates", error))?;
+            copied.map_err(|error| cuda::driver_error("copying from the host", error))?;
         }
         Ok(())
     }

@@ -1,13 +1,13 @@
 //! The crate's table of the kernels' constants is what the compiled kernels hold.
 //!
-//! Regenerate with `SEGATTN_WRITE_INFOS=1 cargo test -p segattn-sim --test kernel_infos`.
+//! Regenerate with `SEGATTN_WRITE_METADATA=1 cargo test -p segattn-sim --test kernel_metadata`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
-use segattn::attention::cuda::File;
+use segattn::cuda::kernels::File;
 use segattn_sim::{Module, Source};
 
 /// Names of a file's constants `<entry>_info`, without the ending.
@@ -35,20 +35,20 @@ fn the_table_is_that_of_the_kernels() {
     }
     let mut text = String::from(
         "//! The constant `<entry>_info` of every kernel, in `SegattnKernelInfo`'s order. Written by a test of the\n\
-         //! simulated GPU, `sim/tests/kernel_infos.rs`.\n\n\
-         #[rustfmt::skip]\npub(super) const INFOS: &[(&str, [i32; 7])] = &[\n",
+         //! simulated GPU, `sim/tests/kernel_metadata.rs`.\n\n\
+         #[rustfmt::skip]\npub(super) const METADATA: &[(&str, [i32; 7])] = &[\n",
     );
     for (name, info) in &infos {
         writeln!(text, "    (\"{name}\", {info:?}),").expect("text");
     }
     text += "];\n";
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../src/attention/cuda/infos.rs");
-    if std::env::var_os("SEGATTN_WRITE_INFOS").is_some() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../src/cuda/kernels/metadata/table.rs");
+    if std::env::var_os("SEGATTN_WRITE_METADATA").is_some() {
         std::fs::write(&path, &text).expect("a file");
     }
     let committed = std::fs::read_to_string(&path).expect("a file");
     assert!(
         committed == text,
-        "src/attention/cuda/infos.rs is not that of the kernels; see the head of this test"
+        "src/cuda/kernels/metadata/table.rs is not that of the kernels; see the head of this test"
     );
 }

@@ -1,0 +1,88 @@
+//! The compiled files of `kernels/` and the entry points in them.
+
+/// A compiled file of `kernels/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum File {
+    /// `adamw.cu`.
+    Adamw,
+    /// `attention_forward.cu`.
+    AttentionForward,
+    /// `attention_forward_hopper.cu`.
+    AttentionForwardHopper,
+    /// `attention_decode.cu`.
+    AttentionDecode,
+    /// `attention_backward.cu`.
+    AttentionBackward,
+    /// `attention_backward_hopper.cu`.
+    AttentionBackwardHopper,
+    /// `copy.cu`.
+    Copy,
+    /// `embedding.cu`.
+    Embedding,
+    /// `loss.cu`.
+    Loss,
+    /// `norm.cu`.
+    Norm,
+    /// `retrieval.cu`.
+    Retrieval,
+    /// `rope.cu`.
+    Rope,
+    /// `sampling.cu`.
+    Sampling,
+    /// `swiglu.cu`.
+    Swiglu,
+}
+
+impl File {
+    /// All files.
+    pub const ALL: [File; 14] = [
+        File::Adamw,
+        File::AttentionForward,
+        File::AttentionForwardHopper,
+        File::AttentionDecode,
+        File::AttentionBackward,
+        File::AttentionBackwardHopper,
+        File::Copy,
+        File::Embedding,
+        File::Loss,
+        File::Norm,
+        File::Retrieval,
+        File::Rope,
+        File::Sampling,
+        File::Swiglu,
+    ];
+
+    /// The file's name without its ending.
+    pub fn stem(self) -> &'static str {
+        match self {
+            File::Adamw => "adamw",
+            File::AttentionForward => "attention_forward",
+            File::AttentionForwardHopper => "attention_forward_hopper",
+            File::AttentionDecode => "attention_decode",
+            File::AttentionBackward => "attention_backward",
+            File::AttentionBackwardHopper => "attention_backward_hopper",
+            File::Copy => "copy",
+            File::Embedding => "embedding",
+            File::Loss => "loss",
+            File::Norm => "norm",
+            File::Retrieval => "retrieval",
+            File::Rope => "rope",
+            File::Sampling => "sampling",
+            File::Swiglu => "swiglu",
+        }
+    }
+
+    /// Whether the file's kernels take the structs of `params.h`, whose layout it then holds.
+    pub fn has_layout(self) -> bool {
+        self.stem().starts_with("attention")
+    }
+}
+
+/// An `extern "C"` kernel. How it is launched lies beside it, in the constant `<name>_info`, if it has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// Where it was compiled.
+    pub file: File,
+    /// Its name there.
+    pub name: &'static str,
+}
