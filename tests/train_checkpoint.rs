@@ -101,7 +101,7 @@ enum Call {
     Append(PathBuf, Vec<u8>),
     SyncFile(PathBuf),
     Rename(PathBuf, PathBuf),
-    SyncFolder,
+    SyncFolder(PathBuf),
     Remove(PathBuf),
 }
 
@@ -131,12 +131,12 @@ impl Storage for Recorder {
         Disk.rename(from, to)
     }
     fn sync_folder(&mut self, path: &Path) -> io::Result<()> {
-        self.calls.push(Call::SyncFolder);
+        self.calls.push(Call::SyncFolder(self.relative(path)));
         Disk.sync_folder(path)
     }
-    fn remove_folder(&mut self, path: &Path) -> io::Result<()> {
+    fn remove(&mut self, path: &Path) -> io::Result<()> {
         self.calls.push(Call::Remove(self.relative(path)));
-        Disk.remove_folder(path)
+        Disk.remove(path)
     }
 }
 
@@ -168,7 +168,7 @@ fn crash(calls: &[Call], loss: Loss, root: &Path) {
                 Disk.append(&root.join(path), &bytes[..kept]).unwrap();
             }
             Call::Rename(from, to) => {
-                let synced = later.iter().any(|c| matches!(c, Call::SyncFolder));
+                let synced = later.iter().any(|c| matches!(c, Call::SyncFolder(_)));
                 if synced || loss != Loss::Names {
                     fs::rename(root.join(from), root.join(to)).unwrap();
                 }
@@ -177,7 +177,7 @@ fn crash(calls: &[Call], loss: Loss, root: &Path) {
                 // A removal whose rename was lost would remove nothing under this name.
                 let _ = fs::remove_dir_all(root.join(path));
             }
-            Call::SyncFile(_) | Call::SyncFolder => {}
+            Call::SyncFile(_) | Call::SyncFolder(_) => {}
         }
     }
 }
@@ -287,4 +287,173 @@ fn a_flipped_bit_or_a_missing_byte_anywhere_never_loads_other_content() {
         matches!(error, TrainError::NoValidCheckpoint { .. }),
         "{error}"
     );
+}
+
+#[test]
+fn the_names_of_new_folders_above_a_checkpoint_are_synced_before_it_is_written() {
+    let recorded = tempfile::tempdir().unwrap();
+    let mut recorder = Recorder {
+        root: recorded.path().to_owned(),
+        calls: Vec::new(),
+    };
+    let root = recorded.path().join("runs/a/checkpoints");
+    save(&mut recorder, &root, &checkpoint(1), 2).unwrap();
+    let first_write = recorder
+        .calls
+        .iter()
+        .position(|c| matches!(c, Call::Append(..)));
+    let before = &recorder.calls[..first_write.unwrap()];
+    for above in ["", "runs", "runs/a"] {
+        let synced = |c: &Call| matches!(c, Call::SyncFolder(p) if p == Path::new(above));
+        assert!(before.iter().any(synced), "`{above}`: {before:?}");
+    }
+    recorder.calls.clear();
+    save(&mut recorder, &root, &checkpoint(2), 2).unwrap();
+    let of_root = |c: &Call| matches!(c, Call::SyncFolder(p) if p.ends_with("a"));
+    assert!(!recorder.calls.iter().any(of_root), "nothing above is new");
+}
+
+#[test]
+fn a_damaged_checkpoint_does_not_count_among_those_that_are_kept() {
+    let root = tempfile::tempdir().unwrap();
+    let steps = || -> Vec<u64> {
+        let list = list(root.path()).unwrap();
+        list.into_iter().map(|c| c.0).collect()
+    };
+    save(&mut Disk, root.path(), &checkpoint(1), 2).unwrap();
+    let damaged = save(&mut Disk, root.path(), &checkpoint(9), 2).unwrap();
+    flip(&damaged.join("model.safetensors"), 2000);
+    // The run goes on from step 1: the damaged one is newer than all that come.
+    save(&mut Disk, root.path(), &checkpoint(2), 2).unwrap();
+    assert_eq!(steps(), [9, 2, 1]);
+    let newest = save(&mut Disk, root.path(), &checkpoint(3), 2).unwrap();
+    assert_eq!(steps(), [9, 3, 2]);
+    fs::remove_file(newest.join("state.json")).unwrap();
+    assert!(same(&load_latest(root.path()).unwrap().1, &checkpoint(2)));
+    // Damaged ones older than all that are kept go.
+    save(&mut Disk, root.path(), &checkpoint(10), 2).unwrap();
+    save(&mut Disk, root.path(), &checkpoint(11), 2).unwrap();
+    assert_eq!(steps(), [11, 10]);
+}
+
+#[test]
+fn stray_files_and_folders_neither_block_saving_nor_count_as_checkpoints() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    for name in [
+        "step-0000000003",
+        ".writing-step-0000000004",
+        "step-7",
+        "notes.txt",
+    ] {
+        fs::write(at(name), "not a checkpoint").unwrap();
+    }
+    fs::create_dir(at(".writing-removed-step-0000000001")).unwrap();
+    assert_eq!(list(root.path()).unwrap(), []);
+    for step in [3, 4, 5, 6] {
+        save(&mut Disk, root.path(), &checkpoint(step), 2).unwrap();
+    }
+    assert!(same(&load_latest(root.path()).unwrap().1, &checkpoint(6)));
+    let mut names: Vec<_> = fs::read_dir(root.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        ["notes.txt", "step-0000000005", "step-0000000006", "step-7"]
+    );
+}
+
+/// A disk with room for so many bytes.
+struct Full(usize);
+
+impl Storage for Full {
+    fn create_folder(&mut self, path: &Path) -> io::Result<()> {
+        Disk.create_folder(path)
+    }
+    fn append(&mut self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let fits = bytes.len().min(self.0);
+        self.0 -= fits;
+        Disk.append(path, &bytes[..fits])?;
+        match fits == bytes.len() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::StorageFull.into()),
+        }
+    }
+    fn sync_file(&mut self, path: &Path) -> io::Result<()> {
+        Disk.sync_file(path)
+    }
+    fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        Disk.rename(from, to)
+    }
+    fn sync_folder(&mut self, path: &Path) -> io::Result<()> {
+        Disk.sync_folder(path)
+    }
+    fn remove(&mut self, path: &Path) -> io::Result<()> {
+        Disk.remove(path)
+    }
+}
+
+#[test]
+fn a_full_disk_is_a_typed_error_that_leaves_the_checkpoints_before_and_nothing_else() {
+    let root = tempfile::tempdir().unwrap();
+    save(&mut Disk, root.path(), &checkpoint(1), 2).unwrap();
+    save(&mut Disk, root.path(), &checkpoint(2), 2).unwrap();
+    for room in [0, 100, 5_000, 20_000] {
+        let error = save(&mut Full(room), root.path(), &checkpoint(3), 2).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TrainError::Io {
+                    action: "write",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2, "{room}");
+    }
+    assert!(same(&load_latest(root.path()).unwrap().1, &checkpoint(2)));
+}
+
+#[test]
+fn further_files_cannot_leave_the_checkpoints_folder_or_stand_for_its_own() {
+    let root = tempfile::tempdir().unwrap();
+    let names = [
+        "../out",
+        "/tmp/out",
+        "a/../../out",
+        "",
+        ".",
+        "a/",
+        "config.json",
+        "MANIFEST.json",
+    ];
+    for name in names {
+        let mut wrong = checkpoint(1);
+        wrong.extra = vec![(name.into(), b"x".to_vec())];
+        let error = save(&mut Disk, root.path(), &wrong, 2).unwrap_err();
+        assert!(
+            matches!(error, TrainError::Argument { .. }),
+            "{name}: {error}"
+        );
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0, "{name}");
+    }
+    // Folders below are inside.
+    let mut nested = checkpoint(1);
+    nested
+        .extra
+        .push(("templates/tool/a.jinja".into(), b"y".to_vec()));
+    let folder = save(&mut Disk, root.path(), &nested, 2).unwrap();
+    assert!(same(&load(&folder).unwrap(), &nested));
+
+    // A checkpoint whose own lists lead out, with hashes that hold.
+    fs::write(root.path().join("secret"), "{}").unwrap();
+    let path = folder.join("manifest.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("tokenizer.json", "../secret")).unwrap();
+    let error = load(&folder).unwrap_err();
+    assert!(matches!(error, TrainError::Checkpoint { .. }), "{error}");
+    assert!(!error.to_string().contains("SHA"), "{error}");
 }

@@ -91,7 +91,10 @@ fn flags_win_over_the_file_and_may_be_written_with_dashes() {
 #[test]
 fn a_written_configuration_reads_back_the_same() {
     let config = Config::parse(EXAMPLE, &pairs(&[("guard.z_score", "5.5")])).unwrap();
-    assert_eq!(Config::parse(&config.to_toml(), &[]).unwrap(), config);
+    assert_eq!(
+        Config::parse(&config.to_toml().unwrap(), &[]).unwrap(),
+        config
+    );
 }
 
 #[test]

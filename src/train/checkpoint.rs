@@ -18,22 +18,24 @@ mod storage;
 mod tensors;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use manifest::{Manifest, Writer};
-pub use storage::{Disk, Storage};
+pub use storage::{Disk, Storage, create_folder};
 
 use super::config::Config;
 use super::error::{Result, TrainError};
 use super::progress::{Progress, Tensors};
-use crate::model::config::ModelConfig;
+use crate::model::config::{CONFIG_FILE, ModelConfig};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const RUN: &str = "run.toml";
+/// Files that every checkpoint has beside its manifest.
+const OWN: [&str; 5] = [MODEL, OPTIMIZER, STATE, RUN, CONFIG_FILE];
 /// Start of the names of folders that are being written or removed.
 const BESIDE: &str = ".writing-";
 const STEP: &str = "step-";
@@ -63,32 +65,91 @@ struct State {
     extra: Vec<String>,
 }
 
-/// Saves into `root`, keeps the newest `keep` checkpoints, and returns the new one's folder.
+/// Saves into `root`, keeps the newest `keep` checkpoints whose files hold, and returns the new one's folder. Damaged
+/// ones do not count among those kept, and go when they are older than all that are kept.
 ///
 /// # Errors
-/// [`TrainError::Io`]; checkpoints that were there before are there still.
+/// [`TrainError::Argument`] for a name in `extra` that is not of a file in the folder. [`TrainError::Io`]: checkpoints
+/// that were there before are there still, and nothing half-written is left behind.
 pub fn save(
     storage: &mut dyn Storage,
     root: &Path,
     checkpoint: &Checkpoint,
     keep: usize,
 ) -> Result<PathBuf> {
-    storage::run("create", root, |p| storage.create_folder(p))?;
+    for (name, _) in &checkpoint.extra {
+        if !is_extra(name) {
+            let expected = "the name of a further file in the checkpoint's folder";
+            return Err(TrainError::argument("extra", expected, format!("{name:?}")));
+        }
+    }
+    create_folder(storage, root)?;
     remove_leftovers(storage, root)?;
     let name = format!("{STEP}{:010}", checkpoint.progress.step);
-    let (beside, place) = (root.join(format!("{BESIDE}{name}")), root.join(name));
-    storage::run("create", &beside, |p| storage.create_folder(p))?;
-    write(storage, &beside, checkpoint)?;
-    storage::run("sync", &beside, |p| storage.sync_folder(p))?;
-    if place.exists() {
-        discard(storage, root, &place)?;
+    let (beside, place) = (free_place(root, &name), root.join(name));
+    if let Err(error) = write_and_rename(storage, root, checkpoint, &beside, &place) {
+        // What filled the disk must not keep it full.
+        if beside.exists() {
+            remove_if_possible(storage, &beside);
+        }
+        return Err(error);
     }
-    storage::run("rename", &beside, |p| storage.rename(p, &place))?;
-    storage::run("sync", root, |p| storage.sync_folder(p))?;
-    for (_, old) in list(root)?.into_iter().skip(keep.max(2)) {
-        discard(storage, root, &old)?;
-    }
+    prune(storage, root, &place, keep.max(2))?;
     Ok(place)
+}
+
+fn write_and_rename(
+    storage: &mut dyn Storage,
+    root: &Path,
+    checkpoint: &Checkpoint,
+    beside: &Path,
+    place: &Path,
+) -> Result<()> {
+    storage::run("create", beside, |p| storage.create_folder(p))?;
+    write(storage, beside, checkpoint)?;
+    storage::run("sync", beside, |p| storage.sync_folder(p))?;
+    if place.symlink_metadata().is_ok() {
+        discard(storage, root, place)?;
+    }
+    storage::run("rename", beside, |p| storage.rename(p, place))?;
+    storage::run("sync", root, |p| storage.sync_folder(p))
+}
+
+/// Removes what is older than the newest `keep` checkpoints that hold, `saved` among them.
+fn prune(storage: &mut dyn Storage, root: &Path, saved: &Path, keep: usize) -> Result<()> {
+    let mut kept = 1;
+    for (_, folder) in list(root)? {
+        if folder == saved {
+            continue;
+        }
+        if kept < keep {
+            match Manifest::read(&folder).and_then(|m| m.check(&folder, &OWN)) {
+                Ok(()) => kept += 1,
+                Err(error) => tracing::warn!("{error}; it does not count among those to keep"),
+            }
+        } else if let Err(error) = discard(storage, root, &folder) {
+            // The new checkpoint is safe.
+            tracing::warn!("an old checkpoint stays: {error}");
+        }
+    }
+    Ok(())
+}
+
+/// Whether `name` is that of a file inside the folder that no part of the checkpoint has.
+fn is_extra(name: &str) -> bool {
+    let own = OWN.iter().chain([&manifest::NAME]);
+    is_inside(name) && own.into_iter().all(|own| !own.eq_ignore_ascii_case(name))
+}
+
+/// Whether `name`, joined to a folder, stays inside it.
+fn is_inside(name: &str) -> bool {
+    let path = Path::new(name);
+    let mut plain = PathBuf::new();
+    plain.extend(
+        path.components()
+            .filter(|c| matches!(c, Component::Normal(_))),
+    );
+    !name.is_empty() && plain.as_os_str() == path.as_os_str()
 }
 
 fn write(storage: &mut dyn Storage, folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
@@ -100,8 +161,8 @@ fn write(storage: &mut dyn Storage, folder: &Path, checkpoint: &Checkpoint) -> R
     moments.extend(tensors::parts(model, "v.", &checkpoint.tensors.v));
     writer.tensors(OPTIMIZER, &moments)?;
     let json = format!("{:#}\n", model.to_json());
-    writer.file(crate::model::config::CONFIG_FILE, json.as_bytes())?;
-    writer.file(RUN, config.to_toml().as_bytes())?;
+    writer.file(CONFIG_FILE, json.as_bytes())?;
+    writer.file(RUN, config.to_toml()?.as_bytes())?;
     let state = State {
         progress: checkpoint.progress.clone(),
         data: checkpoint.data.clone(),
@@ -127,7 +188,7 @@ pub fn load(folder: &Path) -> Result<Checkpoint> {
     let run = manifest.read_file(folder, RUN)?;
     let run = String::from_utf8(run).map_err(|e| broken(RUN, e.to_string()))?;
     let config = Config::parse(&run, &[]).map_err(|e| broken(RUN, e.to_string()))?;
-    let name = crate::model::config::CONFIG_FILE;
+    let name = CONFIG_FILE;
     let json = manifest.read_file(folder, name)?;
     let json = serde_json::from_slice(&json).map_err(|e| broken(name, e.to_string()))?;
     let model = ModelConfig::from_json(json).map_err(|e| broken(name, e.to_string()))?;
@@ -135,6 +196,10 @@ pub fn load(folder: &Path) -> Result<Checkpoint> {
     let values = weights.take(folder, &model, "", 1.0)?;
     let moments = manifest.read_tensors(folder, OPTIMIZER)?;
     let extra = state.extra.into_iter().map(|name| {
+        if !is_extra(&name) {
+            let expected = "names of further files in the folder";
+            return Err(damaged(folder, STATE, expected, format!("{name:?}")));
+        }
         let content = manifest.read_file(folder, &name)?;
         Ok((name, content))
     });
@@ -152,8 +217,8 @@ pub fn load(folder: &Path) -> Result<Checkpoint> {
     })
 }
 
-/// Loads the newest checkpoint in `root` that holds, with its folder. One that does not is reported as a
-/// warning and passed over.
+/// Loads the newest checkpoint in `root` that holds, with its folder. One that does not is logged as an error and
+/// passed over.
 ///
 /// # Errors
 /// [`TrainError::NoValidCheckpoint`] if none holds, [`TrainError::Checkpoint`] if there is none.
@@ -163,7 +228,7 @@ pub fn load_latest(root: &Path) -> Result<(PathBuf, Checkpoint)> {
         match load(&folder) {
             Ok(checkpoint) => return Ok((folder, checkpoint)),
             Err(error) => {
-                tracing::warn!("{error}; trying the one before");
+                tracing::error!("{error}; trying the one before");
                 newest.get_or_insert(error);
             }
         }
@@ -186,6 +251,7 @@ pub fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found: Vec<_> = names(root)?
         .into_iter()
         .filter_map(|name| Some((step(&name)?, root.join(name))))
+        .filter(|(_, folder)| folder.is_dir())
         .collect();
     found.sort_unstable_by(|a, b| b.cmp(a));
     Ok(found)
@@ -212,17 +278,40 @@ fn names(root: &Path) -> Result<Vec<String>> {
 /// Takes the name away first, so that no half-removed checkpoint has one.
 fn discard(storage: &mut dyn Storage, root: &Path, folder: &Path) -> Result<()> {
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    let beside = root.join(format!("{BESIDE}removed-{name}"));
+    let beside = free_place(root, &format!("removed-{name}"));
     storage::run("rename", folder, |p| storage.rename(p, &beside))?;
-    storage::run("remove", &beside, |p| storage.remove_folder(p))
+    remove_if_possible(storage, &beside);
+    Ok(())
 }
 
-fn remove_leftovers(storage: &mut dyn Storage, root: &Path) -> Result<()> {
+/// A hidden name for `name` that is not taken, not even by something that cannot be removed.
+fn free_place(root: &Path, name: &str) -> PathBuf {
+    let mut place = root.join(format!("{BESIDE}{name}"));
+    for n in 1u64.. {
+        if place.symlink_metadata().is_err() {
+            break;
+        }
+        place = root.join(format!("{BESIDE}{n}-{name}"));
+    }
+    place
+}
+
+/// Removes what interrupted saves have left in `root`. Not while another process saves there.
+///
+/// # Errors
+/// [`TrainError::Io`] if `root` cannot be read. What cannot be removed is a warning.
+pub fn remove_leftovers(storage: &mut dyn Storage, root: &Path) -> Result<()> {
     let leftovers = names(root)?.into_iter().filter(|n| n.starts_with(BESIDE));
     for name in leftovers {
-        storage::run("remove", &root.join(name), |p| storage.remove_folder(p))?;
+        remove_if_possible(storage, &root.join(name));
     }
     Ok(())
+}
+
+fn remove_if_possible(storage: &mut dyn Storage, path: &Path) {
+    if let Err(error) = storage::run("remove", path, |p| storage.remove(p)) {
+        tracing::warn!("{error}");
+    }
 }
 
 fn damaged(path: &Path, what: &str, expected: impl Into<String>, got: String) -> TrainError {

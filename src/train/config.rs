@@ -21,6 +21,8 @@ use super::schedule::{Schedule, ScheduleKind};
 
 /// Largest configuration file that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Most sequences of a step, those of all its batches together.
+const MAX_SEQUENCES: usize = 1 << 20;
 
 /// Everything that defines a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -295,8 +297,14 @@ impl Config {
     }
 
     /// The configuration as TOML, every key written out that has a value.
-    pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("numbers, strings, lists and tables are TOML")
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for what TOML cannot hold: a path that is not UTF-8, a number beyond 63 bits.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| {
+            let expected = "paths that are UTF-8 and numbers below 2^63";
+            TrainError::config("configuration", expected, error)
+        })
     }
 
     /// Checks what types cannot.
@@ -356,6 +364,12 @@ impl TrainingSection {
         at_least_one("training.steps", self.steps)?;
         at_least_one("training.batch", self.batch as u64)?;
         at_least_one("training.accumulation", self.accumulation as u64)?;
+        at_most("training.batch", self.batch, MAX_SEQUENCES)?;
+        at_most(
+            "training.accumulation",
+            self.accumulation,
+            MAX_SEQUENCES / self.batch,
+        )?;
         positive(
             "training.time_limit_minutes",
             self.time_limit_minutes.unwrap_or(1.0),
@@ -391,6 +405,15 @@ fn positive(key: &str, value: f64) -> Result<()> {
         return Ok(());
     }
     Err(TrainError::config(key, "a finite number > 0", value))
+}
+
+fn at_most(key: &str, value: usize, most: usize) -> Result<()> {
+    if value <= most {
+        return Ok(());
+    }
+    let expected =
+        format!("at most {most}, so that a step has no more than {MAX_SEQUENCES} sequences");
+    Err(TrainError::config(key, expected, value))
 }
 
 fn at_least_one(key: &str, value: u64) -> Result<()> {

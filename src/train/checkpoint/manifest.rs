@@ -9,13 +9,14 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::damaged;
-use super::storage::{Storage, run};
+use super::storage::{Storage, create_folder, run};
 use super::tensors::{Named, Part};
+use super::{damaged, is_inside};
 use crate::train::data::hex;
 use crate::train::error::{Result, TrainError};
 
-const NAME: &str = "manifest.json";
+/// The manifest's own name.
+pub(super) const NAME: &str = "manifest.json";
 const VERSION: u32 = 1;
 /// Largest manifest that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 28;
@@ -57,11 +58,21 @@ impl<'a> Writer<'a> {
         }
     }
 
+    /// A file; `name` may have folders before it.
     pub(super) fn file(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        let path = self.folder.join(name);
+        let above = path.parent().filter(|above| *above != self.folder);
+        if let Some(above) = above {
+            create_folder(self.storage, above)?;
+        }
         let mut entry = Entry::default();
         let mut hash = Sha256::new();
         self.append(name, content, &mut hash, &mut entry)?;
-        self.close(name, hash, entry)
+        self.close(name, hash, entry)?;
+        match above {
+            Some(above) => run("sync", above, |p| self.storage.sync_folder(p)),
+            None => Ok(()),
+        }
     }
 
     /// A safetensors file: length of the header, header, tensors in their order.
@@ -185,8 +196,39 @@ impl Manifest {
         Ok(Named(named))
     }
 
+    /// Checks that the files of these names are there, and every file's hash, a part of a file in memory at a time.
+    pub(super) fn check(&self, folder: &Path, needed: &[&str]) -> Result<()> {
+        for name in needed {
+            self.entry(folder, name)?;
+        }
+        for name in self.files.keys() {
+            let path = self.sized(folder, name)?;
+            let mut file = File::open(&path).map_err(|e| read_error(&path, e))?;
+            let mut hash = Sha256::new();
+            let mut part = vec![0; 1 << 20];
+            loop {
+                match file.read(&mut part).map_err(|e| read_error(&path, e))? {
+                    0 => break,
+                    len => hash.update(&part[..len]),
+                }
+            }
+            self.check_hash(folder, name, hash)?;
+        }
+        Ok(())
+    }
+
     /// Reads a file only if it is as long as it should be.
     fn read_sized(&self, folder: &Path, name: &str) -> Result<Vec<u8>> {
+        let path = self.sized(folder, name)?;
+        read_bytes(&path, self.entry(folder, name)?.bytes)
+    }
+
+    /// A file's place, if it is inside the folder and as long as it should be.
+    fn sized(&self, folder: &Path, name: &str) -> Result<PathBuf> {
+        if !is_inside(name) {
+            let expected = "names of files in the folder";
+            return Err(damaged(folder, NAME, expected, format!("{name:?}")));
+        }
         let expected = self.entry(folder, name)?.bytes;
         let path = folder.join(name);
         let got = fs::metadata(&path).map_err(|e| read_error(&path, e))?.len();
@@ -199,14 +241,15 @@ impl Manifest {
                 got.to_string(),
             ));
         }
-        read_bytes(&path, expected)
+        Ok(path)
     }
 
     fn check_file(&self, folder: &Path, name: &str, content: &[u8]) -> Result<()> {
-        let (expected, got) = (
-            &self.entry(folder, name)?.sha256,
-            hex(&Sha256::digest(content)),
-        );
+        self.check_hash(folder, name, Sha256::new_with_prefix(content))
+    }
+
+    fn check_hash(&self, folder: &Path, name: &str, hash: Sha256) -> Result<()> {
+        let (expected, got) = (&self.entry(folder, name)?.sha256, hex(&hash.finalize()));
         if got != *expected {
             let what = format!("file `{name}`");
             return Err(damaged(folder, &what, format!("SHA-256 {expected}"), got));

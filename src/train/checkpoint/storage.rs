@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::train::error::{Result, TrainError};
 
@@ -34,11 +34,11 @@ pub trait Storage {
     /// # Errors
     /// As above.
     fn sync_folder(&mut self, path: &Path) -> io::Result<()>;
-    /// Removes a folder with all in it.
+    /// Removes a folder with all in it, or a file. Links are removed, not followed.
     ///
     /// # Errors
     /// As above.
-    fn remove_folder(&mut self, path: &Path) -> io::Result<()>;
+    fn remove(&mut self, path: &Path) -> io::Result<()>;
 }
 
 /// The file system.
@@ -71,9 +71,34 @@ impl Storage for Disk {
         Ok(())
     }
 
-    fn remove_folder(&mut self, path: &Path) -> io::Result<()> {
-        fs::remove_dir_all(path)
+    fn remove(&mut self, path: &Path) -> io::Result<()> {
+        if fs::symlink_metadata(path)?.is_dir() {
+            return fs::remove_dir_all(path);
+        }
+        fs::remove_file(path)
     }
+}
+
+/// Creates a folder and those above it, and makes the names of the new ones durable: after a crash a synced file in a
+/// folder that has lost its name is lost too.
+///
+/// # Errors
+/// [`TrainError::Io`].
+pub fn create_folder(storage: &mut dyn Storage, path: &Path) -> Result<()> {
+    let above = |path: &'_ Path| match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new(".").to_owned(),
+        Some(parent) => parent.to_owned(),
+        None => path.to_owned(),
+    };
+    let mut new = path
+        .ancestors()
+        .take_while(|p| !p.as_os_str().is_empty() && !p.exists());
+    let to_sync: Vec<PathBuf> = new.by_ref().map(above).collect();
+    run("create", path, |p| storage.create_folder(p))?;
+    for folder in &to_sync {
+        run("sync", folder, |p| storage.sync_folder(p))?;
+    }
+    Ok(())
 }
 
 /// A storage call on `path`, its error typed.
