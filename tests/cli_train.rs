@@ -2,104 +2,14 @@
 //! was not; Ctrl-C saves and stops; a run is never overwritten.
 #![cfg(feature = "cli")]
 
+mod training;
+
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use segattn::train::checkpoint::{list, load_latest};
-
-const CONFIG: &str = r#"
-[model.shape]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-[model.segment]
-segment_len = 16
-prior_len = 8
-past_len = 8
-long_range_heads = [1]
-[training]
-steps = 120
-batch = 2
-sequence_len = 48
-validate_every = 20
-validation_sequences = 2
-learn_gates = true
-[schedule]
-lr = 3e-3
-warmup_steps = 5
-[guard]
-z_score = 4.0
-window = 16
-max_skipped = 100
-[checkpoint]
-every = 3
-"#;
-
-fn segattn() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_segattn"));
-    command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .env_remove("RUST_LOG");
-    command
-}
-
-/// Text of 6000 bytes and a configuration that trains on it.
-fn prepare(folder: &Path) {
-    let words = ["segment", "prior", "past", "gate", "the", "of", "a"];
-    let text: Vec<&str> = (0..1400u64)
-        .map(|i| words[(i * i + i / 3) as usize % 7])
-        .collect();
-    std::fs::write(folder.join("text.txt"), text.join(" ")).unwrap();
-    std::fs::write(folder.join("run.toml"), CONFIG).unwrap();
-}
-
-fn train(folder: &Path, output: &str) -> Command {
-    let mut command = segattn();
-    command.arg("train").arg(folder.join("run.toml"));
-    command.arg("--data.train").arg(folder.join("text.txt"));
-    command.arg("--training.output").arg(folder.join(output));
-    command
-}
-
-fn resume(folder: &Path, output: &str) -> Command {
-    let mut command = segattn();
-    command.arg("resume").arg(folder.join(output));
-    command
-}
-
-fn succeed(mut command: Command) -> Output {
-    let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
-}
-
-/// Losses without the times, which no run repeats.
-fn losses(run: &Path) -> Vec<(u64, Option<u64>, Option<u64>)> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let bits = |line: &serde_json::Value, key: &str| line[key].as_f64().map(f64::to_bits);
-    text.lines()
-        .map(|line| {
-            let line: serde_json::Value = serde_json::from_str(line).unwrap();
-            let step = line["step"].as_u64().unwrap();
-            (step, bits(&line, "loss"), bits(&line, "validation_loss"))
-        })
-        .collect()
-}
-
-/// Lines so far.
-fn losses_len(run: &Path) -> usize {
-    std::fs::read(run.join("metrics.jsonl"))
-        .map_or(0, |text| text.iter().filter(|b| **b == b'\n').count())
-}
+use segattn::train::checkpoint::list;
+use training::{losses, losses_len, newest, prepare, resume, succeed, train};
 
 /// Whether a checkpoint is being written or removed, or was when the run was killed.
 fn saving(run: &Path) -> bool {
@@ -162,11 +72,7 @@ fn a_run_killed_at_random_moments_and_resumed_ends_in_the_bits_of_one_that_was_n
         kills >= 2 && torn >= 1,
         "{kills} kills, {torn} during a save"
     );
-    let last = |run: &str| {
-        load_latest(&folder.path().join(run).join("checkpoints"))
-            .unwrap()
-            .1
-    };
+    let last = |run: &str| newest(&folder.path().join(run));
     let (whole, killed) = (last("whole"), last("killed"));
     assert_eq!(whole.progress, killed.progress);
     let bits = |c: &segattn::train::checkpoint::Checkpoint| -> Vec<u32> {
@@ -206,9 +112,7 @@ fn training_into_a_folder_with_a_run_is_an_error_that_names_resume_and_resume_ne
     let mut longer = resume(folder.path(), "run");
     longer.args(["--training.steps", "8"]);
     succeed(longer);
-    let found = load_latest(&folder.path().join("run/checkpoints"))
-        .unwrap()
-        .1;
+    let found = newest(&folder.path().join("run"));
     assert_eq!(found.progress.step, 8);
     assert_eq!(found.config.schedule.warmup_steps, Some(2));
 
@@ -226,30 +130,13 @@ fn training_into_a_folder_with_a_run_is_an_error_that_names_resume_and_resume_ne
 fn an_interrupt_saves_the_step_it_was_at_and_stops() {
     let folder = tempfile::tempdir().unwrap();
     prepare(folder.path());
+    let run = folder.path().join("run");
     let mut command = train(folder.path(), "run");
     command.args(["--training.steps", "100000", "--checkpoint.every", "0"]);
     let mut child = command.spawn().unwrap();
-    let metrics = folder.path().join("run/metrics.jsonl");
-    let started = Instant::now();
-    while std::fs::metadata(&metrics).map_or(0, |m| m.len()) < 2000 {
-        assert!(
-            started.elapsed() < Duration::from_secs(60),
-            "no step was done"
-        );
-        sleep(Duration::from_millis(5));
-    }
-    let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
-    assert!(child.wait().unwrap().success());
-    let found = load_latest(&folder.path().join("run/checkpoints"))
-        .unwrap()
-        .1;
-    let last = losses(&folder.path().join("run")).last().unwrap().0;
+    training::wait_for_lines(&run, 10);
+    training::send("-INT", &child);
+    assert!(training::wait(&mut child).success());
+    let (found, last) = (newest(&run), losses(&run).last().unwrap().0);
     assert!(found.progress.step > 0 && found.progress.step == last);
 }

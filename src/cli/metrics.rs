@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one line a step and one a validation.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -12,7 +12,6 @@ use super::files::write_atomically;
 
 /// A line: a step, or a validation after `step` steps. Numbers that are not finite are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct Line {
     /// Steps done.
     pub step: u64,
@@ -56,33 +55,44 @@ impl Line {
             ..Self::default()
         }
     }
+
+    /// `None` for what is no such line.
+    fn parse(text: &[u8]) -> Option<Self> {
+        // The library would take an array for the fields in their order.
+        let is_object = text.trim_ascii_start().first() == Some(&b'{');
+        serde_json::from_slice(text).ok().filter(|_| is_object)
+    }
 }
 
 fn finite(x: f64) -> Option<f64> {
     Some(x).filter(|x| x.is_finite())
 }
 
-/// The file, open for more lines.
+/// The file, open for more lines. The caller holds the run's lock.
 pub struct Metrics {
     path: PathBuf,
     file: File,
 }
 
 impl Metrics {
-    /// Opens the file of a run that has done `step` steps: lines of later steps, and a last line that was
-    /// torn, are removed, since these steps will be done again.
+    /// Opens the file of a run that has done `step` steps. Lines of later steps, and a last line that was torn, are
+    /// removed, since these steps will be done again; every other line stays as it is. Lines that cannot be read
+    /// stay too, and are said.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let failed = || format!("cannot write {}", path.display());
         if path.exists() {
-            let kept = read(path)?
-                .into_iter()
-                .filter(|l| step > 0 && l.step <= step);
-            let mut text = Vec::new();
-            for line in kept {
-                serde_json::to_writer(&mut text, &line)?;
-                text.push(b'\n');
+            let text = read_bytes(path)?;
+            let kept = kept(&text, path, step);
+            if kept.concat() != text {
+                // Removed from the end, as nearly always, without room on the disk.
+                if text.starts_with(&kept.concat()) {
+                    let file = OpenOptions::new().write(true).open(path);
+                    let cut = file.and_then(|file| file.set_len(kept.concat().len() as u64));
+                    cut.with_context(failed)?;
+                } else {
+                    write_atomically(path, &kept.concat())?;
+                }
             }
-            write_atomically(path, &text)?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path);
         Ok(Self {
@@ -109,13 +119,42 @@ impl Metrics {
     }
 }
 
+/// The lines that a run which has done `step` steps keeps, each with its end.
+fn kept<'a>(text: &'a [u8], path: &Path, step: u64) -> Vec<&'a [u8]> {
+    let mut kept = Vec::new();
+    for (i, line) in text.split_inclusive(|b| *b == b'\n').enumerate() {
+        match Line::parse(line) {
+            Some(line) if step == 0 || line.step > step => {}
+            None if !line.ends_with(b"\n") => {
+                tracing::warn!("{}: the last line was torn and is removed", path.display());
+            }
+            parsed => {
+                if parsed.is_none() && !line.trim_ascii().is_empty() {
+                    let (path, at) = (path.display(), i + 1);
+                    tracing::error!(
+                        "{path}, line {at}: not a line of metrics; it stays there and is not drawn"
+                    );
+                }
+                kept.push(line);
+            }
+        }
+    }
+    // A last line without its end would run into the next one.
+    if kept.last().is_some_and(|line| !line.ends_with(b"\n")) {
+        kept.push(b"\n");
+    }
+    kept
+}
+
 /// The lines that can be read.
 pub fn read(path: &Path) -> Result<Vec<Line>> {
-    let failed = || format!("cannot read {}", path.display());
-    let file = BufReader::new(File::open(path).with_context(failed)?);
-    let mut lines = Vec::new();
-    for line in file.split(b'\n') {
-        lines.extend(serde_json::from_slice::<Line>(&line.with_context(failed)?));
-    }
-    Ok(lines)
+    let text = read_bytes(path)?;
+    Ok(text
+        .split(|b| *b == b'\n')
+        .filter_map(Line::parse)
+        .collect())
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }

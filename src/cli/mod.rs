@@ -19,6 +19,7 @@ mod plot;
 mod resume;
 mod run;
 mod score;
+mod signals;
 mod text;
 mod train;
 

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use segattn::device::Purpose;
-use segattn::train::checkpoint::load_latest;
+use segattn::train::checkpoint::{list, load_latest};
 use segattn::train::config::Config;
 use segattn::train::trainer::Trainer;
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
-use super::run::{Data, Run, checkpoints};
+use super::run::{Data, Run, checkpoints, claim};
 use super::text::Text;
 use super::train::dry_run;
 
@@ -27,12 +27,21 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    let (folder, checkpoint) = load_latest(&checkpoints(&args.output))?;
-    let mut config = Config::parse(&checkpoint.config.to_toml(), &args.overrides.0)?;
-    // The folder may have been moved since.
-    config.training.output = args.output.clone();
+    let (output, root) = (&args.output, checkpoints(&args.output));
+    ensure!(
+        !list(&root)?.is_empty(),
+        "there is no checkpoint in {}; start a run with `segattn train`",
+        root.display()
+    );
+    let _lock = claim(output)?;
+    let (folder, checkpoint) = load_latest(&root)?;
+    let mut config = Config::parse(&checkpoint.config.to_toml()?, &args.overrides.0)?;
+    // The folder may have been moved since; a name that is not UTF-8 cannot be noted.
+    if output.to_str().is_some() {
+        config.training.output = output.clone();
+    }
     let text = Text::open(&config, Some(&folder))?;
-    let data = Data::read(&config, &checkpoint.model, &text, &args.output)?;
+    let data = Data::read(&config, &checkpoint.model, &text, output)?;
     ensure!(
         data.corpus.fingerprint() == checkpoint.data,
         "the training data changed since {} was saved; resuming needs the same files",
@@ -43,6 +52,6 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
-        Run::new(trainer, data, checkpoint.extra, peak, quiet)?.go()
+        Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()
     })
 }

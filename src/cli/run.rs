@@ -2,31 +2,41 @@
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use segattn::model::config::ModelConfig;
 use segattn::model::flops::training_flops;
-use segattn::train::checkpoint::{Disk, save};
+use segattn::train::checkpoint::{Disk, create_folder, remove_leftovers, save};
 use segattn::train::config::Config;
 use segattn::train::data::{Corpus, Document, Reading, Sequences, split};
+use segattn::train::folder::{CHECKPOINTS, METRICS_FILE, PICTURE_FILE, RunLock};
 use segattn::train::trainer::{StepReport, Trainer};
 
 use super::device::Planned;
 use super::metrics::{Line, Metrics};
 use super::plot;
+use super::signals::{interrupted, note_interrupts};
 use super::text::Text;
 
-/// Set by Ctrl-C.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Weight of the newest step in the loss and speed that the progress bar shows.
 const NEWEST: f64 = 0.1;
 
 /// Where a run's checkpoints lie.
 pub fn checkpoints(output: &Path) -> PathBuf {
-    output.join("checkpoints")
+    output.join(CHECKPOINTS)
+}
+
+/// Makes this process the one that works in a run's folder, until the lock is dropped. What a run before has left
+/// half-written goes, and that a checkpoint can be written is tried now instead of after the first steps.
+pub fn claim(output: &Path) -> Result<RunLock> {
+    let lock = RunLock::take(output)?;
+    let root = checkpoints(output);
+    create_folder(&mut Disk, &root)?;
+    remove_leftovers(&mut Disk, &root)?;
+    tempfile::tempfile_in(&root).with_context(|| format!("cannot write in {}", root.display()))?;
+    Ok(lock)
 }
 
 /// The data of a run.
@@ -108,6 +118,8 @@ enum End {
 
 /// A run.
 pub struct Run<D: Planned> {
+    /// Its folder.
+    output: PathBuf,
     trainer: Trainer<D>,
     data: Data,
     extra: Vec<(String, Vec<u8>)>,
@@ -123,8 +135,10 @@ pub struct Run<D: Planned> {
 }
 
 impl<D: Planned> Run<D> {
-    /// A run that goes on where `trainer` is, on a device whose products have this measured speed.
+    /// A run in the folder `output` that goes on where `trainer` is, on a device whose products have this measured
+    /// speed.
     pub fn new(
+        output: &Path,
         trainer: Trainer<D>,
         data: Data,
         extra: Vec<(String, Vec<u8>)>,
@@ -132,12 +146,15 @@ impl<D: Planned> Run<D> {
         quiet: bool,
     ) -> Result<Self> {
         let training = &trainer.config().training;
-        let (output, step) = (&training.output, trainer.progress().step);
-        let metrics = Metrics::open(&output.join("metrics.jsonl"), step)?;
+        let step = trainer.progress().step;
+        let metrics = Metrics::open(&output.join(METRICS_FILE), step)?;
         let validation = data.validation(training.validation_sequences)?;
         let bar = progress_bar(training.steps, step, quiet);
         let flops = training_flops(&trainer.model().config, data.longest(training.sequence_len));
+        // Whatever a checkpoint could not hold is found before the work.
+        trainer.config().to_toml()?;
         Ok(Self {
+            output: output.to_owned(),
             trainer,
             data,
             extra,
@@ -153,19 +170,15 @@ impl<D: Planned> Run<D> {
 
     /// Trains to the end of the run, to Ctrl-C or to the time limit; saves, and draws the plot.
     pub fn go(mut self) -> Result<()> {
-        // A handler may be set once in a process.
-        let _ = ctrlc::set_handler(|| {
-            if INTERRUPTED.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-        });
+        let said = "stopping after this step; once more to stop at once";
+        note_interrupts((!self.quiet).then_some(said));
         self.introduce();
         let end = self.steps()?;
         self.bar.finish_and_clear();
         self.save()?;
         let config = self.trainer.config();
         if config.log.plot {
-            let picture = config.training.output.join("loss.svg");
+            let picture = self.output.join(PICTURE_FILE);
             plot::draw(self.metrics.path(), &picture)?;
         }
         self.conclude(end)
@@ -175,7 +188,8 @@ impl<D: Planned> Run<D> {
         let training = self.trainer.config().training.clone();
         let every = self.trainer.config().checkpoint.every;
         let limit = training.time_limit_minutes;
-        let limit = limit.map(|minutes| Duration::from_secs_f64(60.0 * minutes));
+        // A time that is too long for the type is no limit.
+        let limit = limit.and_then(|minutes| Duration::try_from_secs_f64(60.0 * minutes).ok());
         let started = Instant::now();
         if self.trainer.progress().step == 0 {
             self.validate()?;
@@ -192,7 +206,7 @@ impl<D: Planned> Run<D> {
             if report.stop {
                 return Ok(End::TooManySkipped);
             }
-            if INTERRUPTED.load(Ordering::SeqCst) {
+            if interrupted() {
                 return Ok(End::Interrupted);
             }
             if limit.is_some_and(|limit| started.elapsed() >= limit) {
@@ -263,7 +277,7 @@ impl<D: Planned> Run<D> {
         self.metrics.sync()?;
         let fingerprint = self.data.corpus.fingerprint();
         let checkpoint = self.trainer.checkpoint(fingerprint, &self.extra)?;
-        let root = checkpoints(&config.training.output);
+        let root = checkpoints(&self.output);
         let folder = save(&mut Disk, &root, &checkpoint, config.checkpoint.keep)?;
         self.saved = Some((step, folder));
         Ok(())
@@ -290,8 +304,7 @@ impl<D: Planned> Run<D> {
     }
 
     fn conclude(&self, end: End) -> Result<()> {
-        let output = &self.trainer.config().training.output;
-        let resume = format!("segattn resume {}", output.display());
+        let resume = format!("segattn resume {}", self.output.display());
         let step = self.trainer.progress().step;
         let saved = self.saved.as_ref().map(|s| s.1.display().to_string());
         let model = saved.unwrap_or_default();

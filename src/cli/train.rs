@@ -15,7 +15,7 @@ use segattn::train::trainer::Trainer;
 use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
-use super::run::{Data, Run, checkpoints};
+use super::run::{Data, Run, checkpoints, claim};
 use super::text::{Text, tokenizer_files};
 
 /// Every key of the configuration is a flag too, and the flag wins; in brackets, what holds without either.
@@ -36,6 +36,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         None => Config::parse("", &args.overrides.0)?,
     };
     let output = &config.training.output;
+    let _lock = claim(output)?;
     ensure!(
         list(&checkpoints(output))?.is_empty(),
         "{0} holds checkpoints already; go on with `segattn resume {0}`, or name another folder with \
@@ -49,8 +50,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &model, &config, &data))?;
-        let trainer = Trainer::new(device, model, config, &tensors, None)?;
-        Run::new(trainer, data, extra, peak, quiet)?.go()
+        let trainer = Trainer::new(device, model, config.clone(), &tensors, None)?;
+        Run::new(output, trainer, data, extra, peak, quiet)?.go()
     })
 }
 

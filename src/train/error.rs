@@ -75,6 +75,17 @@ pub enum TrainError {
         #[source]
         newest: Box<TrainError>,
     },
+    /// Another process works in this run's folder.
+    #[error("{} is in use by {holder}; wait until it ends, or name another folder", path.display())]
+    InUse {
+        /// The run's folder.
+        path: PathBuf,
+        /// Who holds its lock.
+        holder: String,
+    },
+    /// The work was interrupted before it was done, as the caller asked.
+    #[error("interrupted")]
+    Interrupted,
     /// A plot could not be drawn.
     #[error("cannot draw {}: {reason}", path.display())]
     Plot {

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod folder;
 pub mod guard;
 pub mod optimizer;
 pub mod progress;
