@@ -136,7 +136,7 @@ SEGATTN_FN void adamw_update(const SegattnAdamwParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
-// adamw_norm and adamw_update: a block a chunk, item_keys elements of one tensor; adamw_scale: one block, between them.
+// adamw_norm and adamw_update: a block a chunk, split_keys elements of one tensor; adamw_scale: one block, between them.
 #define ADAMW(entry, body, Config, shared_bytes)                                                                     \
   SEGATTN_INFO(entry, (SegattnKernelInfo{Config::kThreads, shared_bytes, Config::kBlocks, 0, 0, AdamwConfig::kChunk, \
                                          sizeof(SegattnAdamwParams)}))                                              \

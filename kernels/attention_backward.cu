@@ -229,7 +229,7 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, first_row = warp * C::kRowTiles * 16;
   const Item& item = shared.item;
   if (thread == 0) {
-    shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_items);
+    shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_splits);
     for (int step = item.first_step; step < item.first_step + 2; step++) shared.tiles[step & 3] = item.keys.template tile<C::kKeys>(step);
   }
   __syncthreads();

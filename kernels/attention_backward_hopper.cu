@@ -27,7 +27,7 @@ struct WarpgroupConfig {
 constexpr int kItems = 4;
 
 // The number of the block's next item.
-SEGATTN_FN uint32_t take_item(uint32_t* next_item, bool first) { return first ? blockIdx.x : gridDim.x + atomic_add(next_item, 1); }
+SEGATTN_FN uint32_t take_item(uint32_t* work_counter, bool first) { return first ? blockIdx.x : gridDim.x + atomic_add(work_counter, 1); }
 
 // ---------------------------------------------------------------------------------------------------- d_q
 
@@ -74,13 +74,13 @@ SEGATTN_FN void start_barriers(QueryGradShared<C>& shared) {
 // The block's next item that is there: tiles have fewer items than the longest.
 template <class C>
 SEGATTN_FN void find_work(const SegattnBackwardParams& p, QueryWork& work, bool first) {
-  const uint32_t items = (uint32_t)p.max_items * p.tiles * p.problem.q_heads * p.problem.batch;
+  const uint32_t items = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
   do {
-    const uint32_t index = take_item(p.next_item, first);
+    const uint32_t index = take_item(p.work_counter, first);
     first = false;
     work.done = index >= items;
     if (work.done) return;
-    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_items);
+    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_splits);
   } while (work.item.split >= work.item.splits);
 }
 
@@ -355,7 +355,7 @@ template <class C>
 SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& work, bool first) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
   const uint32_t items = (uint32_t)(prior_tiles + ceil_div((int)p.d_k.rows, C::kKeys)) * p.problem.kv_heads * p.problem.batch;
-  const uint32_t index = take_item(p.next_item + 1, first);
+  const uint32_t index = take_item(p.work_counter + 1, first);
   work.done = index >= items;
   if (work.done) return;
   const KeyItem item = key_item<C>(p, index);
@@ -588,7 +588,7 @@ constexpr SegattnKernelInfo key_grad_info() {
   return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0, (int)sizeof(SegattnBackwardParams)};
 }
 
-// query_grad, key_grad: the blocks that run at once take items: q_heads * batch * tiles * max_items, and key tiles as in
+// query_grad, key_grad: the blocks that run at once take items: q_heads * batch * tiles * max_splits, and key tiles as in
 // attention_backward.cu. query_grad_sum: as there.
 #define BACKWARD(name, T, kHeadDim)                                                                            \
   using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \

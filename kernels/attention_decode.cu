@@ -60,12 +60,12 @@ struct KeyRing {
 
 // Starts copying the tile's rows of queries; those that are none become zero.
 template <class C>
-SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const Item& item, int heads_per_tile, int thread) {
+SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const Item& item, int packed_heads, int thread) {
   constexpr int kRowChunks = C::kHeadDim / 8;
 #pragma unroll 1
   for (int i = thread; i < C::kRows * kRowChunks; i += C::kThreads) {
     const int row = i / kRowChunks, column = i % kRowChunks;
-    const QueryRow at = query_row<C::kRows>(item, row, heads_per_tile);
+    const QueryRow at = query_row<C::kRows>(item, row, packed_heads);
     const bool valid = at.position >= 0;
     const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, item.entry, valid ? at.head : item.head);
     cp_async_16(C::QueryTile::chunk(shared_address(&shared.q), row, column), rows.row(valid ? at.query : 0) + column * 8, valid ? 16 : 0);
@@ -196,28 +196,28 @@ SEGATTN_FN void store_state(const SegattnForwardParams& p, const Item& item, con
 // The block's item: first splits first, which are full.
 template <class C>
 SEGATTN_FN Item block_item(const SegattnForwardParams& p) {
-  const uint32_t heads = (uint32_t)p.problem.q_heads / p.heads_per_tile, batch = p.problem.batch, tiles = p.tiles;
+  const uint32_t heads = (uint32_t)p.problem.q_heads / p.packed_heads, batch = p.problem.batch, tiles = p.tiles;
   Item item;
   uint32_t index = blockIdx.x;
   item.tile = index % tiles, index /= tiles;
-  item.head = index % heads * p.heads_per_tile, index /= heads;
+  item.head = index % heads * p.packed_heads, index /= heads;
   item.entry = index % batch, item.split = index / batch;
-  describe<C::kRows, C::kKeys, C::kItemKeys>(item, p.problem, p.heads_per_tile);
+  describe<C::kRows, C::kKeys, C::kItemKeys>(item, p.problem, p.packed_heads);
   return item;
 }
 
 template <class C>
 SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   DecodeShared<C>& shared = *(DecodeShared<C>*)shared_memory();
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, heads_per_tile = p.heads_per_tile;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, packed_heads = p.packed_heads;
   let_next_begin();
   const Item item = block_item<C>(p);
   if (item.split >= item.splits) return;
   if (thread < C::kSteps) shared.tiles[thread] = item.keys.template tile<C::kKeys>(item.first_step + thread);
   shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
-  load_queries<C>(shared, p.problem.q, item, heads_per_tile, thread);
+  load_queries<C>(shared, p.problem.q, item, packed_heads, thread);
   // Rows of a tile are of several heads, whose gates differ.
-  const QueryRow rows[2] = {query_row<C::kRows>(item, lane / 4, heads_per_tile), query_row<C::kRows>(item, lane / 4 + 8, heads_per_tile)};
+  const QueryRow rows[2] = {query_row<C::kRows>(item, lane / 4, packed_heads), query_row<C::kRows>(item, lane / 4 + 8, packed_heads)};
   const int position[2] = {rows[0].position, rows[1].position};
   float gate_bias[2];
 #pragma unroll

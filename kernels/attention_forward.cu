@@ -135,14 +135,14 @@ SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared
 // Finds the block's next item that has work, the first without asking; false: none is left.
 template <class C>
 SEGATTN_FN bool next_item(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
-  const int tiles = opaque(p.tiles), max_items = opaque(p.max_items);
-  const uint32_t items = (uint32_t)max_items * tiles * opaque(p.problem.q_heads) * p.problem.batch;
+  const int tiles = opaque(p.tiles), max_splits = opaque(p.max_splits);
+  const uint32_t items = (uint32_t)max_splits * tiles * opaque(p.problem.q_heads) * p.problem.batch;
   Item& item = shared.item;
   do {
-    const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.next_item, 1);
+    const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.work_counter, 1);
     first = false;
     if (index >= items) return false;
-    item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, 1, max_items);
+    item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, 1, max_splits);
   } while (item.split >= item.splits);
   for (int step = item.first_step; step <= item.first_step + 1; step++) shared.tiles[step % 4] = item.keys.template tile<C::kKeys>(step);
   return true;
@@ -151,7 +151,7 @@ SEGATTN_FN bool next_item(const SegattnForwardParams& p, ForwardShared<C>& share
 template <class C>
 SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
-  if (threadIdx.x == 0) shared.fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+  if (threadIdx.x == 0) shared.fold = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (bool first = true;; first = false) {
     __syncthreads();  // the item before is done with shared memory
     if (threadIdx.x == 0) shared.done = !next_item<C>(p, shared, first);

@@ -71,14 +71,14 @@ SEGATTN_FN void start_barriers(ForwardShared<C>& shared) {
 // The block's next item that is there (tiles have fewer items than the longest), the first without asking.
 template <class C>
 SEGATTN_FN void find_work(const SegattnForwardParams& p, ForwardWork& work, const ForwardWork& before, bool first) {
-  const uint32_t items = (uint32_t)p.max_items * p.tiles * p.problem.q_heads * p.problem.batch;
+  const uint32_t items = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
   work.first_turn = first ? 0 : before.first_turn + before.steps();
   do {
-    const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.next_item, 1);
+    const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.work_counter, 1);
     first = false;
     work.none = index >= items;
     if (work.none) return;
-    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_items);
+    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_splits);
   } while (work.item.split >= work.item.splits);
 }
 
@@ -242,7 +242,7 @@ template <class C>
 SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, warp = thread >> 5, first_row = warp * 16;
   const float scale = scale_log2(p.problem.scale);
-  float* fold = p.fold + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+  float* fold = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (uint32_t n = 0;; n++) {
     mbarrier_wait(&shared.full[n & 1], phase(n / 2));
     if (shared.work[n & 1].none) return;

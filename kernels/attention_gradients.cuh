@@ -73,7 +73,7 @@ SEGATTN_FN KeyItem key_item(const SegattnBackwardParams& p, int index) {
 template <class C>
 SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   using T = typename C::T;
-  const int lane = threadIdx.x & 31, rows = p.max_items > 1 ? (int)p.problem.q.rows : 1;
+  const int lane = threadIdx.x & 31, rows = p.max_splits > 1 ? (int)p.problem.q.rows : 1;
   const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
   const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);

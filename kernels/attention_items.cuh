@@ -1,5 +1,5 @@
 // Work of a query-stationary kernel: a tile of query rows and a run of its key tiles, the *item*. Rows of a
-// tile are packed: row r of tile t is query (t * kRows + r) / heads_per_tile of head (...) % heads_per_tile.
+// tile are packed: row r of tile t is query (t * kRows + r) / packed_heads of head (...) % packed_heads.
 // The keys of a tile are split into items at multiples of kItemKeys, so that a long past is worked on by many
 // blocks; items with the most keys come first.
 #pragma once
@@ -20,28 +20,28 @@ struct QueryRow {
 };
 
 template <int kRows>
-SEGATTN_FN QueryRow query_row(const Item& item, int tile_row, int heads_per_tile) {
+SEGATTN_FN QueryRow query_row(const Item& item, int tile_row, int packed_heads) {
   const int index = item.tile * kRows + tile_row;
-  const int query = heads_per_tile == 1 ? index : index / heads_per_tile;
-  const int head = item.head + (heads_per_tile == 1 ? 0 : index % heads_per_tile);
+  const int query = packed_heads == 1 ? index : index / packed_heads;
+  const int head = item.head + (packed_heads == 1 ? 0 : index % packed_heads);
   return {query, head, query < item.query_rows ? item.keys.query_start + query : -1};
 }
 
 // Key tiles that some row of the tile sees.
 template <int kRows, int kKeys>
-SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int heads_per_tile, int query_rows) {
-  const int end_query = (tile * kRows + kRows - 1) / heads_per_tile + 1;
+SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int packed_heads, int query_rows) {
+  const int end_query = (tile * kRows + kRows - 1) / packed_heads + 1;
   const int last = min(end_query, query_rows) - 1;
-  if (last * heads_per_tile + heads_per_tile - 1 < tile * kRows) return 0;
+  if (last * packed_heads + packed_heads - 1 < tile * kRows) return 0;
   return keys.tiles_of<kKeys>(keys.query_start + last);
 }
 
 // The item of a head's tile that begins with the split-th run of its keys.
 template <int kRows, int kKeys, int kItemKeys>
-SEGATTN_FN void describe(Item& item, const SegattnProblem& p, int heads_per_tile) {
+SEGATTN_FN void describe(Item& item, const SegattnProblem& p, int packed_heads) {
   item.keys = KeyList::of(p, item.entry, item.head);
   item.query_rows = item.keys.query_rows((int)p.q.rows);
-  const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, heads_per_tile, item.query_rows);
+  const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, packed_heads, item.query_rows);
   constexpr int kItemSteps = kItemKeys / kKeys;
   item.splits = max(1, ceil_div(steps, kItemSteps));
   item.first_step = item.split * kItemSteps;
@@ -49,10 +49,10 @@ SEGATTN_FN void describe(Item& item, const SegattnProblem& p, int heads_per_tile
 }
 
 template <int kRows, int kKeys, int kItemKeys>
-SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads_per_tile, int max_items) {
-  const int head_tiles = opaque(p.q_heads) / heads_per_tile, per_split = tiles * head_tiles * p.batch;
+SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int packed_heads, int max_splits) {
+  const int head_tiles = opaque(p.q_heads) / packed_heads, per_split = tiles * head_tiles * p.batch;
   Item item;
-  item.split = max_items - 1 - index / per_split;
+  item.split = max_splits - 1 - index / per_split;
   index %= per_split;
   // Head by head, so that the keys of few heads are in use at a time; but the tiles of the fewest keys of all heads come
   // last, so that the blocks end together.
@@ -66,9 +66,9 @@ SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int heads
     head = index % heads;
     item.tile = last_tiles - 1 - index / heads;
   }
-  item.head = head % head_tiles * heads_per_tile;
+  item.head = head % head_tiles * packed_heads;
   item.entry = head / head_tiles;
-  describe<kRows, kKeys, kItemKeys>(item, p, heads_per_tile);
+  describe<kRows, kKeys, kItemKeys>(item, p, packed_heads);
   return item;
 }
 
@@ -97,7 +97,7 @@ struct SourceRows {
 // global memory is written 16 bytes at a time. Rows that are padding become zero.
 template <class T, class Tile, int kRowTiles>
 SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4], SharedAddress tile, unsigned char* shared,
-                                 const SegattnTensor& tensor, const Item& item, int heads_per_tile, int warp, int lane) {
+                                 const SegattnTensor& tensor, const Item& item, int packed_heads, int warp, int lane) {
   const int row0 = warp * kRowTiles * 16;
   const SharedAddress origin = shared_address(shared);
   __syncwarp();
@@ -115,7 +115,7 @@ SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4]
   constexpr int kRowChunks = Tile::kCols / 8;
   for (int i = lane; i < kRowTiles * 16 * kRowChunks; i += 32) {
     const int row = row0 + i / kRowChunks, column = i % kRowChunks;
-    const QueryRow q = query_row<Tile::kRows>(item, row, heads_per_tile);
+    const QueryRow q = query_row<Tile::kRows>(item, row, packed_heads);
     if (q.query >= tensor.rows) continue;
     const uint4 value = *(const uint4*)(shared + (Tile::chunk(tile, row, column) - origin));
     T* target = Rows<T>::of(tensor, item.entry, q.head).row(q.query) + column * 8;

@@ -33,10 +33,10 @@ struct Accumulator {
 };
 
 template <class C>
-SEGATTN_FN WarpRows warp_rows(const Item& item, int heads_per_tile, int warp) {
+SEGATTN_FN WarpRows warp_rows(const Item& item, int packed_heads, int warp) {
   const int first_row = warp * C::kRowTiles * 16;
-  const int first = query_row<C::kRows>(item, first_row, heads_per_tile).query;
-  const int last = min(query_row<C::kRows>(item, first_row + C::kRowTiles * 16 - 1, heads_per_tile).query, item.query_rows - 1);
+  const int first = query_row<C::kRows>(item, first_row, packed_heads).query;
+  const int last = min(query_row<C::kRows>(item, first_row + C::kRowTiles * 16 - 1, packed_heads).query, item.query_rows - 1);
   return {first_row, item.keys.query_start + first, first <= last ? item.keys.query_start + last : -1};
 }
 
@@ -90,9 +90,9 @@ SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const Item& item, const KeyT
 }
 
 template <class C>
-SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int heads_per_tile, int lane) {
+SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int packed_heads, int lane) {
   const int row = first_row + lane / 4;
-  const int first = query_row<C::kRows>(item, row, heads_per_tile).position, second = query_row<C::kRows>(item, row + 8, heads_per_tile).position;
+  const int first = query_row<C::kRows>(item, row, packed_heads).position, second = query_row<C::kRows>(item, row + 8, packed_heads).position;
   mask_keys(s, item, tile, 0, {first, second}, lane);
 }
 
@@ -147,7 +147,7 @@ SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_IN
 // acc.out becomes out; lse is written.
 template <class C>
 SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, int first_row, int lane) {
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  const int packed_heads = C::kPacked ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
@@ -159,7 +159,7 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const Item& item, Acc
         acc.out[m][n][half * 2] = finish_value(acc.out[m][n][half * 2], inverse);
         acc.out[m][n][half * 2 + 1] = finish_value(acc.out[m][n][half * 2 + 1], inverse);
       }
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
+      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (lane % 4 == 0 && q.query < p.problem.q.rows)
         p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
     }
@@ -168,20 +168,20 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const Item& item, Acc
 template <class C>
 SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc,
                             typename C::QueryTile& staging, int first_row, int warp, int lane) {
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  const int packed_heads = C::kPacked ? p.packed_heads : 1;
   finish_rows<C>(p, item, acc, first_row, lane);
   store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&staging), (unsigned char*)&staging, p.out,
-                                                              item, heads_per_tile, warp, lane);
+                                                              item, packed_heads, warp, lane);
 }
 
 template <class C>
 SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, const Accumulator<C>& acc, int first_row, int lane) {
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  const int packed_heads = C::kPacked ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, heads_per_tile);
+      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (q.position < 0) continue;
       const int64_t row = partial_row(p.problem, item.split, item.entry, q.head, q.query);
       float2* out = (float2*)(p.partial_out + row * C::kHeadDim);
@@ -221,11 +221,11 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const uint32_t rows = (uint32_t)p.problem.q.rows, heads = p.problem.q_heads, index = blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= p.problem.batch * heads * rows) return wait_for_previous();
   const int query = index % rows, head = index / rows % heads, entry = index / rows / heads;
-  const int heads_per_tile = C::kPacked ? p.heads_per_tile : 1;
+  const int packed_heads = C::kPacked ? p.packed_heads : 1;
   const KeyList keys = KeyList::of(p.problem, entry, head);
   const int query_rows = keys.query_rows((int)rows);
-  const int tile = (query * heads_per_tile + head % heads_per_tile) / C::kRows;
-  const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, heads_per_tile, query_rows);
+  const int tile = (query * packed_heads + head % packed_heads) / C::kRows;
+  const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, packed_heads, query_rows);
   const int splits = ceil_div(steps, C::kItemKeys / C::kKeys);
   wait_for_previous();      // what is read so far was there before
   if (splits <= 1) return;  // already final

@@ -21,9 +21,9 @@
       offsetof(SegattnProblem, q_heads), offsetof(SegattnProblem, kv_heads), offsetof(SegattnProblem, scale),         \
       sizeof(SegattnForwardParams), offsetof(SegattnForwardParams, problem), offsetof(SegattnForwardParams, out),     \
       offsetof(SegattnForwardParams, lse), offsetof(SegattnForwardParams, partial_out),                               \
-      offsetof(SegattnForwardParams, partial_state), offsetof(SegattnForwardParams, fold),                            \
-      offsetof(SegattnForwardParams, next_item), offsetof(SegattnForwardParams, heads_per_tile),                      \
-      offsetof(SegattnForwardParams, tiles), offsetof(SegattnForwardParams, max_items),                               \
+      offsetof(SegattnForwardParams, partial_state), offsetof(SegattnForwardParams, chunk_totals),                            \
+      offsetof(SegattnForwardParams, work_counter), offsetof(SegattnForwardParams, packed_heads),                      \
+      offsetof(SegattnForwardParams, tiles), offsetof(SegattnForwardParams, max_splits),                               \
       sizeof(SegattnBackwardParams), offsetof(SegattnBackwardParams, problem), offsetof(SegattnBackwardParams, out),  \
       offsetof(SegattnBackwardParams, d_out), offsetof(SegattnBackwardParams, lse),                                   \
       offsetof(SegattnBackwardParams, d_lse), offsetof(SegattnBackwardParams, d_q),                                   \
@@ -31,12 +31,12 @@
       offsetof(SegattnBackwardParams, d_prior_k), offsetof(SegattnBackwardParams, d_prior_v),                         \
       offsetof(SegattnBackwardParams, d_past_gate), offsetof(SegattnBackwardParams, row_lse),                         \
       offsetof(SegattnBackwardParams, row_delta), offsetof(SegattnBackwardParams, partial_d_q),                       \
-      offsetof(SegattnBackwardParams, partial_gate), offsetof(SegattnBackwardParams, next_item),                      \
+      offsetof(SegattnBackwardParams, partial_gate), offsetof(SegattnBackwardParams, work_counter),                      \
       offsetof(SegattnBackwardParams, row_pitch), offsetof(SegattnBackwardParams, tiles),                             \
-      offsetof(SegattnBackwardParams, max_items),                                                                     \
+      offsetof(SegattnBackwardParams, max_splits),                                                                     \
       sizeof(SegattnKernelInfo), offsetof(SegattnKernelInfo, threads), offsetof(SegattnKernelInfo, shared_bytes),     \
       offsetof(SegattnKernelInfo, blocks_per_multiprocessor), offsetof(SegattnKernelInfo, tile_rows),                 \
-      offsetof(SegattnKernelInfo, key_rows), offsetof(SegattnKernelInfo, item_keys),                                  \
+      offsetof(SegattnKernelInfo, key_rows), offsetof(SegattnKernelInfo, split_keys),                                  \
       offsetof(SegattnKernelInfo, params_bytes)};
 
 #endif

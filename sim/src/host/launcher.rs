@@ -92,7 +92,7 @@ impl segattn::cuda::kernels::Kernels for Kernels {
             blocks,
             tile_rows,
             key_rows,
-            item_keys,
+            split_keys,
             params_bytes,
         ] = info;
         Ok(SegattnKernelInfo {
@@ -101,7 +101,7 @@ impl segattn::cuda::kernels::Kernels for Kernels {
             blocks_per_multiprocessor: blocks,
             tile_rows,
             key_rows,
-            item_keys,
+            split_keys,
             params_bytes,
         })
     }

@@ -163,7 +163,7 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
     ],
     [
         "attention_items.cuh",
-        "/ heads_per_tile + 1;",
+        "/ packed_heads + 1;",
         "one query less counts only where a tile's last query opens a key tile",
     ],
     [
@@ -270,7 +270,7 @@ const DECODE: [Rule; 42] = [
     replace("== kPast ? 1.f : 0.f", "== kPrior ? 1.f : 0.f"),
     replace("== kPast ? 1.f : 0.f", ">= kPast ? 1.f : 0.f"),
     replace("mul_rn(gate_bias[1], past)", "mul_rn(gate_bias[0], past)"),
-    replace("lane / 4 + 8, heads_per_tile", "lane / 4, heads_per_tile"),
+    replace("lane / 4 + 8, packed_heads", "lane / 4, packed_heads"),
     replace("? log2_approx(gate)", "? gate"),
     replace("warp * C::kOutTiles * 8 + lane % 4 * 2", "lane % 4 * 2"),
     replace("warp == 0 ? factor[0]", "warp == 1 ? factor[0]"),
@@ -289,7 +289,7 @@ const DECODE: [Rule; 42] = [
     replace("at.position >= 0", "at.position >= -1"),
     replace("scale < 0.f ? 0x80008000u", "scale < 0.f ? 0x8000u"),
     replace("ring.place(2 * step + 1)", "ring.place(2 * step)"),
-    replace("index % heads * p.heads_per_tile", "index % heads"),
+    replace("index % heads * p.packed_heads", "index % heads"),
 ];
 
 const ROWS: [Rule; 22] = [
@@ -326,7 +326,7 @@ const ROWS: [Rule; 22] = [
         "weights[n / 2][n % 2 * 2 + half]",
         "weights[n / 2][half * 2 + n % 2]",
     ),
-    replace("row + 8, heads_per_tile", "row, heads_per_tile"),
+    replace("row + 8, packed_heads", "row, packed_heads"),
 ];
 
 const BACKWARD: [Rule; 46] = [
@@ -412,7 +412,7 @@ const BACKWARD: [Rule; 46] = [
 ];
 
 const GRADIENTS: [Rule; 15] = [
-    replace("splits > 1", "splits > 2"),
+    replace("(splits > 1)", "(splits > 2)"),
     replace("sum.x * scale", "sum.x"),
     replace("sum / gate", "sum"),
     replace("tile < p.tiles; tile++", "tile < p.tiles - 1; tile++"),
@@ -433,7 +433,7 @@ const GRADIENTS: [Rule; 15] = [
         "query + kQueries < item.query_rows",
         "query + kQueries <= item.query_rows",
     ),
-    replace("p.max_items > 1 ? (int)p.problem.q.rows : 1", "1"),
+    replace("p.max_splits > 1 ? (int)p.problem.q.rows : 1", "1"),
     replace("split * pitch + i", "i"),
     replace("sum.w * scale", "sum.z * scale"),
 ];
@@ -457,7 +457,7 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     ),
     replace("index >= items", "index > items"),
     replace("kItems = 4", "kItems = 2"),
-    replace("p.next_item + 1", "p.next_item"),
+    replace("p.work_counter + 1", "p.work_counter"),
     replace(
         "work.item.split >= work.item.splits",
         "work.item.split > work.item.splits",
@@ -543,13 +543,13 @@ const WARPGROUPS: [Rule; 15] = [
 const ITEMS: [Rule; 11] = [
     drop_statement("__syncwarp()"),
     replace("query < item.query_rows ?", "query <= item.query_rows ?"),
-    replace("index % heads_per_tile)", "index / heads_per_tile)"),
+    replace("index % packed_heads)", "index / packed_heads)"),
     replace(
         "item.first_step + kItemSteps)",
         "item.first_step + kItemSteps - 1)",
     ),
     replace("item.split * kItemSteps;", "item.split * kItemSteps + 1;"),
-    replace("/ heads_per_tile + 1;", "/ heads_per_tile;"),
+    replace("/ packed_heads + 1;", "/ packed_heads;"),
     replace(
         "(int64_t)split * p.batch + entry",
         "(int64_t)split * p.batch",

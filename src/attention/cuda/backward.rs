@@ -3,7 +3,7 @@
 use super::error::Error;
 use super::forward::{info, launch};
 use super::instances::Instance;
-use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_items};
+use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_splits};
 use super::problem::{DeviceSlice, Lengths, Problem, Tensor, units};
 use crate::attention::problem::Saved as HostSaved;
 use crate::attention::{Error as ArgumentError, Grads};
@@ -16,7 +16,7 @@ const ROW_PITCH: usize = 128;
 const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
 /// Counters of kernels whose blocks take items.
-const NEXT_ITEMS: usize = 2;
+const WORK_COUNTERS: usize = 2;
 
 /// What a backward pass reads besides the problem.
 #[derive(Debug, Clone, Copy)]
@@ -61,10 +61,10 @@ pub struct BackwardPlan {
     row_delta: Place,
     partial_d_q: Place,
     partial_gate: Place,
-    next_item: Place,
+    work_counter: Place,
     row_pitch: u32,
     tiles: u32,
-    max_items: u32,
+    max_splits: u32,
     /// In order; those of no blocks are left out.
     launches: [Launch; 4],
 }
@@ -104,20 +104,20 @@ impl BackwardPlan {
         let (batch, heads, rows) = (problem.batch, problem.q_heads, params.rows());
         let row_pitch = rows.next_multiple_of(ROW_PITCH);
         let tiles = rows.div_ceil(query.tile_rows as usize);
-        let max_items = most_items(problem, &query);
+        let max_splits = most_splits(problem, &query);
         let items = count(
             "tiles * items * heads * batch",
-            &[tiles, max_items, heads, batch],
+            &[tiles, max_splits, heads, batch],
         )?;
         let prepare = info::<SegattnBackwardParams>(kernels, instance.prepare)?;
         let prepare_blocks = row_pitch.div_ceil(prepare.tile_rows as usize);
         let prepare_blocks = count("blocks of a grid", &[batch, heads, prepare_blocks])?;
         // Where nothing is summed but the gate's parts, one row a head is enough.
-        let sum_rows = if max_items > 1 { rows } else { rows.min(1) };
+        let sum_rows = if max_splits > 1 { rows } else { rows.min(1) };
         let key_rows = |tensor: &TensorParams| tensor.rows().div_ceil(key.tile_rows as usize);
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
         let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads, batch])?;
-        let split = usize::from(max_items > 1) * max_items;
+        let split = usize::from(max_splits > 1) * max_splits;
         // Blocks that take items are no more than run at once.
         let grid = |entry, items: u32, info: &_| match hopper {
             Some(_) if items > 0 => {
@@ -145,16 +145,16 @@ impl BackwardPlan {
             partial_gate: workspace.reserve(
                 "partial_gate",
                 4,
-                &[max_items, batch, heads, tiles],
+                &[max_splits, batch, heads, tiles],
             )?,
-            next_item: match hopper {
-                Some(_) => workspace.reserve("next_item", 4, &[NEXT_ITEMS])?,
+            work_counter: match hopper {
+                Some(_) => workspace.reserve("work_counter", 4, &[WORK_COUNTERS])?,
                 None => Place::NULL,
             },
             workspace,
             row_pitch: count("row_pitch", &[row_pitch])?,
             tiles: count("tiles", &[tiles])?,
-            max_items: count("items", &[max_items])?,
+            max_splits: count("items", &[max_splits])?,
             launches: [
                 launch(instance.prepare, prepare_blocks, &prepare),
                 launch(query_grad, query_blocks, &query),
@@ -209,8 +209,8 @@ impl BackwardPlan {
                 // No row's kernel runs, and it is the rows' kernels that write this.
                 launcher.zero(self.d_past_gate.data, 4 * self.d_past_gate.len)?;
             }
-            if self.next_item != Place::NULL {
-                launcher.zero(params.next_item as u64, 4 * NEXT_ITEMS)?;
+            if self.work_counter != Place::NULL {
+                launcher.zero(params.work_counter as u64, 4 * WORK_COUNTERS)?;
             }
             for launch in self.launches.iter().filter(|launch| launch.blocks > 0) {
                 launcher.launch(launch, &params)?;
@@ -238,10 +238,10 @@ impl BackwardPlan {
             row_delta: self.row_delta.at(workspace),
             partial_d_q: self.partial_d_q.at(workspace),
             partial_gate: self.partial_gate.at(workspace),
-            next_item: self.next_item.at(workspace),
+            work_counter: self.work_counter.at(workspace),
             row_pitch: self.row_pitch as i32,
             tiles: self.tiles as i32,
-            max_items: self.max_items as i32,
+            max_splits: self.max_splits as i32,
         }
     }
 }

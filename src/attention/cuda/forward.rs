@@ -2,7 +2,7 @@
 
 use super::error::Error;
 use super::instances::Instance;
-use super::params::{Bases, Place, ProblemParams, TensorParams, Workspace, count, most_items};
+use super::params::{Bases, Place, ProblemParams, TensorParams, Workspace, count, most_splits};
 use super::problem::{DeviceSlice, Problem, Tensor, units};
 use crate::cuda::kernels::params::{SegattnForwardParams, SegattnKernelInfo};
 use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
@@ -24,14 +24,14 @@ pub struct ForwardPlan {
     lse: u64,
     workspace: Workspace,
     /// The parts of the workspace.
-    next_item: Place,
-    fold: Place,
+    work_counter: Place,
+    chunk_totals: Place,
     partial_out: Place,
     partial_state: Place,
     phase: Phase,
-    heads_per_tile: u32,
+    packed_heads: u32,
     tiles: u32,
-    max_items: u32,
+    max_splits: u32,
     attention: Launch,
     /// Blocks of 0: nothing is split.
     combine: Launch,
@@ -80,14 +80,14 @@ impl ForwardPlan {
         };
         let (tile_rows, head_dim) = (info.tile_rows as usize, problem.head_dim);
         let tiles = rows.saturating_mul(packed).div_ceil(tile_rows);
-        let max_items = most_items(problem, &info);
+        let max_splits = most_splits(problem, &info);
         let head_tiles = problem.q_heads / packed;
         let items = count(
             "tiles * items * heads * batch",
-            &[tiles, max_items, head_tiles, problem.batch],
+            &[tiles, max_splits, head_tiles, problem.batch],
         )?;
         // Prefill's blocks take one item after the other and keep totals of chunks meanwhile; in decoding an item is a block.
-        let (blocks, folds) = match (items, phase) {
+        let (blocks, totals) = match (items, phase) {
             (0, _) => (0, 0),
             (items, Phase::Decode) => (items, 0),
             (items, Phase::Prefill) => {
@@ -96,9 +96,9 @@ impl ForwardPlan {
             }
         };
         let query_rows = [problem.batch, problem.q_heads, rows];
-        let is_split = max_items > 1 && items > 0;
+        let is_split = max_splits > 1 && items > 0;
         let partial_rows = [
-            usize::from(is_split) * max_items,
+            usize::from(is_split) * max_splits,
             query_rows[0],
             query_rows[1],
             rows,
@@ -110,8 +110,8 @@ impl ForwardPlan {
             problem: params,
             out,
             lse: lse.data,
-            next_item: workspace.reserve("next_item", 4, &[1])?,
-            fold: workspace.reserve("fold", 4, &[folds, tile_rows, head_dim])?,
+            work_counter: workspace.reserve("work_counter", 4, &[1])?,
+            chunk_totals: workspace.reserve("chunk_totals", 4, &[totals, tile_rows, head_dim])?,
             partial_out: workspace.reserve(
                 "partial_out",
                 4,
@@ -120,9 +120,9 @@ impl ForwardPlan {
             partial_state: workspace.reserve("partial_state", 8, &partial_rows)?,
             workspace,
             phase,
-            heads_per_tile: packed as u32,
+            packed_heads: packed as u32,
             tiles: count("tiles", &[tiles])?,
-            max_items: count("items", &[max_items])?,
+            max_splits: count("items", &[max_splits])?,
             attention: launch(entry, blocks, &info),
             combine: Launch {
                 blocks: if is_split { combined.blocks } else { 0 },
@@ -143,8 +143,8 @@ impl ForwardPlan {
     }
 
     /// Query heads of a group that share a tile.
-    pub fn heads_per_tile(&self) -> usize {
-        self.heads_per_tile as usize
+    pub fn packed_heads(&self) -> usize {
+        self.packed_heads as usize
     }
 
     /// Puts the call on the launcher's stream: the host's values, then the kernels.
@@ -214,7 +214,7 @@ impl ForwardPlan {
         // SAFETY: the caller's promise, and the params are those of these entries.
         unsafe {
             if self.phase == Phase::Prefill {
-                launcher.zero(params.next_item as u64, 4)?;
+                launcher.zero(params.work_counter as u64, 4)?;
             }
             launcher.launch(&self.attention, &params)?;
             if self.combine.blocks > 0 {
@@ -231,11 +231,11 @@ impl ForwardPlan {
             lse: Place::Device(self.lse).at(bases),
             partial_out: self.partial_out.at(bases),
             partial_state: self.partial_state.at(bases),
-            fold: self.fold.at(bases),
-            next_item: self.next_item.at(bases),
-            heads_per_tile: self.heads_per_tile as i32,
+            chunk_totals: self.chunk_totals.at(bases),
+            work_counter: self.work_counter.at(bases),
+            packed_heads: self.packed_heads as i32,
             tiles: self.tiles as i32,
-            max_items: self.max_items as i32,
+            max_splits: self.max_splits as i32,
         }
     }
 }

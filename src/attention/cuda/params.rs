@@ -328,10 +328,10 @@ fn lengths(lengths: &Lengths<'_>, workspace: &mut Workspace) -> [Place; 4] {
 }
 
 /// Most items that a query tile's keys are split into by a kernel.
-pub(super) fn most_items(problem: &Problem<'_>, info: &SegattnKernelInfo) -> usize {
+pub(super) fn most_splits(problem: &Problem<'_>, info: &SegattnKernelInfo) -> usize {
     match (
         usize::try_from(info.key_rows),
-        usize::try_from(info.item_keys),
+        usize::try_from(info.split_keys),
     ) {
         (Ok(rows @ 1..), Ok(keys)) if keys >= rows => {
             most_key_tiles(problem, rows).div_ceil(keys / rows).max(1)

@@ -13,7 +13,7 @@ struct Table;
 impl Kernels for Table {
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, kernels::Error> {
         let forward = size_of::<SegattnForwardParams>() as i32;
-        let [tile_rows, key_rows, item_keys, params_bytes] = match entry.name {
+        let [tile_rows, key_rows, split_keys, params_bytes] = match entry.name {
             name if name.starts_with("attention_prefill") => [128, 64, 8192, forward],
             name if name.starts_with("attention_decode") => [16, 64, 1024, forward],
             name if name.starts_with("combine") => [4, 0, 0, forward],
@@ -28,7 +28,7 @@ impl Kernels for Table {
             blocks_per_multiprocessor: 2,
             tile_rows,
             key_rows,
-            item_keys,
+            split_keys,
             params_bytes,
         })
     }
@@ -179,7 +179,7 @@ fn host_values_travel_and_are_pointed_at() {
     assert_eq!(launch.entry.name, "attention_prefill_bf16_d64");
     let params = forward_params(bytes);
     assert_eq!(
-        (params.tiles, params.max_items, params.heads_per_tile),
+        (params.tiles, params.max_splits, params.packed_heads),
         (2, 1, 1)
     );
     let [(at, uploaded)] = &recorder.uploads[..] else {
@@ -201,7 +201,7 @@ fn host_values_travel_and_are_pointed_at() {
     );
     assert!(params.problem.query_start.is_null());
     assert_eq!(params.problem.scale, 0.125);
-    assert_eq!(recorder.zeroed, [(params.next_item as u64, 4)]);
+    assert_eq!(recorder.zeroed, [(params.work_counter as u64, 4)]);
     assert_eq!(params.problem.past_v.data as u64, Q + 96);
     assert_eq!(
         (params.problem.past_k.rows, params.problem.past_k.row_stride),
@@ -216,7 +216,7 @@ fn keys_are_split_by_the_longest_entry_and_then_combined() {
     let long = plan(&problem, None).expect("a plan");
     let recorder = run(&long);
     // 1094 + 2 tiles (of entry 1) of 64 keys, 128 to an item.
-    assert_eq!(forward_params(&recorder.launches[0].1).max_items, 9);
+    assert_eq!(forward_params(&recorder.launches[0].1).max_splits, 9);
     let combine = &recorder.launches[1].0;
     assert_eq!(
         (combine.entry.name, combine.blocks),
@@ -241,7 +241,7 @@ fn lengths_on_the_device_are_planned_for_at_their_largest() {
     };
     let recorder = run(&plan(&problem, None).expect("a plan"));
     let params = forward_params(&recorder.launches[0].1);
-    assert_eq!(params.max_items, 9);
+    assert_eq!(params.max_splits, 9);
     assert_eq!(params.problem.past_len as u64, 768);
     let strides = (
         params.problem.past_len_batch_stride,
@@ -270,7 +270,7 @@ fn a_plan_serves_segments_that_grow() {
     assert!(recorder.uploads.is_empty());
     let params = forward_params(&recorder.launches[0].1);
     // 1094 tiles of past, one of prior and four of the segment, or 1, in chunks of 16 tiles.
-    assert_eq!(params.max_items, 69);
+    assert_eq!(params.max_splits, 69);
     let of = &params.problem;
     assert_eq!([of.segment_len as u64, of.query_start as u64], [256, 512]);
     let value = |at: u64, len: usize| -> Vec<i32> {
@@ -279,7 +279,7 @@ fn a_plan_serves_segments_that_grow() {
     };
     assert_eq!(value(of.prior_len as u64, 2), [40, 0]);
     assert_eq!(value(of.past_len as u64, 4), [70, 0, 3, 4]);
-    assert!(params.next_item as u64 >= WORKSPACE);
+    assert!(params.work_counter as u64 >= WORKSPACE);
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn heads_share_a_tile_only_where_they_read_the_same() {
     ] {
         problem.prior_heads = prior_heads;
         let plan = plan(&problem, None).expect("a plan");
-        let got = (plan.phase(), plan.heads_per_tile());
+        let got = (plan.phase(), plan.packed_heads());
         assert_eq!(got, (Phase::Decode, heads));
     }
     problem.prior_heads = &[true; 8];
@@ -309,7 +309,7 @@ fn heads_share_a_tile_only_where_they_read_the_same() {
         reads_past: &[true, true, true, true, false, false, false, false],
     };
     let plan = plan(&problem, None).expect("a plan");
-    assert_eq!(plan.heads_per_tile(), 4);
+    assert_eq!(plan.packed_heads(), 4);
     let params = forward_params(&run(&plan).launches[0].1);
     assert_eq!(params.problem.past_gate as u64, 1024);
     assert_eq!(params.problem.past_len_batch_stride, 2);
@@ -443,7 +443,7 @@ fn backward_prepares_then_takes_queries_then_keys() {
         assert_eq!(params.d_prior_k.data.is_null(), read_only_prior);
         assert!(params.d_lse.is_null() && !params.d_k.data.is_null());
         assert_eq!(
-            (params.row_pitch, params.tiles, params.max_items),
+            (params.row_pitch, params.tiles, params.max_splits),
             (256, 2, 1)
         );
     }
@@ -469,7 +469,7 @@ fn on_hopper_backward_takes_items_with_the_blocks_that_run_at_once() {
         let bytes = recorder.launches[1].1.as_ptr();
         bytes.cast::<SegattnBackwardParams>().read_unaligned()
     };
-    assert_eq!(recorder.zeroed, [(params.next_item as u64, 8)]);
+    assert_eq!(recorder.zeroed, [(params.work_counter as u64, 8)]);
     assert_ne!(recorder.zeroed[0].0, 0);
 }
 

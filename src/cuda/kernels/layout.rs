@@ -28,14 +28,14 @@ const HOST: &[Item] = layout! {
         prior_heads, past_len_batch_stride, past_len_head_stride, batch, q_heads, kv_heads, scale,
     }
     SegattnForwardParams {
-        problem, out, lse, partial_out, partial_state, fold, next_item, heads_per_tile, tiles, max_items,
+        problem, out, lse, partial_out, partial_state, chunk_totals, work_counter, packed_heads, tiles, max_splits,
     }
     SegattnBackwardParams {
         problem, out, d_out, lse, d_lse, d_q, d_k, d_v, d_prior_k, d_prior_v, d_past_gate, row_lse, row_delta,
-        partial_d_q, partial_gate, next_item, row_pitch, tiles, max_items,
+        partial_d_q, partial_gate, work_counter, row_pitch, tiles, max_splits,
     }
     SegattnKernelInfo {
-        threads, shared_bytes, blocks_per_multiprocessor, tile_rows, key_rows, item_keys, params_bytes,
+        threads, shared_bytes, blocks_per_multiprocessor, tile_rows, key_rows, split_keys, params_bytes,
     }
 };
 

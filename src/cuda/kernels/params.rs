@@ -99,11 +99,11 @@ pub struct SegattnForwardParams {
     pub lse: *mut f32,
     pub partial_out: *mut f32,
     pub partial_state: *mut f32,
-    pub fold: *mut f32,
-    pub next_item: *mut u32,
-    pub heads_per_tile: i32,
+    pub chunk_totals: *mut f32,
+    pub work_counter: *mut u32,
+    pub packed_heads: i32,
     pub tiles: i32,
-    pub max_items: i32,
+    pub max_splits: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -119,16 +119,16 @@ const _: () = {
         [::core::mem::offset_of!(SegattnForwardParams, partial_out) - 464usize];
     ["Offset of field: SegattnForwardParams::partial_state"]
         [::core::mem::offset_of!(SegattnForwardParams, partial_state) - 472usize];
-    ["Offset of field: SegattnForwardParams::fold"]
-        [::core::mem::offset_of!(SegattnForwardParams, fold) - 480usize];
-    ["Offset of field: SegattnForwardParams::next_item"]
-        [::core::mem::offset_of!(SegattnForwardParams, next_item) - 488usize];
-    ["Offset of field: SegattnForwardParams::heads_per_tile"]
-        [::core::mem::offset_of!(SegattnForwardParams, heads_per_tile) - 496usize];
+    ["Offset of field: SegattnForwardParams::chunk_totals"]
+        [::core::mem::offset_of!(SegattnForwardParams, chunk_totals) - 480usize];
+    ["Offset of field: SegattnForwardParams::work_counter"]
+        [::core::mem::offset_of!(SegattnForwardParams, work_counter) - 488usize];
+    ["Offset of field: SegattnForwardParams::packed_heads"]
+        [::core::mem::offset_of!(SegattnForwardParams, packed_heads) - 496usize];
     ["Offset of field: SegattnForwardParams::tiles"]
         [::core::mem::offset_of!(SegattnForwardParams, tiles) - 500usize];
-    ["Offset of field: SegattnForwardParams::max_items"]
-        [::core::mem::offset_of!(SegattnForwardParams, max_items) - 504usize];
+    ["Offset of field: SegattnForwardParams::max_splits"]
+        [::core::mem::offset_of!(SegattnForwardParams, max_splits) - 504usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -148,10 +148,10 @@ pub struct SegattnBackwardParams {
     pub row_delta: *mut f32,
     pub partial_d_q: *mut f32,
     pub partial_gate: *mut f32,
-    pub next_item: *mut u32,
+    pub work_counter: *mut u32,
     pub row_pitch: i32,
     pub tiles: i32,
-    pub max_items: i32,
+    pub max_splits: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -188,14 +188,14 @@ const _: () = {
         [::core::mem::offset_of!(SegattnBackwardParams, partial_d_q) - 784usize];
     ["Offset of field: SegattnBackwardParams::partial_gate"]
         [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 792usize];
-    ["Offset of field: SegattnBackwardParams::next_item"]
-        [::core::mem::offset_of!(SegattnBackwardParams, next_item) - 800usize];
+    ["Offset of field: SegattnBackwardParams::work_counter"]
+        [::core::mem::offset_of!(SegattnBackwardParams, work_counter) - 800usize];
     ["Offset of field: SegattnBackwardParams::row_pitch"]
         [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 808usize];
     ["Offset of field: SegattnBackwardParams::tiles"]
         [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 812usize];
-    ["Offset of field: SegattnBackwardParams::max_items"]
-        [::core::mem::offset_of!(SegattnBackwardParams, max_items) - 816usize];
+    ["Offset of field: SegattnBackwardParams::max_splits"]
+        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 816usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -205,7 +205,7 @@ pub struct SegattnKernelInfo {
     pub blocks_per_multiprocessor: i32,
     pub tile_rows: i32,
     pub key_rows: i32,
-    pub item_keys: i32,
+    pub split_keys: i32,
     pub params_bytes: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -222,8 +222,8 @@ const _: () = {
         [::core::mem::offset_of!(SegattnKernelInfo, tile_rows) - 12usize];
     ["Offset of field: SegattnKernelInfo::key_rows"]
         [::core::mem::offset_of!(SegattnKernelInfo, key_rows) - 16usize];
-    ["Offset of field: SegattnKernelInfo::item_keys"]
-        [::core::mem::offset_of!(SegattnKernelInfo, item_keys) - 20usize];
+    ["Offset of field: SegattnKernelInfo::split_keys"]
+        [::core::mem::offset_of!(SegattnKernelInfo, split_keys) - 20usize];
     ["Offset of field: SegattnKernelInfo::params_bytes"]
         [::core::mem::offset_of!(SegattnKernelInfo, params_bytes) - 24usize];
 };

@@ -21,7 +21,7 @@ pub(super) fn adamw<D: Driver>(
     // 1 - beta^t without cancellation at small t.
     let bias = |beta: f64| -(update.step as f64 * beta.ln()).exp_m1();
     let [b1, b2] = update.betas;
-    let chunk_len = gpu.driver().kernels().info(NORM)?.item_keys as usize;
+    let chunk_len = gpu.driver().kernels().info(NORM)?.split_keys as usize;
     let (table, chunks) = table(tensors, update, bias(b1), chunk_len);
     let held = [
         gpu.upload(as_bytes(&table))?,
