@@ -5,7 +5,7 @@
 //   d_kv:     key-stationary, over prior and current keys: d_k = scale ds^T q, d_v = p^T d_out, summed over the query
 //             heads of the group
 // All gradients are set (=), padding rows to 0. Past keys get none. No atomics on floats; the d_q of a tile
-// with several items is the sum of their parts, in order (docs/kernels.md).
+// with several work tiles is the sum of their parts, in order (docs/kernels.md).
 #include "attention_gradients.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
@@ -81,7 +81,7 @@ struct QueryGradConfig {
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kBlocks = kHeadDim == 256 ? 3 : 2;
-  static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
+  static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
@@ -94,7 +94,7 @@ struct QueryGradShared {
   typename C::KeyTile k[C::kStages], v[C::kStages];
   alignas(16) float lse[C::kRows], delta[C::kRows];
   SourceRows<typename C::T> sources;
-  Item item;
+  WorkTile work;
   KeyTile tiles[4];  // number t at t % 4: the one worked on and the next two
   int first_query[C::kWarps], last_query[C::kWarps];
   float gate_sums[C::kThreads];  // each thread's sum of ds over past keys; then the warps'
@@ -102,7 +102,7 @@ struct QueryGradShared {
 
 template <class C>
 SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, int step, int thread) {
-  if (step < shared.item.end_step) {
+  if (step < shared.work.end_step) {
     const KeyTile& tile = shared.tiles[step & 3];
     const int stage = Ring<C::kStages>::stage(step), source = tile.source;
     const uint32_t copier = opaque(thread);
@@ -116,13 +116,13 @@ SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, int step, int thread)
 template <class C>
 SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int thread) {
   using T = typename C::T;
-  const Item& item = shared.item;
-  const int first = item.tile * C::kRows;
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, item.entry, item.head), first,
-                                                      item.query_rows, thread);
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, item.entry, item.head), first,
-                                                      item.query_rows, thread);
-  const int64_t prepared = prepared_row(p, item.entry, item.head, first);
+  const WorkTile& work = shared.work;
+  const int first = work.query_tile * C::kRows;
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head), first,
+                                                      work.query_rows, thread);
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.entry, work.head), first,
+                                                      work.query_rows, thread);
+  const int64_t prepared = prepared_row(p, work.entry, work.head, first);
   constexpr int kChunks = C::kRows / 4;
   if (thread < kChunks) {
     cp_async_16(shared_address(&shared.lse[thread * 4]), p.row_lse + prepared + thread * 4, 16);
@@ -132,14 +132,14 @@ SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<
 
 // Scores of the keys that a row does not see become such that their weight is 0.
 template <class C>
-SEGATTN_FN void hide_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, float scale, int lane) {
+SEGATTN_FN void hide_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row, float scale, int lane) {
   const float hidden = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const QueryRow row = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, 1);
-      const int limit = item.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
+      const QueryRow row = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, 1);
+      const int limit = work.keys.limit(tile, row.position) - tile.first - lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
@@ -181,30 +181,30 @@ SEGATTN_FN float sum_of(const float (&x)[kRowTiles][kColTiles][4]) {
 template <class C>
 SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C::kRowTiles][C::kOutTiles][4],
                                  QueryGradShared<C>& shared, int first_row, int warp, int lane) {
-  const Item& item = shared.item;
-  if (item.splits == 1) {
+  const WorkTile& work = shared.work;
+  if (work.splits == 1) {
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) d_q[m][n][e] *= p.problem.scale;
-    store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(d_q, shared_address(&shared.q), (unsigned char*)&shared, p.d_q, item, 1, warp, lane);
+    store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(d_q, shared_address(&shared.q), (unsigned char*)&shared, p.d_q, work, 1, warp, lane);
     return;
   }
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, 1);
+      const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, 1);
       if (q.query >= p.problem.q.rows) continue;
-      float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, item.split, item.entry, q.head, q.query) * C::kHeadDim);
+      float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.entry, q.head, q.query) * C::kHeadDim);
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; n++) out[n * 4 + lane % 4] = make_float2(d_q[m][n][half * 2], d_q[m][n][half * 2 + 1]);
     }
 }
 
-// The item's part of d_past_gate times gate: lanes, then warps, in order.
+// The work tile's part of d_past_gate times gate: lanes, then warps, in order.
 template <class C>
 SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int warp, int lane) {
   float sum = shared.gate_sums[threadIdx.x];
@@ -216,8 +216,8 @@ SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C
   if (threadIdx.x != 0) return;
   float total = 0.f;
   for (int i = 0; i < C::kWarps; i++) total += shared.gate_sums[i];
-  const Item& item = shared.item;
-  p.partial_gate[partial_row(p.problem, item.split, item.entry, item.head, 0) / p.problem.q.rows * p.tiles + item.tile] = total;
+  const WorkTile& work = shared.work;
+  p.partial_gate[partial_row(p.problem, work.split, work.entry, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
 }
 
 template <class C>
@@ -227,43 +227,43 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   using KT = typename C::KeyTile;
   QueryGradShared<C>& shared = *(QueryGradShared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, first_row = warp * C::kRowTiles * 16;
-  const Item& item = shared.item;
+  const WorkTile& work = shared.work;
   if (thread == 0) {
-    shared.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_splits);
-    for (int step = item.first_step; step < item.first_step + 2; step++) shared.tiles[step & 3] = item.keys.template tile<C::kKeys>(step);
+    shared.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_splits);
+    for (int step = work.first_step; step < work.first_step + 2; step++) shared.tiles[step & 3] = work.keys.template tile<C::kKeys>(step);
   }
   __syncthreads();
-  if (item.split >= item.splits) return;
-  shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+  if (work.split >= work.splits) return;
+  shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
   __syncthreads();
   shared.gate_sums[thread] = 0.f;
   load_query_rows<C>(p, shared, thread);
-  load_key_stage(shared, item.first_step, thread);
+  load_key_stage(shared, work.first_step, thread);
 
   const float scale = signed_scale_log2(p.problem.scale);
   float d_q[C::kRowTiles][C::kOutTiles][4];
   clear(d_q);
   if (lane == 0) {
-    shared.first_query[warp] = item.tile * C::kRows + first_row;
-    shared.last_query[warp] = min(item.tile * C::kRows + first_row + C::kRowTiles * 16, item.query_rows) - 1;
+    shared.first_query[warp] = work.query_tile * C::kRows + first_row;
+    shared.last_query[warp] = min(work.query_tile * C::kRows + first_row + C::kRowTiles * 16, work.query_rows) - 1;
   }
   __syncwarp();
-  for (int step = item.first_step; step < item.end_step; step++) {
+  for (int step = work.first_step; step < work.end_step; step++) {
     arrive_and_wait<0>();
     load_key_stage(shared, step + 1, thread);
-    if (thread == 0) shared.tiles[(step + 2) & 3] = item.keys.template tile<C::kKeys>(step + 2);
+    if (thread == 0) shared.tiles[(step + 2) & 3] = work.keys.template tile<C::kKeys>(step + 2);
     const KeyTile& tile = shared.tiles[step & 3];
     const int stage = Ring<C::kStages>::stage(step), at = opaque(lane);
     const int last_query = shared.last_query[warp];
-    if (last_query < shared.first_query[warp] || tile.first >= item.keys.limit(tile, last_query)) continue;
+    if (last_query < shared.first_query[warp] || tile.first >= work.keys.limit(tile, last_query)) continue;
     float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
     uint32_t ds[C::kRowTiles][C::kColTiles / 2][4];
     const SharedAddress k = shared_address(&shared.k[stage]), v = shared_address(&shared.v[stage]);
     multiply_rows<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), at), first_row, b_base<KT>(k, at), 0);
     multiply_rows<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
     const bool past = tile.source == kPast;
-    if (tile.first + C::kKeys > item.keys.limit(tile, shared.first_query[warp])) hide_keys<C>(s, item, tile, first_row, scale, at);
-    score_gradients<C>(s, dp, shared, scale, past ? item.keys.gate_log2 : 0.f, first_row, at);
+    if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])) hide_keys<C>(s, work, tile, first_row, scale, at);
+    score_gradients<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
     if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
     pack_weights<T>(ds, s);
     accumulate<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, at), 0, 0);
@@ -310,7 +310,7 @@ struct KeyGradShared {
   typename C::KeyTile k, v;  // later d_k and d_v on their way to global memory
   typename C::QueryTile q[C::kStages], d_out[C::kStages];
   alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
-  KeyItem item;
+  KeyWorkTile work;
   QueryCursor steps[4];  // query tile number t at t % 4: the one worked on and the next two
 };
 
@@ -318,15 +318,15 @@ template <class C>
 SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C>& shared, int step, int thread) {
   using T = typename C::T;
   thread = opaque(thread);
-  const KeyItem& item = shared.item;
+  const KeyWorkTile& work = shared.work;
   const QueryCursor at = shared.steps[step & 3];
   const int stage = Ring<C::kStages>::stage(step);
-  if (at.head < item.end_head) {
-    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, item.entry, at.head),
-                                                        at.query, item.query_rows, thread);
-    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, item.entry, at.head),
-                                                        at.query, item.query_rows, thread);
-    const int64_t row = prepared_row(p, item.entry, at.head, at.query);
+  if (at.head < work.end_head) {
+    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.entry, at.head),
+                                                        at.query, work.query_rows, thread);
+    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, work.entry, at.head),
+                                                        at.query, work.query_rows, thread);
+    const int64_t row = prepared_row(p, work.entry, at.head, at.query);
     constexpr int kChunks = C::kQueries / 4;
     if (thread < kChunks) cp_async_16(shared_address(&shared.lse[stage][thread * 4]), p.row_lse + row + thread * 4, 16);
     else if (thread < 2 * kChunks)
@@ -373,7 +373,7 @@ SEGATTN_FN void transposed_gradients(float (&s)[C::kRowTiles][C::kColTiles][4], 
 // Accumulators to rows of a tensor like k, through the block's tile; keys beyond the length become zero.
 template <class C>
 SEGATTN_FN void store_key_rows(const float (&x)[C::kRowTiles][C::kOutTiles][4], float factor, typename C::KeyTile& tile,
-                               const SegattnTensor& tensor, const KeyItem& item, int first_row, int column, int thread) {
+                               const SegattnTensor& tensor, const KeyWorkTile& work, int first_row, int column, int thread) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   const SharedAddress base = shared_address(&tile);
@@ -389,12 +389,12 @@ SEGATTN_FN void store_key_rows(const float (&x)[C::kRowTiles][C::kOutTiles][4], 
       }
   __syncthreads();
   constexpr int kRowChunks = C::kHeadDim / 8;
-  const Rows<T> rows = Rows<T>::of(tensor, item.entry, item.kv_head);
+  const Rows<T> rows = Rows<T>::of(tensor, work.entry, work.kv_head);
   for (int i = thread; i < C::kKeys * kRowChunks; i += C::kThreads) {
     const int row = i / kRowChunks, chunk = i % kRowChunks;
-    if (item.first + row >= tensor.rows) continue;
+    if (work.first + row >= tensor.rows) continue;
     const uint4 value = *(const uint4*)((unsigned char*)&tile + (KT::chunk(base, row, chunk) - base));
-    *(uint4*)(rows.row(item.first + row) + chunk * 8) = item.first + row < item.len ? value : make_uint4(0, 0, 0, 0);
+    *(uint4*)(rows.row(work.first + row) + chunk * 8) = work.first + row < work.len ? value : make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -421,7 +421,7 @@ SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (
   using QT = typename C::QueryTile;
   const int stage = Ring<C::kStages>::stage(step), lane = opaque(thread & 31), first_row = KeyPlace<C>::row(thread), column = KeyPlace<C>::column(thread);
   const SharedAddress q = shared_address(&shared.q[stage]), d_out = shared_address(&shared.d_out[stage]);
-  const int first_key = shared.item.first + first_row, query = shared.steps[step & 3].query + sub;
+  const int first_key = shared.work.first + first_row, query = shared.steps[step & 3].query + sub;
   float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
   uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
   if constexpr (C::kHeld) {
@@ -431,7 +431,7 @@ SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (
     multiply_rows<T, KT, QT>(s, a_base<KT>(shared_address(&shared.k), lane), first_row, b_base<QT>(q, lane), sub);
     multiply_rows<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(d_out, lane), sub);
   }
-  if (!shared.item.prior && query < first_key + C::kRowTiles * 16) hide_queries<C>(s, first_key, query, scale, lane);
+  if (!shared.work.prior && query < first_key + C::kRowTiles * 16) hide_queries<C>(s, first_key, query, scale, lane);
   transposed_gradients<C>(s, dp, shared.lse[stage] + sub, shared.delta[stage] + sub, scale, lane);
   pack_weights<T>(weights, s);
   accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, weights, bt_base<QT>(d_out, lane), sub, column);
@@ -445,16 +445,16 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   using KT = typename C::KeyTile;
   KeyGradShared<C>& shared = *(KeyGradShared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread & 31, first_row = KeyPlace<C>::row(thread);
-  const KeyItem& item = shared.item;
+  const KeyWorkTile& work = shared.work;
   if (thread == 0) {
-    shared.item = key_item<C>(p, blockIdx.x);
-    shared.steps[0] = QueryCursor::first(p.problem, item);
-    shared.steps[1] = shared.steps[0].template next<C::kQueries>(p.problem, item);
+    shared.work = key_work_tile<C>(p, blockIdx.x);
+    shared.steps[0] = QueryCursor::first(p.problem, work);
+    shared.steps[1] = shared.steps[0].template next<C::kQueries>(p.problem, work);
   }
   __syncthreads();
-  const SegattnTensor &k = item.prior ? p.problem.prior_k : p.problem.k, &v = item.prior ? p.problem.prior_v : p.problem.v;
-  copy_rows_async<KT, C::kThreads>(shared_address(&shared.k), Rows<const T>::of(k, item.entry, item.kv_head), item.first, item.len, thread);
-  copy_rows_async<KT, C::kThreads>(shared_address(&shared.v), Rows<const T>::of(v, item.entry, item.kv_head), item.first, item.len, thread);
+  const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k, &v = work.prior ? p.problem.prior_v : p.problem.v;
+  copy_rows_async<KT, C::kThreads>(shared_address(&shared.k), Rows<const T>::of(k, work.entry, work.kv_head), work.first, work.len, thread);
+  copy_rows_async<KT, C::kThreads>(shared_address(&shared.v), Rows<const T>::of(v, work.entry, work.kv_head), work.first, work.len, thread);
   cp_async_commit();
   load_query_stage<C>(p, shared, 0, thread);
   arrive_and_wait<1>();
@@ -468,20 +468,20 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   clear(d_k);
   clear(d_v);
   const float scale = signed_scale_log2(p.problem.scale);
-  for (int step = 0; shared.steps[step & 3].head < item.end_head; step++) {
+  for (int step = 0; shared.steps[step & 3].head < work.end_head; step++) {
     arrive_and_wait<0>();
     load_query_stage<C>(p, shared, step + 1, thread);
-    if (thread == 0) shared.steps[(step + 2) & 3] = shared.steps[(step + 1) & 3].template next<C::kQueries>(p.problem, item);
+    if (thread == 0) shared.steps[(step + 2) & 3] = shared.steps[(step + 1) & 3].template next<C::kQueries>(p.problem, work);
 #pragma unroll 1
     for (int sub = 0; sub < C::kQueries; sub += C::kSubQueries) {
       const int last_query = shared.steps[step & 3].query + sub + C::kSubQueries - 1;
-      if (!item.prior && last_query < item.first + first_row) continue;
+      if (!work.prior && last_query < work.first + first_row) continue;
       add_queries<C>(d_k, d_v, held, shared, step, sub, scale, thread);
     }
   }
   arrive_and_wait<0>();
-  store_key_rows<C>(d_k, p.problem.scale, shared.k, item.prior ? p.d_prior_k : p.d_k, item, first_row, KeyPlace<C>::column(thread), thread);
-  store_key_rows<C>(d_v, 1.f, shared.v, item.prior ? p.d_prior_v : p.d_v, item, first_row, KeyPlace<C>::column(thread), thread);
+  store_key_rows<C>(d_k, p.problem.scale, shared.k, work.prior ? p.d_prior_k : p.d_k, work, first_row, KeyPlace<C>::column(thread), thread);
+  store_key_rows<C>(d_v, 1.f, shared.v, work.prior ? p.d_prior_v : p.d_v, work, first_row, KeyPlace<C>::column(thread), thread);
 }
 
 // ---------------------------------------------------------------------------------------------------- entry points
@@ -492,15 +492,15 @@ constexpr SegattnKernelInfo prepare_info() {
 }
 template <class C>
 constexpr SegattnKernelInfo query_grad_info() {
-  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnBackwardParams)};
+  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnBackwardParams)};
 }
 template <class C>
 constexpr SegattnKernelInfo key_grad_info() {
   return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0, (int)sizeof(SegattnBackwardParams)};
 }
 
-// prepare: over batch * q_heads * row_pitch rows. query_grad: a block an item. query_grad_sum: 4 rows a block, over batch *
-// q_heads * rows, or one row a head where no tile has several items.
+// prepare: over batch * q_heads * row_pitch rows. query_grad: a block a work tile. query_grad_sum: 4 rows a block, over batch *
+// q_heads * rows, or one row a head where no tile has several work tiles.
 // key_grad: a block a key tile, batch * kv_heads * (prior tiles, unless read_only_prior, + current tiles).
 #define BACKWARD(name, T, kHeadDim)                                                                            \
   using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \

@@ -3,7 +3,7 @@
 // The warps of a block's first warpgroup fetch, each a stage of a ring at a time, so that a warp waits for nothing but its
 // own copies. The others multiply, 64 rows each: of keys against tiles of queries (d_k, d_v), of queries against tiles of
 // keys (d_q). While one product runs, a warpgroup turns the one before into weights, and each warpgroup's weights also
-// run beside the other's products. Registers move from the warps that fetch to those that multiply. Blocks take items until
+// run beside the other's products. Registers move from the warps that fetch to those that multiply. Blocks take work tiles until
 // there are none (docs/kernels.md).
 #include "attention_gradients.cuh"
 #include "layout.cuh"
@@ -23,11 +23,11 @@ struct WarpgroupConfig {
   static_assert(registers_fit(kFetchThreads, kFetchRegisters, kWarps * 32, kRegisters), "or the launch waits for ever");
 };
 
-// The block's n-th item lies at n % kItems: blocks fetch for one while they multiply one and store another.
-constexpr int kItems = 4;
+// The block's n-th work tile lies at n % kWorkBuffers: blocks fetch for one while they multiply one and store another.
+constexpr int kWorkBuffers = 4;
 
-// The number of the block's next item.
-SEGATTN_FN uint32_t take_item(uint32_t* work_counter, bool first) { return first ? blockIdx.x : gridDim.x + atomic_add(work_counter, 1); }
+// The number of the block's next work tile.
+SEGATTN_FN uint32_t next_work_index(uint32_t* work_counter, bool first) { return first ? blockIdx.x : gridDim.x + atomic_add(work_counter, 1); }
 
 // ---------------------------------------------------------------------------------------------------- d_q
 
@@ -36,15 +36,15 @@ struct QueryGradConfig : WarpgroupConfig<T, kHeadDim, kHeadDim == 64 ? 3 : 2, 4>
   static constexpr int kRows = 64 * QueryGradConfig::kConsumers;
   static constexpr int kKeys = 64;
   static constexpr bool kHeld = QueryGradConfig::kConsumers == 2;  // d_out in registers
-  static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
+  static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
 };
 
 struct QueryWork {
-  Item item;
-  bool done;  // there is no item any more
+  WorkTile work;
+  bool done;  // there is no work tile any more
 };
 
 template <class C>
@@ -53,9 +53,9 @@ struct QueryGradShared {
   typename C::KeyTile k[C::kStages], v[C::kStages];
   alignas(16) float lse[C::kRows], delta[C::kRows];
   SourceRows<typename C::T> sources;
-  QueryWork work[kItems];
+  QueryWork work[kWorkBuffers];
   KeyTile tiles[C::kStages];
-  float gate_sums[2][C::kWarps];  // of item n at n % 2
+  float gate_sums[2][C::kWarps];  // of work tile n at n % 2
   uint64_t rows_full, rows_empty;
   uint64_t full[C::kStages], empty[C::kStages];
 };
@@ -71,29 +71,29 @@ SEGATTN_FN void start_barriers(QueryGradShared<C>& shared) {
   fence_mbarrier_init();
 }
 
-// The block's next item that is there: tiles have fewer items than the longest.
+// The block's next work tile that is there: tiles have fewer work tiles than the longest.
 template <class C>
-SEGATTN_FN void find_work(const SegattnBackwardParams& p, QueryWork& work, bool first) {
-  const uint32_t items = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
+SEGATTN_FN void find_work(const SegattnBackwardParams& p, QueryWork& buffer, bool first) {
+  const uint32_t work_tiles = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
   do {
-    const uint32_t index = take_item(p.work_counter, first);
+    const uint32_t index = next_work_index(p.work_counter, first);
     first = false;
-    work.done = index >= items;
-    if (work.done) return;
-    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_splits);
-  } while (work.item.split >= work.item.splits);
+    buffer.done = index >= work_tiles;
+    if (buffer.done) return;
+    buffer.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, p.tiles, 1, p.max_splits);
+  } while (buffer.work.split >= buffer.work.splits);
 }
 
-// Each warp copies its share of q, d_out and what preparation left of the item's rows.
+// Each warp copies its share of q, d_out and what preparation left of the work tile's rows.
 template <class C>
-SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const Item& item, int thread) {
+SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const WorkTile& work, int thread) {
   using T = typename C::T;
-  const int first = item.tile * C::kRows;
-  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, item.entry, item.head), first,
-                                                           item.query_rows, thread);
-  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, item.entry, item.head), first,
-                                                           item.query_rows, thread);
-  const int64_t row = prepared_row(p, item.entry, item.head, first);
+  const int first = work.query_tile * C::kRows;
+  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head), first,
+                                                           work.query_rows, thread);
+  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.entry, work.head), first,
+                                                           work.query_rows, thread);
+  const int64_t row = prepared_row(p, work.entry, work.head, first);
   for (int i = thread; i < C::kRows / 4; i += C::kFetchThreads) {
     const int bytes = first + i * 4 < p.row_pitch ? 16 : 0;
     cp_async_16(shared_address(&shared.lse[i * 4]), p.row_lse + row + i * 4, bytes);
@@ -105,25 +105,25 @@ SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& sh
 template <class C>
 SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  uint32_t first_step = 0;  // of the item, counted over all items of the block
+  uint32_t first_step = 0;  // of the work tile, counted over all work tiles of the block
   if (thread == 0) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
     barrier_sync<C::kFetchThreads>(1);
-    const QueryWork& work = shared.work[n % kItems];
-    if (work.done) {
+    const QueryWork& buffer = shared.work[n % kWorkBuffers];
+    if (buffer.done) {
       wait_empty(&shared.rows_empty, n);
       mbarrier_arrive(&shared.rows_full);
       return;
     }
-    const Item& item = work.item;
-    shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+    const WorkTile& work = buffer.work;
+    shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
     barrier_sync<C::kFetchThreads>(1);
     wait_empty(&shared.rows_empty, n);
-    copy_rows<C>(p, shared, item, thread);
+    copy_rows<C>(p, shared, work, thread);
     signal_landed<0>(&shared.rows_full);
-    const int steps = max(0, item.end_step - item.first_step), own = (warp - first_step) % C::kStages;
+    const int steps = max(0, work.end_step - work.first_step), own = (warp - first_step) % C::kStages;
     const auto fetch = [&](int step) {
-      const KeyTile tile = item.keys.template tile<C::kKeys>(item.first_step + step);
+      const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_step + step);
       wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
       copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[warp]), shared.sources.k[tile.source], tile.first, tile.end, lane);
       copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[warp]), shared.sources.v[tile.source], tile.first, tile.end, lane);
@@ -133,7 +133,7 @@ SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared
     };
     if (own < steps) fetch(own);
     // What comes next is found while the keys fetched are in use.
-    if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
+    if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kWorkBuffers], false);
     __syncwarp();
     for (int step = own + C::kStages; step < steps; step += C::kStages) fetch(step);
     first_step += steps;
@@ -152,7 +152,7 @@ SEGATTN_FN void hide_keys(float (&s)[kColTiles][4], int limit, int below, float 
       if (n * 8 + lane % 4 * 2 + e % 2 >= (e < 2 ? limit : below)) s[n][e] = hidden;
 }
 
-// Where a warpgroup is in an item, and which queries it has: steps of the ring from `turn` to `end`.
+// Where a warpgroup is in a work tile, and which queries it has: steps of the ring from `turn` to `end`.
 template <class C>
 struct KeyTurns {
   QueryGradShared<C>& shared;
@@ -187,7 +187,7 @@ SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldQueries<C>& 
   wgmma_commit();
 }
 
-// The item's keys: d_q of the warpgroup's rows, and the thread's sum of ds over past keys. Scores of the next keys are
+// The work tile's keys: d_q of the warpgroup's rows, and the thread's sum of ds over past keys. Scores of the next keys are
 // under way before the products of these are waited for.
 template <class C>
 SEGATTN_FN float multiply_keys(float (&d_q)[C::kOutTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, const KeyList& keys,
@@ -242,21 +242,21 @@ SEGATTN_FN float multiply_keys(float (&d_q)[C::kOutTiles][4], const HeldQueries<
 }
 
 template <class C>
-SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4], const Item& item, int query, int lane) {
+SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4], const WorkTile& work, int query, int lane) {
   const int rows = (int)p.problem.q.rows;
-  if (item.splits == 1) return store_rows(d_q, p.problem.scale, Rows<typename C::T>::of(p.d_q, item.entry, item.head), query, item.query_rows, rows, lane);
+  if (work.splits == 1) return store_rows(d_q, p.problem.scale, Rows<typename C::T>::of(p.d_q, work.entry, work.head), query, work.query_rows, rows, lane);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     if (query + half * 8 >= rows) continue;
-    float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, item.split, item.entry, item.head, query + half * 8) * C::kHeadDim);
+    float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.entry, work.head, query + half * 8) * C::kHeadDim);
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) out[n * 4 + lane % 4] = make_float2(d_q[n][half * 2], d_q[n][half * 2 + 1]);
   }
 }
 
-// The item's part of d_past_gate times gate: lanes, then warps, in order.
+// The work tile's part of d_past_gate times gate: lanes, then warps, in order.
 template <class C>
-SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::kWarps], const Item& item, float sum, int thread) {
+SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::kWarps], const WorkTile& work, float sum, int thread) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   if (thread % 32 == 0) sums[thread / 32] = sum;
@@ -264,7 +264,7 @@ SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::
   if (thread != 0) return;
   float total = 0.f;
   for (int i = 0; i < C::kWarps; i++) total += sums[i];
-  p.partial_gate[partial_row(p.problem, item.split, item.entry, item.head, 0) / p.problem.q.rows * p.tiles + item.tile] = total;
+  p.partial_gate[partial_row(p.problem, work.split, work.entry, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
 }
 
 template <class C>
@@ -275,8 +275,8 @@ SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradSha
   uint32_t first_step = 0;
   for (uint32_t n = 0;; n++) {
     mbarrier_wait(&shared.rows_full, phase(n));
-    if (shared.work[n % kItems].done) return;
-    const Item& item = shared.work[n % kItems].item;
+    if (shared.work[n % kWorkBuffers].done) return;
+    const WorkTile& work = shared.work[n % kWorkBuffers].work;
     HeldQueries<C> held;
     hold_rows<QT>(held.q, shared_address(&shared.q), warp_row, lane);
     if constexpr (C::kHeld) hold_rows<QT>(held.d_out, shared_address(&shared.d_out), warp_row, lane);
@@ -285,13 +285,13 @@ SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradSha
     if constexpr (C::kHeld) release(&shared.rows_empty, lane);
     float d_q[C::kOutTiles][4];
     clear(d_q);
-    const int first = item.tile * C::kRows, group = first + thread / 128 * 64;
-    const KeyTurns<C> turns = {shared, first_step, first_step + max(0, item.end_step - item.first_step), group, min(group + 64, item.query_rows) - 1, lane};
-    const float gate_sum = multiply_keys<C>(d_q, held, shared, item.keys, turns, scale, first + row, thread / 128 * 64);
+    const int first = work.query_tile * C::kRows, group = first + thread / 128 * 64;
+    const KeyTurns<C> turns = {shared, first_step, first_step + max(0, work.end_step - work.first_step), group, min(group + 64, work.query_rows) - 1, lane};
+    const float gate_sum = multiply_keys<C>(d_q, held, shared, work.keys, turns, scale, first + row, thread / 128 * 64);
     first_step = turns.end;
     if constexpr (!C::kHeld) release(&shared.rows_empty, lane);
-    store_query_grad<C>(p, d_q, item, first + row, lane);
-    if (item.keys.past_len > 0) store_gate_sum<C>(p, shared.gate_sums[n & 1], item, gate_sum, thread);
+    store_query_grad<C>(p, d_q, work, first + row, lane);
+    if (work.keys.past_len > 0) store_gate_sum<C>(p, shared.gate_sums[n & 1], work, gate_sum, thread);
   }
 }
 
@@ -322,17 +322,17 @@ struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2, kHeadDim == 64 ? 4 : 3> {
 };
 
 struct KeyWork {
-  KeyItem item;
+  KeyWorkTile work;
   int steps;  // query tiles of all its heads
-  bool done;  // there is no item any more
+  bool done;  // there is no work tile any more
 };
 
 template <class C>
 struct KeyGradShared {
-  typename C::KeyTile k[2], v[2];  // of item n at n % 2; then d_k and d_v on their way to global memory
+  typename C::KeyTile k[2], v[2];  // of work tile n at n % 2; then d_k and d_v on their way to global memory
   typename C::QueryTile q[C::kStages], d_out[C::kStages];
   alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
-  KeyWork work[kItems];
+  KeyWork work[kWorkBuffers];
   int query[C::kStages];  // first row of the stage's tile
   uint64_t keys_full[2], keys_empty[2];
   uint64_t full[C::kStages], empty[C::kStages];
@@ -352,29 +352,29 @@ SEGATTN_FN void start_barriers(KeyGradShared<C>& shared) {
 }
 
 template <class C>
-SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& work, bool first) {
+SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& buffer, bool first) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
-  const uint32_t items = (uint32_t)(prior_tiles + ceil_div((int)p.d_k.rows, C::kKeys)) * p.problem.kv_heads * p.problem.batch;
-  const uint32_t index = take_item(p.work_counter + 1, first);
-  work.done = index >= items;
-  if (work.done) return;
-  const KeyItem item = key_item<C>(p, index);
-  work.item = item;
+  const uint32_t work_tiles = (uint32_t)(prior_tiles + ceil_div((int)p.d_k.rows, C::kKeys)) * p.problem.kv_heads * p.problem.batch;
+  const uint32_t index = next_work_index(p.work_counter + 1, first);
+  buffer.done = index >= work_tiles;
+  if (buffer.done) return;
+  const KeyWorkTile work = key_work_tile<C>(p, index);
+  buffer.work = work;
   int readers = 0;
-  for (int head = item.kv_head * (p.problem.q_heads / p.problem.kv_heads); head < item.end_head; head++)
-    readers += !item.prior || p.problem.prior_heads[head];
-  work.steps = readers * max(0, ceil_div(item.query_rows - item.first_query, C::kQueries));
+  for (int head = work.kv_head * (p.problem.q_heads / p.problem.kv_heads); head < work.end_head; head++)
+    readers += !work.prior || p.problem.prior_heads[head];
+  buffer.steps = readers * max(0, ceil_div(work.query_rows - work.first_query, C::kQueries));
 }
 
 // Fills a stage with a tile of queries.
 template <class C>
-SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyItem& item, const QueryCursor& at, int stage, int lane) {
+SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWorkTile& work, const QueryCursor& at, int stage, int lane) {
   using T = typename C::T;
-  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, item.entry, at.head), at.query,
-                                             item.query_rows, lane);
-  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, item.entry, at.head), at.query,
-                                             item.query_rows, lane);
-  const int64_t row = prepared_row(p, item.entry, at.head, at.query);
+  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.entry, at.head), at.query,
+                                             work.query_rows, lane);
+  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, work.entry, at.head), at.query,
+                                             work.query_rows, lane);
+  const int64_t row = prepared_row(p, work.entry, at.head, at.query);
   for (int i = lane; i < C::kQueries / 4; i += 32) {
     cp_async_16(shared_address(&shared.lse[stage][i * 4]), p.row_lse + row + i * 4, 16);
     cp_async_16(shared_address(&shared.delta[stage][i * 4]), p.row_delta + row + i * 4, 16);
@@ -383,52 +383,52 @@ SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& s
   if (lane == 0) shared.query[stage] = at.query;
 }
 
-// The last warp that fetches: the item's keys, while those before are in use, and then what comes next.
+// The last warp that fetches: the work tile's keys, while those before are in use, and then what comes next.
 template <class C>
 SEGATTN_FN void fetch_keys(const SegattnBackwardParams& p, KeyGradShared<C>& shared, uint32_t n, int lane) {
   using T = typename C::T;
-  const KeyWork& work = shared.work[n % kItems];
-  const KeyItem& item = work.item;
+  const KeyWork& buffer = shared.work[n % kWorkBuffers];
+  const KeyWorkTile& work = buffer.work;
   wait_empty(&shared.keys_empty[n & 1], n / 2);
-  if (work.done) return mbarrier_arrive(&shared.keys_full[n & 1]);
-  const SegattnTensor &k = item.prior ? p.problem.prior_k : p.problem.k, &v = item.prior ? p.problem.prior_v : p.problem.v;
-  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[n & 1]), Rows<const T>::of(k, item.entry, item.kv_head), item.first, item.len, lane);
-  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[n & 1]), Rows<const T>::of(v, item.entry, item.kv_head), item.first, item.len, lane);
+  if (buffer.done) return mbarrier_arrive(&shared.keys_full[n & 1]);
+  const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k, &v = work.prior ? p.problem.prior_v : p.problem.v;
+  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[n & 1]), Rows<const T>::of(k, work.entry, work.kv_head), work.first, work.len, lane);
+  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[n & 1]), Rows<const T>::of(v, work.entry, work.kv_head), work.first, work.len, lane);
   cp_async_commit();
   signal_landed<0>(&shared.keys_full[n & 1]);
-  if (lane == 0) find_work<C>(p, shared.work[(n + 1) % kItems], false);
+  if (lane == 0) find_work<C>(p, shared.work[(n + 1) % kWorkBuffers], false);
 }
 
-// The others: the item's queries, a tile each in turn.
+// The others: the work tile's queries, a tile each in turn.
 template <class C>
-SEGATTN_FN void fetch_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& work, uint32_t first_step, int warp, int lane) {
-  const KeyItem& item = work.item;
-  QueryCursor at = QueryCursor::first(p.problem, item);
+SEGATTN_FN void fetch_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& buffer, uint32_t first_step, int warp, int lane) {
+  const KeyWorkTile& work = buffer.work;
+  QueryCursor at = QueryCursor::first(p.problem, work);
   const int own = (warp + C::kQueryWarps - first_step % C::kQueryWarps) % C::kQueryWarps;
-  for (int i = 0; i < own; i++) at = at.template next<C::kQueries>(p.problem, item);
-  for (int step = own; step < work.steps; step += C::kQueryWarps) {
+  for (int i = 0; i < own; i++) at = at.template next<C::kQueries>(p.problem, work);
+  for (int step = own; step < buffer.steps; step += C::kQueryWarps) {
     const uint32_t turn = first_step + step;
     const int stage = turn % C::kStages;
     wait_empty(&shared.empty[stage], turn / C::kStages);
-    copy_queries<C>(p, shared, item, at, stage, lane);
+    copy_queries<C>(p, shared, work, at, stage, lane);
     signal_landed<0>(&shared.full[stage]);
-    for (int i = 0; i < C::kQueryWarps; i++) at = at.template next<C::kQueries>(p.problem, item);
+    for (int i = 0; i < C::kQueryWarps; i++) at = at.template next<C::kQueries>(p.problem, work);
   }
 }
 
 template <class C>
 SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  uint32_t first_step = 0;  // of the item, counted over all items of the block
+  uint32_t first_step = 0;  // of the work tile, counted over all work tiles of the block
   if (thread == C::kQueryWarps * 32) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
     barrier_sync<C::kFetchThreads>(1);
-    const KeyWork& work = shared.work[n % kItems];
-    const bool done = work.done;
+    const KeyWork& buffer = shared.work[n % kWorkBuffers];
+    const bool done = buffer.done;
     if (warp == C::kQueryWarps) fetch_keys<C>(p, shared, n, lane);
-    else if (!done) fetch_queries<C>(p, shared, work, first_step, warp, lane);
+    else if (!done) fetch_queries<C>(p, shared, buffer, first_step, warp, lane);
     if (done) return;
-    first_step += work.steps;
+    first_step += buffer.steps;
   }
 }
 
@@ -471,7 +471,7 @@ struct KeyGrads {
   float d_k[C::kOutTiles][4], d_v[C::kOutTiles][4];
 };
 
-// Where a warpgroup is in an item: steps of the ring from `turn` to `end`.
+// Where a warpgroup is in a work tile: steps of the ring from `turn` to `end`.
 template <class C>
 struct QueryTurns {
   KeyGradShared<C>& shared;
@@ -492,10 +492,10 @@ struct QueryTurns {
   }
 };
 
-// The item's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
+// The work tile's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
 // queries are under way before the products of these are waited for.
 template <class C>
-SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, int buffer, float scale, int first_row, int lane) {
+SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, int kv_buffer, float scale, int first_row, int lane) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
@@ -505,13 +505,13 @@ SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, Q
   if (!at.seek()) return;
   float s[C::kColTiles][4], dp[C::kColTiles][4];
   wgmma_fence();
-  begin_rows<T, KT, QT>(s, shared_address(&shared.k[buffer]), uniform(first_row), q(at.stage()));
+  begin_rows<T, KT, QT>(s, shared_address(&shared.k[kv_buffer]), uniform(first_row), q(at.stage()));
   wgmma_commit();
   while (true) {
     const int stage = at.stage(), before = at.before();
     uint32_t weights[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
     wgmma_fence();
-    begin_rows<T, KT, QT>(dp, shared_address(&shared.v[buffer]), uniform(first_row), d_out(stage));
+    begin_rows<T, KT, QT>(dp, shared_address(&shared.v[kv_buffer]), uniform(first_row), d_out(stage));
     wgmma_commit();
     wgmma_wait<1>();
     if (before > -64) hide_queries(s, before + row, scale, lane);
@@ -530,7 +530,7 @@ SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, Q
       return release(&shared.empty[busy % C::kStages], lane);
     }
     wgmma_fence();
-    begin_rows<T, KT, QT>(s, shared_address(&shared.k[buffer]), uniform(first_row), q(at.stage()));
+    begin_rows<T, KT, QT>(s, shared_address(&shared.k[kv_buffer]), uniform(first_row), q(at.stage()));
     wgmma_commit();
     wgmma_wait<1>();
     release(&shared.empty[busy % C::kStages], lane);
@@ -544,22 +544,22 @@ SEGATTN_FN void multiply_key_grad(const SegattnBackwardParams& p, KeyGradShared<
   const float scale = signed_scale_log2(p.problem.scale);
   uint32_t first_step = 0;
   for (uint32_t n = 0;; n++) {
-    const int buffer = uniform(n & 1);
-    mbarrier_wait(&shared.keys_full[buffer], phase(n / 2));
-    const KeyWork& work = shared.work[n % kItems];
-    if (work.done) return;
+    const int kv_buffer = uniform(n & 1);
+    mbarrier_wait(&shared.keys_full[kv_buffer], phase(n / 2));
+    const KeyWork& buffer = shared.work[n % kWorkBuffers];
+    if (buffer.done) return;
     KeyGrads<C> grads;
     clear(grads.d_k);
     clear(grads.d_v);
-    const KeyItem& item = work.item;
-    const QueryTurns<C> turns = {shared, first_step, first_step + work.steps, item.prior ? -(1 << 30) : item.first + first_row, lane};
-    multiply_queries<C>(grads, shared, turns, buffer, scale, first_row, lane);
+    const KeyWorkTile& work = buffer.work;
+    const QueryTurns<C> turns = {shared, first_step, first_step + buffer.steps, work.prior ? -(1 << 30) : work.first + first_row, lane};
+    multiply_queries<C>(grads, shared, turns, kv_buffer, scale, first_row, lane);
     first_step = turns.end;
-    const SegattnTensor &d_k = item.prior ? p.d_prior_k : p.d_k, &d_v = item.prior ? p.d_prior_v : p.d_v;
+    const SegattnTensor &d_k = work.prior ? p.d_prior_k : p.d_k, &d_v = work.prior ? p.d_prior_v : p.d_v;
     barrier_sync<128>(2 + thread / 128);
-    store_rows(grads.d_k, p.problem.scale, shared.k[buffer], warp_row, Rows<T>::of(d_k, item.entry, item.kv_head), item.first, item.len, (int)d_k.rows, lane);
-    store_rows(grads.d_v, 1.f, shared.v[buffer], warp_row, Rows<T>::of(d_v, item.entry, item.kv_head), item.first, item.len, (int)d_v.rows, lane);
-    release(&shared.keys_empty[buffer], lane);
+    store_rows(grads.d_k, p.problem.scale, shared.k[kv_buffer], warp_row, Rows<T>::of(d_k, work.entry, work.kv_head), work.first, work.len, (int)d_k.rows, lane);
+    store_rows(grads.d_v, 1.f, shared.v[kv_buffer], warp_row, Rows<T>::of(d_v, work.entry, work.kv_head), work.first, work.len, (int)d_v.rows, lane);
+    release(&shared.keys_empty[kv_buffer], lane);
   }
 }
 
@@ -581,14 +581,14 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo query_grad_info() {
-  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnBackwardParams)};
+  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnBackwardParams)};
 }
 template <class C>
 constexpr SegattnKernelInfo key_grad_info() {
   return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0, (int)sizeof(SegattnBackwardParams)};
 }
 
-// query_grad, key_grad: the blocks that run at once take items: q_heads * batch * tiles * max_splits, and key tiles as in
+// query_grad, key_grad: the blocks that run at once take work tiles: q_heads * batch * tiles * max_splits, and key tiles as in
 // attention_backward.cu. query_grad_sum: as there.
 #define BACKWARD(name, T, kHeadDim)                                                                            \
   using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \

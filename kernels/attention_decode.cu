@@ -1,7 +1,7 @@
 // Segment attention where at most a few query rows per head are left: the result of attention_forward.cu, to the bit.
 //
-// Rows of all query heads of a group share a tile of 16. Every chunk of keys is an item, and every item a block, so that one
-// token's keys are spread over the chip; the combine kernel folds what the items of a tile left. One warp would be bound
+// Rows of all query heads of a group share a tile of 16. Every chunk of keys is a work tile, and every work tile a block, so that one
+// token's keys are spread over the chip; the combine kernel folds what the work tiles of a tile left. One warp would be bound
 // by its own latency, so four share each key tile: a warp takes the scores and weights of a quarter of its keys, and a
 // quarter of out's columns. Maxima, weights and the terms of the sums go through shared memory. Every accumulator and sum
 // sees what it sees in prefill, in the same order.
@@ -19,7 +19,7 @@ struct DecodeConfig {
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
   static constexpr int kRowTiles = 1, kRows = 16;
   static constexpr int kKeys = tile_keys(kHeadDim);
-  static constexpr int kItemKeys = kChunkKeys, kSteps = kItemKeys / kKeys;
+  static constexpr int kSplitKeys = kChunkKeys, kSteps = kSplitKeys / kKeys;
   static constexpr int kRing = kHeadDim <= 32 ? 8 : kHeadDim <= 96 ? 5 : 4;
   static constexpr int kBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
   // Columns of scores, and of the scores and of out that are a warp's, in tiles of 8.
@@ -38,10 +38,10 @@ struct DecodeShared {
   uint2 weights[C::kColTiles / 2][32][2];
   float4 terms[C::kColTiles][32];
   SourceRows<typename C::T> sources;
-  KeyTile tiles[C::kSteps];  // of the item
+  KeyTile tiles[C::kSteps];  // of the work tile
 };
 
-// Copies of the item's tiles: number 2 t is K of its tile t, 2 t + 1 is V. Each is committed, copied or not.
+// Copies of the work tile's tiles: number 2 t is K of its tile t, 2 t + 1 is V. Each is committed, copied or not.
 template <class C>
 struct KeyRing {
   DecodeShared<C>& shared;
@@ -60,14 +60,14 @@ struct KeyRing {
 
 // Starts copying the tile's rows of queries; those that are none become zero.
 template <class C>
-SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const Item& item, int packed_heads, int thread) {
+SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const WorkTile& work, int packed_heads, int thread) {
   constexpr int kRowChunks = C::kHeadDim / 8;
 #pragma unroll 1
   for (int i = thread; i < C::kRows * kRowChunks; i += C::kThreads) {
     const int row = i / kRowChunks, column = i % kRowChunks;
-    const QueryRow at = query_row<C::kRows>(item, row, packed_heads);
+    const QueryRow at = query_row<C::kRows>(work, row, packed_heads);
     const bool valid = at.position >= 0;
-    const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, item.entry, valid ? at.head : item.head);
+    const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, work.entry, valid ? at.head : work.head);
     cp_async_16(C::QueryTile::chunk(shared_address(&shared.q), row, column), rows.row(valid ? at.query : 0) + column * 8, valid ? 16 : 0);
   }
 }
@@ -163,19 +163,19 @@ SEGATTN_FN void add_values(float (&out)[C::kOutTiles][4], const uint2 (&weights)
       mma_16x8x16(out[n], w[k], b[n][k / 2][k % 2 * 2], b[n][k / 2][k % 2 * 2 + 1], typename C::T{});
 }
 
-// The warp's columns of the rows of one half: of the result, or of an item's part.
+// The warp's columns of the rows of one half: of the result, or of a work tile's part.
 template <class C>
-SEGATTN_FN void store_columns(const SegattnForwardParams& p, const Item& item, const QueryRow& q, const float (&out)[C::kOutTiles][4], float sum,
+SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const float (&out)[C::kOutTiles][4], float sum,
                               int half, int warp, int lane) {
   if (q.query >= p.problem.q.rows) return;
   const int column = warp * C::kOutTiles * 8 + lane % 4 * 2;
-  if (item.splits > 1) {
-    float* g_out = p.partial_out + partial_row(p.problem, item.split, item.entry, q.head, q.query) * C::kHeadDim + column;
+  if (work.splits > 1) {
+    float* g_out = p.partial_out + partial_row(p.problem, work.split, work.entry, q.head, q.query) * C::kHeadDim + column;
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) *(float2*)(g_out + n * 8) = make_float2(out[n][half * 2], out[n][half * 2 + 1]);
     return;
   }
-  typename C::T* g_out = Rows<typename C::T>::of(p.out, item.entry, q.head).row(q.query) + column;
+  typename C::T* g_out = Rows<typename C::T>::of(p.out, work.entry, q.head).row(q.query) + column;
   const float inverse = row_inverse(sum);
 #pragma unroll
   for (int n = 0; n < C::kOutTiles; n++) {
@@ -185,25 +185,25 @@ SEGATTN_FN void store_columns(const SegattnForwardParams& p, const Item& item, c
 }
 
 // The states of the rows of one half, or their lse.
-SEGATTN_FN void store_state(const SegattnForwardParams& p, const Item& item, const QueryRow& q, const RowState& row, int lane) {
+SEGATTN_FN void store_state(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const RowState& row, int lane) {
   if (q.query >= p.problem.q.rows || lane % 4 != 0) return;
-  if (item.splits > 1)
-    ((float2*)p.partial_state)[partial_row(p.problem, item.split, item.entry, q.head, q.query)] = make_float2(row.max, row.sum);
+  if (work.splits > 1)
+    ((float2*)p.partial_state)[partial_row(p.problem, work.split, work.entry, q.head, q.query)] = make_float2(row.max, row.sum);
   else
-    p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+    p.lse[partial_row(p.problem, 0, work.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
 }
 
-// The block's item: first splits first, which are full.
+// The block's work tile: first splits first, which are full.
 template <class C>
-SEGATTN_FN Item block_item(const SegattnForwardParams& p) {
+SEGATTN_FN WorkTile block_work_tile(const SegattnForwardParams& p) {
   const uint32_t heads = (uint32_t)p.problem.q_heads / p.packed_heads, batch = p.problem.batch, tiles = p.tiles;
-  Item item;
+  WorkTile work;
   uint32_t index = blockIdx.x;
-  item.tile = index % tiles, index /= tiles;
-  item.head = index % heads * p.packed_heads, index /= heads;
-  item.entry = index % batch, item.split = index / batch;
-  describe<C::kRows, C::kKeys, C::kItemKeys>(item, p.problem, p.packed_heads);
-  return item;
+  work.query_tile = index % tiles, index /= tiles;
+  work.head = index % heads * p.packed_heads, index /= heads;
+  work.entry = index % batch, work.split = index / batch;
+  locate_split<C::kRows, C::kKeys, C::kSplitKeys>(work, p.problem, p.packed_heads);
+  return work;
 }
 
 template <class C>
@@ -211,13 +211,13 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   DecodeShared<C>& shared = *(DecodeShared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, packed_heads = p.packed_heads;
   let_next_begin();
-  const Item item = block_item<C>(p);
-  if (item.split >= item.splits) return;
-  if (thread < C::kSteps) shared.tiles[thread] = item.keys.template tile<C::kKeys>(item.first_step + thread);
-  shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
-  load_queries<C>(shared, p.problem.q, item, packed_heads, thread);
+  const WorkTile work = block_work_tile<C>(p);
+  if (work.split >= work.splits) return;
+  if (thread < C::kSteps) shared.tiles[thread] = work.keys.template tile<C::kKeys>(work.first_step + thread);
+  shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
+  load_queries<C>(shared, p.problem.q, work, packed_heads, thread);
   // Rows of a tile are of several heads, whose gates differ.
-  const QueryRow rows[2] = {query_row<C::kRows>(item, lane / 4, packed_heads), query_row<C::kRows>(item, lane / 4 + 8, packed_heads)};
+  const QueryRow rows[2] = {query_row<C::kRows>(work, lane / 4, packed_heads), query_row<C::kRows>(work, lane / 4 + 8, packed_heads)};
   const int position[2] = {rows[0].position, rows[1].position};
   float gate_bias[2];
 #pragma unroll
@@ -227,7 +227,7 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   }
   const float scale = scale_log2(p.problem.scale);
   __syncthreads();
-  KeyRing<C> ring = {shared, item.end_step - item.first_step, thread};
+  KeyRing<C> ring = {shared, work.end_step - work.first_step, thread};
   // All copies but the one that is needed may be on their way.
   constexpr int kInFlight = C::kRing - 2;
 #pragma unroll 1
@@ -250,8 +250,8 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
     ring.load(2 * step + C::kRing - 1);  // in the place of the values before
     float s[C::kOwnColTiles][4], factor[2];
     score_keys<C>(s, q, ring.place(2 * step), warp, lane);
-    if (tile.first + C::kKeys > item.keys.limit(tile, item.keys.query_start))
-      mask_keys(s, item, tile, warp * C::kOwnColTiles * 8, position, lane);
+    if (tile.first + C::kKeys > work.keys.limit(tile, work.keys.query_start))
+      mask_keys(s, work, tile, warp * C::kOwnColTiles * 8, position, lane);
     share_tops<C>(shared.tops, s, warp, lane);
     __syncthreads();
     ring.load(2 * step + C::kRing);  // in the place of the keys
@@ -266,18 +266,18 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     if (warp != half) continue;
-    store_state(p, item, rows[half], {max[half], sum}, lane);
+    store_state(p, work, rows[half], {max[half], sum}, lane);
     if (lane % 4 == 0) shared.tops[half * 8 + lane / 4][0] = sum;
   }
   __syncthreads();
 #pragma unroll
   for (int half = 0; half < 2; half++)
-    store_columns<C>(p, item, rows[half], out[0], shared.tops[half * 8 + lane / 4][0], half, warp, lane);
+    store_columns<C>(p, work, rows[half], out[0], shared.tops[half * 8 + lane / 4][0], half, warp, lane);
 }
 
 template <class C>
 constexpr SegattnKernelInfo decode_info() {
-  return {C::kThreads, (int)sizeof(DecodeShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
+  return {C::kThreads, (int)sizeof(DecodeShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
 }
 
 #define DECODE(name, T, kHeadDim)                                                \

@@ -1,9 +1,9 @@
 // Segment attention, forward: out = softmax(scale q k^T + log gate) v over past, prior and current keys, and
 // lse = ln sum exp. Written, not added to; padding rows get out = 0 and lse = -inf.
 //
-// A block takes items (a tile of query rows, a run of key tiles) until none is left. Chunks of kChunkKeys keys
+// A block takes work tiles (a tile of query rows, a run of key tiles) until none is left. Chunks of kChunkKeys keys
 // are accumulated from zero and folded left to right into sections, sections likewise into the result; where a
-// tile has several items each leaves its part in the workspace and the combine kernel folds them. A row
+// tile has several work tiles each leaves its part in the workspace and the combine kernel folds them. A row
 // therefore sees the same operations in the same order in every kernel of this file (docs/kernels.md).
 #include "attention_rows.cuh"
 #include "layout.cuh"
@@ -25,7 +25,7 @@ struct ForwardConfig {
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kBlocks = kHeadDim <= 64 ? 3 : 2;
-  static constexpr int kItemKeys = kChunkKeys * kSectionChunks;
+  static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   static constexpr int kChunkSteps = kChunkKeys / kKeys;
   using QueryTile = Tile<T, kRows, kHeadDim>;
@@ -37,20 +37,20 @@ struct ForwardShared {
   typename C::QueryTile q;  // later the output on its way to global memory
   typename C::KeyTile k[C::kStages], v[C::kStages];
   SourceRows<typename C::T> sources;
-  Item item;  // here and not in registers, which are full
+  WorkTile work;  // here and not in registers, which are full
   bool done;
   KeyTile tiles[4];  // number t at t % 4: the one worked on and the next ones
   WarpRows warps[C::kWarps];
   float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
-  RowState totals[C::kRows];  // of the chunks before the current one, then of the item
+  RowState totals[C::kRows];  // of the chunks before the current one, then of the work tile
 };
 
 // The weights of a key tile, packed as operands of the next product.
 template <class C>
 SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc, ForwardShared<C>& shared,
                            const KeyTile& tile, int stage, const WarpRows& rows, float scale, int lane) {
-  const Item& item = shared.item;
-  const bool masked = tile.first + C::kKeys > item.keys.limit(tile, rows.first_position);
+  const WorkTile& work = shared.work;
+  const bool masked = tile.first + C::kKeys > work.keys.limit(tile, rows.first_position);
   const float past = tile.source == kPast ? 1.f : 0.f;
   const SharedAddress q = a_base<typename C::QueryTile>(shared_address(&shared.q), lane);
   const SharedAddress k = b_base<typename C::KeyTile>(shared_address(&shared.k[stage]), lane);
@@ -58,8 +58,8 @@ SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4
   multiply_rows<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, q, rows.first_row, k, 0);
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
-    if (masked) mask_rows<C>(s[m], item, tile, rows.first_row + m * 16, 1, lane);
-    const float gate = item.keys.gate_log2 * past;
+    if (masked) mask_rows<C>(s[m], work, tile, rows.first_row + m * 16, 1, lane);
+    const float gate = work.keys.gate_log2 * past;
     softmax_rows<C>(weights[m], s[m], acc.out[m], acc.rows[m], {gate, gate}, scale);
   }
 }
@@ -74,7 +74,7 @@ struct KeyPipeline {
   __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step % 4]; }
   __device__ __forceinline__ int stage(int step) const { return Ring<C::kStages>::stage(step); }
   __device__ __forceinline__ void load(int step) {
-    if (step < shared.item.end_step) {
+    if (step < shared.work.end_step) {
       const KeyTile& rows = tile(step);
       const int source = rows.source;
       load_tile(&shared.k[stage(step)], shared.sources.k[source], rows);
@@ -88,63 +88,63 @@ struct KeyPipeline {
   __device__ __forceinline__ void ready(int step) {
     arrive_and_wait<C::kStages - 2>();
     load(step + C::kStages - 1);
-    if (thread == 0) shared.tiles[(step + 2) % 4] = shared.item.keys.template tile<C::kKeys>(step + 2);
+    if (thread == 0) shared.tiles[(step + 2) % 4] = shared.work.keys.template tile<C::kKeys>(step + 2);
   }
 };
 
-// One item.
+// One work tile.
 template <class C>
-SEGATTN_FN void run_item(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   using T = typename C::T;
-  const Item& item = shared.item;
+  const WorkTile& work = shared.work;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   WarpRows& rows = shared.warps[warp];
-  if (lane == 0) rows = warp_rows<C>(item, 1, warp);
+  if (lane == 0) rows = warp_rows<C>(work, 1, warp);
   const float scale = scale_log2(p.problem.scale);
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, item.entry, item.head),
-                                                      item.tile * C::kRows, item.query_rows, opaque(thread));
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head),
+                                                      work.query_tile * C::kRows, work.query_rows, opaque(thread));
   KeyPipeline<C> pipeline = {shared, thread};
-  pipeline.load(item.first_step);
+  pipeline.load(work.first_step);
   Accumulator<C> acc;
   acc.clear();
-  for (int step = item.first_step; step < item.end_step; step++) {
+  for (int step = work.first_step; step < work.end_step; step++) {
     pipeline.ready(step);
-    if (step == item.first_step && p.problem.scale < 0.f) negate_queries<C>(shared.q, warp, lane);
+    if (step == work.first_step && p.problem.scale < 0.f) negate_queries<C>(shared.q, warp, lane);
     const KeyTile& tile = pipeline.tile(step);
     const int stage = pipeline.stage(step);
-    const bool sees = rows.last_position >= 0 && tile.first < item.keys.limit(tile, rows.last_position);
+    const bool sees = rows.last_position >= 0 && tile.first < work.keys.limit(tile, rows.last_position);
     if (sees) {
       uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
       weigh_keys<C>(weights, acc, shared, tile, stage, rows, scale, opaque(lane));
       accumulate<T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
           acc.out, weights, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
     }
-    const bool last = step + 1 == item.end_step;
+    const bool last = step + 1 == work.end_step;
     if (last || (step + 1) % C::kChunkSteps == 0) {
-      close_chunk<C>(acc, shared.totals + rows.first_row, shared.fold, step - item.first_step < C::kChunkSteps, last, thread);
+      close_chunk<C>(acc, shared.totals + rows.first_row, shared.fold, step - work.first_step < C::kChunkSteps, last, thread);
       if (!last) acc.clear();
     }
   }
-  arrive_and_wait<0>();  // an item of no keys ends while other threads' copies of its queries are still landing
-  if (item.splits > 1)
-    store_partial<C>(p, item, acc, rows.first_row, lane);
+  arrive_and_wait<0>();  // a work tile of no keys ends while other threads' copies of its queries are still landing
+  if (work.splits > 1)
+    store_partial<C>(p, work, acc, rows.first_row, lane);
   else
-    store_final<C>(p, item, acc, shared.q, rows.first_row, warp, lane);
+    store_final<C>(p, work, acc, shared.q, rows.first_row, warp, lane);
 }
 
-// Finds the block's next item that has work, the first without asking; false: none is left.
+// Finds the block's next work tile that has work, the first without asking; false: none is left.
 template <class C>
-SEGATTN_FN bool next_item(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
+SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
   const int tiles = opaque(p.tiles), max_splits = opaque(p.max_splits);
-  const uint32_t items = (uint32_t)max_splits * tiles * opaque(p.problem.q_heads) * p.problem.batch;
-  Item& item = shared.item;
+  const uint32_t work_tiles = (uint32_t)max_splits * tiles * opaque(p.problem.q_heads) * p.problem.batch;
+  WorkTile& work = shared.work;
   do {
     const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.work_counter, 1);
     first = false;
-    if (index >= items) return false;
-    item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, tiles, 1, max_splits);
-  } while (item.split >= item.splits);
-  for (int step = item.first_step; step <= item.first_step + 1; step++) shared.tiles[step % 4] = item.keys.template tile<C::kKeys>(step);
+    if (index >= work_tiles) return false;
+    work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, tiles, 1, max_splits);
+  } while (work.split >= work.splits);
+  for (int step = work.first_step; step <= work.first_step + 1; step++) shared.tiles[step % 4] = work.keys.template tile<C::kKeys>(step);
   return true;
 }
 
@@ -153,19 +153,19 @@ SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
   if (threadIdx.x == 0) shared.fold = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (bool first = true;; first = false) {
-    __syncthreads();  // the item before is done with shared memory
-    if (threadIdx.x == 0) shared.done = !next_item<C>(p, shared, first);
+    __syncthreads();  // the work tile before is done with shared memory
+    if (threadIdx.x == 0) shared.done = !next_work_tile<C>(p, shared, first);
     __syncthreads();
     if (shared.done) return;
-    shared.sources.fill(p.problem, shared.item.entry, shared.item.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
+    shared.sources.fill(p.problem, shared.work.entry, shared.work.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
     __syncthreads();
-    run_item<C>(p, shared);
+    run_work_tile<C>(p, shared);
   }
 }
 
 template <class C>
 constexpr SegattnKernelInfo forward_info() {
-  return {C::kThreads, (int)sizeof(ForwardShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
+  return {C::kThreads, (int)sizeof(ForwardShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
 }
 
 #define FORWARD(name, T, kHeadDim)                                                          \

@@ -20,7 +20,7 @@ struct WarpgroupConfig {
   static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kHeadDim == 64 ? 8 : 4;
   static constexpr int kFetchRegisters = kHeadDim == 64 ? 32 : 56, kRegisters = kHeadDim == 64 ? 112 : 152;
   static constexpr int kCopyRows = kHeadDim == 64 ? 8 : 32;  // of a tile at a time: the addresses of more need more registers
-  static constexpr int kItemKeys = kChunkKeys * kSectionChunks, kChunkSteps = kChunkKeys / kKeys;
+  static constexpr int kSplitKeys = kChunkKeys * kSectionChunks, kChunkSteps = kChunkKeys / kKeys;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
@@ -32,13 +32,13 @@ struct WarpgroupLaunch {
   static constexpr int kThreads = C::kFetchThreads + C::kThreads, kBlocks = 1;
 };
 
-// The block's n-th item and its queries lie at n % 2: one is worked on while the next one is fetched.
+// The block's n-th work tile and its queries lie at n % 2: one is worked on while the next one is fetched.
 struct ForwardWork {
-  Item item;
-  uint32_t first_turn;  // the item's first step, counted over all items of the block
-  bool none;            // there is no item any more
+  WorkTile work;
+  uint32_t first_turn;  // the work tile's first step, counted over all work tiles of the block
+  bool none;            // there is no work tile any more
 
-  __device__ __forceinline__ int steps() const { return max(0, item.end_step - item.first_step); }
+  __device__ __forceinline__ int steps() const { return max(0, work.end_step - work.first_step); }
 };
 
 template <class C>
@@ -48,7 +48,7 @@ struct ForwardShared {
   SourceRows<typename C::T> sources;
   ForwardWork work[2];
   RowState totals[C::kRows];   // of the chunks before the current one
-  uint64_t full[2], done[2];   // an item and its queries are there; it is finished
+  uint64_t full[2], done[2];   // a work tile and its queries are there; it is finished
   uint64_t k_full[C::kStages], v_full[C::kStages], empty[C::kStages];
 };
 
@@ -68,18 +68,18 @@ SEGATTN_FN void start_barriers(ForwardShared<C>& shared) {
 
 // ---------------------------------------------------------------------------------------------------- the warps that fetch
 
-// The block's next item that is there (tiles have fewer items than the longest), the first without asking.
+// The block's next work tile that is there (tiles have fewer work tiles than the longest), the first without asking.
 template <class C>
-SEGATTN_FN void find_work(const SegattnForwardParams& p, ForwardWork& work, const ForwardWork& before, bool first) {
-  const uint32_t items = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
-  work.first_turn = first ? 0 : before.first_turn + before.steps();
+SEGATTN_FN void find_work(const SegattnForwardParams& p, ForwardWork& buffer, const ForwardWork& before, bool first) {
+  const uint32_t work_tiles = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
+  buffer.first_turn = first ? 0 : before.first_turn + before.steps();
   do {
     const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.work_counter, 1);
     first = false;
-    work.none = index >= items;
-    if (work.none) return;
-    work.item = item_at<C::kRows, C::kKeys, C::kItemKeys>(p.problem, index, p.tiles, 1, p.max_splits);
-  } while (work.item.split >= work.item.splits);
+    buffer.none = index >= work_tiles;
+    if (buffer.none) return;
+    buffer.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, p.tiles, 1, p.max_splits);
+  } while (buffer.work.split >= buffer.work.splits);
 }
 
 // Starts a copy of rows `first`... to a tile, in parts: all at once their addresses would not fit into the registers.
@@ -96,23 +96,23 @@ SEGATTN_FN void fetch(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   using T = typename C::T;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   for (uint32_t n = 0;; n++) {
-    ForwardWork& work = shared.work[n & 1];
+    ForwardWork& buffer = shared.work[n & 1];
     wait_empty(&shared.done[n & 1], n / 2);
-    if (thread == 0) find_work<C>(p, work, shared.work[~n & 1], n == 0);
+    if (thread == 0) find_work<C>(p, buffer, shared.work[~n & 1], n == 0);
     barrier_sync<C::kFetchThreads>(1);
-    if (work.none) {
+    if (buffer.none) {
       mbarrier_arrive(&shared.full[n & 1]);
       return;
     }
-    const Item& item = work.item;
-    shared.sources.fill(p.problem, item.entry, item.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+    const WorkTile& work = buffer.work;
+    shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
     barrier_sync<C::kFetchThreads>(1);
-    copy_in_parts<typename C::QueryTile, C::kFetchThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, item.entry, item.head),
-                                                                  item.tile * C::kRows, item.query_rows, thread);
+    copy_in_parts<typename C::QueryTile, C::kFetchThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, work.entry, work.head),
+                                                                  work.query_tile * C::kRows, work.query_rows, thread);
     signal_landed<0>(&shared.full[n & 1]);
-    for (int step = (warp - work.first_turn) % C::kFetchWarps; step < work.steps(); step += C::kFetchWarps) {
-      const KeyTile tile = item.keys.template tile<C::kKeys>(item.first_step + step);
-      const uint32_t turn = work.first_turn + step, stage = turn % C::kStages;
+    for (int step = (warp - buffer.first_turn) % C::kFetchWarps; step < buffer.steps(); step += C::kFetchWarps) {
+      const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_step + step);
+      const uint32_t turn = buffer.first_turn + step, stage = turn % C::kStages;
       wait_empty(&shared.empty[stage], turn / C::kStages);
       copy_in_parts<typename C::KeyTile, 32, C::kCopyRows>(shared.k[stage], shared.sources.k[tile.source], tile.first, tile.end, lane);
       copy_in_parts<typename C::KeyTile, 32, C::kCopyRows>(shared.v[stage], shared.sources.v[tile.source], tile.first, tile.end, lane);
@@ -124,29 +124,29 @@ SEGATTN_FN void fetch(const SegattnForwardParams& p, ForwardShared<C>& shared) {
 
 // ---------------------------------------------------------------------------------------------------- the warps that multiply
 
-// An item as a warpgroup sees it: the same numbers in all of a warp's lanes.
+// An work tile as a warpgroup sees it: the same numbers in all of a warp's lanes.
 template <class C>
 struct Turns {
   int first_step, end_step;  // of the key list; beyond the end none of the warpgroup's rows sees anything
-  int item_end;
+  int work_end;
   uint32_t first_turn;                      // the ring's number of first_step
-  int place, first_row;                     // where the item and its queries lie; the warpgroup's first row of them
+  int place, first_row;                     // where the work tile and its queries lie; the warpgroup's first row of them
   int past_tiles;
-  int part_past, part_prior, first_masked;  // tiles of which a row does not see all: two, and all from one on
+  int partial_past_tile, partial_prior_tile, first_masked;  // tiles of which a row does not see all: two, and all from one on
 
-  SEGATTN_FN Turns of(const ForwardWork& work, int place, int warp) {
-    const Item& item = work.item;
-    const KeyList& keys = item.keys;
-    const int first_row = warp / 4 * 64, first = item.tile * C::kRows + first_row, last = min(first + 64, item.query_rows) - 1;
-    const int position = keys.query_start + item.tile * C::kRows + warp * 16;  // of the warp's first row
+  SEGATTN_FN Turns of(const ForwardWork& buffer, int place, int warp) {
+    const WorkTile& work = buffer.work;
+    const KeyList& keys = work.keys;
+    const int first_row = warp / 4 * 64, first = work.query_tile * C::kRows + first_row, last = min(first + 64, work.query_rows) - 1;
+    const int position = keys.query_start + work.query_tile * C::kRows + warp * 16;  // of the warp's first row
     const int past = ceil_div(keys.past_len, C::kKeys), prior = ceil_div(keys.prior_len, C::kKeys);
-    const int end = first <= last ? min(item.end_step, keys.template tiles_of<C::kKeys>(keys.query_start + last)) : 0;
-    return {uniform(item.first_step), uniform(max(end, item.first_step)), uniform(max(item.end_step, item.first_step)),
-            (uint32_t)uniform(work.first_turn), uniform(place), uniform(first_row), past,
+    const int end = first <= last ? min(work.end_step, keys.template tiles_of<C::kKeys>(keys.query_start + last)) : 0;
+    return {uniform(work.first_step), uniform(max(end, work.first_step)), uniform(max(work.end_step, work.first_step)),
+            (uint32_t)uniform(buffer.first_turn), uniform(place), uniform(first_row), past,
             keys.past_len % C::kKeys ? past - 1 : -1, keys.prior_len % C::kKeys ? past + prior - 1 : -1,
             past + prior + min(position + 1, keys.segment_len) / C::kKeys};
   }
-  __device__ __forceinline__ bool masked(int step) const { return step == part_past || step == part_prior || step >= first_masked; }
+  __device__ __forceinline__ bool masked(int step) const { return step == partial_past_tile || step == partial_prior_tile || step >= first_masked; }
   __device__ __forceinline__ uint32_t turn(int step) const { return first_turn + (step - first_step); }
 };
 
@@ -173,25 +173,25 @@ SEGATTN_FN void begin_values(float (&out)[C::kOutTiles][4], const uint32_t (&wei
 
 // Scores to weights, which stay where the scores were; factors for what was accumulated before.
 template <class C>
-SEGATTN_FN void weigh_scores(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const Item& item, const Turns<C>& turns,
+SEGATTN_FN void weigh_scores(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const WorkTile& work, const Turns<C>& turns,
                              int step, int first_row, float gate, float scale, int lane) {
-  if (turns.masked(step)) mask_rows<C>(s, item, item.keys.template tile<C::kKeys>(step), first_row, 1, lane);
+  if (turns.masked(step)) mask_rows<C>(s, work, work.keys.template tile<C::kKeys>(step), first_row, 1, lane);
   const float bias = step < turns.past_tiles ? gate : 0.f;
 #pragma unroll
   for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias);
 }
 
-// A warpgroup's part of an item, which is not empty. Scores of the next tile are begun before the values of this one.
+// A warpgroup's part of a work tile, which is not empty. Scores of the next tile are begun before the values of this one.
 template <class C>
-SEGATTN_FN void multiply_item(Accumulator<C>& acc, ForwardShared<C>& shared, const Item& item, const Turns<C>& turns, int first_row, float* fold,
+SEGATTN_FN void multiply_work_tile(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const Turns<C>& turns, int first_row, float* fold,
                               float scale, int thread) {
   const int lane = thread & 31;
-  const float gate = item.keys.gate_log2;
+  const float gate = work.keys.gate_log2;
   float(&out)[C::kOutTiles][4] = acc.out[0];
   float s[C::kColTiles][4], factor[2];
   uint32_t weights[C::kColTiles / 2][4];
   const auto weigh = [&](int step) {
-    weigh_scores<C>(s, factor, acc.rows[0], item, turns, step, first_row, gate, scale, lane);
+    weigh_scores<C>(s, factor, acc.rows[0], work, turns, step, first_row, gate, scale, lane);
     settle(s);
   };
   begin_scores<C>(s, shared, turns, turns.first_step);
@@ -232,10 +232,10 @@ SEGATTN_FN void multiply_item(Accumulator<C>& acc, ForwardShared<C>& shared, con
 }
 
 template <class C>
-SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, int first_row, int lane) {
-  finish_rows<C>(p, item, acc, first_row, lane);
-  const int query = item.tile * C::kRows + first_row + lane / 4;
-  store_rows(acc.out[0], 1.f, Rows<typename C::T>::of(p.out, item.entry, item.head), query, item.query_rows, (int)p.problem.q.rows, lane);
+SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row, int lane) {
+  finish_rows<C>(p, work, acc, first_row, lane);
+  const int query = work.query_tile * C::kRows + first_row + lane / 4;
+  store_rows(acc.out[0], 1.f, Rows<typename C::T>::of(p.out, work.entry, work.head), query, work.query_rows, (int)p.problem.q.rows, lane);
 }
 
 template <class C>
@@ -246,7 +246,7 @@ SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared
   for (uint32_t n = 0;; n++) {
     mbarrier_wait(&shared.full[n & 1], phase(n / 2));
     if (shared.work[n & 1].none) return;
-    const Item& item = shared.work[n & 1].item;
+    const WorkTile& work = shared.work[n & 1].work;
     const Turns<C> turns = Turns<C>::of(shared.work[n & 1], n & 1, warp);
     if (p.problem.scale < 0.f) {
       negate_queries<C>(shared.q[n & 1], warp, lane);
@@ -255,17 +255,17 @@ SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared
     }
     Accumulator<C> acc;
     acc.clear();
-    if (turns.first_step < turns.end_step) multiply_item<C>(acc, shared, item, turns, first_row, fold, scale, thread);
+    if (turns.first_step < turns.end_step) multiply_work_tile<C>(acc, shared, work, turns, first_row, fold, scale, thread);
     // Not before the tile is there: the release would count for the one that another warpgroup still reads.
-    for (int step = turns.end_step; step < turns.item_end; step++) {
+    for (int step = turns.end_step; step < turns.work_end; step++) {
       const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
       mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
       release(&shared.empty[stage], lane);
     }
-    if (item.splits > 1)
-      store_partial<C>(p, item, acc, first_row, lane);
+    if (work.splits > 1)
+      store_partial<C>(p, work, acc, first_row, lane);
     else
-      store_final_rows<C>(p, item, acc, first_row, lane);
+      store_final_rows<C>(p, work, acc, first_row, lane);
     release(&shared.done[n & 1], lane);
   }
 }
@@ -286,7 +286,7 @@ SEGATTN_FN void attention_forward_hopper(const SegattnForwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo forward_info() {
-  return {WarpgroupLaunch<C>::kThreads, (int)sizeof(ForwardShared<C>), 1, C::kRows, C::kKeys, C::kItemKeys, (int)sizeof(SegattnForwardParams)};
+  return {WarpgroupLaunch<C>::kThreads, (int)sizeof(ForwardShared<C>), 1, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
 }
 
 #define FORWARD(name, T, kHeadDim)                                                                                \

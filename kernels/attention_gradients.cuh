@@ -1,6 +1,6 @@
 // What the backward kernels share: what preparation leaves of each row, the work of a block of keys, and d_q's parts.
 #pragma once
-#include "attention_items.cuh"
+#include "work_tiles.cuh"
 #include "softmax.cuh"
 
 // Kernels of a warp a row.
@@ -16,7 +16,7 @@ SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int entry, int h
 SEGATTN_FN float signed_scale_log2(float scale) { return scale < 0.f ? -scale_log2(scale) : scale_log2(scale); }
 
 // A block's keys and the queries that see them: heads of the group that read the source, each from first_query on.
-struct KeyItem {
+struct KeyWorkTile {
   int entry, kv_head, end_head;  // query heads before end_head
   int first;                  // first key row
   int len;                    // valid keys of the source
@@ -28,48 +28,48 @@ struct KeyItem {
 struct QueryCursor {
   int head, query;  // a head beyond the group: the loop is done
 
-  SEGATTN_FN QueryCursor first(const SegattnProblem& p, const KeyItem& item) {
-    QueryCursor at = {item.kv_head * (p.q_heads / p.kv_heads), item.first_query};
-    at.skip(p, item);
+  SEGATTN_FN QueryCursor first(const SegattnProblem& p, const KeyWorkTile& work) {
+    QueryCursor at = {work.kv_head * (p.q_heads / p.kv_heads), work.first_query};
+    at.skip(p, work);
     return at;
   }
   template <int kQueries>
-  __device__ __forceinline__ QueryCursor next(const SegattnProblem& p, const KeyItem& item) const {
-    if (query + kQueries < item.query_rows) return {head, query + kQueries};
-    QueryCursor at = {head + 1, item.first_query};
-    at.skip(p, item);
+  __device__ __forceinline__ QueryCursor next(const SegattnProblem& p, const KeyWorkTile& work) const {
+    if (query + kQueries < work.query_rows) return {head, query + kQueries};
+    QueryCursor at = {head + 1, work.first_query};
+    at.skip(p, work);
     return at;
   }
   // Moves to the first head at or after `head` that reads the source.
-  __device__ __forceinline__ void skip(const SegattnProblem& p, const KeyItem& item) {
-    if (item.first_query >= item.query_rows) head = item.end_head;
-    while (head < item.end_head && item.prior && !p.prior_heads[head]) head++;
+  __device__ __forceinline__ void skip(const SegattnProblem& p, const KeyWorkTile& work) {
+    if (work.first_query >= work.query_rows) head = work.end_head;
+    while (head < work.end_head && work.prior && !p.prior_heads[head]) head++;
   }
 };
 
 // Head by head; the current keys that the fewest queries see come last, of all heads, so that the blocks end together.
 template <class C>
-SEGATTN_FN KeyItem key_item(const SegattnBackwardParams& p, int index) {
+SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
   const int current_tiles = ceil_div((int)p.d_k.rows, C::kKeys), last_tiles = current_tiles / 4;
   const int heads = p.problem.kv_heads * p.problem.batch, longer = prior_tiles + current_tiles - last_tiles;
   const int rest = index - longer * heads;
   const int tile = rest < 0 ? index % longer : longer + rest / heads, head = rest < 0 ? index / longer : rest % heads;
-  KeyItem item;
-  item.kv_head = head % p.problem.kv_heads;
-  item.end_head = (item.kv_head + 1) * (p.problem.q_heads / p.problem.kv_heads);
-  item.entry = head / p.problem.kv_heads;
-  item.prior = tile < prior_tiles;
-  item.first = (item.prior ? tile : tile - prior_tiles) * C::kKeys;
-  const int segment_len = p.problem.segment_len[item.entry];
-  item.len = item.prior ? p.problem.prior_len[item.entry] : segment_len;
-  item.query_rows = item.first < item.len ? min(segment_len, (int)p.problem.q.rows) : 0;
-  item.first_query = item.prior ? 0 : item.first / C::kQueries * C::kQueries;
-  return item;
+  KeyWorkTile work;
+  work.kv_head = head % p.problem.kv_heads;
+  work.end_head = (work.kv_head + 1) * (p.problem.q_heads / p.problem.kv_heads);
+  work.entry = head / p.problem.kv_heads;
+  work.prior = tile < prior_tiles;
+  work.first = (work.prior ? tile : tile - prior_tiles) * C::kKeys;
+  const int segment_len = p.problem.segment_len[work.entry];
+  work.len = work.prior ? p.problem.prior_len[work.entry] : segment_len;
+  work.query_rows = work.first < work.len ? min(segment_len, (int)p.problem.q.rows) : 0;
+  work.first_query = work.prior ? 0 : work.first / C::kQueries * C::kQueries;
+  return work;
 }
 
 // One warp a row: adds up the parts of d_q where there are several. The warp of a head's first row
-// also adds up the head's gate sums, and is alone where no tile has several items.
+// also adds up the head's gate sums, and is alone where no tile has several work tiles.
 template <class C>
 SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   using T = typename C::T;
@@ -79,8 +79,8 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
   const KeyList keys = KeyList::of(p.problem, entry, head);
   const int query_rows = keys.query_rows((int)p.problem.q.rows);
-  constexpr int kItemSteps = C::kItemKeys / C::kKeys;
-  const int splits = ceil_div(tile_steps<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kItemSteps);
+  constexpr int kSplitTiles = C::kSplitKeys / C::kKeys;
+  const int splits = ceil_div(tile_steps<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kSplitTiles);
   if (splits > 1) {
     const float4* parts = (const float4*)(p.partial_d_q + partial_row(p.problem, 0, entry, head, query) * C::kHeadDim);
     const int64_t pitch = partial_row(p.problem, 1, 0, 0, 0) * C::kHeadDim / 4;
@@ -102,7 +102,7 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   float sum = 0.f;
   const float gate = p.problem.past_gate[head];
   for (int tile = 0; keys.past_len > 0 && tile < p.tiles; tile++) {
-    const int parts = max(1, ceil_div(tile_steps<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kItemSteps));
+    const int parts = max(1, ceil_div(tile_steps<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
     for (int split = 0; split < parts; split++)
       sum += p.partial_gate[(((int64_t)split * p.problem.batch + entry) * p.problem.q_heads + head) * p.tiles + tile];
   }

@@ -1,9 +1,9 @@
 // What every forward kernel does with a row: what it accumulates, its softmax, chunks folded into sections and these into
-// the row, its end, and the parts that a tile's items left brought together. Said once, because a row must have the same
+// the row, its end, and the parts that a tile's work tiles left brought together. Said once, because a row must have the same
 // bits in all of them. C is a kernel's configuration: T, kHeadDim, kPacked, kRows of a block and kRowTiles (of 16 rows) of a
-// warp, kThreads, kKeys, kItemKeys, kColTiles, kOutTiles, QueryTile.
+// warp, kThreads, kKeys, kSplitKeys, kColTiles, kOutTiles, QueryTile.
 #pragma once
-#include "attention_items.cuh"
+#include "work_tiles.cuh"
 #include "softmax.cuh"
 
 // Keys of a tile: part of the numbers' definition, so all forward kernels of a head_dim agree on it.
@@ -33,11 +33,11 @@ struct Accumulator {
 };
 
 template <class C>
-SEGATTN_FN WarpRows warp_rows(const Item& item, int packed_heads, int warp) {
+SEGATTN_FN WarpRows warp_rows(const WorkTile& work, int packed_heads, int warp) {
   const int first_row = warp * C::kRowTiles * 16;
-  const int first = query_row<C::kRows>(item, first_row, packed_heads).query;
-  const int last = min(query_row<C::kRows>(item, first_row + C::kRowTiles * 16 - 1, packed_heads).query, item.query_rows - 1);
-  return {first_row, item.keys.query_start + first, first <= last ? item.keys.query_start + last : -1};
+  const int first = query_row<C::kRows>(work, first_row, packed_heads).query;
+  const int last = min(query_row<C::kRows>(work, first_row + C::kRowTiles * 16 - 1, packed_heads).query, work.query_rows - 1);
+  return {first_row, work.keys.query_start + first, first <= last ? work.keys.query_start + last : -1};
 }
 
 // A negative scale goes into the queries, whose sign is free. Each warp turns its own rows.
@@ -77,10 +77,10 @@ SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s
 
 // Hides the keys that the rows at two positions do not see, of a tile's keys from `key` on.
 template <int kColTiles>
-SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const Item& item, const KeyTile& tile, int key, const int (&position)[2], int lane) {
+SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const WorkTile& work, const KeyTile& tile, int key, const int (&position)[2], int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int limit = item.keys.limit(tile, position[half]) - tile.first - key - lane % 4 * 2;
+    const int limit = work.keys.limit(tile, position[half]) - tile.first - key - lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColTiles; n++) {
       if (n * 8 >= limit) s[n][half * 2] = SEGATTN_NEG_INF;
@@ -90,10 +90,10 @@ SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const Item& item, const KeyT
 }
 
 template <class C>
-SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const Item& item, const KeyTile& tile, int first_row, int packed_heads, int lane) {
+SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row, int packed_heads, int lane) {
   const int row = first_row + lane / 4;
-  const int first = query_row<C::kRows>(item, row, packed_heads).position, second = query_row<C::kRows>(item, row + 8, packed_heads).position;
-  mask_keys(s, item, tile, 0, {first, second}, lane);
+  const int first = query_row<C::kRows>(work, row, packed_heads).position, second = query_row<C::kRows>(work, row + 8, packed_heads).position;
+  mask_keys(s, work, tile, 0, {first, second}, lane);
 }
 
 // 16 rows' values joined with those of the chunks before, which lie kThreads apart.
@@ -116,7 +116,7 @@ SEGATTN_FN void fold_row_tile(float (&out)[C::kOutTiles][4], const FoldFactors (
 
 // A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
 // each value in a place of its thread's own (they would fill the registers of a second accumulator). At the last
-// chunk of the item acc.rows and acc.out are the item's.
+// chunk of the work tile acc.rows and acc.out are the work tile's.
 template <class C>
 SEGATTN_FN void close_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_fold, bool first, bool last, int thread) {
 #pragma unroll
@@ -146,7 +146,7 @@ SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_IN
 
 // acc.out becomes out; lse is written.
 template <class C>
-SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc, int first_row, int lane) {
+SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row, int lane) {
   const int packed_heads = C::kPacked ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
@@ -159,31 +159,31 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const Item& item, Acc
         acc.out[m][n][half * 2] = finish_value(acc.out[m][n][half * 2], inverse);
         acc.out[m][n][half * 2 + 1] = finish_value(acc.out[m][n][half * 2 + 1], inverse);
       }
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
+      const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (lane % 4 == 0 && q.query < p.problem.q.rows)
-        p.lse[partial_row(p.problem, 0, item.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+        p.lse[partial_row(p.problem, 0, work.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
     }
 }
 
 template <class C>
-SEGATTN_FN void store_final(const SegattnForwardParams& p, const Item& item, Accumulator<C>& acc,
+SEGATTN_FN void store_final(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc,
                             typename C::QueryTile& staging, int first_row, int warp, int lane) {
   const int packed_heads = C::kPacked ? p.packed_heads : 1;
-  finish_rows<C>(p, item, acc, first_row, lane);
+  finish_rows<C>(p, work, acc, first_row, lane);
   store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&staging), (unsigned char*)&staging, p.out,
-                                                              item, packed_heads, warp, lane);
+                                                              work, packed_heads, warp, lane);
 }
 
 template <class C>
-SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, const Accumulator<C>& acc, int first_row, int lane) {
+SEGATTN_FN void store_partial(const SegattnForwardParams& p, const WorkTile& work, const Accumulator<C>& acc, int first_row, int lane) {
   const int packed_heads = C::kPacked ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const QueryRow q = query_row<C::kRows>(item, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
+      const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (q.position < 0) continue;
-      const int64_t row = partial_row(p.problem, item.split, item.entry, q.head, q.query);
+      const int64_t row = partial_row(p.problem, work.split, work.entry, q.head, q.query);
       float2* out = (float2*)(p.partial_out + row * C::kHeadDim);
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; n++)
@@ -192,7 +192,7 @@ SEGATTN_FN void store_partial(const SegattnForwardParams& p, const Item& item, c
     }
 }
 
-// Folds the parts of a row's items: chunks (where items are chunks) into sections, sections into the row. One
+// Folds the parts of a row's work tiles: chunks (where work tiles are chunks) into sections, sections into the row. One
 // warp a row, lane l holding columns l, l + 32, ...
 template <class C>
 struct CombinedRow {
@@ -226,20 +226,20 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const int query_rows = keys.query_rows((int)rows);
   const int tile = (query * packed_heads + head % packed_heads) / C::kRows;
   const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, packed_heads, query_rows);
-  const int splits = ceil_div(steps, C::kItemKeys / C::kKeys);
+  const int splits = ceil_div(steps, C::kSplitKeys / C::kKeys);
   wait_for_previous();      // what is read so far was there before
   if (splits <= 1) return;  // already final
 
-  constexpr int kSectionItems = kSectionChunks * kChunkKeys / C::kItemKeys;
-  CombinedRow<C> total, parts[kSectionItems];
-  for (int first = 0; first < splits && query < query_rows; first += kSectionItems) {
+  constexpr int kSectionSplits = kSectionChunks * kChunkKeys / C::kSplitKeys;
+  CombinedRow<C> total, parts[kSectionSplits];
+  for (int first = 0; first < splits && query < query_rows; first += kSectionSplits) {
     const int count = splits - first;
     // All of a section's loads first: each takes as long as the rest of it.
 #pragma unroll
-    for (int i = 0; i < kSectionItems; i++)
+    for (int i = 0; i < kSectionSplits; i++)
       if (i < count) parts[i].load(p, partial_row(p.problem, first + i, entry, head, query), lane);
 #pragma unroll
-    for (int i = 1; i < kSectionItems; i++)
+    for (int i = 1; i < kSectionSplits; i++)
       if (i < count) parts[0].fold(parts[i]);
     if (first == 0) total = parts[0];
     else total.fold(parts[0]);
@@ -257,7 +257,7 @@ struct CombineConfig {
 };
 constexpr SegattnKernelInfo kCombineInfo = {128, 0, 4, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
 
-// What the items of a kernel are folded by.
+// What the work tiles of a kernel are folded by.
 #define COMBINE(name)                                                                       \
   SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
   SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \

@@ -36,18 +36,18 @@ typedef struct SegattnProblem {
   float scale;
 } SegattnProblem;
 
-/* attention_forward: out and lse, or partial results where a row's keys are split over several items. */
+/* attention_forward: out and lse, or partial results where a row's keys are split over several work_tiles. */
 typedef struct SegattnForwardParams {
   SegattnProblem problem;
   SegattnTensor out;    /* like q */
   float* lse;           /* [batch, q_heads, rows] */
-  float* partial_out;   /* [items per tile, batch, q_heads, rows, head_dim], used where there are several */
-  float* partial_state; /* [items per tile, batch, q_heads, rows, 2]: running maximum (base 2) and sum */
+  float* partial_out;   /* [work_tiles per tile, batch, q_heads, rows, head_dim], used where there are several */
+  float* partial_state; /* [work_tiles per tile, batch, q_heads, rows, 2]: running maximum (base 2) and sum */
   float* chunk_totals;          /* [blocks of the grid, head_dim * tile rows]: totals of chunks before the current one */
   uint32_t* work_counter;  /* [1], zero before the launch */
   int32_t packed_heads; /* query heads of a group that share a tile; their sources must be the same */
   int32_t tiles;          /* query tiles: ceil(rows * packed_heads / tile rows) */
-  int32_t max_splits;      /* most items that one tile's keys are split into */
+  int32_t max_splits;      /* most work_tiles that one tile's keys are split into */
 } SegattnForwardParams;
 
 /* attention_backward and its preparation. query_start is 0. */
@@ -63,12 +63,12 @@ typedef struct SegattnBackwardParams {
   float* d_past_gate;       /* [batch, q_heads] */
   float* row_lse;           /* [batch, q_heads, row_pitch]: lse in base 2, +inf for padding */
   float* row_delta;         /* [batch, q_heads, row_pitch]: d_out . out - d_lse, 0 for padding */
-  float* partial_d_q;       /* [items per tile, batch, q_heads, rows, head_dim], used where there are several */
-  float* partial_gate;      /* [items per tile, batch, q_heads, tiles]: sums of ds over past keys */
-  uint32_t* work_counter;      /* [2], zero before the launches: for kernels whose blocks take items, of d_q and of d_k */
+  float* partial_d_q;       /* [work_tiles per tile, batch, q_heads, rows, head_dim], used where there are several */
+  float* partial_gate;      /* [work_tiles per tile, batch, q_heads, tiles]: sums of ds over past keys */
+  uint32_t* work_counter;      /* [2], zero before the launches: for kernels whose blocks take work_tiles, of d_q and of d_k */
   int32_t row_pitch;        /* rows rounded up to a multiple of 128 */
   int32_t tiles;            /* query tiles of the d_q pass */
-  int32_t max_splits;        /* most items that one tile's keys are split into */
+  int32_t max_splits;        /* most work_tiles that one tile's keys are split into */
 } SegattnBackwardParams;
 
 /* How an entry point is launched; each has one of these, named <entry>_info. */
@@ -78,7 +78,7 @@ typedef struct SegattnKernelInfo {
   int32_t blocks_per_multiprocessor; /* that fit by registers */
   int32_t tile_rows;                 /* query rows (d_k, d_v: key rows) of a block */
   int32_t key_rows;                  /* rows of a key tile (d_k, d_v: of a query tile) */
-  int32_t split_keys;                 /* keys of an item, 0 where nothing is split */
+  int32_t split_keys;                 /* keys of an work, 0 where nothing is split */
   int32_t params_bytes;
 } SegattnKernelInfo;
 

@@ -1,6 +1,6 @@
 // Shared-memory tiles: the only address arithmetic. A tile of kRows x kCols 16-bit elements is a row of
 // panels, each kRows x 64 elements (32 where kCols is no multiple of 64); within a panel the 16-byte chunks of
-// a row are permuted by the row, so that the eight rows an ldmatrix reads fall into eight different bank
+// a row are permuted by the row, so that the eight rows a ldmatrix reads fall into eight different bank
 // groups. The layout is that of a tensor copy with 128-byte (64-byte) swizzle.
 #pragma once
 #include "ptx.cuh"

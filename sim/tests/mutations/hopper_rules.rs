@@ -61,7 +61,7 @@ const FORWARD: [Rule; 86] = [
         "(&shared.v_full[stage], phase(turn / C::kStages))",
         "(&shared.v_full[stage], phase(turn))",
     ),
-    // From the third item on: what shared memory holds before the first two may make a warpgroup loop for ever.
+    // From the third work on: what shared memory holds before the first two may make a warpgroup loop for ever.
     replace(
         "mbarrier_wait(&shared.full",
         "if (n >= 2) {} else mbarrier_wait(&shared.full",
@@ -90,12 +90,12 @@ const FORWARD: [Rule; 86] = [
     ),
     // What is fetched.
     replace("before.first_turn + before.steps()", "before.first_turn"),
-    replace("shared.work[~n & 1], n == 0", "work, n == 0"),
-    replace("work = shared.work[n & 1]", "work = shared.work[0]"),
-    replace("index >= items", "index > items"),
+    replace("shared.work[~n & 1], n == 0", "buffer, n == 0"),
+    replace("buffer = shared.work[n & 1]", "buffer = shared.work[0]"),
+    replace("index >= work_tiles", "index > work_tiles"),
     replace(
-        "work.item.split >= work.item.splits",
-        "work.item.split > work.item.splits",
+        "buffer.work.split >= buffer.work.splits",
+        "buffer.work.split > buffer.work.splits",
     ),
     replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
     replace("first + row, end, thread", "first, end, thread"),
@@ -111,21 +111,21 @@ const FORWARD: [Rule; 86] = [
         "signal_landed<0>(&shared.full",
         "signal_landed<1>(&shared.full",
     ),
-    replace("turn = work.first_turn + step", "turn = step"),
+    replace("turn = buffer.first_turn + step", "turn = step"),
     replace(
-        "item.tile * C::kRows, item.query_rows",
-        "0, item.query_rows",
+        "work.query_tile * C::kRows, work.query_rows",
+        "0, work.query_rows",
     ),
     replace("(shared.q[n & 1], Rows", "(shared.q[0], Rows"),
     // Which steps a warpgroup takes, and which of them it masks.
     replace(
-        "first = item.tile * C::kRows + first_row",
-        "first = item.tile * C::kRows",
+        "first = work.query_tile * C::kRows + first_row",
+        "first = work.query_tile * C::kRows",
     ),
     replace("first_row = warp / 4 * 64", "first_row = warp / 4 * 32"),
     replace(
-        "min(first + 64, item.query_rows) - 1",
-        "min(first + 64, item.query_rows) - 2",
+        "min(first + 64, work.query_rows) - 1",
+        "min(first + 64, work.query_rows) - 2",
     ),
     replace("first <= last ?", "first < last ?"),
     replace("keys.past_len % C::kKeys ?", "false ?"),
@@ -134,11 +134,11 @@ const FORWARD: [Rule; 86] = [
     replace("min(position + 1,", "min(position + 2,"),
     replace("C::kRows + warp * 16;", "C::kRows + warp * 16 + 15;"),
     replace("step >= first_masked", "step > first_masked"),
-    replace("step == part_past ||", "step + 1 == part_past ||"),
-    replace("step == part_prior ||", ""),
+    replace("step == partial_past_tile ||", "step + 1 == partial_past_tile ||"),
+    replace("step == partial_prior_tile ||", ""),
     replace("first_turn + (step - first_step)", "step - first_step"),
-    replace("uniform(max(end, item.first_step))", "uniform(end)"),
-    replace("step < turns.item_end", "step + 1 < turns.item_end"),
+    replace("uniform(max(end, work.first_step))", "uniform(end)"),
+    replace("step < turns.work_end", "step + 1 < turns.work_end"),
     replace("if (turns.masked(step)) mask_rows", "if (false) mask_rows"),
     replace("step < turns.past_tiles ?", "step <= turns.past_tiles ?"),
     // Products and their order.
@@ -168,10 +168,10 @@ const FORWARD: [Rule; 86] = [
     drop_statement("acc.clear()"),
     replace("shared.totals + first_row", "shared.totals"),
     replace("(int64_t)blockIdx.x * (C::kRows", "(int64_t)0 * (C::kRows"),
-    replace("item.splits > 1)", "item.splits > 2)"),
+    replace("work.splits > 1)", "work.splits > 2)"),
     drop_statement("finish_rows<C>"),
     replace(
-        "query, item.query_rows, (int)",
+        "query, work.query_rows, (int)",
         "query, (int)p.problem.q.rows, (int)",
     ),
 ];

@@ -1,15 +1,15 @@
-// Work of a query-stationary kernel: a tile of query rows and a run of its key tiles, the *item*. Rows of a
+// Work of a query-stationary kernel: a tile of query rows and a run of its key tiles, the *work tile*. Rows of a
 // tile are packed: row r of tile t is query (t * kRows + r) / packed_heads of head (...) % packed_heads.
-// The keys of a tile are split into items at multiples of kItemKeys, so that a long past is worked on by many
-// blocks; items with the most keys come first.
+// The keys of a tile are split into work tiles at multiples of kSplitKeys, so that a long past is worked on by many
+// blocks; work tiles with the most keys come first.
 #pragma once
 #include "tile.cuh"
 #include "visibility.cuh"
 
-struct Item {
-  int entry, head, tile, split;
+struct WorkTile {
+  int entry, head, query_tile, split;
   int first_step, end_step;  // key tiles of the head's list
-  int splits;                // items of this tile; 1: the results are final
+  int splits;                // work tiles of this tile; 1: the results are final
   int query_rows;            // valid queries of the entry
   KeyList keys;
 };
@@ -20,11 +20,11 @@ struct QueryRow {
 };
 
 template <int kRows>
-SEGATTN_FN QueryRow query_row(const Item& item, int tile_row, int packed_heads) {
-  const int index = item.tile * kRows + tile_row;
+SEGATTN_FN QueryRow query_row(const WorkTile& work, int tile_row, int packed_heads) {
+  const int index = work.query_tile * kRows + tile_row;
   const int query = packed_heads == 1 ? index : index / packed_heads;
-  const int head = item.head + (packed_heads == 1 ? 0 : index % packed_heads);
-  return {query, head, query < item.query_rows ? item.keys.query_start + query : -1};
+  const int head = work.head + (packed_heads == 1 ? 0 : index % packed_heads);
+  return {query, head, query < work.query_rows ? work.keys.query_start + query : -1};
 }
 
 // Key tiles that some row of the tile sees.
@@ -36,23 +36,23 @@ SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int packed_heads, int q
   return keys.tiles_of<kKeys>(keys.query_start + last);
 }
 
-// The item of a head's tile that begins with the split-th run of its keys.
-template <int kRows, int kKeys, int kItemKeys>
-SEGATTN_FN void describe(Item& item, const SegattnProblem& p, int packed_heads) {
-  item.keys = KeyList::of(p, item.entry, item.head);
-  item.query_rows = item.keys.query_rows((int)p.q.rows);
-  const int steps = tile_steps<kRows, kKeys>(item.keys, item.tile, packed_heads, item.query_rows);
-  constexpr int kItemSteps = kItemKeys / kKeys;
-  item.splits = max(1, ceil_div(steps, kItemSteps));
-  item.first_step = item.split * kItemSteps;
-  item.end_step = min(steps, item.first_step + kItemSteps);
+// The work tile of a head's tile that begins with the split-th run of its keys.
+template <int kRows, int kKeys, int kSplitKeys>
+SEGATTN_FN void locate_split(WorkTile& work, const SegattnProblem& p, int packed_heads) {
+  work.keys = KeyList::of(p, work.entry, work.head);
+  work.query_rows = work.keys.query_rows((int)p.q.rows);
+  const int steps = tile_steps<kRows, kKeys>(work.keys, work.query_tile, packed_heads, work.query_rows);
+  constexpr int kSplitTiles = kSplitKeys / kKeys;
+  work.splits = max(1, ceil_div(steps, kSplitTiles));
+  work.first_step = work.split * kSplitTiles;
+  work.end_step = min(steps, work.first_step + kSplitTiles);
 }
 
-template <int kRows, int kKeys, int kItemKeys>
-SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int packed_heads, int max_splits) {
+template <int kRows, int kKeys, int kSplitKeys>
+SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, int packed_heads, int max_splits) {
   const int head_tiles = opaque(p.q_heads) / packed_heads, per_split = tiles * head_tiles * p.batch;
-  Item item;
-  item.split = max_splits - 1 - index / per_split;
+  WorkTile work;
+  work.split = max_splits - 1 - index / per_split;
   index %= per_split;
   // Head by head, so that the keys of few heads are in use at a time; but the tiles of the fewest keys of all heads come
   // last, so that the blocks end together.
@@ -60,16 +60,16 @@ SEGATTN_FN Item item_at(const SegattnProblem& p, int index, int tiles, int packe
   int head;
   if (index < longer * heads) {
     head = index / longer;
-    item.tile = tiles - 1 - index % longer;
+    work.query_tile = tiles - 1 - index % longer;
   } else {
     index -= longer * heads;
     head = index % heads;
-    item.tile = last_tiles - 1 - index / heads;
+    work.query_tile = last_tiles - 1 - index / heads;
   }
-  item.head = head % head_tiles * packed_heads;
-  item.entry = head / head_tiles;
-  describe<kRows, kKeys, kItemKeys>(item, p, packed_heads);
-  return item;
+  work.head = head % head_tiles * packed_heads;
+  work.entry = head / head_tiles;
+  locate_split<kRows, kKeys, kSplitKeys>(work, p, packed_heads);
+  return work;
 }
 
 // Where a row's partial result lies: [split, batch, q_heads, rows].
@@ -97,7 +97,7 @@ struct SourceRows {
 // global memory is written 16 bytes at a time. Rows that are padding become zero.
 template <class T, class Tile, int kRowTiles>
 SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4], SharedAddress tile, unsigned char* shared,
-                                 const SegattnTensor& tensor, const Item& item, int packed_heads, int warp, int lane) {
+                                 const SegattnTensor& tensor, const WorkTile& work, int packed_heads, int warp, int lane) {
   const int row0 = warp * kRowTiles * 16;
   const SharedAddress origin = shared_address(shared);
   __syncwarp();
@@ -115,10 +115,10 @@ SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4]
   constexpr int kRowChunks = Tile::kCols / 8;
   for (int i = lane; i < kRowTiles * 16 * kRowChunks; i += 32) {
     const int row = row0 + i / kRowChunks, column = i % kRowChunks;
-    const QueryRow q = query_row<Tile::kRows>(item, row, packed_heads);
+    const QueryRow q = query_row<Tile::kRows>(work, row, packed_heads);
     if (q.query >= tensor.rows) continue;
     const uint4 value = *(const uint4*)(shared + (Tile::chunk(tile, row, column) - origin));
-    T* target = Rows<T>::of(tensor, item.entry, q.head).row(q.query) + column * 8;
+    T* target = Rows<T>::of(tensor, work.entry, q.head).row(q.query) + column * 8;
     *(uint4*)target = q.position >= 0 ? value : make_uint4(0, 0, 0, 0);
   }
 }
