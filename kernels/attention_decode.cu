@@ -1,7 +1,7 @@
 // Segment attention where at most a few query rows per head are left: the result of attention_forward.cu, to the bit.
 //
 // Rows of all query heads of a group share a tile of 16. Every chunk of keys is a work tile, and every work tile a block, so that one
-// token's keys are spread over the chip; the combine kernel folds what the work tiles of a tile left. One warp would be bound
+// token's keys are spread over the chip; the combine kernel merges what the work tiles of a tile left. One warp would be bound
 // by its own latency, so four share each key tile: a warp takes the scores and weights of a quarter of its keys, and a
 // quarter of out's columns. Maxima, weights and the terms of the sums go through shared memory. Every accumulator and sum
 // sees what it sees in prefill, in the same order.

@@ -2,15 +2,15 @@
 // lse = ln sum exp. Written, not added to; padding rows get out = 0 and lse = -inf.
 //
 // A block takes work tiles (a tile of query rows, a run of key tiles) until none is left. Chunks of kChunkKeys keys
-// are accumulated from zero and folded left to right into sections, sections likewise into the result; where a
-// tile has several work tiles each leaves its part in the workspace and the combine kernel folds them. A row
+// are accumulated from zero and merged left to right into sections, sections likewise into the result; where a
+// tile has several work tiles each leaves its part in the workspace and the combine kernel merges them. A row
 // therefore sees the same operations in the same order in every kernel of this file (docs/kernels.md).
 #include "attention_rows.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
 #include "products.cuh"
 
-// 4 warps x 32 query rows (16 at D 256, where the accumulators of 32 do not fit); a block folds a whole section of chunks.
+// 4 warps x 32 query rows (16 at D 256, where the accumulators of 32 do not fit); a block merges a whole section of chunks.
 // 64 keys a tile keep scores (64 registers) beside out (128 at D 128). Two stages: 96 KB at D 128, so two blocks fit on Hopper,
 // one on sm_86.
 template <class T_, int kHeadDim_>
@@ -41,7 +41,7 @@ struct ForwardShared {
   bool done;
   KeyTile tiles[4];  // number t at t % 4: the one worked on and the next ones
   WarpRows warps[C::kWarps];
-  float* fold;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
+  float* chunk_totals;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
   RowState totals[C::kRows];  // of the chunks before the current one, then of the work tile
 };
 
@@ -121,7 +121,7 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
     }
     const bool last = step + 1 == work.end_step;
     if (last || (step + 1) % C::kChunkSteps == 0) {
-      close_chunk<C>(acc, shared.totals + rows.first_row, shared.fold, step - work.first_step < C::kChunkSteps, last, thread);
+      merge_chunk<C>(acc, shared.totals + rows.first_row, shared.chunk_totals, step - work.first_step < C::kChunkSteps, last, thread);
       if (!last) acc.clear();
     }
   }
@@ -151,7 +151,7 @@ SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& 
 template <class C>
 SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
-  if (threadIdx.x == 0) shared.fold = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+  if (threadIdx.x == 0) shared.chunk_totals = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (bool first = true;; first = false) {
     __syncthreads();  // the work tile before is done with shared memory
     if (threadIdx.x == 0) shared.done = !next_work_tile<C>(p, shared, first);

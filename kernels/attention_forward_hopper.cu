@@ -183,7 +183,7 @@ SEGATTN_FN void weigh_scores(float (&s)[C::kColTiles][4], float (&factor)[2], Ro
 
 // A warpgroup's part of a work tile, which is not empty. Scores of the next tile are begun before the values of this one.
 template <class C>
-SEGATTN_FN void multiply_work_tile(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const Turns<C>& turns, int first_row, float* fold,
+SEGATTN_FN void multiply_work_tile(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const Turns<C>& turns, int first_row, float* chunk_totals,
                               float scale, int thread) {
   const int lane = thread & 31;
   const float gate = work.keys.gate_log2;
@@ -225,7 +225,7 @@ SEGATTN_FN void multiply_work_tile(Accumulator<C>& acc, ForwardShared<C>& shared
       wgmma_wait<0>();
     }
     release(&shared.empty[turns.turn(step) % C::kStages], lane);
-    close_chunk<C>(acc, shared.totals + first_row, fold, first, last, thread);
+    merge_chunk<C>(acc, shared.totals + first_row, chunk_totals, first, last, thread);
     if (last) return;
     acc.clear();
   }
@@ -242,7 +242,7 @@ template <class C>
 SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, warp = thread >> 5, first_row = warp * 16;
   const float scale = scale_log2(p.problem.scale);
-  float* fold = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+  float* chunk_totals = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (uint32_t n = 0;; n++) {
     mbarrier_wait(&shared.full[n & 1], phase(n / 2));
     if (shared.work[n & 1].none) return;
@@ -255,7 +255,7 @@ SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared
     }
     Accumulator<C> acc;
     acc.clear();
-    if (turns.first_step < turns.end_step) multiply_work_tile<C>(acc, shared, work, turns, first_row, fold, scale, thread);
+    if (turns.first_step < turns.end_step) multiply_work_tile<C>(acc, shared, work, turns, first_row, chunk_totals, scale, thread);
     // Not before the tile is there: the release would count for the one that another warpgroup still reads.
     for (int step = turns.end_step; step < turns.work_end; step++) {
       const uint32_t turn = turns.turn(step), stage = turn % C::kStages;

@@ -1,4 +1,4 @@
-// What every forward kernel does with a row: what it accumulates, its softmax, chunks folded into sections and these into
+// What every forward kernel does with a row: what it accumulates, its softmax, chunks merged into sections and these into
 // the row, its end, and the parts that a tile's work tiles left brought together. Said once, because a row must have the same
 // bits in all of them. C is a kernel's configuration: T, kHeadDim, kPacked, kRows of a block and kRowTiles (of 16 rows) of a
 // warp, kThreads, kKeys, kSplitKeys, kColTiles, kOutTiles, QueryTile.
@@ -98,44 +98,44 @@ SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const WorkTile& work, con
 
 // 16 rows' values joined with those of the chunks before, which lie kThreads apart.
 template <class C>
-SEGATTN_FN void fold_row_tile(float (&out)[C::kOutTiles][4], const FoldFactors (&factors)[2], float4* place, bool first, bool last) {
+SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors (&factors)[2], float4* saved, bool first, bool last) {
   if (!first) {
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) {
-      const float4 total = place[n * C::kThreads];
-      out[n][0] = fold_value(total.x, out[n][0], factors[0]);
-      out[n][1] = fold_value(total.y, out[n][1], factors[0]);
-      out[n][2] = fold_value(total.z, out[n][2], factors[1]);
-      out[n][3] = fold_value(total.w, out[n][3], factors[1]);
+      const float4 total = saved[n * C::kThreads];
+      out[n][0] = merge_value(total.x, out[n][0], factors[0]);
+      out[n][1] = merge_value(total.y, out[n][1], factors[0]);
+      out[n][2] = merge_value(total.z, out[n][2], factors[1]);
+      out[n][3] = merge_value(total.w, out[n][3], factors[1]);
     }
   }
   if (last) return;
 #pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++) place[n * C::kThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
+  for (int n = 0; n < C::kOutTiles; n++) saved[n * C::kThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
 }
 
 // A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
 // each value in a place of its thread's own (they would fill the registers of a second accumulator). At the last
 // chunk of the work tile acc.rows and acc.out are the work tile's.
 template <class C>
-SEGATTN_FN void close_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_fold, bool first, bool last, int thread) {
+SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_totals, bool first, bool last, int thread) {
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
-    FoldFactors factors[2];
+    MergeFactors factors[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       RowState &row = acc.rows[m][half], &total = s_totals[m * 16 + half * 8 + thread % 32 / 4];
       row.sum = quad_sum(row.sum);
       if (!first) {
-        factors[half] = fold_factors(total.max, row.max);
-        row = {factors[half].max, fold_value(total.sum, row.sum, factors[half])};
+        factors[half] = merge_factors(total.max, row.max);
+        row = {factors[half].max, merge_value(total.sum, row.sum, factors[half])};
       }
       if (!last) {
         __syncwarp();
         if (thread % 4 == 0) total = row;
       }
     }
-    if (!(first && last)) fold_row_tile<C>(acc.out[m], factors, (float4*)g_fold + m * C::kOutTiles * C::kThreads + thread, first, last);
+    if (!(first && last)) merge_row_tile<C>(acc.out[m], factors, (float4*)g_totals + m * C::kOutTiles * C::kThreads + thread, first, last);
   }
 }
 
@@ -206,11 +206,11 @@ struct CombinedRow {
 #pragma unroll
     for (int i = 0; i < kValues; i++) out[i] = p.partial_out[row * C::kHeadDim + i * 32 + lane];
   }
-  __device__ __forceinline__ void fold(const CombinedRow& part) {
-    const FoldFactors f = fold_factors(state.max, part.state.max);
-    state = {f.max, fold_value(state.sum, part.state.sum, f)};
+  __device__ __forceinline__ void merge(const CombinedRow& partial) {
+    const MergeFactors f = merge_factors(state.max, partial.state.max);
+    state = {f.max, merge_value(state.sum, partial.state.sum, f)};
 #pragma unroll
-    for (int i = 0; i < kValues; i++) out[i] = fold_value(out[i], part.out[i], f);
+    for (int i = 0; i < kValues; i++) out[i] = merge_value(out[i], partial.out[i], f);
   }
 };
 
@@ -231,18 +231,18 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   if (splits <= 1) return;  // already final
 
   constexpr int kSectionSplits = kSectionChunks * kChunkKeys / C::kSplitKeys;
-  CombinedRow<C> total, parts[kSectionSplits];
+  CombinedRow<C> total, partials[kSectionSplits];
   for (int first = 0; first < splits && query < query_rows; first += kSectionSplits) {
     const int count = splits - first;
     // All of a section's loads first: each takes as long as the rest of it.
 #pragma unroll
     for (int i = 0; i < kSectionSplits; i++)
-      if (i < count) parts[i].load(p, partial_row(p.problem, first + i, entry, head, query), lane);
+      if (i < count) partials[i].load(p, partial_row(p.problem, first + i, entry, head, query), lane);
 #pragma unroll
     for (int i = 1; i < kSectionSplits; i++)
-      if (i < count) parts[0].fold(parts[i]);
-    if (first == 0) total = parts[0];
-    else total.fold(parts[0]);
+      if (i < count) partials[0].merge(partials[i]);
+    if (first == 0) total = partials[0];
+    else total.merge(partials[0]);
   }
   uint16_t* out = (uint16_t*)Rows<T>::of(p.out, entry, head).row(query);
   const float inverse = query < query_rows ? row_inverse(total.state.sum) : 0.f;
@@ -257,7 +257,7 @@ struct CombineConfig {
 };
 constexpr SegattnKernelInfo kCombineInfo = {128, 0, 4, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
 
-// What the work tiles of a kernel are folded by.
+// What the work tiles of a kernel are merged by.
 #define COMBINE(name)                                                                       \
   SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
   SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \

@@ -1,5 +1,5 @@
 // Online softmax of the rows a thread holds: the accumulator of m16n8k16 gives it rows lane / 4 and lane / 4 + 8,
-// columns 2 * (lane % 4) and the next. Scores are in base 2 with the scale folded into the exponent:
+// columns 2 * (lane % 4) and the next. Scores are in base 2 with the scale merged into the exponent:
 // p = exp2(s * scale_log2 + bias - max).
 //
 // Bits: a tile in which a row sees nothing leaves max, sum and out of that row as they are (factor exactly 1,
@@ -61,15 +61,15 @@ SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, 
 }
 
 // Factors that bring two parts of a row to their common maximum.
-struct FoldFactors {
-  float total, part, max;
+struct MergeFactors {
+  float total, partial, max;
 };
-SEGATTN_FN FoldFactors fold_factors(float total_max, float part_max) {
-  const float max = max_f32(total_max, part_max), reference = finite_max(max);
-  return {exp2_approx(total_max - reference), exp2_approx(part_max - reference), max};
+SEGATTN_FN MergeFactors merge_factors(float total_max, float partial_max) {
+  const float max = max_f32(total_max, partial_max), reference = finite_max(max);
+  return {exp2_approx(total_max - reference), exp2_approx(partial_max - reference), max};
 }
-SEGATTN_FN float fold_value(float total, float part, const FoldFactors& f) {
-  return fma_rn(part, f.part, mul_rn(total, f.total));
+SEGATTN_FN float merge_value(float total, float partial, const MergeFactors& f) {
+  return fma_rn(partial, f.partial, mul_rn(total, f.total));
 }
 
 // The factor of the exponent's argument. A scale of 0 becomes one so small that every exponent is 0, because

@@ -114,7 +114,7 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
     [
         "attention_forward_hopper.cu",
         "barrier_sync<128>",
-        "each warp turns the rows that its own part of a product reads",
+        "each warp turns the rows that its own partial of a product reads",
     ],
     [
         "attention_backward_hopper.cu",
@@ -154,7 +154,7 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
     [
         "attention_gradients.cuh",
         "query < query_rows ? value",
-        "the parts of a padding row are zeros, and so is their sum",
+        "the partials of a padding row are zeros, and so is their sum",
     ],
     [
         "work_tiles.cuh",
@@ -321,7 +321,7 @@ const ROWS: [Rule; 22] = [
     ),
     replace("count = splits - first", "count = splits"),
     replace("splits <= 1) return", "splits <= 3) return"),
-    replace("part.state.max)", "state.max)"),
+    replace("partial.state.max)", "state.max)"),
     replace(
         "weights[n / 2][n % 2 * 2 + half]",
         "weights[n / 2][half * 2 + n % 2]",
@@ -591,15 +591,15 @@ const SOFTMAX: [Rule; 11] = [
     replace("even + odd", "even"),
     drop_statement("row.max = step.max"),
     replace(
-        "exp2_approx(part_max - reference)",
+        "exp2_approx(partial_max - reference)",
         "exp2_approx(total_max - reference)",
     ),
     replace("max == SEGATTN_NEG_INF ? 0.f : max", "max"),
     replace("scale < 0.f ? -scale : scale", "scale"),
     replace("max_f32(magnitude, 1e-37f)", "magnitude"),
     replace(
-        "fma_rn(part, f.part, mul_rn(total, f.total))",
-        "fma_rn(part, f.total, mul_rn(total, f.part))",
+        "fma_rn(partial, f.partial, mul_rn(total, f.total))",
+        "fma_rn(partial, f.total, mul_rn(total, f.partial))",
     ),
     drop_statement("odd += s"),
 ];
