@@ -3,24 +3,24 @@
 // The warps of a block's first warpgroup fetch, each a stage of a ring at a time, so that a warp waits for nothing but its
 // own copies. The others multiply, 64 rows each: of keys against tiles of queries (d_k, d_v), of queries against tiles of
 // keys (d_q). While one product runs, a warpgroup turns the one before into weights, and each warpgroup's weights also
-// run beside the other's products. Registers move from the warps that fetch to those that multiply. Blocks take work tiles until
+// run beside the other's products. Registers move from the producer warps to those that multiply. Blocks take work tiles until
 // there are none (docs/kernels.md).
 #include "attention_gradients.cuh"
 #include "layout.cuh"
 #include "warpgroups.cuh"
 
 // What both kernels have in common.
-template <class T_, int kHeadDim_, int kMultiply, int kRing>
+template <class T_, int kHeadDim_, int kWarpgroups, int kRing>
 struct WarpgroupConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kMultiply;  // warpgroups
-  static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kRing;
-  static constexpr int kWarps = kConsumers * 4;
-  static constexpr int kThreads = kFetchThreads + kWarps * 32, kBlocks = 1;
-  static constexpr int kFetchRegisters = kConsumers == 3 ? 48 : 56, kRegisters = kConsumers == 3 ? 152 : 224;
+  static constexpr int kConsumerWarpgroups = kWarpgroups;  // warpgroups
+  static constexpr int kProducerWarps = 4, kProducerThreads = kProducerWarps * 32, kStages = kRing;
+  static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
+  static constexpr int kThreads = kProducerThreads + kConsumerWarps * 32, kBlocks = 1;
+  static constexpr int kProducerRegisters = kConsumerWarpgroups == 3 ? 48 : 56, kConsumerRegisters = kConsumerWarpgroups == 3 ? 152 : 224;
   static constexpr int kSteps = kHeadDim / 16, kOutTiles = kHeadDim / 8;
-  static_assert(registers_fit(kFetchThreads, kFetchRegisters, kWarps * 32, kRegisters), "or the launch waits for ever");
+  static_assert(registers_fit(kProducerThreads, kProducerRegisters, kConsumerWarps * 32, kConsumerRegisters), "or the launch waits for ever");
 };
 
 // The block's n-th work tile lies at n % kWorkBuffers: blocks fetch for one while they multiply one and store another.
@@ -33,9 +33,9 @@ SEGATTN_FN uint32_t next_work_index(uint32_t* work_counter, bool first) { return
 
 template <class T, int kHeadDim>
 struct QueryGradConfig : WarpgroupConfig<T, kHeadDim, kHeadDim == 64 ? 3 : 2, 4> {
-  static constexpr int kRows = 64 * QueryGradConfig::kConsumers;
+  static constexpr int kRows = 64 * QueryGradConfig::kConsumerWarpgroups;
   static constexpr int kKeys = 64;
-  static constexpr bool kHeld = QueryGradConfig::kConsumers == 2;  // d_out in registers
+  static constexpr bool kHeld = QueryGradConfig::kConsumerWarpgroups == 2;  // d_out in registers
   static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
@@ -55,18 +55,18 @@ struct QueryGradShared {
   SourceRows<typename C::T> sources;
   QueryWork work[kWorkBuffers];
   KeyTile tiles[C::kStages];
-  float gate_sums[2][C::kWarps];  // of work tile n at n % 2
+  float gate_sums[2][C::kConsumerWarps];  // of work tile n at n % 2
   uint64_t rows_full, rows_empty;
   uint64_t full[C::kStages], empty[C::kStages];
 };
 
 template <class C>
 SEGATTN_FN void start_barriers(QueryGradShared<C>& shared) {
-  mbarrier_init(&shared.rows_full, C::kFetchThreads);
-  mbarrier_init(&shared.rows_empty, C::kWarps);
+  mbarrier_init(&shared.rows_full, C::kProducerThreads);
+  mbarrier_init(&shared.rows_empty, C::kConsumerWarps);
   for (int stage = 0; stage < C::kStages; stage++) {
     mbarrier_init(&shared.full[stage], 32);
-    mbarrier_init(&shared.empty[stage], C::kWarps);
+    mbarrier_init(&shared.empty[stage], C::kConsumerWarps);
   }
   fence_mbarrier_init();
 }
@@ -89,12 +89,12 @@ template <class C>
 SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const WorkTile& work, int thread) {
   using T = typename C::T;
   const int first = work.query_tile * C::kRows;
-  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kProducerThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head), first,
                                                            work.query_rows, thread);
-  copy_rows_async<typename C::QueryTile, C::kFetchThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.entry, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kProducerThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.entry, work.head), first,
                                                            work.query_rows, thread);
   const int64_t row = prepared_row(p, work.entry, work.head, first);
-  for (int i = thread; i < C::kRows / 4; i += C::kFetchThreads) {
+  for (int i = thread; i < C::kRows / 4; i += C::kProducerThreads) {
     const int bytes = first + i * 4 < p.row_pitch ? 16 : 0;
     cp_async_16(shared_address(&shared.lse[i * 4]), p.row_lse + row + i * 4, bytes);
     cp_async_16(shared_address(&shared.delta[i * 4]), p.row_delta + row + i * 4, bytes);
@@ -103,12 +103,12 @@ SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& sh
 }
 
 template <class C>
-SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
+SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   uint32_t first_step = 0;  // of the work tile, counted over all work tiles of the block
   if (thread == 0) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
-    barrier_sync<C::kFetchThreads>(1);
+    barrier_sync<C::kProducerThreads>(1);
     const QueryWork& buffer = shared.work[n % kWorkBuffers];
     if (buffer.done) {
       wait_empty(&shared.rows_empty, n);
@@ -117,12 +117,12 @@ SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared
     }
     const WorkTile& work = buffer.work;
     shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
-    barrier_sync<C::kFetchThreads>(1);
+    barrier_sync<C::kProducerThreads>(1);
     wait_empty(&shared.rows_empty, n);
     copy_rows<C>(p, shared, work, thread);
     signal_landed<0>(&shared.rows_full);
     const int steps = max(0, work.end_step - work.first_step), own = (warp - first_step) % C::kStages;
-    const auto fetch = [&](int step) {
+    const auto produce = [&](int step) {
       const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_step + step);
       wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
       copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[warp]), shared.sources.k[tile.source], tile.first, tile.end, lane);
@@ -131,11 +131,11 @@ SEGATTN_FN void fetch_query_grad(const SegattnBackwardParams& p, QueryGradShared
       if (lane == 0) shared.tiles[warp] = tile;
       signal_landed<0>(&shared.full[warp]);
     };
-    if (own < steps) fetch(own);
+    if (own < steps) produce(own);
     // What comes next is found while the keys fetched are in use.
     if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kWorkBuffers], false);
     __syncwarp();
-    for (int step = own + C::kStages; step < steps; step += C::kStages) fetch(step);
+    for (int step = own + C::kStages; step < steps; step += C::kStages) produce(step);
     first_step += steps;
   }
 }
@@ -190,7 +190,7 @@ SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldQueries<C>& 
 // The work tile's keys: d_q of the warpgroup's rows, and the thread's sum of ds over past keys. Scores of the next keys are
 // under way before the products of these are waited for.
 template <class C>
-SEGATTN_FN float multiply_keys(float (&d_q)[C::kOutTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, const KeyList& keys,
+SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, const KeyList& keys,
                                KeyTurns<C> at, float scale, int row, int group) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
@@ -256,21 +256,21 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d
 
 // The work tile's part of d_past_gate times gate: lanes, then warps, in order.
 template <class C>
-SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::kWarps], const WorkTile& work, float sum, int thread) {
+SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::kConsumerWarps], const WorkTile& work, float sum, int thread) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   if (thread % 32 == 0) sums[thread / 32] = sum;
-  barrier_sync<C::kWarps * 32>(2);
+  barrier_sync<C::kConsumerWarps * 32>(2);
   if (thread != 0) return;
   float total = 0.f;
-  for (int i = 0; i < C::kWarps; i++) total += sums[i];
+  for (int i = 0; i < C::kConsumerWarps; i++) total += sums[i];
   p.partial_gate[partial_row(p.problem, work.split, work.entry, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
 }
 
 template <class C>
-SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
+SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
   using QT = typename C::QueryTile;
-  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, warp_row = thread / 32 * 16, row = warp_row + lane / 4;
+  const int thread = threadIdx.x - C::kProducerThreads, lane = thread & 31, warp_row = thread / 32 * 16, row = warp_row + lane / 4;
   const float scale = signed_scale_log2(p.problem.scale);
   uint32_t first_step = 0;
   for (uint32_t n = 0;; n++) {
@@ -287,7 +287,7 @@ SEGATTN_FN void multiply_query_grad(const SegattnBackwardParams& p, QueryGradSha
     clear(d_q);
     const int first = work.query_tile * C::kRows, group = first + thread / 128 * 64;
     const KeyTurns<C> turns = {shared, first_step, first_step + max(0, work.end_step - work.first_step), group, min(group + 64, work.query_rows) - 1, lane};
-    const float gate_sum = multiply_keys<C>(d_q, held, shared, work.keys, turns, scale, first + row, thread / 128 * 64);
+    const float gate_sum = query_grad_mainloop<C>(d_q, held, shared, work.keys, turns, scale, first + row, thread / 128 * 64);
     first_step = turns.end;
     if constexpr (!C::kHeld) release(&shared.rows_empty, lane);
     store_query_grad<C>(p, d_q, work, first + row, lane);
@@ -300,12 +300,12 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   QueryGradShared<C>& shared = *(QueryGradShared<C>*)shared_memory();
   if (threadIdx.x == 0) start_barriers(shared);
   __syncthreads();
-  if (threadIdx.x < C::kFetchThreads) {
-    release_registers<C::kFetchRegisters>();
-    fetch_query_grad<C>(p, shared);
+  if (threadIdx.x < C::kProducerThreads) {
+    release_registers<C::kProducerRegisters>();
+    produce_query_grad<C>(p, shared);
   } else {
-    take_registers<C::kRegisters>();
-    multiply_query_grad<C>(p, shared);
+    take_registers<C::kConsumerRegisters>();
+    consume_query_grad<C>(p, shared);
   }
 }
 
@@ -313,8 +313,8 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 
 template <class T, int kHeadDim>
 struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2, kHeadDim == 64 ? 4 : 3> {
-  static constexpr int kQueryWarps = KeyGradConfig::kFetchWarps - 1;  // that fetch queries; the last one fetches keys
-  static constexpr int kKeys = 64 * KeyGradConfig::kConsumers;
+  static constexpr int kQueryProducerWarps = KeyGradConfig::kProducerWarps - 1;  // that fetch queries; the last one fetches keys
+  static constexpr int kKeys = 64 * KeyGradConfig::kConsumerWarpgroups;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
   static constexpr int kColTiles = kQueries / 8;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
@@ -342,11 +342,11 @@ template <class C>
 SEGATTN_FN void start_barriers(KeyGradShared<C>& shared) {
   for (int i = 0; i < 2; i++) {
     mbarrier_init(&shared.keys_full[i], 32);
-    mbarrier_init(&shared.keys_empty[i], C::kWarps);
+    mbarrier_init(&shared.keys_empty[i], C::kConsumerWarps);
   }
   for (int stage = 0; stage < C::kStages; stage++) {
     mbarrier_init(&shared.full[stage], 32);
-    mbarrier_init(&shared.empty[stage], C::kWarps);
+    mbarrier_init(&shared.empty[stage], C::kConsumerWarps);
   }
   fence_mbarrier_init();
 }
@@ -385,7 +385,7 @@ SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& s
 
 // The last warp that fetches: the work tile's keys, while those before are in use, and then what comes next.
 template <class C>
-SEGATTN_FN void fetch_keys(const SegattnBackwardParams& p, KeyGradShared<C>& shared, uint32_t n, int lane) {
+SEGATTN_FN void produce_keys(const SegattnBackwardParams& p, KeyGradShared<C>& shared, uint32_t n, int lane) {
   using T = typename C::T;
   const KeyWork& buffer = shared.work[n % kWorkBuffers];
   const KeyWorkTile& work = buffer.work;
@@ -401,32 +401,32 @@ SEGATTN_FN void fetch_keys(const SegattnBackwardParams& p, KeyGradShared<C>& sha
 
 // The others: the work tile's queries, a tile each in turn.
 template <class C>
-SEGATTN_FN void fetch_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& buffer, uint32_t first_step, int warp, int lane) {
+SEGATTN_FN void produce_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& buffer, uint32_t first_step, int warp, int lane) {
   const KeyWorkTile& work = buffer.work;
   QueryCursor at = QueryCursor::first(p.problem, work);
-  const int own = (warp + C::kQueryWarps - first_step % C::kQueryWarps) % C::kQueryWarps;
+  const int own = (warp + C::kQueryProducerWarps - first_step % C::kQueryProducerWarps) % C::kQueryProducerWarps;
   for (int i = 0; i < own; i++) at = at.template next<C::kQueries>(p.problem, work);
-  for (int step = own; step < buffer.steps; step += C::kQueryWarps) {
+  for (int step = own; step < buffer.steps; step += C::kQueryProducerWarps) {
     const uint32_t turn = first_step + step;
     const int stage = turn % C::kStages;
     wait_empty(&shared.empty[stage], turn / C::kStages);
     copy_queries<C>(p, shared, work, at, stage, lane);
     signal_landed<0>(&shared.full[stage]);
-    for (int i = 0; i < C::kQueryWarps; i++) at = at.template next<C::kQueries>(p.problem, work);
+    for (int i = 0; i < C::kQueryProducerWarps; i++) at = at.template next<C::kQueries>(p.problem, work);
   }
 }
 
 template <class C>
-SEGATTN_FN void fetch_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
+SEGATTN_FN void produce_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   uint32_t first_step = 0;  // of the work tile, counted over all work tiles of the block
-  if (thread == C::kQueryWarps * 32) find_work<C>(p, shared.work[0], true);
+  if (thread == C::kQueryProducerWarps * 32) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
-    barrier_sync<C::kFetchThreads>(1);
+    barrier_sync<C::kProducerThreads>(1);
     const KeyWork& buffer = shared.work[n % kWorkBuffers];
     const bool done = buffer.done;
-    if (warp == C::kQueryWarps) fetch_keys<C>(p, shared, n, lane);
-    else if (!done) fetch_queries<C>(p, shared, buffer, first_step, warp, lane);
+    if (warp == C::kQueryProducerWarps) produce_keys<C>(p, shared, n, lane);
+    else if (!done) produce_queries<C>(p, shared, buffer, first_step, warp, lane);
     if (done) return;
     first_step += buffer.steps;
   }
@@ -495,7 +495,7 @@ struct QueryTurns {
 // The work tile's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
 // queries are under way before the products of these are waited for.
 template <class C>
-SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, int kv_buffer, float scale, int first_row, int lane) {
+SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, int kv_buffer, float scale, int first_row, int lane) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
@@ -538,9 +538,9 @@ SEGATTN_FN void multiply_queries(KeyGrads<C>& grads, KeyGradShared<C>& shared, Q
 }
 
 template <class C>
-SEGATTN_FN void multiply_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
+SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
   using T = typename C::T;
-  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, first_row = thread / 128 * 64, warp_row = thread / 32 * 16;
+  const int thread = threadIdx.x - C::kProducerThreads, lane = thread & 31, first_row = thread / 128 * 64, warp_row = thread / 32 * 16;
   const float scale = signed_scale_log2(p.problem.scale);
   uint32_t first_step = 0;
   for (uint32_t n = 0;; n++) {
@@ -553,7 +553,7 @@ SEGATTN_FN void multiply_key_grad(const SegattnBackwardParams& p, KeyGradShared<
     clear(grads.d_v);
     const KeyWorkTile& work = buffer.work;
     const QueryTurns<C> turns = {shared, first_step, first_step + buffer.steps, work.prior ? -(1 << 30) : work.first + first_row, lane};
-    multiply_queries<C>(grads, shared, turns, kv_buffer, scale, first_row, lane);
+    key_grad_mainloop<C>(grads, shared, turns, kv_buffer, scale, first_row, lane);
     first_step = turns.end;
     const SegattnTensor &d_k = work.prior ? p.d_prior_k : p.d_k, &d_v = work.prior ? p.d_prior_v : p.d_v;
     barrier_sync<128>(2 + thread / 128);
@@ -568,12 +568,12 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   KeyGradShared<C>& shared = *(KeyGradShared<C>*)shared_memory();
   if (threadIdx.x == 0) start_barriers(shared);
   __syncthreads();
-  if (threadIdx.x < C::kFetchThreads) {
-    release_registers<C::kFetchRegisters>();
-    fetch_key_grad<C>(p, shared);
+  if (threadIdx.x < C::kProducerThreads) {
+    release_registers<C::kProducerRegisters>();
+    produce_key_grad<C>(p, shared);
   } else {
-    take_registers<C::kRegisters>();
-    multiply_key_grad<C>(p, shared);
+    take_registers<C::kConsumerRegisters>();
+    consume_key_grad<C>(p, shared);
   }
 }
 

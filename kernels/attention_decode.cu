@@ -16,7 +16,7 @@ struct DecodeConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kPacked = true;
-  static constexpr int kWarps = 4, kThreads = kWarps * 32;
+  static constexpr int kWarps = 4, kThreads = kWarps * 32, kConsumerThreads = kThreads;
   static constexpr int kRowTiles = 1, kRows = 16;
   static constexpr int kKeys = tile_keys(kHeadDim);
   static constexpr int kSplitKeys = kChunkKeys, kSteps = kSplitKeys / kKeys;

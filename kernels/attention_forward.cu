@@ -23,7 +23,7 @@ struct ForwardConfig {
   static constexpr int kRows = kWarps * kRowTiles * 16;
   static constexpr int kKeys = tile_keys(kHeadDim);
   static constexpr int kStages = 2;
-  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kThreads = kWarps * 32, kConsumerThreads = kThreads;
   static constexpr int kBlocks = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;

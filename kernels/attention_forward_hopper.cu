@@ -15,21 +15,21 @@ struct WarpgroupConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kPacked = false;
-  static constexpr int kConsumers = kHeadDim == 64 ? 4 : 3, kRowTiles = 1, kRows = 64 * kConsumers, kKeys = 64;
-  static constexpr int kWarps = kConsumers * 4, kThreads = kWarps * 32;  // that multiply
-  static constexpr int kFetchWarps = 4, kFetchThreads = kFetchWarps * 32, kStages = kHeadDim == 64 ? 8 : 4;
-  static constexpr int kFetchRegisters = kHeadDim == 64 ? 32 : 56, kRegisters = kHeadDim == 64 ? 112 : 152;
+  static constexpr int kConsumerWarpgroups = kHeadDim == 64 ? 4 : 3, kRowTiles = 1, kRows = 64 * kConsumerWarpgroups, kKeys = 64;
+  static constexpr int kConsumerWarps = kConsumerWarpgroups * 4, kConsumerThreads = kConsumerWarps * 32;  // that multiply
+  static constexpr int kProducerWarps = 4, kProducerThreads = kProducerWarps * 32, kStages = kHeadDim == 64 ? 8 : 4;
+  static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 56, kConsumerRegisters = kHeadDim == 64 ? 112 : 152;
   static constexpr int kCopyRows = kHeadDim == 64 ? 8 : 32;  // of a tile at a time: the addresses of more need more registers
   static constexpr int kSplitKeys = kChunkKeys * kSectionChunks, kChunkSteps = kChunkKeys / kKeys;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
-  static_assert(registers_fit(kFetchThreads, kFetchRegisters, kThreads, kRegisters), "or the launch waits for ever");
+  static_assert(registers_fit(kProducerThreads, kProducerRegisters, kConsumerThreads, kConsumerRegisters), "or the launch waits for ever");
 };
 
 template <class C>
 struct WarpgroupLaunch {
-  static constexpr int kThreads = C::kFetchThreads + C::kThreads, kBlocks = 1;
+  static constexpr int kThreads = C::kProducerThreads + C::kConsumerThreads, kBlocks = 1;
 };
 
 // The block's n-th work tile and its queries lie at n % 2: one is worked on while the next one is fetched.
@@ -55,18 +55,18 @@ struct ForwardShared {
 template <class C>
 SEGATTN_FN void start_barriers(ForwardShared<C>& shared) {
   for (int place = 0; place < 2; place++) {
-    mbarrier_init(&shared.full[place], C::kFetchThreads);
-    mbarrier_init(&shared.done[place], C::kWarps);
+    mbarrier_init(&shared.full[place], C::kProducerThreads);
+    mbarrier_init(&shared.done[place], C::kConsumerWarps);
   }
   for (int stage = 0; stage < C::kStages; stage++) {
     mbarrier_init(&shared.k_full[stage], 32);
     mbarrier_init(&shared.v_full[stage], 32);
-    mbarrier_init(&shared.empty[stage], C::kWarps);
+    mbarrier_init(&shared.empty[stage], C::kConsumerWarps);
   }
   fence_mbarrier_init();
 }
 
-// ---------------------------------------------------------------------------------------------------- the warps that fetch
+// ---------------------------------------------------------------------------------------------------- the producer warps
 
 // The block's next work tile that is there (tiles have fewer work tiles than the longest), the first without asking.
 template <class C>
@@ -92,25 +92,25 @@ SEGATTN_FN void copy_in_parts(const Tile& tile, Rows<T> rows, int first, int end
 }
 
 template <class C>
-SEGATTN_FN void fetch(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+SEGATTN_FN void produce(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   using T = typename C::T;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   for (uint32_t n = 0;; n++) {
     ForwardWork& buffer = shared.work[n & 1];
     wait_empty(&shared.done[n & 1], n / 2);
     if (thread == 0) find_work<C>(p, buffer, shared.work[~n & 1], n == 0);
-    barrier_sync<C::kFetchThreads>(1);
+    barrier_sync<C::kProducerThreads>(1);
     if (buffer.none) {
       mbarrier_arrive(&shared.full[n & 1]);
       return;
     }
     const WorkTile& work = buffer.work;
     shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
-    barrier_sync<C::kFetchThreads>(1);
-    copy_in_parts<typename C::QueryTile, C::kFetchThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, work.entry, work.head),
+    barrier_sync<C::kProducerThreads>(1);
+    copy_in_parts<typename C::QueryTile, C::kProducerThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, work.entry, work.head),
                                                                   work.query_tile * C::kRows, work.query_rows, thread);
     signal_landed<0>(&shared.full[n & 1]);
-    for (int step = (warp - buffer.first_turn) % C::kFetchWarps; step < buffer.steps(); step += C::kFetchWarps) {
+    for (int step = (warp - buffer.first_turn) % C::kProducerWarps; step < buffer.steps(); step += C::kProducerWarps) {
       const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_step + step);
       const uint32_t turn = buffer.first_turn + step, stage = turn % C::kStages;
       wait_empty(&shared.empty[stage], turn / C::kStages);
@@ -122,7 +122,7 @@ SEGATTN_FN void fetch(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- the warps that multiply
+// ---------------------------------------------------------------------------------------------------- the consumer warps
 
 // An work tile as a warpgroup sees it: the same numbers in all of a warp's lanes.
 template <class C>
@@ -183,7 +183,7 @@ SEGATTN_FN void weigh_scores(float (&s)[C::kColTiles][4], float (&factor)[2], Ro
 
 // A warpgroup's part of a work tile, which is not empty. Scores of the next tile are begun before the values of this one.
 template <class C>
-SEGATTN_FN void multiply_work_tile(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const Turns<C>& turns, int first_row, float* chunk_totals,
+SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const Turns<C>& turns, int first_row, float* chunk_totals,
                               float scale, int thread) {
   const int lane = thread & 31;
   const float gate = work.keys.gate_log2;
@@ -239,8 +239,8 @@ SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const WorkTile& 
 }
 
 template <class C>
-SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared) {
-  const int thread = threadIdx.x - C::kFetchThreads, lane = thread & 31, warp = thread >> 5, first_row = warp * 16;
+SEGATTN_FN void consume(const SegattnForwardParams& p, ForwardShared<C>& shared) {
+  const int thread = threadIdx.x - C::kProducerThreads, lane = thread & 31, warp = thread >> 5, first_row = warp * 16;
   const float scale = scale_log2(p.problem.scale);
   float* chunk_totals = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (uint32_t n = 0;; n++) {
@@ -255,7 +255,7 @@ SEGATTN_FN void multiply(const SegattnForwardParams& p, ForwardShared<C>& shared
     }
     Accumulator<C> acc;
     acc.clear();
-    if (turns.first_step < turns.end_step) multiply_work_tile<C>(acc, shared, work, turns, first_row, chunk_totals, scale, thread);
+    if (turns.first_step < turns.end_step) mainloop<C>(acc, shared, work, turns, first_row, chunk_totals, scale, thread);
     // Not before the tile is there: the release would count for the one that another warpgroup still reads.
     for (int step = turns.end_step; step < turns.work_end; step++) {
       const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
@@ -275,12 +275,12 @@ SEGATTN_FN void attention_forward_hopper(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
   if (threadIdx.x == 0) start_barriers(shared);
   __syncthreads();
-  if (threadIdx.x < C::kFetchThreads) {
-    release_registers<C::kFetchRegisters>();
-    fetch<C>(p, shared);
+  if (threadIdx.x < C::kProducerThreads) {
+    release_registers<C::kProducerRegisters>();
+    produce<C>(p, shared);
   } else {
-    take_registers<C::kRegisters>();
-    multiply<C>(p, shared);
+    take_registers<C::kConsumerRegisters>();
+    consume<C>(p, shared);
   }
 }
 

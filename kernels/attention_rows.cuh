@@ -102,7 +102,7 @@ SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors
   if (!first) {
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) {
-      const float4 total = saved[n * C::kThreads];
+      const float4 total = saved[n * C::kConsumerThreads];
       out[n][0] = merge_value(total.x, out[n][0], factors[0]);
       out[n][1] = merge_value(total.y, out[n][1], factors[0]);
       out[n][2] = merge_value(total.z, out[n][2], factors[1]);
@@ -111,7 +111,7 @@ SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors
   }
   if (last) return;
 #pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++) saved[n * C::kThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
+  for (int n = 0; n < C::kOutTiles; n++) saved[n * C::kConsumerThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
 }
 
 // A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
@@ -135,7 +135,7 @@ SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_to
         if (thread % 4 == 0) total = row;
       }
     }
-    if (!(first && last)) merge_row_tile<C>(acc.out[m], factors, (float4*)g_totals + m * C::kOutTiles * C::kThreads + thread, first, last);
+    if (!(first && last)) merge_row_tile<C>(acc.out[m], factors, (float4*)g_totals + m * C::kOutTiles * C::kConsumerThreads + thread, first, last);
   }
 }
 

@@ -3,10 +3,10 @@
 #pragma once
 #include "tile.cuh"
 
-// Whether warps that fetch can hand so many registers to those that multiply: a block has what it was launched with.
-constexpr bool registers_fit(int fetch_threads, int fetch, int threads, int multiply) {
-  const int all = fetch_threads + threads, each = 65536 / all / 8 * 8;
-  return fetch_threads * fetch + threads * multiply <= all * each;
+// Whether producer warps can hand so many registers to those that multiply: a block has what it was launched with.
+constexpr bool registers_fit(int producer_threads, int producer, int consumer_threads, int consumer) {
+  const int all = producer_threads + consumer_threads, each = 65536 / all / 8 * 8;
+  return producer_threads * producer + consumer_threads * consumer <= all * each;
 }
 
 // The parity of the n-th phase of a barrier, n = 0, 1, ...

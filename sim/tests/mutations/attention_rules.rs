@@ -302,7 +302,7 @@ const ROWS: [Rule; 22] = [
     replace("out[n][1], factors[0]", "out[n][1], factors[1]"),
     drop_statement("row.sum = quad_sum"),
     replace("if (thread % 4 == 0) total = row", "total = row"),
-    replace("m * C::kOutTiles * C::kThreads + thread", "thread"),
+    replace("m * C::kOutTiles * C::kConsumerThreads + thread", "thread"),
     replace("* kLn2", "* 1.f"),
     replace(
         "lane % 4 == 0 && q.query < p.problem.q.rows",
@@ -485,7 +485,7 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     replace("if (query + half * 8 >= rows) continue", ";"),
     replace("* p.tiles + work.query_tile", "* p.tiles"),
     replace("if (thread % 32 == 0) sums", "sums"),
-    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
+    replace("i < C::kConsumerWarps; i++) total", "i < C::kConsumerWarps - 1; i++) total"),
     replace("gate_sums[n & 1]", "gate_sums[0]"),
     replace("min(group + 64, work.query_rows) - 1", "group + 63"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
@@ -510,7 +510,7 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     replace("busy % C::kStages", "(busy + 1) % C::kStages"),
     replace("work.prior ? -(1 << 30) : work", "work"),
     replace(
-        "warp + C::kQueryWarps - first_step % C::kQueryWarps",
+        "warp + C::kQueryProducerWarps - first_step % C::kQueryProducerWarps",
         "warp",
     ),
     replace("shared.k[n & 1]", "shared.k[0]"),

@@ -26,18 +26,18 @@ const FORWARD: [Rule; 86] = [
     // Barriers: counts, waits, parities, releases.
     drop_statement("__syncthreads()"),
     replace(
-        "&shared.full[place], C::kFetchThreads)",
+        "&shared.full[place], C::kProducerThreads)",
         "&shared.full[place], 96)",
     ),
     replace("&shared.k_full[stage], 32)", "&shared.k_full[stage], 31)"),
     replace("&shared.v_full[stage], 32)", "&shared.v_full[stage], 33)"),
     replace(
-        "mbarrier_init(&shared.empty[stage], C::kWarps)",
-        "mbarrier_init(&shared.empty[stage], C::kWarps - 4)",
+        "mbarrier_init(&shared.empty[stage], C::kConsumerWarps)",
+        "mbarrier_init(&shared.empty[stage], C::kConsumerWarps - 4)",
     ),
     replace(
-        "mbarrier_init(&shared.done[place], C::kWarps)",
-        "mbarrier_init(&shared.done[place], C::kWarps - 1)",
+        "mbarrier_init(&shared.done[place], C::kConsumerWarps)",
+        "mbarrier_init(&shared.done[place], C::kConsumerWarps - 1)",
     ),
     drop_statement("wait_empty(&shared.done"),
     replace("(&shared.done[n & 1], n / 2)", "(&shared.done[n & 1], n)"),
@@ -50,7 +50,7 @@ const FORWARD: [Rule; 86] = [
         "wait_empty(&shared.empty[stage], turn / C::kStages)",
         "wait_empty(&shared.empty[0], turn / C::kStages)",
     ),
-    drop_statement("barrier_sync<C::kFetchThreads>(1)"),
+    drop_statement("barrier_sync<C::kProducerThreads>(1)"),
     drop_statement("mbarrier_wait(&shared.k_full"),
     drop_statement("mbarrier_wait(&shared.v_full"),
     replace(
@@ -85,8 +85,8 @@ const FORWARD: [Rule; 86] = [
     // Registers handed over.
     drop_statement("release_registers<"),
     replace(
-        "take_registers<C::kRegisters>",
-        "take_registers<C::kRegisters + 8>",
+        "take_registers<C::kConsumerRegisters>",
+        "take_registers<C::kConsumerRegisters + 8>",
     ),
     // What is fetched.
     replace("before.first_turn + before.steps()", "before.first_turn"),
@@ -101,7 +101,7 @@ const FORWARD: [Rule; 86] = [
     replace("first + row, end, thread", "first, end, thread"),
     replace("first + row, end, thread", "first + row, end + 1, thread"),
     replace("+ row * Tile::kRowBytes", ""),
-    replace("step += C::kFetchWarps", "step++"),
+    replace("step += C::kProducerWarps", "step++"),
     replace("shared.sources.k[tile", "shared.sources.v[tile"),
     replace("shared.sources.v[tile", "shared.sources.k[tile"),
     drop_statement("cp_async_commit()"),
@@ -182,8 +182,8 @@ const TWO_PANELS: [Rule; 5] = [
     drop_statement("wait_empty(&shared.empty[stage]"),
     drop_statement("wait_empty(&shared.done"),
     replace(
-        "take_registers<C::kRegisters>",
-        "take_registers<C::kRegisters + 8>",
+        "take_registers<C::kConsumerRegisters>",
+        "take_registers<C::kConsumerRegisters + 8>",
     ),
 ];
 
