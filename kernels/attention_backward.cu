@@ -150,7 +150,7 @@ SEGATTN_FN void hide_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkT
 
 // Scores to ds = p (dp - delta), in their place.
 template <class C>
-SEGATTN_FN void score_gradients(float (&s)[C::kRowTiles][C::kColTiles][4], const float (&dp)[C::kRowTiles][C::kColTiles][4],
+SEGATTN_FN void softmax_grad(float (&s)[C::kRowTiles][C::kColTiles][4], const float (&dp)[C::kRowTiles][C::kColTiles][4],
                                 const QueryGradShared<C>& shared, float scale, float bias, int first_row, int lane) {
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
@@ -263,9 +263,9 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
     multiply_rows<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
     const bool past = tile.source == kPast;
     if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])) hide_keys<C>(s, work, tile, first_row, scale, at);
-    score_gradients<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
+    softmax_grad<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
     if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
-    pack_weights<T>(ds, s);
+    pack_operands<T>(ds, s);
     accumulate<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, at), 0, 0);
   }
   cp_async_wait<0>();
@@ -354,7 +354,7 @@ SEGATTN_FN void hide_queries(float (&s)[C::kRowTiles][C::kColTiles][4], int firs
 
 // Scores of keys x queries to p^T (in s) and ds^T (in dp).
 template <class C>
-SEGATTN_FN void transposed_gradients(float (&s)[C::kRowTiles][C::kColTiles][4], float (&dp)[C::kRowTiles][C::kColTiles][4],
+SEGATTN_FN void transposed_softmax_grad(float (&s)[C::kRowTiles][C::kColTiles][4], float (&dp)[C::kRowTiles][C::kColTiles][4],
                                      const float* s_lse, const float* s_delta, float scale, int lane) {
 #pragma unroll
   for (int n = 0; n < C::kColTiles; n++) {
@@ -423,7 +423,7 @@ SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (
   const SharedAddress q = shared_address(&shared.q[stage]), d_out = shared_address(&shared.d_out[stage]);
   const int first_key = shared.work.first + first_row, query = shared.steps[step & 3].query + sub;
   float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
-  uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
+  uint32_t probs[C::kRowTiles][C::kColTiles / 2][4];
   if constexpr (C::kHeld) {
     multiply_held<T, QT>(s, held.k, b_base<QT>(q, lane), sub);
     multiply_held<T, QT>(dp, held.v, b_base<QT>(d_out, lane), sub);
@@ -432,11 +432,11 @@ SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (
     multiply_rows<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(d_out, lane), sub);
   }
   if (!shared.work.prior && query < first_key + C::kRowTiles * 16) hide_queries<C>(s, first_key, query, scale, lane);
-  transposed_gradients<C>(s, dp, shared.lse[stage] + sub, shared.delta[stage] + sub, scale, lane);
-  pack_weights<T>(weights, s);
-  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, weights, bt_base<QT>(d_out, lane), sub, column);
-  pack_weights<T>(weights, dp);
-  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_k, weights, bt_base<QT>(q, lane), sub, column);
+  transposed_softmax_grad<C>(s, dp, shared.lse[stage] + sub, shared.delta[stage] + sub, scale, lane);
+  pack_operands<T>(probs, s);
+  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, probs, bt_base<QT>(d_out, lane), sub, column);
+  pack_operands<T>(probs, dp);
+  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_k, probs, bt_base<QT>(q, lane), sub, column);
 }
 
 template <class C>

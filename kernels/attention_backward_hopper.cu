@@ -445,7 +445,7 @@ SEGATTN_FN void hide_queries(float (&s)[kColTiles][4], int before, float scale, 
 
 // Scores of keys x queries to weights.
 template <int kColTiles>
-SEGATTN_FN void transposed_weights(float (&s)[kColTiles][4], const float* s_lse, float scale, int lane) {
+SEGATTN_FN void transposed_probs(float (&s)[kColTiles][4], const float* s_lse, float scale, int lane) {
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) {
     const float2 lse = ((const float2*)s_lse)[n * 4 + lane % 4];
@@ -456,12 +456,12 @@ SEGATTN_FN void transposed_weights(float (&s)[kColTiles][4], const float* s_lse,
 
 // d_out v^T, transposed, to ds^T.
 template <int kColTiles>
-SEGATTN_FN void transposed_gradients(float (&dp)[kColTiles][4], const float (&weights)[kColTiles][4], const float* s_delta, int lane) {
+SEGATTN_FN void transposed_softmax_grad(float (&dp)[kColTiles][4], const float (&probs)[kColTiles][4], const float* s_delta, int lane) {
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) {
     const float2 delta = ((const float2*)s_delta)[n * 4 + lane % 4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) dp[n][e] = weights[n][e] * (dp[n][e] - (e % 2 ? delta.y : delta.x));
+    for (int e = 0; e < 4; e++) dp[n][e] = probs[n][e] * (dp[n][e] - (e % 2 ? delta.y : delta.x));
   }
 }
 
@@ -509,19 +509,19 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
   wgmma_commit();
   while (true) {
     const int stage = at.stage(), before = at.before();
-    uint32_t weights[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
+    uint32_t probs[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
     wgmma_fence();
     begin_rows<T, KT, QT>(dp, shared_address(&shared.v[kv_buffer]), uniform(first_row), d_out(stage));
     wgmma_commit();
     wgmma_wait<1>();
     if (before > -64) hide_queries(s, before + row, scale, lane);
-    transposed_weights(s, shared.lse[stage], scale, lane);
-    pack_operands<T>(weights, s);
+    transposed_probs(s, shared.lse[stage], scale, lane);
+    pack_operands<T>(probs, s);
     wgmma_wait<0>();
-    transposed_gradients(dp, s, shared.delta[stage], lane);
+    transposed_softmax_grad(dp, s, shared.delta[stage], lane);
     pack_operands<T>(ds, dp);
     wgmma_fence();
-    begin_columns<T, QT>(grads.d_v, weights, d_out(stage));
+    begin_columns<T, QT>(grads.d_v, probs, d_out(stage));
     begin_columns<T, QT>(grads.d_k, ds, q(stage));
     wgmma_commit();
     const uint32_t busy = at.turn++;

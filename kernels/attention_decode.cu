@@ -34,9 +34,9 @@ struct DecodeShared {
   typename C::KeyTile ring[C::kRing];
   // Of the tile worked on: each warp's highest score of a row; the weights as operands of the next product, two words of
   // each 8 columns; and the same as they are summed, like accumulators.
-  float tops[C::kRows][C::kWarps];
-  uint2 weights[C::kColTiles / 2][32][2];
-  float4 terms[C::kColTiles][32];
+  float warp_max[C::kRows][C::kWarps];
+  uint2 probs[C::kColTiles / 2][32][2];
+  float4 probs_f32[C::kColTiles][32];
   SourceRows<typename C::T> sources;
   KeyTile tiles[C::kSteps];  // of the work tile
 };
@@ -92,48 +92,48 @@ SEGATTN_FN void score_keys(float (&s)[C::kOwnColTiles][4], const uint32_t (&q)[1
 
 // The warp's highest score of each row, for all warps.
 template <class C>
-SEGATTN_FN void share_tops(float (&tops)[C::kRows][C::kWarps], const float (&s)[C::kOwnColTiles][4], int warp, int lane) {
+SEGATTN_FN void share_warp_max(float (&warp_max)[C::kRows][C::kWarps], const float (&s)[C::kOwnColTiles][4], int warp, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float top = s[0][half * 2];
+    float own_max = s[0][half * 2];
 #pragma unroll
-    for (int n = 0; n < C::kOwnColTiles; n++) top = max_f32(top, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
-    top = quad_max(top);
-    if (lane % 4 == 0) tops[half * 8 + lane / 4][warp] = top;
+    for (int n = 0; n < C::kOwnColTiles; n++) own_max = max_f32(own_max, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
+    own_max = quad_max(own_max);
+    if (lane % 4 == 0) warp_max[half * 8 + lane / 4][warp] = own_max;
   }
 }
 
 // A tile's maxima, and the weights of the warp's keys for all warps.
 template <class C>
-SEGATTN_FN void weigh_keys(float (&factor)[2], float (&max)[2], DecodeShared<C>& shared, const float (&s)[C::kOwnColTiles][4],
+SEGATTN_FN void softmax_keys(float (&factor)[2], float (&max)[2], DecodeShared<C>& shared, const float (&s)[C::kOwnColTiles][4],
                            const float (&bias)[2], float scale, int warp, int lane) {
-  RowStep step[2];
+  RowUpdate update[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const float4 tops = *(const float4*)shared.tops[half * 8 + lane / 4];
-    const float top = max_f32(max_f32(tops.x, tops.y), max_f32(tops.z, tops.w));
-    step[half] = row_step(max[half], top, scale, bias[half]);
-    max[half] = step[half].max;
-    factor[half] = step[half].factor;
+    const float4 maxima = *(const float4*)shared.warp_max[half * 8 + lane / 4];
+    const float tile_max = max_f32(max_f32(maxima.x, maxima.y), max_f32(maxima.z, maxima.w));
+    update[half] = update_row(max[half], tile_max, scale, bias[half]);
+    max[half] = update[half].max;
+    factor[half] = update[half].factor;
   }
 #pragma unroll
   for (int i = 0; i < C::kOwnColTiles; i++) {
     const int n = warp * C::kOwnColTiles + i;
     float w[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) w[e] = weight_of(s[i][e], scale, step[e / 2]);
-    shared.weights[n / 2][lane][n % 2] = make_uint2(pack<typename C::T>(w[0], w[1]), pack<typename C::T>(w[2], w[3]));
-    shared.terms[n][lane] = make_float4(w[0], w[1], w[2], w[3]);
+    for (int e = 0; e < 4; e++) w[e] = probability(s[i][e], scale, update[e / 2]);
+    shared.probs[n / 2][lane][n % 2] = make_uint2(pack<typename C::T>(w[0], w[1]), pack<typename C::T>(w[2], w[3]));
+    shared.probs_f32[n][lane] = make_float4(w[0], w[1], w[2], w[3]);
   }
 }
 
 // The sum of the rows of one half, by one warp, as softmax_row does it.
 template <class C>
-SEGATTN_FN void sum_row(float& sum, const float4 (&terms)[C::kColTiles][32], float factor, int half, int lane) {
+SEGATTN_FN void sum_row(float& sum, const float4 (&probs_f32)[C::kColTiles][32], float factor, int half, int lane) {
   float even = 0.f, odd = 0.f;
 #pragma unroll
   for (int n = 0; n < C::kColTiles; n++) {
-    const float2 two = ((const float2*)&terms[n][lane])[half];
+    const float2 two = ((const float2*)&probs_f32[n][lane])[half];
     even += two.x;
     odd += two.y;
   }
@@ -142,7 +142,7 @@ SEGATTN_FN void sum_row(float& sum, const float4 (&terms)[C::kColTiles][32], flo
 
 // A tile's values to the warp's columns of out.
 template <class C>
-SEGATTN_FN void add_values(float (&out)[C::kOutTiles][4], const uint2 (&weights)[C::kColTiles / 2][32][2], const float (&factor)[2],
+SEGATTN_FN void accumulate_pv(float (&out)[C::kOutTiles][4], const uint2 (&probs)[C::kColTiles / 2][32][2], const float (&factor)[2],
                            SharedAddress v, int warp, int lane) {
   constexpr int kPairs = C::kKeys / 32;
   uint32_t b[C::kOutTiles][kPairs][4], w[C::kColTiles / 2][4];
@@ -152,7 +152,7 @@ SEGATTN_FN void add_values(float (&out)[C::kOutTiles][4], const uint2 (&weights)
     for (int n = 0; n < C::kOutTiles; n++) load_bt_pair<typename C::KeyTile>(b[n][i], v, i * 32, (warp * C::kOutTiles + n) * 8, lane);
 #pragma unroll
   for (int k = 0; k < C::kColTiles / 2; k++) {
-    const uint4 four = *(const uint4*)weights[k][lane];
+    const uint4 four = *(const uint4*)probs[k][lane];
     w[k][0] = four.x, w[k][1] = four.y, w[k][2] = four.z, w[k][3] = four.w;
   }
   rescale(out, factor);
@@ -252,14 +252,14 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
     score_keys<C>(s, q, ring.place(2 * step), warp, lane);
     if (tile.first + C::kKeys > work.keys.limit(tile, work.keys.query_start))
       mask_keys(s, work, tile, warp * C::kOwnColTiles * 8, position, lane);
-    share_tops<C>(shared.tops, s, warp, lane);
+    share_warp_max<C>(shared.warp_max, s, warp, lane);
     __syncthreads();
     ring.load(2 * step + C::kRing);  // in the place of the keys
     const float past = tile.source == kPast ? 1.f : 0.f;
-    weigh_keys<C>(factor, max, shared, s, {mul_rn(gate_bias[0], past), mul_rn(gate_bias[1], past)}, scale, warp, lane);
+    softmax_keys<C>(factor, max, shared, s, {mul_rn(gate_bias[0], past), mul_rn(gate_bias[1], past)}, scale, warp, lane);
     arrive_and_wait<kInFlight>();
-    add_values<C>(out[0], shared.weights, factor, ring.place(2 * step + 1), warp, lane);
-    if (warp < 2) sum_row<C>(sum, shared.terms, warp == 0 ? factor[0] : factor[1], warp, lane);
+    accumulate_pv<C>(out[0], shared.probs, factor, ring.place(2 * step + 1), warp, lane);
+    if (warp < 2) sum_row<C>(sum, shared.probs_f32, warp == 0 ? factor[0] : factor[1], warp, lane);
     arrive_and_wait<kInFlight>();
   }
   sum = quad_sum(sum);
@@ -267,12 +267,12 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   for (int half = 0; half < 2; half++) {
     if (warp != half) continue;
     store_state(p, work, rows[half], {max[half], sum}, lane);
-    if (lane % 4 == 0) shared.tops[half * 8 + lane / 4][0] = sum;
+    if (lane % 4 == 0) shared.warp_max[half * 8 + lane / 4][0] = sum;
   }
   __syncthreads();
 #pragma unroll
   for (int half = 0; half < 2; half++)
-    store_columns<C>(p, work, rows[half], out[0], shared.tops[half * 8 + lane / 4][0], half, warp, lane);
+    store_columns<C>(p, work, rows[half], out[0], shared.warp_max[half * 8 + lane / 4][0], half, warp, lane);
 }
 
 template <class C>

@@ -47,7 +47,7 @@ struct ForwardShared {
 
 // The weights of a key tile, packed as operands of the next product.
 template <class C>
-SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc, ForwardShared<C>& shared,
+SEGATTN_FN void score_and_softmax(uint32_t (&probs)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc, ForwardShared<C>& shared,
                            const KeyTile& tile, int stage, const WarpRows& rows, float scale, int lane) {
   const WorkTile& work = shared.work;
   const bool masked = tile.first + C::kKeys > work.keys.limit(tile, rows.first_position);
@@ -60,7 +60,7 @@ SEGATTN_FN void weigh_keys(uint32_t (&weights)[C::kRowTiles][C::kColTiles / 2][4
   for (int m = 0; m < C::kRowTiles; m++) {
     if (masked) mask_rows<C>(s[m], work, tile, rows.first_row + m * 16, 1, lane);
     const float gate = work.keys.gate_log2 * past;
-    softmax_rows<C>(weights[m], s[m], acc.out[m], acc.rows[m], {gate, gate}, scale);
+    softmax_rows<C>(probs[m], s[m], acc.out[m], acc.rows[m], {gate, gate}, scale);
   }
 }
 
@@ -114,10 +114,10 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
     const int stage = pipeline.stage(step);
     const bool sees = rows.last_position >= 0 && tile.first < work.keys.limit(tile, rows.last_position);
     if (sees) {
-      uint32_t weights[C::kRowTiles][C::kColTiles / 2][4];
-      weigh_keys<C>(weights, acc, shared, tile, stage, rows, scale, opaque(lane));
+      uint32_t probs[C::kRowTiles][C::kColTiles / 2][4];
+      score_and_softmax<C>(probs, acc, shared, tile, stage, rows, scale, opaque(lane));
       accumulate<T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
-          acc.out, weights, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
+          acc.out, probs, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
     }
     const bool last = step + 1 == work.end_step;
     if (last || (step + 1) % C::kChunkSteps == 0) {

@@ -162,18 +162,18 @@ SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], ForwardShared<C>& shar
 
 // out += p v, begun.
 template <class C>
-SEGATTN_FN void begin_values(float (&out)[C::kOutTiles][4], const uint32_t (&weights)[C::kColTiles / 2][4], ForwardShared<C>& shared,
+SEGATTN_FN void begin_values(float (&out)[C::kOutTiles][4], const uint32_t (&probs)[C::kColTiles / 2][4], ForwardShared<C>& shared,
                              const Turns<C>& turns, int step) {
   const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
   mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
   wgmma_fence();
-  begin_columns<typename C::T, typename C::KeyTile>(out, weights, shared_address(&shared.v[stage]));
+  begin_columns<typename C::T, typename C::KeyTile>(out, probs, shared_address(&shared.v[stage]));
   wgmma_commit();
 }
 
 // Scores to weights, which stay where the scores were; factors for what was accumulated before.
 template <class C>
-SEGATTN_FN void weigh_scores(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const WorkTile& work, const Turns<C>& turns,
+SEGATTN_FN void mask_and_softmax(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const WorkTile& work, const Turns<C>& turns,
                              int step, int first_row, float gate, float scale, int lane) {
   if (turns.masked(step)) mask_rows<C>(s, work, work.keys.template tile<C::kKeys>(step), first_row, 1, lane);
   const float bias = step < turns.past_tiles ? gate : 0.f;
@@ -189,39 +189,39 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
   const float gate = work.keys.gate_log2;
   float(&out)[C::kOutTiles][4] = acc.out[0];
   float s[C::kColTiles][4], factor[2];
-  uint32_t weights[C::kColTiles / 2][4];
-  const auto weigh = [&](int step) {
-    weigh_scores<C>(s, factor, acc.rows[0], work, turns, step, first_row, gate, scale, lane);
+  uint32_t probs[C::kColTiles / 2][4];
+  const auto softmax = [&](int step) {
+    mask_and_softmax<C>(s, factor, acc.rows[0], work, turns, step, first_row, gate, scale, lane);
     settle(s);
   };
   begin_scores<C>(s, shared, turns, turns.first_step);
   wgmma_wait<0>();
   for (int step = turns.first_step;; step++) {
-    weigh(step);
-    pack_operands<typename C::T>(weights, s);
+    softmax(step);
+    pack_operands<typename C::T>(probs, s);
     const int end = min(turns.end_step, step + C::kChunkSteps);
     const bool first = step == turns.first_step;
     for (; step + 1 < end; step++) {
       settle(out);
       settle(s);
       begin_scores<C>(s, shared, turns, step + 1);
-      begin_values<C>(out, weights, shared, turns, step);
+      begin_values<C>(out, probs, shared, turns, step);
       wgmma_wait<1>();
-      weigh(step + 1);
+      softmax(step + 1);
       wgmma_wait<0>();
       release(&shared.empty[turns.turn(step) % C::kStages], lane);
-      pack_operands<typename C::T>(weights, s);
+      pack_operands<typename C::T>(probs, s);
       rescale(out, factor);
     }
     const bool last = end == turns.end_step;
     settle(out);
     settle(s);
     if (last) {  // the wait stands in both branches, or ptxas lets no product overlap another
-      begin_values<C>(out, weights, shared, turns, step);
+      begin_values<C>(out, probs, shared, turns, step);
       wgmma_wait<0>();
     } else {
       begin_scores<C>(s, shared, turns, end);
-      begin_values<C>(out, weights, shared, turns, step);
+      begin_values<C>(out, probs, shared, turns, step);
       wgmma_wait<0>();
     }
     release(&shared.empty[turns.turn(step) % C::kStages], lane);

@@ -63,7 +63,7 @@ SEGATTN_FN void rescale(float (&out)[kOutTiles][4], const float (&factor)[2]) {
 
 // Scores of a tile of 16 rows to weights; what was accumulated is brought to the new maximum where it changed.
 template <class C>
-SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4], float (&out)[C::kOutTiles][4],
+SEGATTN_FN void softmax_rows(uint32_t (&probs)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4], float (&out)[C::kOutTiles][4],
                              RowState (&rows)[2], const float (&bias)[2], float scale) {
   float factor[2];
 #pragma unroll
@@ -71,7 +71,7 @@ SEGATTN_FN void softmax_rows(uint32_t (&weights)[C::kColTiles / 2][4], float (&s
 #pragma unroll
   for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) weights[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
+    for (int half = 0; half < 2; half++) probs[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
   rescale(out, factor);
 }
 

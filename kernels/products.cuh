@@ -65,7 +65,7 @@ SEGATTN_FN void hold_rows(uint32_t (&a)[kRowTiles][kSteps][4], SharedAddress a_t
 
 // out += w b: weights in registers against rows b_row... of a [k][n] tile, columns [column, column + 8 * kOutTiles).
 template <class T, class TileB, int kRowTiles, int kColTiles, int kOutTiles>
-SEGATTN_FN void accumulate(float (&out)[kRowTiles][kOutTiles][4], const uint32_t (&w)[kRowTiles][kColTiles / 2][4],
+SEGATTN_FN void accumulate(float (&out)[kRowTiles][kOutTiles][4], const uint32_t (&a)[kRowTiles][kColTiles / 2][4],
                            SharedAddress bt_tile_base, int b_row, int column) {
   constexpr int kPairs = kOutTiles / 2, kSteps = kColTiles / 2;
   uint32_t b[2][4];
@@ -76,19 +76,19 @@ SEGATTN_FN void accumulate(float (&out)[kRowTiles][kOutTiles][4], const uint32_t
     if (next < kSteps * kPairs) load_bt<TileB>(b[next & 1], bt_tile_base, b_row + next / kPairs * 16, column + next % kPairs * 16);
 #pragma unroll
     for (int m = 0; m < kRowTiles; m++) {
-      mma_16x8x16(out[m][n], w[m][k], b[i & 1][0], b[i & 1][1], T{});
-      mma_16x8x16(out[m][n + 1], w[m][k], b[i & 1][2], b[i & 1][3], T{});
+      mma_16x8x16(out[m][n], a[m][k], b[i & 1][0], b[i & 1][1], T{});
+      mma_16x8x16(out[m][n + 1], a[m][k], b[i & 1][2], b[i & 1][3], T{});
     }
   }
 }
 
 // Accumulators as operands of the next product: the layouts agree.
 template <class T, int kRowTiles, int kColTiles>
-SEGATTN_FN void pack_weights(uint32_t (&w)[kRowTiles][kColTiles / 2][4], const float (&x)[kRowTiles][kColTiles][4]) {
+SEGATTN_FN void pack_operands(uint32_t (&a)[kRowTiles][kColTiles / 2][4], const float (&x)[kRowTiles][kColTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; m++)
 #pragma unroll
     for (int n = 0; n < kColTiles; n++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) w[m][n / 2][n % 2 * 2 + half] = pack<T>(x[m][n][half * 2], x[m][n][half * 2 + 1]);
+      for (int half = 0; half < 2; half++) a[m][n / 2][n % 2 * 2 + half] = pack<T>(x[m][n][half * 2], x[m][n][half * 2 + 1]);
 }

@@ -29,35 +29,35 @@ SEGATTN_FN float quad_sum(float x) {
 
 // What the highest score of a tile makes of a row: its new maximum, the factor for what was accumulated before, and what
 // is added to the tile's exponents.
-struct RowStep {
+struct RowUpdate {
   float max, factor, offset;
 };
-SEGATTN_FN RowStep row_step(float row_max, float top, float scale_log2, float bias) {
-  const float max = max_f32(row_max, fma_rn(top, scale_log2, bias)), reference = finite_max(max);
+SEGATTN_FN RowUpdate update_row(float row_max, float tile_max, float scale_log2, float bias) {
+  const float max = max_f32(row_max, fma_rn(tile_max, scale_log2, bias)), reference = finite_max(max);
   return {max, exp2_approx(row_max - reference), bias - reference};
 }
-SEGATTN_FN float weight_of(float score, float scale_log2, const RowStep& step) { return exp2_approx(fma_rn(score, scale_log2, step.offset)); }
+SEGATTN_FN float probability(float score, float scale_log2, const RowUpdate& update) { return exp2_approx(fma_rn(score, scale_log2, update.offset)); }
 
 // Turns one row's scores of a tile (elements half * 2 and half * 2 + 1 of each accumulator) into weights,
 // updates the row and returns the factor for what was accumulated before.
 template <int kColTiles>
 SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, float scale_log2, float bias) {
-  float top = s[0][half * 2];
+  float tile_max = s[0][half * 2];
 #pragma unroll
-  for (int n = 0; n < kColTiles; n++) top = max_f32(top, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
-  top = quad_max(top);
-  const RowStep step = row_step(row.max, top, scale_log2, bias);
+  for (int n = 0; n < kColTiles; n++) tile_max = max_f32(tile_max, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
+  tile_max = quad_max(tile_max);
+  const RowUpdate update = update_row(row.max, tile_max, scale_log2, bias);
   float even = 0.f, odd = 0.f;
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) {
-    s[n][half * 2] = weight_of(s[n][half * 2], scale_log2, step);
-    s[n][half * 2 + 1] = weight_of(s[n][half * 2 + 1], scale_log2, step);
+    s[n][half * 2] = probability(s[n][half * 2], scale_log2, update);
+    s[n][half * 2 + 1] = probability(s[n][half * 2 + 1], scale_log2, update);
     even += s[n][half * 2];
     odd += s[n][half * 2 + 1];
   }
-  row.sum = fma_rn(row.sum, step.factor, even + odd);
-  row.max = step.max;
-  return step.factor;
+  row.sum = fma_rn(row.sum, update.factor, even + odd);
+  row.max = update.max;
+  return update.factor;
 }
 
 // Factors that bring two parts of a row to their common maximum.

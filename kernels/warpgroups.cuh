@@ -55,10 +55,10 @@ SEGATTN_FN void begin_held(float (&x)[kColTiles][4], const uint32_t (&a)[kSteps]
 
 // out += w b, begun: weights in registers against the rows of a [k][n] tile, all of its columns.
 template <class T, class TileB, int kSteps, int kOutTiles>
-SEGATTN_FN void begin_columns(float (&out)[kOutTiles][4], const uint32_t (&w)[kSteps][4], SharedAddress b) {
+SEGATTN_FN void begin_columns(float (&out)[kOutTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
   const uint64_t first = columns_operand<TileB>(b, 0, 0);
 #pragma unroll
-  for (int k = 0; k < kSteps; k++) wgmma<true, true>(out, w[k], advance(first, k * 16 * TileB::kRowBytes), T{});
+  for (int k = 0; k < kSteps; k++) wgmma<true, true>(out, a[k], advance(first, k * 16 * TileB::kRowBytes), T{});
 }
 
 template <int kTiles>
@@ -79,11 +79,11 @@ SEGATTN_FN void hold_rows(uint32_t (&a)[kSteps][4], SharedAddress tile, int row,
 
 // Accumulators as operands of the next product: the layouts agree.
 template <class T, int kColTiles>
-SEGATTN_FN void pack_operands(uint32_t (&w)[kColTiles / 2][4], const float (&x)[kColTiles][4]) {
+SEGATTN_FN void pack_operands(uint32_t (&a)[kColTiles / 2][4], const float (&x)[kColTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kColTiles; n++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) w[n / 2][n % 2 * 2 + half] = pack<T>(x[n][half * 2], x[n][half * 2 + 1]);
+    for (int half = 0; half < 2; half++) a[n / 2][n % 2 * 2 + half] = pack<T>(x[n][half * 2], x[n][half * 2 + 1]);
 }
 
 // The four lanes that share a row hold 4 bytes each of four chunks; afterwards each holds one chunk, that of its place.

@@ -152,10 +152,10 @@ const FORWARD: [Rule; 86] = [
     replace("(s, shared, turns, step + 1)", "(s, shared, turns, step)"),
     replace("(s, shared, turns, end)", "(s, shared, turns, step)"),
     replace(
-        "weights, shared, turns, step)",
-        "weights, shared, turns, step + 1)",
+        "probs, shared, turns, step)",
+        "probs, shared, turns, step + 1)",
     ),
-    replace("weigh(step + 1)", "weigh(step)"),
+    replace("softmax(step + 1)", "softmax(step)"),
     drop_statement("pack_operands<"),
     // The sign of the queries.
     replace("p.problem.scale < 0.f", "p.problem.scale < -9.f"),
