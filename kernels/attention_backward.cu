@@ -259,14 +259,14 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
     float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
     uint32_t ds[C::kRowTiles][C::kColTiles / 2][4];
     const SharedAddress k = shared_address(&shared.k[stage]), v = shared_address(&shared.v[stage]);
-    multiply_rows<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), at), first_row, b_base<KT>(k, at), 0);
-    multiply_rows<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
+    mma_ss<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), at), first_row, b_base<KT>(k, at), 0);
+    mma_ss<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
     const bool past = tile.source == kPast;
     if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])) hide_keys<C>(s, work, tile, first_row, scale, at);
     softmax_grad<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
     if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
     pack_operands<T>(ds, s);
-    accumulate<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, at), 0, 0);
+    mma_rs_mn_major<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, at), 0, 0);
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -281,9 +281,9 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 // compute the same p^T. Where a warp has 16 keys, k and v stay in registers too: shared memory, which would bound the kernel,
 // is read for queries alone. 32 queries at a time then fill the registers; only ptxas for sm_90 fits them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
-constexpr int kHeldSubQueries = 32;
+constexpr int kRegisterSubQueries = 32;
 #else
-constexpr int kHeldSubQueries = 16;
+constexpr int kRegisterSubQueries = 16;
 #endif
 
 template <class T_, int kHeadDim_>
@@ -295,8 +295,8 @@ struct KeyGradConfig {
   static constexpr int kColumnParts = kHeadDim == 256 ? 2 : 1;
   static constexpr int kKeys = kWarps / kColumnParts * kRowTiles * 16;
   static constexpr int kQueries = kHeadDim == 256 ? 32 : 64;
-  static constexpr bool kHeld = kRowTiles == 1 && kHeadDim <= 128;  // k and v in registers
-  static constexpr int kSubQueries = kHeld ? kHeldSubQueries : 32;  // scores and d_out v^T of so many queries at a time
+  static constexpr bool kRegisterA = kRowTiles == 1 && kHeadDim <= 128;  // k and v in registers
+  static constexpr int kSubQueries = kRegisterA ? kRegisterSubQueries : 32;  // scores and d_out v^T of so many queries at a time
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kBlocks = 2;
@@ -407,14 +407,14 @@ struct KeyPlace {
 
 // The operands k and v of a warp, or nothing where registers do not hold them.
 template <class C>
-struct HeldKeys {
-  static constexpr int kSteps = C::kHeld ? C::kHeadDim / 16 : 1;
+struct KeyFragments {
+  static constexpr int kSteps = C::kRegisterA ? C::kHeadDim / 16 : 1;
   uint32_t k[C::kRowTiles][kSteps][4], v[C::kRowTiles][kSteps][4];
 };
 
 // d_k and d_v of a warp's keys += the part of kSubQueries queries, rows `sub`... of a stage.
 template <class C>
-SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (&d_v)[C::kRowTiles][C::kOutTiles][4], const HeldKeys<C>& held,
+SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (&d_v)[C::kRowTiles][C::kOutTiles][4], const KeyFragments<C>& fragments,
                             KeyGradShared<C>& shared, int step, int sub, float scale, int thread) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
@@ -424,19 +424,19 @@ SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (
   const int first_key = shared.work.first + first_row, query = shared.steps[step & 3].query + sub;
   float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
   uint32_t probs[C::kRowTiles][C::kColTiles / 2][4];
-  if constexpr (C::kHeld) {
-    multiply_held<T, QT>(s, held.k, b_base<QT>(q, lane), sub);
-    multiply_held<T, QT>(dp, held.v, b_base<QT>(d_out, lane), sub);
+  if constexpr (C::kRegisterA) {
+    mma_rs<T, QT>(s, fragments.k, b_base<QT>(q, lane), sub);
+    mma_rs<T, QT>(dp, fragments.v, b_base<QT>(d_out, lane), sub);
   } else {
-    multiply_rows<T, KT, QT>(s, a_base<KT>(shared_address(&shared.k), lane), first_row, b_base<QT>(q, lane), sub);
-    multiply_rows<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(d_out, lane), sub);
+    mma_ss<T, KT, QT>(s, a_base<KT>(shared_address(&shared.k), lane), first_row, b_base<QT>(q, lane), sub);
+    mma_ss<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(d_out, lane), sub);
   }
   if (!shared.work.prior && query < first_key + C::kRowTiles * 16) hide_queries<C>(s, first_key, query, scale, lane);
   transposed_softmax_grad<C>(s, dp, shared.lse[stage] + sub, shared.delta[stage] + sub, scale, lane);
   pack_operands<T>(probs, s);
-  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_v, probs, bt_base<QT>(d_out, lane), sub, column);
+  mma_rs_mn_major<T, QT, C::kRowTiles, C::kColTiles>(d_v, probs, bt_base<QT>(d_out, lane), sub, column);
   pack_operands<T>(probs, dp);
-  accumulate<T, QT, C::kRowTiles, C::kColTiles>(d_k, probs, bt_base<QT>(q, lane), sub, column);
+  mma_rs_mn_major<T, QT, C::kRowTiles, C::kColTiles>(d_k, probs, bt_base<QT>(q, lane), sub, column);
 }
 
 template <class C>
@@ -458,10 +458,10 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   cp_async_commit();
   load_query_stage<C>(p, shared, 0, thread);
   arrive_and_wait<1>();
-  HeldKeys<C> held;
-  if constexpr (C::kHeld) {
-    hold_rows<KT>(held.k, a_base<KT>(shared_address(&shared.k), lane), first_row);
-    hold_rows<KT>(held.v, a_base<KT>(shared_address(&shared.v), lane), first_row);
+  KeyFragments<C> fragments;
+  if constexpr (C::kRegisterA) {
+    load_fragments<KT>(fragments.k, a_base<KT>(shared_address(&shared.k), lane), first_row);
+    load_fragments<KT>(fragments.v, a_base<KT>(shared_address(&shared.v), lane), first_row);
   }
 
   float d_k[C::kRowTiles][C::kOutTiles][4], d_v[C::kRowTiles][C::kOutTiles][4];
@@ -476,7 +476,7 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
     for (int sub = 0; sub < C::kQueries; sub += C::kSubQueries) {
       const int last_query = shared.steps[step & 3].query + sub + C::kSubQueries - 1;
       if (!work.prior && last_query < work.first + first_row) continue;
-      add_queries<C>(d_k, d_v, held, shared, step, sub, scale, thread);
+      add_queries<C>(d_k, d_v, fragments, shared, step, sub, scale, thread);
     }
   }
   arrive_and_wait<0>();

@@ -35,7 +35,7 @@ template <class T, int kHeadDim>
 struct QueryGradConfig : WarpgroupConfig<T, kHeadDim, kHeadDim == 64 ? 3 : 2, 4> {
   static constexpr int kRows = 64 * QueryGradConfig::kConsumerWarpgroups;
   static constexpr int kKeys = 64;
-  static constexpr bool kHeld = QueryGradConfig::kConsumerWarpgroups == 2;  // d_out in registers
+  static constexpr bool kRegisterA = QueryGradConfig::kConsumerWarpgroups == 2;  // d_out in registers
   static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
@@ -175,37 +175,37 @@ struct KeyTurns {
 
 // A thread's rows and what it needs to know of them.
 template <class C>
-struct HeldQueries {
-  uint32_t q[C::kSteps][4], d_out[C::kHeld ? C::kSteps : 1][4];
+struct QueryFragments {
+  uint32_t q[C::kSteps][4], d_out[C::kRegisterA ? C::kSteps : 1][4];
   float lse[2], delta[2];
 };
 
 template <class C>
-SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, int stage) {
+SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], const QueryFragments<C>& fragments, QueryGradShared<C>& shared, int stage) {
   wgmma_fence();
-  begin_held<typename C::T, typename C::KeyTile>(s, held.q, shared_address(&shared.k[stage]));
+  wgmma_rs<typename C::T, typename C::KeyTile>(s, fragments.q, shared_address(&shared.k[stage]));
   wgmma_commit();
 }
 
 // The work tile's keys: d_q of the warpgroup's rows, and the thread's sum of ds over past keys. Scores of the next keys are
 // under way before the products of these are waited for.
 template <class C>
-SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const HeldQueries<C>& held, QueryGradShared<C>& shared, const KeyList& keys,
+SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryFragments<C>& fragments, QueryGradShared<C>& shared, const KeyList& keys,
                                KeyTurns<C> at, float scale, int row, int group) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   const int lane = at.lane;
   float gate_sum = 0.f, s[C::kColTiles][4], dp[C::kColTiles][4];
   if (!at.seek()) return 0.f;
-  begin_scores<C>(s, held, shared, at.stage());
+  issue_qk<C>(s, fragments, shared, at.stage());
   while (true) {
     const int stage = at.stage();
     const KeyTile& tile = shared.tiles[stage];
     const bool past = tile.source == kPast, current = tile.source == kCurrent;
     uint32_t ds[C::kColTiles / 2][4];
     wgmma_fence();
-    if constexpr (C::kHeld) begin_held<T, KT>(dp, held.d_out, shared_address(&shared.v[stage]));
-    else begin_rows<T, typename C::QueryTile, KT>(dp, shared_address(&shared.d_out), uniform(group), shared_address(&shared.v[stage]));
+    if constexpr (C::kRegisterA) wgmma_rs<T, KT>(dp, fragments.d_out, shared_address(&shared.v[stage]));
+    else wgmma_ss<T, typename C::QueryTile, KT>(dp, shared_address(&shared.d_out), uniform(group), shared_address(&shared.v[stage]));
     wgmma_commit();
     wgmma_wait<1>();
     if ((current ? at.first_query + 1 : tile.end) < tile.first + C::kKeys) {
@@ -216,18 +216,18 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const HeldQu
 #pragma unroll
     for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) s[n][e] = exp2_approx(fma_rn(s[n][e], scale, bias - held.lse[e / 2]));
+      for (int e = 0; e < 4; e++) s[n][e] = exp2_approx(fma_rn(s[n][e], scale, bias - fragments.lse[e / 2]));
     wgmma_wait<0>();
 #pragma unroll
     for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) dp[n][e] = s[n][e] * (dp[n][e] - held.delta[e / 2]);
+      for (int e = 0; e < 4; e++) dp[n][e] = s[n][e] * (dp[n][e] - fragments.delta[e / 2]);
     if (past)
 #pragma unroll
       for (int n = 0; n < C::kColTiles; n++) gate_sum += (dp[n][0] + dp[n][1]) + (dp[n][2] + dp[n][3]);
     pack_operands<T>(ds, dp);
     wgmma_fence();
-    begin_columns<T, KT>(d_q, ds, shared_address(&shared.k[stage]));
+    wgmma_rs_mn_major<T, KT>(d_q, ds, shared_address(&shared.k[stage]));
     wgmma_commit();
     const uint32_t busy = at.turn++;
     if (!at.seek()) {
@@ -235,7 +235,7 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const HeldQu
       release(&shared.empty[busy % C::kStages], lane);
       return gate_sum;
     }
-    begin_scores<C>(s, held, shared, at.stage());
+    issue_qk<C>(s, fragments, shared, at.stage());
     wgmma_wait<1>();
     release(&shared.empty[busy % C::kStages], lane);
   }
@@ -277,19 +277,19 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
     mbarrier_wait(&shared.rows_full, phase(n));
     if (shared.work[n % kWorkBuffers].done) return;
     const WorkTile& work = shared.work[n % kWorkBuffers].work;
-    HeldQueries<C> held;
-    hold_rows<QT>(held.q, shared_address(&shared.q), warp_row, lane);
-    if constexpr (C::kHeld) hold_rows<QT>(held.d_out, shared_address(&shared.d_out), warp_row, lane);
+    QueryFragments<C> fragments;
+    load_fragments<QT>(fragments.q, shared_address(&shared.q), warp_row, lane);
+    if constexpr (C::kRegisterA) load_fragments<QT>(fragments.d_out, shared_address(&shared.d_out), warp_row, lane);
 #pragma unroll
-    for (int half = 0; half < 2; half++) held.lse[half] = shared.lse[row + half * 8], held.delta[half] = shared.delta[row + half * 8];
-    if constexpr (C::kHeld) release(&shared.rows_empty, lane);
+    for (int half = 0; half < 2; half++) fragments.lse[half] = shared.lse[row + half * 8], fragments.delta[half] = shared.delta[row + half * 8];
+    if constexpr (C::kRegisterA) release(&shared.rows_empty, lane);
     float d_q[C::kOutTiles][4];
     clear(d_q);
     const int first = work.query_tile * C::kRows, group = first + thread / 128 * 64;
     const KeyTurns<C> turns = {shared, first_step, first_step + max(0, work.end_step - work.first_step), group, min(group + 64, work.query_rows) - 1, lane};
-    const float gate_sum = query_grad_mainloop<C>(d_q, held, shared, work.keys, turns, scale, first + row, thread / 128 * 64);
+    const float gate_sum = query_grad_mainloop<C>(d_q, fragments, shared, work.keys, turns, scale, first + row, thread / 128 * 64);
     first_step = turns.end;
-    if constexpr (!C::kHeld) release(&shared.rows_empty, lane);
+    if constexpr (!C::kRegisterA) release(&shared.rows_empty, lane);
     store_query_grad<C>(p, d_q, work, first + row, lane);
     if (work.keys.past_len > 0) store_gate_sum<C>(p, shared.gate_sums[n & 1], work, gate_sum, thread);
   }
@@ -505,13 +505,13 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
   if (!at.seek()) return;
   float s[C::kColTiles][4], dp[C::kColTiles][4];
   wgmma_fence();
-  begin_rows<T, KT, QT>(s, shared_address(&shared.k[kv_buffer]), uniform(first_row), q(at.stage()));
+  wgmma_ss<T, KT, QT>(s, shared_address(&shared.k[kv_buffer]), uniform(first_row), q(at.stage()));
   wgmma_commit();
   while (true) {
     const int stage = at.stage(), before = at.before();
     uint32_t probs[C::kColTiles / 2][4], ds[C::kColTiles / 2][4];
     wgmma_fence();
-    begin_rows<T, KT, QT>(dp, shared_address(&shared.v[kv_buffer]), uniform(first_row), d_out(stage));
+    wgmma_ss<T, KT, QT>(dp, shared_address(&shared.v[kv_buffer]), uniform(first_row), d_out(stage));
     wgmma_commit();
     wgmma_wait<1>();
     if (before > -64) hide_queries(s, before + row, scale, lane);
@@ -521,8 +521,8 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
     transposed_softmax_grad(dp, s, shared.delta[stage], lane);
     pack_operands<T>(ds, dp);
     wgmma_fence();
-    begin_columns<T, QT>(grads.d_v, probs, d_out(stage));
-    begin_columns<T, QT>(grads.d_k, ds, q(stage));
+    wgmma_rs_mn_major<T, QT>(grads.d_v, probs, d_out(stage));
+    wgmma_rs_mn_major<T, QT>(grads.d_k, ds, q(stage));
     wgmma_commit();
     const uint32_t busy = at.turn++;
     if (!at.seek()) {
@@ -530,7 +530,7 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
       return release(&shared.empty[busy % C::kStages], lane);
     }
     wgmma_fence();
-    begin_rows<T, KT, QT>(s, shared_address(&shared.k[kv_buffer]), uniform(first_row), q(at.stage()));
+    wgmma_ss<T, KT, QT>(s, shared_address(&shared.k[kv_buffer]), uniform(first_row), q(at.stage()));
     wgmma_commit();
     wgmma_wait<1>();
     release(&shared.empty[busy % C::kStages], lane);

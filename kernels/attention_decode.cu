@@ -234,7 +234,7 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   for (int number = 0; number < C::kRing - 1; number++) ring.load(number);
   arrive_and_wait<kInFlight>();
   uint32_t q[1][C::kHeadDim / 16][4];
-  hold_rows<typename C::QueryTile>(q, a_base<typename C::QueryTile>(shared_address(&shared.q), lane), 0);
+  load_fragments<typename C::QueryTile>(q, a_base<typename C::QueryTile>(shared_address(&shared.q), lane), 0);
   // A negative scale goes into the queries, whose sign is free.
   const uint32_t sign = p.problem.scale < 0.f ? 0x80008000u : 0;
 #pragma unroll

@@ -55,7 +55,7 @@ SEGATTN_FN void score_and_softmax(uint32_t (&probs)[C::kRowTiles][C::kColTiles /
   const SharedAddress q = a_base<typename C::QueryTile>(shared_address(&shared.q), lane);
   const SharedAddress k = b_base<typename C::KeyTile>(shared_address(&shared.k[stage]), lane);
   float s[C::kRowTiles][C::kColTiles][4];
-  multiply_rows<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, q, rows.first_row, k, 0);
+  mma_ss<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, q, rows.first_row, k, 0);
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
     if (masked) mask_rows<C>(s[m], work, tile, rows.first_row + m * 16, 1, lane);
@@ -116,7 +116,7 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
     if (sees) {
       uint32_t probs[C::kRowTiles][C::kColTiles / 2][4];
       score_and_softmax<C>(probs, acc, shared, tile, stage, rows, scale, opaque(lane));
-      accumulate<T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
+      mma_rs_mn_major<T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
           acc.out, probs, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
     }
     const bool last = step + 1 == work.end_step;

@@ -152,22 +152,22 @@ struct Turns {
 
 // s = q k^T, begun.
 template <class C>
-SEGATTN_FN void begin_scores(float (&s)[C::kColTiles][4], ForwardShared<C>& shared, const Turns<C>& turns, int step) {
+SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], ForwardShared<C>& shared, const Turns<C>& turns, int step) {
   const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
   mbarrier_wait(&shared.k_full[stage], phase(turn / C::kStages));
   wgmma_fence();
-  begin_rows<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, shared_address(&shared.q[turns.place]), turns.first_row, shared_address(&shared.k[stage]));
+  wgmma_ss<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, shared_address(&shared.q[turns.place]), turns.first_row, shared_address(&shared.k[stage]));
   wgmma_commit();
 }
 
 // out += p v, begun.
 template <class C>
-SEGATTN_FN void begin_values(float (&out)[C::kOutTiles][4], const uint32_t (&probs)[C::kColTiles / 2][4], ForwardShared<C>& shared,
+SEGATTN_FN void issue_pv(float (&out)[C::kOutTiles][4], const uint32_t (&probs)[C::kColTiles / 2][4], ForwardShared<C>& shared,
                              const Turns<C>& turns, int step) {
   const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
   mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
   wgmma_fence();
-  begin_columns<typename C::T, typename C::KeyTile>(out, probs, shared_address(&shared.v[stage]));
+  wgmma_rs_mn_major<typename C::T, typename C::KeyTile>(out, probs, shared_address(&shared.v[stage]));
   wgmma_commit();
 }
 
@@ -194,7 +194,7 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
     mask_and_softmax<C>(s, factor, acc.rows[0], work, turns, step, first_row, gate, scale, lane);
     settle(s);
   };
-  begin_scores<C>(s, shared, turns, turns.first_step);
+  issue_qk<C>(s, shared, turns, turns.first_step);
   wgmma_wait<0>();
   for (int step = turns.first_step;; step++) {
     softmax(step);
@@ -204,8 +204,8 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
     for (; step + 1 < end; step++) {
       settle(out);
       settle(s);
-      begin_scores<C>(s, shared, turns, step + 1);
-      begin_values<C>(out, probs, shared, turns, step);
+      issue_qk<C>(s, shared, turns, step + 1);
+      issue_pv<C>(out, probs, shared, turns, step);
       wgmma_wait<1>();
       softmax(step + 1);
       wgmma_wait<0>();
@@ -217,11 +217,11 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
     settle(out);
     settle(s);
     if (last) {  // the wait stands in both branches, or ptxas lets no product overlap another
-      begin_values<C>(out, probs, shared, turns, step);
+      issue_pv<C>(out, probs, shared, turns, step);
       wgmma_wait<0>();
     } else {
-      begin_scores<C>(s, shared, turns, end);
-      begin_values<C>(out, probs, shared, turns, step);
+      issue_qk<C>(s, shared, turns, end);
+      issue_pv<C>(out, probs, shared, turns, step);
       wgmma_wait<0>();
     }
     release(&shared.empty[turns.turn(step) % C::kStages], lane);

@@ -15,7 +15,7 @@ SEGATTN_FN void clear(float (&x)[kRowTiles][kColTiles][4]) {
 // x = a b^T for 16-row tiles of a [rows][head_dim] tile and kCols rows of another, over all of head_dim. The next
 // operands are read while a product runs.
 template <class T, class TileA, class TileB, int kRowTiles, int kColTiles>
-SEGATTN_FN void multiply_rows(float (&x)[kRowTiles][kColTiles][4], SharedAddress a_tile_base, int a_row, SharedAddress b_tile_base, int b_row) {
+SEGATTN_FN void mma_ss(float (&x)[kRowTiles][kColTiles][4], SharedAddress a_tile_base, int a_row, SharedAddress b_tile_base, int b_row) {
   constexpr int kPairs = kColTiles / 2, kSteps = TileA::kCols / 16;
   uint32_t a[kRowTiles][4], b[2][4];
   clear(x);
@@ -37,7 +37,7 @@ SEGATTN_FN void multiply_rows(float (&x)[kRowTiles][kColTiles][4], SharedAddress
 
 // The same with all of a's operands in registers.
 template <class T, class TileB, int kRowTiles, int kColTiles, int kSteps>
-SEGATTN_FN void multiply_held(float (&x)[kRowTiles][kColTiles][4], const uint32_t (&a)[kRowTiles][kSteps][4], SharedAddress b_tile_base, int b_row) {
+SEGATTN_FN void mma_rs(float (&x)[kRowTiles][kColTiles][4], const uint32_t (&a)[kRowTiles][kSteps][4], SharedAddress b_tile_base, int b_row) {
   constexpr int kPairs = kColTiles / 2;
   uint32_t b[2][4];
   clear(x);
@@ -56,7 +56,7 @@ SEGATTN_FN void multiply_held(float (&x)[kRowTiles][kColTiles][4], const uint32_
 
 // All operands of 16-row tiles of a [rows][head_dim] tile.
 template <class TileA, int kRowTiles, int kSteps>
-SEGATTN_FN void hold_rows(uint32_t (&a)[kRowTiles][kSteps][4], SharedAddress a_tile_base, int a_row) {
+SEGATTN_FN void load_fragments(uint32_t (&a)[kRowTiles][kSteps][4], SharedAddress a_tile_base, int a_row) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; m++)
 #pragma unroll
@@ -65,7 +65,7 @@ SEGATTN_FN void hold_rows(uint32_t (&a)[kRowTiles][kSteps][4], SharedAddress a_t
 
 // out += w b: weights in registers against rows b_row... of a [k][n] tile, columns [column, column + 8 * kOutTiles).
 template <class T, class TileB, int kRowTiles, int kColTiles, int kOutTiles>
-SEGATTN_FN void accumulate(float (&out)[kRowTiles][kOutTiles][4], const uint32_t (&a)[kRowTiles][kColTiles / 2][4],
+SEGATTN_FN void mma_rs_mn_major(float (&out)[kRowTiles][kOutTiles][4], const uint32_t (&a)[kRowTiles][kColTiles / 2][4],
                            SharedAddress bt_tile_base, int b_row, int column) {
   constexpr int kPairs = kOutTiles / 2, kSteps = kColTiles / 2;
   uint32_t b[2][4];

@@ -73,13 +73,13 @@ template <int kColTiles>
 SEGATTN_FN void settle(float (&)[kColTiles][4]) {}
 SEGATTN_FN int wgmma_type(Bf16) { return SIM_BF16; }
 SEGATTN_FN int wgmma_type(F16) { return 0; }
-template <bool kAccumulate, bool kColumns, int kColTiles, class T>
+template <bool kAccumulate, bool kMnMajorB, int kColTiles, class T>
 SEGATTN_FN void wgmma(float (&d)[kColTiles][4], uint64_t a, uint64_t b, T t) {
-  sim_wgmma(&d[0][0], kColTiles * 8, nullptr, a, b, wgmma_type(t) | (kAccumulate ? SIM_ACCUMULATE : 0) | (kColumns ? SIM_B_MN_MAJOR : 0), sim_site());
+  sim_wgmma(&d[0][0], kColTiles * 8, nullptr, a, b, wgmma_type(t) | (kAccumulate ? SIM_ACCUMULATE : 0) | (kMnMajorB ? SIM_B_MN_MAJOR : 0), sim_site());
 }
-template <bool kAccumulate, bool kColumns, int kColTiles, class T>
+template <bool kAccumulate, bool kMnMajorB, int kColTiles, class T>
 SEGATTN_FN void wgmma(float (&d)[kColTiles][4], const uint32_t (&a)[4], uint64_t b, T t) {
-  sim_wgmma(&d[0][0], kColTiles * 8, a, 0, b, wgmma_type(t) | (kAccumulate ? SIM_ACCUMULATE : 0) | (kColumns ? SIM_B_MN_MAJOR : 0), sim_site());
+  sim_wgmma(&d[0][0], kColTiles * 8, a, 0, b, wgmma_type(t) | (kAccumulate ? SIM_ACCUMULATE : 0) | (kMnMajorB ? SIM_B_MN_MAJOR : 0), sim_site());
 }
 
 #else
@@ -206,17 +206,17 @@ SEGATTN_FN void settle(float (&d)[kColTiles][4]) {
   SEGATTN_OUT(d, i), SEGATTN_OUT(d, i + 1), SEGATTN_OUT(d, i + 2), SEGATTN_OUT(d, i + 3), SEGATTN_OUT(d, i + 4),       \
       SEGATTN_OUT(d, i + 5), SEGATTN_OUT(d, i + 6), SEGATTN_OUT(d, i + 7)
 #define SEGATTN_WGMMA(T, type, tiles, shape, registers, outputs, a0, a1, a2, a3, a4, a5, a6)                          \
-  template <bool kAccumulate, bool kColumns>                                                                          \
+  template <bool kAccumulate, bool kMnMajorB>                                                                          \
   SEGATTN_FN void wgmma(float (&d)[tiles][4], uint64_t a, uint64_t b, T) {                                            \
     asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " " registers                         \
                  ", %" #a0 ", %" #a1 ", %" #a2 ", 1, 1, 0, %" #a3 ";"                                                   \
-                 : outputs : "l"(a), "l"(b), "n"((int)kAccumulate), "n"((int)kColumns));                              \
+                 : outputs : "l"(a), "l"(b), "n"((int)kAccumulate), "n"((int)kMnMajorB));                              \
   }                                                                                                                   \
-  template <bool kAccumulate, bool kColumns>                                                                          \
+  template <bool kAccumulate, bool kMnMajorB>                                                                          \
   SEGATTN_FN void wgmma(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, T) {                                \
     asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " " registers                         \
                  ", {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4 ", %" #a5 ", 1, 1, %" #a6 ";"                       \
-                 : outputs : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)kAccumulate), "n"((int)kColumns)); \
+                 : outputs : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)kAccumulate), "n"((int)kMnMajorB)); \
   }
 #define SEGATTN_ALL(...) __VA_ARGS__
 SEGATTN_WGMMA(Bf16, "bf16", 8, "m64n64", SEGATTN_D8, SEGATTN_ALL(SEGATTN_OUT8(d, 0)), 32, 33, 34, 35, 36, 37, 38)

@@ -65,13 +65,13 @@ SEGATTN_FN void load_bt(uint32_t (&b)[4], SharedAddress base, int k, int n) {
 
 // Operands of wgmma in a tile of 64-column panels. Rows [row, ...) as they lie, k along the tile's columns from k on.
 template <class Tile>
-SEGATTN_FN uint64_t rows_operand(SharedAddress tile, int row, int k) {
+SEGATTN_FN uint64_t k_major_operand(SharedAddress tile, int row, int k) {
   static_assert(Tile::kPanelCols == 64, "128-byte swizzle");
   return matrix_descriptor(tile + k / 64 * Tile::kPanelBytes + row * Tile::kRowBytes + k % 64 * 2, 0, 8 * Tile::kRowBytes);
 }
 // Columns [column, ...) of a [k][n] tile, from row k on: column a multiple of 64, k of 16.
 template <class Tile>
-SEGATTN_FN uint64_t columns_operand(SharedAddress tile, int k, int column) {
+SEGATTN_FN uint64_t mn_major_operand(SharedAddress tile, int k, int column) {
   static_assert(Tile::kPanelCols == 64, "128-byte swizzle");
   return matrix_descriptor(tile + column / 64 * Tile::kPanelBytes + k * Tile::kRowBytes, Tile::kPanelBytes, 8 * Tile::kRowBytes);
 }

@@ -30,33 +30,33 @@ SEGATTN_FN void release(uint64_t* barrier, int lane) {
 
 // Bytes from column 0 of rows in a tile to column k.
 template <class Tile>
-SEGATTN_FN uint32_t rows_step(int k) { return k / 64 * Tile::kPanelBytes + k % 64 * 2; }
+SEGATTN_FN uint32_t k_major_offset(int k) { return k / 64 * Tile::kPanelBytes + k % 64 * 2; }
 // The operand so many bytes further on, where it reads no other rows or columns than the tile's.
 SEGATTN_FN uint64_t advance(uint64_t operand, uint32_t bytes) { return (operand & ~0xffffffffull) | (uint32_t)((uint32_t)operand + bytes / 16); }
 
 // x = a b^T over all of head_dim, begun: 64 rows of a [rows][head_dim] tile and kColTiles * 8 of another.
 template <class T, class TileA, class TileB, int kColTiles>
-SEGATTN_FN void begin_rows(float (&x)[kColTiles][4], SharedAddress a, int a_row, SharedAddress b) {
-  const uint64_t first_a = rows_operand<TileA>(a, a_row, 0), first_b = rows_operand<TileB>(b, 0, 0);
+SEGATTN_FN void wgmma_ss(float (&x)[kColTiles][4], SharedAddress a, int a_row, SharedAddress b) {
+  const uint64_t first_a = k_major_operand<TileA>(a, a_row, 0), first_b = k_major_operand<TileB>(b, 0, 0);
   wgmma<false, false>(x, first_a, first_b, T{});
 #pragma unroll
   for (int k = 16; k < TileA::kCols; k += 16)
-    wgmma<true, false>(x, advance(first_a, rows_step<TileA>(k)), advance(first_b, rows_step<TileB>(k)), T{});
+    wgmma<true, false>(x, advance(first_a, k_major_offset<TileA>(k)), advance(first_b, k_major_offset<TileB>(k)), T{});
 }
 
 // The same with all of a's operands in registers.
 template <class T, class TileB, int kColTiles, int kSteps>
-SEGATTN_FN void begin_held(float (&x)[kColTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
-  const uint64_t first = rows_operand<TileB>(b, 0, 0);
+SEGATTN_FN void wgmma_rs(float (&x)[kColTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
+  const uint64_t first = k_major_operand<TileB>(b, 0, 0);
   wgmma<false, false>(x, a[0], first, T{});
 #pragma unroll
-  for (int k = 1; k < kSteps; k++) wgmma<true, false>(x, a[k], advance(first, rows_step<TileB>(k * 16)), T{});
+  for (int k = 1; k < kSteps; k++) wgmma<true, false>(x, a[k], advance(first, k_major_offset<TileB>(k * 16)), T{});
 }
 
 // out += w b, begun: weights in registers against the rows of a [k][n] tile, all of its columns.
 template <class T, class TileB, int kSteps, int kOutTiles>
-SEGATTN_FN void begin_columns(float (&out)[kOutTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
-  const uint64_t first = columns_operand<TileB>(b, 0, 0);
+SEGATTN_FN void wgmma_rs_mn_major(float (&out)[kOutTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
+  const uint64_t first = mn_major_operand<TileB>(b, 0, 0);
 #pragma unroll
   for (int k = 0; k < kSteps; k++) wgmma<true, true>(out, a[k], advance(first, k * 16 * TileB::kRowBytes), T{});
 }
@@ -71,7 +71,7 @@ SEGATTN_FN void clear(float (&x)[kTiles][4]) {
 
 // A warp's operands: its 16 rows of a [rows][head_dim] tile.
 template <class TileA, int kSteps>
-SEGATTN_FN void hold_rows(uint32_t (&a)[kSteps][4], SharedAddress tile, int row, int lane) {
+SEGATTN_FN void load_fragments(uint32_t (&a)[kSteps][4], SharedAddress tile, int row, int lane) {
   const SharedAddress base = a_base<TileA>(tile, lane);
 #pragma unroll
   for (int k = 0; k < kSteps; k++) load_a<TileA>(a[k], base, row, k * 16);

@@ -165,20 +165,20 @@ template <class Tile>
 SEGATTN_FN void store_element(Tile& tile, int row, int col, uint16_t bits) {
   *(uint16_t*)((unsigned char*)&tile + (uint32_t)Tile::chunk(0, row, col / 8) + col % 8 * 2) = bits;
 }
-template <class T, bool kColumns>
+template <class T, bool kMnMajorB>
 SEGATTN_FN void store_operands(const GoldenParams& p, WgmmaShared<T>& shared) {
   const uint16_t *a = (const uint16_t*)p.in, *b = a + kWgmmaRows * kWgmmaDepth;
   for (int i = threadIdx.x; i < (kWgmmaRows + kWgmmaCols) * kWgmmaDepth; i += 128) {
     const int row = i / kWgmmaDepth, n = row - kWgmmaRows, k = wgmma_k(i % kWgmmaDepth / 16) + i % 16;
     if (n < 0) store_element(shared.a, 64 + row, k, a[i]);
-    else store_element(shared.b, kColumns ? k : n, kColumns ? n : k, b[i - kWgmmaRows * kWgmmaDepth]);
+    else store_element(shared.b, kMnMajorB ? k : n, kMnMajorB ? n : k, b[i - kWgmmaRows * kWgmmaDepth]);
   }
   fence_proxy_async_shared();
   __syncthreads();
 }
 
 // The last kTiles * 8 columns, in one group. `a` in registers, or as it lies.
-template <class T, bool kHeld, bool kColumns, bool kAccumulate, int kTiles>
+template <class T, bool kRegisterA, bool kMnMajorB, bool kAccumulate, int kTiles>
 SEGATTN_FN void multiply(float (&d)[kTiles][4], WgmmaShared<T>& shared) {
   using Operand = typename WgmmaShared<T>::Operand;
   const int warp = uniform(threadIdx.x / 32), first = kWgmmaCols - kTiles * 8;
@@ -191,14 +191,14 @@ SEGATTN_FN void multiply(float (&d)[kTiles][4], WgmmaShared<T>& shared) {
 #pragma unroll
   for (int step = 0; step < 4; step++) {
     const int k = wgmma_k(step);
-    const uint64_t b = kColumns ? columns_operand<Operand>(s_b, k, first) : rows_operand<Operand>(s_b, first, k);
-    const uint64_t rows = rows_operand<Operand>(s_a, 64, k);
-    if constexpr (kHeld) {
-      if (step == 0) wgmma<kAccumulate, kColumns>(d, a[step], b, T{});
-      else wgmma<true, kColumns>(d, a[step], b, T{});
+    const uint64_t b = kMnMajorB ? mn_major_operand<Operand>(s_b, k, first) : k_major_operand<Operand>(s_b, first, k);
+    const uint64_t rows = k_major_operand<Operand>(s_a, 64, k);
+    if constexpr (kRegisterA) {
+      if (step == 0) wgmma<kAccumulate, kMnMajorB>(d, a[step], b, T{});
+      else wgmma<true, kMnMajorB>(d, a[step], b, T{});
     } else {
-      if (step == 0) wgmma<kAccumulate, kColumns>(d, rows, b, T{});
-      else wgmma<true, kColumns>(d, rows, b, T{});
+      if (step == 0) wgmma<kAccumulate, kMnMajorB>(d, rows, b, T{});
+      else wgmma<true, kMnMajorB>(d, rows, b, T{});
     }
   }
   wgmma_commit();
@@ -237,16 +237,16 @@ SEGATTN_FN void store_sums(const float (&d)[kTiles][4], const GoldenParams& p, i
     ((float4*)p.out)[(part * kTiles + n) * 128 + threadIdx.x] = make_float4(d[n][0], d[n][1], d[n][2], d[n][3]);
 }
 
-template <class T, bool kHeld, bool kColumns, int kTiles>
+template <class T, bool kRegisterA, bool kMnMajorB, int kTiles>
 SEGATTN_FN void golden_wgmma(const GoldenParams& p) {
   WgmmaShared<T>& shared = *(WgmmaShared<T>*)shared_memory();
-  store_operands<T, kColumns>(p, shared);
+  store_operands<T, kMnMajorB>(p, shared);
   float d[kTiles][4];
   load_sums(d, p, false);
-  multiply<T, kHeld, kColumns, false>(d, shared);  // what was there does not count
+  multiply<T, kRegisterA, kMnMajorB, false>(d, shared);  // what was there does not count
   store_sums(d, p, 0);
   load_sums(d, p, false);
-  multiply<T, kHeld, kColumns, true>(d, shared);
+  multiply<T, kRegisterA, kMnMajorB, true>(d, shared);
   store_sums(d, p, 1);
 }
 template <class T>
@@ -266,13 +266,13 @@ GOLDEN_WARPGROUP(golden_mma_chain_f16) { golden_mma_chain<F16>(p); }
 
 // By where a is, how b lies, the columns and the type; in and more like those of mma_chain.
 #define GOLDEN_WGMMA(type, T)                                                                            \
-  GOLDEN_WARPGROUP(golden_wgmma_held_rows_64_##type) { golden_wgmma<T, true, false, 8>(p); }             \
-  GOLDEN_WARPGROUP(golden_wgmma_held_rows_128_##type) { golden_wgmma<T, true, false, 16>(p); }           \
-  GOLDEN_WARPGROUP(golden_wgmma_held_columns_64_##type) { golden_wgmma<T, true, true, 8>(p); }           \
-  GOLDEN_WARPGROUP(golden_wgmma_held_columns_128_##type) { golden_wgmma<T, true, true, 16>(p); }         \
-  GOLDEN_WARPGROUP(golden_wgmma_shared_rows_64_##type) { golden_wgmma<T, false, false, 8>(p); }          \
-  GOLDEN_WARPGROUP(golden_wgmma_shared_rows_128_##type) { golden_wgmma<T, false, false, 16>(p); }        \
-  GOLDEN_WARPGROUP(golden_wgmma_shared_columns_64_##type) { golden_wgmma<T, false, true, 8>(p); }        \
-  GOLDEN_WARPGROUP(golden_wgmma_shared_columns_128_##type) { golden_wgmma<T, false, true, 16>(p); }
+  GOLDEN_WARPGROUP(golden_wgmma_rs_k_major_64_##type) { golden_wgmma<T, true, false, 8>(p); }             \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_k_major_128_##type) { golden_wgmma<T, true, false, 16>(p); }           \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_mn_major_64_##type) { golden_wgmma<T, true, true, 8>(p); }           \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_mn_major_128_##type) { golden_wgmma<T, true, true, 16>(p); }         \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_k_major_64_##type) { golden_wgmma<T, false, false, 8>(p); }          \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_k_major_128_##type) { golden_wgmma<T, false, false, 16>(p); }        \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_mn_major_64_##type) { golden_wgmma<T, false, true, 8>(p); }        \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_mn_major_128_##type) { golden_wgmma<T, false, true, 16>(p); }
 GOLDEN_WGMMA(bf16, Bf16)
 GOLDEN_WGMMA(f16, F16)

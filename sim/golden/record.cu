@@ -233,9 +233,9 @@ struct WarpgroupKernel {
 };
 #define WGMMA(name, columns) {"wgmma_" #name, golden_wgmma_##name, columns}
 #define WGMMAS(type)                                                                                                               \
-  {WGMMA(held_rows_64_##type, 64), WGMMA(held_rows_128_##type, 128), WGMMA(held_columns_64_##type, 64),                            \
-   WGMMA(held_columns_128_##type, 128), WGMMA(shared_rows_64_##type, 64), WGMMA(shared_rows_128_##type, 128),                      \
-   WGMMA(shared_columns_64_##type, 64), WGMMA(shared_columns_128_##type, 128)}
+  {WGMMA(rs_k_major_64_##type, 64), WGMMA(rs_k_major_128_##type, 128), WGMMA(rs_mn_major_64_##type, 64),                            \
+   WGMMA(rs_mn_major_128_##type, 128), WGMMA(ss_k_major_64_##type, 64), WGMMA(ss_k_major_128_##type, 128),                      \
+   WGMMA(ss_mn_major_64_##type, 64), WGMMA(ss_mn_major_128_##type, 128)}
 
 // Even rows of a and of b hold small integers, and their sums are exact; the others hold real numbers of many sizes.
 void record_warpgroup(const std::string& type, Kernel chain, const std::vector<WarpgroupKernel>& kernels) {

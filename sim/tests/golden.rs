@@ -301,8 +301,8 @@ const WGMMA: [usize; 3] = [64, 128, 64];
 /// The kernels of one type, and the columns of each: the last of the 128.
 fn warpgroup_kernels(dtype: &str) -> Vec<(String, usize)> {
     let mut found = Vec::new();
-    for a in ["held", "shared"] {
-        for b in ["rows", "columns"] {
+    for a in ["rs", "ss"] {
+        for b in ["k_major", "mn_major"] {
             for n in [64, 128] {
                 found.push((format!("wgmma_{a}_{b}_{n}_{dtype}"), n));
             }

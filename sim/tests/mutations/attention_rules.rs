@@ -129,7 +129,7 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
     [
         "attention_backward.cu",
         "arrive_and_wait<",
-        "at D 32, where k and v are not held in registers, the first wait of the loop is enough",
+        "at D 32, where k and v are not fragments in registers, the first wait of the loop is enough",
     ],
     [
         "attention_backward.cu",
@@ -478,8 +478,8 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     ),
     replace("row + 1 : tile.end", "row : tile.end"),
     replace("past ? keys.gate_log2 : 0.f", "keys.gate_log2"),
-    replace("bias - held.lse[e / 2]", "bias - held.lse[0]"),
-    replace("- held.delta[e / 2]", "- held.delta[0]"),
+    replace("bias - fragments.lse[e / 2]", "bias - fragments.lse[0]"),
+    replace("- fragments.delta[e / 2]", "- fragments.delta[0]"),
     replace("if (past)\n", "if (true)\n"),
     replace("work.splits == 1", "true"),
     replace("if (query + half * 8 >= rows) continue", ";"),

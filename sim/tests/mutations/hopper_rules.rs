@@ -189,7 +189,7 @@ const TWO_PANELS: [Rule; 5] = [
 
 const ROWS: [Rule; 3] = [
     replace("k / 64 * Tile::kPanelBytes", "k / 64 * 64"),
-    replace("advance(first_a, rows_step<TileA>(k))", "first_a"),
+    replace("advance(first_a, k_major_offset<TileA>(k))", "first_a"),
     replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
 ];
 
