@@ -132,8 +132,8 @@ SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<
 
 // Scores of the keys that a row does not see become such that their weight is 0.
 template <class C>
-SEGATTN_FN void hide_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row, float scale, int lane) {
-  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+SEGATTN_FN void mask_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row, float scale, int lane) {
+  const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
@@ -144,7 +144,7 @@ SEGATTN_FN void hide_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkT
       for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          if (n * 8 + e >= limit) s[m][n][half * 2 + e] = hidden;
+          if (n * 8 + e >= limit) s[m][n][half * 2 + e] = masked_score;
     }
 }
 
@@ -262,7 +262,7 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
     mma_ss<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), at), first_row, b_base<KT>(k, at), 0);
     mma_ss<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
     const bool past = tile.source == kPast;
-    if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])) hide_keys<C>(s, work, tile, first_row, scale, at);
+    if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])) mask_keys<C>(s, work, tile, first_row, scale, at);
     softmax_grad<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
     if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
     pack_operands<T>(ds, s);
@@ -335,10 +335,10 @@ SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C
   cp_async_commit();
 }
 
-// Keys are hidden from the queries before them, as in the query-stationary pass.
+// Keys are masked for the queries before them, as in the query-stationary pass.
 template <class C>
-SEGATTN_FN void hide_queries(float (&s)[C::kRowTiles][C::kColTiles][4], int first_key, int first_query, float scale, int lane) {
-  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+SEGATTN_FN void mask_queries(float (&s)[C::kRowTiles][C::kColTiles][4], int first_key, int first_query, float scale, int lane) {
+  const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
@@ -348,7 +348,7 @@ SEGATTN_FN void hide_queries(float (&s)[C::kRowTiles][C::kColTiles][4], int firs
       for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          if (n * 8 + e < before) s[m][n][half * 2 + e] = hidden;
+          if (n * 8 + e < before) s[m][n][half * 2 + e] = masked_score;
     }
 }
 
@@ -431,7 +431,7 @@ SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (
     mma_ss<T, KT, QT>(s, a_base<KT>(shared_address(&shared.k), lane), first_row, b_base<QT>(q, lane), sub);
     mma_ss<T, KT, QT>(dp, a_base<KT>(shared_address(&shared.v), lane), first_row, b_base<QT>(d_out, lane), sub);
   }
-  if (!shared.work.prior && query < first_key + C::kRowTiles * 16) hide_queries<C>(s, first_key, query, scale, lane);
+  if (!shared.work.prior && query < first_key + C::kRowTiles * 16) mask_queries<C>(s, first_key, query, scale, lane);
   transposed_softmax_grad<C>(s, dp, shared.lse[stage] + sub, shared.delta[stage] + sub, scale, lane);
   pack_operands<T>(probs, s);
   mma_rs_mn_major<T, QT, C::kRowTiles, C::kColTiles>(d_v, probs, bt_base<QT>(d_out, lane), sub, column);

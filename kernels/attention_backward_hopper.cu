@@ -143,13 +143,13 @@ SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShar
 // Scores of the keys that a row does not see become such that their weight is 0: `limit` keys are seen by the thread's
 // upper row, `below` by the lower.
 template <int kColTiles>
-SEGATTN_FN void hide_keys(float (&s)[kColTiles][4], int limit, int below, float scale, int lane) {
-  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], int limit, int below, float scale, int lane) {
+  const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int n = 0; n < kColTiles; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++)
-      if (n * 8 + lane % 4 * 2 + e % 2 >= (e < 2 ? limit : below)) s[n][e] = hidden;
+      if (n * 8 + lane % 4 * 2 + e % 2 >= (e < 2 ? limit : below)) s[n][e] = masked_score;
 }
 
 // Where a warpgroup is in a work tile, and which queries it has: steps of the ring from `turn` to `end`.
@@ -210,7 +210,7 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
     wgmma_wait<1>();
     if ((current ? at.first_query + 1 : tile.end) < tile.first + C::kKeys) {
       const int limit = (current ? row + 1 : tile.end) - tile.first;
-      hide_keys(s, limit, current ? limit + 8 : limit, scale, lane);
+      mask_keys(s, limit, current ? limit + 8 : limit, scale, lane);
     }
     const float bias = past ? keys.gate_log2 : 0.f;
 #pragma unroll
@@ -432,15 +432,15 @@ SEGATTN_FN void produce_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
   }
 }
 
-// Keys are hidden from the queries before them: `before` queries of the tile for the thread's upper row of keys.
+// Keys are masked for the queries before them: `before` queries of the tile for the thread's upper row of keys.
 template <int kColTiles>
-SEGATTN_FN void hide_queries(float (&s)[kColTiles][4], int before, float scale, int lane) {
-  const float hidden = scale < 0.f ? INFINITY : -INFINITY;
+SEGATTN_FN void mask_queries(float (&s)[kColTiles][4], int before, float scale, int lane) {
+  const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int n = 0; n < kColTiles; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++)
-      if (n * 8 + lane % 4 * 2 + e % 2 < before + e / 2 * 8) s[n][e] = hidden;
+      if (n * 8 + lane % 4 * 2 + e % 2 < before + e / 2 * 8) s[n][e] = masked_score;
 }
 
 // Scores of keys x queries to weights.
@@ -514,7 +514,7 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
     wgmma_ss<T, KT, QT>(dp, shared_address(&shared.v[kv_buffer]), uniform(first_row), d_out(stage));
     wgmma_commit();
     wgmma_wait<1>();
-    if (before > -64) hide_queries(s, before + row, scale, lane);
+    if (before > -64) mask_queries(s, before + row, scale, lane);
     transposed_probs(s, shared.lse[stage], scale, lane);
     pack_operands<T>(probs, s);
     wgmma_wait<0>();

@@ -75,7 +75,7 @@ SEGATTN_FN void softmax_rows(uint32_t (&probs)[C::kColTiles / 2][4], float (&s)[
   rescale(out, factor);
 }
 
-// Hides the keys that the rows at two positions do not see, of a tile's keys from `key` on.
+// Masks the keys that the rows at two positions do not see, of a tile's keys from `key` on.
 template <int kColTiles>
 SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const WorkTile& work, const KeyTile& tile, int key, const int (&position)[2], int lane) {
 #pragma unroll

@@ -99,7 +99,7 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
     [
         "attention_backward_hopper.cu",
         "release(&shared",
-        "at D 64 d_out is not in registers, and no tile of queries is hidden from a whole warpgroup",
+        "at D 64 d_out is not in registers, and no tile of queries is masked_score from a whole warpgroup",
     ],
     [
         "attention_backward_hopper.cu",
@@ -144,7 +144,7 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
     [
         "attention_gradients.cuh",
         "{head + 1, work.first_query}",
-        "queries before the keys are hidden: more work, the same sums",
+        "queries before the keys are masked_score: more work, the same sums",
     ],
     [
         "attention_gradients.cuh",
