@@ -192,7 +192,7 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
   uint32_t probs[C::kColTiles / 2][4];
   const auto softmax = [&](int step) {
     mask_and_softmax<C>(s, factor, acc.rows[0], work, turns, step, first_row, gate, scale, lane);
-    settle(s);
+    fence_operand(s);
   };
   issue_qk<C>(s, shared, turns, turns.first_step);
   wgmma_wait<0>();
@@ -202,8 +202,8 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
     const int end = min(turns.end_step, step + C::kChunkSteps);
     const bool first = step == turns.first_step;
     for (; step + 1 < end; step++) {
-      settle(out);
-      settle(s);
+      fence_operand(out);
+      fence_operand(s);
       issue_qk<C>(s, shared, turns, step + 1);
       issue_pv<C>(out, probs, shared, turns, step);
       wgmma_wait<1>();
@@ -214,8 +214,8 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
       rescale(out, factor);
     }
     const bool last = end == turns.end_step;
-    settle(out);
-    settle(s);
+    fence_operand(out);
+    fence_operand(s);
     if (last) {  // the wait stands in both branches, or ptxas lets no product overlap another
       issue_pv<C>(out, probs, shared, turns, step);
       wgmma_wait<0>();

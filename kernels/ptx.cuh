@@ -70,7 +70,7 @@ SEGATTN_FN void wgmma_commit() { sim_wgmma_commit(sim_site()); }
 template <int kNewestLeft>
 SEGATTN_FN void wgmma_wait() { sim_wgmma_wait(kNewestLeft, sim_site()); }
 template <int kColTiles>
-SEGATTN_FN void settle(float (&)[kColTiles][4]) {}
+SEGATTN_FN void fence_operand(float (&)[kColTiles][4]) {}
 SEGATTN_FN int wgmma_type(Bf16) { return SIM_BF16; }
 SEGATTN_FN int wgmma_type(F16) { return 0; }
 template <bool kAccumulate, bool kMnMajorB, int kColTiles, class T>
@@ -189,7 +189,7 @@ SEGATTN_FN void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" 
 // Whatever is computed of these values is computed before what follows: the compiler must not put it off until a product
 // is in flight.
 template <int kColTiles>
-SEGATTN_FN void settle(float (&d)[kColTiles][4]) {
+SEGATTN_FN void fence_operand(float (&d)[kColTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
 }

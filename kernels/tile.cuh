@@ -16,18 +16,18 @@ struct alignas(1024) Tile {
   static_assert(kCols % 32 == 0 && kRows % 8 == 0, "whole panels of whole swizzle periods");
   T data[kRows * kCols];
 
-  // The permutation: chunk c of row r lies where chunk c ^ twist(r) would.
-  SEGATTN_FN int twist(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
+  // The permutation: chunk c of row r lies where chunk c ^ swizzle(r) would.
+  SEGATTN_FN int swizzle(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
 
   SEGATTN_FN SharedAddress chunk(SharedAddress tile, int row, int chunk) {
     const int panel = chunk / kPanelChunks, within = chunk % kPanelChunks;
-    return tile + panel * kPanelBytes + row * kRowBytes + ((within ^ twist(row)) << 4);
+    return tile + panel * kPanelBytes + row * kRowBytes + ((within ^ swizzle(row)) << 4);
   }
 
   // Address of chunk first_chunk + bit of row first_row + lane_row, where first_row is a multiple of 8 and
   // first_chunk even, given base = lane_base(tile, lane_row, bit): one exclusive-or and a constant.
   SEGATTN_FN SharedAddress lane_base(SharedAddress tile, int lane_row, int bit) {
-    return tile + lane_row * kRowBytes + ((bit ^ twist(lane_row)) << 4);
+    return tile + lane_row * kRowBytes + ((bit ^ swizzle(lane_row)) << 4);
   }
   SEGATTN_FN SharedAddress lane_chunk(SharedAddress base, int first_row, int first_chunk) {
     const int panel = first_chunk / kPanelChunks, within = first_chunk % kPanelChunks;

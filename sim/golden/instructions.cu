@@ -186,7 +186,7 @@ SEGATTN_FN void multiply(float (&d)[kTiles][4], WgmmaShared<T>& shared) {
   uint32_t a[4][4];
 #pragma unroll
   for (int step = 0; step < 4; step++) load_a<Operand>(a[step], a_base<Operand>(s_a, threadIdx.x % 32), 64 + warp * 16, wgmma_k(step));
-  settle(d);
+  fence_operand(d);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; step++) {

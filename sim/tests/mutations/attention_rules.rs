@@ -618,7 +618,7 @@ const TILE: [Rule; 16] = [
         "(base ^ (within << 4)) + panel * kPanelBytes",
         "(base ^ (within << 4)) + panel * kRowBytes",
     ),
-    replace("(bit ^ twist(lane_row))", "bit"),
+    replace("(bit ^ swizzle(lane_row))", "bit"),
     replace(
         "Tile::lane_base(tile, lane & 15, lane >> 4)",
         "Tile::lane_base(tile, lane & 7, lane >> 4)",
