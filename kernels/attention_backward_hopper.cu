@@ -301,10 +301,10 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   if (threadIdx.x == 0) start_barriers(shared);
   __syncthreads();
   if (threadIdx.x < C::kProducerThreads) {
-    release_registers<C::kProducerRegisters>();
+    setmaxnreg_decrease<C::kProducerRegisters>();
     produce_query_grad<C>(p, shared);
   } else {
-    take_registers<C::kConsumerRegisters>();
+    setmaxnreg_increase<C::kConsumerRegisters>();
     consume_query_grad<C>(p, shared);
   }
 }
@@ -569,10 +569,10 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   if (threadIdx.x == 0) start_barriers(shared);
   __syncthreads();
   if (threadIdx.x < C::kProducerThreads) {
-    release_registers<C::kProducerRegisters>();
+    setmaxnreg_decrease<C::kProducerRegisters>();
     produce_key_grad<C>(p, shared);
   } else {
-    take_registers<C::kConsumerRegisters>();
+    setmaxnreg_increase<C::kConsumerRegisters>();
     consume_key_grad<C>(p, shared);
   }
 }

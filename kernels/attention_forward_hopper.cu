@@ -276,10 +276,10 @@ SEGATTN_FN void attention_forward_hopper(const SegattnForwardParams& p) {
   if (threadIdx.x == 0) start_barriers(shared);
   __syncthreads();
   if (threadIdx.x < C::kProducerThreads) {
-    release_registers<C::kProducerRegisters>();
+    setmaxnreg_decrease<C::kProducerRegisters>();
     produce<C>(p, shared);
   } else {
-    take_registers<C::kConsumerRegisters>();
+    setmaxnreg_increase<C::kConsumerRegisters>();
     consume<C>(p, shared);
   }
 }

@@ -59,9 +59,9 @@ SEGATTN_FN void fence_proxy_async_shared() { sim_fence_proxy_async(SIM_SHARED); 
 template <int kThreads>
 SEGATTN_FN void barrier_sync(int id) { sim_barrier_sync(id, kThreads, sim_site()); }
 template <int kRegisters>
-SEGATTN_FN void take_registers() { sim_set_registers(kRegisters, 1, sim_site()); }
+SEGATTN_FN void setmaxnreg_increase() { sim_set_registers(kRegisters, 1, sim_site()); }
 template <int kRegisters>
-SEGATTN_FN void release_registers() { sim_set_registers(kRegisters, 0, sim_site()); }
+SEGATTN_FN void setmaxnreg_decrease() { sim_set_registers(kRegisters, 0, sim_site()); }
 SEGATTN_FN uint64_t matrix_descriptor(SharedAddress at, uint32_t leading_bytes, uint32_t stride_bytes) {
   return sim_shared_address((const void*)at) >> 4 | (uint64_t)(leading_bytes >> 4) << 16 | (uint64_t)(stride_bytes >> 4) << 32 | 1ull << 62;
 }
@@ -171,9 +171,9 @@ template <int kThreads>
 SEGATTN_FN void barrier_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory"); }
 // Registers of each thread of the warpgroup from here on: a multiple of 8.
 template <int kRegisters>
-SEGATTN_FN void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+SEGATTN_FN void setmaxnreg_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 template <int kRegisters>
-SEGATTN_FN void release_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+SEGATTN_FN void setmaxnreg_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 
 // An operand in shared memory with 128-byte swizzle. In rows of k: 8 rows are stride_bytes apart, leading_bytes is not
 // read. In columns (k by k, panels of 64 columns): panels are leading_bytes apart, 8 k stride_bytes.

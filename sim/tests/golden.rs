@@ -20,8 +20,8 @@ const NOT_RECORDED: [(&str, &str); 14] = [
     ("barrier_sync", "no result: it orders"),
     ("let_next_begin", "no result: it orders launches"),
     ("wait_for_previous", "no result: it orders launches"),
-    ("take_registers", "no result"),
-    ("release_registers", "no result"),
+    ("setmaxnreg_increase", "no result"),
+    ("setmaxnreg_decrease", "no result"),
     (
         "matrix_descriptor",
         "an address; tile.cuh makes it for the products' kernels",

@@ -83,10 +83,10 @@ const FORWARD: [Rule; 86] = [
     replace("release(&shared.done[n & 1]", "release(&shared.done[0]"),
     drop_statement("mbarrier_arrive(&shared.full"),
     // Registers handed over.
-    drop_statement("release_registers<"),
+    drop_statement("setmaxnreg_decrease<"),
     replace(
-        "take_registers<C::kConsumerRegisters>",
-        "take_registers<C::kConsumerRegisters + 8>",
+        "setmaxnreg_increase<C::kConsumerRegisters>",
+        "setmaxnreg_increase<C::kConsumerRegisters + 8>",
     ),
     // What is fetched.
     replace("before.first_turn + before.steps()", "before.first_turn"),
@@ -182,8 +182,8 @@ const TWO_PANELS: [Rule; 5] = [
     drop_statement("wait_empty(&shared.empty[stage]"),
     drop_statement("wait_empty(&shared.done"),
     replace(
-        "take_registers<C::kConsumerRegisters>",
-        "take_registers<C::kConsumerRegisters + 8>",
+        "setmaxnreg_increase<C::kConsumerRegisters>",
+        "setmaxnreg_increase<C::kConsumerRegisters + 8>",
     ),
 ];
 
