@@ -15,7 +15,7 @@ template <class T_, int kHeadDim_>
 struct DecodeConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kPacked = true;
+  static constexpr bool kPackGqa = true;
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kConsumerThreads = kThreads;
   static constexpr int kRowTiles = 1, kRows = 16;
   static constexpr int kKeys = tile_keys(kHeadDim);

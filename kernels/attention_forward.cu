@@ -17,7 +17,7 @@ template <class T_, int kHeadDim_>
 struct ForwardConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kPacked = false;
+  static constexpr bool kPackGqa = false;
   static constexpr int kWarps = 4;
   static constexpr int kRowTiles = kHeadDim == 256 ? 1 : 2;
   static constexpr int kRows = kWarps * kRowTiles * 16;

@@ -14,7 +14,7 @@ template <class T_, int kHeadDim_>
 struct WarpgroupConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kPacked = false;
+  static constexpr bool kPackGqa = false;
   static constexpr int kConsumerWarpgroups = kHeadDim == 64 ? 4 : 3, kRowTiles = 1, kRows = 64 * kConsumerWarpgroups, kKeys = 64;
   static constexpr int kConsumerWarps = kConsumerWarpgroups * 4, kConsumerThreads = kConsumerWarps * 32;  // that multiply
   static constexpr int kProducerWarps = 4, kProducerThreads = kProducerWarps * 32, kStages = kHeadDim == 64 ? 8 : 4;

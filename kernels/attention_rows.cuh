@@ -1,6 +1,6 @@
 // What every forward kernel does with a row: what it accumulates, its softmax, chunks merged into sections and these into
 // the row, its end, and the parts that a tile's work tiles left brought together. Said once, because a row must have the same
-// bits in all of them. C is a kernel's configuration: T, kHeadDim, kPacked, kRows of a block and kRowTiles (of 16 rows) of a
+// bits in all of them. C is a kernel's configuration: T, kHeadDim, kPackGqa, kRows of a block and kRowTiles (of 16 rows) of a
 // warp, kThreads, kKeys, kSplitKeys, kColTiles, kOutTiles, QueryTile.
 #pragma once
 #include "work_tiles.cuh"
@@ -147,7 +147,7 @@ SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_IN
 // acc.out becomes out; lse is written.
 template <class C>
 SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row, int lane) {
-  const int packed_heads = C::kPacked ? p.packed_heads : 1;
+  const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
@@ -168,7 +168,7 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work,
 template <class C>
 SEGATTN_FN void store_final(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc,
                             typename C::QueryTile& staging, int first_row, int warp, int lane) {
-  const int packed_heads = C::kPacked ? p.packed_heads : 1;
+  const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
   finish_rows<C>(p, work, acc, first_row, lane);
   store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&staging), (unsigned char*)&staging, p.out,
                                                               work, packed_heads, warp, lane);
@@ -176,7 +176,7 @@ SEGATTN_FN void store_final(const SegattnForwardParams& p, const WorkTile& work,
 
 template <class C>
 SEGATTN_FN void store_partial(const SegattnForwardParams& p, const WorkTile& work, const Accumulator<C>& acc, int first_row, int lane) {
-  const int packed_heads = C::kPacked ? p.packed_heads : 1;
+  const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
@@ -221,7 +221,7 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const uint32_t rows = (uint32_t)p.problem.q.rows, heads = p.problem.q_heads, index = blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= p.problem.batch * heads * rows) return wait_for_previous();
   const int query = index % rows, head = index / rows % heads, entry = index / rows / heads;
-  const int packed_heads = C::kPacked ? p.packed_heads : 1;
+  const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
   const KeyList keys = KeyList::of(p.problem, entry, head);
   const int query_rows = keys.query_rows((int)rows);
   const int tile = (query * packed_heads + head % packed_heads) / C::kRows;
