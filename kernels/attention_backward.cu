@@ -101,10 +101,10 @@ struct QueryGradShared {
 };
 
 template <class C>
-SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, int step, int thread) {
-  if (step < shared.work.end_step) {
-    const KeyTile& tile = shared.tiles[step & 3];
-    const int stage = Ring<C::kStages>::stage(step), source = tile.source;
+SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, int kv_tile, int thread) {
+  if (kv_tile < shared.work.end_kv_tile) {
+    const KeyTile& tile = shared.tiles[kv_tile & 3];
+    const int stage = stage_of<C::kStages>(kv_tile), source = tile.source;
     const uint32_t copier = opaque(thread);
     copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.k[stage]), shared.sources.k[source], tile.first, tile.end, copier);
     copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.v[stage]), shared.sources.v[source], tile.first, tile.end, copier);
@@ -230,7 +230,7 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   const WorkTile& work = shared.work;
   if (thread == 0) {
     shared.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_splits);
-    for (int step = work.first_step; step < work.first_step + 2; step++) shared.tiles[step & 3] = work.keys.template tile<C::kKeys>(step);
+    for (int kv_tile = work.first_kv_tile; kv_tile < work.first_kv_tile + 2; kv_tile++) shared.tiles[kv_tile & 3] = work.keys.template tile<C::kKeys>(kv_tile);
   }
   __syncthreads();
   if (work.split >= work.splits) return;
@@ -238,7 +238,7 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   __syncthreads();
   shared.gate_sums[thread] = 0.f;
   load_query_rows<C>(p, shared, thread);
-  load_key_stage(shared, work.first_step, thread);
+  load_key_stage(shared, work.first_kv_tile, thread);
 
   const float scale = signed_scale_log2(p.problem.scale);
   float d_q[C::kRowTiles][C::kOutTiles][4];
@@ -248,12 +248,12 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
     shared.last_query[warp] = min(work.query_tile * C::kRows + first_row + C::kRowTiles * 16, work.query_rows) - 1;
   }
   __syncwarp();
-  for (int step = work.first_step; step < work.end_step; step++) {
+  for (int kv_tile = work.first_kv_tile; kv_tile < work.end_kv_tile; kv_tile++) {
     arrive_and_wait<0>();
-    load_key_stage(shared, step + 1, thread);
-    if (thread == 0) shared.tiles[(step + 2) & 3] = work.keys.template tile<C::kKeys>(step + 2);
-    const KeyTile& tile = shared.tiles[step & 3];
-    const int stage = Ring<C::kStages>::stage(step), at = opaque(lane);
+    load_key_stage(shared, kv_tile + 1, thread);
+    if (thread == 0) shared.tiles[(kv_tile + 2) & 3] = work.keys.template tile<C::kKeys>(kv_tile + 2);
+    const KeyTile& tile = shared.tiles[kv_tile & 3];
+    const int stage = stage_of<C::kStages>(kv_tile), at = opaque(lane);
     const int last_query = shared.last_query[warp];
     if (last_query < shared.first_query[warp] || tile.first >= work.keys.limit(tile, last_query)) continue;
     float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
@@ -311,16 +311,16 @@ struct KeyGradShared {
   typename C::QueryTile q[C::kStages], d_out[C::kStages];
   alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
   KeyWorkTile work;
-  QueryCursor steps[4];  // query tile number t at t % 4: the one worked on and the next two
+  QueryCursor query_tiles[4];  // query tile number t at t % 4: the one worked on and the next two
 };
 
 template <class C>
-SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C>& shared, int step, int thread) {
+SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C>& shared, int iteration, int thread) {
   using T = typename C::T;
   thread = opaque(thread);
   const KeyWorkTile& work = shared.work;
-  const QueryCursor at = shared.steps[step & 3];
-  const int stage = Ring<C::kStages>::stage(step);
+  const QueryCursor at = shared.query_tiles[iteration & 3];
+  const int stage = stage_of<C::kStages>(iteration);
   if (at.head < work.end_head) {
     copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.entry, at.head),
                                                         at.query, work.query_rows, thread);
@@ -400,7 +400,7 @@ SEGATTN_FN void store_key_rows(const float (&x)[C::kRowTiles][C::kOutTiles][4], 
 
 // The part of a block's gradients that a thread's warp has: rows and columns from here on.
 template <class C>
-struct KeyPlace {
+struct KeyWarpTile {
   SEGATTN_FN int row(int thread) { return thread / 32 / C::kColumnParts * (C::kRowTiles * 16); }
   SEGATTN_FN int column(int thread) { return thread / 32 % C::kColumnParts * (C::kOutTiles * 8); }
 };
@@ -408,20 +408,20 @@ struct KeyPlace {
 // The operands k and v of a warp, or nothing where registers do not hold them.
 template <class C>
 struct KeyFragments {
-  static constexpr int kSteps = C::kRegisterA ? C::kHeadDim / 16 : 1;
-  uint32_t k[C::kRowTiles][kSteps][4], v[C::kRowTiles][kSteps][4];
+  static constexpr int kKBlocks = C::kRegisterA ? C::kHeadDim / 16 : 1;
+  uint32_t k[C::kRowTiles][kKBlocks][4], v[C::kRowTiles][kKBlocks][4];
 };
 
 // d_k and d_v of a warp's keys += the part of kSubQueries queries, rows `sub`... of a stage.
 template <class C>
 SEGATTN_FN void add_queries(float (&d_k)[C::kRowTiles][C::kOutTiles][4], float (&d_v)[C::kRowTiles][C::kOutTiles][4], const KeyFragments<C>& fragments,
-                            KeyGradShared<C>& shared, int step, int sub, float scale, int thread) {
+                            KeyGradShared<C>& shared, int iteration, int sub, float scale, int thread) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
-  const int stage = Ring<C::kStages>::stage(step), lane = opaque(thread & 31), first_row = KeyPlace<C>::row(thread), column = KeyPlace<C>::column(thread);
+  const int stage = stage_of<C::kStages>(iteration), lane = opaque(thread & 31), first_row = KeyWarpTile<C>::row(thread), column = KeyWarpTile<C>::column(thread);
   const SharedAddress q = shared_address(&shared.q[stage]), d_out = shared_address(&shared.d_out[stage]);
-  const int first_key = shared.work.first + first_row, query = shared.steps[step & 3].query + sub;
+  const int first_key = shared.work.first + first_row, query = shared.query_tiles[iteration & 3].query + sub;
   float s[C::kRowTiles][C::kColTiles][4], dp[C::kRowTiles][C::kColTiles][4];
   uint32_t probs[C::kRowTiles][C::kColTiles / 2][4];
   if constexpr (C::kRegisterA) {
@@ -444,12 +444,12 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   KeyGradShared<C>& shared = *(KeyGradShared<C>*)shared_memory();
-  const int thread = threadIdx.x, lane = thread & 31, first_row = KeyPlace<C>::row(thread);
+  const int thread = threadIdx.x, lane = thread & 31, first_row = KeyWarpTile<C>::row(thread);
   const KeyWorkTile& work = shared.work;
   if (thread == 0) {
     shared.work = key_work_tile<C>(p, blockIdx.x);
-    shared.steps[0] = QueryCursor::first(p.problem, work);
-    shared.steps[1] = shared.steps[0].template next<C::kQueries>(p.problem, work);
+    shared.query_tiles[0] = QueryCursor::first(p.problem, work);
+    shared.query_tiles[1] = shared.query_tiles[0].template next<C::kQueries>(p.problem, work);
   }
   __syncthreads();
   const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k, &v = work.prior ? p.problem.prior_v : p.problem.v;
@@ -468,20 +468,20 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   clear(d_k);
   clear(d_v);
   const float scale = signed_scale_log2(p.problem.scale);
-  for (int step = 0; shared.steps[step & 3].head < work.end_head; step++) {
+  for (int iteration = 0; shared.query_tiles[iteration & 3].head < work.end_head; iteration++) {
     arrive_and_wait<0>();
-    load_query_stage<C>(p, shared, step + 1, thread);
-    if (thread == 0) shared.steps[(step + 2) & 3] = shared.steps[(step + 1) & 3].template next<C::kQueries>(p.problem, work);
+    load_query_stage<C>(p, shared, iteration + 1, thread);
+    if (thread == 0) shared.query_tiles[(iteration + 2) & 3] = shared.query_tiles[(iteration + 1) & 3].template next<C::kQueries>(p.problem, work);
 #pragma unroll 1
     for (int sub = 0; sub < C::kQueries; sub += C::kSubQueries) {
-      const int last_query = shared.steps[step & 3].query + sub + C::kSubQueries - 1;
+      const int last_query = shared.query_tiles[iteration & 3].query + sub + C::kSubQueries - 1;
       if (!work.prior && last_query < work.first + first_row) continue;
-      add_queries<C>(d_k, d_v, fragments, shared, step, sub, scale, thread);
+      add_queries<C>(d_k, d_v, fragments, shared, iteration, sub, scale, thread);
     }
   }
   arrive_and_wait<0>();
-  store_key_rows<C>(d_k, p.problem.scale, shared.k, work.prior ? p.d_prior_k : p.d_k, work, first_row, KeyPlace<C>::column(thread), thread);
-  store_key_rows<C>(d_v, 1.f, shared.v, work.prior ? p.d_prior_v : p.d_v, work, first_row, KeyPlace<C>::column(thread), thread);
+  store_key_rows<C>(d_k, p.problem.scale, shared.k, work.prior ? p.d_prior_k : p.d_k, work, first_row, KeyWarpTile<C>::column(thread), thread);
+  store_key_rows<C>(d_v, 1.f, shared.v, work.prior ? p.d_prior_v : p.d_v, work, first_row, KeyWarpTile<C>::column(thread), thread);
 }
 
 // ---------------------------------------------------------------------------------------------------- entry points

@@ -19,7 +19,7 @@ struct WarpgroupConfig {
   static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
   static constexpr int kThreads = kProducerThreads + kConsumerWarps * 32, kBlocks = 1;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 3 ? 48 : 56, kConsumerRegisters = kConsumerWarpgroups == 3 ? 152 : 224;
-  static constexpr int kSteps = kHeadDim / 16, kOutTiles = kHeadDim / 8;
+  static constexpr int kKBlocks = kHeadDim / 16, kOutTiles = kHeadDim / 8;
   static_assert(registers_fit(kProducerThreads, kProducerRegisters, kConsumerWarps * 32, kConsumerRegisters), "or the launch waits for ever");
 };
 
@@ -105,7 +105,7 @@ SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& sh
 template <class C>
 SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  uint32_t first_step = 0;  // of the work tile, counted over all work tiles of the block
+  uint32_t first_iteration = 0;  // of the work tile, counted over all work tiles of the block
   if (thread == 0) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
     barrier_sync<C::kProducerThreads>(1);
@@ -121,22 +121,22 @@ SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShar
     wait_empty(&shared.rows_empty, n);
     copy_rows<C>(p, shared, work, thread);
     signal_landed<0>(&shared.rows_full);
-    const int steps = max(0, work.end_step - work.first_step), own = (warp - first_step) % C::kStages;
-    const auto produce = [&](int step) {
-      const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_step + step);
-      wait_empty(&shared.empty[warp], (first_step + step) / C::kStages);
+    const int iterations = max(0, work.end_kv_tile - work.first_kv_tile), own = (warp - first_iteration) % C::kStages;
+    const auto produce = [&](int i) {
+      const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_kv_tile + i);
+      wait_empty(&shared.empty[warp], (first_iteration + i) / C::kStages);
       copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[warp]), shared.sources.k[tile.source], tile.first, tile.end, lane);
       copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[warp]), shared.sources.v[tile.source], tile.first, tile.end, lane);
       cp_async_commit();
       if (lane == 0) shared.tiles[warp] = tile;
       signal_landed<0>(&shared.full[warp]);
     };
-    if (own < steps) produce(own);
+    if (own < iterations) produce(own);
     // What comes next is found while the keys fetched are in use.
     if (thread == 0) find_work<C>(p, shared.work[(n + 1) % kWorkBuffers], false);
     __syncwarp();
-    for (int step = own + C::kStages; step < steps; step += C::kStages) produce(step);
-    first_step += steps;
+    for (int i = own + C::kStages; i < iterations; i += C::kStages) produce(i);
+    first_iteration += iterations;
   }
 }
 
@@ -154,20 +154,20 @@ SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], int limit, int below, float 
 
 // Where a warpgroup is in a work tile, and which queries it has: steps of the ring from `turn` to `end`.
 template <class C>
-struct KeyTurns {
+struct KvIterator {
   QueryGradShared<C>& shared;
-  uint32_t turn, end;
+  uint32_t iteration, end;
   int first_query, last_query;  // of the warpgroup, valid ones
   int lane;
 
-  __device__ __forceinline__ int stage() const { return uniform(turn % C::kStages); }
+  __device__ __forceinline__ int stage() const { return uniform(iteration % C::kStages); }
   // Waits for keys of which some are seen by some row of the warpgroup; the others pass by. Whether there are any.
   __device__ __forceinline__ bool seek() {
-    for (; turn != end; turn++) {
-      mbarrier_wait(&shared.full[turn % C::kStages], phase(turn / C::kStages));
-      const KeyTile& tile = shared.tiles[turn % C::kStages];
+    for (; iteration != end; iteration++) {
+      mbarrier_wait(&shared.full[iteration % C::kStages], phase(iteration / C::kStages));
+      const KeyTile& tile = shared.tiles[iteration % C::kStages];
       if (last_query >= first_query && (tile.source != kCurrent || tile.first <= last_query)) return true;
-      release(&shared.empty[turn % C::kStages], lane);
+      release(&shared.empty[iteration % C::kStages], lane);
     }
     return false;
   }
@@ -176,7 +176,7 @@ struct KeyTurns {
 // A thread's rows and what it needs to know of them.
 template <class C>
 struct QueryFragments {
-  uint32_t q[C::kSteps][4], d_out[C::kRegisterA ? C::kSteps : 1][4];
+  uint32_t q[C::kKBlocks][4], d_out[C::kRegisterA ? C::kKBlocks : 1][4];
   float lse[2], delta[2];
 };
 
@@ -191,7 +191,7 @@ SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], const QueryFragments<C>& f
 // under way before the products of these are waited for.
 template <class C>
 SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryFragments<C>& fragments, QueryGradShared<C>& shared, const KeyList& keys,
-                               KeyTurns<C> at, float scale, int row, int group) {
+                               KvIterator<C> at, float scale, int row, int group) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   const int lane = at.lane;
@@ -229,7 +229,7 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
     wgmma_fence();
     wgmma_rs_mn_major<T, KT>(d_q, ds, shared_address(&shared.k[stage]));
     wgmma_commit();
-    const uint32_t busy = at.turn++;
+    const uint32_t busy = at.iteration++;
     if (!at.seek()) {
       wgmma_wait<0>();
       release(&shared.empty[busy % C::kStages], lane);
@@ -272,7 +272,7 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
   using QT = typename C::QueryTile;
   const int thread = threadIdx.x - C::kProducerThreads, lane = thread & 31, warp_row = thread / 32 * 16, row = warp_row + lane / 4;
   const float scale = signed_scale_log2(p.problem.scale);
-  uint32_t first_step = 0;
+  uint32_t first_iteration = 0;
   for (uint32_t n = 0;; n++) {
     mbarrier_wait(&shared.rows_full, phase(n));
     if (shared.work[n % kWorkBuffers].done) return;
@@ -286,9 +286,9 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
     float d_q[C::kOutTiles][4];
     clear(d_q);
     const int first = work.query_tile * C::kRows, group = first + thread / 128 * 64;
-    const KeyTurns<C> turns = {shared, first_step, first_step + max(0, work.end_step - work.first_step), group, min(group + 64, work.query_rows) - 1, lane};
-    const float gate_sum = query_grad_mainloop<C>(d_q, fragments, shared, work.keys, turns, scale, first + row, thread / 128 * 64);
-    first_step = turns.end;
+    const KvIterator<C> iterator = {shared, first_iteration, first_iteration + max(0, work.end_kv_tile - work.first_kv_tile), group, min(group + 64, work.query_rows) - 1, lane};
+    const float gate_sum = query_grad_mainloop<C>(d_q, fragments, shared, work.keys, iterator, scale, first + row, thread / 128 * 64);
+    first_iteration = iterator.end;
     if constexpr (!C::kRegisterA) release(&shared.rows_empty, lane);
     store_query_grad<C>(p, d_q, work, first + row, lane);
     if (work.keys.past_len > 0) store_gate_sum<C>(p, shared.gate_sums[n & 1], work, gate_sum, thread);
@@ -323,7 +323,7 @@ struct KeyGradConfig : WarpgroupConfig<T, kHeadDim, 2, kHeadDim == 64 ? 4 : 3> {
 
 struct KeyWork {
   KeyWorkTile work;
-  int steps;  // query tiles of all its heads
+  int iterations;  // query tiles of all its heads
   bool done;  // there is no work tile any more
 };
 
@@ -363,7 +363,7 @@ SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& buffer, bool 
   int readers = 0;
   for (int head = work.kv_head * (p.problem.q_heads / p.problem.kv_heads); head < work.end_head; head++)
     readers += !work.prior || p.problem.prior_heads[head];
-  buffer.steps = readers * max(0, ceil_div(work.query_rows - work.first_query, C::kQueries));
+  buffer.iterations = readers * max(0, ceil_div(work.query_rows - work.first_query, C::kQueries));
 }
 
 // Fills a stage with a tile of queries.
@@ -401,15 +401,15 @@ SEGATTN_FN void produce_keys(const SegattnBackwardParams& p, KeyGradShared<C>& s
 
 // The others: the work tile's queries, a tile each in turn.
 template <class C>
-SEGATTN_FN void produce_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& buffer, uint32_t first_step, int warp, int lane) {
+SEGATTN_FN void produce_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWork& buffer, uint32_t first_iteration, int warp, int lane) {
   const KeyWorkTile& work = buffer.work;
   QueryCursor at = QueryCursor::first(p.problem, work);
-  const int own = (warp + C::kQueryProducerWarps - first_step % C::kQueryProducerWarps) % C::kQueryProducerWarps;
+  const int own = (warp + C::kQueryProducerWarps - first_iteration % C::kQueryProducerWarps) % C::kQueryProducerWarps;
   for (int i = 0; i < own; i++) at = at.template next<C::kQueries>(p.problem, work);
-  for (int step = own; step < buffer.steps; step += C::kQueryProducerWarps) {
-    const uint32_t turn = first_step + step;
-    const int stage = turn % C::kStages;
-    wait_empty(&shared.empty[stage], turn / C::kStages);
+  for (int tile = own; tile < buffer.iterations; tile += C::kQueryProducerWarps) {
+    const uint32_t iteration = first_iteration + tile;
+    const int stage = iteration % C::kStages;
+    wait_empty(&shared.empty[stage], iteration / C::kStages);
     copy_queries<C>(p, shared, work, at, stage, lane);
     signal_landed<0>(&shared.full[stage]);
     for (int i = 0; i < C::kQueryProducerWarps; i++) at = at.template next<C::kQueries>(p.problem, work);
@@ -419,16 +419,16 @@ SEGATTN_FN void produce_queries(const SegattnBackwardParams& p, KeyGradShared<C>
 template <class C>
 SEGATTN_FN void produce_key_grad(const SegattnBackwardParams& p, KeyGradShared<C>& shared) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  uint32_t first_step = 0;  // of the work tile, counted over all work tiles of the block
+  uint32_t first_iteration = 0;  // of the work tile, counted over all work tiles of the block
   if (thread == C::kQueryProducerWarps * 32) find_work<C>(p, shared.work[0], true);
   for (uint32_t n = 0;; n++) {
     barrier_sync<C::kProducerThreads>(1);
     const KeyWork& buffer = shared.work[n % kWorkBuffers];
     const bool done = buffer.done;
     if (warp == C::kQueryProducerWarps) produce_keys<C>(p, shared, n, lane);
-    else if (!done) produce_queries<C>(p, shared, buffer, first_step, warp, lane);
+    else if (!done) produce_queries<C>(p, shared, buffer, first_iteration, warp, lane);
     if (done) return;
-    first_step += buffer.steps;
+    first_iteration += buffer.iterations;
   }
 }
 
@@ -473,20 +473,20 @@ struct KeyGrads {
 
 // Where a warpgroup is in a work tile: steps of the ring from `turn` to `end`.
 template <class C>
-struct QueryTurns {
+struct QueryIterator {
   KeyGradShared<C>& shared;
-  uint32_t turn, end;
+  uint32_t iteration, end;
   int first_key, lane;  // of the warpgroup's keys
 
-  __device__ __forceinline__ int stage() const { return uniform(turn % C::kStages); }
+  __device__ __forceinline__ int stage() const { return uniform(iteration % C::kStages); }
   // Keys of the warpgroup that the stage's first query does not see, or a negative number.
-  __device__ __forceinline__ int before() const { return first_key - shared.query[turn % C::kStages]; }
+  __device__ __forceinline__ int before() const { return first_key - shared.query[iteration % C::kStages]; }
   // Waits for queries that see some key of the warpgroup; the others pass by. Whether there are any.
   __device__ __forceinline__ bool seek() {
-    for (; turn != end; turn++) {
-      mbarrier_wait(&shared.full[turn % C::kStages], phase(turn / C::kStages));
+    for (; iteration != end; iteration++) {
+      mbarrier_wait(&shared.full[iteration % C::kStages], phase(iteration / C::kStages));
       if (before() < C::kQueries) return true;
-      release(&shared.empty[turn % C::kStages], lane);
+      release(&shared.empty[iteration % C::kStages], lane);
     }
     return false;
   }
@@ -495,7 +495,7 @@ struct QueryTurns {
 // The work tile's queries: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile. Scores of the next
 // queries are under way before the products of these are waited for.
 template <class C>
-SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryTurns<C> at, int kv_buffer, float scale, int first_row, int lane) {
+SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryIterator<C> at, int kv_buffer, float scale, int first_row, int lane) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
@@ -524,7 +524,7 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
     wgmma_rs_mn_major<T, QT>(grads.d_v, probs, d_out(stage));
     wgmma_rs_mn_major<T, QT>(grads.d_k, ds, q(stage));
     wgmma_commit();
-    const uint32_t busy = at.turn++;
+    const uint32_t busy = at.iteration++;
     if (!at.seek()) {
       wgmma_wait<0>();
       return release(&shared.empty[busy % C::kStages], lane);
@@ -542,7 +542,7 @@ SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
   using T = typename C::T;
   const int thread = threadIdx.x - C::kProducerThreads, lane = thread & 31, first_row = thread / 128 * 64, warp_row = thread / 32 * 16;
   const float scale = signed_scale_log2(p.problem.scale);
-  uint32_t first_step = 0;
+  uint32_t first_iteration = 0;
   for (uint32_t n = 0;; n++) {
     const int kv_buffer = uniform(n & 1);
     mbarrier_wait(&shared.keys_full[kv_buffer], phase(n / 2));
@@ -552,9 +552,9 @@ SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
     clear(grads.d_k);
     clear(grads.d_v);
     const KeyWorkTile& work = buffer.work;
-    const QueryTurns<C> turns = {shared, first_step, first_step + buffer.steps, work.prior ? -(1 << 30) : work.first + first_row, lane};
-    key_grad_mainloop<C>(grads, shared, turns, kv_buffer, scale, first_row, lane);
-    first_step = turns.end;
+    const QueryIterator<C> iterator = {shared, first_iteration, first_iteration + buffer.iterations, work.prior ? -(1 << 30) : work.first + first_row, lane};
+    key_grad_mainloop<C>(grads, shared, iterator, kv_buffer, scale, first_row, lane);
+    first_iteration = iterator.end;
     const SegattnTensor &d_k = work.prior ? p.d_prior_k : p.d_k, &d_v = work.prior ? p.d_prior_v : p.d_v;
     barrier_sync<128>(2 + thread / 128);
     store_rows(grads.d_k, p.problem.scale, shared.k[kv_buffer], warp_row, Rows<T>::of(d_k, work.entry, work.kv_head), work.first, work.len, (int)d_k.rows, lane);

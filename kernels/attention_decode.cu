@@ -19,8 +19,8 @@ struct DecodeConfig {
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kConsumerThreads = kThreads;
   static constexpr int kRowTiles = 1, kRows = 16;
   static constexpr int kKeys = tile_keys(kHeadDim);
-  static constexpr int kSplitKeys = kChunkKeys, kSteps = kSplitKeys / kKeys;
-  static constexpr int kRing = kHeadDim <= 32 ? 8 : kHeadDim <= 96 ? 5 : 4;
+  static constexpr int kSplitKeys = kChunkKeys, kSplitTiles = kSplitKeys / kKeys;
+  static constexpr int kStages = kHeadDim <= 32 ? 8 : kHeadDim <= 96 ? 5 : 4;
   static constexpr int kBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
   // Columns of scores, and of the scores and of out that are a warp's, in tiles of 8.
   static constexpr int kColTiles = kKeys / 8, kOwnColTiles = kColTiles / kWarps, kOutTiles = kHeadDim / 8 / kWarps;
@@ -31,14 +31,14 @@ struct DecodeConfig {
 template <class C>
 struct DecodeShared {
   typename C::QueryTile q;
-  typename C::KeyTile ring[C::kRing];
+  typename C::KeyTile kv[C::kStages];
   // Of the tile worked on: each warp's highest score of a row; the weights as operands of the next product, two words of
   // each 8 columns; and the same as they are summed, like accumulators.
   float warp_max[C::kRows][C::kWarps];
   uint2 probs[C::kColTiles / 2][32][2];
   float4 probs_f32[C::kColTiles][32];
   SourceRows<typename C::T> sources;
-  KeyTile tiles[C::kSteps];  // of the work tile
+  KeyTile tiles[C::kSplitTiles];  // of the work tile
 };
 
 // Copies of the work tile's tiles: number 2 t is K of its tile t, 2 t + 1 is V. Each is committed, copied or not.
@@ -47,15 +47,15 @@ struct KeyRing {
   DecodeShared<C>& shared;
   int tiles, thread;
 
-  __device__ __forceinline__ void load(int number) {
-    if (number / 2 < tiles) {
-      const KeyTile& tile = shared.tiles[number / 2];
-      const Rows<const typename C::T> rows = number % 2 == 0 ? shared.sources.k[tile.source] : shared.sources.v[tile.source];
-      copy_rows_async<typename C::KeyTile, C::kThreads>(place(number), rows, tile.first, tile.end, opaque(thread));
+  __device__ __forceinline__ void load(int iteration) {
+    if (iteration / 2 < tiles) {
+      const KeyTile& tile = shared.tiles[iteration / 2];
+      const Rows<const typename C::T> rows = iteration % 2 == 0 ? shared.sources.k[tile.source] : shared.sources.v[tile.source];
+      copy_rows_async<typename C::KeyTile, C::kThreads>(stage(iteration), rows, tile.first, tile.end, opaque(thread));
     }
     cp_async_commit();
   }
-  __device__ __forceinline__ SharedAddress place(int number) const { return shared_address(&shared.ring[number % C::kRing]); }
+  __device__ __forceinline__ SharedAddress stage(int iteration) const { return shared_address(&shared.kv[iteration % C::kStages]); }
 };
 
 // Starts copying the tile's rows of queries; those that are none become zero.
@@ -213,7 +213,7 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   let_next_begin();
   const WorkTile work = block_work_tile<C>(p);
   if (work.split >= work.splits) return;
-  if (thread < C::kSteps) shared.tiles[thread] = work.keys.template tile<C::kKeys>(work.first_step + thread);
+  if (thread < C::kSplitTiles) shared.tiles[thread] = work.keys.template tile<C::kKeys>(work.first_kv_tile + thread);
   shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
   load_queries<C>(shared, p.problem.q, work, packed_heads, thread);
   // Rows of a tile are of several heads, whose gates differ.
@@ -227,11 +227,11 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   }
   const float scale = scale_log2(p.problem.scale);
   __syncthreads();
-  KeyRing<C> ring = {shared, work.end_step - work.first_step, thread};
+  KeyRing<C> ring = {shared, work.end_kv_tile - work.first_kv_tile, thread};
   // All copies but the one that is needed may be on their way.
-  constexpr int kInFlight = C::kRing - 2;
+  constexpr int kInFlight = C::kStages - 2;
 #pragma unroll 1
-  for (int number = 0; number < C::kRing - 1; number++) ring.load(number);
+  for (int iteration = 0; iteration < C::kStages - 1; iteration++) ring.load(iteration);
   arrive_and_wait<kInFlight>();
   uint32_t q[1][C::kHeadDim / 16][4];
   load_fragments<typename C::QueryTile>(q, a_base<typename C::QueryTile>(shared_address(&shared.q), lane), 0);
@@ -245,20 +245,20 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   float out[1][C::kOutTiles][4];
   clear(out);
   float max[2] = {SEGATTN_NEG_INF, SEGATTN_NEG_INF}, sum = 0.f;  // sum: of the half that is the warp's, if one is
-  for (int step = 0; step < ring.tiles; step++) {
-    const KeyTile& tile = shared.tiles[step];
-    ring.load(2 * step + C::kRing - 1);  // in the place of the values before
+  for (int kv_tile = 0; kv_tile < ring.tiles; kv_tile++) {
+    const KeyTile& tile = shared.tiles[kv_tile];
+    ring.load(2 * kv_tile + C::kStages - 1);  // in the place of the values before
     float s[C::kOwnColTiles][4], factor[2];
-    score_keys<C>(s, q, ring.place(2 * step), warp, lane);
+    score_keys<C>(s, q, ring.stage(2 * kv_tile), warp, lane);
     if (tile.first + C::kKeys > work.keys.limit(tile, work.keys.query_start))
       mask_keys(s, work, tile, warp * C::kOwnColTiles * 8, position, lane);
     share_warp_max<C>(shared.warp_max, s, warp, lane);
     __syncthreads();
-    ring.load(2 * step + C::kRing);  // in the place of the keys
+    ring.load(2 * kv_tile + C::kStages);  // in the place of the keys
     const float past = tile.source == kPast ? 1.f : 0.f;
     softmax_keys<C>(factor, max, shared, s, {mul_rn(gate_bias[0], past), mul_rn(gate_bias[1], past)}, scale, warp, lane);
     arrive_and_wait<kInFlight>();
-    accumulate_pv<C>(out[0], shared.probs, factor, ring.place(2 * step + 1), warp, lane);
+    accumulate_pv<C>(out[0], shared.probs, factor, ring.stage(2 * kv_tile + 1), warp, lane);
     if (warp < 2) sum_row<C>(sum, shared.probs_f32, warp == 0 ? factor[0] : factor[1], warp, lane);
     arrive_and_wait<kInFlight>();
   }

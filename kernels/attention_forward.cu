@@ -27,7 +27,7 @@ struct ForwardConfig {
   static constexpr int kBlocks = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
-  static constexpr int kChunkSteps = kChunkKeys / kKeys;
+  static constexpr int kChunkTiles = kChunkKeys / kKeys;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
 };
@@ -71,24 +71,24 @@ struct KeyPipeline {
   ForwardShared<C>& shared;
   int thread;
 
-  __device__ __forceinline__ const KeyTile& tile(int step) const { return shared.tiles[step % 4]; }
-  __device__ __forceinline__ int stage(int step) const { return Ring<C::kStages>::stage(step); }
-  __device__ __forceinline__ void load(int step) {
-    if (step < shared.work.end_step) {
-      const KeyTile& rows = tile(step);
+  __device__ __forceinline__ const KeyTile& tile(int kv_tile) const { return shared.tiles[kv_tile % 4]; }
+  __device__ __forceinline__ int stage(int kv_tile) const { return stage_of<C::kStages>(kv_tile); }
+  __device__ __forceinline__ void load(int kv_tile) {
+    if (kv_tile < shared.work.end_kv_tile) {
+      const KeyTile& rows = tile(kv_tile);
       const int source = rows.source;
-      load_tile(&shared.k[stage(step)], shared.sources.k[source], rows);
-      load_tile(&shared.v[stage(step)], shared.sources.v[source], rows);
+      load_tile(&shared.k[stage(kv_tile)], shared.sources.k[source], rows);
+      load_tile(&shared.v[stage(kv_tile)], shared.sources.v[source], rows);
     }
     cp_async_commit();
   }
   __device__ __forceinline__ void load_tile(const void* target, Rows<const typename C::T> rows, const KeyTile& at) {
     copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(target), rows, at.first, at.end, opaque(thread));
   }
-  __device__ __forceinline__ void ready(int step) {
+  __device__ __forceinline__ void wait(int kv_tile) {
     arrive_and_wait<C::kStages - 2>();
-    load(step + C::kStages - 1);
-    if (thread == 0) shared.tiles[(step + 2) % 4] = shared.work.keys.template tile<C::kKeys>(step + 2);
+    load(kv_tile + C::kStages - 1);
+    if (thread == 0) shared.tiles[(kv_tile + 2) % 4] = shared.work.keys.template tile<C::kKeys>(kv_tile + 2);
   }
 };
 
@@ -104,14 +104,14 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
   copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head),
                                                       work.query_tile * C::kRows, work.query_rows, opaque(thread));
   KeyPipeline<C> pipeline = {shared, thread};
-  pipeline.load(work.first_step);
+  pipeline.load(work.first_kv_tile);
   Accumulator<C> acc;
   acc.clear();
-  for (int step = work.first_step; step < work.end_step; step++) {
-    pipeline.ready(step);
-    if (step == work.first_step && p.problem.scale < 0.f) negate_queries<C>(shared.q, warp, lane);
-    const KeyTile& tile = pipeline.tile(step);
-    const int stage = pipeline.stage(step);
+  for (int kv_tile = work.first_kv_tile; kv_tile < work.end_kv_tile; kv_tile++) {
+    pipeline.wait(kv_tile);
+    if (kv_tile == work.first_kv_tile && p.problem.scale < 0.f) negate_queries<C>(shared.q, warp, lane);
+    const KeyTile& tile = pipeline.tile(kv_tile);
+    const int stage = pipeline.stage(kv_tile);
     const bool sees = rows.last_position >= 0 && tile.first < work.keys.limit(tile, rows.last_position);
     if (sees) {
       uint32_t probs[C::kRowTiles][C::kColTiles / 2][4];
@@ -119,9 +119,9 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
       mma_rs_mn_major<T, typename C::KeyTile, C::kRowTiles, C::kColTiles>(
           acc.out, probs, bt_base<typename C::KeyTile>(shared_address(&shared.v[stage]), opaque(lane)), 0, 0);
     }
-    const bool last = step + 1 == work.end_step;
-    if (last || (step + 1) % C::kChunkSteps == 0) {
-      merge_chunk<C>(acc, shared.totals + rows.first_row, shared.chunk_totals, step - work.first_step < C::kChunkSteps, last, thread);
+    const bool last = kv_tile + 1 == work.end_kv_tile;
+    if (last || (kv_tile + 1) % C::kChunkTiles == 0) {
+      merge_chunk<C>(acc, shared.totals + rows.first_row, shared.chunk_totals, kv_tile - work.first_kv_tile < C::kChunkTiles, last, thread);
       if (!last) acc.clear();
     }
   }
@@ -144,7 +144,7 @@ SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& 
     if (index >= work_tiles) return false;
     work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, tiles, 1, max_splits);
   } while (work.split >= work.splits);
-  for (int step = work.first_step; step <= work.first_step + 1; step++) shared.tiles[step % 4] = work.keys.template tile<C::kKeys>(step);
+  for (int kv_tile = work.first_kv_tile; kv_tile <= work.first_kv_tile + 1; kv_tile++) shared.tiles[kv_tile % 4] = work.keys.template tile<C::kKeys>(kv_tile);
   return true;
 }
 

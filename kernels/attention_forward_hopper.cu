@@ -20,7 +20,7 @@ struct WarpgroupConfig {
   static constexpr int kProducerWarps = 4, kProducerThreads = kProducerWarps * 32, kStages = kHeadDim == 64 ? 8 : 4;
   static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 56, kConsumerRegisters = kHeadDim == 64 ? 112 : 152;
   static constexpr int kCopyRows = kHeadDim == 64 ? 8 : 32;  // of a tile at a time: the addresses of more need more registers
-  static constexpr int kSplitKeys = kChunkKeys * kSectionChunks, kChunkSteps = kChunkKeys / kKeys;
+  static constexpr int kSplitKeys = kChunkKeys * kSectionChunks, kChunkTiles = kChunkKeys / kKeys;
   static constexpr int kColTiles = kKeys / 8, kOutTiles = kHeadDim / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
@@ -35,10 +35,10 @@ struct WarpgroupLaunch {
 // The block's n-th work tile and its queries lie at n % 2: one is worked on while the next one is fetched.
 struct ForwardWork {
   WorkTile work;
-  uint32_t first_turn;  // the work tile's first step, counted over all work tiles of the block
+  uint32_t first_iteration;  // the work tile's first step, counted over all work tiles of the block
   bool none;            // there is no work tile any more
 
-  __device__ __forceinline__ int steps() const { return max(0, work.end_step - work.first_step); }
+  __device__ __forceinline__ int kv_tiles() const { return max(0, work.end_kv_tile - work.first_kv_tile); }
 };
 
 template <class C>
@@ -54,9 +54,9 @@ struct ForwardShared {
 
 template <class C>
 SEGATTN_FN void start_barriers(ForwardShared<C>& shared) {
-  for (int place = 0; place < 2; place++) {
-    mbarrier_init(&shared.full[place], C::kProducerThreads);
-    mbarrier_init(&shared.done[place], C::kConsumerWarps);
+  for (int buffer = 0; buffer < 2; buffer++) {
+    mbarrier_init(&shared.full[buffer], C::kProducerThreads);
+    mbarrier_init(&shared.done[buffer], C::kConsumerWarps);
   }
   for (int stage = 0; stage < C::kStages; stage++) {
     mbarrier_init(&shared.k_full[stage], 32);
@@ -72,7 +72,7 @@ SEGATTN_FN void start_barriers(ForwardShared<C>& shared) {
 template <class C>
 SEGATTN_FN void find_work(const SegattnForwardParams& p, ForwardWork& buffer, const ForwardWork& before, bool first) {
   const uint32_t work_tiles = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
-  buffer.first_turn = first ? 0 : before.first_turn + before.steps();
+  buffer.first_iteration = first ? 0 : before.first_iteration + before.kv_tiles();
   do {
     const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.work_counter, 1);
     first = false;
@@ -110,10 +110,10 @@ SEGATTN_FN void produce(const SegattnForwardParams& p, ForwardShared<C>& shared)
     copy_in_parts<typename C::QueryTile, C::kProducerThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, work.entry, work.head),
                                                                   work.query_tile * C::kRows, work.query_rows, thread);
     signal_landed<0>(&shared.full[n & 1]);
-    for (int step = (warp - buffer.first_turn) % C::kProducerWarps; step < buffer.steps(); step += C::kProducerWarps) {
-      const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_step + step);
-      const uint32_t turn = buffer.first_turn + step, stage = turn % C::kStages;
-      wait_empty(&shared.empty[stage], turn / C::kStages);
+    for (int i = (warp - buffer.first_iteration) % C::kProducerWarps; i < buffer.kv_tiles(); i += C::kProducerWarps) {
+      const KeyTile tile = work.keys.template tile<C::kKeys>(work.first_kv_tile + i);
+      const uint32_t iteration = buffer.first_iteration + i, stage = iteration % C::kStages;
+      wait_empty(&shared.empty[stage], iteration / C::kStages);
       copy_in_parts<typename C::KeyTile, 32, C::kCopyRows>(shared.k[stage], shared.sources.k[tile.source], tile.first, tile.end, lane);
       copy_in_parts<typename C::KeyTile, 32, C::kCopyRows>(shared.v[stage], shared.sources.v[tile.source], tile.first, tile.end, lane);
       signal_landed<1>(&shared.k_full[stage]);
@@ -126,46 +126,46 @@ SEGATTN_FN void produce(const SegattnForwardParams& p, ForwardShared<C>& shared)
 
 // An work tile as a warpgroup sees it: the same numbers in all of a warp's lanes.
 template <class C>
-struct Turns {
-  int first_step, end_step;  // of the key list; beyond the end none of the warpgroup's rows sees anything
+struct KvRange {
+  int first_kv_tile, end_kv_tile;  // of the key list; beyond the end none of the warpgroup's rows sees anything
   int work_end;
-  uint32_t first_turn;                      // the ring's number of first_step
-  int place, first_row;                     // where the work tile and its queries lie; the warpgroup's first row of them
+  uint32_t first_iteration;                      // the ring's number of first_step
+  int work_buffer, first_row;                     // where the work tile and its queries lie; the warpgroup's first row of them
   int past_tiles;
   int partial_past_tile, partial_prior_tile, first_masked;  // tiles of which a row does not see all: two, and all from one on
 
-  SEGATTN_FN Turns of(const ForwardWork& buffer, int place, int warp) {
+  SEGATTN_FN KvRange of(const ForwardWork& buffer, int work_buffer, int warp) {
     const WorkTile& work = buffer.work;
     const KeyList& keys = work.keys;
     const int first_row = warp / 4 * 64, first = work.query_tile * C::kRows + first_row, last = min(first + 64, work.query_rows) - 1;
     const int position = keys.query_start + work.query_tile * C::kRows + warp * 16;  // of the warp's first row
     const int past = ceil_div(keys.past_len, C::kKeys), prior = ceil_div(keys.prior_len, C::kKeys);
-    const int end = first <= last ? min(work.end_step, keys.template tiles_of<C::kKeys>(keys.query_start + last)) : 0;
-    return {uniform(work.first_step), uniform(max(end, work.first_step)), uniform(max(work.end_step, work.first_step)),
-            (uint32_t)uniform(buffer.first_turn), uniform(place), uniform(first_row), past,
+    const int end = first <= last ? min(work.end_kv_tile, keys.template tiles_of<C::kKeys>(keys.query_start + last)) : 0;
+    return {uniform(work.first_kv_tile), uniform(max(end, work.first_kv_tile)), uniform(max(work.end_kv_tile, work.first_kv_tile)),
+            (uint32_t)uniform(buffer.first_iteration), uniform(work_buffer), uniform(first_row), past,
             keys.past_len % C::kKeys ? past - 1 : -1, keys.prior_len % C::kKeys ? past + prior - 1 : -1,
             past + prior + min(position + 1, keys.segment_len) / C::kKeys};
   }
-  __device__ __forceinline__ bool masked(int step) const { return step == partial_past_tile || step == partial_prior_tile || step >= first_masked; }
-  __device__ __forceinline__ uint32_t turn(int step) const { return first_turn + (step - first_step); }
+  __device__ __forceinline__ bool masked(int kv_tile) const { return kv_tile == partial_past_tile || kv_tile == partial_prior_tile || kv_tile >= first_masked; }
+  __device__ __forceinline__ uint32_t iteration(int kv_tile) const { return first_iteration + (kv_tile - first_kv_tile); }
 };
 
 // s = q k^T, begun.
 template <class C>
-SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], ForwardShared<C>& shared, const Turns<C>& turns, int step) {
-  const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
-  mbarrier_wait(&shared.k_full[stage], phase(turn / C::kStages));
+SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], ForwardShared<C>& shared, const KvRange<C>& range, int kv_tile) {
+  const uint32_t iteration = range.iteration(kv_tile), stage = iteration % C::kStages;
+  mbarrier_wait(&shared.k_full[stage], phase(iteration / C::kStages));
   wgmma_fence();
-  wgmma_ss<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, shared_address(&shared.q[turns.place]), turns.first_row, shared_address(&shared.k[stage]));
+  wgmma_ss<typename C::T, typename C::QueryTile, typename C::KeyTile>(s, shared_address(&shared.q[range.work_buffer]), range.first_row, shared_address(&shared.k[stage]));
   wgmma_commit();
 }
 
 // out += p v, begun.
 template <class C>
 SEGATTN_FN void issue_pv(float (&out)[C::kOutTiles][4], const uint32_t (&probs)[C::kColTiles / 2][4], ForwardShared<C>& shared,
-                             const Turns<C>& turns, int step) {
-  const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
-  mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
+                             const KvRange<C>& range, int kv_tile) {
+  const uint32_t iteration = range.iteration(kv_tile), stage = iteration % C::kStages;
+  mbarrier_wait(&shared.v_full[stage], phase(iteration / C::kStages));
   wgmma_fence();
   wgmma_rs_mn_major<typename C::T, typename C::KeyTile>(out, probs, shared_address(&shared.v[stage]));
   wgmma_commit();
@@ -173,58 +173,58 @@ SEGATTN_FN void issue_pv(float (&out)[C::kOutTiles][4], const uint32_t (&probs)[
 
 // Scores to weights, which stay where the scores were; factors for what was accumulated before.
 template <class C>
-SEGATTN_FN void mask_and_softmax(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const WorkTile& work, const Turns<C>& turns,
-                             int step, int first_row, float gate, float scale, int lane) {
-  if (turns.masked(step)) mask_rows<C>(s, work, work.keys.template tile<C::kKeys>(step), first_row, 1, lane);
-  const float bias = step < turns.past_tiles ? gate : 0.f;
+SEGATTN_FN void mask_and_softmax(float (&s)[C::kColTiles][4], float (&factor)[2], RowState (&rows)[2], const WorkTile& work, const KvRange<C>& range,
+                             int kv_tile, int first_row, float gate, float scale, int lane) {
+  if (range.masked(kv_tile)) mask_rows<C>(s, work, work.keys.template tile<C::kKeys>(kv_tile), first_row, 1, lane);
+  const float bias = kv_tile < range.past_tiles ? gate : 0.f;
 #pragma unroll
   for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias);
 }
 
 // A warpgroup's part of a work tile, which is not empty. Scores of the next tile are begun before the values of this one.
 template <class C>
-SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const Turns<C>& turns, int first_row, float* chunk_totals,
+SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const KvRange<C>& range, int first_row, float* chunk_totals,
                               float scale, int thread) {
   const int lane = thread & 31;
   const float gate = work.keys.gate_log2;
   float(&out)[C::kOutTiles][4] = acc.out[0];
   float s[C::kColTiles][4], factor[2];
   uint32_t probs[C::kColTiles / 2][4];
-  const auto softmax = [&](int step) {
-    mask_and_softmax<C>(s, factor, acc.rows[0], work, turns, step, first_row, gate, scale, lane);
+  const auto softmax = [&](int kv_tile) {
+    mask_and_softmax<C>(s, factor, acc.rows[0], work, range, kv_tile, first_row, gate, scale, lane);
     fence_operand(s);
   };
-  issue_qk<C>(s, shared, turns, turns.first_step);
+  issue_qk<C>(s, shared, range, range.first_kv_tile);
   wgmma_wait<0>();
-  for (int step = turns.first_step;; step++) {
-    softmax(step);
+  for (int kv_tile = range.first_kv_tile;; kv_tile++) {
+    softmax(kv_tile);
     pack_operands<typename C::T>(probs, s);
-    const int end = min(turns.end_step, step + C::kChunkSteps);
-    const bool first = step == turns.first_step;
-    for (; step + 1 < end; step++) {
+    const int end = min(range.end_kv_tile, kv_tile + C::kChunkTiles);
+    const bool first = kv_tile == range.first_kv_tile;
+    for (; kv_tile + 1 < end; kv_tile++) {
       fence_operand(out);
       fence_operand(s);
-      issue_qk<C>(s, shared, turns, step + 1);
-      issue_pv<C>(out, probs, shared, turns, step);
+      issue_qk<C>(s, shared, range, kv_tile + 1);
+      issue_pv<C>(out, probs, shared, range, kv_tile);
       wgmma_wait<1>();
-      softmax(step + 1);
+      softmax(kv_tile + 1);
       wgmma_wait<0>();
-      release(&shared.empty[turns.turn(step) % C::kStages], lane);
+      release(&shared.empty[range.iteration(kv_tile) % C::kStages], lane);
       pack_operands<typename C::T>(probs, s);
       rescale(out, factor);
     }
-    const bool last = end == turns.end_step;
+    const bool last = end == range.end_kv_tile;
     fence_operand(out);
     fence_operand(s);
     if (last) {  // the wait stands in both branches, or ptxas lets no product overlap another
-      issue_pv<C>(out, probs, shared, turns, step);
+      issue_pv<C>(out, probs, shared, range, kv_tile);
       wgmma_wait<0>();
     } else {
-      issue_qk<C>(s, shared, turns, end);
-      issue_pv<C>(out, probs, shared, turns, step);
+      issue_qk<C>(s, shared, range, end);
+      issue_pv<C>(out, probs, shared, range, kv_tile);
       wgmma_wait<0>();
     }
-    release(&shared.empty[turns.turn(step) % C::kStages], lane);
+    release(&shared.empty[range.iteration(kv_tile) % C::kStages], lane);
     merge_chunk<C>(acc, shared.totals + first_row, chunk_totals, first, last, thread);
     if (last) return;
     acc.clear();
@@ -247,7 +247,7 @@ SEGATTN_FN void consume(const SegattnForwardParams& p, ForwardShared<C>& shared)
     mbarrier_wait(&shared.full[n & 1], phase(n / 2));
     if (shared.work[n & 1].none) return;
     const WorkTile& work = shared.work[n & 1].work;
-    const Turns<C> turns = Turns<C>::of(shared.work[n & 1], n & 1, warp);
+    const KvRange<C> range = KvRange<C>::of(shared.work[n & 1], n & 1, warp);
     if (p.problem.scale < 0.f) {
       negate_queries<C>(shared.q[n & 1], warp, lane);
       fence_proxy_async_shared();
@@ -255,11 +255,11 @@ SEGATTN_FN void consume(const SegattnForwardParams& p, ForwardShared<C>& shared)
     }
     Accumulator<C> acc;
     acc.clear();
-    if (turns.first_step < turns.end_step) mainloop<C>(acc, shared, work, turns, first_row, chunk_totals, scale, thread);
+    if (range.first_kv_tile < range.end_kv_tile) mainloop<C>(acc, shared, work, range, first_row, chunk_totals, scale, thread);
     // Not before the tile is there: the release would count for the one that another warpgroup still reads.
-    for (int step = turns.end_step; step < turns.work_end; step++) {
-      const uint32_t turn = turns.turn(step), stage = turn % C::kStages;
-      mbarrier_wait(&shared.v_full[stage], phase(turn / C::kStages));
+    for (int kv_tile = range.end_kv_tile; kv_tile < range.work_end; kv_tile++) {
+      const uint32_t iteration = range.iteration(kv_tile), stage = iteration % C::kStages;
+      mbarrier_wait(&shared.v_full[stage], phase(iteration / C::kStages));
       release(&shared.empty[stage], lane);
     }
     if (work.splits > 1)

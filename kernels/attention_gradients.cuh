@@ -80,7 +80,7 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   const KeyList keys = KeyList::of(p.problem, entry, head);
   const int query_rows = keys.query_rows((int)p.problem.q.rows);
   constexpr int kSplitTiles = C::kSplitKeys / C::kKeys;
-  const int splits = ceil_div(tile_steps<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kSplitTiles);
+  const int splits = ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kSplitTiles);
   if (splits > 1) {
     const float4* parts = (const float4*)(p.partial_d_q + partial_row(p.problem, 0, entry, head, query) * C::kHeadDim);
     const int64_t pitch = partial_row(p.problem, 1, 0, 0, 0) * C::kHeadDim / 4;
@@ -102,7 +102,7 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   float sum = 0.f;
   const float gate = p.problem.past_gate[head];
   for (int tile = 0; keys.past_len > 0 && tile < p.tiles; tile++) {
-    const int parts = max(1, ceil_div(tile_steps<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
+    const int parts = max(1, ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
     for (int split = 0; split < parts; split++)
       sum += p.partial_gate[(((int64_t)split * p.problem.batch + entry) * p.problem.q_heads + head) * p.tiles + tile];
   }

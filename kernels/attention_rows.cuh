@@ -225,8 +225,8 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const KeyList keys = KeyList::of(p.problem, entry, head);
   const int query_rows = keys.query_rows((int)rows);
   const int tile = (query * packed_heads + head % packed_heads) / C::kRows;
-  const int steps = tile_steps<C::kRows, C::kKeys>(keys, tile, packed_heads, query_rows);
-  const int splits = ceil_div(steps, C::kSplitKeys / C::kKeys);
+  const int kv_tiles = visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, packed_heads, query_rows);
+  const int splits = ceil_div(kv_tiles, C::kSplitKeys / C::kKeys);
   wait_for_previous();      // what is read so far was there before
   if (splits <= 1) return;  // already final
 

@@ -4,9 +4,7 @@
 #include "tile.cuh"
 
 template <int kStages>
-struct Ring {
-  SEGATTN_FN int stage(int step) { return kStages == 1 ? 0 : kStages == 2 ? step & 1 : step % kStages; }
-};
+SEGATTN_FN int stage_of(int iteration) { return kStages == 1 ? 0 : kStages == 2 ? iteration & 1 : iteration % kStages; }
 
 // Waits until the oldest copies that are needed have landed for every thread of the block, and until every
 // thread is done with what it read before.

@@ -45,20 +45,20 @@ SEGATTN_FN void wgmma_ss(float (&x)[kColTiles][4], SharedAddress a, int a_row, S
 }
 
 // The same with all of a's operands in registers.
-template <class T, class TileB, int kColTiles, int kSteps>
-SEGATTN_FN void wgmma_rs(float (&x)[kColTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
+template <class T, class TileB, int kColTiles, int kKBlocks>
+SEGATTN_FN void wgmma_rs(float (&x)[kColTiles][4], const uint32_t (&a)[kKBlocks][4], SharedAddress b) {
   const uint64_t first = k_major_operand<TileB>(b, 0, 0);
   wgmma<false, false>(x, a[0], first, T{});
 #pragma unroll
-  for (int k = 1; k < kSteps; k++) wgmma<true, false>(x, a[k], advance(first, k_major_offset<TileB>(k * 16)), T{});
+  for (int k = 1; k < kKBlocks; k++) wgmma<true, false>(x, a[k], advance(first, k_major_offset<TileB>(k * 16)), T{});
 }
 
 // out += w b, begun: weights in registers against the rows of a [k][n] tile, all of its columns.
-template <class T, class TileB, int kSteps, int kOutTiles>
-SEGATTN_FN void wgmma_rs_mn_major(float (&out)[kOutTiles][4], const uint32_t (&a)[kSteps][4], SharedAddress b) {
+template <class T, class TileB, int kKBlocks, int kOutTiles>
+SEGATTN_FN void wgmma_rs_mn_major(float (&out)[kOutTiles][4], const uint32_t (&a)[kKBlocks][4], SharedAddress b) {
   const uint64_t first = mn_major_operand<TileB>(b, 0, 0);
 #pragma unroll
-  for (int k = 0; k < kSteps; k++) wgmma<true, true>(out, a[k], advance(first, k * 16 * TileB::kRowBytes), T{});
+  for (int k = 0; k < kKBlocks; k++) wgmma<true, true>(out, a[k], advance(first, k * 16 * TileB::kRowBytes), T{});
 }
 
 template <int kTiles>
@@ -70,11 +70,11 @@ SEGATTN_FN void clear(float (&x)[kTiles][4]) {
 }
 
 // A warp's operands: its 16 rows of a [rows][head_dim] tile.
-template <class TileA, int kSteps>
-SEGATTN_FN void load_fragments(uint32_t (&a)[kSteps][4], SharedAddress tile, int row, int lane) {
+template <class TileA, int kKBlocks>
+SEGATTN_FN void load_fragments(uint32_t (&a)[kKBlocks][4], SharedAddress tile, int row, int lane) {
   const SharedAddress base = a_base<TileA>(tile, lane);
 #pragma unroll
-  for (int k = 0; k < kSteps; k++) load_a<TileA>(a[k], base, row, k * 16);
+  for (int k = 0; k < kKBlocks; k++) load_a<TileA>(a[k], base, row, k * 16);
 }
 
 // Accumulators as operands of the next product: the layouts agree.

@@ -8,7 +8,7 @@
 
 struct WorkTile {
   int entry, head, query_tile, split;
-  int first_step, end_step;  // key tiles of the head's list
+  int first_kv_tile, end_kv_tile;  // key tiles of the head's list
   int splits;                // work tiles of this tile; 1: the results are final
   int query_rows;            // valid queries of the entry
   KeyList keys;
@@ -29,7 +29,7 @@ SEGATTN_FN QueryRow query_row(const WorkTile& work, int tile_row, int packed_hea
 
 // Key tiles that some row of the tile sees.
 template <int kRows, int kKeys>
-SEGATTN_FN int tile_steps(const KeyList& keys, int tile, int packed_heads, int query_rows) {
+SEGATTN_FN int visible_kv_tiles(const KeyList& keys, int tile, int packed_heads, int query_rows) {
   const int end_query = (tile * kRows + kRows - 1) / packed_heads + 1;
   const int last = min(end_query, query_rows) - 1;
   if (last * packed_heads + packed_heads - 1 < tile * kRows) return 0;
@@ -41,11 +41,11 @@ template <int kRows, int kKeys, int kSplitKeys>
 SEGATTN_FN void locate_split(WorkTile& work, const SegattnProblem& p, int packed_heads) {
   work.keys = KeyList::of(p, work.entry, work.head);
   work.query_rows = work.keys.query_rows((int)p.q.rows);
-  const int steps = tile_steps<kRows, kKeys>(work.keys, work.query_tile, packed_heads, work.query_rows);
+  const int kv_tiles = visible_kv_tiles<kRows, kKeys>(work.keys, work.query_tile, packed_heads, work.query_rows);
   constexpr int kSplitTiles = kSplitKeys / kKeys;
-  work.splits = max(1, ceil_div(steps, kSplitTiles));
-  work.first_step = work.split * kSplitTiles;
-  work.end_step = min(steps, work.first_step + kSplitTiles);
+  work.splits = max(1, ceil_div(kv_tiles, kSplitTiles));
+  work.first_kv_tile = work.split * kSplitTiles;
+  work.end_kv_tile = min(kv_tiles, work.first_kv_tile + kSplitTiles);
 }
 
 template <int kRows, int kKeys, int kSplitKeys>
