@@ -38,10 +38,10 @@ template <class R>
 SEGATTN_FN void attention_prepare(const SegattnBackwardParams& p) {
   using T = typename R::T;
   const int lane = threadIdx.x & 31, chunk = lane % R::kLanes, blocks = p.row_pitch / R::kRows, of_head = blockIdx.x / blocks;
-  const int head = of_head % p.problem.q_heads, entry = of_head / p.problem.q_heads;
+  const int head = of_head % p.problem.q_heads, batch_index = of_head / p.problem.q_heads;
   const int first = blockIdx.x % blocks * R::kRows + (threadIdx.x >> 5) * (R::kPasses * R::kPassRows) + lane / R::kLanes;
-  const int rows = min(p.problem.segment_len[entry], (int)p.problem.q.rows);
-  const Rows<const T> out = Rows<const T>::of(p.out, entry, head), d_out = Rows<const T>::of(p.d_out, entry, head);
+  const int rows = min(p.problem.segment_len[batch_index], (int)p.problem.q.rows);
+  const Rows<const T> out = Rows<const T>::of(p.out, batch_index, head), d_out = Rows<const T>::of(p.d_out, batch_index, head);
   uint4 x[R::kPasses], y[R::kPasses];
 #pragma unroll
   for (int i = 0; i < R::kPasses; i++) {
@@ -57,12 +57,12 @@ SEGATTN_FN void attention_prepare(const SegattnBackwardParams& p) {
     for (int mask = R::kLanes / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
     if (chunk != 0) continue;
     if (query < rows) {
-      const int64_t row = ((int64_t)entry * p.problem.q_heads + head) * p.problem.q.rows + query;
+      const int64_t row = ((int64_t)batch_index * p.problem.q_heads + head) * p.problem.q.rows + query;
       if (p.d_lse) delta -= p.d_lse[row];
       lse = p.lse[row] * kLog2E;
     }
-    p.row_delta[prepared_row(p, entry, head, query)] = delta;
-    p.row_lse[prepared_row(p, entry, head, query)] = lse;
+    p.row_delta[prepared_row(p, batch_index, head, query)] = delta;
+    p.row_lse[prepared_row(p, batch_index, head, query)] = lse;
   }
 }
 
@@ -118,11 +118,11 @@ SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<
   using T = typename C::T;
   const WorkTile& work = shared.work;
   const int first = work.query_tile * C::kRows;
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.batch_index, work.head), first,
                                                       work.query_rows, thread);
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.entry, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.batch_index, work.head), first,
                                                       work.query_rows, thread);
-  const int64_t prepared = prepared_row(p, work.entry, work.head, first);
+  const int64_t prepared = prepared_row(p, work.batch_index, work.head, first);
   constexpr int kChunks = C::kRows / 4;
   if (thread < kChunks) {
     cp_async_16(shared_address(&shared.lse[thread * 4]), p.row_lse + prepared + thread * 4, 16);
@@ -198,7 +198,7 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C:
     for (int half = 0; half < 2; half++) {
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, 1);
       if (q.query >= p.problem.q.rows) continue;
-      float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.entry, q.head, q.query) * C::kHeadDim);
+      float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim);
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; n++) out[n * 4 + lane % 4] = make_float2(d_q[m][n][half * 2], d_q[m][n][half * 2 + 1]);
     }
@@ -217,7 +217,7 @@ SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C
   float total = 0.f;
   for (int i = 0; i < C::kWarps; i++) total += shared.gate_sums[i];
   const WorkTile& work = shared.work;
-  p.partial_gate[partial_row(p.problem, work.split, work.entry, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
+  p.partial_gate[partial_row(p.problem, work.split, work.batch_index, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
 }
 
 template <class C>
@@ -234,7 +234,7 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   }
   __syncthreads();
   if (work.split >= work.splits) return;
-  shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+  shared.sources.fill(p.problem, work.batch_index, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
   __syncthreads();
   shared.gate_sums[thread] = 0.f;
   load_query_rows<C>(p, shared, thread);
@@ -322,11 +322,11 @@ SEGATTN_FN void load_query_stage(const SegattnBackwardParams& p, KeyGradShared<C
   const QueryCursor at = shared.query_tiles[iteration & 3];
   const int stage = stage_of<C::kStages>(iteration);
   if (at.head < work.end_head) {
-    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.entry, at.head),
+    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.batch_index, at.head),
                                                         at.query, work.query_rows, thread);
-    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, work.entry, at.head),
+    copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, work.batch_index, at.head),
                                                         at.query, work.query_rows, thread);
-    const int64_t row = prepared_row(p, work.entry, at.head, at.query);
+    const int64_t row = prepared_row(p, work.batch_index, at.head, at.query);
     constexpr int kChunks = C::kQueries / 4;
     if (thread < kChunks) cp_async_16(shared_address(&shared.lse[stage][thread * 4]), p.row_lse + row + thread * 4, 16);
     else if (thread < 2 * kChunks)
@@ -389,7 +389,7 @@ SEGATTN_FN void store_key_rows(const float (&x)[C::kRowTiles][C::kOutTiles][4], 
       }
   __syncthreads();
   constexpr int kRowChunks = C::kHeadDim / 8;
-  const Rows<T> rows = Rows<T>::of(tensor, work.entry, work.kv_head);
+  const Rows<T> rows = Rows<T>::of(tensor, work.batch_index, work.kv_head);
   for (int i = thread; i < C::kKeys * kRowChunks; i += C::kThreads) {
     const int row = i / kRowChunks, chunk = i % kRowChunks;
     if (work.first + row >= tensor.rows) continue;
@@ -453,8 +453,8 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
   }
   __syncthreads();
   const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k, &v = work.prior ? p.problem.prior_v : p.problem.v;
-  copy_rows_async<KT, C::kThreads>(shared_address(&shared.k), Rows<const T>::of(k, work.entry, work.kv_head), work.first, work.len, thread);
-  copy_rows_async<KT, C::kThreads>(shared_address(&shared.v), Rows<const T>::of(v, work.entry, work.kv_head), work.first, work.len, thread);
+  copy_rows_async<KT, C::kThreads>(shared_address(&shared.k), Rows<const T>::of(k, work.batch_index, work.kv_head), work.first, work.len, thread);
+  copy_rows_async<KT, C::kThreads>(shared_address(&shared.v), Rows<const T>::of(v, work.batch_index, work.kv_head), work.first, work.len, thread);
   cp_async_commit();
   load_query_stage<C>(p, shared, 0, thread);
   arrive_and_wait<1>();

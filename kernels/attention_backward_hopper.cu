@@ -89,11 +89,11 @@ template <class C>
 SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const WorkTile& work, int thread) {
   using T = typename C::T;
   const int first = work.query_tile * C::kRows;
-  copy_rows_async<typename C::QueryTile, C::kProducerThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kProducerThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.batch_index, work.head), first,
                                                            work.query_rows, thread);
-  copy_rows_async<typename C::QueryTile, C::kProducerThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.entry, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kProducerThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.batch_index, work.head), first,
                                                            work.query_rows, thread);
-  const int64_t row = prepared_row(p, work.entry, work.head, first);
+  const int64_t row = prepared_row(p, work.batch_index, work.head, first);
   for (int i = thread; i < C::kRows / 4; i += C::kProducerThreads) {
     const int bytes = first + i * 4 < p.row_pitch ? 16 : 0;
     cp_async_16(shared_address(&shared.lse[i * 4]), p.row_lse + row + i * 4, bytes);
@@ -116,7 +116,7 @@ SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShar
       return;
     }
     const WorkTile& work = buffer.work;
-    shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+    shared.sources.fill(p.problem, work.batch_index, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
     barrier_sync<C::kProducerThreads>(1);
     wait_empty(&shared.rows_empty, n);
     copy_rows<C>(p, shared, work, thread);
@@ -244,11 +244,11 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
 template <class C>
 SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4], const WorkTile& work, int query, int lane) {
   const int rows = (int)p.problem.q.rows;
-  if (work.splits == 1) return store_rows(d_q, p.problem.scale, Rows<typename C::T>::of(p.d_q, work.entry, work.head), query, work.query_rows, rows, lane);
+  if (work.splits == 1) return store_rows(d_q, p.problem.scale, Rows<typename C::T>::of(p.d_q, work.batch_index, work.head), query, work.query_rows, rows, lane);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     if (query + half * 8 >= rows) continue;
-    float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.entry, work.head, query + half * 8) * C::kHeadDim);
+    float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.batch_index, work.head, query + half * 8) * C::kHeadDim);
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) out[n * 4 + lane % 4] = make_float2(d_q[n][half * 2], d_q[n][half * 2 + 1]);
   }
@@ -264,7 +264,7 @@ SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::
   if (thread != 0) return;
   float total = 0.f;
   for (int i = 0; i < C::kConsumerWarps; i++) total += sums[i];
-  p.partial_gate[partial_row(p.problem, work.split, work.entry, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
+  p.partial_gate[partial_row(p.problem, work.split, work.batch_index, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
 }
 
 template <class C>
@@ -370,11 +370,11 @@ SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& buffer, bool 
 template <class C>
 SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& shared, const KeyWorkTile& work, const QueryCursor& at, int stage, int lane) {
   using T = typename C::T;
-  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.entry, at.head), at.query,
+  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.q[stage]), Rows<const T>::of(p.problem.q, work.batch_index, at.head), at.query,
                                              work.query_rows, lane);
-  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, work.entry, at.head), at.query,
+  copy_rows_async<typename C::QueryTile, 32>(shared_address(&shared.d_out[stage]), Rows<const T>::of(p.d_out, work.batch_index, at.head), at.query,
                                              work.query_rows, lane);
-  const int64_t row = prepared_row(p, work.entry, at.head, at.query);
+  const int64_t row = prepared_row(p, work.batch_index, at.head, at.query);
   for (int i = lane; i < C::kQueries / 4; i += 32) {
     cp_async_16(shared_address(&shared.lse[stage][i * 4]), p.row_lse + row + i * 4, 16);
     cp_async_16(shared_address(&shared.delta[stage][i * 4]), p.row_delta + row + i * 4, 16);
@@ -392,8 +392,8 @@ SEGATTN_FN void produce_keys(const SegattnBackwardParams& p, KeyGradShared<C>& s
   wait_empty(&shared.keys_empty[n & 1], n / 2);
   if (buffer.done) return mbarrier_arrive(&shared.keys_full[n & 1]);
   const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k, &v = work.prior ? p.problem.prior_v : p.problem.v;
-  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[n & 1]), Rows<const T>::of(k, work.entry, work.kv_head), work.first, work.len, lane);
-  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[n & 1]), Rows<const T>::of(v, work.entry, work.kv_head), work.first, work.len, lane);
+  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.k[n & 1]), Rows<const T>::of(k, work.batch_index, work.kv_head), work.first, work.len, lane);
+  copy_rows_async<typename C::KeyTile, 32>(shared_address(&shared.v[n & 1]), Rows<const T>::of(v, work.batch_index, work.kv_head), work.first, work.len, lane);
   cp_async_commit();
   signal_landed<0>(&shared.keys_full[n & 1]);
   if (lane == 0) find_work<C>(p, shared.work[(n + 1) % kWorkBuffers], false);
@@ -557,8 +557,8 @@ SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
     first_iteration = iterator.end;
     const SegattnTensor &d_k = work.prior ? p.d_prior_k : p.d_k, &d_v = work.prior ? p.d_prior_v : p.d_v;
     barrier_sync<128>(2 + thread / 128);
-    store_rows(grads.d_k, p.problem.scale, shared.k[kv_buffer], warp_row, Rows<T>::of(d_k, work.entry, work.kv_head), work.first, work.len, (int)d_k.rows, lane);
-    store_rows(grads.d_v, 1.f, shared.v[kv_buffer], warp_row, Rows<T>::of(d_v, work.entry, work.kv_head), work.first, work.len, (int)d_v.rows, lane);
+    store_rows(grads.d_k, p.problem.scale, shared.k[kv_buffer], warp_row, Rows<T>::of(d_k, work.batch_index, work.kv_head), work.first, work.len, (int)d_k.rows, lane);
+    store_rows(grads.d_v, 1.f, shared.v[kv_buffer], warp_row, Rows<T>::of(d_v, work.batch_index, work.kv_head), work.first, work.len, (int)d_v.rows, lane);
     release(&shared.keys_empty[kv_buffer], lane);
   }
 }

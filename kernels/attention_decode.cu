@@ -67,7 +67,7 @@ SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, co
     const int row = i / kRowChunks, column = i % kRowChunks;
     const QueryRow at = query_row<C::kRows>(work, row, packed_heads);
     const bool valid = at.position >= 0;
-    const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, work.entry, valid ? at.head : work.head);
+    const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, work.batch_index, valid ? at.head : work.head);
     cp_async_16(C::QueryTile::chunk(shared_address(&shared.q), row, column), rows.row(valid ? at.query : 0) + column * 8, valid ? 16 : 0);
   }
 }
@@ -170,12 +170,12 @@ SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& wor
   if (q.query >= p.problem.q.rows) return;
   const int column = warp * C::kOutTiles * 8 + lane % 4 * 2;
   if (work.splits > 1) {
-    float* g_out = p.partial_out + partial_row(p.problem, work.split, work.entry, q.head, q.query) * C::kHeadDim + column;
+    float* g_out = p.partial_out + partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim + column;
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) *(float2*)(g_out + n * 8) = make_float2(out[n][half * 2], out[n][half * 2 + 1]);
     return;
   }
-  typename C::T* g_out = Rows<typename C::T>::of(p.out, work.entry, q.head).row(q.query) + column;
+  typename C::T* g_out = Rows<typename C::T>::of(p.out, work.batch_index, q.head).row(q.query) + column;
   const float inverse = row_inverse(sum);
 #pragma unroll
   for (int n = 0; n < C::kOutTiles; n++) {
@@ -188,9 +188,9 @@ SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& wor
 SEGATTN_FN void store_state(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const RowState& row, int lane) {
   if (q.query >= p.problem.q.rows || lane % 4 != 0) return;
   if (work.splits > 1)
-    ((float2*)p.partial_state)[partial_row(p.problem, work.split, work.entry, q.head, q.query)] = make_float2(row.max, row.sum);
+    ((float2*)p.partial_state)[partial_row(p.problem, work.split, work.batch_index, q.head, q.query)] = make_float2(row.max, row.sum);
   else
-    p.lse[partial_row(p.problem, 0, work.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+    p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
 }
 
 // The block's work tile: first splits first, which are full.
@@ -201,7 +201,7 @@ SEGATTN_FN WorkTile block_work_tile(const SegattnForwardParams& p) {
   uint32_t index = blockIdx.x;
   work.query_tile = index % tiles, index /= tiles;
   work.head = index % heads * p.packed_heads, index /= heads;
-  work.entry = index % batch, work.split = index / batch;
+  work.batch_index = index % batch, work.split = index / batch;
   locate_split<C::kRows, C::kKeys, C::kSplitKeys>(work, p.problem, p.packed_heads);
   return work;
 }
@@ -214,7 +214,7 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   const WorkTile work = block_work_tile<C>(p);
   if (work.split >= work.splits) return;
   if (thread < C::kSplitTiles) shared.tiles[thread] = work.keys.template tile<C::kKeys>(work.first_kv_tile + thread);
-  shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
+  shared.sources.fill(p.problem, work.batch_index, work.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
   load_queries<C>(shared, p.problem.q, work, packed_heads, thread);
   // Rows of a tile are of several heads, whose gates differ.
   const QueryRow rows[2] = {query_row<C::kRows>(work, lane / 4, packed_heads), query_row<C::kRows>(work, lane / 4 + 8, packed_heads)};

@@ -101,7 +101,7 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
   WarpRows& rows = shared.warps[warp];
   if (lane == 0) rows = warp_rows<C>(work, 1, warp);
   const float scale = scale_log2(p.problem.scale);
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.entry, work.head),
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.batch_index, work.head),
                                                       work.query_tile * C::kRows, work.query_rows, opaque(thread));
   KeyPipeline<C> pipeline = {shared, thread};
   pipeline.load(work.first_kv_tile);
@@ -157,7 +157,7 @@ SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
     if (threadIdx.x == 0) shared.done = !next_work_tile<C>(p, shared, first);
     __syncthreads();
     if (shared.done) return;
-    shared.sources.fill(p.problem, shared.work.entry, shared.work.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
+    shared.sources.fill(p.problem, shared.work.batch_index, shared.work.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
     __syncthreads();
     run_work_tile<C>(p, shared);
   }

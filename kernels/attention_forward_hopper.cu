@@ -105,9 +105,9 @@ SEGATTN_FN void produce(const SegattnForwardParams& p, ForwardShared<C>& shared)
       return;
     }
     const WorkTile& work = buffer.work;
-    shared.sources.fill(p.problem, work.entry, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
+    shared.sources.fill(p.problem, work.batch_index, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
     barrier_sync<C::kProducerThreads>(1);
-    copy_in_parts<typename C::QueryTile, C::kProducerThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, work.entry, work.head),
+    copy_in_parts<typename C::QueryTile, C::kProducerThreads, 64>(shared.q[n & 1], Rows<const T>::of(p.problem.q, work.batch_index, work.head),
                                                                   work.query_tile * C::kRows, work.query_rows, thread);
     signal_landed<0>(&shared.full[n & 1]);
     for (int i = (warp - buffer.first_iteration) % C::kProducerWarps; i < buffer.kv_tiles(); i += C::kProducerWarps) {
@@ -235,7 +235,7 @@ template <class C>
 SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row, int lane) {
   finish_rows<C>(p, work, acc, first_row, lane);
   const int query = work.query_tile * C::kRows + first_row + lane / 4;
-  store_rows(acc.out[0], 1.f, Rows<typename C::T>::of(p.out, work.entry, work.head), query, work.query_rows, (int)p.problem.q.rows, lane);
+  store_rows(acc.out[0], 1.f, Rows<typename C::T>::of(p.out, work.batch_index, work.head), query, work.query_rows, (int)p.problem.q.rows, lane);
 }
 
 template <class C>

@@ -8,8 +8,8 @@ struct PrepareConfig {
   static constexpr int kThreads = 128, kBlocks = 8;
 };
 
-SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int entry, int head, int query) {
-  return ((int64_t)entry * p.problem.q_heads + head) * p.row_pitch + query;
+SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int batch_index, int head, int query) {
+  return ((int64_t)batch_index * p.problem.q_heads + head) * p.row_pitch + query;
 }
 
 // The factor of the exponent's argument with its sign.
@@ -17,7 +17,7 @@ SEGATTN_FN float signed_scale_log2(float scale) { return scale < 0.f ? -scale_lo
 
 // A block's keys and the queries that see them: heads of the group that read the source, each from first_query on.
 struct KeyWorkTile {
-  int entry, kv_head, end_head;  // query heads before end_head
+  int batch_index, kv_head, end_head;  // query heads before end_head
   int first;                  // first key row
   int len;                    // valid keys of the source
   int query_rows, first_query;
@@ -58,11 +58,11 @@ SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) 
   KeyWorkTile work;
   work.kv_head = head % p.problem.kv_heads;
   work.end_head = (work.kv_head + 1) * (p.problem.q_heads / p.problem.kv_heads);
-  work.entry = head / p.problem.kv_heads;
+  work.batch_index = head / p.problem.kv_heads;
   work.prior = tile < prior_tiles;
   work.first = (work.prior ? tile : tile - prior_tiles) * C::kKeys;
-  const int segment_len = p.problem.segment_len[work.entry];
-  work.len = work.prior ? p.problem.prior_len[work.entry] : segment_len;
+  const int segment_len = p.problem.segment_len[work.batch_index];
+  work.len = work.prior ? p.problem.prior_len[work.batch_index] : segment_len;
   work.query_rows = work.first < work.len ? min(segment_len, (int)p.problem.q.rows) : 0;
   work.first_query = work.prior ? 0 : work.first / C::kQueries * C::kQueries;
   return work;
@@ -76,15 +76,15 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   const int lane = threadIdx.x & 31, rows = p.max_splits > 1 ? (int)p.problem.q.rows : 1;
   const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
-  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), entry = (int)(index / rows / p.problem.q_heads);
-  const KeyList keys = KeyList::of(p.problem, entry, head);
+  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), batch_index = (int)(index / rows / p.problem.q_heads);
+  const KeyList keys = KeyList::of(p.problem, batch_index, head);
   const int query_rows = keys.query_rows((int)p.problem.q.rows);
   constexpr int kSplitTiles = C::kSplitKeys / C::kKeys;
   const int splits = ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kSplitTiles);
   if (splits > 1) {
-    const float4* parts = (const float4*)(p.partial_d_q + partial_row(p.problem, 0, entry, head, query) * C::kHeadDim);
+    const float4* parts = (const float4*)(p.partial_d_q + partial_row(p.problem, 0, batch_index, head, query) * C::kHeadDim);
     const int64_t pitch = partial_row(p.problem, 1, 0, 0, 0) * C::kHeadDim / 4;
-    uint2* out = (uint2*)Rows<T>::of(p.d_q, entry, head).row(query);
+    uint2* out = (uint2*)Rows<T>::of(p.d_q, batch_index, head).row(query);
     const float scale = p.problem.scale;
 #pragma unroll
     for (int i = lane; i < C::kHeadDim / 4; i += 32) {
@@ -104,7 +104,7 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   for (int tile = 0; keys.past_len > 0 && tile < p.tiles; tile++) {
     const int parts = max(1, ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
     for (int split = 0; split < parts; split++)
-      sum += p.partial_gate[(((int64_t)split * p.problem.batch + entry) * p.problem.q_heads + head) * p.tiles + tile];
+      sum += p.partial_gate[(((int64_t)split * p.problem.batch + batch_index) * p.problem.q_heads + head) * p.tiles + tile];
   }
-  p.d_past_gate[(int64_t)entry * p.problem.q_heads + head] = gate > 0.f ? sum / gate : 0.f;
+  p.d_past_gate[(int64_t)batch_index * p.problem.q_heads + head] = gate > 0.f ? sum / gate : 0.f;
 }

@@ -161,7 +161,7 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work,
       }
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (lane % 4 == 0 && q.query < p.problem.q.rows)
-        p.lse[partial_row(p.problem, 0, work.entry, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+        p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
     }
 }
 
@@ -183,7 +183,7 @@ SEGATTN_FN void store_partial(const SegattnForwardParams& p, const WorkTile& wor
     for (int half = 0; half < 2; half++) {
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (q.position < 0) continue;
-      const int64_t row = partial_row(p.problem, work.split, work.entry, q.head, q.query);
+      const int64_t row = partial_row(p.problem, work.split, work.batch_index, q.head, q.query);
       float2* out = (float2*)(p.partial_out + row * C::kHeadDim);
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; n++)
@@ -220,9 +220,9 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const int lane = threadIdx.x & 31;
   const uint32_t rows = (uint32_t)p.problem.q.rows, heads = p.problem.q_heads, index = blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= p.problem.batch * heads * rows) return wait_for_previous();
-  const int query = index % rows, head = index / rows % heads, entry = index / rows / heads;
+  const int query = index % rows, head = index / rows % heads, batch_index = index / rows / heads;
   const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
-  const KeyList keys = KeyList::of(p.problem, entry, head);
+  const KeyList keys = KeyList::of(p.problem, batch_index, head);
   const int query_rows = keys.query_rows((int)rows);
   const int tile = (query * packed_heads + head % packed_heads) / C::kRows;
   const int kv_tiles = visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, packed_heads, query_rows);
@@ -237,14 +237,14 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
     // All of a section's loads first: each takes as long as the rest of it.
 #pragma unroll
     for (int i = 0; i < kSectionSplits; i++)
-      if (i < count) partials[i].load(p, partial_row(p.problem, first + i, entry, head, query), lane);
+      if (i < count) partials[i].load(p, partial_row(p.problem, first + i, batch_index, head, query), lane);
 #pragma unroll
     for (int i = 1; i < kSectionSplits; i++)
       if (i < count) partials[0].merge(partials[i]);
     if (first == 0) total = partials[0];
     else total.merge(partials[0]);
   }
-  uint16_t* out = (uint16_t*)Rows<T>::of(p.out, entry, head).row(query);
+  uint16_t* out = (uint16_t*)Rows<T>::of(p.out, batch_index, head).row(query);
   const float inverse = query < query_rows ? row_inverse(total.state.sum) : 0.f;
 #pragma unroll
   for (int i = 0; i < CombinedRow<C>::kValues; i++)

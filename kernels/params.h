@@ -6,14 +6,14 @@
 #include <stdint.h>
 
 /* A tensor [batch, rows, heads, head_dim] of 16-bit elements; head_dim is contiguous, every row starts at a
- * multiple of 16 bytes. Entry b begins at batch_offsets[b], or at b * batch_stride where that is null. */
+ * multiple of 16 bytes. Batch element b begins at batch_offsets[b], or at b * batch_stride where that is null. */
 typedef struct SegattnTensor {
   void* data;                   /* [batch, rows, heads, head_dim] */
   const int64_t* batch_offsets; /* [batch] or null */
   int64_t batch_stride;
   int64_t row_stride;
   int64_t head_stride;
-  int64_t rows; /* rows of an entry, valid and padding together */
+  int64_t rows; /* rows of a batch element, valid and padding together */
 } SegattnTensor;
 
 /* Queries of one segment and the three sources they read (segment-attention.md, section 1). */

@@ -92,8 +92,8 @@ template <class T>
 struct Rows {
   T* data;
   int64_t stride;
-  SEGATTN_FN Rows of(const SegattnTensor& tensor, int entry, int head) {
-    const int64_t start = tensor.batch_offsets ? tensor.batch_offsets[entry] : entry * tensor.batch_stride;
+  SEGATTN_FN Rows of(const SegattnTensor& tensor, int batch_index, int head) {
+    const int64_t start = tensor.batch_offsets ? tensor.batch_offsets[batch_index] : batch_index * tensor.batch_stride;
     return {(T*)tensor.data + start + head * tensor.head_stride, tensor.row_stride};
   }
   __device__ __forceinline__ T* row(int64_t index) const { return data + index * stride; }

@@ -24,15 +24,15 @@ struct KeyList {
   int past_len, prior_len, segment_len, query_start;
   float gate_log2;  // added to the scores of past rows
 
-  SEGATTN_FN KeyList of(const SegattnProblem& p, int entry, int head) {
+  SEGATTN_FN KeyList of(const SegattnProblem& p, int batch_index, int head) {
     const int kv_head = head / (p.q_heads / p.kv_heads);
     const float gate = p.past_gate[head];
     KeyList list;
-    const int past_len = p.past_len[entry * p.past_len_batch_stride + kv_head * p.past_len_head_stride];
+    const int past_len = p.past_len[batch_index * p.past_len_batch_stride + kv_head * p.past_len_head_stride];
     list.past_len = gate > 0.f ? past_len : 0;  // both loads at once
-    list.prior_len = p.prior_heads[head] ? p.prior_len[entry] : 0;
-    list.segment_len = p.segment_len[entry];
-    list.query_start = p.query_start ? p.query_start[entry] : 0;
+    list.prior_len = p.prior_heads[head] ? p.prior_len[batch_index] : 0;
+    list.segment_len = p.segment_len[batch_index];
+    list.query_start = p.query_start ? p.query_start[batch_index] : 0;
     list.gate_log2 = gate > 0.f ? log2_approx(gate) : 0.f;
     return list;
   }

@@ -7,7 +7,7 @@
 #include "visibility.cuh"
 
 struct WorkTile {
-  int entry, head, query_tile, split;
+  int batch_index, head, query_tile, split;
   int first_kv_tile, end_kv_tile;  // key tiles of the head's list
   int splits;                // work tiles of this tile; 1: the results are final
   int query_rows;            // valid queries of the entry
@@ -39,7 +39,7 @@ SEGATTN_FN int visible_kv_tiles(const KeyList& keys, int tile, int packed_heads,
 // The work tile of a head's tile that begins with the split-th run of its keys.
 template <int kRows, int kKeys, int kSplitKeys>
 SEGATTN_FN void locate_split(WorkTile& work, const SegattnProblem& p, int packed_heads) {
-  work.keys = KeyList::of(p, work.entry, work.head);
+  work.keys = KeyList::of(p, work.batch_index, work.head);
   work.query_rows = work.keys.query_rows((int)p.q.rows);
   const int kv_tiles = visible_kv_tiles<kRows, kKeys>(work.keys, work.query_tile, packed_heads, work.query_rows);
   constexpr int kSplitTiles = kSplitKeys / kKeys;
@@ -67,14 +67,14 @@ SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, 
     work.query_tile = last_tiles - 1 - index / heads;
   }
   work.head = head % head_tiles * packed_heads;
-  work.entry = head / head_tiles;
+  work.batch_index = head / head_tiles;
   locate_split<kRows, kKeys, kSplitKeys>(work, p, packed_heads);
   return work;
 }
 
 // Where a row's partial result lies: [split, batch, q_heads, rows].
-SEGATTN_FN int64_t partial_row(const SegattnProblem& p, int split, int entry, int head, int query) {
-  return (((int64_t)split * p.batch + entry) * p.q_heads + head) * p.q.rows + query;
+SEGATTN_FN int64_t partial_row(const SegattnProblem& p, int split, int batch_index, int head, int query) {
+  return (((int64_t)split * p.batch + batch_index) * p.q_heads + head) * p.q.rows + query;
 }
 
 // Keys and values of the three sources, as one KV head of one batch entry sees them.
@@ -83,13 +83,13 @@ struct SourceRows {
   Rows<const T> k[3], v[3];
 
   // Written by the first six threads.
-  __device__ __forceinline__ void fill(const SegattnProblem& p, int entry, int kv_head, int thread) {
-    if (thread == 0) k[kPast] = Rows<const T>::of(p.past_k, entry, kv_head);
-    if (thread == 1) v[kPast] = Rows<const T>::of(p.past_v, entry, kv_head);
-    if (thread == 2) k[kPrior] = Rows<const T>::of(p.prior_k, entry, kv_head);
-    if (thread == 3) v[kPrior] = Rows<const T>::of(p.prior_v, entry, kv_head);
-    if (thread == 4) k[kCurrent] = Rows<const T>::of(p.k, entry, kv_head);
-    if (thread == 5) v[kCurrent] = Rows<const T>::of(p.v, entry, kv_head);
+  __device__ __forceinline__ void fill(const SegattnProblem& p, int batch_index, int kv_head, int thread) {
+    if (thread == 0) k[kPast] = Rows<const T>::of(p.past_k, batch_index, kv_head);
+    if (thread == 1) v[kPast] = Rows<const T>::of(p.past_v, batch_index, kv_head);
+    if (thread == 2) k[kPrior] = Rows<const T>::of(p.prior_k, batch_index, kv_head);
+    if (thread == 3) v[kPrior] = Rows<const T>::of(p.prior_v, batch_index, kv_head);
+    if (thread == 4) k[kCurrent] = Rows<const T>::of(p.k, batch_index, kv_head);
+    if (thread == 5) v[kCurrent] = Rows<const T>::of(p.v, batch_index, kv_head);
   }
 };
 
@@ -118,7 +118,7 @@ SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4]
     const QueryRow q = query_row<Tile::kRows>(work, row, packed_heads);
     if (q.query >= tensor.rows) continue;
     const uint4 value = *(const uint4*)(shared + (Tile::chunk(tile, row, column) - origin));
-    T* target = Rows<T>::of(tensor, work.entry, q.head).row(q.query) + column * 8;
+    T* target = Rows<T>::of(tensor, work.batch_index, q.head).row(q.query) + column * 8;
     *(uint4*)target = q.position >= 0 ? value : make_uint4(0, 0, 0, 0);
   }
 }

@@ -275,7 +275,7 @@ const DECODE: [Rule; 42] = [
     replace("warp * C::kOutTiles * 8 + lane % 4 * 2", "lane % 4 * 2"),
     replace("warp == 0 ? factor[0]", "warp == 1 ? factor[0]"),
     replace("if (warp < 2) sum_row", "if (warp < 1) sum_row"),
-    replace("work.split, work.entry", "0, work.entry"),
+    replace("work.split, work.batch_index", "0, work.batch_index"),
     replace("q.query >= p.problem.q.rows", "q.query > p.problem.q.rows"),
     replace("q.position >= 0 ? two : 0", "two"),
     replace(
@@ -423,7 +423,7 @@ const GRADIENTS: [Rule; 15] = [
         "C::kQueries * C::kQueries + C::kQueries;",
     ),
     replace(
-        "work.prior ? p.problem.prior_len[work.entry] : segment_len",
+        "work.prior ? p.problem.prior_len[work.batch_index] : segment_len",
         "segment_len",
     ),
     replace("work.prior && !p.prior_heads[head]", "false"),
@@ -551,11 +551,11 @@ const WORK_TILES: [Rule; 11] = [
     replace("work.split * kSplitTiles;", "work.split * kSplitTiles + 1;"),
     replace("/ packed_heads + 1;", "/ packed_heads;"),
     replace(
-        "(int64_t)split * p.batch + entry",
+        "(int64_t)split * p.batch + batch_index",
         "(int64_t)split * p.batch",
     ),
-    replace("(p.prior_k, entry", "(p.past_k, entry"),
-    replace("(p.prior_v, entry", "(p.v, entry"),
+    replace("(p.prior_k, batch_index", "(p.past_k, batch_index"),
+    replace("(p.prior_v, batch_index", "(p.v, batch_index"),
     replace("q.query >= tensor.rows", "q.query > tensor.rows"),
     replace("q.position >= 0 ? value : make_uint4(0, 0, 0, 0)", "value"),
 ];
