@@ -195,7 +195,10 @@ const FORWARD: [Rule; 29] = [
     replace("index >= work_tiles", "index > work_tiles"),
     replace("(int64_t)blockIdx.x * (C::kRows", "(int64_t)0 * (C::kRows"),
     replace("scale < 0.f) negate", "scale < -9.f) negate"),
-    replace("if (thread == 0) shared.tiles[(kv_tile", "shared.tiles[(kv_tile"),
+    replace(
+        "if (thread == 0) shared.tiles[(kv_tile",
+        "shared.tiles[(kv_tile",
+    ),
     replace(
         "(&shared.k[stage(kv_tile)], shared.sources.k[source]",
         "(&shared.k[stage(kv_tile)], shared.sources.v[source]",
@@ -225,12 +228,18 @@ const FORWARD: [Rule; 29] = [
         "arrive_and_wait<C::kStages - 2>();\n    load(kv_tile + C::kStages - 1);",
         "load(kv_tile + C::kStages - 1);\n    arrive_and_wait<C::kStages - 2>();",
     ),
-    replace("load(kv_tile + C::kStages - 1)", "load(kv_tile + C::kStages)"),
+    replace(
+        "load(kv_tile + C::kStages - 1)",
+        "load(kv_tile + C::kStages)",
+    ),
     replace(
         "shared.tiles[(kv_tile + 2) % 4] =",
         "shared.tiles[(kv_tile + 1) % 4] =",
     ),
-    replace("kv_tile <= work.first_kv_tile + 1", "kv_tile < work.first_kv_tile + 1"),
+    replace(
+        "kv_tile <= work.first_kv_tile + 1",
+        "kv_tile < work.first_kv_tile + 1",
+    ),
     replace("work.keys.gate_log2 * past", "work.keys.gate_log2"),
     replace("rows.first_row + m * 16, 1", "rows.first_row, 1"),
 ];
@@ -248,8 +257,14 @@ const DECODE: [Rule; 42] = [
     replace("n = warp * C::kOwnColTiles + i;", "n = i;"),
     replace("i % 2 * 2 + 1", "i % 2 * 2"),
     replace("k % 2 * 2 + 1", "k % 2 * 2"),
-    replace("own_max = quad_max(own_max)", "own_max = shuffle_xor(own_max, 1)"),
-    replace("warp_max[half * 8 + lane / 4][warp]", "warp_max[lane / 4][warp]"),
+    replace(
+        "own_max = quad_max(own_max)",
+        "own_max = shuffle_xor(own_max, 1)",
+    ),
+    replace(
+        "warp_max[half * 8 + lane / 4][warp]",
+        "warp_max[lane / 4][warp]",
+    ),
     replace("max_f32(maxima.z, maxima.w)", "maxima.z"),
     replace(
         "shared.warp_max[half * 8 + lane / 4];",
@@ -485,7 +500,10 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     replace("if (query + half * 8 >= rows) continue", ";"),
     replace("* p.tiles + work.query_tile", "* p.tiles"),
     replace("if (thread % 32 == 0) sums", "sums"),
-    replace("i < C::kConsumerWarps; i++) total", "i < C::kConsumerWarps - 1; i++) total"),
+    replace(
+        "i < C::kConsumerWarps; i++) total",
+        "i < C::kConsumerWarps - 1; i++) total",
+    ),
     replace("gate_sums[n & 1]", "gate_sums[0]"),
     replace("min(group + 64, work.query_rows) - 1", "group + 63"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
@@ -515,7 +533,10 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     ),
     replace("shared.k[n & 1]", "shared.k[0]"),
     replace("phase(n / 2)", "phase(n)"),
-    replace("shared.k[kv_buffer], warp_row", "shared.k[kv_buffer], first_row"),
+    replace(
+        "shared.k[kv_buffer], warp_row",
+        "shared.k[kv_buffer], first_row",
+    ),
     replace("keys_empty[n & 1], n / 2", "keys_empty[n & 1], n"),
 ];
 

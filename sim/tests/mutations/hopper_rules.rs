@@ -89,7 +89,10 @@ const FORWARD: [Rule; 86] = [
         "setmaxnreg_increase<C::kConsumerRegisters + 8>",
     ),
     // What is fetched.
-    replace("before.first_iteration + before.kv_tiles()", "before.first_iteration"),
+    replace(
+        "before.first_iteration + before.kv_tiles()",
+        "before.first_iteration",
+    ),
     replace("shared.work[~n & 1], n == 0", "buffer, n == 0"),
     replace("buffer = shared.work[n & 1]", "buffer = shared.work[0]"),
     replace("index >= work_tiles", "index > work_tiles"),
@@ -134,13 +137,25 @@ const FORWARD: [Rule; 86] = [
     replace("min(position + 1,", "min(position + 2,"),
     replace("C::kRows + warp * 16;", "C::kRows + warp * 16 + 15;"),
     replace("kv_tile >= first_masked", "kv_tile > first_masked"),
-    replace("kv_tile == partial_past_tile ||", "kv_tile + 1 == partial_past_tile ||"),
+    replace(
+        "kv_tile == partial_past_tile ||",
+        "kv_tile + 1 == partial_past_tile ||",
+    ),
     replace("kv_tile == partial_prior_tile ||", ""),
-    replace("first_iteration + (kv_tile - first_kv_tile)", "kv_tile - first_kv_tile"),
+    replace(
+        "first_iteration + (kv_tile - first_kv_tile)",
+        "kv_tile - first_kv_tile",
+    ),
     replace("uniform(max(end, work.first_kv_tile))", "uniform(end)"),
     replace("kv_tile < range.work_end", "kv_tile + 1 < range.work_end"),
-    replace("if (range.masked(kv_tile)) mask_rows", "if (false) mask_rows"),
-    replace("kv_tile < range.past_tiles ?", "kv_tile <= range.past_tiles ?"),
+    replace(
+        "if (range.masked(kv_tile)) mask_rows",
+        "if (false) mask_rows",
+    ),
+    replace(
+        "kv_tile < range.past_tiles ?",
+        "kv_tile <= range.past_tiles ?",
+    ),
     // Products and their order.
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),
@@ -149,7 +164,10 @@ const FORWARD: [Rule; 86] = [
     replace("(&shared.k[stage])", "(&shared.v[stage])"),
     replace("(&shared.v[stage])", "(&shared.k[stage])"),
     replace("shared.q[range.work_buffer]", "shared.q[0]"),
-    replace("(s, shared, range, kv_tile + 1)", "(s, shared, range, kv_tile)"),
+    replace(
+        "(s, shared, range, kv_tile + 1)",
+        "(s, shared, range, kv_tile)",
+    ),
     replace("(s, shared, range, end)", "(s, shared, range, kv_tile)"),
     replace(
         "probs, shared, range, kv_tile)",
