@@ -9,7 +9,7 @@ use std::io::Write;
 
 use cudarc::driver::sys::CUevent_flags;
 use segattn::device::Kind;
-use segattn::device::gpu::cuda::{Choice, Cuda};
+use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::gpu::{Driver, Operand, Plus, Product};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 
 use segattn::device::gpu::Gpu;
-use segattn::device::gpu::cuda::{Choice, Cuda};
+use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::sampler::{Sampler, SamplerConfig};
 use segattn::device::{Device, Kind, Sampled};
 use segattn::generate::{Generator, GeneratorConfig, Prompt};

@@ -8,7 +8,7 @@ use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use segattn::cuda::kernels::Error as Kernels;
-use segattn::device::gpu::cuda::{Choice, Cuda};
+use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::gpu::{Driver, Gpu, MemoryPlan, PoolPlace};
 use segattn::device::{Device, DeviceError, Kind, Purpose};
 use segattn::generate::GenerateError;

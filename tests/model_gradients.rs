@@ -17,7 +17,7 @@ fn copy(state: &SequenceState<Reference>) -> SequenceState<Reference> {
         prior_k: c.prior_k.clone(),
         prior_v: c.prior_v.clone(),
         prior_rows: c.prior_rows,
-        picks: c.picks.clone(),
+        selected: c.selected.clone(),
         pool: c.pool.clone(),
     };
     SequenceState {
@@ -91,7 +91,7 @@ fn truncated_loss(
             let mut state = copy(&states[first]);
             for (j, constants) in states.iter().enumerate().take(i + 1).skip(first) {
                 for (layer, constant) in state.layers.iter_mut().zip(&constants.layers) {
-                    layer.picks = constant.picks.clone();
+                    layer.selected = constant.selected.clone();
                     layer.pool = constant.pool.clone();
                 }
                 let loss = segment_loss(moved, &plan, tokens, j, &mut state);

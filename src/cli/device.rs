@@ -9,7 +9,7 @@ use segattn::cuda::kernels::DriverKernels;
 use segattn::device::cpu::Cpu;
 use segattn::device::gpu::PoolPlace;
 #[cfg(feature = "cuda")]
-use segattn::device::gpu::cuda::{Choice, Cuda};
+use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 #[cfg(feature = "cuda")]
 use segattn::device::gpu::{DryRun, Gpu};
 use segattn::device::{Device, Purpose};

@@ -1,4 +1,4 @@
-//! What a device may say, and which setting helps where memory is short.
+//! Errors of device calls, and which setting helps where memory is short.
 
 use std::fmt;
 
@@ -14,6 +14,16 @@ pub enum DeviceError {
     /// Memory could not be had.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
+    /// A size, a range or an index that does not fit. Nothing has been read or written.
+    #[error("{argument}: expected {expected}, got {got}")]
+    Argument {
+        /// The offending argument.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What was passed.
+        got: String,
+    },
     /// The GPU's driver or kernels failed.
     #[error(transparent)]
     Gpu(#[from] kernels::Error),
@@ -39,6 +49,19 @@ impl From<attention::cuda::Error> for DeviceError {
 }
 
 impl DeviceError {
+    /// An argument that does not fit.
+    pub(crate) fn argument(
+        argument: &'static str,
+        expected: impl Into<String>,
+        got: impl fmt::Display,
+    ) -> Self {
+        DeviceError::Argument {
+            argument,
+            expected: expected.into(),
+            got: got.to_string(),
+        }
+    }
+
     /// Says what memory was wanted for, where that is not known yet. A forward's activations are a backward's in
     /// training.
     pub(crate) fn wanted_for(mut self, purpose: Purpose) -> Self {

@@ -8,30 +8,31 @@
 //!
 //! **Bits.** Whatever a device computes for a row depends on that row's own inputs only: never on
 //! how many rows there are, which rows stand beside it, or how many threads work
-//! (segment-attention contract, section 4).
+//! (docs/contract.md, section 4).
 
 pub mod cpu;
 mod error;
 pub mod gpu;
 mod host_memory;
+mod past;
 pub mod reference;
-mod runs;
 pub mod sampler;
 mod sampling;
-mod split;
+mod shared;
 mod types;
 
 use std::ops::Range;
 
 pub use error::{DeviceError, OutOfMemory, Purpose};
 pub use host_memory::HostMemory;
-pub use sampling::HostSamplers;
+pub use past::{PastPool, SelectedBlocks};
+pub use sampling::{Sampled, Samplers};
+pub use shared::blocks::HostBlocks;
+pub use shared::samplers::HostSamplers;
 pub use types::{
-    AdamW, Attention, AttentionGrad, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads, Pick,
-    Probes, Rows, RowsMut, Sampled, SegmentCache, SlotSpan, StepRows, Update,
+    AdamW, Attention, AttentionGrad, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads, Probes,
+    Rows, RowsMut, SegmentCache, Selection, SlotSpan, StepRows, Update,
 };
-
-use sampler::SamplerConfig;
 
 /// Results of device calls.
 pub type Result<T> = std::result::Result<T, DeviceError>;
@@ -40,22 +41,21 @@ pub type Result<T> = std::result::Result<T, DeviceError>;
 ///
 /// Shapes are the caller's promise: every method may panic on a range outside its buffer, since the
 /// model has validated its inputs once.
-pub trait Device: Send + Sync + std::fmt::Debug {
+pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     /// Memory on the device: a run of numbers, in the device's own precision for their [`Kind`].
     type Buffer: Send + Sync + std::fmt::Debug;
     /// A weight `[out, in]` prepared for products.
     type Matrix: Send + Sync + std::fmt::Debug;
-    /// Keys and values of all completed tokens of one sequence and layer, for the KV heads that
-    /// read the past, before rotation.
-    type Pool: Send + Sync + std::fmt::Debug;
-    /// Tokens that the heads of a pool have chosen, in order of position.
-    type Picks: Send + Sync + std::fmt::Debug;
+    /// Keys and values of completed tokens, see [`PastPool`].
+    type Pool: PastPool<Self>;
+    /// Blocks that retrieval has selected, see [`SelectedBlocks`].
+    type Blocks: SelectedBlocks<Self>;
     /// What a step's rows need of the host, where the device's calls read it.
     type Step: Send + Sync + std::fmt::Debug + AsRef<StepRows>;
-    /// How the sequences of a batch choose tokens, and what they have chosen last.
-    type Samplers: Send + Sync + std::fmt::Debug;
-    /// Calls that can be made again all at once.
-    type Recording: Send + Sync + std::fmt::Debug;
+    /// Samplers for the sequences of a batch, see [`Samplers`].
+    type Samplers: Samplers<Self>;
+    /// Recorded calls, see [`Device::record`].
+    type Recording: Recording;
 
     /// Rows of logits that exist at a time.
     const LOGIT_ROWS: usize = 128;
@@ -68,15 +68,18 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         work()
     }
 
-    /// Records the calls that `work` makes, without making them; [`Device::replay`] makes them, as often as asked. `None`,
-    /// and `work` not called, where a device has nothing to win.
+    /// Records the calls that `work` makes, without making them; [`Recording::replay`] makes them, as often as asked.
+    /// `None`, and `work` is not called, on a device that gains nothing by it.
     ///
-    /// Only calls that nobody on the host waits for can be recorded, and that write nothing from there: those between
-    /// [`Device::renew`] and [`Device::sampled`], after a first step with the same objects that was not recorded. Every
-    /// buffer in them has to be there at each replay. Calls of other threads meanwhile would be recorded as well.
-    fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<Option<(T, Self::Recording)>>;
-    /// Makes the recorded calls.
-    fn replay(&self, recording: &Self::Recording) -> Result<()>;
+    /// Calls that exchange data with the host are refused while recording: reads, writes, and calls that upload tables. A
+    /// decoding step between [`Device::renew`] and [`Samplers::sampled`] has none after a first step with the same objects
+    /// that was not recorded. Calls of other threads meanwhile are recorded as well.
+    ///
+    /// # Errors
+    /// Those of `work`, and what the device says.
+    fn record<T>(&self, _work: impl FnOnce() -> Result<T>) -> Result<Option<(T, Self::Recording)>> {
+        Ok(None)
+    }
 
     /// A buffer of `len` zeros.
     fn zeros(&self, kind: Kind, len: usize) -> Result<Self::Buffer>;
@@ -239,7 +242,7 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         q: RowsMut<'_, Self::Buffer>,
         store: KeyStore<'_, Self::Buffer>,
     ) -> Result<()> {
-        split::split(self, qkv, heads, tables, step.as_ref(), q, store)
+        shared::qkv::split(self, qkv, heads, tables, step.as_ref(), q, store)
     }
     /// The way back of [`Device::split_qkv`] for gradients: `d_qkv = [d_q | d_k | d_v]`, the first two turned back.
     fn join_qkv(
@@ -250,7 +253,7 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         angles: &[usize],
         d_qkv: RowsMut<'_, Self::Buffer>,
     ) -> Result<()> {
-        split::join(self, d, heads, tables, angles, d_qkv)
+        shared::qkv::join(self, d, heads, tables, angles, d_qkv)
     }
     /// `y = silu(gate) * up` for rows `[gate | up]` of `2 * inner`.
     fn swiglu(
@@ -281,25 +284,8 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         scores: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
 
-    /// Samplers for the sequences of a batch, one random stream each. The repetition penalty sees their histories, tokens
-    /// below `vocab`, and what they choose.
-    fn samplers(
-        &self,
-        config: &SamplerConfig,
-        streams: &[u64],
-        histories: &[&[u32]],
-        vocab: usize,
-    ) -> Result<Self::Samplers>;
-    /// Says which sequences of the batch the next calls choose for.
-    fn select(&self, samplers: &mut Self::Samplers, sequences: &[usize]) -> Result<()>;
-    /// Chooses a token for each sequence selected, from its row of `logits [sequences, vocab]`, which stay as they are.
-    fn sample(&self, logits: &mut Self::Buffer, samplers: &mut Self::Samplers) -> Result<()>;
-    /// What was chosen, in the order of the selection; the host waits for it. `logits` are those of the last
-    /// [`Device::sample`].
-    fn sampled(&self, logits: &Self::Buffer, samplers: &Self::Samplers) -> Result<Vec<Sampled>>;
-
-    /// Segment attention, forward: `out [rows, q_heads * head_dim]` and `lse [rows, q_heads]`, rows
-    /// as in the spans, which are the step's. `number` tells the step's calls of attention apart.
+    /// Segment attention, forward: `out [rows, q_heads * head_dim]`, and of each span `lse [q_heads, rows]`, the spans'
+    /// blocks of `lse` one after the other. The spans are the step's. `number` tells the step's calls of attention apart.
     fn attention(
         &self,
         call: &Attention<'_, Self::Buffer>,
@@ -315,51 +301,24 @@ pub trait Device: Send + Sync + std::fmt::Debug {
         grad: AttentionGrad<'_, Self::Buffer>,
     ) -> Result<()>;
 
-    /// An empty pool for `heads` heads of `head_dim`, which will be appended to `run` tokens at a time.
-    fn pool(&self, heads: usize, head_dim: usize, run: usize) -> Result<Self::Pool>;
-    /// Tokens in the pool.
-    fn pool_len(&self, pool: &Self::Pool) -> usize;
-    /// Appends `rows` tokens: the `heads` named, from rows of `kv_heads * head_dim`.
-    fn pool_append(
-        &self,
-        pool: &mut Self::Pool,
-        heads: &[usize],
-        k: Rows<'_, Self::Buffer>,
-        v: Rows<'_, Self::Buffer>,
-        rows: usize,
-    ) -> Result<()>;
-    /// Keys, then values, each `[tokens, heads, head_dim]`, of a range of whole runs: for saving.
-    fn pool_read(&self, pool: &Self::Pool, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)>;
-    /// Appends a run that [`Device::pool_read`] gave.
-    fn pool_write(&self, pool: &mut Self::Pool, k: &[f32], v: &[f32]) -> Result<()>;
-    /// Picks of these tokens, for each head of a pool: whole blocks of `block_len`, in order.
-    fn picks(&self, tokens: &[Vec<usize>], block_len: usize) -> Result<Self::Picks>;
-    /// How many tokens a head of the pool has picked.
-    fn pick_count(&self, picks: &Self::Picks, head: usize) -> usize;
-    /// The tokens of every head: for saving.
-    fn pick_tokens(&self, picks: &Self::Picks) -> Result<Vec<Vec<usize>>>;
-    /// Retrieval (contract section 2): for every head of the pool the best blocks for its probes, in
-    /// order of position.
-    fn pick_blocks(
-        &self,
-        pool: &Self::Pool,
-        probes: &Probes<'_, Self::Buffer>,
-        pick: &Pick<'_>,
-    ) -> Result<Self::Picks>;
-    /// Copies each head's picked tokens to the rows' columns of its KV head: keys rotated, the last
-    /// one by the angles in the row of the tables before `ends[head]`.
-    fn pool_gather(
-        &self,
-        pool: &Self::Pool,
-        picks: &Self::Picks,
-        past: &PastHeads<'_>,
-        tables: (&Self::Buffer, &Self::Buffer),
-        k: RowsMut<'_, Self::Buffer>,
-        v: RowsMut<'_, Self::Buffer>,
-    ) -> Result<()>;
-
     /// The norm of all gradients, and one AdamW update of every tensor unless the norm is not
     /// finite or `update.only_measure` is set; nothing is touched then.
     fn adamw(&self, tensors: &mut [GradTensor<'_, Self::Buffer>], update: &AdamW)
     -> Result<Update>;
+}
+
+/// Calls of a device that were recorded, see [`Device::record`].
+pub trait Recording: Send + Sync + std::fmt::Debug {
+    /// Makes the recorded calls.
+    ///
+    /// # Errors
+    /// [`DeviceError::Argument`] where a buffer of theirs has been dropped, or what the device says.
+    fn replay(&self) -> Result<()>;
+}
+
+/// Of devices that record nothing.
+impl Recording for std::convert::Infallible {
+    fn replay(&self) -> Result<()> {
+        match *self {}
+    }
 }

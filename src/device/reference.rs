@@ -5,12 +5,14 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use super::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostSamplers, Kind, PastHeads, Pick,
-    Probes, Result, Rows, RowsMut, Sampled, StepRows, Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostBlocks, HostSamplers, Kind,
+    OutOfMemory, Result, Rows, RowsMut, StepRows, Update, shared::spans,
 };
-use crate::device::sampler::SamplerConfig;
 
 mod attention;
+mod pool;
+
+pub use pool::Pool;
 
 /// The f64 device.
 #[derive(Debug, Default, Clone, Copy)]
@@ -22,15 +24,6 @@ pub struct Weight {
     values: Vec<f64>,
     out: usize,
     inner: usize,
-}
-
-/// Keys and values `[token, head, head_dim]`.
-#[derive(Debug, Clone)]
-pub struct Pool {
-    heads: usize,
-    head_dim: usize,
-    k: Vec<f64>,
-    v: Vec<f64>,
 }
 
 type Buf = Vec<f64>;
@@ -68,7 +61,7 @@ impl Device for Reference {
     type Buffer = Buf;
     type Matrix = Weight;
     type Pool = Pool;
-    type Picks = Vec<Vec<usize>>;
+    type Blocks = HostBlocks;
     type Step = StepRows;
     type Samplers = HostSamplers;
     type Recording = Infallible;
@@ -77,16 +70,12 @@ impl Device for Reference {
         "reference (f64, one thread)".into()
     }
 
-    fn record<T>(&self, _: impl FnOnce() -> Result<T>) -> Result<Option<(T, Infallible)>> {
-        Ok(None)
-    }
-
-    fn replay(&self, recording: &Infallible) -> Result<()> {
-        match *recording {}
-    }
-
     fn zeros(&self, _: Kind, len: usize) -> Result<Buf> {
-        Ok(vec![0.0; len])
+        let mut buffer = Vec::new();
+        let full = |_| OutOfMemory::device(len.saturating_mul(size_of::<f64>()));
+        buffer.try_reserve_exact(len).map_err(full)?;
+        buffer.resize(len, 0.0);
+        Ok(buffer)
     }
 
     fn write(&self, buffer: &mut Buf, start: usize, values: &[f32]) -> Result<()> {
@@ -394,29 +383,6 @@ impl Device for Reference {
         Ok(())
     }
 
-    fn samplers(
-        &self,
-        config: &SamplerConfig,
-        streams: &[u64],
-        histories: &[&[u32]],
-        vocab: usize,
-    ) -> Result<HostSamplers> {
-        HostSamplers::new(config, streams, histories, vocab)
-    }
-
-    fn select(&self, samplers: &mut HostSamplers, sequences: &[usize]) -> Result<()> {
-        samplers.select(sequences);
-        Ok(())
-    }
-
-    fn sample(&self, logits: &mut Buf, samplers: &mut HostSamplers) -> Result<()> {
-        samplers.sample(self, logits)
-    }
-
-    fn sampled(&self, _: &Buf, samplers: &HostSamplers) -> Result<Vec<Sampled>> {
-        samplers.sampled()
-    }
-
     fn attention(
         &self,
         call: &Attention<'_, Buf>,
@@ -425,7 +391,7 @@ impl Device for Reference {
         out: RowsMut<'_, Buf>,
         lse: RowsMut<'_, Buf>,
     ) -> Result<()> {
-        Ok(runs::forward::<Self>(call, out, lse)?)
+        Ok(spans::forward::<Self>(call, out, lse)?)
     }
 
     fn attention_grad(
@@ -433,107 +399,7 @@ impl Device for Reference {
         call: &Attention<'_, Buf>,
         grad: AttentionGrad<'_, Buf>,
     ) -> Result<()> {
-        Ok(runs::backward::<Self>(call, grad)?)
-    }
-
-    fn pool(&self, heads: usize, head_dim: usize, _: usize) -> Result<Pool> {
-        Ok(Pool {
-            heads,
-            head_dim,
-            k: Vec::new(),
-            v: Vec::new(),
-        })
-    }
-
-    fn pool_len(&self, pool: &Pool) -> usize {
-        pool.k.len() / (pool.heads * pool.head_dim)
-    }
-
-    fn pool_append(
-        &self,
-        pool: &mut Pool,
-        heads: &[usize],
-        k: Rows<'_, Buf>,
-        v: Rows<'_, Buf>,
-        rows: usize,
-    ) -> Result<()> {
-        for r in 0..rows {
-            for head in heads {
-                let column = head * pool.head_dim;
-                pool.k
-                    .extend_from_slice(k.column(column).row(r, pool.head_dim));
-                pool.v
-                    .extend_from_slice(v.column(column).row(r, pool.head_dim));
-            }
-        }
-        Ok(())
-    }
-
-    fn pool_read(&self, pool: &Pool, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
-        let width = pool.heads * pool.head_dim;
-        let range = tokens.start * width..tokens.end * width;
-        let narrow = |x: &Buf| x[range.clone()].iter().map(|x| *x as f32).collect();
-        Ok((narrow(&pool.k), narrow(&pool.v)))
-    }
-
-    fn pool_write(&self, pool: &mut Pool, k: &[f32], v: &[f32]) -> Result<()> {
-        pool.k.extend(k.iter().copied().map(f64::from));
-        pool.v.extend(v.iter().copied().map(f64::from));
-        Ok(())
-    }
-
-    fn picks(&self, tokens: &[Vec<usize>], _: usize) -> Result<Vec<Vec<usize>>> {
-        Ok(tokens.to_vec())
-    }
-
-    fn pick_count(&self, picks: &Vec<Vec<usize>>, head: usize) -> usize {
-        picks[head].len()
-    }
-
-    fn pick_tokens(&self, picks: &Vec<Vec<usize>>) -> Result<Vec<Vec<usize>>> {
-        Ok(picks.clone())
-    }
-
-    fn pick_blocks(
-        &self,
-        pool: &Pool,
-        probes: &Probes<'_, Buf>,
-        pick: &Pick<'_>,
-    ) -> Result<Vec<Vec<usize>>> {
-        let heads = 0..pick.kv_heads.len();
-        Ok(heads
-            .map(|head| best_blocks(pool, head, probes, pick))
-            .collect())
-    }
-
-    fn pool_gather(
-        &self,
-        pool: &Pool,
-        picks: &Vec<Vec<usize>>,
-        past: &PastHeads<'_>,
-        tables: (&Buf, &Buf),
-        k: RowsMut<'_, Buf>,
-        mut v: RowsMut<'_, Buf>,
-    ) -> Result<()> {
-        let dim = pool.head_dim;
-        for (i, tokens) in picks.iter().enumerate() {
-            let column = past.kv_heads[i] * dim;
-            let mut raw = Vec::with_capacity(tokens.len() * dim);
-            for (r, token) in tokens.iter().enumerate() {
-                let at = (token * pool.heads + i) * dim;
-                raw.extend_from_slice(&pool.k[at..at + dim]);
-                v.row(r, column + dim)[column..].copy_from_slice(&pool.v[at..at + dim]);
-            }
-            let angles: Vec<usize> = (past.ends[i] - tokens.len()..past.ends[i]).collect();
-            let to = RowsMut {
-                buffer: &mut *k.buffer,
-                start: k.start + column,
-                stride: k.stride,
-            };
-            let from = Rows::packed(&raw, 0, dim);
-            self.rope(from, to, 1, dim, tables, &angles, false, Fold::Set)?;
-        }
-        Ok(())
+        Ok(spans::backward::<Self>(call, grad)?)
     }
 
     fn adamw(&self, tensors: &mut [GradTensor<'_, Buf>], update: &AdamW) -> Result<Update> {
@@ -578,48 +444,4 @@ impl Device for Reference {
             applied: true,
         })
     }
-}
-
-/// The tokens of the best blocks of one head of a pool.
-fn best_blocks(pool: &Pool, head: usize, probes: &Probes<'_, Buf>, pick: &Pick<'_>) -> Vec<usize> {
-    let dim = pool.head_dim;
-    let mut queries: Vec<Vec<f64>> = Vec::new();
-    let first_q = pick.kv_heads[head] * probes.group;
-    for q_head in first_q..first_q + probes.group {
-        let mut first = 0;
-        while first + probes.window <= probes.rows {
-            let mut mean = vec![0.0; dim];
-            for r in first..first + probes.window {
-                let q = probes.q.column(q_head * dim).row(r, dim);
-                mean.iter_mut()
-                    .zip(q)
-                    .for_each(|(m, q)| *m += q / probes.window as f64);
-            }
-            queries.push(mean);
-            first += probes.stride;
-        }
-    }
-    let score = |token: usize| {
-        let k = &pool.k[(token * pool.heads + head) * dim..][..dim];
-        queries
-            .iter()
-            .map(|q| dot(q, k))
-            .fold(f64::NEG_INFINITY, f64::max)
-    };
-    let blocks = pick.eligible[head] / pick.block_len;
-    let scores: Vec<f64> = (0..blocks)
-        .map(|b| {
-            (b * pick.block_len..(b + 1) * pick.block_len)
-                .map(score)
-                .fold(f64::NEG_INFINITY, f64::max)
-        })
-        .collect();
-    let mut order: Vec<usize> = (0..blocks).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
-    order.truncate(pick.blocks);
-    order.sort_unstable();
-    order
-        .iter()
-        .flat_map(|b| b * pick.block_len..(b + 1) * pick.block_len)
-        .collect()
 }

@@ -1,90 +1,54 @@
-//! Sampling on the host, for devices whose memory is the host's.
+//! How the sequences of a batch choose their next tokens.
 
-use super::sampler::{Sampler, SamplerConfig, SamplerError};
-use super::{Device, Result, RowsMut, Sampled};
+use std::fmt::Debug;
 
-/// How the sequences of a batch choose their tokens, and what they have chosen last.
-#[derive(Debug)]
-pub struct HostSamplers {
-    sequences: Vec<Sequence>,
-    selected: Vec<usize>,
-    /// Of the selected sequences.
-    chosen: Vec<std::result::Result<Sampled, SamplerError>>,
-    vocab: usize,
+use super::sampler::SamplerConfig;
+use super::{Device, Result};
+
+/// A token that a sequence has chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its natural-log probability by the logits as they are.
+    pub log_probability: f32,
 }
 
-#[derive(Debug)]
-struct Sequence {
-    sampler: Sampler,
-    /// What the repetition penalty sees; empty where there is none.
-    history: Vec<u32>,
-}
-
-impl HostSamplers {
-    /// See [`Device::samplers`].
-    pub(super) fn new(
+/// Samplers for the sequences of a batch, one random stream each.
+///
+/// One choice takes three calls: [`select`](Self::select), [`sample`](Self::sample), [`sampled`](Self::sampled). A choice
+/// counts once `sampled` has returned it. If a call before that fails, the next `select` restores random streams and
+/// histories, so that the same choice can be made again.
+pub trait Samplers<D: Device>: Sized + Send + Sync + Debug {
+    /// Samplers at the beginning of their random streams. The repetition penalty sees `histories`, tokens below `vocab`, and
+    /// what the sequences choose.
+    ///
+    /// # Errors
+    /// A setting out of its range, a token that is not below `vocab`, or what the device says.
+    fn new(
+        device: &D,
         config: &SamplerConfig,
         streams: &[u64],
         histories: &[&[u32]],
         vocab: usize,
-    ) -> Result<Self> {
-        let sequence = |(stream, history): (&u64, &&[u32])| {
-            let sampler = Sampler::new(*config, *stream)?;
-            let penalised = config.repetition_penalty != 1.0;
-            let history = if penalised {
-                history.to_vec()
-            } else {
-                Vec::new()
-            };
-            Ok(Sequence { sampler, history })
-        };
-        let sequences = streams.iter().zip(histories).map(sequence);
-        Ok(Self {
-            sequences: sequences.collect::<std::result::Result<_, SamplerError>>()?,
-            selected: Vec::new(),
-            chosen: Vec::new(),
-            vocab,
-        })
-    }
+    ) -> Result<Self>;
 
-    /// See [`Device::select`].
-    pub(super) fn select(&mut self, sequences: &[usize]) {
-        self.selected = sequences.to_vec();
-    }
+    /// The sequences that the next calls choose for, each at most once.
+    ///
+    /// # Errors
+    /// A sequence that is not of the batch, or what the device says.
+    fn select(&mut self, device: &D, sequences: &[usize]) -> Result<()>;
 
-    /// See [`Device::sample`].
-    pub(super) fn sample<D: Device>(&mut self, device: &D, logits: &mut D::Buffer) -> Result<()> {
-        self.chosen.clear();
-        for index in &self.selected {
-            let Sequence { sampler, history } = &mut self.sequences[*index];
-            let row = index * self.vocab..(index + 1) * self.vocab;
-            let token = match sampler.sample(&device.read(logits, row)?, history) {
-                Ok(token) => token,
-                Err(error) => {
-                    self.chosen.push(Err(error));
-                    continue;
-                }
-            };
-            if sampler.config().repetition_penalty != 1.0 {
-                history.push(token);
-            }
-            let mut score = device.empty(super::Kind::Exact, 1)?;
-            let (row, to) = (
-                RowsMut::packed(logits, *index, self.vocab),
-                RowsMut::packed(&mut score, 0, 1),
-            );
-            device.log_probabilities(row, self.vocab, &[token], None, to)?;
-            self.chosen.push(Ok(Sampled {
-                token,
-                log_probability: device.read(&score, 0..1)?[0],
-            }));
-        }
-        Ok(())
-    }
+    /// Chooses a token for each selected sequence from its row of `logits [sequences, vocab]`, which stay as they are.
+    ///
+    /// # Errors
+    /// Logits of another size, or what the device says.
+    fn sample(&mut self, device: &D, logits: &mut D::Buffer) -> Result<()>;
 
-    /// See [`Device::sampled`].
-    pub(super) fn sampled(&self) -> Result<Vec<Sampled>> {
-        let chosen = self.chosen.iter().cloned();
-        Ok(chosen.collect::<std::result::Result<_, SamplerError>>()?)
-    }
+    /// The chosen tokens, in the order of the selection; waits for the device. `logits` are those of the last
+    /// [`sample`](Self::sample).
+    ///
+    /// # Errors
+    /// [`DeviceError::Sampler`](super::DeviceError::Sampler) where logits allow no choice, or what the device says.
+    fn sampled(&mut self, device: &D, logits: &D::Buffer) -> Result<Vec<Sampled>>;
 }

@@ -178,15 +178,6 @@ pub struct SlotSpan {
     pub slot: usize,
 }
 
-/// A token that a sequence has chosen.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sampled {
-    /// Its id.
-    pub token: u32,
-    /// Its natural-log probability by the logits as they are.
-    pub log_probability: f32,
-}
-
 /// One attention call over the spans' rows.
 #[derive(Debug)]
 pub struct Attention<'a, B> {
@@ -242,20 +233,20 @@ pub struct Probes<'a, B> {
     pub stride: usize,
 }
 
-/// Which blocks the heads of a pool may pick, and how many.
+/// Which blocks the heads of a pool may select, and how many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pick<'a> {
-    /// The KV head of each.
+pub struct Selection<'a> {
+    /// The KV head of each head of the pool.
     pub kv_heads: &'a [usize],
-    /// Each may pick tokens `[0, eligible)` of the pool.
+    /// Each may select blocks of tokens `[0, eligible)` of the pool.
     pub eligible: &'a [usize],
     /// Tokens of a block.
     pub block_len: usize,
-    /// Blocks that each picks, at most.
+    /// Blocks that each head selects, at most.
     pub blocks: usize,
 }
 
-/// Where the picked tokens of a pool's heads go.
+/// Where the selected tokens of a pool's heads go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PastHeads<'a> {
     /// The KV head of each.

@@ -25,7 +25,7 @@ use super::error::FileError;
 use super::files::{io_error, new_beside, persist, sync_folder};
 use super::session::Session;
 use super::state::open_segment;
-use crate::device::{Device, DeviceError, Fold, Rows, RowsMut};
+use crate::device::{Device, DeviceError, Fold, PastPool, Rows, RowsMut, SelectedBlocks};
 use layout::{Part, Shapes, fingerprint};
 use reader::Reader;
 
@@ -193,21 +193,18 @@ impl StateFile {
         let Some(pool) = &mut carry.pool else {
             return Ok(());
         };
-        *pool = device.pool(
-            shapes.past_heads(l),
-            session.plan.heads.dim,
-            session.plan.segment_len,
-        )?;
+        let (heads, plan) = (shapes.past_heads(l), &session.plan);
+        *pool = D::Pool::new(device, heads, plan.heads.dim, plan.segment_len);
         for segment in 0..shapes.segments() {
             let values = self.floats(from, Part::Pool(l, segment), &shapes.pool(l))?;
             let (k, v) = values.split_at(values.len() / 2);
-            device.pool_write(pool, k, v)?;
+            pool.write(device, k, v)?;
         }
         let block_len = session.plan.retrieval[2];
         let picks: Vec<Vec<usize>> = (0..shapes.past_heads(l))
             .map(|h| self.picks(from, l, h, shapes, block_len))
             .collect::<Result<_, _>>()?;
-        carry.picks = device.picks(&picks, block_len)?;
+        carry.selected = D::Blocks::new(device, &picks, block_len)?;
         Ok(())
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::device::{
-    Device, DeviceError, Fold, Heads, Kind, PastHeads, Pick, Probes, Purpose, Result, Rows,
-    RowsMut, SegmentCache,
+    Device, DeviceError, Fold, Heads, Kind, PastHeads, PastPool, Probes, Purpose, Result, Rows,
+    RowsMut, SegmentCache, SelectedBlocks, Selection,
 };
 
 /// Which KV heads of a layer read what, and their sizes.
@@ -273,8 +273,8 @@ pub struct Carry<D: Device> {
     pub prior_v: D::Buffer,
     /// Rows of the tail: 0 before the first segment is complete.
     pub prior_rows: usize,
-    /// Tokens chosen for the next segment, for each KV head in [`LayerReads::past`].
-    pub picks: D::Picks,
+    /// Blocks selected for the next segment, for each KV head in [`LayerReads::past`].
+    pub selected: D::Blocks,
     /// Keys and values of all completed tokens, for the same heads.
     pub pool: Option<D::Pool>,
 }
@@ -296,10 +296,13 @@ impl<D: Device> SequenceState<D> {
                 prior_k: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_v: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_rows: 0,
-                picks: device.picks(&vec![Vec::new(); past], plan.retrieval[2].max(1))?,
+                selected: D::Blocks::new(
+                    device,
+                    &vec![Vec::new(); past],
+                    plan.retrieval[2].max(1),
+                )?,
                 pool: (past > 0)
-                    .then(|| device.pool(past, plan.heads.dim, plan.segment_len))
-                    .transpose()?,
+                    .then(|| D::Pool::new(device, past, plan.heads.dim, plan.segment_len)),
             })
         };
         let layers = plan.reads.iter().map(layer).collect::<Result<_>>();
@@ -349,7 +352,7 @@ pub(super) fn open_segment<D: Device>(
     };
     let mut ends = Vec::with_capacity(reads.past.len());
     for (i, head) in reads.past.iter().enumerate() {
-        kv.past_len[slot * plan.heads.kv + head] = device.pick_count(&carry.picks, i);
+        kv.past_len[slot * plan.heads.kv + head] = carry.selected.count(i);
         ends.push(plan.origin() - if reads.prior[*head] { rows } else { 0 });
     }
     let past = PastHeads {
@@ -359,7 +362,7 @@ pub(super) fn open_segment<D: Device>(
     let first = slot * past_room;
     let k = RowsMut::packed(&mut kv.past_k, first, width);
     let v = RowsMut::packed(&mut kv.past_v, first, width);
-    device.pool_gather(pool, &carry.picks, &past, tables, k, v)
+    pool.gather(device, &carry.selected, &past, tables, [k, v])
 }
 
 /// Keeps what a completed segment leaves to the next: its tail, its tokens in the pool, and the past
@@ -394,9 +397,9 @@ pub(super) fn close_segment<D: Device>(
         Rows::packed(&kv.raw_k, first, width),
         Rows::packed(&kv.v, first, width),
     );
-    device.pool_append(pool, &reads.past, k, v, plan.segment_len)?;
+    pool.append(device, &reads.past, [k, v], plan.segment_len)?;
     let [window, stride, block_len] = plan.retrieval;
-    let tokens = device.pool_len(pool);
+    let tokens = pool.tokens();
     let tail = |head: &usize| {
         if reads.prior[*head] {
             plan.prior_len
@@ -412,13 +415,13 @@ pub(super) fn close_segment<D: Device>(
         window,
         stride,
     };
-    let pick = Pick {
+    let selection = Selection {
         kv_heads: &reads.past,
         eligible: &eligible,
         block_len,
         blocks: plan.past_len / block_len,
     };
-    carry.picks = device.pick_blocks(pool, &probes, &pick)?;
+    carry.selected = pool.select(device, &probes, &selection)?;
     Ok(())
 }
 
@@ -436,9 +439,9 @@ pub(super) fn pretend_segment<D: Device>(
         return Ok(());
     };
     let rows = Rows::packed(rows, 0, plan.kv_width());
-    device.pool_append(pool, &reads.past, rows, rows, plan.segment_len)?;
-    let tokens = plan.past_len.min(device.pool_len(pool));
-    let picks = vec![(0..tokens).collect(); reads.past.len()];
-    carry.picks = device.picks(&picks, plan.retrieval[2])?;
+    pool.append(device, &reads.past, [rows; 2], plan.segment_len)?;
+    let tokens = plan.past_len.min(pool.tokens());
+    let selected = vec![(0..tokens).collect(); reads.past.len()];
+    carry.selected = D::Blocks::new(device, &selected, plan.retrieval[2])?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! and log-probabilities are compared with PyTorch's in f32.
 
 use segattn::device::gpu::Gpu;
-use segattn::device::gpu::cuda::{Choice, Cuda};
+use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::{Device, Kind};
 use segattn::model::config::WeightType;
 use segattn::model::decoder::Decoder;

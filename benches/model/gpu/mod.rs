@@ -38,7 +38,7 @@ mod weights;
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use segattn::device::gpu::cuda::{Choice, Cuda};
+use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::gpu::{Driver, DryRun, Gpu, PoolPlace};
 use segattn::device::{Device, DeviceError, Purpose};
 use segattn::generate::GenerateError;

@@ -7,7 +7,9 @@ use crate::common::{config, gpu, model, tokens, upload, values};
 use segattn::cuda::kernels::Error;
 use segattn::device::gpu::Gpu;
 use segattn::device::sampler::{Sampler, SamplerConfig, SamplerError};
-use segattn::device::{Device, DeviceError, Fold, Kind, Rows, RowsMut, Sampled};
+use segattn::device::{
+    Device, DeviceError, Fold, Kind, Recording, Rows, RowsMut, Sampled, Samplers,
+};
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::session::{Feed, Session, score};
@@ -15,6 +17,7 @@ use segattn::model::session_file::{StateFile, save};
 use segattn_sim::{Checks, Driver};
 
 type Model = Decoder<Gpu<Driver>>;
+type Choosers = <Gpu<Driver> as Device>::Samplers;
 
 fn sampled() -> SamplerConfig {
     SamplerConfig {
@@ -249,10 +252,10 @@ fn logits_without_a_choice_are_the_hosts_errors() {
         bad.iter().for_each(|(at, x)| values[vocab + at] = *x);
         let mut logits = upload(&gpu, Kind::Exact, &values);
         let settings = SamplerConfig::default();
-        let mut samplers = gpu.samplers(&settings, &[0, 1], &[&[], &[]], vocab)?;
-        gpu.select(&mut samplers, &[1])?;
-        gpu.sample(&mut logits, &mut samplers)?;
-        gpu.sampled(&logits, &samplers)
+        let mut samplers = Choosers::new(&gpu, &settings, &[0, 1], &[&[], &[]], vocab)?;
+        samplers.select(&gpu, &[1])?;
+        samplers.sample(&gpu, &mut logits)?;
+        samplers.sampled(&gpu, &logits)
     };
     let failed = |result: Result<Vec<Sampled>, DeviceError>| match result {
         Err(DeviceError::Sampler(error)) => error,
@@ -274,9 +277,7 @@ fn logits_without_a_choice_are_the_hosts_errors() {
         top_p: 0.0,
         ..SamplerConfig::default()
     };
-    let refused = gpu
-        .samplers(&settings, &[0], &[&[]], vocab)
-        .expect_err("a bad setting");
+    let refused = Choosers::new(&gpu, &settings, &[0], &[&[]], vocab).expect_err("a bad setting");
     assert!(matches!(
         refused,
         DeviceError::Sampler(SamplerError::Setting { name: "top_p", .. })
@@ -317,7 +318,7 @@ fn a_recording_keeps_its_memory() {
         .map(|_| upload(&gpu, Kind::Exact, &[9.0; 64]))
         .collect();
     for times in [1.0, 2.0] {
-        gpu.replay(&recording).expect("a replay");
+        recording.replay().expect("a replay");
         let expected: Vec<f32> = numbers.iter().map(|x| times * x).collect();
         assert_eq!(gpu.read(&to, 0..64).expect("a read"), expected);
     }

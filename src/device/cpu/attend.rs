@@ -2,7 +2,7 @@
 
 use super::{Buffer, Cpu};
 use crate::attention::{Error, Grads, Problem, View, ViewMut, cpu};
-use crate::device::runs::Operation;
+use crate::device::shared::spans::Operation;
 
 impl Operation for Cpu {
     type Number = f32;

@@ -3,15 +3,10 @@
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
-use super::idle;
+use super::idle::{self, Line};
 use crate::device::{DeviceError, OutOfMemory};
-
-/// Two cache lines, one row of a panel: gives the allocation its alignment.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(128))]
-pub(super) struct Line([f32; 32]);
 
 /// A zeroed `f32` buffer whose first element is 128-byte aligned.
 #[derive(Clone, Default)]

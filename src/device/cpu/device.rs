@@ -7,10 +7,9 @@ use rayon::prelude::*;
 
 use super::rows::{self, Angles, HeadRows};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, product};
-use crate::device::sampler::SamplerConfig;
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostSamplers, Kind, PastHeads, Pick,
-    Probes, Result, Rows, RowsMut, Sampled, StepRows, Update, runs,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostBlocks, HostSamplers, Kind,
+    Result, Rows, RowsMut, StepRows, Update, shared::spans,
 };
 use crate::isa::Isa;
 
@@ -45,7 +44,7 @@ impl Device for Cpu {
     type Buffer = Buffer;
     type Matrix = PackedMatrix;
     type Pool = Pool;
-    type Picks = Vec<Vec<usize>>;
+    type Blocks = HostBlocks;
     type Step = StepRows;
     type Samplers = HostSamplers;
     type Recording = Infallible;
@@ -63,14 +62,6 @@ impl Device for Cpu {
     fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         // On a thread of the pool: to start parallel work from outside costs a wake-up and a wait each time.
         rayon::scope(|_| work())
-    }
-
-    fn record<T>(&self, _: impl FnOnce() -> Result<T>) -> Result<Option<(T, Infallible)>> {
-        Ok(None)
-    }
-
-    fn replay(&self, recording: &Infallible) -> Result<()> {
-        match *recording {}
     }
 
     fn zeros(&self, _: Kind, len: usize) -> Result<Buffer> {
@@ -349,29 +340,6 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn samplers(
-        &self,
-        config: &SamplerConfig,
-        streams: &[u64],
-        histories: &[&[u32]],
-        vocab: usize,
-    ) -> Result<HostSamplers> {
-        HostSamplers::new(config, streams, histories, vocab)
-    }
-
-    fn select(&self, samplers: &mut HostSamplers, sequences: &[usize]) -> Result<()> {
-        samplers.select(sequences);
-        Ok(())
-    }
-
-    fn sample(&self, logits: &mut Buffer, samplers: &mut HostSamplers) -> Result<()> {
-        samplers.sample(self, logits)
-    }
-
-    fn sampled(&self, _: &Buffer, samplers: &HostSamplers) -> Result<Vec<Sampled>> {
-        samplers.sampled()
-    }
-
     fn attention(
         &self,
         call: &Attention<'_, Buffer>,
@@ -380,7 +348,7 @@ impl Device for Cpu {
         out: RowsMut<'_, Buffer>,
         lse: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        Ok(runs::forward::<Self>(call, out, lse)?)
+        Ok(spans::forward::<Self>(call, out, lse)?)
     }
 
     fn attention_grad(
@@ -388,100 +356,7 @@ impl Device for Cpu {
         call: &Attention<'_, Buffer>,
         grad: AttentionGrad<'_, Buffer>,
     ) -> Result<()> {
-        Ok(runs::backward::<Self>(call, grad)?)
-    }
-
-    fn pool(&self, heads: usize, head_dim: usize, _: usize) -> Result<Pool> {
-        Ok(Pool::new(heads, head_dim))
-    }
-
-    fn pool_len(&self, pool: &Pool) -> usize {
-        pool.len()
-    }
-
-    fn pool_append(
-        &self,
-        pool: &mut Pool,
-        heads: &[usize],
-        k: Rows<'_, Buffer>,
-        v: Rows<'_, Buffer>,
-        rows: usize,
-    ) -> Result<()> {
-        let dim = pool.head_dim();
-        let row = |kv: &Rows<'_, Buffer>, row: usize, i: usize| {
-            let at = kv.start + row * kv.stride + heads[i] * dim;
-            at..at + dim
-        };
-        pool.append(rows, |r, i| {
-            (&k.buffer[row(&k, r, i)], &v.buffer[row(&v, r, i)])
-        })
-    }
-
-    fn pool_read(&self, pool: &Pool, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok(pool.contents(tokens))
-    }
-
-    fn pool_write(&self, pool: &mut Pool, k: &[f32], v: &[f32]) -> Result<()> {
-        let (heads, dim) = (pool.heads(), pool.head_dim());
-        let at = |row: usize, i: usize| (row * heads + i) * dim..(row * heads + i + 1) * dim;
-        let rows = k.len() / (heads * dim);
-        pool.append(rows, |row, i| (&k[at(row, i)], &v[at(row, i)]))
-    }
-
-    fn picks(&self, tokens: &[Vec<usize>], _: usize) -> Result<Vec<Vec<usize>>> {
-        Ok(tokens.to_vec())
-    }
-
-    fn pick_count(&self, picks: &Vec<Vec<usize>>, head: usize) -> usize {
-        picks[head].len()
-    }
-
-    fn pick_tokens(&self, picks: &Vec<Vec<usize>>) -> Result<Vec<Vec<usize>>> {
-        Ok(picks.clone())
-    }
-
-    fn pick_blocks(
-        &self,
-        pool: &Pool,
-        probes: &Probes<'_, Buffer>,
-        pick: &Pick<'_>,
-    ) -> Result<Vec<Vec<usize>>> {
-        let heads = 0..pick.kv_heads.len();
-        Ok(heads.map(|head| pool.pick(head, probes, pick)).collect())
-    }
-
-    fn pool_gather(
-        &self,
-        pool: &Pool,
-        picks: &Vec<Vec<usize>>,
-        past: &PastHeads<'_>,
-        tables: (&Buffer, &Buffer),
-        k: RowsMut<'_, Buffer>,
-        mut v: RowsMut<'_, Buffer>,
-    ) -> Result<()> {
-        let (dim, stride) = (pool.head_dim(), v.stride);
-        for (i, tokens) in picks.iter().enumerate() {
-            if tokens.is_empty() {
-                continue;
-            }
-            let column = past.kv_heads[i] * dim;
-            let mut raw = Buffer::zeros(tokens.len() * dim)?;
-            let raw_rows = raw.chunks_mut(dim).zip(v.data().chunks_mut(stride));
-            for (token, (raw_k, v)) in tokens.iter().zip(raw_rows) {
-                let (from_k, from_v) = pool.token(i, *token);
-                raw_k.copy_from_slice(from_k);
-                v[column..column + dim].copy_from_slice(from_v);
-            }
-            let angles: Vec<usize> = (past.ends[i] - tokens.len()..past.ends[i]).collect();
-            let to = RowsMut {
-                buffer: &mut *k.buffer,
-                start: k.start + column,
-                stride: k.stride,
-            };
-            let from = Rows::packed(&raw, 0, dim);
-            self.rope(from, to, 1, dim, tables, &angles, false, Fold::Set)?;
-        }
-        Ok(())
+        Ok(spans::backward::<Self>(call, grad)?)
     }
 
     fn adamw(&self, tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Result<Update> {

@@ -6,7 +6,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::buffer::Line;
+use bytemuck::{Pod, Zeroable};
+
+/// Two cache lines, one row of a panel: gives the allocation its alignment.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(128))]
+pub(super) struct Line([f32; 32]);
 
 /// Lines below which the allocator is fast enough (16 KiB).
 const SMALL: usize = 128;

@@ -8,8 +8,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Scratch;
-use super::{Buffer, PackedMatrix, product};
-use crate::device::{Pick, Probes, Result};
+use super::{Buffer, Cpu, PackedMatrix, product};
+use crate::device::shared::blocks::gather;
+use crate::device::{HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection};
 
 /// Tokens scored by one task.
 const SCORE_TOKENS: usize = 256;
@@ -31,8 +32,8 @@ struct Chunk {
     v: Buffer,
 }
 
-impl Pool {
-    pub(super) fn new(heads: usize, head_dim: usize) -> Self {
+impl PastPool<Cpu> for Pool {
+    fn new(_: &Cpu, heads: usize, head_dim: usize, _run: usize) -> Self {
         Self {
             heads,
             head_dim,
@@ -40,21 +41,73 @@ impl Pool {
         }
     }
 
-    pub(super) fn heads(&self) -> usize {
-        self.heads
+    fn tokens(&self) -> usize {
+        self.len()
     }
 
-    pub(super) fn head_dim(&self) -> usize {
-        self.head_dim
+    fn append(
+        &mut self,
+        _: &Cpu,
+        heads: &[usize],
+        [k, v]: [Rows<'_, Buffer>; 2],
+        rows: usize,
+    ) -> Result<()> {
+        let dim = self.head_dim;
+        let row = |kv: &Rows<'_, Buffer>, row: usize, i: usize| {
+            let at = kv.start + row * kv.stride + heads[i] * dim;
+            at..at + dim
+        };
+        self.append_rows(rows, |r, i| {
+            (&k.buffer[row(&k, r, i)], &v.buffer[row(&v, r, i)])
+        })
     }
 
-    /// Tokens.
-    pub(super) fn len(&self) -> usize {
+    fn truncate(&mut self, tokens: usize) {
+        self.chunks.retain(|chunk| chunk.first < tokens);
+    }
+
+    fn read(&self, _: &Cpu, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
+        Ok(self.contents(tokens))
+    }
+
+    fn write(&mut self, _: &Cpu, k: &[f32], v: &[f32]) -> Result<()> {
+        let (heads, dim) = (self.heads, self.head_dim);
+        let at = |row: usize, i: usize| (row * heads + i) * dim..(row * heads + i + 1) * dim;
+        let rows = k.len() / (heads * dim);
+        self.append_rows(rows, |row, i| (&k[at(row, i)], &v[at(row, i)]))
+    }
+
+    fn select(
+        &self,
+        _: &Cpu,
+        probes: &Probes<'_, Buffer>,
+        selection: &Selection<'_>,
+    ) -> Result<HostBlocks> {
+        let heads = 0..selection.kv_heads.len();
+        let best = heads.map(|head| self.best_blocks(head, probes, selection));
+        Ok(HostBlocks(best.collect()))
+    }
+
+    fn gather(
+        &self,
+        device: &Cpu,
+        blocks: &HostBlocks,
+        past: &PastHeads<'_>,
+        tables: (&Buffer, &Buffer),
+        kv: [RowsMut<'_, Buffer>; 2],
+    ) -> Result<()> {
+        let token = |head, token| self.token(head, token);
+        gather(device, blocks, (past, self.head_dim), tables, kv, token)
+    }
+}
+
+impl Pool {
+    fn len(&self) -> usize {
         self.chunks.last().map_or(0, |c| c.first + c.rows)
     }
 
     /// Appends `rows` tokens; `kv` gives key and value of a row and pool head.
-    pub(super) fn append<'a>(
+    fn append_rows<'a>(
         &mut self,
         rows: usize,
         kv: impl Fn(usize, usize) -> (&'a [f32], &'a [f32]),
@@ -76,20 +129,20 @@ impl Pool {
     }
 
     /// Key and value of a token.
-    pub(super) fn token(&self, head: usize, token: usize) -> (&[f32], &[f32]) {
+    fn token(&self, head: usize, token: usize) -> [&[f32]; 2] {
         let chunk = &self.chunks[self.chunks.partition_point(|c| c.first <= token) - 1];
         let at = (head * chunk.rows + token - chunk.first) * self.head_dim;
         let range = at..at + self.head_dim;
-        (&chunk.k[range.clone()], &chunk.v[range])
+        [&chunk.k[range.clone()], &chunk.v[range]]
     }
 
     /// Keys, then values, each `[token, head, head_dim]`.
-    pub(super) fn contents(&self, tokens: Range<usize>) -> (Vec<f32>, Vec<f32>) {
+    fn contents(&self, tokens: Range<usize>) -> (Vec<f32>, Vec<f32>) {
         let len = tokens.len() * self.heads * self.head_dim;
         let (mut k, mut v) = (Vec::with_capacity(len), Vec::with_capacity(len));
         for token in tokens {
             for head in 0..self.heads {
-                let (from_k, from_v) = self.token(head, token);
+                let [from_k, from_v] = self.token(head, token);
                 k.extend_from_slice(from_k);
                 v.extend_from_slice(from_v);
             }
@@ -99,20 +152,20 @@ impl Pool {
 
     /// The tokens of the best blocks of one head, in order of position. A token's score is one product chain, so it does not
     /// depend on how the pool is cut into chunks.
-    pub(super) fn pick(
+    fn best_blocks(
         &self,
         head: usize,
         probes: &Probes<'_, Buffer>,
-        pick: &Pick<'_>,
+        selection: &Selection<'_>,
     ) -> Vec<usize> {
-        let blocks = pick.eligible[head] / pick.block_len;
-        let count = pick.blocks.min(blocks);
+        let blocks = selection.eligible[head] / selection.block_len;
+        let count = selection.blocks.min(blocks);
         if count == blocks {
-            return (0..blocks * pick.block_len).collect();
+            return (0..blocks * selection.block_len).collect();
         }
-        let first = pick.kv_heads[head] * probes.group;
+        let first = selection.kv_heads[head] * probes.group;
         let probes = self.probes(probes, first..first + probes.group);
-        let scores = self.block_scores(head, &probes, pick.block_len, blocks);
+        let scores = self.block_scores(head, &probes, selection.block_len, blocks);
         let better = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
         let mut order: Vec<usize> = (0..blocks).collect();
         if count > 0 {
@@ -120,7 +173,7 @@ impl Pool {
         }
         order.truncate(count);
         order.sort_unstable();
-        let tokens = |block: usize| block * pick.block_len..(block + 1) * pick.block_len;
+        let tokens = |block: usize| block * selection.block_len..(block + 1) * selection.block_len;
         order.into_iter().flat_map(tokens).collect()
     }
 

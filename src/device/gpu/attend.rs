@@ -8,7 +8,7 @@ use crate::attention::cuda::{
     BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gates, Gradients, Lengths, Problem, Saved,
     Tensor,
 };
-use crate::device::runs::{Run, Sources, runs};
+use crate::device::shared::spans::{Sources, SpanBatch, span_batches};
 use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut};
 
 /// Runs the operation forward over all spans, which are the step's; `number` is the call's.
@@ -21,18 +21,18 @@ pub(super) fn forward<D: Driver>(
 ) -> Result<()> {
     assert_eq!(call.spans, step.rows.spans, "the step's spans");
     let (heads, reach) = (call.heads, step.rows.reach);
-    for (launch, run) in runs(call.spans).iter().enumerate() {
-        let [segment_len, query_start] = step.lengths(run.spans.start);
-        let sources = Sources::of(call, run).reaching(reach.min(call.cache.rows[0]));
+    for (launch, batch) in span_batches(call.spans).iter().enumerate() {
+        let [segment_len, query_start] = step.lengths(batch.spans.start);
+        let sources = Sources::of(call, batch).reaching(reach.min(call.cache.rows[0]));
         let lengths = Lengths::Growing {
             segment_len,
             query_start,
             prior_len: &sources.prior_len,
             past_len: sources.past_len(),
         };
-        let problem = &problem(call, run, &sources, lengths);
-        let out = tensor(out.buffer, out.start, out.stride, run, heads.dim);
-        let lse = log_sums(lse.buffer, lse.start, lse.stride, run, heads.q);
+        let problem = &problem(call, batch, &sources, lengths);
+        let out = tensor(out.buffer, out.start, out.stride, batch, heads.dim);
+        let lse = log_sums(lse.buffer, lse.start, lse.stride, batch, heads.q);
         let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
         let workspace = gpu.block(plan.workspace_bytes())?;
         let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
@@ -51,34 +51,34 @@ pub(super) fn backward<D: Driver>(
     grad: &AttentionGrad<'_, Buffer<D>>,
 ) -> Result<()> {
     let (heads, prior) = (call.heads, call.cache.rows[1]);
-    for run in &runs(call.spans) {
-        let sources = Sources::of(call, run);
+    for batch in &span_batches(call.spans) {
+        let sources = Sources::of(call, batch);
         let lengths = Lengths::Host {
             segment_len: &sources.segment_len,
             prior_len: &sources.prior_len,
             past_len: sources.past_len(),
             query_start: sources.query_start(),
         };
-        let problem = &problem(call, run, &sources, lengths);
+        let problem = &problem(call, batch, &sources, lengths);
         let read =
-            |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, run, heads.dim);
+            |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, batch, heads.dim);
         let write =
-            |rows: &RowsMut<'_, _>| tensor(rows.buffer, rows.start, rows.stride, run, heads.dim);
+            |rows: &RowsMut<'_, _>| tensor(rows.buffer, rows.start, rows.stride, batch, heads.dim);
         let tail = |buffer: &Buffer<D>| {
-            let start = run.spans.start * prior * heads.kv * heads.dim;
-            let shape = [run.spans.len(), prior, heads.kv, heads.dim];
+            let start = batch.spans.start * prior * heads.kv * heads.dim;
+            let shape = [batch.spans.len(), prior, heads.kv, heads.dim];
             let DeviceSlice { data, len } = buffer.slice(start);
             let layout = Layout::packed(shape);
             Tensor { data, len, layout }
         };
-        let (first, count) = (run.spans.start * heads.q, run.spans.len() * heads.q);
+        let (first, count) = (batch.spans.start * heads.q, batch.spans.len() * heads.q);
         let saved = Saved {
             out: read(&grad.out),
             lse: log_sums(
                 grad.lse.buffer,
                 grad.lse.start,
                 grad.lse.stride,
-                run,
+                batch,
                 heads.q,
             ),
             d_out: read(&grad.d_out),
@@ -100,35 +100,35 @@ pub(super) fn backward<D: Driver>(
     Ok(())
 }
 
-/// A run's rows of heads.
+/// A batch's rows of heads.
 fn tensor<D: Driver>(
     buffer: &Buffer<D>,
     start: usize,
     stride: usize,
-    run: &Run,
+    batch: &SpanBatch,
     head_dim: usize,
 ) -> Tensor<'static> {
-    let DeviceSlice { data, len } = buffer.slice(start + run.row * stride);
-    let layout = run.layout(stride, head_dim);
+    let DeviceSlice { data, len } = buffer.slice(start + batch.row * stride);
+    let layout = batch.layout(stride, head_dim);
     Tensor { data, len, layout }
 }
 
-/// A run's log-sum-exp.
+/// A batch's log-sum-exp.
 fn log_sums<D: Driver>(
     buffer: &Buffer<D>,
     start: usize,
     stride: usize,
-    run: &Run,
+    batch: &SpanBatch,
     heads: usize,
 ) -> DeviceSlice {
-    let count = run.spans.len() * run.rows * heads;
-    DeviceSlice::new(buffer.address(start + run.row * stride), count)
+    let count = batch.spans.len() * batch.rows * heads;
+    DeviceSlice::new(buffer.address(start + batch.row * stride), count)
 }
 
-/// The problem of a run.
+/// The problem of a batch.
 fn problem<'a, D: Driver>(
     call: &Attention<'a, Buffer<D>>,
-    run: &'a Run,
+    batch: &'a SpanBatch,
     sources: &'a Sources,
     lengths: Lengths<'a>,
 ) -> Problem<'a> {
@@ -140,11 +140,11 @@ fn problem<'a, D: Driver>(
     };
     Problem {
         dtype: Dtype::Bf16,
-        batch: run.spans.len(),
+        batch: batch.spans.len(),
         q_heads: heads.q,
         kv_heads: heads.kv,
         head_dim: heads.dim,
-        q: tensor(call.q.buffer, call.q.start, call.q.stride, run, heads.dim),
+        q: tensor(call.q.buffer, call.q.start, call.q.stride, batch, heads.dim),
         k: view(&cache.k, 0),
         v: view(&cache.v, 0),
         prior_k: view(&cache.prior_k, 1),

@@ -5,13 +5,12 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{
-    Buffer, Driver, Gpu, Matrix, Operand, PastPool, Picks, Plus, Product, Recording, Samplers,
-    Step, attend, bytes_of, optimizer, past, record, rows,
+    Blocks, Buffer, Driver, Gpu, Matrix, Operand, Plus, Pool, Product, Recording, Samplers, Step,
+    attend, bytes_of, optimizer, record, rows,
 };
-use crate::device::sampler::SamplerConfig;
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads,
-    Pick, Probes, Result, Rows, RowsMut, Sampled, StepRows, Update,
+    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Heads, KeyStore, Kind, Result, Rows,
+    RowsMut, StepRows, Update,
 };
 
 impl<D: Driver> Gpu<D> {
@@ -108,8 +107,8 @@ fn encode(kind: Kind, values: &[f32]) -> std::borrow::Cow<'_, [u8]> {
 impl<D: Driver> Device for Gpu<D> {
     type Buffer = Buffer<D>;
     type Matrix = Matrix<D>;
-    type Pool = PastPool<D>;
-    type Picks = Picks<D>;
+    type Pool = Pool<D>;
+    type Blocks = Blocks<D>;
     type Step = Step<D>;
     type Samplers = Samplers<D>;
     type Recording = Recording<D>;
@@ -123,10 +122,6 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<Option<(T, Recording<D>)>> {
         record::record(self, work).map(Some)
-    }
-
-    fn replay(&self, recording: &Recording<D>) -> Result<()> {
-        recording.replay(self)
     }
 
     fn zeros(&self, kind: Kind, len: usize) -> Result<Buffer<D>> {
@@ -451,28 +446,6 @@ impl<D: Driver> Device for Gpu<D> {
         rows::log_probabilities(self, logits, vocab, targets, scale, scores)
     }
 
-    fn samplers(
-        &self,
-        config: &SamplerConfig,
-        streams: &[u64],
-        histories: &[&[u32]],
-        vocab: usize,
-    ) -> Result<Samplers<D>> {
-        Samplers::new(self, config, streams, histories, vocab)
-    }
-
-    fn select(&self, samplers: &mut Samplers<D>, sequences: &[usize]) -> Result<()> {
-        samplers.select(self, sequences)
-    }
-
-    fn sample(&self, logits: &mut Buffer<D>, samplers: &mut Samplers<D>) -> Result<()> {
-        samplers.sample(self, logits)
-    }
-
-    fn sampled(&self, logits: &Buffer<D>, samplers: &Samplers<D>) -> Result<Vec<Sampled>> {
-        samplers.sampled(self, logits)
-    }
-
     fn attention(
         &self,
         call: &Attention<'_, Buffer<D>>,
@@ -490,66 +463,6 @@ impl<D: Driver> Device for Gpu<D> {
         grad: AttentionGrad<'_, Buffer<D>>,
     ) -> Result<()> {
         attend::backward(self, call, &grad)
-    }
-
-    fn pool(&self, heads: usize, head_dim: usize, run: usize) -> Result<PastPool<D>> {
-        Ok(PastPool::new(heads, head_dim, run))
-    }
-
-    fn pool_len(&self, pool: &PastPool<D>) -> usize {
-        pool.len()
-    }
-
-    fn pool_append(
-        &self,
-        pool: &mut PastPool<D>,
-        heads: &[usize],
-        k: Rows<'_, Buffer<D>>,
-        v: Rows<'_, Buffer<D>>,
-        rows: usize,
-    ) -> Result<()> {
-        past::append(self, pool, heads, [k, v], rows)
-    }
-
-    fn pool_read(&self, pool: &PastPool<D>, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
-        past::read(self, pool, tokens)
-    }
-
-    fn pool_write(&self, pool: &mut PastPool<D>, k: &[f32], v: &[f32]) -> Result<()> {
-        past::write(self, pool, k, v)
-    }
-
-    fn picks(&self, tokens: &[Vec<usize>], block_len: usize) -> Result<Picks<D>> {
-        past::picks(self, tokens, block_len)
-    }
-
-    fn pick_count(&self, picks: &Picks<D>, head: usize) -> usize {
-        picks.tokens(head)
-    }
-
-    fn pick_tokens(&self, picks: &Picks<D>) -> Result<Vec<Vec<usize>>> {
-        past::tokens(self, picks)
-    }
-
-    fn pick_blocks(
-        &self,
-        pool: &PastPool<D>,
-        probes: &Probes<'_, Buffer<D>>,
-        pick: &Pick<'_>,
-    ) -> Result<Picks<D>> {
-        past::pick(self, pool, probes, pick)
-    }
-
-    fn pool_gather(
-        &self,
-        pool: &PastPool<D>,
-        picks: &Picks<D>,
-        heads: &PastHeads<'_>,
-        tables: (&Buffer<D>, &Buffer<D>),
-        k: RowsMut<'_, Buffer<D>>,
-        v: RowsMut<'_, Buffer<D>>,
-    ) -> Result<()> {
-        past::gather(self, pool, picks, heads, tables, [k, v])
     }
 
     fn adamw(&self, tensors: &mut [GradTensor<'_, Buffer<D>>], update: &AdamW) -> Result<Update> {

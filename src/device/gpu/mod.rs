@@ -9,7 +9,7 @@
 
 mod attend;
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub mod cuda_driver;
 mod device;
 mod driver;
 mod dry;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 pub use driver::{Driver, Operand, Plus, Product};
 pub use dry::DryRun;
 pub use memory::{Held, MemoryUse};
-pub use past::{PastPool, Picks};
+pub use past::{Blocks, Pool};
 pub use plan::{MemoryPlan, PoolPlace};
 pub use record::Recording;
 pub use sample::Samplers;

@@ -13,7 +13,8 @@ use crate::cuda::kernels::layer_params::{
 };
 use crate::cuda::kernels::{Error, File};
 use crate::device::{
-    Device, DeviceError, Fold, Kind, PastHeads, Pick, Probes, Purpose, Result, Rows, RowsMut,
+    Device, DeviceError, Fold, Kind, PastHeads, PastPool, Probes, Purpose, Result, Rows, RowsMut,
+    SelectedBlocks, Selection,
 };
 
 /// Bytes that an element of a probe takes: three bf16 that add up to it.
@@ -23,7 +24,7 @@ const SCORED_KEYS: usize = 128;
 
 /// Keys and values of one sequence and layer, bf16, before rotation.
 #[derive(Debug)]
-pub struct PastPool<D: Driver> {
+pub struct Pool<D: Driver> {
     heads: usize,
     head_dim: usize,
     /// Tokens of a chunk.
@@ -39,21 +40,7 @@ struct Chunk<D: Driver> {
     v: Buffer<D>,
 }
 
-impl<D: Driver> PastPool<D> {
-    pub(super) fn new(heads: usize, head_dim: usize, run: usize) -> Self {
-        Self {
-            heads,
-            head_dim,
-            run,
-            chunks: Vec::new(),
-            tokens: 0,
-        }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.tokens
-    }
-
+impl<D: Driver> Pool<D> {
     /// Elements of a token's keys.
     fn width(&self) -> usize {
         self.heads * self.head_dim
@@ -118,69 +105,179 @@ fn lying<D: Driver>(gpu: &Gpu<D>, place: Place, len: usize) -> Result<Option<Buf
     }))
 }
 
-/// Appends `rows` tokens, the `heads` named of rows of `[k, v]`.
-pub(super) fn append<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &mut PastPool<D>,
-    heads: &[usize],
-    kv: [Rows<'_, Buffer<D>>; 2],
-    rows: usize,
-) -> Result<()> {
-    let (token, dim) = (pool.tokens, pool.head_dim);
-    pool.chunk(gpu, rows)?;
-    let none = vec![0; heads.len()];
-    let held = Held::new(gpu, pool, heads, &none, &none)?;
-    let width = heads.iter().max().map_or(0, |head| (head + 1) * dim);
-    let params = SegattnRetrievalParams {
-        k: input(&kv[0], rows, width),
-        v: input(&kv[1], rows, width),
-        token: token as i64,
-        rows: rows as i64,
-        ..held.params(pool)
-    };
-    let threads = Grid::Threads(rows * heads.len() * dim / VECTOR);
-    launch(
-        gpu,
-        entry(File::Retrieval, "pool_append_bf16"),
-        threads,
-        &params,
-    )
-}
-
-/// Keys and values of whole runs.
-pub(super) fn read<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &PastPool<D>,
-    tokens: Range<usize>,
-) -> Result<(Vec<f32>, Vec<f32>)> {
-    let whole = |token: usize| token.is_multiple_of(pool.run);
-    assert!(
-        whole(tokens.start) && whole(tokens.end),
-        "tokens are read a run at a time"
-    );
-    let (mut k, mut v) = (Vec::new(), Vec::new());
-    for chunk in &pool.chunks[tokens.start / pool.run..tokens.end / pool.run] {
-        k.extend(gpu.read(&chunk.k, 0..chunk.k.len)?);
-        v.extend(gpu.read(&chunk.v, 0..chunk.v.len)?);
+impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
+    fn new(_: &Gpu<D>, heads: usize, head_dim: usize, run: usize) -> Self {
+        Self {
+            heads,
+            head_dim,
+            run,
+            chunks: Vec::new(),
+            tokens: 0,
+        }
     }
-    Ok((k, v))
+
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        self.chunks.truncate(tokens / self.run);
+        self.tokens = self.chunks.len() * self.run;
+    }
+
+    fn append(
+        &mut self,
+        gpu: &Gpu<D>,
+        heads: &[usize],
+        kv: [Rows<'_, Buffer<D>>; 2],
+        rows: usize,
+    ) -> Result<()> {
+        let (token, dim) = (self.tokens, self.head_dim);
+        self.chunk(gpu, rows)?;
+        let none = vec![0; heads.len()];
+        let held = Held::new(gpu, self, heads, &none, &none)?;
+        let width = heads.iter().max().map_or(0, |head| (head + 1) * dim);
+        let params = SegattnRetrievalParams {
+            k: input(&kv[0], rows, width),
+            v: input(&kv[1], rows, width),
+            token: token as i64,
+            rows: rows as i64,
+            ..held.params(self)
+        };
+        let threads = Grid::Threads(rows * heads.len() * dim / VECTOR);
+        launch(
+            gpu,
+            entry(File::Retrieval, "pool_append_bf16"),
+            threads,
+            &params,
+        )
+    }
+
+    fn read(&self, gpu: &Gpu<D>, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let whole = |token: usize| token.is_multiple_of(self.run);
+        assert!(
+            whole(tokens.start) && whole(tokens.end),
+            "tokens are read a run at a time"
+        );
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        for chunk in &self.chunks[tokens.start / self.run..tokens.end / self.run] {
+            k.extend(gpu.read(&chunk.k, 0..chunk.k.len)?);
+            v.extend(gpu.read(&chunk.v, 0..chunk.v.len)?);
+        }
+        Ok((k, v))
+    }
+
+    fn write(&mut self, gpu: &Gpu<D>, k: &[f32], v: &[f32]) -> Result<()> {
+        let chunk = self.chunk(gpu, k.len() / self.width())?;
+        gpu.write(&mut chunk.k, 0, k)?;
+        gpu.write(&mut chunk.v, 0, v)
+    }
+
+    fn select(
+        &self,
+        gpu: &Gpu<D>,
+        probes: &Probes<'_, Buffer<D>>,
+        selection: &Selection<'_>,
+    ) -> Result<Blocks<D>> {
+        let (heads, dim) = (self.heads, self.head_dim);
+        let windows = (probes.rows - probes.window) / probes.stride + 1;
+        let eligible = selection.eligible.iter().copied().max().unwrap_or(0);
+        let blocks = eligible / selection.block_len;
+        let known = selection
+            .eligible
+            .iter()
+            .map(|n| selection.blocks.min(n / selection.block_len));
+        let selected = Blocks {
+            blocks: gpu.block(heads * selection.blocks * size_of::<i32>())?,
+            counts: gpu.block(heads * size_of::<i32>())?,
+            known: known.collect(),
+            most: selection.blocks,
+            block_len: selection.block_len,
+        };
+        let q_width = selection
+            .kv_heads
+            .iter()
+            .max()
+            .map_or(0, |h| (h + 1) * probes.group * dim);
+        let held = Held::new(
+            gpu,
+            self,
+            selection.kv_heads,
+            selection.eligible,
+            selection.eligible,
+        )?;
+        let means = gpu.block(heads * probes.group * windows * dim * PROBE_BYTES)?;
+        let scores = gpu.block((heads * blocks).max(1) * size_of::<f32>())?;
+        let params = SegattnRetrievalParams {
+            q: input(&probes.q, probes.rows, q_width),
+            probes: pointer::<f32>(&means).cast_mut().cast(),
+            scores: pointer::<f32>(&scores).cast_mut(),
+            picks: pointer::<i32>(&selected.blocks).cast_mut(),
+            pick_count: pointer::<i32>(&selected.counts).cast_mut(),
+            score_pitch: blocks as i64,
+            group: probes.group as i32,
+            windows: windows as i32,
+            window: probes.window as i32,
+            stride: probes.stride as i32,
+            block_len: selection.block_len as i32,
+            blocks: blocks as i32,
+            max_picks: selection.blocks as i32,
+            ..held.params(self)
+        };
+        let kernel = |name| entry(File::Retrieval, name);
+        let threads = Grid::Threads(heads * probes.group * windows * dim / VECTOR);
+        launch(gpu, kernel("pool_probes_bf16"), threads, &params)?;
+        let items = blocks.div_ceil((SCORED_KEYS / selection.block_len).max(1));
+        launch(
+            gpu,
+            kernel(scores_entry(dim)?),
+            Grid::Blocks(heads * items),
+            &params,
+        )?;
+        launch(gpu, kernel("pool_pick_f32"), Grid::Blocks(heads), &params)?;
+        Ok(selected)
+    }
+
+    fn gather(
+        &self,
+        gpu: &Gpu<D>,
+        selected: &Blocks<D>,
+        past: &PastHeads<'_>,
+        (cos, sin): (&Buffer<D>, &Buffer<D>),
+        [k, v]: [RowsMut<'_, Buffer<D>>; 2],
+    ) -> Result<()> {
+        let (heads, dim) = (self.heads, self.head_dim);
+        let rows = (0..heads).map(|h| selected.count(h)).max().unwrap_or(0);
+        if rows == 0 {
+            return Ok(());
+        }
+        let width = past.kv_heads.iter().max().map_or(0, |h| (h + 1) * dim);
+        let held = Held::new(gpu, self, past.kv_heads, past.ends, past.ends)?;
+        let params = SegattnRetrievalParams {
+            k: output(&k, rows, width),
+            v: output(&v, rows, width),
+            picks: pointer::<i32>(&selected.blocks).cast_mut(),
+            pick_count: pointer::<i32>(&selected.counts).cast_mut(),
+            cos: exact(cos, 0, cos.len),
+            sin: exact(sin, 0, sin.len),
+            block_len: selected.block_len as i32,
+            max_picks: selected.most as i32,
+            ..held.params(self)
+        };
+        let threads =
+            Grid::Threads(heads * selected.most * selected.block_len * dim / (2 * VECTOR));
+        launch(
+            gpu,
+            entry(File::Retrieval, "pool_gather_bf16"),
+            threads,
+            &params,
+        )
+    }
 }
 
-/// Appends a run of what [`read`] gave.
-pub(super) fn write<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &mut PastPool<D>,
-    k: &[f32],
-    v: &[f32],
-) -> Result<()> {
-    let chunk = pool.chunk(gpu, k.len() / pool.width())?;
-    gpu.write(&mut chunk.k, 0, k)?;
-    gpu.write(&mut chunk.v, 0, v)
-}
-
-/// Blocks that the heads of a pool have picked.
+/// Blocks that the heads of a pool have selected.
 #[derive(Debug)]
-pub struct Picks<D: Driver> {
+pub struct Blocks<D: Driver> {
     /// i32 `[head, most]`, ascending, and `[head]`: how many.
     blocks: Block<D>,
     counts: Block<D>,
@@ -190,148 +287,45 @@ pub struct Picks<D: Driver> {
     block_len: usize,
 }
 
-impl<D: Driver> Picks<D> {
-    /// Tokens of a head.
-    pub(super) fn tokens(&self, head: usize) -> usize {
+impl<D: Driver> SelectedBlocks<Gpu<D>> for Blocks<D> {
+    fn count(&self, head: usize) -> usize {
         self.known[head] * self.block_len
     }
-}
 
-/// Picks of these tokens.
-pub(super) fn picks<D: Driver>(
-    gpu: &Gpu<D>,
-    tokens: &[Vec<usize>],
-    block_len: usize,
-) -> Result<Picks<D>> {
-    let known: Vec<usize> = tokens.iter().map(|t| t.len() / block_len).collect();
-    let most = known.iter().copied().max().unwrap_or(0);
-    let mut blocks = vec![0i32; tokens.len() * most];
-    for (row, tokens) in blocks.chunks_mut(most.max(1)).zip(tokens) {
-        let first = tokens.iter().step_by(block_len);
-        row.iter_mut()
-            .zip(first)
-            .for_each(|(b, t)| *b = (t / block_len) as i32);
+    fn new(gpu: &Gpu<D>, tokens: &[Vec<usize>], block_len: usize) -> Result<Self> {
+        let known: Vec<usize> = tokens.iter().map(|t| t.len() / block_len).collect();
+        let most = known.iter().copied().max().unwrap_or(0);
+        let mut blocks = vec![0i32; tokens.len() * most];
+        for (row, tokens) in blocks.chunks_mut(most.max(1)).zip(tokens) {
+            let first = tokens.iter().step_by(block_len);
+            row.iter_mut()
+                .zip(first)
+                .for_each(|(b, t)| *b = (t / block_len) as i32);
+        }
+        let counts: Vec<i32> = known.iter().map(|n| *n as i32).collect();
+        Ok(Self {
+            blocks: gpu.upload(&blocks)?,
+            counts: gpu.upload(&counts)?,
+            known,
+            most,
+            block_len,
+        })
     }
-    let counts: Vec<i32> = known.iter().map(|n| *n as i32).collect();
-    Ok(Picks {
-        blocks: gpu.upload(&blocks)?,
-        counts: gpu.upload(&counts)?,
-        known,
-        most,
-        block_len,
-    })
-}
 
-/// The tokens that every head has picked.
-pub(super) fn tokens<D: Driver>(gpu: &Gpu<D>, picks: &Picks<D>) -> Result<Vec<Vec<usize>>> {
-    let mut blocks = vec![0i32; picks.known.len() * picks.most];
-    if picks.known.iter().any(|n| *n > 0) {
-        let bytes = bytemuck::cast_slice_mut(&mut blocks);
-        // SAFETY: the block has that size; rows are written as far as they are known.
-        unsafe { gpu.driver().download(picks.blocks.address, bytes)? };
+    fn tokens(&self, gpu: &Gpu<D>) -> Result<Vec<Vec<usize>>> {
+        let mut blocks = vec![0i32; self.known.len() * self.most];
+        if self.known.iter().any(|n| *n > 0) {
+            let bytes = bytemuck::cast_slice_mut(&mut blocks);
+            // SAFETY: the block has that size; rows are written as far as they are known.
+            unsafe { gpu.driver().download(self.blocks.address, bytes)? };
+        }
+        let head = |(i, count): (usize, &usize)| {
+            let row = &blocks[i * self.most..][..*count];
+            let first = row.iter().map(|b| *b as usize * self.block_len);
+            first.flat_map(|t| t..t + self.block_len).collect()
+        };
+        Ok(self.known.iter().enumerate().map(head).collect())
     }
-    let head = |(i, count): (usize, &usize)| {
-        let row = &blocks[i * picks.most..][..*count];
-        let first = row.iter().map(|b| *b as usize * picks.block_len);
-        first.flat_map(|t| t..t + picks.block_len).collect()
-    };
-    Ok(picks.known.iter().enumerate().map(head).collect())
-}
-
-/// The best blocks of every head, without asking the host.
-pub(super) fn pick<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &PastPool<D>,
-    probes: &Probes<'_, Buffer<D>>,
-    pick: &Pick<'_>,
-) -> Result<Picks<D>> {
-    let (heads, dim) = (pool.heads, pool.head_dim);
-    let windows = (probes.rows - probes.window) / probes.stride + 1;
-    let eligible = pick.eligible.iter().copied().max().unwrap_or(0);
-    let blocks = eligible / pick.block_len;
-    let known = pick
-        .eligible
-        .iter()
-        .map(|n| pick.blocks.min(n / pick.block_len));
-    let picks = Picks {
-        blocks: gpu.block(heads * pick.blocks * size_of::<i32>())?,
-        counts: gpu.block(heads * size_of::<i32>())?,
-        known: known.collect(),
-        most: pick.blocks,
-        block_len: pick.block_len,
-    };
-    let q_width = pick
-        .kv_heads
-        .iter()
-        .max()
-        .map_or(0, |h| (h + 1) * probes.group * dim);
-    let held = Held::new(gpu, pool, pick.kv_heads, pick.eligible, pick.eligible)?;
-    let means = gpu.block(heads * probes.group * windows * dim * PROBE_BYTES)?;
-    let scores = gpu.block((heads * blocks).max(1) * size_of::<f32>())?;
-    let params = SegattnRetrievalParams {
-        q: input(&probes.q, probes.rows, q_width),
-        probes: pointer::<f32>(&means).cast_mut().cast(),
-        scores: pointer::<f32>(&scores).cast_mut(),
-        picks: pointer::<i32>(&picks.blocks).cast_mut(),
-        pick_count: pointer::<i32>(&picks.counts).cast_mut(),
-        score_pitch: blocks as i64,
-        group: probes.group as i32,
-        windows: windows as i32,
-        window: probes.window as i32,
-        stride: probes.stride as i32,
-        block_len: pick.block_len as i32,
-        blocks: blocks as i32,
-        max_picks: pick.blocks as i32,
-        ..held.params(pool)
-    };
-    let kernel = |name| entry(File::Retrieval, name);
-    let threads = Grid::Threads(heads * probes.group * windows * dim / VECTOR);
-    launch(gpu, kernel("pool_probes_bf16"), threads, &params)?;
-    let items = blocks.div_ceil((SCORED_KEYS / pick.block_len).max(1));
-    launch(
-        gpu,
-        kernel(scores_entry(dim)?),
-        Grid::Blocks(heads * items),
-        &params,
-    )?;
-    launch(gpu, kernel("pool_pick_f32"), Grid::Blocks(heads), &params)?;
-    Ok(picks)
-}
-
-/// The picked tokens of every head, to rows: keys rotated.
-pub(super) fn gather<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &PastPool<D>,
-    picks: &Picks<D>,
-    past: &PastHeads<'_>,
-    (cos, sin): (&Buffer<D>, &Buffer<D>),
-    [k, v]: [RowsMut<'_, Buffer<D>>; 2],
-) -> Result<()> {
-    let (heads, dim) = (pool.heads, pool.head_dim);
-    let rows = (0..heads).map(|h| picks.tokens(h)).max().unwrap_or(0);
-    if rows == 0 {
-        return Ok(());
-    }
-    let width = past.kv_heads.iter().max().map_or(0, |h| (h + 1) * dim);
-    let held = Held::new(gpu, pool, past.kv_heads, past.ends, past.ends)?;
-    let params = SegattnRetrievalParams {
-        k: output(&k, rows, width),
-        v: output(&v, rows, width),
-        picks: pointer::<i32>(&picks.blocks).cast_mut(),
-        pick_count: pointer::<i32>(&picks.counts).cast_mut(),
-        cos: exact(cos, 0, cos.len),
-        sin: exact(sin, 0, sin.len),
-        block_len: picks.block_len as i32,
-        max_picks: picks.most as i32,
-        ..held.params(pool)
-    };
-    let threads = Grid::Threads(heads * picks.most * picks.block_len * dim / (2 * VECTOR));
-    launch(
-        gpu,
-        entry(File::Retrieval, "pool_gather_bf16"),
-        threads,
-        &params,
-    )
 }
 
 fn scores_entry(head_dim: usize) -> Result<&'static str> {
@@ -359,7 +353,7 @@ struct Held<D: Driver> {
 impl<D: Driver> Held<D> {
     fn new(
         gpu: &Gpu<D>,
-        pool: &PastPool<D>,
+        pool: &Pool<D>,
         kv_heads: &[usize],
         eligible: &[usize],
         ends: &[usize],
@@ -379,7 +373,7 @@ impl<D: Driver> Held<D> {
         })
     }
 
-    fn params(&self, pool: &PastPool<D>) -> SegattnRetrievalParams {
+    fn params(&self, pool: &Pool<D>) -> SegattnRetrievalParams {
         SegattnRetrievalParams {
             chunks: pointer(&self.chunks),
             head: pointer(&self.heads),
@@ -432,9 +426,9 @@ mod tests {
         gpu.limit_pool(5 * run * width * bytes_of(Kind::Activation));
         let rows = gpu.empty(Kind::Activation, run * width).expect("rows");
         let rows = Rows::packed(&rows, 0, width);
-        let mut pool = gpu.pool(heads, dim, run).expect("a pool");
+        let mut pool = Pool::new(&gpu, heads, dim, run);
         for on_device in [[1, 1], [2, 2], [3, 2], [4, 1], [5, 0], [5, 0], [5, 0]] {
-            append(&gpu, &mut pool, &[0, 1], [rows; 2], run).expect("a run");
+            pool.append(&gpu, &[0, 1], [rows; 2], run).expect("a run");
             let here = |buffer: &Buffer<_>| usize::from(buffer.place() == Some(Place::Pool));
             let count = |f: fn(&Chunk<_>) -> &Buffer<_>| pool.chunks.iter().map(f).map(here).sum();
             let (keys, values): (usize, usize) = (count(|c| &c.k), count(|c| &c.v));

@@ -4,20 +4,21 @@ use std::sync::Arc;
 
 use super::memory::Recorded;
 use super::{Driver, Gpu};
-use crate::device::Result;
+use crate::device::{self, Result};
 
 /// Recorded calls, and the memory that was asked for by them: nobody else gets it as long as they can be replayed.
 #[derive(Debug)]
 pub struct Recording<D: Driver> {
+    gpu: Gpu<D>,
     graph: D::Graph,
     _memory: Arc<Recorded<D>>,
 }
 
-impl<D: Driver> Recording<D> {
-    pub(super) fn replay(&self, gpu: &Gpu<D>) -> Result<()> {
+impl<D: Driver> device::Recording for Recording<D> {
+    fn replay(&self) -> Result<()> {
         // SAFETY: the calls were checked when they were recorded; what they ask for themselves is here, and that the rest
         // is there is the caller's promise.
-        unsafe { gpu.driver().replay(&self.graph) }.map_err(Into::into)
+        unsafe { self.gpu.driver().replay(&self.graph) }.map_err(Into::into)
     }
 }
 
@@ -57,6 +58,7 @@ pub(super) fn record<D: Driver, T>(
     // What went wrong in `work` says more than what became of the graph.
     let made = made?;
     let recording = Recording {
+        gpu: gpu.clone(),
         graph: graph?,
         _memory: memory,
     };

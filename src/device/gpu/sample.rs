@@ -6,7 +6,7 @@ use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::{SegattnSampleParams, SegattnSampler};
 use crate::device::sampler::{SamplerConfig, SamplerError};
-use crate::device::{Device, Kind, Result, Rows, Sampled};
+use crate::device::{self, Device, Kind, Result, Rows, Sampled};
 
 /// Tokens whose marks share a word.
 const WORD_TOKENS: usize = 32;
@@ -25,8 +25,8 @@ pub struct Samplers<D: Driver> {
     vocab: usize,
 }
 
-impl<D: Driver> Samplers<D> {
-    pub(super) fn new(
+impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
+    fn new(
         gpu: &Gpu<D>,
         config: &SamplerConfig,
         streams: &[u64],
@@ -58,7 +58,7 @@ impl<D: Driver> Samplers<D> {
         })
     }
 
-    pub(super) fn select(&mut self, gpu: &Gpu<D>, sequences: &[usize]) -> Result<()> {
+    fn select(&mut self, gpu: &Gpu<D>, sequences: &[usize]) -> Result<()> {
         if self.selected == sequences || sequences.is_empty() {
             return Ok(());
         }
@@ -75,7 +75,7 @@ impl<D: Driver> Samplers<D> {
         Ok(())
     }
 
-    pub(super) fn sample(&mut self, gpu: &Gpu<D>, logits: &Buffer<D>) -> Result<()> {
+    fn sample(&mut self, gpu: &Gpu<D>, logits: &mut Buffer<D>) -> Result<()> {
         assert_eq!(logits.kind, Kind::Exact, "logits are f32");
         let at = Rows::packed(logits, 0, self.vocab).address(self.sequences, self.vocab);
         let tokens =
@@ -96,7 +96,7 @@ impl<D: Driver> Samplers<D> {
         launch(gpu, entry(File::Sampling, "sample_f32"), grid, &params)
     }
 
-    pub(super) fn sampled(&self, gpu: &Gpu<D>, logits: &Buffer<D>) -> Result<Vec<Sampled>> {
+    fn sampled(&mut self, gpu: &Gpu<D>, logits: &Buffer<D>) -> Result<Vec<Sampled>> {
         let entry = size_of::<SegattnSampler>();
         let mut state = vec![0; self.sequences * (entry + RESULT_BYTES)];
         // SAFETY: the block has that size, all of it written when it was made.
@@ -117,7 +117,9 @@ impl<D: Driver> Samplers<D> {
         };
         self.selected.iter().map(one).collect()
     }
+}
 
+impl<D: Driver> Samplers<D> {
     /// What is wrong with the logits of a sequence.
     fn failure(&self, gpu: &Gpu<D>, logits: &Buffer<D>, index: usize) -> Result<SamplerError> {
         let logits = gpu.read(logits, index * self.vocab..(index + 1) * self.vocab)?;

@@ -2,7 +2,7 @@
 
 use super::Reference;
 use crate::attention::{Error, Grads, Problem, View, ViewMut, reference};
-use crate::device::runs::Operation;
+use crate::device::shared::spans::Operation;
 
 impl Operation for Reference {
     type Number = f64;

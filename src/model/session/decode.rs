@@ -7,7 +7,7 @@
 
 use super::{Feed, Session, Step};
 use crate::device::sampler::SamplerConfig;
-use crate::device::{Device, Purpose, Result, Sampled};
+use crate::device::{Device, Purpose, Recording, Result, Sampled, Samplers};
 use crate::model::state::SequenceState;
 
 /// Rows of a segment that a recording is good for, at least; then twice as many, until the slot's room is reached.
@@ -68,7 +68,7 @@ impl<D: Device> Session<'_, D> {
     ) -> Result<()> {
         let (device, vocab) = (&self.model.device, self.model.config.vocab_size);
         self.decoding = Decoding {
-            samplers: Some(device.samplers(config, streams, histories, vocab)?),
+            samplers: Some(D::Samplers::new(device, config, streams, histories, vocab)?),
             steps: None,
         };
         Ok(())
@@ -87,9 +87,9 @@ impl<D: Device> Session<'_, D> {
         }
         let device = &self.model.device;
         let samplers = self.decoding.samplers();
-        device.select(samplers, sequences)?;
-        device.together(|| device.sample(&mut self.logits, samplers))?;
-        device.sampled(&self.logits, samplers)
+        samplers.select(device, sequences)?;
+        device.together(|| samplers.sample(device, &mut self.logits))?;
+        samplers.sampled(device, &self.logits)
     }
 
     /// Reads one token of each of these sequences, and chooses the next one. The same as [`Session::feed`] and
@@ -109,13 +109,13 @@ impl<D: Device> Session<'_, D> {
         let device = &self.model.device;
         let decoded = device.together(|| self.decode_step(next, sequences));
         decoded.map_err(|error| error.wanted_for(Purpose::Activations))?;
-        device.sampled(&self.logits, self.decoding.samplers())
+        self.decoding.samplers().sampled(device, &self.logits)
     }
 
     fn decode_step(&mut self, next: &[(usize, u32)], sequences: Vec<usize>) -> Result<()> {
         let device = &self.model.device;
         let (step, _) = self.next_step(&feeds(next), &mut vec![0; next.len()]);
-        device.select(self.decoding.samplers(), &sequences)?;
+        self.decoding.samplers().select(device, &sequences)?;
         let mut steps = self.placed(&step, sequences)?;
         if steps.warm && !self.hands_over(&step) {
             if steps.recording.is_none() {
@@ -124,7 +124,7 @@ impl<D: Device> Session<'_, D> {
                 steps.recording = recorded.map(|((), recording)| recording);
             }
             if let Some(recording) = &steps.recording {
-                device.replay(recording)?;
+                recording.replay()?;
                 self.decoding.steps = Some(steps);
                 return Ok(());
             }
@@ -175,9 +175,8 @@ impl<D: Device> Session<'_, D> {
         for ended in ended.chunks(D::LOGIT_ROWS) {
             self.take_logits(&forward, ended)?;
         }
-        model
-            .device
-            .sample(&mut self.logits, self.decoding.samplers())
+        let samplers = self.decoding.samplers();
+        samplers.sample(&model.device, &mut self.logits)
     }
 }
 

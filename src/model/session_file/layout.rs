@@ -4,7 +4,7 @@ use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::device::{Device, Result};
+use crate::device::{Device, PastPool, Result, SelectedBlocks};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
 use crate::model::session::Session;
@@ -147,7 +147,7 @@ pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Ve
         }
         for (l, carry) in session.states[s].layers.iter().enumerate() {
             for h in 0..session.plan.reads[l].past.len() {
-                let count = session.model.device.pick_count(&carry.picks, h);
+                let count = carry.selected.count(h);
                 parts.push((s, Part::Picks(l, h), vec![count]));
             }
         }
@@ -213,14 +213,14 @@ pub(super) fn bytes<D: Device>(
         Part::Pool(l, segment) => match &carry(l).pool {
             Some(pool) => {
                 let first = segment * plan.segment_len;
-                let (mut values, v) = device.pool_read(pool, first..first + plan.segment_len)?;
+                let (mut values, v) = pool.read(device, first..first + plan.segment_len)?;
                 values.extend(v);
                 values
             }
             None => Vec::new(),
         },
         Part::Picks(l, h) => {
-            let picks = device.pick_tokens(&carry(l).picks)?;
+            let picks = carry(l).selected.tokens(device)?;
             return Ok(picks[h]
                 .iter()
                 .flat_map(|p| (*p as i64).to_le_bytes())

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Device, Fold, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
+use crate::device::{Device, Fold, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
 
 /// Rotated queries to `q`; keys, values and probes to their places in `store`.
-pub(super) fn split<D: Device + ?Sized>(
+pub(in crate::device) fn split<D: Device>(
     device: &D,
     qkv: Rows<'_, D::Buffer>,
     heads: Heads,
@@ -48,7 +48,7 @@ pub(super) fn split<D: Device + ?Sized>(
 }
 
 /// Gradients of queries and keys turned back, and of values, to rows `[q | k | v]`.
-pub(super) fn join<D: Device + ?Sized>(
+pub(in crate::device) fn join<D: Device>(
     device: &D,
     [d_q, d_k, d_v]: [Rows<'_, D::Buffer>; 3],
     heads: Heads,

@@ -1,14 +1,16 @@
-//! From the model's spans to calls of the operation on host memory: consecutive spans of equal
-//! length make one call, so that no padding is computed. Both devices on host memory use it, each
-//! with its own [`Operation`].
+//! Spans of a step grouped into calls of the attention operation: consecutive spans of equal length
+//! form one batch, so that no padding is computed.
+//!
+//! All three devices use [`span_batches`] and [`Sources`]. The devices on host memory also share the
+//! calls themselves, [`forward`] and [`backward`], each with its own [`Operation`].
 
 use std::ops::Range;
 
-use super::{Attention, AttentionGrad, Rows, RowsMut, SlotSpan};
 use crate::attention::{Batch, Error, Grads, Layout, PastLen, Problem, View, ViewMut};
+use crate::device::{Attention, AttentionGrad, Rows, RowsMut, SlotSpan};
 
 /// The operation in one precision, see [`crate::attention`].
-pub(super) trait Operation {
+pub(in crate::device) trait Operation {
     /// Its precision.
     type Number: Copy;
     /// The device's memory.
@@ -31,25 +33,25 @@ pub(super) trait Operation {
 }
 
 /// Runs the operation forward over all spans.
-pub(super) fn forward<O: Operation>(
+pub(in crate::device) fn forward<O: Operation>(
     call: &Attention<'_, O::Buffer>,
     out: RowsMut<'_, O::Buffer>,
     lse: RowsMut<'_, O::Buffer>,
 ) -> Result<(), Error> {
     let (out_buffer, lse_buffer) = (out.buffer.as_mut(), lse.buffer.as_mut());
-    for_each(call, |problem, run| {
+    for_each(call, |problem, batch| {
         let out = ViewMut {
-            data: &mut out_buffer[out.start + run.row * out.stride..],
-            layout: run.layout(out.stride, call.heads.dim),
+            data: &mut out_buffer[out.start + batch.row * out.stride..],
+            layout: batch.layout(out.stride, call.heads.dim),
         };
-        let first = lse.start + run.row * lse.stride;
-        let count = run.spans.len() * run.rows * call.heads.q;
+        let first = lse.start + batch.row * lse.stride;
+        let count = batch.spans.len() * batch.rows * call.heads.q;
         O::forward(problem, out, &mut lse_buffer[first..first + count])
     })
 }
 
 /// Runs the operation backward over all spans.
-pub(super) fn backward<O: Operation>(
+pub(in crate::device) fn backward<O: Operation>(
     call: &Attention<'_, O::Buffer>,
     grad: AttentionGrad<'_, O::Buffer>,
 ) -> Result<(), Error> {
@@ -64,15 +66,15 @@ pub(super) fn backward<O: Operation>(
         d_past_gate,
     } = grad;
     let (heads, prior) = (call.heads, call.cache.rows[1]);
-    for_each(call, |problem, run| {
-        let first = lse.start + run.row * lse.stride;
-        let count = run.spans.len() * run.rows * heads.q;
-        let prior_layout = Layout::packed([run.spans.len(), prior, heads.kv, heads.dim]);
-        let prior_start = run.spans.start * prior * heads.kv * heads.dim;
+    for_each(call, |problem, batch| {
+        let first = lse.start + batch.row * lse.stride;
+        let count = batch.spans.len() * batch.rows * heads.q;
+        let prior_layout = Layout::packed([batch.spans.len(), prior, heads.kv, heads.dim]);
+        let prior_start = batch.spans.start * prior * heads.kv * heads.dim;
         let grads = Grads {
-            d_q: run.write(d_q.buffer, d_q.start, d_q.stride, heads.dim),
-            d_k: run.write(d_k.buffer, d_k.start, d_k.stride, heads.dim),
-            d_v: run.write(d_v.buffer, d_v.start, d_v.stride, heads.dim),
+            d_q: batch.write(d_q.buffer, d_q.start, d_q.stride, heads.dim),
+            d_k: batch.write(d_k.buffer, d_k.start, d_k.stride, heads.dim),
+            d_v: batch.write(d_v.buffer, d_v.start, d_v.stride, heads.dim),
             d_prior: d_prior.as_mut().map(|(k, v)| {
                 let tail = |data| ViewMut {
                     data,
@@ -84,12 +86,12 @@ pub(super) fn backward<O: Operation>(
                 )
             }),
             d_past_gate: &mut d_past_gate.as_mut()
-                [run.spans.start * heads.q..run.spans.end * heads.q],
+                [batch.spans.start * heads.q..batch.spans.end * heads.q],
         };
         let lse = &lse.buffer.as_ref()[first..first + count];
         O::backward(
             problem,
-            [out, d_out].map(|r| run.read(r, heads.dim)),
+            [out, d_out].map(|r| batch.read(r, heads.dim)),
             lse,
             grads,
         )
@@ -97,7 +99,7 @@ pub(super) fn backward<O: Operation>(
 }
 
 /// Consecutive spans of equal length.
-pub(super) struct Run {
+pub(in crate::device) struct SpanBatch {
     /// Their indices.
     pub spans: Range<usize>,
     /// First row in the call's buffers.
@@ -106,7 +108,7 @@ pub(super) struct Run {
     pub rows: usize,
 }
 
-impl Run {
+impl SpanBatch {
     /// The layout of rows of `heads` heads that lie packed `stride` apart.
     pub fn layout(&self, stride: usize, head_dim: usize) -> Layout<'static> {
         Layout {
@@ -120,7 +122,7 @@ impl Run {
         }
     }
 
-    /// The run's rows of an input.
+    /// The batch's rows of an input.
     fn read<'a, T, B: AsRef<[T]>>(&self, rows: Rows<'a, B>, head_dim: usize) -> View<'a, T> {
         View {
             data: &rows.buffer.as_ref()[rows.start + self.row * rows.stride..],
@@ -128,7 +130,7 @@ impl Run {
         }
     }
 
-    /// The run's rows of a result.
+    /// The batch's rows of a result.
     fn write<'a, T>(
         &self,
         buffer: &'a mut impl AsMut<[T]>,
@@ -143,23 +145,23 @@ impl Run {
     }
 }
 
-pub(super) fn runs(spans: &[SlotSpan]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+pub(in crate::device) fn span_batches(spans: &[SlotSpan]) -> Vec<SpanBatch> {
+    let mut batches: Vec<SpanBatch> = Vec::new();
     for (i, span) in spans.iter().enumerate() {
-        match runs.last_mut() {
-            Some(run) if run.rows == span.rows => run.spans.end = i + 1,
-            _ => runs.push(Run {
+        match batches.last_mut() {
+            Some(batch) if batch.rows == span.rows => batch.spans.end = i + 1,
+            _ => batches.push(SpanBatch {
                 spans: i..i + 1,
                 row: span.row,
                 rows: span.rows,
             }),
         }
     }
-    runs
+    batches
 }
 
-/// What a run's spans read: where their slots lie, and how much of them is valid.
-pub(super) struct Sources {
+/// What a batch's spans read: where their slots lie, and how much of them is valid.
+pub(in crate::device) struct Sources {
     /// Of current, prior and past: rows of a slot in use.
     rows: [usize; 3],
     /// Of each source: element at which each span's slot begins.
@@ -173,9 +175,9 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    pub fn of<B>(call: &Attention<'_, B>, run: &Run) -> Self {
+    pub fn of<B>(call: &Attention<'_, B>, batch: &SpanBatch) -> Self {
         let (heads, cache) = (call.heads, call.cache);
-        let spans = &call.spans[run.spans.clone()];
+        let spans = &call.spans[batch.spans.clone()];
         let width = heads.kv * heads.dim;
         let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
             spans.iter().map(|s| f(s) as i32).collect()
@@ -227,24 +229,24 @@ impl Sources {
     }
 }
 
-/// Calls `f` with the problem of each run.
+/// Calls `f` with the problem of each batch.
 fn for_each<T, B: AsRef<[T]>>(
     call: &Attention<'_, B>,
-    mut f: impl FnMut(&Problem<'_, T>, &Run) -> Result<(), Error>,
+    mut f: impl FnMut(&Problem<'_, T>, &SpanBatch) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let (heads, cache) = (call.heads, call.cache);
-    for run in runs(call.spans) {
-        let sources = Sources::of(call, &run);
+    for batch in span_batches(call.spans) {
+        let sources = Sources::of(call, &batch);
         let view = |buffer, source: usize| View {
             data: B::as_ref(buffer),
             layout: sources.layout(source),
         };
         let problem = Problem {
-            batch: run.spans.len(),
+            batch: batch.spans.len(),
             q_heads: heads.q,
             kv_heads: heads.kv,
             head_dim: heads.dim,
-            q: run.read(call.q, heads.dim),
+            q: batch.read(call.q, heads.dim),
             k: view(&cache.k, 0),
             v: view(&cache.v, 0),
             prior_k: view(&cache.prior_k, 1),
@@ -259,7 +261,7 @@ fn for_each<T, B: AsRef<[T]>>(
             prior_heads: call.prior_heads,
             scale: None,
         };
-        f(&problem, &run)?;
+        f(&problem, &batch)?;
     }
     Ok(())
 }

@@ -1,0 +1,89 @@
+//! The past: keys and values of completed tokens, and what retrieval selects from them.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use super::{Device, PastHeads, Probes, Result, Rows, RowsMut, Selection};
+
+/// Keys and values of all completed tokens of one sequence and layer, for the KV heads that read the past, before
+/// rotation. Below, a pool's heads are these KV heads.
+///
+/// A call that fails leaves the pool as it was.
+pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
+    /// An empty pool for `heads` heads of `head_dim` elements, which is appended to `run` tokens at a time.
+    fn new(device: &D, heads: usize, head_dim: usize, run: usize) -> Self;
+
+    /// Number of tokens.
+    fn tokens(&self) -> usize;
+
+    /// Appends `rows` tokens: of rows `[kv_heads * head_dim]` of keys and of values the KV heads named, one for each head of
+    /// the pool.
+    ///
+    /// # Errors
+    /// Rows of another number than a run's, heads of another number than the pool's, or what the device says.
+    fn append(
+        &mut self,
+        device: &D,
+        heads: &[usize],
+        kv: [Rows<'_, D::Buffer>; 2],
+        rows: usize,
+    ) -> Result<()>;
+
+    /// Drops all tokens but the first `tokens`, which are whole runs.
+    fn truncate(&mut self, tokens: usize);
+
+    /// Keys, then values, each `[tokens, heads, head_dim]`, of whole runs: for saving.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn read(&self, device: &D, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)>;
+
+    /// Appends a run that [`read`](Self::read) gave.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    fn write(&mut self, device: &D, k: &[f32], v: &[f32]) -> Result<()>;
+
+    /// Retrieval (docs/contract.md, section 2): for every head the blocks with the highest scores, in order of position.
+    ///
+    /// # Errors
+    /// Heads of another number than the pool's, tokens that it does not have, or what the device says.
+    fn select(
+        &self,
+        device: &D,
+        probes: &Probes<'_, D::Buffer>,
+        selection: &Selection<'_>,
+    ) -> Result<D::Blocks>;
+
+    /// Copies each head's selected tokens to rows of keys and of values, columns of its KV head. Keys are rotated: the last
+    /// one by the row of the angle tables before `past.ends[head]`.
+    ///
+    /// # Errors
+    /// Blocks that the pool does not have, heads of another number than the pool's, or what the device says.
+    fn gather(
+        &self,
+        device: &D,
+        blocks: &D::Blocks,
+        past: &PastHeads<'_>,
+        tables: (&D::Buffer, &D::Buffer),
+        kv: [RowsMut<'_, D::Buffer>; 2],
+    ) -> Result<()>;
+}
+
+/// Blocks that the heads of a pool have selected, in order of position.
+pub trait SelectedBlocks<D: Device>: Sized + Send + Sync + Debug {
+    /// The blocks of these tokens of each head: whole blocks of `block_len`, ascending.
+    ///
+    /// # Errors
+    /// Tokens that are no such blocks, or what the device says.
+    fn new(device: &D, tokens: &[Vec<usize>], block_len: usize) -> Result<Self>;
+
+    /// Number of tokens that a head has selected.
+    fn count(&self, head: usize) -> usize;
+
+    /// The tokens of every head: for saving.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn tokens(&self, device: &D) -> Result<Vec<Vec<usize>>>;
+}
