@@ -18,7 +18,9 @@ use criterion::Criterion;
 use plain::Upstream;
 use rayon::ThreadPoolBuilder;
 use rayon::prelude::*;
-use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, cpu};
+use segattn::attention::{
+    Gradients, HostProblem, Lengths, PerSource, Problem, Saved, Source, View, ViewMut, cpu,
+};
 use segattn::isa::Isa;
 
 const Q_HEADS: usize = 4;
@@ -27,12 +29,11 @@ const KV_HEADS: usize = 2;
 /// One entry with its tensors.
 struct Data {
     head_dim: usize,
-    /// Current, prior, past.
-    lens: [i32; 3],
+    lens: PerSource<i32>,
     query_start: [i32; 1],
     /// Tensors of queries and of the keys and values of each source.
     q: Vec<f32>,
-    kv: [[Vec<f32>; 2]; 3],
+    kv: PerSource<[Vec<f32>; 2]>,
     d_out: Vec<f32>,
 }
 
@@ -46,14 +47,14 @@ fn numbers(len: usize, seed: u32) -> Vec<f32> {
 }
 
 impl Data {
-    fn new(head_dim: usize, lens: [i32; 3], query_rows: usize) -> Self {
+    fn new(head_dim: usize, lens: PerSource<i32>, query_rows: usize) -> Self {
         let q_len = query_rows * Q_HEADS * head_dim;
         Data {
             head_dim,
             lens,
-            query_start: [lens[0] - query_rows as i32],
+            query_start: [lens.current - query_rows as i32],
             q: numbers(q_len, 1),
-            kv: [0, 1, 2].map(|source| {
+            kv: PerSource::from_fn(|source| {
                 let len = lens[source] as usize * KV_HEADS * head_dim;
                 [2, 3].map(|seed| numbers(len, 2 * source as u32 + seed))
             }),
@@ -66,39 +67,31 @@ impl Data {
         [1, self.q.len() / width, Q_HEADS, self.head_dim]
     }
 
-    fn kv_shape(&self, source: usize) -> [usize; 4] {
+    fn kv_shape(&self, source: Source) -> [usize; 4] {
         [1, self.lens[source] as usize, KV_HEADS, self.head_dim]
     }
 
-    fn problem(&self) -> Problem<'_, f32> {
-        let view = |source: usize, which: usize| {
-            View::packed(&self.kv[source][which][..], self.kv_shape(source))
+    fn problem(&self) -> HostProblem<'_, f32> {
+        let views = |source| {
+            let shape = self.kv_shape(source);
+            let [k, v] = &self.kv[source];
+            (View::packed(k, shape), View::packed(v, shape))
         };
-        Problem {
-            batch: 1,
-            q_heads: Q_HEADS,
-            kv_heads: KV_HEADS,
-            head_dim: self.head_dim,
-            q: View::packed(&self.q, self.q_shape()),
-            k: view(0, 0),
-            v: view(0, 1),
-            prior_k: view(1, 0),
-            prior_v: view(1, 1),
-            past_k: view(2, 0),
-            past_v: view(2, 1),
-            segment_len: &self.lens[..1],
-            prior_len: &self.lens[1..2],
-            past_len: PastLen::PerBatch(&self.lens[2..]),
-            query_start: Some(&self.query_start),
-            past_gate: &[1.0; Q_HEADS],
-            prior_heads: &[true; Q_HEADS],
-            scale: None,
-        }
+        let ((k, v), (prior_k, prior_v)) = (views(Source::Current), views(Source::Prior));
+        let (past_k, past_v) = views(Source::Past);
+        Problem::causal(View::packed(&self.q, self.q_shape()), k, v)
+            .prior(prior_k, prior_v, &[true; Q_HEADS])
+            .past(past_k, past_v, &[1.0; Q_HEADS])
+            .lengths(Lengths::default().query_start(&self.query_start))
     }
 
     /// Multiply-adds of a pass, counted as two operations, over the keys each row sees.
     fn operations(&self, backward: bool) -> f64 {
-        let [current, prior, past] = self.lens.map(f64::from);
+        let PerSource {
+            past,
+            prior,
+            current,
+        } = self.lens.map(f64::from);
         let own = current * (current + 1.0) / 2.0 + current * prior;
         let past = current * past;
         let products = if backward {
@@ -124,17 +117,17 @@ impl Results {
     }
 
     fn on(isa: Isa, data: &Data) -> Self {
-        let kv = |source: usize| vec![0.0; data.kv[source][0].len()];
+        let kv = |source: Source| vec![0.0; data.kv[source][0].len()];
         Results {
             isa,
             out: vec![0.0; data.q.len()],
             lse: vec![0.0; data.q.len() / data.head_dim],
             grads: [
                 vec![0.0; data.q.len()],
-                kv(0),
-                kv(0),
-                kv(1),
-                kv(1),
+                kv(Source::Current),
+                kv(Source::Current),
+                kv(Source::Prior),
+                kv(Source::Prior),
                 vec![0.0; Q_HEADS],
             ],
         }
@@ -148,28 +141,23 @@ impl Results {
     fn backward(&mut self, data: &Data) {
         let [d_q, d_k, d_v, d_prior_k, d_prior_v, d_past_gate] = &mut self.grads;
         let kv = |source| data.kv_shape(source);
-        let grads = Grads {
+        let gradients = Gradients {
             d_q: ViewMut::packed(d_q, data.q_shape()),
-            d_k: ViewMut::packed(d_k, kv(0)),
-            d_v: ViewMut::packed(d_v, kv(0)),
+            d_k: ViewMut::packed(d_k, kv(Source::Current)),
+            d_v: ViewMut::packed(d_v, kv(Source::Current)),
             d_prior: Some((
-                ViewMut::packed(d_prior_k, kv(1)),
-                ViewMut::packed(d_prior_v, kv(1)),
+                ViewMut::packed(d_prior_k, kv(Source::Prior)),
+                ViewMut::packed(d_prior_v, kv(Source::Prior)),
             )),
-            d_past_gate,
+            d_past_gate: &mut d_past_gate[..],
         };
-        let out = View::packed(&self.out[..], data.q_shape());
-        let d_out = View::packed(&data.d_out[..], data.q_shape());
-        cpu::backward_on(
-            self.isa,
-            &data.problem(),
-            out,
-            &self.lse,
-            d_out,
-            None,
-            grads,
-        )
-        .expect("a valid problem");
+        let saved = Saved {
+            out: View::packed(&self.out[..], data.q_shape()),
+            lse: &self.lse[..],
+            d_out: View::packed(&data.d_out[..], data.q_shape()),
+            d_lse: None,
+        };
+        cpu::backward_on(self.isa, &data.problem(), &saved, gradients).expect("a valid problem");
     }
 }
 
@@ -250,25 +238,37 @@ fn bandwidth() -> f64 {
     (words.len() * 8) as f64 / seconds
 }
 
-/// Segments of the tables: head_dim; current, prior and past rows.
-const SEGMENTS: [(usize, [i32; 3]); 6] = [
-    (64, [512, 0, 0]),
-    (64, [2048, 0, 0]),
-    (64, [2048, 512, 512]),
-    (128, [512, 0, 0]),
-    (128, [2048, 0, 0]),
-    (128, [512, 256, 256]),
+/// As many prior as past rows.
+const fn lens(current: i32, others: i32) -> PerSource<i32> {
+    PerSource {
+        past: others,
+        prior: others,
+        current,
+    }
+}
+
+/// Segments of the tables: head_dim, and rows.
+const SEGMENTS: [(usize, PerSource<i32>); 6] = [
+    (64, lens(512, 0)),
+    (64, lens(2048, 0)),
+    (64, lens(2048, 512)),
+    (128, lens(512, 0)),
+    (128, lens(2048, 0)),
+    (128, lens(512, 256)),
 ];
 /// Decoding: one row of a long segment.
-const DECODING: [i32; 3] = [1 << 16, 512, 512];
+const DECODING: PerSource<i32> = lens(1 << 16, 512);
 
-fn segment_name(head_dim: usize, lens: [i32; 3]) -> String {
-    format!("D{head_dim} S{} +{} +{}", lens[0], lens[1], lens[2])
+fn segment_name(head_dim: usize, lens: PerSource<i32>) -> String {
+    format!(
+        "D{head_dim} S{} +{} +{}",
+        lens.current, lens.prior, lens.past
+    )
 }
 
 fn criterion_runs(criterion: &mut Criterion) {
     for (head_dim, lens) in SEGMENTS {
-        let data = Data::new(head_dim, lens, lens[0] as usize);
+        let data = Data::new(head_dim, lens, lens.current as usize);
         let mut results = Results::new(&data);
         let name = segment_name(head_dim, lens);
         criterion.bench_function(&format!("forward {name}"), |b| {
@@ -281,7 +281,7 @@ fn criterion_runs(criterion: &mut Criterion) {
     for head_dim in [64, 128] {
         let data = Data::new(head_dim, DECODING, 1);
         let mut results = Results::new(&data);
-        let name = format!("decode D{head_dim} S{}", DECODING[0]);
+        let name = format!("decode D{head_dim} S{}", DECODING.current);
         criterion.bench_function(&name, |b| b.iter(|| results.forward(&data)));
     }
 }
@@ -310,7 +310,7 @@ fn table(isa: Isa, plain: &[[f64; 2]]) {
         "", "ms", "plain ms", "ratio", "GFLOP/s", "of peak"
     );
     for ((head_dim, lens), plain) in SEGMENTS.into_iter().zip(plain) {
-        let data = Data::new(head_dim, lens, lens[0] as usize);
+        let data = Data::new(head_dim, lens, lens.current as usize);
         let mut results = Results::on(isa, &data);
         let forward = best(10, || results.forward(&data));
         let backward = best(10, || results.backward(&data));
@@ -332,11 +332,12 @@ fn table(isa: Isa, plain: &[[f64; 2]]) {
         let data = Data::new(head_dim, DECODING, 1);
         let mut results = Results::on(isa, &data);
         let seconds = best(10, || results.forward(&data));
-        let elements: usize = data.kv.iter().flatten().map(Vec::len).sum();
+        let kv = Source::ALL.iter().flat_map(|source| &data.kv[*source]);
+        let elements: usize = kv.map(Vec::len).sum();
         let speed = (4 * elements) as f64 / seconds;
         println!(
             "{:26} {:9.2} ms {:.1} GB/s, {:.0}% of the {:.1} GB/s of reading memory",
-            format!("decode D{head_dim} S{}", DECODING[0]),
+            format!("decode D{head_dim} S{}", DECODING.current),
             1e3 * seconds,
             speed / 1e9,
             100.0 * speed / bandwidth,
@@ -365,7 +366,7 @@ fn main() {
     criterion_runs(&mut criterion);
     criterion.final_summary();
     let plain = SEGMENTS
-        .map(|(head_dim, lens)| plain_seconds(&Data::new(head_dim, lens, lens[0] as usize)));
+        .map(|(head_dim, lens)| plain_seconds(&Data::new(head_dim, lens, lens.current as usize)));
     println!("\n{Q_HEADS} query heads on {KV_HEADS}; segments +prior +past");
     println!("plain: tests/attention_cases/plain.rs, one thread");
     let mut sets = vec![Isa::best()];

@@ -7,8 +7,8 @@
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, result};
 use half::bf16;
-use segattn::attention::cuda::{DeviceSlice, Dtype, ForwardPlan, Gates, Lengths, Problem, Tensor};
-use segattn::attention::{Batch, Layout, PastLen};
+use segattn::attention::cuda::{DeviceSlice, Dtype, ForwardPlan, Tensor};
+use segattn::attention::{Batch, Layout, Problem};
 use segattn::cuda::kernels::DriverKernels;
 
 const BATCH: usize = 2;
@@ -49,43 +49,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (lse_address, _lse) = lse.device_ptr_mut(&owner);
 
     let layout = Layout {
-        rows: ROWS,
         row_stride: row,
-        head_stride: HEAD_DIM,
         batch: Batch::Stride {
             len: BATCH,
             stride: ROWS * row,
         },
+        ..Layout::packed([BATCH, ROWS, HEADS, HEAD_DIM])
     };
     let half_of = |offset: usize| Tensor {
         data: kv_address + (offset * Dtype::BYTES) as u64,
         len: kv.len() - offset,
+        dtype: Dtype::Bf16,
         layout,
     };
-    let problem = Problem {
-        dtype: Dtype::Bf16,
-        batch: BATCH,
-        q_heads: HEADS,
-        kv_heads: HEADS,
-        head_dim: HEAD_DIM,
-        q: Tensor::packed(q_address, [BATCH, ROWS, HEADS, HEAD_DIM]),
-        k: half_of(0),
-        v: half_of(row / 2),
-        prior_k: Tensor::empty(BATCH),
-        prior_v: Tensor::empty(BATCH),
-        past_k: Tensor::empty(BATCH),
-        past_v: Tensor::empty(BATCH),
-        lengths: Lengths::Host {
-            segment_len: &[ROWS as i32; BATCH],
-            prior_len: &[0; BATCH],
-            past_len: PastLen::PerBatch(&[0; BATCH]),
-            query_start: None,
-        },
-        past_gate: Gates::Host(&[0.0; HEADS]),
-        prior_heads: &[false; HEADS],
-        scale: None,
-    };
-    let out_tensor = Tensor::packed(out_address, [BATCH, ROWS, HEADS, HEAD_DIM]);
+    let packed = |address| Tensor::packed(address, Dtype::Bf16, [BATCH, ROWS, HEADS, HEAD_DIM]);
+    let problem = Problem::causal(packed(q_address), half_of(0), half_of(row / 2));
+    let out_tensor = packed(out_address);
     let lse_slice = DeviceSlice::new(lse_address, BATCH * HEADS * ROWS);
     let plan = ForwardPlan::new(&problem, &out_tensor, lse_slice, None, &kernels)?;
     // SAFETY: the size is the plan's; the memory is given back below, after the stream has passed.

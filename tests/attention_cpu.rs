@@ -30,10 +30,7 @@ fn cpu_backward_on(
     cpu::backward_on(
         isa,
         &case.problem(),
-        forward.out.view(),
-        &forward.lse,
-        case.d_out.view(),
-        with_d_lse.then_some(&case.d_lse[..]),
+        &case.saved(forward, with_d_lse),
         backward.grads(),
     )
     .expect("a valid case");

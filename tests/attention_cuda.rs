@@ -15,11 +15,9 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use segattn::attention::PastLen;
 use segattn::attention::cuda::slices::{Input, Output, Workspace};
-use segattn::attention::cuda::{
-    BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Gates, Lengths, Problem,
-};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan};
+use segattn::attention::{Gates, Len, Lengths, Problem};
 use segattn::cuda::kernels::{DriverKernels, Kernels};
 
 /// The kernels on GPU 0, loaded once; `None`, said once, where there is none.
@@ -248,38 +246,15 @@ fn repeated_runs_have_equal_bits() {
 }
 
 /// A problem of one entry, one head of 64, on slices.
-fn on_slices<'a>(data: &'a CudaSlice<bf16>, rows: &'a [i32; 1]) -> Problem<'a, Input<'a, bf16>> {
+fn on_slices(data: &CudaSlice<bf16>) -> Problem<'_, Input<'_, bf16>> {
     let tensor = Input::packed(data, [1, data.len() / 64, 1, 64]);
-    Problem {
-        dtype: Dtype::Bf16,
-        batch: 1,
-        q_heads: 1,
-        kv_heads: 1,
-        head_dim: 64,
-        q: tensor,
-        k: tensor,
-        v: tensor,
-        prior_k: Input::empty(1),
-        prior_v: Input::empty(1),
-        past_k: Input::empty(1),
-        past_v: Input::empty(1),
-        lengths: Lengths::Host {
-            segment_len: rows,
-            prior_len: &[0],
-            past_len: PastLen::PerBatch(&[0]),
-            query_start: None,
-        },
-        past_gate: Gates::Host(&[0.0]),
-        prior_heads: &[false],
-        scale: None,
-    }
+    Problem::causal(tensor, tensor, tensor)
 }
 
 #[test]
 fn slices_on_two_streams_are_ordered_without_the_host() {
     let Some(kernels) = kernels() else { return };
     let streams = [(); 2].map(|()| kernels.context().new_stream().expect("a stream"));
-    let rows = [4096];
     let ones = vec![bf16::ONE; 4096 * 64];
     let mut workspace = Workspace::default();
     for _ in 0..20 {
@@ -287,10 +262,10 @@ fn slices_on_two_streams_are_ordered_without_the_host() {
         let mut out = streams[0].alloc_zeros::<bf16>(ones.len()).expect("memory");
         let mut lse = streams[0].alloc_zeros::<f32>(4096).expect("memory");
         streams[0].memcpy_htod(&ones, &mut data).expect("a copy");
-        let problem = on_slices(&data, &rows);
+        let problem = on_slices(&data);
         let written = Output::packed(&mut out, [1, 4096, 1, 64]);
         let mut call = kernels
-            .forward(&streams[1], &problem, written, &mut lse, None)
+            .forward(&streams[1], &problem, written, &mut lse)
             .expect("a call");
         call.run(&mut workspace).expect("a run");
         drop(call);
@@ -309,35 +284,24 @@ fn wrong_slices_are_refused_by_name_and_the_next_call_works() {
     let mut lse = stream.alloc_zeros::<f32>(256).expect("memory");
     let mut refused = |problem: Problem<'_, Input<'_, bf16>>| {
         let written = Output::packed(&mut out, [1, 256, 1, 64]);
-        let call = kernels.forward(&stream, &problem, written, &mut lse, None);
+        let call = kernels.forward(&stream, &problem, written, &mut lse);
         call.err().map(|error| error.to_string())
     };
-    let rows = [256];
-    let problem = on_slices(&data, &rows);
-    let dtype = refused(Problem {
-        dtype: Dtype::F16,
-        ..problem
-    });
-    assert_eq!(dtype.as_deref(), Some("dtype: expected bf16, got f16"));
-    let past_gate = refused(Problem {
-        past_gate: Gates::Device {
-            past_gate: 256,
-            reads_past: &[true],
-        },
-        ..problem
-    });
+    let problem = on_slices(&data);
+    let gates = Gates::Device {
+        past_gate: 256,
+        reads_past: &[true],
+    };
+    let past_gate = refused(problem.past(problem.k, problem.v, gates));
     assert!(past_gate.is_some_and(|said| said.starts_with("past_gate: ")));
+    let lengths = refused(problem.lengths(Lengths::segment(Len::Device(256))));
+    assert!(lengths.is_some_and(|said| said.starts_with("segment_len: ")));
     let k = refused(Problem {
         k: Input::packed(&data, [1, 512, 1, 64]),
-        lengths: Lengths::Host {
-            segment_len: &[257],
-            prior_len: &[0],
-            past_len: PastLen::PerBatch(&[0]),
-            query_start: None,
-        },
-        ..problem
+        v: Input::packed(&data, [1, 512, 1, 64]),
+        ..problem.lengths(Lengths::segment(&[512]).query_start(&[256]))
     });
-    assert!(k.is_some_and(|said| said.starts_with("segment_len[0]: ")));
+    assert!(k.is_some_and(|said| said.starts_with("k: batch entry 0: ")));
     assert_eq!(refused(problem), None);
 }
 

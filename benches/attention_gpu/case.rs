@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use half::bf16;
-use segattn::attention::cuda::{DeviceSlice, Dtype, Gates, Lengths, Problem, Tensor};
-use segattn::attention::{Batch, Layout, PastLen};
+use segattn::attention::cuda::{DeviceSlice, Dtype, Tensor};
+use segattn::attention::{Lengths, Problem};
 use segattn::cuda::{Error, alloc};
 
 /// More than any GPU's cache keeps.
@@ -261,19 +261,7 @@ impl Data {
     pub fn tensor(&mut self, i: usize) -> Tensor<'static> {
         let [batch, rows, heads, head_dim] = shape(&self.case, i);
         let (data, _guard) = self.tensors[i].device_ptr_mut(&self.stream);
-        Tensor {
-            data,
-            len: batch * rows * heads * head_dim,
-            layout: Layout {
-                rows,
-                row_stride: heads * head_dim,
-                head_stride: head_dim,
-                batch: Batch::Stride {
-                    len: batch,
-                    stride: rows * heads * head_dim,
-                },
-            },
-        }
+        Tensor::packed(data, Dtype::Bf16, [batch, rows, heads, head_dim])
     }
 
     pub fn lse(&self) -> DeviceSlice {
@@ -285,34 +273,24 @@ impl Data {
         DeviceSlice::new(address, self.d_past_gate.len())
     }
 
-    pub fn problem(&mut self) -> Problem<'_> {
-        let [q, k, v, prior_k, prior_v, past_k, past_v] =
+    pub fn problem(&mut self) -> Problem<'_, Tensor<'_>> {
+        let [q, k, v, prior_k, prior_v, mut past_k, mut past_v] =
             [Q, K, V, PRIOR_K, PRIOR_V, PAST_K, PAST_V].map(|i| self.tensor(i));
-        let case = &self.case;
+        // The other heads have no past rows by their lengths.
+        past_k.layout.heads = self.case.kv_heads;
+        past_v.layout.heads = self.case.kv_heads;
         let [segment_len, prior_len, past_len, query_start] = &self.lens;
-        Problem {
-            dtype: Dtype::Bf16,
-            batch: case.batch,
-            q_heads: case.q_heads,
-            kv_heads: case.kv_heads,
-            head_dim: case.head_dim,
-            q,
-            k,
-            v,
-            prior_k,
-            prior_v,
-            past_k,
-            past_v,
-            lengths: Lengths::Host {
-                segment_len,
-                prior_len,
-                past_len: PastLen::PerHead(past_len),
-                query_start: case.is_decode().then_some(query_start),
-            },
-            past_gate: Gates::Host(&self.gates),
-            prior_heads: &self.prior_heads,
-            scale: None,
-        }
+        let lengths = Lengths::segment(segment_len)
+            .prior(prior_len)
+            .past_per_head(past_len);
+        let lengths = match self.case.is_decode() {
+            true => lengths.query_start(query_start),
+            false => lengths,
+        };
+        Problem::causal(q, k, v)
+            .prior(prior_k, prior_v, &self.prior_heads)
+            .past(past_k, past_v, &self.gates)
+            .lengths(lengths)
     }
 }
 

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr};
-use segattn::attention::cuda::{BackwardPlan, DeviceSlice, ForwardPlan, Gradients, Saved};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, ForwardPlan};
+use segattn::attention::{Gradients, Saved};
 use segattn::cuda::kernels::DriverKernels;
 use segattn::cuda::{DeviceInfo, alloc};
 

@@ -8,11 +8,8 @@ use std::path::Path;
 use anyhow::Result;
 use bytemuck::Pod;
 use half::{bf16, f16};
-use segattn::attention::PastLen;
-use segattn::attention::cuda::{
-    BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gates, Gradients, Lengths, Problem, Saved,
-    Tensor,
-};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Tensor};
+use segattn::attention::{Gradients, Saved};
 use segattn_sim::{Buffer, Checks, Gpu, Kernels, Stream};
 
 use case::Case;
@@ -57,14 +54,19 @@ impl Device {
     ) -> Result<Tensor<'static>> {
         let values: Vec<T> = values.iter().map(|&x| T::narrow(x)).collect();
         let buffer = self.gpu.input(name, &values)?;
-        Ok(Tensor::packed(buffer.address() as u64, shape))
+        Ok(Tensor::packed(buffer.address() as u64, T::DTYPE, shape))
     }
 
     /// A tensor to be written.
-    fn output(&mut self, name: &str, shape: [usize; 4]) -> Result<(Tensor<'static>, Buffer)> {
+    fn output<T: Element>(
+        &mut self,
+        name: &str,
+        shape: [usize; 4],
+    ) -> Result<(Tensor<'static>, Buffer)> {
         let bytes = shape.iter().product::<usize>() * Dtype::BYTES;
         let buffer = self.gpu.alloc(name, bytes)?;
-        Ok((Tensor::packed(buffer.address() as u64, shape), buffer))
+        let tensor = Tensor::packed(buffer.address() as u64, T::DTYPE, shape);
+        Ok((tensor, buffer))
     }
 
     /// f32 to be written.
@@ -107,33 +109,11 @@ pub fn run<T: Element>(bytes: &[u8], seed: u64) -> Result<Vec<u8>> {
 fn compute<T: Element>(case: &Case, device: &mut Device) -> Result<Vec<Vec<f32>>> {
     let [batch, segment, q_heads, head_dim] = case.q_shape;
     let kv = |rows| [batch, rows, case.kv_heads, head_dim];
-    let mut input = |name: &str, shape| {
+    let mut input = |name: &'static str, shape| {
         let found = case.floats.iter().find(|(n, _)| *n == name);
         device.tensor::<T>(name, found.map_or(&[][..], |(_, values)| values), shape)
     };
-    let problem = Problem {
-        dtype: T::DTYPE,
-        batch,
-        q_heads,
-        kv_heads: case.kv_heads,
-        head_dim,
-        q: input("q", case.q_shape)?,
-        k: input("k", kv(segment))?,
-        v: input("v", kv(segment))?,
-        prior_k: input("prior_k", kv(case.prior))?,
-        prior_v: input("prior_v", kv(case.prior))?,
-        past_k: input("past_k", kv(case.past))?,
-        past_v: input("past_v", kv(case.past))?,
-        lengths: Lengths::Host {
-            segment_len: &case.segment_len,
-            prior_len: &case.prior_len,
-            past_len: PastLen::PerBatch(&case.past_len),
-            query_start: None,
-        },
-        past_gate: Gates::Host(&case.past_gate),
-        prior_heads: &case.prior_heads,
-        scale: case.scale,
-    };
+    let problem = case.problem(&mut input)?;
     let d_out = input("d_out", case.q_shape)?;
     let d_lse = match &case.d_lse {
         Some(values) => {
@@ -143,7 +123,7 @@ fn compute<T: Element>(case: &Case, device: &mut Device) -> Result<Vec<Vec<f32>>
         None => None,
     };
 
-    let (out, out_buffer) = device.output("out", case.q_shape)?;
+    let (out, out_buffer) = device.output::<T>("out", case.q_shape)?;
     let (lse, lse_buffer) = device.floats("lse", batch * q_heads * segment)?;
     let plan = ForwardPlan::new(&problem, &out, lse, None, &device.kernels)?;
     let workspace = device.workspace(plan.workspace_bytes())?;
@@ -162,7 +142,7 @@ fn compute<T: Element>(case: &Case, device: &mut Device) -> Result<Vec<Vec<f32>>
         .into_iter()
         .zip(shapes)
     {
-        tensors.push(device.output(name, shape)?);
+        tensors.push(device.output::<T>(name, shape)?);
     }
     let (d_past_gate, gate_buffer) = device.floats("d_past_gate", batch * q_heads)?;
     let gradients = Gradients {

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use half::bf16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use segattn::attention::{PastLen, Problem, View, ViewMut, reference};
+use segattn::attention::{Lengths, Problem, View, ViewMut, reference};
 
 const Q: [usize; 4] = [2, 5, 4, 32];
 const KV: [usize; 4] = [2, 5, 2, 32];
@@ -102,26 +102,11 @@ fn expected() -> (Vec<f64>, Vec<f64>) {
         |shape, salt| -> Vec<f64> { values(shape, salt).iter().map(|&x| f64::from(x)).collect() };
     let (q, k, v) = (wide(Q, 0), wide(KV, 1), wide(KV, 2));
     let (prior_k, prior_v) = (wide(PRIOR, 3), wide(PRIOR, 4));
-    let problem = Problem {
-        batch: 2,
-        q_heads: 4,
-        kv_heads: 2,
-        head_dim: 32,
-        q: View::packed(&q, Q),
-        k: View::packed(&k, KV),
-        v: View::packed(&v, KV),
-        prior_k: View::packed(&prior_k, PRIOR),
-        prior_v: View::packed(&prior_v, PRIOR),
-        past_k: View::packed(&[], PAST),
-        past_v: View::packed(&[], PAST),
-        segment_len: &[5, 3],
-        prior_len: &[3, 0],
-        past_len: PastLen::PerBatch(&[0, 0]),
-        query_start: None,
-        past_gate: &[1.0, 0.0, 0.5, 2.0],
-        prior_heads: &[true, true, false, true],
-        scale: None,
-    };
+    let (prior_k, prior_v) = (View::packed(&prior_k, PRIOR), View::packed(&prior_v, PRIOR));
+    let (k, v) = (View::packed(&k, KV), View::packed(&v, KV));
+    let problem = Problem::causal(View::packed(&q, Q), k, v)
+        .prior(prior_k, prior_v, &[true, true, false, true])
+        .lengths(Lengths::segment(&[5, 3]).prior(&[3, 0]));
     let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 2 * 4 * 5]);
     reference::forward(&problem, ViewMut::packed(&mut out, Q), &mut lse).expect("a valid case");
     (out, lse)

@@ -38,18 +38,15 @@ pub enum Error {
         /// What was passed.
         got: f32,
     },
-    /// A view reaches beyond its data.
-    #[error(
-        "{argument}: batch entry {entry} expected at least {expected} elements, got {got} \
-         (0 expected: the offset does not fit in usize)"
-    )]
+    /// A row lies beyond the tensor's data.
+    #[error("{argument}: batch entry {entry}: expected {}, got {got}", at_least(*.expected))]
     OutOfBounds {
         /// The offending argument.
         argument: &'static str,
         /// The batch entry that does not fit.
         entry: usize,
-        /// Elements needed; 0 if that number overflows.
-        expected: usize,
+        /// Elements needed; `None` if that number overflows.
+        expected: Option<usize>,
         /// Elements there are.
         got: usize,
     },
@@ -71,4 +68,11 @@ pub enum Error {
         /// What was passed.
         got: String,
     },
+}
+
+fn at_least(elements: Option<usize>) -> String {
+    match elements {
+        Some(elements) => format!("at least {elements} elements"),
+        None => format!("at least 2^{} elements", usize::BITS),
+    }
 }

@@ -1,413 +1,464 @@
-//! The arguments of one attention call, and their validation.
+//! The arguments of one attention call, for every backend.
 
-use super::error::Error;
-use super::view::{Layout, View, ViewMut};
+use super::layout::{Strided, View, ViewMut};
+use super::source::Source;
 
-/// Number of valid past rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PastLen<'a> {
-    /// `[batch]`: the same for every KV head.
-    PerBatch(&'a [i32]),
-    /// `[batch, kv_heads]`: each KV head retrieved its own number of rows.
-    PerHead(&'a [i32]),
-}
-
-/// Queries of one segment and the three sources they read.
+/// Queries of one segment and the sources they read. `X` is a tensor `[batch, rows, heads, head_dim]`: a [`View`] of
+/// host memory, a [`cuda::Tensor`](super::cuda::Tensor) of device memory, or a slice of cudarc's
+/// (`cuda::slices::Input`).
 ///
-/// Rows at or beyond an entry's length are never read, whatever they hold. A source that is not
-/// there is [`View::empty`].
+/// Shapes and element type are those of the tensors. Rows at or beyond an entry's length are never read, whatever they
+/// hold. What a tensor or a length must be is checked by the call, see [`Problem::validate`].
 #[derive(Debug, Clone, Copy)]
-pub struct Problem<'a, T> {
-    /// Number of batch entries.
-    pub batch: usize,
-    /// Number of query heads, a multiple of `kv_heads`.
-    pub q_heads: usize,
-    /// Number of key/value heads.
-    pub kv_heads: usize,
-    /// Elements of one row.
-    pub head_dim: usize,
-    /// Queries `[batch, rows, q_heads, head_dim]`; row 0 is position `query_start[b]`.
-    pub q: View<'a, T>,
-    /// Keys of the segment `[batch, segment, kv_heads, head_dim]`.
-    pub k: View<'a, T>,
+pub struct Problem<'a, X> {
+    /// Queries `[batch, rows, q_heads, head_dim]`; row 0 is position `query_start[b]` of its segment.
+    pub q: X,
+    /// Keys of the segment `[batch, segment, kv_heads, head_dim]`; `q_heads` is a multiple of `kv_heads`.
+    pub k: X,
     /// Values of the segment, like `k`.
-    pub v: View<'a, T>,
-    /// Keys carried over from the segment before `[batch, prior, kv_heads, head_dim]`.
-    pub prior_k: View<'a, T>,
-    /// Values carried over, like `prior_k`.
-    pub prior_v: View<'a, T>,
-    /// Retrieved keys `[batch, past, kv_heads, head_dim]`.
-    pub past_k: View<'a, T>,
-    /// Retrieved values, like `past_k`.
-    pub past_v: View<'a, T>,
-    /// `[batch]`: valid rows of `k` and `v`.
-    pub segment_len: &'a [i32],
-    /// `[batch]`: valid rows of `prior_k` and `prior_v`.
-    pub prior_len: &'a [i32],
-    /// Valid rows of `past_k` and `past_v`.
-    pub past_len: PastLen<'a>,
-    /// `[batch]`: the position of each entry's first query row; `None` is 0. Decoding passes one
-    /// query row at position `segment_len - 1`.
-    pub query_start: Option<&'a [i32]>,
-    /// `[q_heads]`, finite, >= 0: weight of the past; 0 does not read it.
-    pub past_gate: &'a [f32],
-    /// `[q_heads]`: whether the head reads the prior rows.
-    pub prior_heads: &'a [bool],
-    /// Factor on the scores, default `1/sqrt(head_dim)`.
+    pub v: X,
+    /// The KV tail of the segment before; `None`: there is none.
+    pub prior: Option<Prior<'a, X>>,
+    /// KV rows of earlier segments; `None`: there are none.
+    pub past: Option<Past<'a, X>>,
+    /// Valid rows of every batch entry.
+    pub lengths: Lengths<'a>,
+    /// Factor on the scores; `None` is `1/sqrt(head_dim)`.
     pub scale: Option<f32>,
 }
 
-/// Gradients written by a backward pass. Every element of every view row is written (`=`, not `+=`).
-#[derive(Debug)]
-pub struct Grads<'a, T> {
-    /// Like `q`.
-    pub d_q: ViewMut<'a, T>,
+/// Keys and values carried over from the segment before: the only source through which gradients leave the segment.
+#[derive(Debug, Clone, Copy)]
+pub struct Prior<'a, X> {
+    /// `[batch, prior, kv_heads, head_dim]`.
+    pub k: X,
     /// Like `k`.
-    pub d_k: ViewMut<'a, T>,
-    /// Like `v`.
-    pub d_v: ViewMut<'a, T>,
-    /// Like `prior_k` and `prior_v`; `None` leaves them out (`read_only_prior`).
-    pub d_prior: Option<(ViewMut<'a, T>, ViewMut<'a, T>)>,
-    /// `[batch, q_heads]`: each batch entry's part of the gradient of `past_gate`; sum over batch.
-    pub d_past_gate: &'a mut [T],
+    pub v: X,
+    /// `[q_heads]`: whether the head reads them.
+    pub heads: &'a [bool],
 }
 
-/// The source a key row comes from, in the order in which they are read.
+/// Retrieved keys and values, which get no gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct Past<'a, X> {
+    /// `[batch, past, kv_heads, head_dim]`.
+    pub k: X,
+    /// Like `k`.
+    pub v: X,
+    /// The weight of these rows in each head.
+    pub gates: Gates<'a>,
+}
+
+/// `[q_heads]`, finite, at least 0: the weight of the past in each head. A head whose gate is 0 does not read it.
+#[derive(Debug, Clone, Copy)]
+pub enum Gates<'a> {
+    /// Host values; validated, and copied with the call to a GPU.
+    Host(&'a [f32]),
+    /// Learned gates in device memory; trusted.
+    Device {
+        /// Device address of `[q_heads]` f32.
+        past_gate: u64,
+        /// `[q_heads]`: whether the gate is above 0.
+        reads_past: &'a [bool],
+    },
+}
+
+/// `[batch]` numbers of rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
-    Past,
-    Prior,
-    Current,
+pub enum Len<'a> {
+    /// Host values; validated, and copied with the call to a GPU.
+    Host(&'a [i32]),
+    /// The device address of i32, which nobody reads back: they must be what validation would accept, and every row of
+    /// the tensors must lie inside its memory. The work is cut for as many rows as the tensors have, so that a plan
+    /// serves as long as they suffice.
+    Device(u64),
 }
 
-impl Source {
-    pub(super) const ALL: [Source; 3] = [Source::Past, Source::Prior, Source::Current];
+/// Numbers of valid past rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PastLen<'a> {
+    /// `[batch]`: the same for every KV head.
+    PerBatch(Len<'a>),
+    /// `[batch, kv_heads]`: each KV head retrieved its own number of rows.
+    PerHead(Len<'a>),
 }
 
-impl<'a, T: Copy> Problem<'a, T> {
-    /// Query heads that share a KV head.
-    pub fn group(&self) -> usize {
-        self.q_heads / self.kv_heads
+/// How many rows of each batch entry are valid. The default is all rows of every tensor.
+///
+/// ```
+/// use segattn::attention::Lengths;
+///
+/// // Two entries of 5 and 3 tokens, of which the last one is asked for.
+/// let lengths = Lengths::segment(&[5, 3]).query_start(&[4, 2]);
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lengths<'a> {
+    /// `[batch]`: valid rows of `k` and `v`.
+    pub segment_len: Option<Len<'a>>,
+    /// `[batch]`: valid rows of the prior.
+    pub prior_len: Option<Len<'a>>,
+    /// Valid rows of the past.
+    pub past_len: Option<PastLen<'a>>,
+    /// `[batch]`: the position of each entry's first query row in its segment; `None` is 0. Query rows are those from
+    /// there to `segment_len`. Decoding passes one query row at position `segment_len - 1`.
+    pub query_start: Option<Len<'a>>,
+}
+
+impl<'a> Lengths<'a> {
+    /// `[batch]` valid rows of the segment.
+    pub fn segment(len: impl Into<Len<'a>>) -> Self {
+        Lengths {
+            segment_len: Some(len.into()),
+            ..Lengths::default()
+        }
     }
 
-    /// Position of the entry's first query row. Like all lengths below: after validation.
-    pub(super) fn query_start(&self, entry: usize) -> usize {
-        self.query_start.map_or(0, |start| start[entry] as usize)
+    /// `[batch]` valid rows of the prior.
+    pub fn prior(self, len: impl Into<Len<'a>>) -> Self {
+        Lengths {
+            prior_len: Some(len.into()),
+            ..self
+        }
     }
 
-    /// Valid query rows of the entry.
-    pub(super) fn query_rows(&self, entry: usize) -> usize {
-        self.segment_len[entry] as usize - self.query_start(entry)
+    /// `[batch]` valid rows of the past.
+    pub fn past(self, len: impl Into<Len<'a>>) -> Self {
+        Lengths {
+            past_len: Some(PastLen::PerBatch(len.into())),
+            ..self
+        }
     }
 
-    /// Valid rows of a source.
-    pub(super) fn source_rows(&self, source: Source, entry: usize, kv_head: usize) -> usize {
-        let rows = match (source, self.past_len) {
-            (Source::Current, _) => self.segment_len[entry],
-            (Source::Prior, _) => self.prior_len[entry],
-            (Source::Past, PastLen::PerBatch(len)) => len[entry],
-            (Source::Past, PastLen::PerHead(len)) => len[entry * self.kv_heads + kv_head],
-        };
-        rows as usize
+    /// `[batch, kv_heads]` valid rows of the past.
+    pub fn past_per_head(self, len: impl Into<Len<'a>>) -> Self {
+        Lengths {
+            past_len: Some(PastLen::PerHead(len.into())),
+            ..self
+        }
     }
 
-    /// Keys and values of a source.
-    pub(super) fn source(&self, source: Source) -> (View<'a, T>, View<'a, T>) {
+    /// `[batch]` positions of the first query row.
+    pub fn query_start(self, start: impl Into<Len<'a>>) -> Self {
+        Lengths {
+            query_start: Some(start.into()),
+            ..self
+        }
+    }
+
+    /// Every length there is, by name.
+    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, Len<'a>)> {
+        let past_len = self.past_len.map(PastLen::values);
+        [
+            ("segment_len", self.segment_len),
+            ("prior_len", self.prior_len),
+            ("past_len", past_len),
+            ("query_start", self.query_start),
+        ]
+        .into_iter()
+        .filter_map(|(name, len)| Some((name, len?)))
+    }
+}
+
+impl<'a> PastLen<'a> {
+    pub(super) fn values(self) -> Len<'a> {
+        let (PastLen::PerBatch(len) | PastLen::PerHead(len)) = self;
+        len
+    }
+}
+
+impl<'a> From<&'a [i32]> for Len<'a> {
+    fn from(values: &'a [i32]) -> Self {
+        Len::Host(values)
+    }
+}
+
+impl<'a> From<&'a Vec<i32>> for Len<'a> {
+    fn from(values: &'a Vec<i32>) -> Self {
+        Len::Host(values)
+    }
+}
+
+impl<'a, const N: usize> From<&'a [i32; N]> for Len<'a> {
+    fn from(values: &'a [i32; N]) -> Self {
+        Len::Host(values)
+    }
+}
+
+impl<'a> From<&'a [f32]> for Gates<'a> {
+    fn from(gates: &'a [f32]) -> Self {
+        Gates::Host(gates)
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for Gates<'a> {
+    fn from(gates: &'a Vec<f32>) -> Self {
+        Gates::Host(gates)
+    }
+}
+
+impl<'a, const N: usize> From<&'a [f32; N]> for Gates<'a> {
+    fn from(gates: &'a [f32; N]) -> Self {
+        Gates::Host(gates)
+    }
+}
+
+impl Gates<'_> {
+    /// Whether a head reads the past.
+    pub(super) fn reads(&self, head: usize) -> bool {
+        match self {
+            Gates::Host(gates) => gates[head] > 0.0,
+            Gates::Device { reads_past, .. } => reads_past[head],
+        }
+    }
+}
+
+impl<'a, X> Problem<'a, X> {
+    /// Queries that read the keys and values of their own segment, each row those up to its own position.
+    pub fn causal(q: X, k: X, v: X) -> Self {
+        Problem {
+            q,
+            k,
+            v,
+            prior: None,
+            past: None,
+            lengths: Lengths::default(),
+            scale: None,
+        }
+    }
+
+    /// Adds the KV tail of the segment before, read by the query heads that `heads` names.
+    pub fn prior(self, k: X, v: X, heads: &'a [bool]) -> Self {
+        Problem {
+            prior: Some(Prior { k, v, heads }),
+            ..self
+        }
+    }
+
+    /// Adds retrieved rows, weighted by each query head's gate.
+    pub fn past(self, k: X, v: X, gates: impl Into<Gates<'a>>) -> Self {
+        let gates = gates.into();
+        Problem {
+            past: Some(Past { k, v, gates }),
+            ..self
+        }
+    }
+
+    /// Says how many rows are valid.
+    pub fn lengths(self, lengths: Lengths<'a>) -> Self {
+        Problem { lengths, ..self }
+    }
+
+    /// Sets the factor on the scores; `None` is `1/sqrt(head_dim)`.
+    pub fn scale(self, scale: impl Into<Option<f32>>) -> Self {
+        Problem {
+            scale: scale.into(),
+            ..self
+        }
+    }
+
+    /// Keys and values of a source, if it is there.
+    pub fn source(&self, source: Source) -> Option<[&X; 2]> {
         match source {
-            Source::Past => (self.past_k, self.past_v),
-            Source::Prior => (self.prior_k, self.prior_v),
-            Source::Current => (self.k, self.v),
+            Source::Past => self.past.as_ref().map(|past| [&past.k, &past.v]),
+            Source::Prior => self.prior.as_ref().map(|prior| [&prior.k, &prior.v]),
+            Source::Current => Some([&self.k, &self.v]),
         }
     }
 
     /// Whether a query head reads a source.
-    pub(super) fn reads(&self, source: Source, head: usize) -> bool {
+    pub fn reads(&self, source: Source, head: usize) -> bool {
         match source {
-            Source::Past => self.past_gate[head] > 0.0,
-            Source::Prior => self.prior_heads[head],
+            Source::Past => self
+                .past
+                .as_ref()
+                .is_some_and(|past| past.gates.reads(head)),
+            Source::Prior => self.prior.as_ref().is_some_and(|prior| prior.heads[head]),
             Source::Current => true,
         }
     }
 
-    /// Checks every argument once; the computations trust what passed.
-    ///
-    /// # Errors
-    /// An [`Error`] that names the argument, what was expected and what came.
-    pub fn validate(&self) -> Result<(), Error> {
-        self.check_dimensions()?;
-        self.check_values()?;
-        self.check_lengths()?;
-        self.check_views()
-    }
-
-    fn check_dimensions(&self) -> Result<(), Error> {
-        if self.kv_heads == 0 {
-            return Err(shape("kv_heads", "at least 1", 0));
-        }
-        if self.q_heads == 0 || !self.q_heads.is_multiple_of(self.kv_heads) {
-            let expected = format!("a positive multiple of kv_heads = {}", self.kv_heads);
-            return Err(shape("q_heads", expected, self.q_heads));
-        }
-        if self.head_dim == 0 {
-            return Err(shape("head_dim", "at least 1", 0));
-        }
-        check_len("segment_len", self.segment_len, self.batch, "batch")?;
-        check_len("prior_len", self.prior_len, self.batch, "batch")?;
-        match self.past_len {
-            PastLen::PerBatch(len) => check_len("past_len", len, self.batch, "batch")?,
-            PastLen::PerHead(len) => {
-                let expected = self.batch.saturating_mul(self.kv_heads);
-                check_len("past_len", len, expected, "batch * kv_heads")?;
-            }
-        }
-        if let Some(start) = self.query_start {
-            check_len("query_start", start, self.batch, "batch")?;
-        }
-        check_len("past_gate", self.past_gate, self.q_heads, "q_heads")?;
-        check_len("prior_heads", self.prior_heads, self.q_heads, "q_heads")
-    }
-
-    fn check_values(&self) -> Result<(), Error> {
-        for (index, &gate) in self.past_gate.iter().enumerate() {
-            if !gate.is_finite() || gate < 0.0 {
-                return Err(Error::Value {
-                    argument: "past_gate",
-                    index,
-                    expected: "a finite number >= 0",
-                    got: gate,
-                });
-            }
-        }
-        match self.scale {
-            Some(scale) if !scale.is_finite() => Err(Error::Value {
-                argument: "scale",
-                index: 0,
-                expected: "a finite number",
-                got: scale,
-            }),
-            _ => Ok(()),
+    /// The weight of the past in a query head; 0 without a past. Of device gates only whether they are 0 is known.
+    pub fn gate(&self, head: usize) -> f32 {
+        match self.past.as_ref().map(|past| past.gates) {
+            None => 0.0,
+            Some(Gates::Host(gates)) => gates[head],
+            Some(gates) => f32::from(gates.reads(head)),
         }
     }
 
-    fn check_lengths(&self) -> Result<(), Error> {
-        let segment = self.k.layout.rows.min(self.v.layout.rows);
-        let prior = self.prior_k.layout.rows.min(self.prior_v.layout.rows);
-        let past = self.past_k.layout.rows.min(self.past_v.layout.rows);
-        check_range("segment_len", self.segment_len, segment)?;
-        check_range("prior_len", self.prior_len, prior)?;
-        let (PastLen::PerBatch(past_len) | PastLen::PerHead(past_len)) = self.past_len;
-        check_range("past_len", past_len, past)?;
-        for entry in 0..self.batch {
-            let end = self.segment_len[entry];
-            let start = self.query_start.map_or(0, |start| start[entry]);
-            if start < 0 || start > end {
-                return Err(Error::Length {
-                    argument: "query_start",
-                    index: entry,
-                    expected: format!("0 to segment_len = {end}"),
-                    got: start.into(),
-                });
-            }
-            if (end - start) as usize > self.q.layout.rows {
-                let expected = format!("query_start + at most {} rows of q", self.q.layout.rows);
-                return Err(Error::Length {
-                    argument: "segment_len",
-                    index: entry,
-                    expected,
-                    got: end.into(),
-                });
-            }
-        }
-        Ok(())
+    /// Every tensor by name, in the order of the kernels' params; `None`: its source is not there.
+    pub(super) fn tensors(&self) -> [(&'static str, Option<&X>); 7] {
+        let (prior, past) = (self.prior.as_ref(), self.past.as_ref());
+        [
+            ("q", Some(&self.q)),
+            ("k", Some(&self.k)),
+            ("v", Some(&self.v)),
+            ("prior_k", prior.map(|prior| &prior.k)),
+            ("prior_v", prior.map(|prior| &prior.v)),
+            ("past_k", past.map(|past| &past.k)),
+            ("past_v", past.map(|past| &past.v)),
+        ]
     }
 
-    fn check_views(&self) -> Result<(), Error> {
-        self.check_input("q", &self.q, self.q_heads, |entry, _| {
-            self.query_rows(entry)
-        })?;
-        let names = [
-            (Source::Current, ["k", "v"]),
-            (Source::Prior, ["prior_k", "prior_v"]),
-            (Source::Past, ["past_k", "past_v"]),
-        ];
-        for (source, [k_name, v_name]) in names {
-            let (k, v) = self.source(source);
-            let rows = |entry, head| self.source_rows(source, entry, head);
-            self.check_input(k_name, &k, self.kv_heads, rows)?;
-            self.check_input(v_name, &v, self.kv_heads, rows)?;
-        }
-        Ok(())
-    }
-
-    /// Only valid rows have to lie inside the data of an input.
-    pub(super) fn check_input(
+    /// The problem with each tensor replaced.
+    #[cfg(feature = "cuda")]
+    pub(super) fn try_map<Y, E>(
         &self,
-        argument: &'static str,
-        view: &View<'_, T>,
-        heads: usize,
-        rows: impl Fn(usize, usize) -> usize,
-    ) -> Result<(), Error> {
-        check_batch(argument, &view.layout, self.batch)?;
-        for entry in 0..self.batch {
-            for head in 0..heads {
-                let rows = [entry, rows(entry, head), head, self.head_dim];
-                view.layout.check_rows(argument, view.data.len(), rows)?;
+        mut f: impl FnMut(&'static str, &X) -> Result<Y, E>,
+    ) -> Result<Problem<'a, Y>, E> {
+        let mut mapped = Problem::causal(f("q", &self.q)?, f("k", &self.k)?, f("v", &self.v)?);
+        if let Some(Prior { k, v, heads }) = &self.prior {
+            mapped = mapped.prior(f("prior_k", k)?, f("prior_v", v)?, heads);
+        }
+        if let Some(Past { k, v, gates }) = &self.past {
+            mapped = mapped.past(f("past_k", k)?, f("past_v", v)?, *gates);
+        }
+        Ok(mapped.lengths(self.lengths).scale(self.scale))
+    }
+}
+
+/// Sizes and lengths. Lengths are those of a validated problem; device-resident ones stand at their largest.
+impl<X: Strided> Problem<'_, X> {
+    /// Number of batch entries.
+    pub fn batch(&self) -> usize {
+        self.q.layout().batch.len()
+    }
+
+    /// Rows of `q`, valid and padding together.
+    pub fn rows(&self) -> usize {
+        self.q.layout().rows
+    }
+
+    /// Number of query heads.
+    pub fn q_heads(&self) -> usize {
+        self.q.layout().heads
+    }
+
+    /// Number of key/value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.k.layout().heads
+    }
+
+    /// Elements of one row.
+    pub fn head_dim(&self) -> usize {
+        self.q.layout().head_dim
+    }
+
+    /// Query heads that share a KV head.
+    pub fn group(&self) -> usize {
+        self.q_heads() / self.kv_heads()
+    }
+
+    /// Rows that a source's tensors have, valid and padding together; 0 where it is not there.
+    pub fn capacity(&self, source: Source) -> usize {
+        let rows = |[k, v]: [&X; 2]| k.layout().rows.min(v.layout().rows);
+        self.source(source).map_or(0, rows)
+    }
+
+    /// Position of an entry's first query row.
+    pub fn query_start(&self, entry: usize) -> usize {
+        match self.lengths.query_start {
+            None => 0,
+            Some(Len::Host(start)) => start[entry] as usize,
+            Some(Len::Device(_)) => match self.lengths.segment_len {
+                Some(Len::Host(len)) => (len[entry] as usize).saturating_sub(self.rows()),
+                _ => self.capacity(Source::Current).saturating_sub(self.rows()),
+            },
+        }
+    }
+
+    /// Valid query rows of an entry.
+    pub fn query_rows(&self, entry: usize) -> usize {
+        self.source_rows(Source::Current, entry, 0) - self.query_start(entry)
+    }
+
+    /// Valid rows of a source.
+    pub fn source_rows(&self, source: Source, entry: usize, kv_head: usize) -> usize {
+        let (len, at) = match (source, self.lengths.past_len) {
+            (Source::Current, _) => (self.lengths.segment_len, entry),
+            (Source::Prior, _) => (self.lengths.prior_len, entry),
+            (Source::Past, Some(PastLen::PerHead(len))) => {
+                (Some(len), entry * self.kv_heads() + kv_head)
             }
+            (Source::Past, len) => (len.map(PastLen::values), entry),
+        };
+        match (len, source) {
+            (Some(Len::Host(len)), _) => len[at] as usize,
+            // No more than there are query rows for.
+            (Some(Len::Device(_)), Source::Current) => {
+                let end = self.query_start(entry) + self.rows();
+                end.min(self.capacity(source))
+            }
+            _ => self.capacity(source),
         }
-        Ok(())
-    }
-
-    /// Checks a tensor like `q` that comes with a backward pass (`out`, `d_out`).
-    pub(super) fn check_like_q(
-        &self,
-        argument: &'static str,
-        view: &View<'_, T>,
-    ) -> Result<(), Error> {
-        if view.layout.rows != self.q.layout.rows {
-            return Err(shape(
-                argument,
-                rows_of("q", self.q.layout.rows),
-                view.layout.rows,
-            ));
-        }
-        self.check_input(argument, view, self.q_heads, |entry, _| {
-            self.query_rows(entry)
-        })
-    }
-
-    /// Checks a `[batch, q_heads, rows]` slice.
-    pub(super) fn check_lse<U>(&self, argument: &'static str, slice: &[U]) -> Result<(), Error> {
-        let expected = self
-            .batch
-            .saturating_mul(self.q_heads)
-            .saturating_mul(self.q.layout.rows);
-        check_len(argument, slice, expected, "batch * q_heads * rows of q")
-    }
-
-    /// Checks an output view: rows like `like`, all inside the data, none overlapping.
-    pub(super) fn check_output(
-        &self,
-        argument: &'static str,
-        view: &ViewMut<'_, T>,
-        heads: usize,
-        (like_name, like): (&'static str, &Layout<'_>),
-    ) -> Result<(), Error> {
-        let layout = &view.layout;
-        check_batch(argument, layout, self.batch)?;
-        if layout.rows != like.rows {
-            return Err(shape(argument, rows_of(like_name, like.rows), layout.rows));
-        }
-        for entry in 0..self.batch {
-            let rows = [entry, layout.rows, heads - 1, self.head_dim];
-            layout.check_rows(argument, view.data.len(), rows)?;
-        }
-        if layout.overlaps(heads, self.head_dim, view.data.len()) {
-            return Err(Error::Overlap {
-                argument,
-                got: format!("{layout:?}"),
-            });
-        }
-        Ok(())
-    }
-
-    /// Validates everything a forward pass gets.
-    pub(super) fn validate_forward(&self, out: &ViewMut<'_, T>, lse: &[T]) -> Result<(), Error> {
-        self.validate()?;
-        self.check_output("out", out, self.q_heads, ("q", &self.q.layout))?;
-        self.check_lse("lse", lse)
-    }
-
-    /// Validates everything a backward pass gets.
-    pub(super) fn validate_backward(
-        &self,
-        saved: &Saved<'_, T>,
-        grads: &Grads<'_, T>,
-    ) -> Result<(), Error> {
-        self.validate()?;
-        if let Some(index) = (0..self.batch).find(|&entry| self.query_start(entry) != 0) {
-            return Err(Error::Length {
-                argument: "query_start",
-                index,
-                expected: "0 in a backward pass".into(),
-                got: self.query_start(index) as i64,
-            });
-        }
-        self.check_like_q("out", &saved.out)?;
-        self.check_like_q("d_out", &saved.d_out)?;
-        self.check_lse("lse", saved.lse)?;
-        if let Some(d_lse) = saved.d_lse {
-            self.check_lse("d_lse", d_lse)?;
-        }
-        let (k, v) = (("k", &self.k.layout), ("v", &self.v.layout));
-        self.check_output("d_q", &grads.d_q, self.q_heads, ("q", &self.q.layout))?;
-        self.check_output("d_k", &grads.d_k, self.kv_heads, k)?;
-        self.check_output("d_v", &grads.d_v, self.kv_heads, v)?;
-        if let Some((d_k, d_v)) = &grads.d_prior {
-            let (k, v) = (&self.prior_k.layout, &self.prior_v.layout);
-            self.check_output("d_prior_k", d_k, self.kv_heads, ("prior_k", k))?;
-            self.check_output("d_prior_v", d_v, self.kv_heads, ("prior_v", v))?;
-        }
-        let expected = self.batch.saturating_mul(self.q_heads);
-        check_len(
-            "d_past_gate",
-            grads.d_past_gate,
-            expected,
-            "batch * q_heads",
-        )
     }
 }
 
-/// What a backward pass reads besides the problem.
-#[derive(Clone, Copy)]
-pub(super) struct Saved<'a, T> {
-    pub out: View<'a, T>,
-    pub lse: &'a [T],
-    pub d_out: View<'a, T>,
-    pub d_lse: Option<&'a [T]>,
+/// What a backward pass reads besides the problem: tensors `X` like `q`, and f32 or f64 `F` of `[batch, q_heads, rows]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved<X, F> {
+    /// What the forward pass wrote.
+    pub out: X,
+    /// Log-sum-exp of the forward pass.
+    pub lse: F,
+    /// The loss's gradient with respect to `out`.
+    pub d_out: X,
+    /// The loss's gradient with respect to `lse`; `None` is zero.
+    pub d_lse: Option<F>,
 }
 
-fn shape(argument: &'static str, expected: impl Into<String>, got: usize) -> Error {
-    Error::Shape {
-        argument,
-        expected: expected.into(),
-        got: got.to_string(),
-    }
+/// What a backward pass writes, to tensors `Y`. Every element of every row is written (`=`, not `+=`), padding rows to 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Gradients<Y, F> {
+    /// Like `q`.
+    pub d_q: Y,
+    /// Like `k`.
+    pub d_k: Y,
+    /// Like `v`.
+    pub d_v: Y,
+    /// Like the prior's keys and values; `None` leaves them out (a read-only prior).
+    pub d_prior: Option<(Y, Y)>,
+    /// `[batch, q_heads]`: each batch entry's part of the gradient of the gates. The caller sums over the batch, in an
+    /// order of its choice.
+    pub d_past_gate: F,
 }
 
-fn rows_of(name: &str, rows: usize) -> String {
-    format!("the {rows} rows of {name}")
-}
-
-fn check_batch(argument: &'static str, layout: &Layout<'_>, batch: usize) -> Result<(), Error> {
-    match layout.batch.len() {
-        len if len == batch => Ok(()),
-        len => Err(shape(argument, format!("{batch} batch entries"), len)),
-    }
-}
-
-fn check_len<T>(
-    argument: &'static str,
-    slice: &[T],
-    expected: usize,
-    meaning: &str,
-) -> Result<(), Error> {
-    if slice.len() == expected {
-        return Ok(());
-    }
-    let expected = format!("{meaning} = {expected} elements");
-    Err(shape(argument, expected, slice.len()))
-}
-
-fn check_range(argument: &'static str, lengths: &[i32], rows: usize) -> Result<(), Error> {
-    for (index, &len) in lengths.iter().enumerate() {
-        if len < 0 || len as usize > rows {
-            return Err(Error::Length {
-                argument,
-                index,
-                expected: format!("0 to {rows} rows"),
-                got: len.into(),
-            });
+impl<X, F> Saved<X, F> {
+    /// Of a loss that does not depend on `lse`.
+    pub fn new(out: X, lse: F, d_out: X) -> Self {
+        Saved {
+            out,
+            lse,
+            d_out,
+            d_lse: None,
         }
     }
-    Ok(())
 }
+
+impl<Y, F> Gradients<Y, F> {
+    /// All but those of the prior.
+    pub fn new(d_q: Y, d_k: Y, d_v: Y, d_past_gate: F) -> Self {
+        Gradients {
+            d_q,
+            d_k,
+            d_v,
+            d_prior: None,
+            d_past_gate,
+        }
+    }
+
+    /// Adds those of the prior's keys and values.
+    pub fn prior(self, d_k: Y, d_v: Y) -> Self {
+        Gradients {
+            d_prior: Some((d_k, d_v)),
+            ..self
+        }
+    }
+}
+
+/// A problem in host memory.
+pub type HostProblem<'a, T> = Problem<'a, View<'a, T>>;
+/// What a backward pass reads, in host memory.
+pub type HostSaved<'a, T> = Saved<View<'a, T>, &'a [T]>;
+/// What a backward pass writes, in host memory.
+pub type HostGradients<'a, T> = Gradients<ViewMut<'a, T>, &'a mut [T]>;

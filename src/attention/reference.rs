@@ -2,8 +2,9 @@
 //! list, the softmax in full, the gradient formulas one by one. Quadratic; for tests.
 
 use super::error::Error;
-use super::problem::{Grads, Problem, Saved, Source};
-use super::view::{View, ViewMut};
+use super::layout::ViewMut;
+use super::problem::{HostGradients, HostProblem, HostSaved};
+use super::source::Source;
 
 /// A key that a query row sees.
 struct Key<'a> {
@@ -17,15 +18,16 @@ struct Key<'a> {
 /// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
 ///
 /// # Errors
-/// See [`Problem::validate`]; likewise for `out` and `lse`. Any `head_dim` is accepted.
+/// See [`Problem::validate`](super::Problem::validate); likewise for `out` and `lse`. Any `head_dim` is accepted.
 pub fn forward(
-    problem: &Problem<'_, f64>,
+    problem: &HostProblem<'_, f64>,
     mut out: ViewMut<'_, f64>,
     lse: &mut [f64],
 ) -> Result<(), Error> {
-    problem.validate_forward(&out, lse)?;
+    problem.check_on_host("host values in the reference")?;
+    problem.validate_forward(&out, &lse)?;
     for_each_query(problem, |entry, head, row, lse_idx| {
-        let out_row = out.row([entry, row, head], problem.head_dim);
+        let out_row = out.row([entry, row, head]);
         out_row.fill(0.0);
         lse[lse_idx] = f64::NEG_INFINITY;
         if row >= problem.query_rows(entry) {
@@ -41,55 +43,46 @@ pub fn forward(
     Ok(())
 }
 
-/// Computes the gradients of a loss from `d_out = dL/d out` and `d_lse = dL/d lse`.
-///
-/// `out` and `lse` are those of [`forward`].
+/// Computes the gradients of a loss from those with respect to `out` and `lse`.
 ///
 /// # Errors
-/// See [`Problem::validate`]; likewise for every other argument. `query_start` must be 0.
+/// See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must be 0.
 pub fn backward(
-    problem: &Problem<'_, f64>,
-    out: View<'_, f64>,
-    lse: &[f64],
-    d_out: View<'_, f64>,
-    d_lse: Option<&[f64]>,
-    mut grads: Grads<'_, f64>,
+    problem: &HostProblem<'_, f64>,
+    saved: &HostSaved<'_, f64>,
+    mut grads: HostGradients<'_, f64>,
 ) -> Result<(), Error> {
-    let saved = Saved {
-        out,
-        lse,
-        d_out,
-        d_lse,
-    };
-    problem.validate_backward(&saved, &grads)?;
-    clear(problem, &mut grads);
-    let head_dim = problem.head_dim;
+    problem.check_on_host("host values in the reference")?;
+    problem.validate_backward(saved, &grads)?;
+    clear(&mut grads);
+    let (lse, q_heads) = (saved.lse, problem.q_heads());
     for_each_query(problem, |entry, head, row, lse_idx| {
         if row >= problem.query_rows(entry) {
             return;
         }
         let at = [entry, row, head];
-        let (q, d_out) = (problem.q.row(at, head_dim), d_out.row(at, head_dim));
-        let delta = dot(d_out, out.row(at, head_dim)) - d_lse.map_or(0.0, |d_lse| d_lse[lse_idx]);
+        let (q, d_out) = (problem.q.row(at), saved.d_out.row(at));
+        let d_lse = saved.d_lse.map_or(0.0, |d_lse| d_lse[lse_idx]);
+        let delta = dot(d_out, saved.out.row(at)) - d_lse;
         for key in visible_keys(problem, entry, head, row) {
             let p = (key.score - lse[lse_idx]).exp();
             let ds = p * (dot(d_out, key.v) - delta);
             let d_score = scale(problem) * ds;
-            add_scaled(grads.d_q.row(at, head_dim), d_score, key.k);
+            add_scaled(grads.d_q.row(at), d_score, key.k);
             let key_at = [entry, key.row, head / problem.group()];
             match (key.source, &mut grads.d_prior) {
                 (Source::Current, _) => {
-                    add_scaled(grads.d_k.row(key_at, head_dim), d_score, q);
-                    add_scaled(grads.d_v.row(key_at, head_dim), p, d_out);
+                    add_scaled(grads.d_k.row(key_at), d_score, q);
+                    add_scaled(grads.d_v.row(key_at), p, d_out);
                 }
                 (Source::Prior, Some((d_k, d_v))) => {
-                    add_scaled(d_k.row(key_at, head_dim), d_score, q);
-                    add_scaled(d_v.row(key_at, head_dim), p, d_out);
+                    add_scaled(d_k.row(key_at), d_score, q);
+                    add_scaled(d_v.row(key_at), p, d_out);
                 }
                 (Source::Prior, None) => {}
                 (Source::Past, _) => {
-                    let gate = f64::from(problem.past_gate[head]);
-                    grads.d_past_gate[entry * problem.q_heads + head] += ds / gate;
+                    let gate = f64::from(problem.gate(head));
+                    grads.d_past_gate[entry * q_heads + head] += ds / gate;
                 }
             }
         }
@@ -98,17 +91,12 @@ pub fn backward(
 }
 
 /// Calls `f(entry, head, row, lse_idx)` for every query row, padding included.
-fn for_each_query(problem: &Problem<'_, f64>, mut f: impl FnMut(usize, usize, usize, usize)) {
-    let rows = problem.q.layout.rows;
-    for entry in 0..problem.batch {
-        for head in 0..problem.q_heads {
+fn for_each_query(problem: &HostProblem<'_, f64>, mut f: impl FnMut(usize, usize, usize, usize)) {
+    let (heads, rows) = (problem.q_heads(), problem.rows());
+    for entry in 0..problem.batch() {
+        for head in 0..heads {
             for row in 0..rows {
-                f(
-                    entry,
-                    head,
-                    row,
-                    (entry * problem.q_heads + head) * rows + row,
-                );
+                f(entry, head, row, (entry * heads + head) * rows + row);
             }
         }
     }
@@ -116,34 +104,36 @@ fn for_each_query(problem: &Problem<'_, f64>, mut f: impl FnMut(usize, usize, us
 
 /// The keys that query row `row` of `head` sees, with their scores.
 fn visible_keys<'a>(
-    problem: &Problem<'a, f64>,
+    problem: &HostProblem<'a, f64>,
     entry: usize,
     head: usize,
     row: usize,
 ) -> Vec<Key<'a>> {
-    let q = problem.q.row([entry, row, head], problem.head_dim);
+    let q = problem.q.row([entry, row, head]);
     let kv_head = head / problem.group();
     let mut keys = Vec::new();
     for source in Source::ALL {
-        if !problem.reads(source, head) {
+        let Some([k, v]) = problem
+            .source(source)
+            .filter(|_| problem.reads(source, head))
+        else {
             continue;
-        }
-        let (k, v) = problem.source(source);
+        };
         let (rows, bias) = match source {
             Source::Current => (problem.query_start(entry) + row + 1, 0.0),
             Source::Prior => (problem.source_rows(source, entry, kv_head), 0.0),
             Source::Past => (
                 problem.source_rows(source, entry, kv_head),
-                f64::from(problem.past_gate[head]).ln(),
+                f64::from(problem.gate(head)).ln(),
             ),
         };
         keys.extend((0..rows).map(|row| {
-            let k = k.row([entry, row, kv_head], problem.head_dim);
+            let k = k.row([entry, row, kv_head]);
             Key {
                 source,
                 row,
                 k,
-                v: v.row([entry, row, kv_head], problem.head_dim),
+                v: v.row([entry, row, kv_head]),
                 score: scale(problem) * dot(q, k) + bias,
             }
         }));
@@ -151,20 +141,17 @@ fn visible_keys<'a>(
     keys
 }
 
-fn clear(problem: &Problem<'_, f64>, grads: &mut Grads<'_, f64>) {
-    let mut views = vec![
-        (&mut grads.d_q, problem.q_heads),
-        (&mut grads.d_k, problem.kv_heads),
-        (&mut grads.d_v, problem.kv_heads),
-    ];
+fn clear(grads: &mut HostGradients<'_, f64>) {
+    let mut views = vec![&mut grads.d_q, &mut grads.d_k, &mut grads.d_v];
     if let Some((d_k, d_v)) = &mut grads.d_prior {
-        views.extend([(d_k, problem.kv_heads), (d_v, problem.kv_heads)]);
+        views.extend([d_k, d_v]);
     }
-    for (view, heads) in views {
-        for entry in 0..problem.batch {
-            for row in 0..view.layout.rows {
-                for head in 0..heads {
-                    view.row([entry, row, head], problem.head_dim).fill(0.0);
+    for view in views {
+        let layout = view.layout;
+        for entry in 0..layout.batch.len() {
+            for row in 0..layout.rows {
+                for head in 0..layout.heads {
+                    view.row([entry, row, head]).fill(0.0);
                 }
             }
         }
@@ -172,10 +159,10 @@ fn clear(problem: &Problem<'_, f64>, grads: &mut Grads<'_, f64>) {
     grads.d_past_gate.fill(0.0);
 }
 
-fn scale(problem: &Problem<'_, f64>) -> f64 {
+fn scale(problem: &HostProblem<'_, f64>) -> f64 {
     problem
         .scale
-        .map_or(1.0 / (problem.head_dim as f64).sqrt(), f64::from)
+        .map_or(1.0 / (problem.head_dim() as f64).sqrt(), f64::from)
 }
 
 fn log_sum_exp(keys: &[Key<'_>]) -> f64 {

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use segattn::attention::{Grads, PastLen, Problem, View, ViewMut, cpu, reference};
+use segattn::attention::{
+    Gradients, HostGradients, HostProblem, HostSaved, Saved, View, ViewMut, cpu, reference,
+};
 
 use super::files::write_atomically;
 use case::Case;
@@ -79,27 +81,7 @@ impl Case {
                 .unwrap_or(0);
             &inputs[i][..]
         };
-        let kv = |name, rows| View::packed(input(name), [batch, rows, self.kv_heads, head_dim]);
-        let problem = Problem {
-            batch,
-            q_heads,
-            kv_heads: self.kv_heads,
-            head_dim,
-            q: View::packed(input("q"), self.q_shape),
-            k: kv("k", segment),
-            v: kv("v", segment),
-            prior_k: kv("prior_k", self.prior),
-            prior_v: kv("prior_v", self.prior),
-            past_k: kv("past_k", self.past),
-            past_v: kv("past_v", self.past),
-            segment_len: &self.segment_len,
-            prior_len: &self.prior_len,
-            past_len: PastLen::PerBatch(&self.past_len),
-            query_start: None,
-            past_gate: &self.past_gate,
-            prior_heads: &self.prior_heads,
-            scale: self.scale,
-        };
+        let problem = self.problem(|name, shape| Ok(View::packed(input(name), shape)))?;
         let mut results: Vec<Vec<T>> = self
             .result_shapes()
             .iter()
@@ -111,7 +93,7 @@ impl Case {
         T::forward(&problem, ViewMut::packed(out, self.q_shape), lse)?;
         let kv_shape = |rows| [batch, rows, self.kv_heads, head_dim];
         let mut gates = vec![T::default(); batch * q_heads];
-        let grads = Grads {
+        let grads = Gradients {
             d_q: ViewMut::packed(d_q, self.q_shape),
             d_k: ViewMut::packed(d_k, kv_shape(segment)),
             d_v: ViewMut::packed(d_v, kv_shape(segment)),
@@ -119,12 +101,16 @@ impl Case {
                 ViewMut::packed(d_prior_k, kv_shape(self.prior)),
                 ViewMut::packed(d_prior_v, kv_shape(self.prior)),
             )),
-            d_past_gate: &mut gates,
+            d_past_gate: &mut gates[..],
         };
         let d_lse = self.d_lse.as_deref().map(T::from_f32);
-        let d_out = View::packed(input("d_out"), self.q_shape);
-        let out = View::packed(out, self.q_shape);
-        T::backward(&problem, out, lse, d_out, d_lse.as_deref(), grads)?;
+        let saved = Saved {
+            out: View::packed(out, self.q_shape),
+            lse: &lse[..],
+            d_out: View::packed(input("d_out"), self.q_shape),
+            d_lse: d_lse.as_deref(),
+        };
+        T::backward(&problem, &saved, grads)?;
         for (i, gate) in gates.iter().enumerate() {
             d_past_gate[i % q_heads] += *gate;
         }
@@ -137,17 +123,14 @@ trait Number: Copy + Default + std::ops::AddAssign {
     fn from_f32(values: &[f32]) -> Vec<Self>;
     fn to_f32(values: &[Self]) -> Vec<f32>;
     fn forward(
-        problem: &Problem<'_, Self>,
+        problem: &HostProblem<'_, Self>,
         out: ViewMut<'_, Self>,
         lse: &mut [Self],
     ) -> Result<(), segattn::attention::Error>;
     fn backward(
-        problem: &Problem<'_, Self>,
-        out: View<'_, Self>,
-        lse: &[Self],
-        d_out: View<'_, Self>,
-        d_lse: Option<&[Self]>,
-        grads: Grads<'_, Self>,
+        problem: &HostProblem<'_, Self>,
+        saved: &HostSaved<'_, Self>,
+        grads: HostGradients<'_, Self>,
     ) -> Result<(), segattn::attention::Error>;
 }
 
@@ -163,7 +146,7 @@ macro_rules! number {
             }
 
             fn forward(
-                problem: &Problem<'_, Self>,
+                problem: &HostProblem<'_, Self>,
                 out: ViewMut<'_, Self>,
                 lse: &mut [Self],
             ) -> Result<(), segattn::attention::Error> {
@@ -172,15 +155,12 @@ macro_rules! number {
             }
 
             fn backward(
-                problem: &Problem<'_, Self>,
-                out: View<'_, Self>,
-                lse: &[Self],
-                d_out: View<'_, Self>,
-                d_lse: Option<&[Self]>,
-                grads: Grads<'_, Self>,
+                problem: &HostProblem<'_, Self>,
+                saved: &HostSaved<'_, Self>,
+                grads: HostGradients<'_, Self>,
             ) -> Result<(), segattn::attention::Error> {
                 use $device as device;
-                device::backward(problem, out, lse, d_out, d_lse, grads)
+                device::backward(problem, saved, grads)
             }
         }
     };

@@ -1,5 +1,7 @@
 //! Arguments of [`Device`](super::Device) calls: views, the attention call, retrieval, the update.
 
+use crate::attention::PerSource;
+
 /// What a buffer's numbers are for, which decides their precision on devices that have several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -110,8 +112,8 @@ pub struct Heads {
 /// the prior rows and the past rows, keys rotated, all `[slot, row, kv_head, head_dim]`.
 #[derive(Debug)]
 pub struct SegmentCache<B> {
-    /// Rows a slot has room for: current, prior, past.
-    pub rows: [usize; 3],
+    /// Rows a slot has room for.
+    pub rows: PerSource<usize>,
     /// Current keys, rotated.
     pub k: B,
     /// Current keys before rotation; empty where no other segment will read them.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::config::ModelConfig;
 use super::rope::Rope;
+use crate::attention::PerSource;
 use crate::device::{
     Device, DeviceError, Fold, Heads, Kind, PastHeads, PastPool, Probes, Purpose, Result, Rows,
     RowsMut, SegmentCache, SelectedBlocks, Selection,
@@ -128,15 +129,19 @@ pub struct LayerSlots<D: Device> {
 }
 
 impl<D: Device> LayerSlots<D> {
-    /// `count` empty slots for `[current, prior, past]` rows, for heads that read anything of other segments or none.
+    /// `count` empty slots for so many rows of each source, for heads that read anything of other segments or none.
     fn new(
         device: &D,
         plan: &Plan,
         count: usize,
-        rows: [usize; 3],
+        rows: PerSource<usize>,
         handed_on: bool,
     ) -> Result<Self> {
-        let [room, prior, past] = rows;
+        let PerSource {
+            past,
+            prior,
+            current: room,
+        } = rows;
         let width = plan.kv_width();
         let short = |error: DeviceError| error.wanted_for(Purpose::Segments);
         let empty = |rows: usize| {
@@ -220,7 +225,12 @@ impl<D: Device> Slots<D> {
     ) -> Result<Self> {
         let layer = |reads: &LayerReads| {
             let [prior, past] = plan.sources(reads);
-            LayerSlots::new(device, plan, count, [room, prior, past], prior + past > 0)
+            let rows = PerSource {
+                past,
+                prior,
+                current: room,
+            };
+            LayerSlots::new(device, plan, count, rows, prior + past > 0)
         };
         Ok(Self {
             layers: plan.reads.iter().map(layer).collect::<Result<_>>()?,
@@ -236,7 +246,11 @@ impl<D: Device> Slots<D> {
     pub fn passing(device: &D, plan: &Plan, angles: &Angles<D>, count: usize) -> Result<Self> {
         let sources = plan.reads.iter().map(|reads| plan.sources(reads));
         let [prior, past] = sources.fold([0; 2], |a, b| [a[0].max(b[0]), a[1].max(b[1])]);
-        let rows = [plan.segment_len, prior, past];
+        let rows = PerSource {
+            past,
+            prior,
+            current: plan.segment_len,
+        };
         Ok(Self {
             layers: vec![LayerSlots::new(
                 device,
@@ -324,7 +338,7 @@ pub(super) fn open_segment<D: Device>(
 ) -> Result<()> {
     let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
     let kv = &mut slots.kv;
-    let [_, prior_room, past_room] = kv.rows;
+    let (prior_room, past_room) = (kv.rows.prior, kv.rows.past);
     let rows = carry.prior_rows;
     kv.prior_len[slot] = rows;
     kv.past_len[slot * plan.heads.kv..][..plan.heads.kv].fill(0);
@@ -377,7 +391,7 @@ pub(super) fn close_segment<D: Device>(
 ) -> Result<()> {
     let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
     let kv = &slots.kv;
-    let first = slot * kv.rows[0];
+    let first = slot * kv.rows.current;
     let [prior, _] = plan.sources(reads);
     if prior > 0 {
         let tail = first + plan.segment_len - plan.prior_len;

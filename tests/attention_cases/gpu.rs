@@ -2,10 +2,8 @@
 //! workspace, plans, runs, and what came out.
 
 use half::{bf16, f16};
-use segattn::attention::cuda::{
-    self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Gates, Gradients, Lengths, Phase,
-    Saved,
-};
+use segattn::attention::cuda::{self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Phase};
+use segattn::attention::{Gradients, Prior, Problem, Saved};
 use segattn::cuda::kernels::Kernels;
 
 use super::{Case, Tensor};
@@ -86,9 +84,12 @@ impl Options {
     }
 }
 
+/// A problem in a GPU's memory.
+pub type GpuProblem<'a> = Problem<'a, cuda::Tensor<'a>>;
+
 /// A case in a GPU's memory.
 pub struct Loaded<'a> {
-    pub problem: cuda::Problem<'a>,
+    pub problem: GpuProblem<'a>,
     d_out: cuda::Tensor<'a>,
     d_lse: DeviceSlice,
 }
@@ -119,37 +120,14 @@ fn tensor<'a>(
     cuda::Tensor {
         data: gpu.input(name, bytemuck::cast_slice(&bits)),
         len: bits.len(),
+        dtype,
         layout: tensor.layout(),
     }
 }
 
 /// Uploads a case.
 pub fn load<'a>(gpu: &mut impl Gpu, case: &'a Case<f64>, dtype: Dtype) -> Loaded<'a> {
-    let shape = &case.shape;
-    let host = case.problem();
-    let problem = cuda::Problem {
-        dtype,
-        batch: shape.batch(),
-        q_heads: shape.q_heads(),
-        kv_heads: shape.kv_heads,
-        head_dim: shape.head_dim,
-        q: tensor(gpu, "q", dtype, &case.q),
-        k: tensor(gpu, "k", dtype, &case.k),
-        v: tensor(gpu, "v", dtype, &case.v),
-        prior_k: tensor(gpu, "prior_k", dtype, &case.prior_k),
-        prior_v: tensor(gpu, "prior_v", dtype, &case.prior_v),
-        past_k: tensor(gpu, "past_k", dtype, &case.past_k),
-        past_v: tensor(gpu, "past_v", dtype, &case.past_v),
-        lengths: Lengths::Host {
-            segment_len: host.segment_len,
-            prior_len: host.prior_len,
-            past_len: host.past_len,
-            query_start: host.query_start,
-        },
-        past_gate: Gates::Host(&shape.past_gate),
-        prior_heads: &shape.prior_heads,
-        scale: shape.scale,
-    };
+    let problem = case.problem_of(|name, from| tensor(gpu, name, dtype, from));
     let d_lse: Vec<f32> = case.d_lse.iter().map(|&x| x as f32).collect();
     Loaded {
         problem,
@@ -182,10 +160,10 @@ fn workspace(gpu: &mut impl Gpu, bytes: usize) -> DeviceSlice {
 /// Runs the forward pass.
 pub fn forward<'a>(
     gpu: &mut impl Gpu,
-    problem: &cuda::Problem<'a>,
+    problem: &GpuProblem<'a>,
     phase: Option<Phase>,
 ) -> Result<Written<'a>, Error> {
-    let rows = problem.batch * problem.q_heads * problem.q.layout.rows;
+    let rows = problem.batch() * problem.q_heads() * problem.rows();
     let out = like(gpu, "out", &problem.q);
     let lse = DeviceSlice::new(gpu.output("lse", 4 * rows), rows);
     let plan = ForwardPlan::new(problem, &out, lse, phase, gpu.kernels())?;
@@ -241,7 +219,10 @@ pub fn backward_arguments<'a>(
     loaded: &Loaded<'a>,
     written: &Written<'a>,
     options: Options,
-) -> (Saved<'a>, Gradients<'a>) {
+) -> (
+    Saved<cuda::Tensor<'a>, DeviceSlice>,
+    Gradients<cuda::Tensor<'a>, DeviceSlice>,
+) {
     let problem = &loaded.problem;
     let saved = Saved {
         out: written.out,
@@ -249,14 +230,12 @@ pub fn backward_arguments<'a>(
         d_out: loaded.d_out,
         d_lse: options.with_d_lse.then_some(loaded.d_lse),
     };
-    let gates = problem.batch * problem.q_heads;
-    let d_prior = match options.read_only_prior {
-        true => None,
-        false => {
-            let d_k = like(gpu, "d_prior_k", &problem.prior_k);
-            Some((d_k, like(gpu, "d_prior_v", &problem.prior_v)))
-        }
-    };
+    let gates = problem.batch() * problem.q_heads();
+    let prior = problem.prior.as_ref().filter(|_| !options.read_only_prior);
+    let d_prior = prior.map(|Prior { k, v, .. }| {
+        let d_k = like(gpu, "d_prior_k", k);
+        (d_k, like(gpu, "d_prior_v", v))
+    });
     let gradients = Gradients {
         d_q: like(gpu, "d_q", &problem.q),
         d_k: like(gpu, "d_k", &problem.k),

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 use segattn::attention::cuda::Dtype;
-use segattn::attention::{PastLen, Problem, View};
+use segattn::attention::{HostProblem, PerSource, Source, View};
 
 use super::gpu::{to_bits, to_f64};
 use super::{Case, Tensor};
@@ -18,17 +18,17 @@ pub struct Low {
     pub grads: Named,
 }
 
-/// A visible key: source (0 current, 1 prior, 2 past), row, weight over the row's sum, the sum.
+/// A visible key.
 struct Key<'a> {
-    source: usize,
+    source: Source,
     row: usize,
     k: &'a [f64],
     v: &'a [f64],
     score: f64,
 }
 
-/// Gradients of one KV head of one entry: of k and v, by source, current and prior.
-type HeadGrads = [[Vec<f64>; 2]; 2];
+/// Gradients of one KV head of one entry: of k and v; none of the past.
+type HeadGrads = PerSource<[Vec<f64>; 2]>;
 
 struct Group {
     /// out, d_q of its query heads, `[group, rows, head_dim]`.
@@ -53,41 +53,37 @@ fn row<'a>(view: &View<'a, f64>, [entry, row, head]: [usize; 3], dim: usize) -> 
 }
 
 fn visible<'a>(
-    p: &Problem<'a, f64>,
+    p: &HostProblem<'a, f64>,
     [entry, head, position]: [usize; 3],
     q: &[f64],
 ) -> Vec<Key<'a>> {
-    let kv_head = head / p.group();
-    let past = match p.past_len {
-        PastLen::PerBatch(len) => len[entry],
-        PastLen::PerHead(len) => len[entry * p.kv_heads + kv_head],
-    };
-    let gate = f64::from(p.past_gate[head]);
-    let counts = [
-        position + 1,
-        if p.prior_heads[head] {
-            p.prior_len[entry] as usize
-        } else {
-            0
-        },
-        if gate > 0.0 { past as usize } else { 0 },
-    ];
-    let scale = f64::from(p.scale.unwrap_or(1.0 / (p.head_dim as f32).sqrt()));
-    let views = [(p.k, p.v), (p.prior_k, p.prior_v), (p.past_k, p.past_v)];
-    let sources = counts.into_iter().enumerate();
-    sources
-        .flat_map(|(source, count)| (0..count).map(move |row| (source, row)))
-        .map(|(source, r)| {
-            let k = row(&views[source].0, [entry, r, kv_head], p.head_dim);
+    let (kv_head, dim) = (head / p.group(), p.head_dim());
+    let scale = f64::from(p.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
+    let mut keys = Vec::new();
+    for source in Source::ALL {
+        let Some([k_rows, v_rows]) = p.source(source).filter(|_| p.reads(source, head)) else {
+            continue;
+        };
+        let (count, bias) = match source {
+            Source::Current => (position + 1, 0.0),
+            Source::Prior => (p.source_rows(source, entry, kv_head), 0.0),
+            Source::Past => (
+                p.source_rows(source, entry, kv_head),
+                f64::from(p.gate(head)).ln(),
+            ),
+        };
+        keys.extend((0..count).map(|r| {
+            let k = row(k_rows, [entry, r, kv_head], dim);
             Key {
                 source,
                 row: r,
                 k,
-                v: row(&views[source].1, [entry, r, kv_head], p.head_dim),
-                score: scale * dot(q, k) + if source == 2 { gate.ln() } else { 0.0 },
+                v: row(v_rows, [entry, r, kv_head], dim),
+                score: scale * dot(q, k) + bias,
             }
-        })
-        .collect()
+        }));
+    }
+    keys
 }
 
 fn group(
@@ -99,20 +95,22 @@ fn group(
 ) -> Group {
     let p = case.problem();
     let round = |x: f64| to_f64(dtype, to_bits(dtype, x));
-    let (dim, rows, heads) = (p.head_dim, p.q.layout.rows, p.group());
+    let (dim, rows, heads) = (p.head_dim(), p.rows(), p.group());
     let zeros = |rows: usize| vec![0.0; rows * dim];
-    let kv = |view: &View<'_, f64>| [zeros(view.layout.rows), zeros(view.layout.rows)];
+    let kv = |source| match source {
+        Source::Past => [zeros(0), zeros(0)],
+        _ => [zeros(p.capacity(source)), zeros(p.capacity(source))],
+    };
     let mut result = Group {
         out: zeros(heads * rows),
         d_q: zeros(heads * rows),
-        d_kv: [kv(&p.k), kv(&p.prior_k)],
+        d_kv: PerSource::from_fn(kv),
         d_gate: vec![0.0; heads],
     };
-    let start = p.query_start.map_or(0, |start| start[entry] as usize);
+    let start = p.query_start(entry);
     let scale = f64::from(p.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
-    for (h, i) in
-        (0..heads).flat_map(|h| (0..p.segment_len[entry] as usize - start).map(move |i| (h, i)))
-    {
+    let valid = p.query_rows(entry);
+    for (h, i) in (0..heads).flat_map(|h| (0..valid).map(move |i| (h, i))) {
         let head = kv_head * heads + h;
         let q = row(&p.q, [entry, i, head], dim);
         let keys = visible(&p, [entry, head, start + i], q);
@@ -130,7 +128,7 @@ fn group(
         };
         let d_out = row(&case.d_out.view(), [entry, i, head], dim);
         let d_lse = if with_d_lse {
-            case.d_lse[(entry * p.q_heads + head) * rows + i]
+            case.d_lse[(entry * p.q_heads() + head) * rows + i]
         } else {
             0.0
         };
@@ -139,14 +137,14 @@ fn group(
             let weight = (key.score - max).exp() / sum;
             let ds = weight * (dot(d_out, key.v) - delta);
             add(&mut result.d_q[at..at + dim], scale * round(ds), key.k);
-            match result.d_kv.get_mut(key.source) {
-                Some([d_k, d_v]) => {
-                    let to = key.row * dim..(key.row + 1) * dim;
-                    add(&mut d_k[to.clone()], scale * round(ds), q);
-                    add(&mut d_v[to], round(weight), d_out);
-                }
-                None => result.d_gate[h] += ds / f64::from(p.past_gate[head]),
+            if key.source == Source::Past {
+                result.d_gate[h] += ds / f64::from(p.gate(head));
+                continue;
             }
+            let [d_k, d_v] = &mut result.d_kv[key.source];
+            let to = key.row * dim..(key.row + 1) * dim;
+            add(&mut d_k[to.clone()], scale * round(ds), q);
+            add(&mut d_v[to], round(weight), d_out);
         }
     }
     result
@@ -155,9 +153,10 @@ fn group(
 /// Forward, and backward where `backward` says whether d_lse is there.
 pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
     let p = case.problem();
-    let groups: Vec<Group> = (0..p.batch * p.kv_heads)
+    let kv_heads = p.kv_heads();
+    let groups: Vec<Group> = (0..p.batch() * kv_heads)
         .into_par_iter()
-        .map(|i| group(case, dtype, backward, i / p.kv_heads, i % p.kv_heads))
+        .map(|i| group(case, dtype, backward, i / kv_heads, i % kv_heads))
         .collect();
     // From [entry, kv_head][inner head, rows, dim] to [entry, rows, heads, dim], rounded.
     let merge = |like: &Tensor<f64>, inner: usize, part: &dyn Fn(&Group) -> &[f64]| {
@@ -165,8 +164,8 @@ pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
         let mut merged = vec![0.0; like.shape.iter().product()];
         for (g, from) in groups.iter().enumerate() {
             for (i, row) in part(from).chunks(dim.max(1)).enumerate() {
-                let head = g % p.kv_heads * inner + i / rows.max(1);
-                let to = ((g / p.kv_heads * rows + i % rows) * heads + head) * dim;
+                let head = g % kv_heads * inner + i / rows.max(1);
+                let to = ((g / kv_heads * rows + i % rows) * heads + head) * dim;
                 merged[to..to + dim].copy_from_slice(row);
             }
         }
@@ -182,14 +181,14 @@ pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
     if backward.is_some() {
         low.grads = vec![
             ("d_q", merge(&case.q, p.group(), &|g| &g.d_q)),
-            ("d_k", merge(&case.k, 1, &|g| &g.d_kv[0][0])),
-            ("d_v", merge(&case.v, 1, &|g| &g.d_kv[0][1])),
+            ("d_k", merge(&case.k, 1, &|g| &g.d_kv.current[0])),
+            ("d_v", merge(&case.v, 1, &|g| &g.d_kv.current[1])),
             (
                 "d_past_gate",
                 groups.iter().flat_map(|g| g.d_gate.clone()).collect(),
             ),
-            ("d_prior_k", merge(&case.prior_k, 1, &|g| &g.d_kv[1][0])),
-            ("d_prior_v", merge(&case.prior_v, 1, &|g| &g.d_kv[1][1])),
+            ("d_prior_k", merge(&case.prior_k, 1, &|g| &g.d_kv.prior[0])),
+            ("d_prior_v", merge(&case.prior_v, 1, &|g| &g.d_kv.prior[1])),
         ];
     }
     low

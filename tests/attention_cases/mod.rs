@@ -15,7 +15,9 @@ use std::ops::Range;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::attention::{Grads, PastLen, Problem};
+use segattn::attention::{
+    Gradients, HostGradients, HostProblem, HostSaved, Len, Lengths, Problem, Saved,
+};
 
 pub use tensor::{Arrangement, Tensor};
 
@@ -256,30 +258,51 @@ fn copy_entry(to: &mut Tensor<f64>, at: usize, from: &Tensor<f64>, entry: usize,
 }
 
 impl<T: Copy> Case<T> {
-    pub fn problem(&self) -> Problem<'_, T> {
+    pub fn problem(&self) -> HostProblem<'_, T> {
+        self.problem_of(|_, tensor| tensor.view())
+    }
+
+    /// The case's problem, given each tensor.
+    pub fn problem_of<'a, X>(
+        &'a self,
+        mut tensor: impl FnMut(&'static str, &'a Tensor<T>) -> X,
+    ) -> Problem<'a, X> {
         let shape = &self.shape;
-        Problem {
-            batch: shape.batch(),
-            q_heads: shape.q_heads(),
-            kv_heads: shape.kv_heads,
-            head_dim: shape.head_dim,
-            q: self.q.view(),
-            k: self.k.view(),
-            v: self.v.view(),
-            prior_k: self.prior_k.view(),
-            prior_v: self.prior_v.view(),
-            past_k: self.past_k.view(),
-            past_v: self.past_v.view(),
-            segment_len: &shape.segment_len,
-            prior_len: &shape.prior_len,
-            past_len: match shape.past_len.len() {
-                len if len == shape.batch() => PastLen::PerBatch(&shape.past_len),
-                _ => PastLen::PerHead(&shape.past_len),
-            },
-            query_start: self.query_start.as_deref(),
-            past_gate: &shape.past_gate,
-            prior_heads: &shape.prior_heads,
-            scale: shape.scale,
+        let (q, k, v) = (
+            tensor("q", &self.q),
+            tensor("k", &self.k),
+            tensor("v", &self.v),
+        );
+        let (prior_k, prior_v) = (
+            tensor("prior_k", &self.prior_k),
+            tensor("prior_v", &self.prior_v),
+        );
+        let (past_k, past_v) = (
+            tensor("past_k", &self.past_k),
+            tensor("past_v", &self.past_v),
+        );
+        let lengths = Lengths::segment(&shape.segment_len).prior(&shape.prior_len);
+        let lengths = match shape.past_len.len() {
+            len if len == shape.batch() => lengths.past(&shape.past_len),
+            _ => lengths.past_per_head(&shape.past_len),
+        };
+        Problem::causal(q, k, v)
+            .prior(prior_k, prior_v, &shape.prior_heads)
+            .past(past_k, past_v, &shape.past_gate)
+            .lengths(Lengths {
+                query_start: self.query_start.as_ref().map(Len::from),
+                ..lengths
+            })
+            .scale(shape.scale)
+    }
+
+    /// What the backward pass of a case reads besides its problem.
+    pub fn saved<'a>(&'a self, forward: &'a Forward<T>, with_d_lse: bool) -> HostSaved<'a, T> {
+        Saved {
+            out: forward.out.view(),
+            lse: &forward.lse,
+            d_out: self.d_out.view(),
+            d_lse: with_d_lse.then_some(&self.d_lse),
         }
     }
 }
@@ -325,8 +348,8 @@ impl<T: Copy> Backward<T> {
         }
     }
 
-    pub fn grads(&mut self) -> Grads<'_, T> {
-        Grads {
+    pub fn grads(&mut self) -> HostGradients<'_, T> {
+        Gradients {
             d_q: self.d_q.view_mut(),
             d_k: self.d_k.view_mut(),
             d_v: self.d_v.view_mut(),
@@ -375,10 +398,7 @@ pub fn reference_backward(
     let mut backward = Backward::for_case(case, f64::NAN, read_only_prior);
     segattn::attention::reference::backward(
         &case.problem(),
-        forward.out.view(),
-        &forward.lse,
-        case.d_out.view(),
-        with_d_lse.then_some(&case.d_lse[..]),
+        &case.saved(forward, with_d_lse),
         backward.grads(),
     )
     .expect("a valid case");

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // The benchmark reads no results.
 
 use rayon::prelude::*;
-use segattn::attention::{PastLen, Problem, View};
+use segattn::attention::{HostProblem, PerSource, Source, View};
 
 /// Results in row-major order, packed.
 #[derive(Debug)]
@@ -21,9 +21,9 @@ pub struct Upstream<'a> {
     pub d_lse: Option<&'a [f32]>,
 }
 
-/// A key of a head: source (0 current, 1 prior, 2 past), row, and where it begins.
+/// A key of a head.
 struct Key<'a> {
-    source: usize,
+    source: Source,
     row: usize,
     k: &'a [f32],
     v: &'a [f32],
@@ -35,7 +35,7 @@ struct Head {
     lse: Vec<f32>,
     d_q: Vec<f32>,
     /// Gradients of keys and values by source.
-    d_kv: [[Vec<f32>; 2]; 3],
+    d_kv: PerSource<[Vec<f32>; 2]>,
     d_gate: f32,
 }
 
@@ -53,48 +53,48 @@ fn add(to: &mut [f32], factor: f32, from: &[f32]) {
     }
 }
 
-fn lens(p: &Problem<'_, f32>, entry: usize, kv_head: usize) -> [usize; 3] {
-    let past = match p.past_len {
-        PastLen::PerBatch(len) => len[entry],
-        PastLen::PerHead(len) => len[entry * p.kv_heads + kv_head],
-    };
-    [p.segment_len[entry], p.prior_len[entry], past].map(|len| len as usize)
-}
-
-fn head(p: &Problem<'_, f32>, upstream: Option<Upstream<'_>>, entry: usize, head: usize) -> Head {
-    let (d, kv_head) = (p.head_dim, head / p.group());
-    let lens = lens(p, entry, kv_head);
-    let reads = [true, p.prior_heads[head], p.past_gate[head] > 0.0];
-    let views = [(p.k, p.v), (p.prior_k, p.prior_v), (p.past_k, p.past_v)];
-    let keys: Vec<Key<'_>> = [2, 1, 0]
-        .into_iter()
-        .filter(|&source| reads[source])
-        .flat_map(|source| (0..lens[source]).map(move |row| (source, row)))
-        .map(|(source, r)| Key {
+fn head(
+    p: &HostProblem<'_, f32>,
+    upstream: Option<Upstream<'_>>,
+    entry: usize,
+    head: usize,
+) -> Head {
+    let (d, kv_head) = (p.head_dim(), head / p.group());
+    let own = p.source_rows(Source::Current, entry, kv_head);
+    let mut keys = Vec::new();
+    for source in Source::ALL.into_iter().filter(|s| p.reads(*s, head)) {
+        let Some([k_rows, v_rows]) = p.source(source) else {
+            continue;
+        };
+        keys.extend((0..p.source_rows(source, entry, kv_head)).map(|r| Key {
             source,
             row: r,
-            k: row(&views[source].0, [entry, r, kv_head], d),
-            v: row(&views[source].1, [entry, r, kv_head], d),
-        })
-        .collect();
-    let rows = p.q.layout.rows;
+            k: row(k_rows, [entry, r, kv_head], d),
+            v: row(v_rows, [entry, r, kv_head], d),
+        }));
+    }
+    let rows = p.rows();
     let scale = p.scale.unwrap_or(1.0 / (d as f32).sqrt());
     let mut result = Head {
         out: vec![0.0; rows * d],
         lse: vec![f32::NEG_INFINITY; rows],
         d_q: vec![0.0; rows * d],
-        d_kv: views.map(|(k, v)| [k, v].map(|view| vec![0.0; view.layout.rows * d])),
+        d_kv: PerSource::from_fn(|source| {
+            p.source(source).map_or_else(Default::default, |tensors| {
+                tensors.map(|view| vec![0.0; view.layout.rows * d])
+            })
+        }),
         d_gate: 0.0,
     };
     let mut scores = vec![0.0; rows * keys.len()];
-    for i in 0..lens[0] {
+    for i in 0..own {
         let scores = &mut scores[i * keys.len()..][..keys.len()];
-        let visible = keys.len() - lens[0] + i + 1;
+        let visible = keys.len() - own + i + 1;
         let q = row(&p.q, [entry, i, head], d);
         for (s, key) in scores[..visible].iter_mut().zip(&keys) {
             *s = scale * dot(q, key.k);
-            if key.source == 2 {
-                *s += p.past_gate[head].ln();
+            if key.source == Source::Past {
+                *s += p.gate(head).ln();
             }
         }
         let scores = &mut scores[..visible];
@@ -108,7 +108,7 @@ fn head(p: &Problem<'_, f32>, upstream: Option<Upstream<'_>>, entry: usize, head
         }
         if let Some(upstream) = upstream {
             let d_out = row(&upstream.d_out, [entry, i, head], d);
-            let at = (entry * p.q_heads + head) * rows + i;
+            let at = (entry * p.q_heads() + head) * rows + i;
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| d_lse[at]);
             let delta = dot(d_out, &result.out[i * d..][..d]) - d_lse;
             for (prob, key) in scores.iter().zip(&keys) {
@@ -117,8 +117,8 @@ fn head(p: &Problem<'_, f32>, upstream: Option<Upstream<'_>>, entry: usize, head
                 let [d_k, d_v] = &mut result.d_kv[key.source];
                 add(&mut d_k[key.row * d..][..d], scale * ds, q);
                 add(&mut d_v[key.row * d..][..d], *prob, d_out);
-                if key.source == 2 {
-                    result.d_gate += ds / p.past_gate[head];
+                if key.source == Source::Past {
+                    result.d_gate += ds / p.gate(head);
                 }
             }
         }
@@ -127,16 +127,17 @@ fn head(p: &Problem<'_, f32>, upstream: Option<Upstream<'_>>, entry: usize, head
 }
 
 /// Forward, and backward where `upstream` is given. `query_start` is taken as 0.
-pub fn run(p: &Problem<'_, f32>, upstream: Option<Upstream<'_>>) -> Plain {
-    let heads: Vec<Head> = (0..p.batch * p.q_heads)
+pub fn run(p: &HostProblem<'_, f32>, upstream: Option<Upstream<'_>>) -> Plain {
+    let (batch, q_heads, kv_heads) = (p.batch(), p.q_heads(), p.kv_heads());
+    let heads: Vec<Head> = (0..batch * q_heads)
         .into_par_iter()
-        .map(|idx| head(p, upstream, idx / p.q_heads, idx % p.q_heads))
+        .map(|idx| head(p, upstream, idx / q_heads, idx % q_heads))
         .collect();
     let merge = |heads_out: usize, rows: usize, part: &dyn Fn(&Head) -> &[f32]| {
-        let (d, group) = (p.head_dim, p.q_heads / heads_out);
-        let mut merged = vec![0.0; p.batch * rows * heads_out * d];
+        let (d, group) = (p.head_dim(), q_heads / heads_out);
+        let mut merged = vec![0.0; batch * rows * heads_out * d];
         for (idx, head) in heads.iter().enumerate() {
-            let (entry, out_head) = (idx / p.q_heads, idx % p.q_heads / group);
+            let (entry, out_head) = (idx / q_heads, idx % q_heads / group);
             for (r, from) in part(head).chunks(d).enumerate() {
                 let at = ((entry * rows + r) * heads_out + out_head) * d;
                 add(&mut merged[at..at + d], 1.0, from);
@@ -144,26 +145,28 @@ pub fn run(p: &Problem<'_, f32>, upstream: Option<Upstream<'_>>) -> Plain {
         }
         merged
     };
-    let kv = |source: usize, which: usize, rows: usize| {
-        merge(p.kv_heads, rows, &|head| &head.d_kv[source][which])
+    let kv = |source: Source, which: usize| {
+        let rows = p
+            .source(source)
+            .map_or(0, |tensors| tensors[which].layout.rows);
+        merge(kv_heads, rows, &|head| &head.d_kv[source][which])
     };
-    let rows = p.q.layout.rows;
     let mut plain = Plain {
-        out: merge(p.q_heads, rows, &|head| &head.out),
+        out: merge(q_heads, p.rows(), &|head| &head.out),
         lse: heads.iter().flat_map(|head| head.lse.clone()).collect(),
         grads: Vec::new(),
     };
     if upstream.is_some() {
         plain.grads = vec![
-            ("d_q", merge(p.q_heads, rows, &|head| &head.d_q)),
-            ("d_k", kv(0, 0, p.k.layout.rows)),
-            ("d_v", kv(0, 1, p.v.layout.rows)),
+            ("d_q", merge(q_heads, p.rows(), &|head| &head.d_q)),
+            ("d_k", kv(Source::Current, 0)),
+            ("d_v", kv(Source::Current, 1)),
             (
                 "d_past_gate",
                 heads.iter().map(|head| head.d_gate).collect(),
             ),
-            ("d_prior_k", kv(1, 0, p.prior_k.layout.rows)),
-            ("d_prior_v", kv(1, 1, p.prior_v.layout.rows)),
+            ("d_prior_k", kv(Source::Prior, 0)),
+            ("d_prior_v", kv(Source::Prior, 1)),
         ];
     }
     plain

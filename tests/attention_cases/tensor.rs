@@ -68,14 +68,17 @@ impl<T: Copy> Tensor<T> {
     }
 
     pub fn layout(&self) -> Layout<'_> {
+        let [len, rows, heads, head_dim] = self.shape;
         Layout {
-            rows: self.shape[1],
+            rows,
+            heads,
+            head_dim,
             row_stride: self.row_stride,
             head_stride: self.head_stride,
             batch: match &self.offsets {
                 Some(offsets) => Batch::Offsets(offsets),
                 None => Batch::Stride {
-                    len: self.shape[0],
+                    len,
                     stride: self.batch_stride,
                 },
             },
@@ -90,23 +93,30 @@ impl<T: Copy> Tensor<T> {
     }
 
     pub fn view_mut(&mut self) -> ViewMut<'_, T> {
-        let batch = match &self.offsets {
+        let Tensor {
+            data,
+            shape: [len, rows, heads, head_dim],
+            row_stride,
+            head_stride,
+            batch_stride,
+            offsets,
+        } = self;
+        let batch = match offsets {
             Some(offsets) => Batch::Offsets(offsets),
             None => Batch::Stride {
-                len: self.shape[0],
-                stride: self.batch_stride,
+                len: *len,
+                stride: *batch_stride,
             },
         };
         let layout = Layout {
-            rows: self.shape[1],
-            row_stride: self.row_stride,
-            head_stride: self.head_stride,
+            rows: *rows,
+            heads: *heads,
+            head_dim: *head_dim,
+            row_stride: *row_stride,
+            head_stride: *head_stride,
             batch,
         };
-        ViewMut {
-            data: &mut self.data,
-            layout,
-        }
+        ViewMut { data, layout }
     }
 
     pub fn start(&self, entry: usize, row: usize, head: usize) -> usize {

@@ -1,10 +1,8 @@
 //! Strides and offsets beyond 2^31 and 2^33 elements, in every tensor that a kernel reads or writes: the bits are those
 //! of packed tensors. The memory between the rows is never touched, so it costs none.
 
-use segattn::attention::cuda::{
-    self, BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gradients, Phase, Saved,
-};
-use segattn::attention::{Batch, Layout};
+use segattn::attention::cuda::{self, BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Phase};
+use segattn::attention::{Batch, Gradients, Layout, Saved};
 
 use super::attention_cases::gpu::{self, Gpu, Options};
 use super::attention_cases::{Case, Shape, Tensor, bits};
@@ -27,16 +25,14 @@ fn layout(far: Far, [batch, rows, heads, head_dim]: [usize; 4]) -> Layout<'stati
     match far {
         // Entries and heads lie between the rows.
         Far::Row => Layout {
-            rows,
             row_stride: (1 << 32) + 8,
-            head_stride: head_dim,
             batch: stride(heads * head_dim),
+            ..packed
         },
         Far::Head => Layout {
-            rows,
             row_stride: head_dim,
             head_stride: (1 << 33) + 64,
-            batch: stride(rows * head_dim),
+            ..packed
         },
         Far::Batch => Layout {
             batch: stride((1 << 33) - 8),
@@ -60,6 +56,7 @@ fn output(
     gpu: &mut Simulated<'_>,
     name: &str,
     far: Far,
+    dtype: Dtype,
     shape: [usize; 4],
 ) -> cuda::Tensor<'static> {
     let layout = layout(far, shape);
@@ -67,6 +64,7 @@ fn output(
     cuda::Tensor {
         data: gpu.output(name, len * Dtype::BYTES),
         len,
+        dtype,
         layout,
     }
 }
@@ -79,7 +77,7 @@ fn input(
     dtype: Dtype,
     from: &Tensor<f64>,
 ) -> cuda::Tensor<'static> {
-    let tensor = output(gpu, name, far, from.shape);
+    let tensor = output(gpu, name, far, dtype, from.shape);
     let buffer = gpu.buffer(tensor.data);
     for_rows(from.shape, |entry, row, head| {
         let values = from.row(entry, row, head);
@@ -133,22 +131,12 @@ fn check(far: Far, dtype: Dtype, phase: Phase) {
     let mut simulated = Simulated::new(1);
     let gpu = &mut simulated;
     // Lengths, gates and lse as ever; every tensor far.
-    let near = gpu::load(gpu, &case, dtype);
     let mut far_input = |name, tensor| input(gpu, name, far, dtype, tensor);
-    let problem = cuda::Problem {
-        q: far_input("q", &case.q),
-        k: far_input("k", &case.k),
-        v: far_input("v", &case.v),
-        prior_k: far_input("prior_k", &case.prior_k),
-        prior_v: far_input("prior_v", &case.prior_v),
-        past_k: far_input("past_k", &case.past_k),
-        past_v: far_input("past_v", &case.past_v),
-        ..near.problem
-    };
+    let problem = case.problem_of(&mut far_input);
     let d_out = far_input("d_out", &case.d_out);
     let lse_len = case.d_lse.len();
     let lse = DeviceSlice::new(gpu.output("lse", 4 * lse_len), lse_len);
-    let out = output(gpu, "out", far, case.q.shape);
+    let out = output(gpu, "out", far, dtype, case.q.shape);
     let plan = ForwardPlan::new(&problem, &out, lse, options.phase, gpu.kernels())
         .unwrap_or_else(|e| panic!("{e}"));
     let workspace = DeviceSlice::new(
@@ -170,7 +158,7 @@ fn check(far: Far, dtype: Dtype, phase: Phase) {
         case.prior_v.shape,
     ];
     let [d_q, d_k, d_v, d_prior_k, d_prior_v] =
-        shapes.map(|shape| output(gpu, "gradient", far, shape));
+        shapes.map(|shape| output(gpu, "gradient", far, dtype, shape));
     let gates = shape.batch() * shape.q_heads();
     let gradients = Gradients {
         d_q,

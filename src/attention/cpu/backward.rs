@@ -15,7 +15,8 @@ use super::shared::{SharedRows, SharedSlice};
 use super::softmax::BackwardRows;
 use super::tile::{Accumulate, KEYS, Rows, Scores};
 use super::{past_bias, scale, source_rows};
-use crate::attention::problem::{Grads, Problem, Saved, Source};
+use crate::attention::problem::{Gradients, HostGradients, HostProblem, HostSaved};
+use crate::attention::source::Source;
 
 /// Query rows whose scores are in memory at a time.
 const CHUNK: usize = 64;
@@ -27,34 +28,26 @@ fn tile_rows(group: usize) -> usize {
 
 /// Writes all gradients of a validated problem.
 pub(super) fn run(
-    problem: &Problem<'_, f32>,
-    saved: &Saved<'_, f32>,
-    grads: Grads<'_, f32>,
+    problem: &HostProblem<'_, f32>,
+    saved: &HostSaved<'_, f32>,
+    grads: HostGradients<'_, f32>,
     kernels: &Kernels,
 ) {
-    let head_dim = problem.head_dim;
-    let Grads {
+    let Gradients {
         d_q,
         d_k,
         d_v,
         d_prior,
         d_past_gate,
     } = grads;
-    let rows = |view| SharedRows::new(view, head_dim);
-    let d_q = rows(d_q);
-    let current = [rows(d_k), rows(d_v)];
-    let prior = d_prior.map(|(d_k, d_v)| [rows(d_k), rows(d_v)]);
-    clear(&d_q, problem.batch, problem.q_heads);
-    for view in current.iter().chain(prior.iter().flatten()) {
-        clear(view, problem.batch, problem.kv_heads);
-    }
-    let tiles = problem
-        .q
-        .layout
-        .rows
-        .div_ceil(tile_rows(problem.group()))
-        .max(1);
-    let mut gates = vec![0.0; problem.batch * problem.q_heads * tiles];
+    let d_q = SharedRows::new(d_q);
+    let current = [d_k, d_v].map(SharedRows::new);
+    let prior = d_prior.map(|(d_k, d_v)| [d_k, d_v].map(SharedRows::new));
+    clear(&d_q);
+    current.iter().chain(prior.iter().flatten()).for_each(clear);
+    let tiles = problem.rows().div_ceil(tile_rows(problem.group())).max(1);
+    let q_heads = problem.q_heads();
+    let mut gates = vec![0.0; problem.batch() * q_heads * tiles];
     let delta = deltas(problem, saved, kernels);
     let pass = Pass {
         problem,
@@ -69,7 +62,7 @@ pub(super) fn run(
     };
     pass.run();
     for (idx, d_gate) in d_past_gate.iter_mut().enumerate() {
-        let gate = problem.past_gate[idx % problem.q_heads];
+        let gate = problem.gate(idx % q_heads);
         let sum: f64 = gates[idx * tiles..][..tiles].iter().sum();
         *d_gate = if gate > 0.0 {
             (sum / f64::from(gate)) as f32
@@ -79,8 +72,9 @@ pub(super) fn run(
     }
 }
 
-fn clear(view: &SharedRows<'_>, batch: usize, heads: usize) {
-    let rows = view.rows();
+fn clear(view: &SharedRows<'_>) {
+    let (rows, heads) = (view.rows(), view.layout().heads);
+    let batch = view.layout().batch.len();
     (0..batch * rows).into_par_iter().for_each(|idx| {
         for head in 0..heads {
             // SAFETY: each row is one iteration's only.
@@ -90,9 +84,13 @@ fn clear(view: &SharedRows<'_>, batch: usize, heads: usize) {
 }
 
 /// `d_out . out - d_lse` of every valid query row, `[batch, q_heads, rows]`.
-fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>, kernels: &Kernels) -> Vec<f32> {
-    let rows = problem.q.layout.rows;
-    let mut delta = vec![0.0; problem.batch * problem.q_heads * rows];
+fn deltas(
+    problem: &HostProblem<'_, f32>,
+    saved: &HostSaved<'_, f32>,
+    kernels: &Kernels,
+) -> Vec<f32> {
+    let (rows, q_heads) = (problem.rows(), problem.q_heads());
+    let mut delta = vec![0.0; problem.batch() * q_heads * rows];
     if rows == 0 {
         return delta;
     }
@@ -100,13 +98,13 @@ fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>, kernels: &Kernels)
         .par_chunks_mut(rows)
         .enumerate()
         .for_each(|(idx, delta)| {
-            let (entry, head) = (idx / problem.q_heads, idx % problem.q_heads);
+            let (entry, head) = (idx / q_heads, idx % q_heads);
             let valid = problem.query_rows(entry);
             if valid == 0 {
                 return;
             }
             let [d_out, out] = [saved.d_out, saved.out].map(|t| source_rows(&t, [entry, 0, head]));
-            kernels.dots(d_out, out, problem.head_dim, &mut delta[..valid]);
+            kernels.dots(d_out, out, problem.head_dim(), &mut delta[..valid]);
             if let Some(d_lse) = saved.d_lse {
                 for (delta, d_lse) in delta[..valid].iter_mut().zip(&d_lse[idx * rows..]) {
                     *delta -= d_lse;
@@ -118,8 +116,8 @@ fn deltas(problem: &Problem<'_, f32>, saved: &Saved<'_, f32>, kernels: &Kernels)
 
 /// What all tasks of a backward pass share.
 struct Pass<'a> {
-    problem: &'a Problem<'a, f32>,
-    saved: &'a Saved<'a, f32>,
+    problem: &'a HostProblem<'a, f32>,
+    saved: &'a HostSaved<'a, f32>,
     kernels: &'a Kernels,
     /// `[batch, q_heads, rows]`.
     delta: &'a [f32],
@@ -159,8 +157,9 @@ struct Chunk {
 impl Pass<'_> {
     fn run(&self) {
         let problem = self.problem;
-        let heads: Vec<Head> = (0..problem.batch * problem.kv_heads)
-            .map(|idx| self.head(idx / problem.kv_heads, idx % problem.kv_heads))
+        let kv_heads = problem.kv_heads();
+        let heads: Vec<Head> = (0..problem.batch() * kv_heads)
+            .map(|idx| self.head(idx / kv_heads, idx % kv_heads))
             .collect();
         rayon::scope(|scope| {
             for head in &heads {
@@ -209,7 +208,7 @@ impl Pass<'_> {
 
     fn with_cell(&self, head: &Head, walk: usize, f: impl FnOnce(&mut Cell<'_>)) {
         SCRATCH.with_borrow_mut(|scratch| {
-            scratch.reserve(self.problem.head_dim);
+            scratch.reserve(self.problem.head_dim());
             f(&mut Cell {
                 pass: self,
                 head,
@@ -278,22 +277,22 @@ impl Cell<'_> {
     fn keys(&mut self, source: Source, first: usize, most: usize, key_grads: bool) {
         let (problem, group) = (self.pass.problem, self.pass.problem.group());
         let (entry, kv_head) = (self.head.entry, self.head.kv_head);
-        if !(0..group).any(|h| problem.reads(source, kv_head * group + h)) {
+        let is_read = (0..group).any(|h| problem.reads(source, kv_head * group + h));
+        let Some([k, v]) = problem.source(source).filter(|_| is_read) else {
             return;
-        }
+        };
         let len = problem.source_rows(source, entry, kv_head);
         let end = first.saturating_add(most).min(len);
-        let (k, v) = problem.source(source);
         for first in (first..end).step_by(KEYS).rev() {
             let keys = KeyTile {
                 source,
                 first,
                 count: KEYS.min(end - first),
             };
-            let rows = [k, v].map(|view| source_rows(&view, [entry, first, kv_head]));
+            let rows = [k, v].map(|view| source_rows(view, [entry, first, kv_head]));
             for (to, rows) in self.scratch.keys.iter_mut().zip(rows) {
                 let kernels = self.pass.kernels;
-                kernels.transpose(rows, keys.count, problem.head_dim, to);
+                kernels.transpose(rows, keys.count, problem.head_dim(), to);
             }
             self.chunks(keys, rows[0], key_grads);
         }
@@ -341,7 +340,7 @@ impl Cell<'_> {
             kernels,
             ..
         } = *self.pass;
-        let (entry, head_dim) = (self.head.entry, problem.head_dim);
+        let (entry, head_dim) = (self.head.entry, problem.head_dim());
         let mut counts = [0; CHUNK];
         let mut spans = [[0; 2]; CHUNK];
         for row in 0..chunk.rows {
@@ -362,7 +361,7 @@ impl Cell<'_> {
                 s,
             });
         }
-        let lse = (entry * problem.q_heads + chunk.q_head) * problem.q.layout.rows + chunk.first;
+        let lse = (entry * problem.q_heads() + chunk.q_head) * problem.rows() + chunk.first;
         let past = keys.source == Source::Past;
         let rows = BackwardRows {
             scale: scale(problem),
@@ -374,7 +373,7 @@ impl Cell<'_> {
         };
         let sum = kernels.score_gradients(s, ds, rows);
         if past {
-            let gate = (entry * problem.q_heads + chunk.q_head) * self.pass.tiles + self.walk;
+            let gate = (entry * problem.q_heads() + chunk.q_head) * self.pass.tiles + self.walk;
             // SAFETY: this tile of this head is this walk's only.
             unsafe { self.pass.gates.part(gate, 1)[0] += sum };
         }
@@ -424,7 +423,7 @@ impl Cell<'_> {
                 w_step: KEYS,
                 spans: &spans[..keys.count],
                 b,
-                head_dim: pass.problem.head_dim,
+                head_dim: pass.problem.head_dim(),
             };
             // SAFETY: the schedule lets one walk at a time add to a column of keys.
             unsafe { pass.kernels.accumulate(accumulate) };

@@ -19,7 +19,8 @@ use super::simd::LANES;
 use super::softmax::{Affine, Softmax, pairwise_sum};
 use super::tile::{Accumulate, KEYS, Rows, Scores};
 use super::{head_runs, past_bias, scale, source_rows};
-use crate::attention::problem::{Problem, Source};
+use crate::attention::problem::HostProblem;
+use crate::attention::source::Source;
 
 /// Rows of a task over all heads of the group: scores, queries and outputs stay in the second-level
 /// cache, and the transposition of a key tile costs a thirtieth of its products.
@@ -31,7 +32,7 @@ const TASKS_PER_THREAD: usize = 4;
 
 /// Writes `out` and `lse` of a validated problem.
 pub(super) fn run(
-    problem: &Problem<'_, f32>,
+    problem: &HostProblem<'_, f32>,
     out: &SharedRows<'_>,
     lse: &SharedSlice<'_, f32>,
     kernels: &Kernels,
@@ -89,8 +90,8 @@ struct Tasks {
 }
 
 impl Tasks {
-    fn new(problem: &Problem<'_, f32>, rows: usize) -> Self {
-        let heads = problem.batch * problem.kv_heads;
+    fn new(problem: &HostProblem<'_, f32>, rows: usize) -> Self {
+        let heads = problem.batch() * problem.kv_heads();
         let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
         let mut task_rows = TASK_ROWS;
         while task_rows > LEAST_TASK_ROWS
@@ -101,17 +102,19 @@ impl Tasks {
         let tile = (task_rows / problem.group()).max(1);
         let parts = if rows * problem.group() <= LEAST_TASK_ROWS {
             let threads = rayon::current_num_threads();
-            threads.div_ceil(problem.batch.max(1)).min(problem.kv_heads)
+            threads
+                .div_ceil(problem.batch().max(1))
+                .min(problem.kv_heads())
         } else {
-            problem.kv_heads
+            problem.kv_heads()
         };
         Tasks {
             rows,
             tile,
             tiles: rows.div_ceil(tile),
-            kv_heads: problem.kv_heads,
+            kv_heads: problem.kv_heads(),
             parts,
-            batch: problem.batch,
+            batch: problem.batch(),
         }
     }
 
@@ -174,7 +177,7 @@ fn grow<T: Clone>(vec: &mut Vec<T>, len: usize, value: T) {
 /// `valid` query rows from row `first` of one entry, for each query head of one KV head. In the
 /// scratch, row `r` of the group's head `h` is at `h * valid + r`.
 struct Head<'a> {
-    problem: &'a Problem<'a, f32>,
+    problem: &'a HostProblem<'a, f32>,
     kernels: &'a Kernels,
     entry: usize,
     kv_head: usize,
@@ -186,14 +189,14 @@ struct Head<'a> {
 impl Head<'_> {
     /// The queries side by side, and the state before any key.
     fn load(&mut self, rows: usize) {
-        let (group, head_dim) = (self.problem.group(), self.problem.head_dim);
+        let (group, head_dim) = (self.problem.group(), self.problem.head_dim());
         self.scratch.reserve(rows * group, head_dim);
         let slots = group * self.valid;
         for slot in 0..slots {
             let (head, row) = (slot / self.valid, slot % self.valid);
             let at = [self.entry, self.first + row, self.kv_head * group + head];
             let to = &mut self.scratch.q[slot * head_dim..][..head_dim];
-            to.copy_from_slice(self.problem.q.row(at, head_dim));
+            to.copy_from_slice(self.problem.q.row(at));
         }
         self.scratch.out[..slots * head_dim].fill(0.0);
         self.scratch.max[..slots].fill(f32::NEG_INFINITY);
@@ -229,15 +232,14 @@ impl Head<'_> {
     fn read(&mut self, source: Source, first_key: usize) {
         let (problem, position) = (self.problem, self.position());
         let count = KEYS.min(self.scratch.len.saturating_sub(first_key));
-        if count == 0 {
+        let Some([k, v]) = problem.source(source).filter(|_| count > 0) else {
             return;
-        }
-        let (k, v) = problem.source(source);
+        };
         let at = [self.entry, first_key, self.kv_head];
-        let k = source_rows(&k, at);
+        let k = source_rows(k, at);
         self.kernels
-            .transpose(k, count, problem.head_dim, &mut self.scratch.keys);
-        let v = source_rows(&v, at);
+            .transpose(k, count, problem.head_dim(), &mut self.scratch.keys);
+        let v = source_rows(v, at);
         for run in 0..self.scratch.runs.len() {
             let run = self.scratch.runs[run].clone();
             let slots = run.start * self.valid..run.end * self.valid;
@@ -257,7 +259,7 @@ impl Head<'_> {
 
     /// One tile of keys, transposed in the scratch, for some of the head's rows.
     fn tile(&mut self, slots: Range<usize>, v: Rows<'_>) {
-        let head_dim = self.problem.head_dim;
+        let head_dim = self.problem.head_dim();
         let Scratch {
             q,
             out,
@@ -309,10 +311,11 @@ impl Head<'_> {
     }
 
     fn write(&self, rows: usize, out: &SharedRows<'_>, lse: &SharedSlice<'_, f32>) {
-        let (group, head_dim) = (self.problem.group(), self.problem.head_dim);
+        let (group, head_dim) = (self.problem.group(), self.problem.head_dim());
         for head in 0..group {
             let q_head = self.kv_head * group + head;
-            let lse_start = (self.entry * self.problem.q_heads + q_head) * out.rows() + self.first;
+            let lse_start =
+                (self.entry * self.problem.q_heads() + q_head) * out.rows() + self.first;
             // SAFETY: these rows of this head are this task's only, and taken once.
             let lse = unsafe { lse.part(lse_start, rows) };
             for (row, lse) in lse.iter_mut().enumerate() {

@@ -21,17 +21,21 @@ use shared::{SharedRows, SharedSlice};
 use tile::Rows;
 
 use super::error::Error;
-use super::problem::{Grads, Problem, Saved, Source};
-use super::view::{View, ViewMut};
+use super::layout::{View, ViewMut};
+use super::problem::{HostGradients, HostProblem, HostSaved};
+use super::source::Source;
 use crate::isa::Isa;
+
+/// Where lengths and gates must be.
+const HOST: &str = "host values on the CPU";
 
 /// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
 ///
 /// # Errors
-/// See [`Problem::validate`]; likewise for `out` and `lse`. `head_dim` must be a multiple of 8 up to
+/// See [`Problem::validate`](super::Problem::validate); likewise for `out` and `lse`. `head_dim` must be a multiple of 8 up to
 /// 256.
 pub fn forward(
-    problem: &Problem<'_, f32>,
+    problem: &HostProblem<'_, f32>,
     out: ViewMut<'_, f32>,
     lse: &mut [f32],
 ) -> Result<(), Error> {
@@ -45,34 +49,31 @@ pub fn forward(
 /// Those of [`forward`].
 pub fn forward_on(
     isa: Isa,
-    problem: &Problem<'_, f32>,
+    problem: &HostProblem<'_, f32>,
     out: ViewMut<'_, f32>,
     lse: &mut [f32],
 ) -> Result<(), Error> {
-    problem.validate_forward(&out, lse)?;
+    problem.check_on_host(HOST)?;
+    problem.validate_forward(&out, &lse)?;
     check_head_dim(problem)?;
-    let out = SharedRows::new(out, problem.head_dim);
+    let out = SharedRows::new(out);
     forward::run(problem, &out, &SharedSlice::new(lse), Kernels::of(isa));
     Ok(())
 }
 
-/// Computes the gradients of a loss from `d_out = dL/d out` and `d_lse = dL/d lse`.
+/// Computes the gradients of a loss from those with respect to `out` and `lse`.
 ///
-/// `out` and `lse` are those of [`forward`]. The bits of an entry's gradients depend on that entry
-/// only.
+/// The bits of an entry's gradients depend on that entry only.
 ///
 /// # Errors
-/// See [`Problem::validate`]; likewise for every other argument. `query_start` must be 0, `head_dim`
+/// See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must be 0, `head_dim`
 /// a multiple of 8 up to 256.
 pub fn backward(
-    problem: &Problem<'_, f32>,
-    out: View<'_, f32>,
-    lse: &[f32],
-    d_out: View<'_, f32>,
-    d_lse: Option<&[f32]>,
-    grads: Grads<'_, f32>,
+    problem: &HostProblem<'_, f32>,
+    saved: &HostSaved<'_, f32>,
+    grads: HostGradients<'_, f32>,
 ) -> Result<(), Error> {
-    backward_on(Isa::best(), problem, out, lse, d_out, d_lse, grads)
+    backward_on(Isa::best(), problem, saved, grads)
 }
 
 /// [`backward`] with a given instruction set, as [`forward_on`].
@@ -81,52 +82,45 @@ pub fn backward(
 /// Those of [`backward`].
 pub fn backward_on(
     isa: Isa,
-    problem: &Problem<'_, f32>,
-    out: View<'_, f32>,
-    lse: &[f32],
-    d_out: View<'_, f32>,
-    d_lse: Option<&[f32]>,
-    grads: Grads<'_, f32>,
+    problem: &HostProblem<'_, f32>,
+    saved: &HostSaved<'_, f32>,
+    grads: HostGradients<'_, f32>,
 ) -> Result<(), Error> {
-    let saved = Saved {
-        out,
-        lse,
-        d_out,
-        d_lse,
-    };
-    problem.validate_backward(&saved, &grads)?;
+    problem.check_on_host(HOST)?;
+    problem.validate_backward(saved, &grads)?;
     check_head_dim(problem)?;
-    backward::run(problem, &saved, grads, Kernels::of(isa));
+    backward::run(problem, saved, grads, Kernels::of(isa));
     Ok(())
 }
 
-fn check_head_dim(problem: &Problem<'_, f32>) -> Result<(), Error> {
-    if problem.head_dim.is_multiple_of(8) && problem.head_dim <= 256 {
+fn check_head_dim(problem: &HostProblem<'_, f32>) -> Result<(), Error> {
+    let head_dim = problem.head_dim();
+    if head_dim.is_multiple_of(8) && head_dim <= 256 {
         return Ok(());
     }
     Err(Error::Unsupported {
         argument: "head_dim",
         expected: "multiples of 8 up to 256",
-        got: problem.head_dim.to_string(),
+        got: head_dim.to_string(),
     })
 }
 
-fn scale(problem: &Problem<'_, f32>) -> f32 {
+fn scale(problem: &HostProblem<'_, f32>) -> f32 {
     problem
         .scale
-        .unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt())
+        .unwrap_or_else(|| 1.0 / (problem.head_dim() as f32).sqrt())
 }
 
 /// What a head adds to the scores of a source that it reads.
-fn past_bias(problem: &Problem<'_, f32>, source: Source, q_head: usize) -> f32 {
+fn past_bias(problem: &HostProblem<'_, f32>, source: Source, q_head: usize) -> f32 {
     match source {
-        Source::Past => problem.past_gate[q_head].ln(),
+        Source::Past => problem.gate(q_head).ln(),
         Source::Prior | Source::Current => 0.0,
     }
 }
 
 /// The group's heads that read a source, as runs of neighbours, counted from the group's first.
-fn head_runs(problem: &Problem<'_, f32>, source: Source, kv_head: usize) -> Vec<Range<usize>> {
+fn head_runs(problem: &HostProblem<'_, f32>, source: Source, kv_head: usize) -> Vec<Range<usize>> {
     let group = problem.group();
     let mut runs: Vec<Range<usize>> = Vec::new();
     for head in (0..group).filter(|head| problem.reads(source, kv_head * group + head)) {

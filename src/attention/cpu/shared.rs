@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::attention::view::{Layout, ViewMut};
+use crate::attention::layout::{Layout, ViewMut};
 
 /// A slice of which each thread takes its own parts.
 pub(super) struct SharedSlice<'a, T> {
@@ -41,17 +41,19 @@ impl<'a, T> SharedSlice<'a, T> {
 pub(super) struct SharedRows<'a> {
     data: SharedSlice<'a, f32>,
     layout: Layout<'a>,
-    head_dim: usize,
 }
 
 impl<'a> SharedRows<'a> {
     /// The view has passed validation: its rows do not overlap.
-    pub(super) fn new(view: ViewMut<'a, f32>, head_dim: usize) -> Self {
+    pub(super) fn new(view: ViewMut<'a, f32>) -> Self {
         SharedRows {
             data: SharedSlice::new(view.data),
             layout: view.layout,
-            head_dim,
         }
+    }
+
+    pub(super) fn layout(&self) -> &Layout<'a> {
+        &self.layout
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -67,7 +69,8 @@ impl<'a> SharedRows<'a> {
         assert!(row + count <= self.layout.rows);
         let start = self.layout.offset(entry, row, head);
         assert!(
-            count == 0 || start + (count - 1) * self.row_stride() + self.head_dim <= self.data.len
+            count == 0
+                || start + (count - 1) * self.row_stride() + self.layout.head_dim <= self.data.len
         );
         // SAFETY: within the slice by the assertion.
         unsafe { self.data.start.add(start) }
@@ -81,6 +84,6 @@ impl<'a> SharedRows<'a> {
     pub(super) unsafe fn row(&self, [entry, row, head]: [usize; 3]) -> &mut [f32] {
         let start = self.layout.offset(entry, row, head);
         // SAFETY: rows are disjoint by validation, and this one is the caller's.
-        unsafe { self.data.part(start, self.head_dim) }
+        unsafe { self.data.part(start, self.layout.head_dim) }
     }
 }

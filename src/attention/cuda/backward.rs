@@ -3,10 +3,10 @@
 use super::error::Error;
 use super::forward::{info, launch};
 use super::instances::Instance;
-use super::params::{Place, ProblemParams, TensorParams, Workspace, count, most_splits};
-use super::problem::{DeviceSlice, Lengths, Problem, Tensor, units};
-use crate::attention::problem::Saved as HostSaved;
-use crate::attention::{Error as ArgumentError, Grads};
+use super::params::{ProblemParams, TensorParams, count, most_splits};
+use super::tensor::{DeviceSlice, Tensor, check_tensors};
+use super::workspace::{Place, Workspace};
+use crate::attention::{Gradients, Problem, Saved};
 use crate::cuda::kernels::params::SegattnBackwardParams;
 use crate::cuda::kernels::{Entry, Kernels, Launch, Launcher};
 
@@ -17,35 +17,6 @@ const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
 /// Counters of kernels whose blocks take items.
 const WORK_COUNTERS: usize = 2;
-
-/// What a backward pass reads besides the problem.
-#[derive(Debug, Clone, Copy)]
-pub struct Saved<'a> {
-    /// What the forward pass wrote, like `q`.
-    pub out: Tensor<'a>,
-    /// `[batch, q_heads, rows]` f32, of the forward pass.
-    pub lse: DeviceSlice,
-    /// The loss's gradient with respect to `out`, like `q`.
-    pub d_out: Tensor<'a>,
-    /// The loss's gradient with respect to `lse`, like it; `None` is zero.
-    pub d_lse: Option<DeviceSlice>,
-}
-
-/// What a backward pass writes (`=`, not `+=`), padding rows to 0.
-#[derive(Debug, Clone, Copy)]
-pub struct Gradients<'a> {
-    /// Like `q`.
-    pub d_q: Tensor<'a>,
-    /// Like `k`.
-    pub d_k: Tensor<'a>,
-    /// Like `v`.
-    pub d_v: Tensor<'a>,
-    /// Like `prior_k` and `prior_v`; `None` leaves them out (`read_only_prior`).
-    pub d_prior: Option<(Tensor<'a>, Tensor<'a>)>,
-    /// `[batch, q_heads]` f32: each batch entry's part of the gradient of `past_gate`. The caller sums over batch,
-    /// in an order of its choice.
-    pub d_past_gate: DeviceSlice,
-}
 
 /// A validated backward call.
 #[derive(Debug)]
@@ -75,12 +46,12 @@ impl BackwardPlan {
     /// # Errors
     /// An argument that does not fit, a head size without kernels, or what `kernels` says.
     pub fn new(
-        problem: &Problem<'_>,
-        saved: &Saved<'_>,
-        gradients: &Gradients<'_>,
+        problem: &Problem<'_, Tensor<'_>>,
+        saved: &Saved<Tensor<'_>, DeviceSlice>,
+        gradients: &Gradients<Tensor<'_>, DeviceSlice>,
         kernels: &impl Kernels,
     ) -> Result<Self, Error> {
-        let instance = Instance::of(problem.dtype, problem.head_dim)?;
+        let instance = Instance::of(problem.q.dtype, problem.head_dim())?;
         check(problem, saved, gradients)?;
         let mut workspace = Workspace::default();
         let params = ProblemParams::new(problem, &mut workspace)?;
@@ -101,7 +72,7 @@ impl BackwardPlan {
         );
         let query = info::<SegattnBackwardParams>(kernels, query_grad)?;
         let key = info::<SegattnBackwardParams>(kernels, key_grad)?;
-        let (batch, heads, rows) = (problem.batch, problem.q_heads, params.rows());
+        let (batch, heads, rows) = (problem.batch(), problem.q_heads(), params.rows());
         let row_pitch = rows.next_multiple_of(ROW_PITCH);
         let tiles = rows.div_ceil(query.tile_rows as usize);
         let max_splits = most_splits(problem, &query);
@@ -116,7 +87,7 @@ impl BackwardPlan {
         let sum_rows = if max_splits > 1 { rows } else { rows.min(1) };
         let key_rows = |tensor: &TensorParams| tensor.rows().div_ceil(key.tile_rows as usize);
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
-        let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads, batch])?;
+        let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads(), batch])?;
         let split = usize::from(max_splits > 1) * max_splits;
         // Blocks that take items are no more than run at once.
         let grid = |entry, items: u32, info: &_| match hopper {
@@ -140,7 +111,7 @@ impl BackwardPlan {
             partial_d_q: workspace.reserve(
                 "partial_d_q",
                 4,
-                &[split, batch, heads, rows, problem.head_dim],
+                &[split, batch, heads, rows, problem.head_dim()],
             )?,
             partial_gate: workspace.reserve(
                 "partial_gate",
@@ -248,8 +219,8 @@ impl BackwardPlan {
 
 /// Every tensor of the call besides the problem's.
 fn named<'a>(
-    saved: &'a Saved<'a>,
-    gradients: &'a Gradients<'a>,
+    saved: &'a Saved<Tensor<'a>, DeviceSlice>,
+    gradients: &'a Gradients<Tensor<'a>, DeviceSlice>,
 ) -> [(&'static str, Option<&'a Tensor<'a>>); 7] {
     let prior = gradients.d_prior.as_ref();
     [
@@ -263,42 +234,13 @@ fn named<'a>(
     ]
 }
 
-fn check(problem: &Problem<'_>, saved: &Saved<'_>, gradients: &Gradients<'_>) -> Result<(), Error> {
-    if let Lengths::Growing { .. }
-    | Lengths::Device {
-        query_start: Some(_),
-        ..
-    } = problem.lengths
-    {
-        return Err(ArgumentError::Unsupported {
-            argument: "query_start",
-            expected: "none in a backward pass",
-            got: "a device address".into(),
-        }
-        .into());
-    }
-    problem.check(|host| {
-        let d_prior = gradients.d_prior.as_ref();
-        let grads = Grads {
-            d_q: gradients.d_q.view_mut(),
-            d_k: gradients.d_k.view_mut(),
-            d_v: gradients.d_v.view_mut(),
-            d_prior: d_prior.map(|(d_k, d_v)| (d_k.view_mut(), d_v.view_mut())),
-            d_past_gate: units(gradients.d_past_gate.len),
-        };
-        let saved = HostSaved {
-            out: saved.out.view(),
-            lse: units(saved.lse.len),
-            d_out: saved.d_out.view(),
-            d_lse: saved.d_lse.map(|d_lse| &*units(d_lse.len)),
-        };
-        host.validate_backward(&saved, &grads)
-    })?;
-    for (name, tensor) in named(saved, gradients) {
-        if let Some(tensor) = tensor {
-            tensor.check_alignment(name)?;
-        }
-    }
+fn check(
+    problem: &Problem<'_, Tensor<'_>>,
+    saved: &Saved<Tensor<'_>, DeviceSlice>,
+    gradients: &Gradients<Tensor<'_>, DeviceSlice>,
+) -> Result<(), Error> {
+    problem.validate_backward(saved, gradients)?;
+    check_tensors(problem, named(saved, gradients))?;
     saved.lse.check_alignment("lse")?;
     if let Some(d_lse) = saved.d_lse {
         d_lse.check_alignment("d_lse")?;

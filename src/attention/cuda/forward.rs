@@ -2,8 +2,10 @@
 
 use super::error::Error;
 use super::instances::Instance;
-use super::params::{Bases, Place, ProblemParams, TensorParams, Workspace, count, most_splits};
-use super::problem::{DeviceSlice, Problem, Tensor, units};
+use super::params::{ProblemParams, TensorParams, count, most_splits};
+use super::tensor::{DeviceSlice, Tensor, check_tensors};
+use super::workspace::{Bases, Place, Workspace};
+use crate::attention::{Problem, Source};
 use crate::cuda::kernels::params::{SegattnForwardParams, SegattnKernelInfo};
 use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
 
@@ -44,15 +46,15 @@ impl ForwardPlan {
     /// # Errors
     /// An argument that does not fit, a head size without kernels, or what `kernels` says.
     pub fn new(
-        problem: &Problem<'_>,
+        problem: &Problem<'_, Tensor<'_>>,
         out: &Tensor<'_>,
         lse: DeviceSlice,
         phase: Option<Phase>,
         kernels: &impl Kernels,
     ) -> Result<Self, Error> {
-        let instance = Instance::of(problem.dtype, problem.head_dim)?;
-        problem.check(|host| host.validate_forward(&out.view_mut(), units(lse.len)))?;
-        out.check_alignment("out")?;
+        let instance = Instance::of(problem.q.dtype, problem.head_dim())?;
+        problem.validate_forward(out, &lse)?;
+        check_tensors(problem, [("out", Some(out))])?;
         lse.check_alignment("lse")?;
         let mut workspace = Workspace::default();
         let params = ProblemParams::new(problem, &mut workspace)?;
@@ -78,13 +80,13 @@ impl ForwardPlan {
                 (prefill, combine, info, 1)
             }
         };
-        let (tile_rows, head_dim) = (info.tile_rows as usize, problem.head_dim);
+        let (tile_rows, head_dim) = (info.tile_rows as usize, problem.head_dim());
         let tiles = rows.saturating_mul(packed).div_ceil(tile_rows);
         let max_splits = most_splits(problem, &info);
-        let head_tiles = problem.q_heads / packed;
+        let (batch, q_heads) = (problem.batch(), problem.q_heads());
         let items = count(
             "tiles * items * heads * batch",
-            &[tiles, max_splits, head_tiles, problem.batch],
+            &[tiles, max_splits, q_heads / packed, batch],
         )?;
         // Prefill's blocks take one item after the other and keep totals of chunks meanwhile; in decoding an item is a block.
         let (blocks, totals) = match (items, phase) {
@@ -95,14 +97,9 @@ impl ForwardPlan {
                 (blocks, blocks as usize)
             }
         };
-        let query_rows = [problem.batch, problem.q_heads, rows];
+        let query_rows = [batch, q_heads, rows];
         let is_split = max_splits > 1 && items > 0;
-        let partial_rows = [
-            usize::from(is_split) * max_splits,
-            query_rows[0],
-            query_rows[1],
-            rows,
-        ];
+        let partial_rows = [usize::from(is_split) * max_splits, batch, q_heads, rows];
         kernels.ready(entry)?;
         kernels.ready(combine)?;
         let combined = info_blocks(kernels, combine, &query_rows)?;
@@ -152,7 +149,8 @@ impl ForwardPlan {
     /// # Safety
     /// Every address of the problem, of `out`, `lse` and `workspace` is device memory of the stated length that
     /// stays until the stream has passed; `out`, `lse` and `workspace` are used by nothing else meanwhile; device
-    /// resident lengths and gates are as [`super::Lengths::Device`] and [`super::Gates::Device`] say.
+    /// resident lengths and gates are as [`Len::Device`](crate::attention::Len::Device) and
+    /// [`Gates::Device`](crate::attention::Gates::Device) say.
     ///
     /// # Errors
     /// A workspace that is too small, or what the launcher says. Later kernels are not launched then.
@@ -241,11 +239,11 @@ impl ForwardPlan {
 }
 
 /// The most neighbouring query heads of a group, a divisor of it, that everywhere read the same sources.
-fn shared_heads(problem: &Problem<'_>) -> usize {
-    let group = problem.q_heads / problem.kv_heads;
-    let roles = |head: usize| (problem.past_gate.reads(head), problem.prior_heads[head]);
+fn shared_heads(problem: &Problem<'_, Tensor<'_>>) -> usize {
+    let group = problem.group();
+    let roles = |head| Source::ALL.map(|source| problem.reads(source, head));
     let same =
-        |heads: usize| (0..problem.q_heads).all(|head| roles(head) == roles(head - head % heads));
+        |heads: usize| (0..problem.q_heads()).all(|head| roles(head) == roles(head - head % heads));
     (1..=group)
         .rev()
         .find(|&heads| group.is_multiple_of(heads) && same(heads))

@@ -1,6 +1,6 @@
 //! Segment attention on NVIDIA GPUs: the host side of `kernels/attention_*.cu`.
 //!
-//! A [`Problem`] names device memory; [`ForwardPlan`] and [`BackwardPlan`] validate it once, choose the kernels and
+//! A [`Problem`](super::Problem) of [`Tensor`]s names device memory; [`ForwardPlan`] and [`BackwardPlan`] validate it once, choose the kernels and
 //! say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a stream. Nothing is allocated,
 //! nothing waits, and the workspace may be used again by the next call on the same stream.
 //!
@@ -19,14 +19,15 @@ mod error;
 mod forward;
 mod instances;
 mod params;
-mod problem;
 #[cfg(feature = "cuda")]
 pub mod slices;
+mod tensor;
 #[cfg(test)]
 mod tests;
+mod workspace;
 
-pub use backward::{BackwardPlan, Gradients, Saved};
+pub use backward::BackwardPlan;
 pub use error::Error;
 pub use forward::{ForwardPlan, Phase};
 pub use instances::Dtype;
-pub use problem::{DeviceSlice, Gates, Lengths, PastLengths, Problem, Tensor};
+pub use tensor::{DeviceSlice, Tensor};

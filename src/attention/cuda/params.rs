@@ -1,119 +1,13 @@
-//! From a problem to the structs of `kernels/params.h`: where everything lies, in the caller's memory or in the
-//! workspace, and the host values that travel with a call.
+//! From a problem to the structs of `kernels/params.h`: the host values that travel with a call, and where everything
+//! lies.
 
-use super::error::Error;
-use super::problem::{DeviceSlice, Gates, Lengths, PastLengths, Problem, Tensor};
-use crate::attention::{Batch, PastLen};
+use super::tensor::Tensor;
+use super::workspace::{Bases, Place, Workspace};
+use crate::attention::layout::Batch;
+use crate::attention::problem::{Gates, Len, PastLen, Problem};
+use crate::attention::source::{PerSource, Source};
 use crate::cuda::kernels;
 use crate::cuda::kernels::params::{SegattnKernelInfo, SegattnProblem, SegattnTensor};
-
-/// Parts of the workspace begin at multiples of this.
-const ALIGNMENT: usize = 256;
-
-/// An address that is known, or that is once there is memory for the host's values and a workspace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
-    Device(u64),
-    Value(usize),
-    Workspace(usize),
-}
-
-/// Where the host's values and the workspace begin.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Bases {
-    pub values: u64,
-    pub workspace: u64,
-}
-
-impl From<u64> for Bases {
-    /// The host's values lie at the beginning of the workspace.
-    fn from(workspace: u64) -> Self {
-        Bases {
-            values: workspace,
-            workspace,
-        }
-    }
-}
-
-impl Place {
-    pub const NULL: Place = Place::Device(0);
-
-    /// The address, given where everything begins.
-    pub fn at<T>(self, bases: impl Into<Bases>) -> *mut T {
-        let bases = bases.into();
-        let address = match self {
-            Place::Device(address) => address,
-            Place::Value(offset) => bases.values + offset as u64,
-            Place::Workspace(offset) => bases.workspace + offset as u64,
-        };
-        address as usize as *mut T
-    }
-}
-
-/// A workspace as it grows: the host's values first, then memory for the kernels.
-#[derive(Debug, Default)]
-pub(super) struct Workspace {
-    bytes: usize,
-    uploads: Vec<u8>,
-}
-
-impl Workspace {
-    /// Host values that are copied to the beginning of the workspace. Before any [`reserve`](Self::reserve).
-    pub fn upload<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Place {
-        debug_assert_eq!(self.bytes, self.uploads.len());
-        self.uploads.resize(self.bytes.next_multiple_of(16), 0);
-        let place = Place::Value(self.uploads.len());
-        self.uploads.extend_from_slice(bytemuck::cast_slice(values));
-        self.bytes = self.uploads.len();
-        place
-    }
-
-    /// Memory for `product(counts)` elements of `size` bytes.
-    pub fn reserve(
-        &mut self,
-        what: &'static str,
-        size: usize,
-        counts: &[usize],
-    ) -> Result<Place, kernels::Error> {
-        let begin = self.bytes.next_multiple_of(ALIGNMENT);
-        let bytes = counts
-            .iter()
-            .try_fold(size, |bytes, &n| bytes.checked_mul(n));
-        let end = bytes.and_then(|bytes| begin.checked_add(bytes));
-        match end {
-            Some(end) if end < isize::MAX as usize => self.bytes = end,
-            _ => {
-                return Err(kernels::Error::TooLarge {
-                    what,
-                    expected: isize::MAX as u64,
-                    got: u64::MAX,
-                });
-            }
-        }
-        Ok(Place::Workspace(begin))
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub fn uploads(&self) -> &[u8] {
-        &self.uploads
-    }
-
-    /// Checks that what the caller brings is large enough.
-    pub fn check(&self, workspace: DeviceSlice) -> Result<(), Error> {
-        let aligned = workspace.data.is_multiple_of(ALIGNMENT as u64) && workspace.data != 0;
-        if self.bytes == 0 || (aligned && workspace.len >= self.bytes) {
-            return Ok(());
-        }
-        Err(Error::Workspace {
-            expected: self.bytes,
-            got: workspace.len,
-            address: workspace.data,
-        })
-    }
-}
 
 /// A tensor's struct but for addresses in the workspace.
 #[derive(Debug, Clone, Copy)]
@@ -196,55 +90,57 @@ pub(super) struct ProblemParams {
 
 impl ProblemParams {
     /// A validated problem.
-    pub fn new(problem: &Problem<'_>, workspace: &mut Workspace) -> Result<Self, kernels::Error> {
+    pub fn new(
+        problem: &Problem<'_, Tensor<'_>>,
+        workspace: &mut Workspace,
+    ) -> Result<Self, kernels::Error> {
         let mut tensors = [TensorParams::NONE; 7];
         for (params, (name, tensor)) in tensors.iter_mut().zip(problem.tensors()) {
-            *params = TensorParams::new(name, tensor, workspace)?;
+            if let Some(tensor) = tensor {
+                *params = TensorParams::new(name, tensor, workspace)?;
+            }
         }
+        let (batch, q_heads, kv_heads) = (problem.batch(), problem.q_heads(), problem.kv_heads());
         let count = |what, n| limit(what, n, i32::MAX as usize).map(|n| n as i32);
-        let kv_heads = count("kv_heads", problem.kv_heads)?;
         let counts = [
-            count("batch", problem.batch)?,
-            count("q_heads", problem.q_heads)?,
-            kv_heads,
+            count("batch", batch)?,
+            count("q_heads", q_heads)?,
+            count("kv_heads", kv_heads)?,
         ];
         // The kernels index lengths in 32 bits.
-        limit(
-            "batch * kv_heads",
-            problem.batch.saturating_mul(problem.kv_heads),
-            i32::MAX as usize,
-        )?;
-        let [segment_len, prior_len, past_len, query_start] = lengths(&problem.lengths, workspace);
-        let per_head = matches!(
-            problem.lengths,
-            Lengths::Host {
-                past_len: PastLen::PerHead(_),
-                ..
-            } | Lengths::Growing {
-                past_len: PastLen::PerHead(_),
-                ..
-            } | Lengths::Device {
-                past_len: PastLengths::PerHead(_),
-                ..
-            }
-        );
-        let prior_heads: Vec<u8> = problem.prior_heads.iter().map(|&x| u8::from(x)).collect();
+        count("batch * kv_heads", batch.saturating_mul(kv_heads))?;
+        let lengths = &problem.lengths;
+        let per_head = matches!(lengths.past_len, Some(PastLen::PerHead(_)));
+        let mut place = |source, len| match len {
+            Some(Len::Host(len)) => workspace.upload(len),
+            Some(Len::Device(address)) => Place::Device(address),
+            // Their number of rows fits, as that of their tensors does.
+            None => workspace.upload(&vec![problem.capacity(source) as i32; batch]),
+        };
         Ok(ProblemParams {
             tensors,
-            segment_len,
-            prior_len,
-            past_len,
-            past_len_strides: if per_head { [kv_heads, 1] } else { [1, 0] },
-            query_start,
-            past_gate: match problem.past_gate {
-                Gates::Host(gates) => workspace.upload(gates),
-                Gates::Device { past_gate, .. } => Place::Device(past_gate),
+            segment_len: place(Source::Current, lengths.segment_len),
+            prior_len: place(Source::Prior, lengths.prior_len),
+            past_len: place(Source::Past, lengths.past_len.map(PastLen::values)),
+            past_len_strides: if per_head { [counts[2], 1] } else { [1, 0] },
+            query_start: match lengths.query_start {
+                Some(Len::Host(start)) if start.iter().any(|&x| x != 0) => workspace.upload(start),
+                Some(Len::Device(address)) => Place::Device(address),
+                Some(Len::Host(_)) | None => Place::NULL,
             },
-            prior_heads: workspace.upload(&prior_heads),
+            past_gate: match problem.past.map(|past| past.gates) {
+                Some(Gates::Host(gates)) => workspace.upload(gates),
+                Some(Gates::Device { past_gate, .. }) => Place::Device(past_gate),
+                None => workspace.upload(&vec![0f32; q_heads]),
+            },
+            prior_heads: {
+                let reads = |head| u8::from(problem.reads(Source::Prior, head));
+                workspace.upload(&(0..q_heads).map(reads).collect::<Vec<u8>>())
+            },
             counts,
             scale: problem
                 .scale
-                .unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt()),
+                .unwrap_or_else(|| 1.0 / (problem.head_dim() as f32).sqrt()),
         })
     }
 
@@ -283,52 +179,8 @@ impl ProblemParams {
     }
 }
 
-/// Places of segment_len, prior_len, past_len and query_start.
-fn lengths(lengths: &Lengths<'_>, workspace: &mut Workspace) -> [Place; 4] {
-    match *lengths {
-        Lengths::Host {
-            segment_len,
-            prior_len,
-            past_len,
-            query_start,
-        } => {
-            let (PastLen::PerBatch(past_len) | PastLen::PerHead(past_len)) = past_len;
-            let start = query_start.filter(|start| start.iter().any(|&x| x != 0));
-            [
-                workspace.upload(segment_len),
-                workspace.upload(prior_len),
-                workspace.upload(past_len),
-                start.map_or(Place::NULL, |start| workspace.upload(start)),
-            ]
-        }
-        Lengths::Growing {
-            segment_len,
-            query_start,
-            prior_len,
-            past_len,
-        } => {
-            let (PastLen::PerBatch(past_len) | PastLen::PerHead(past_len)) = past_len;
-            [
-                Place::Device(segment_len),
-                workspace.upload(prior_len),
-                workspace.upload(past_len),
-                Place::Device(query_start),
-            ]
-        }
-        Lengths::Device {
-            segment_len,
-            prior_len,
-            past_len,
-            query_start,
-        } => {
-            let (PastLengths::PerBatch(past_len) | PastLengths::PerHead(past_len)) = past_len;
-            [segment_len, prior_len, past_len, query_start.unwrap_or(0)].map(Place::Device)
-        }
-    }
-}
-
 /// Most items that a query tile's keys are split into by a kernel.
-pub(super) fn most_splits(problem: &Problem<'_>, info: &SegattnKernelInfo) -> usize {
+pub(super) fn most_splits(problem: &Problem<'_, Tensor<'_>>, info: &SegattnKernelInfo) -> usize {
     match (
         usize::try_from(info.key_rows),
         usize::try_from(info.split_keys),
@@ -341,45 +193,25 @@ pub(super) fn most_splits(problem: &Problem<'_>, info: &SegattnKernelInfo) -> us
 }
 
 /// Most key tiles of `key_rows` rows that a query of the problem sees, over entries and heads.
-fn most_key_tiles(problem: &Problem<'_>, key_rows: usize) -> usize {
-    let heads = problem.q_heads;
-    let reads_past = (0..heads).any(|head| problem.past_gate.reads(head));
-    let reads_prior = problem.prior_heads.contains(&true);
-    let tiles = |len: usize| len.div_ceil(key_rows);
-    let sum = |past: usize, prior: usize, segment: usize| {
-        usize::from(reads_past) * tiles(past)
-            + usize::from(reads_prior) * tiles(prior)
-            + tiles(segment)
-    };
-    match problem.lengths {
-        Lengths::Growing { .. } | Lengths::Device { .. } => sum(
-            problem.past_k.layout.rows,
-            problem.prior_k.layout.rows,
-            problem.k.layout.rows,
-        ),
-        Lengths::Host {
-            segment_len,
-            prior_len,
-            past_len,
-            ..
-        } => {
-            let past = |entry: usize| match past_len {
-                PastLen::PerBatch(len) => len[entry],
-                PastLen::PerHead(len) => {
-                    let heads = entry * problem.kv_heads..(entry + 1) * problem.kv_heads;
-                    len[heads].iter().copied().max().unwrap_or(0)
-                }
-            };
-            let entry = |i: usize| {
-                sum(
-                    past(i) as usize,
-                    prior_len[i] as usize,
-                    segment_len[i] as usize,
-                )
-            };
-            (0..problem.batch).map(entry).max().unwrap_or(0)
+fn most_key_tiles(problem: &Problem<'_, Tensor<'_>>, key_rows: usize) -> usize {
+    let is_read =
+        PerSource::from_fn(|source| (0..problem.q_heads()).any(|head| problem.reads(source, head)));
+    // A plan with lengths in device memory serves as long as the tensors do, whatever the others become.
+    let on_device = |len| matches!(len, Len::Device(_));
+    let on_device = problem.lengths.named().any(|(_, len)| on_device(len));
+    let rows = |source, entry| match on_device {
+        true => problem.capacity(source),
+        false => {
+            let rows = |head| problem.source_rows(source, entry, head);
+            (0..problem.kv_heads()).map(rows).max().unwrap_or(0)
         }
-    }
+    };
+    let tiles = |entry| {
+        let read = Source::ALL.into_iter().filter(|&source| is_read[source]);
+        read.map(|source| rows(source, entry).div_ceil(key_rows))
+            .sum()
+    };
+    (0..problem.batch()).map(tiles).max().unwrap_or(0)
 }
 
 /// `got`, if the kernels can count it.

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
 use half::{bf16, f16};
 
-use super::backward::{self, BackwardPlan};
+use super::backward::BackwardPlan;
 use super::error::Error;
-use super::forward::{ForwardPlan, Phase};
+use super::forward::ForwardPlan;
 use super::instances::Dtype;
-use super::problem::{DeviceSlice, Gates, Lengths, Problem, Tensor};
-use crate::attention::Layout;
+use super::tensor::{DeviceSlice, Tensor};
+use crate::attention::{Gradients, Layout, Problem, Saved};
 use crate::cuda;
 use crate::cuda::kernels::DriverKernels;
 
@@ -38,7 +38,7 @@ impl Element for f16 {
 /// A `[batch, rows, heads, head_dim]` tensor that is read: a `&CudaSlice` or `&CudaView` and where its rows are.
 #[derive(Clone, Copy)]
 pub struct Input<'a, T> {
-    data: Option<&'a dyn DevicePtr<T>>,
+    data: &'a dyn DevicePtr<T>,
     layout: Layout<'a>,
 }
 
@@ -50,18 +50,7 @@ impl<'a, T> Input<'a, T> {
 
     /// A tensor of any layout inside the data.
     pub fn strided(data: &'a impl DevicePtr<T>, layout: Layout<'a>) -> Self {
-        Input {
-            data: Some(data),
-            layout,
-        }
-    }
-
-    /// A source that is not there: `batch` entries of no rows.
-    pub fn empty(batch: usize) -> Self {
-        Input {
-            data: None,
-            layout: Layout::packed([batch, 0, 0, 0]),
-        }
+        Input { data, layout }
     }
 }
 
@@ -83,32 +72,10 @@ impl<'a, T> Output<'a, T> {
     }
 }
 
-/// What a backward pass reads besides the problem; see [`backward::Saved`].
-#[derive(Clone, Copy)]
-pub struct SavedSlices<'a, T> {
-    /// What the forward pass wrote, like `q`.
-    pub out: Input<'a, T>,
-    /// `[batch, q_heads, rows]`, of the forward pass.
-    pub lse: &'a dyn DevicePtr<f32>,
-    /// The loss's gradient with respect to `out`, like `q`.
-    pub d_out: Input<'a, T>,
-    /// The loss's gradient with respect to `lse`, like it; `None` is zero.
-    pub d_lse: Option<&'a dyn DevicePtr<f32>>,
-}
-
-/// What a backward pass writes; see [`backward::Gradients`].
-pub struct GradientSlices<'a, T> {
-    /// Like `q`.
-    pub d_q: Output<'a, T>,
-    /// Like `k`.
-    pub d_k: Output<'a, T>,
-    /// Like `v`.
-    pub d_v: Output<'a, T>,
-    /// Like `prior_k` and `prior_v`; `None` leaves them out (`read_only_prior`).
-    pub d_prior: Option<(Output<'a, T>, Output<'a, T>)>,
-    /// `[batch, q_heads]`: each batch entry's part.
-    pub d_past_gate: &'a mut dyn DevicePtrMut<f32>,
-}
+/// What a backward pass reads besides the problem.
+pub type SavedSlices<'a, T> = Saved<Input<'a, T>, &'a dyn DevicePtr<f32>>;
+/// What a backward pass writes.
+pub type GradientSlices<'a, T> = Gradients<Output<'a, T>, &'a mut dyn DevicePtrMut<f32>>;
 
 /// Device memory for the workspaces of calls, grown where a call needs more and kept otherwise.
 #[derive(Default)]
@@ -207,57 +174,39 @@ impl<'a> Borrows<'a> {
         Ok(DeviceSlice::new(address, len))
     }
 
-    fn input<T: 'a>(
+    fn input<T: Element>(
         &mut self,
         argument: &'static str,
         input: &Input<'a, T>,
     ) -> Result<Tensor<'a>, Error> {
-        let slice = match input.data {
-            Some(data) => self.read(argument, data)?,
-            None => DeviceSlice::new(0, 0),
-        };
-        Ok(tensor(slice, input.layout))
+        let slice = self.read(argument, input.data)?;
+        Ok(tensor::<T>(slice, input.layout))
     }
 
-    fn output<T: 'a>(
+    fn output<T: Element>(
         &mut self,
         argument: &'static str,
         output: Output<'a, T>,
     ) -> Result<Tensor<'a>, Error> {
         let slice = self.write(argument, output.data)?;
-        Ok(tensor(slice, output.layout))
+        Ok(tensor::<T>(slice, output.layout))
     }
 
     /// The problem with addresses. Lengths and gates of the device cannot be checked, so a safe call takes none.
     fn problem<T: Element>(
         &mut self,
         problem: &Problem<'a, Input<'a, T>>,
-    ) -> Result<Problem<'a>, Error> {
-        let host = |argument, is_host: bool| match is_host {
-            true => Ok(()),
-            false => Err(Error::Argument(crate::attention::Error::Unsupported {
-                argument,
-                expected: "host values in a safe call",
-                got: "a device address".into(),
-            })),
-        };
-        host("lengths", matches!(problem.lengths, Lengths::Host { .. }))?;
-        host("past_gate", matches!(problem.past_gate, Gates::Host(_)))?;
-        if problem.dtype != T::DTYPE {
-            return Err(Error::Argument(crate::attention::Error::Shape {
-                argument: "dtype",
-                expected: T::DTYPE.to_string(),
-                got: problem.dtype.to_string(),
-            }));
-        }
+    ) -> Result<Problem<'a, Tensor<'a>>, Error> {
+        problem.check_on_host("host values in a safe call")?;
         problem.try_map(|name, input| self.input(name, input))
     }
 }
 
-fn tensor(slice: DeviceSlice, layout: Layout<'_>) -> Tensor<'_> {
+fn tensor<T: Element>(slice: DeviceSlice, layout: Layout<'_>) -> Tensor<'_> {
     Tensor {
         data: slice.data,
         len: slice.len,
+        dtype: T::DTYPE,
         layout,
     }
 }
@@ -320,7 +269,7 @@ impl Call<'_> {
 
 impl DriverKernels {
     /// A forward call on a stream: writes `out`, like `q`, and `lse` `[batch, q_heads, rows]`; padding rows to 0 and
-    /// -inf. Without a `phase` the number of rows decides.
+    /// -inf.
     ///
     /// # Errors
     /// An argument that does not fit, or what the driver says. Nothing is launched or written then.
@@ -330,13 +279,12 @@ impl DriverKernels {
         problem: &Problem<'a, Input<'a, T>>,
         out: Output<'a, T>,
         lse: &'a mut dyn DevicePtrMut<f32>,
-        phase: Option<Phase>,
     ) -> Result<Call<'a>, Error> {
         let mut borrows = Borrows::new(self, stream)?;
         let problem = borrows.problem(problem)?;
         let out = borrows.output("out", out)?;
         let lse = borrows.write("lse", lse)?;
-        let plan = ForwardPlan::new(&problem, &out, lse, phase, self)?;
+        let plan = ForwardPlan::new(&problem, &out, lse, None, self)?;
         Ok(Call {
             plan: Plan::Forward(plan),
             borrows,
@@ -357,7 +305,7 @@ impl DriverKernels {
         let mut borrows = Borrows::new(self, stream)?;
         let problem = borrows.problem(problem)?;
         let d_lse = saved.d_lse.map(|d_lse| borrows.read("d_lse", d_lse));
-        let saved = backward::Saved {
+        let saved = Saved {
             out: borrows.input("out", &saved.out)?,
             lse: borrows.read("lse", saved.lse)?,
             d_out: borrows.input("d_out", &saved.d_out)?,
@@ -370,7 +318,7 @@ impl DriverKernels {
             )),
             None => None,
         };
-        let gradients = backward::Gradients {
+        let gradients = Gradients {
             d_q: borrows.output("d_q", gradients.d_q)?,
             d_k: borrows.output("d_k", gradients.d_k)?,
             d_v: borrows.output("d_v", gradients.d_v)?,

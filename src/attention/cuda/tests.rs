@@ -1,7 +1,7 @@
 //! Plans without a device: what they refuse, what they launch, what they write where.
 
 use super::*;
-use crate::attention::{Batch, Layout, PastLen};
+use crate::attention::{Batch, Gates, Gradients, Layout, Len, Lengths, Problem, Saved};
 use crate::cuda::kernels::params::{
     SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo,
 };
@@ -108,41 +108,48 @@ impl Launcher for Recorder {
 const Q: u64 = 1 << 20;
 const WORKSPACE: u64 = 1 << 40;
 
+type GpuProblem<'a> = Problem<'a, Tensor<'a>>;
+
 fn lengths(past: &'static [i32]) -> Lengths<'static> {
-    Lengths::Host {
-        segment_len: &[200, 100],
-        prior_len: &[40, 0],
-        past_len: PastLen::PerBatch(past),
-        query_start: None,
-    }
+    Lengths::segment(&[200, 100]).prior(&[40, 0]).past(past)
+}
+
+fn tensor(data: u64, shape: [usize; 4]) -> Tensor<'static> {
+    Tensor::packed(data, Dtype::Bf16, shape)
+}
+
+/// Two entries, as many heads as there are roles on two, `rows` rows of 64.
+fn of_heads(
+    rows: usize,
+    gates: impl Into<Gates<'static>>,
+    prior_heads: &'static [bool],
+) -> GpuProblem<'static> {
+    let kv = |data, rows| tensor(data, [2, rows, 2, 64]);
+    let q = tensor(Q, [2, rows, prior_heads.len(), 64]);
+    Problem::causal(q, kv(Q + 16, 200), kv(Q + 32, 200))
+        .prior(kv(Q + 48, 40), kv(Q + 64, 40), prior_heads)
+        .past(kv(Q + 80, 70_000), kv(Q + 96, 70_000), gates)
+        .lengths(lengths(&[70, 0]))
 }
 
 /// Two entries, four heads on two, 200 rows of 64.
-fn problem() -> Problem<'static> {
-    let kv = |data, rows| Tensor::packed(data, [2, rows, 2, 64]);
-    Problem {
-        dtype: Dtype::Bf16,
-        batch: 2,
-        q_heads: 4,
-        kv_heads: 2,
-        head_dim: 64,
-        q: Tensor::packed(Q, [2, 200, 4, 64]),
-        k: kv(Q + 16, 200),
-        v: kv(Q + 32, 200),
-        prior_k: kv(Q + 48, 40),
-        prior_v: kv(Q + 64, 40),
-        past_k: kv(Q + 80, 70_000),
-        past_v: kv(Q + 96, 70_000),
-        lengths: lengths(&[70, 0]),
-        past_gate: Gates::Host(&[0.0, 0.0, 1.0, 0.5]),
-        prior_heads: &[true, true, false, false],
-        scale: None,
-    }
+fn problem() -> GpuProblem<'static> {
+    of_heads(200, &[0.0, 0.0, 1.0, 0.5], &[true, true, false, false])
 }
 
-fn plan(problem: &Problem<'_>, phase: Option<Phase>) -> Result<ForwardPlan, Error> {
-    let rows = problem.q.layout.rows;
-    let lse = DeviceSlice::new(4096, problem.batch * problem.q_heads * rows);
+/// Two entries, four heads on two, one row.
+fn one_row() -> GpuProblem<'static> {
+    of_heads(1, &[0.0, 0.0, 1.0, 0.5], &[true, true, false, false])
+}
+
+fn with_gates<'a>(problem: GpuProblem<'a>, gates: impl Into<Gates<'a>>) -> GpuProblem<'a> {
+    let past = problem.past.expect("a past");
+    problem.past(past.k, past.v, gates)
+}
+
+fn plan(problem: &GpuProblem<'_>, phase: Option<Phase>) -> Result<ForwardPlan, Error> {
+    let numbers = problem.batch() * problem.q_heads() * problem.rows();
+    let lse = DeviceSlice::new(4096, numbers);
     ForwardPlan::new(problem, &problem.q, lse, phase, &Table)
 }
 
@@ -223,22 +230,16 @@ fn keys_are_split_by_the_longest_entry_and_then_combined() {
         ("combine_prefill_bf16_d64", 2 * 4 * 200 / 4)
     );
     assert!(long.workspace_bytes() > 9 * 2 * 4 * 200 * 64 * 4);
-    problem.past_gate = Gates::Host(&[0.0; 4]);
-    assert_eq!(
-        run(&plan(&problem, None).expect("a plan")).launches.len(),
-        1
-    );
+    let closed = with_gates(problem, &[0.0; 4]);
+    assert_eq!(run(&plan(&closed, None).expect("a plan")).launches.len(), 1);
 }
 
 #[test]
 fn lengths_on_the_device_are_planned_for_at_their_largest() {
     let mut problem = problem();
-    problem.lengths = Lengths::Device {
-        segment_len: 256,
-        prior_len: 512,
-        past_len: PastLengths::PerHead(768),
-        query_start: None,
-    };
+    problem.lengths = Lengths::segment(Len::Device(256))
+        .prior(Len::Device(512))
+        .past_per_head(Len::Device(768));
     let recorder = run(&plan(&problem, None).expect("a plan"));
     let params = forward_params(&recorder.launches[0].1);
     assert_eq!(params.max_splits, 9);
@@ -253,15 +254,11 @@ fn lengths_on_the_device_are_planned_for_at_their_largest() {
 /// The same launches and the same host values as long as segments grow; the host's values lie where the caller says.
 #[test]
 fn a_plan_serves_segments_that_grow() {
-    let mut problem = problem();
-    problem.q = Tensor::packed(Q, [2, 1, 4, 64]);
-    problem.lengths = Lengths::Growing {
-        segment_len: 256,
-        query_start: 512,
-        prior_len: &[40, 0],
-        past_len: PastLen::PerHead(&[70, 0, 3, 4]),
-    };
-    let plan = plan(&problem, None).expect("a plan");
+    let lengths = Lengths::segment(Len::Device(256))
+        .query_start(Len::Device(512))
+        .prior(&[40, 0])
+        .past_per_head(&[70, 0, 3, 4]);
+    let plan = plan(&one_row().lengths(lengths), None).expect("a plan");
     assert_eq!(plan.phase(), Phase::Decode);
     let mut recorder = Recorder::default();
     // SAFETY: a recorder touches no memory.
@@ -284,35 +281,57 @@ fn a_plan_serves_segments_that_grow() {
 
 #[test]
 fn heads_share_a_tile_only_where_they_read_the_same() {
-    let mut problem = problem();
-    (problem.q_heads, problem.kv_heads) = (8, 2);
-    problem.q = Tensor::packed(Q, [2, 1, 8, 64]);
-    problem.lengths = Lengths::Host {
-        segment_len: &[200, 100],
-        prior_len: &[40, 0],
-        past_len: PastLen::PerHead(&[70, 0, 3, 4]),
-        query_start: Some(&[199, 99]),
-    };
-    problem.past_gate = Gates::Host(&[0.5, 1.0, 2.0, 0.1, 0.0, 0.0, 1.0, 1.0]);
+    let lengths = Lengths::segment(&[200, 100])
+        .prior(&[40, 0])
+        .past_per_head(&[70, 0, 3, 4])
+        .query_start(&[199, 99]);
+    let gates = &[0.5, 1.0, 2.0, 0.1, 0.0, 0.0, 1.0, 1.0];
     for (prior_heads, heads) in [
         (&[true, true, true, true, true, true, false, false], 2),
         (&[true, false, true, true, true, true, false, false], 1),
     ] {
-        problem.prior_heads = prior_heads;
+        let problem = of_heads(1, gates, prior_heads).lengths(lengths);
         let plan = plan(&problem, None).expect("a plan");
         let got = (plan.phase(), plan.packed_heads());
         assert_eq!(got, (Phase::Decode, heads));
     }
-    problem.prior_heads = &[true; 8];
-    problem.past_gate = Gates::Device {
+    let gates = Gates::Device {
         past_gate: 1024,
         reads_past: &[true, true, true, true, false, false, false, false],
     };
+    let problem = of_heads(1, gates, &[true; 8]).lengths(lengths);
     let plan = plan(&problem, None).expect("a plan");
     assert_eq!(plan.packed_heads(), 4);
     let params = forward_params(&run(&plan).launches[0].1);
     assert_eq!(params.problem.past_gate as u64, 1024);
     assert_eq!(params.problem.past_len_batch_stride, 2);
+}
+
+/// Their lengths are 0 and their gates and roles closed, so that a kernel finds what it always finds.
+#[test]
+fn sources_that_are_not_there_have_no_rows_and_no_readers() {
+    let kv = tensor(Q + 16, [2, 200, 2, 64]);
+    let problem = Problem::causal(tensor(Q, [2, 200, 4, 64]), kv, kv);
+    let recorder = run(&plan(&problem, None).expect("a plan"));
+    let params = forward_params(&recorder.launches[0].1);
+    let value = |address: u64, bytes: usize| {
+        let first = (address - WORKSPACE) as usize;
+        &recorder.uploads[0].1[first..first + bytes]
+    };
+    let of = &params.problem;
+    assert_eq!(
+        *value(of.segment_len as u64, 8),
+        *bytemuck::bytes_of(&[200i32; 2])
+    );
+    for (address, bytes) in [
+        (of.prior_len as u64, 8),
+        (of.past_len as u64, 8),
+        (of.past_gate as u64, 16),
+        (of.prior_heads as u64, 4),
+    ] {
+        assert!(value(address, bytes).iter().all(|&byte| byte == 0));
+    }
+    assert!(of.past_k.data.is_null() && of.prior_v.rows == 0);
 }
 
 #[test]
@@ -322,8 +341,11 @@ fn entries_that_lie_anywhere_have_their_offsets_copied() {
     problem.k = Tensor {
         data: Q,
         len: 1 << 36,
+        dtype: Dtype::Bf16,
         layout: Layout {
             rows: 200,
+            heads: 2,
+            head_dim: 64,
             row_stride: 128,
             head_stride: 64,
             batch: Batch::Offsets(&offsets),
@@ -339,28 +361,36 @@ fn entries_that_lie_anywhere_have_their_offsets_copied() {
     problem.k.len = 1 << 35;
     let refused = plan(&problem, None).expect_err("out of bounds").to_string();
     assert!(
-        refused.starts_with("k: batch entry 0 expected at least"),
+        refused.starts_with("k: batch entry 0: expected at least"),
         "{refused}"
     );
 }
 
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
-    let refused = |change: fn(&mut Problem<'static>)| {
+    let refused = |change: fn(&mut GpuProblem<'static>)| {
         let mut problem = problem();
         change(&mut problem);
         plan(&problem, None).expect_err("refused").to_string()
     };
-    assert!(refused(|p| p.head_dim = 80).starts_with("no kernel for bf16 with head_dim 80"));
-    assert!(refused(|p| p.v.data += 8).starts_with("v: expected an address"));
-    assert!(refused(|p| p.prior_k.layout.head_stride = 65).starts_with("prior_k: "));
-    assert!(refused(|p| p.past_gate = Gates::Host(&[1.0; 3])).starts_with("past_gate: "));
-    assert!(
-        refused(|p| p.past_gate = Gates::Host(&[1.0, 0.0, -1.0, 0.0]))
-            .starts_with("past_gate[2]: ")
+    let of_80 = |p: &mut GpuProblem<'static>| p.q = tensor(Q, [2, 200, 4, 80]);
+    assert!(refused(of_80).starts_with("no kernel for bf16 with head_dim 80"));
+    assert_eq!(
+        refused(|p| p.v.dtype = Dtype::F16),
+        "v: expected bf16 like q, got f16"
     );
+    assert!(refused(|p| p.v.data += 8).starts_with("v: expected an address"));
+    assert!(
+        refused(|p| p.prior.as_mut().expect("a prior").k.layout.head_stride = 65)
+            .starts_with("prior_k: ")
+    );
+    assert!(refused(|p| *p = with_gates(*p, &[1.0; 3])).starts_with("past_gate: "));
+    assert!(refused(|p| *p = with_gates(*p, &[1.0, 0.0, -1.0, 0.0])).starts_with("past_gate[2]: "));
     assert!(refused(|p| p.lengths = lengths(&[70_001, 0])).starts_with("past_len[0]: "));
-    assert!(refused(|p| p.past_v.len = 64).starts_with("past_v: batch entry 0"));
+    assert!(
+        refused(|p| p.past.as_mut().expect("a past").v.len = 64)
+            .starts_with("past_v: batch entry 0")
+    );
     let lse = DeviceSlice::new(4096, 7);
     let error = ForwardPlan::new(&problem(), &problem().q, lse, None, &Table).expect_err("lse");
     assert!(error.to_string().starts_with("lse: "), "{error}");
@@ -382,16 +412,16 @@ fn a_workspace_that_is_too_small_launches_nothing() {
     }
 }
 
-fn backward(problem: &Problem<'_>, read_only_prior: bool) -> Result<Recorder, Error> {
+fn backward(problem: &GpuProblem<'_>, read_only_prior: bool) -> Result<Recorder, Error> {
     backward_with(&Table, problem, read_only_prior)
 }
 
 fn backward_with(
     kernels: &impl Kernels,
-    problem: &Problem<'_>,
+    problem: &GpuProblem<'_>,
     read_only_prior: bool,
 ) -> Result<Recorder, Error> {
-    let rows = problem.q.layout.rows;
+    let rows = problem.rows();
     let like_q = |address| Tensor {
         data: address,
         ..problem.q
@@ -406,7 +436,10 @@ fn backward_with(
         d_q: like_q(4096),
         d_k: problem.k,
         d_v: problem.v,
-        d_prior: (!read_only_prior).then_some((problem.prior_k, problem.prior_v)),
+        d_prior: problem
+            .prior
+            .filter(|_| !read_only_prior)
+            .map(|prior| (prior.k, prior.v)),
         d_past_gate: DeviceSlice::new(2048, 8),
     };
     let plan = BackwardPlan::new(problem, &saved, &gradients, kernels)?;
@@ -476,13 +509,8 @@ fn on_hopper_backward_takes_items_with_the_blocks_that_run_at_once() {
 #[test]
 fn backward_without_rows_still_writes_the_gradients_of_gates_and_keys() {
     let mut problem = problem();
-    problem.q = Tensor::packed(Q, [2, 0, 4, 64]);
-    problem.lengths = Lengths::Host {
-        segment_len: &[0, 0],
-        prior_len: &[40, 0],
-        past_len: PastLen::PerBatch(&[0, 0]),
-        query_start: None,
-    };
+    problem.q = tensor(Q, [2, 0, 4, 64]);
+    problem.lengths = Lengths::segment(&[0, 0]).prior(&[40, 0]).past(&[0, 0]);
     let recorder = backward(&problem, false).expect("a plan");
     assert_eq!(recorder.zeroed, [(2048, 32)]);
     let names: Vec<_> = recorder
@@ -496,45 +524,25 @@ fn backward_without_rows_still_writes_the_gradients_of_gates_and_keys() {
 #[test]
 fn backward_refuses_queries_that_do_not_begin_at_0() {
     let mut problem = problem();
+    let growing = Lengths::segment(Len::Device(256)).query_start(Len::Device(256));
     for lengths in [
-        Lengths::Device {
-            segment_len: 256,
-            prior_len: 256,
-            past_len: PastLengths::PerBatch(256),
-            query_start: Some(256),
-        },
-        Lengths::Growing {
-            segment_len: 256,
-            query_start: 256,
-            prior_len: &[40, 0],
-            past_len: PastLen::PerBatch(&[70, 0]),
-        },
+        growing,
+        growing.prior(&[40, 0]).past(&[70, 0]),
+        Lengths::segment(&[200, 100]).query_start(&[0, 1]),
     ] {
         problem.lengths = lengths;
         let refused = backward(&problem, false).err().expect("refused");
         let error = refused.to_string();
-        assert!(error.starts_with("query_start: "), "{error}");
+        assert!(error.starts_with("query_start"), "{error}");
     }
 }
 
 #[test]
 fn an_empty_batch_launches_nothing() {
-    let mut problem = problem();
-    problem.batch = 0;
-    let none = Tensor::empty(0);
-    (problem.q, problem.k, problem.v) = (none, none, none);
-    (
-        problem.prior_k,
-        problem.prior_v,
-        problem.past_k,
-        problem.past_v,
-    ) = (none, none, none, none);
-    problem.lengths = Lengths::Host {
-        segment_len: &[],
-        prior_len: &[],
-        past_len: PastLen::PerBatch(&[]),
-        query_start: None,
-    };
+    let (q, kv) = (tensor(0, [0, 200, 4, 64]), tensor(0, [0, 200, 2, 64]));
+    let problem = Problem::causal(q, kv, kv)
+        .prior(kv, kv, &[true; 4])
+        .past(kv, kv, &[1.0; 4]);
     assert!(
         run(&plan(&problem, None).expect("a plan"))
             .launches

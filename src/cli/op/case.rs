@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use segattn::attention::{Lengths, Problem};
 
 /// A case as it lies in the file.
 pub struct Case {
@@ -84,6 +85,29 @@ impl Case {
             past_len: i32s("past_len")?,
             scale,
         })
+    }
+
+    /// The case's problem, given each tensor by its name and shape.
+    pub fn problem<'a, X>(
+        &'a self,
+        mut tensor: impl FnMut(&'static str, [usize; 4]) -> Result<X>,
+    ) -> Result<Problem<'a, X>> {
+        let [batch, segment, _, dim] = self.q_shape;
+        let kv = |rows| [batch, rows, self.kv_heads, dim];
+        let q = tensor("q", self.q_shape)?;
+        let (k, v) = (tensor("k", kv(segment))?, tensor("v", kv(segment))?);
+        let prior = kv(self.prior);
+        let (prior_k, prior_v) = (tensor("prior_k", prior)?, tensor("prior_v", prior)?);
+        let past = kv(self.past);
+        let (past_k, past_v) = (tensor("past_k", past)?, tensor("past_v", past)?);
+        let lengths = Lengths::segment(&self.segment_len)
+            .prior(&self.prior_len)
+            .past(&self.past_len);
+        Ok(Problem::causal(q, k, v)
+            .prior(prior_k, prior_v, &self.prior_heads)
+            .past(past_k, past_v, &self.past_gate)
+            .lengths(lengths)
+            .scale(self.scale))
     }
 
     /// Shapes of the results, in the order of [`RESULTS`].

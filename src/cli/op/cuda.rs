@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
-use segattn::attention::PastLen;
 use segattn::attention::cuda::slices::{
     Element, GradientSlices, Input, Output, SavedSlices, Workspace,
 };
-use segattn::attention::cuda::{Gates, Lengths, Problem};
 use segattn::cuda::kernels::DriverKernels;
 
 use super::Case;
@@ -94,32 +92,12 @@ fn run<T: Number>(
             upload(stream, &values)
         })
         .collect::<Result<Vec<_>>>()?;
-    let [q, k, v, prior_k, prior_v, past_k, past_v, d_out] = &device[..] else {
-        bail!("eight tensors");
+    let input = |name, shape| {
+        let found = case.floats.iter().position(|(n, _)| *n == name);
+        let slice = found.map(|i| &device[i]).context("eight tensors")?;
+        Ok(Input::packed(slice, shape))
     };
-    let problem = Problem {
-        dtype: T::DTYPE,
-        batch,
-        q_heads,
-        kv_heads: case.kv_heads,
-        head_dim,
-        q: Input::packed(q, case.q_shape),
-        k: Input::packed(k, kv_shape(segment)),
-        v: Input::packed(v, kv_shape(segment)),
-        prior_k: Input::packed(prior_k, kv_shape(case.prior)),
-        prior_v: Input::packed(prior_v, kv_shape(case.prior)),
-        past_k: Input::packed(past_k, kv_shape(case.past)),
-        past_v: Input::packed(past_v, kv_shape(case.past)),
-        lengths: Lengths::Host {
-            segment_len: &case.segment_len,
-            prior_len: &case.prior_len,
-            past_len: PastLen::PerBatch(&case.past_len),
-            query_start: None,
-        },
-        past_gate: Gates::Host(&case.past_gate),
-        prior_heads: &case.prior_heads,
-        scale: case.scale,
-    };
+    let problem = case.problem(input)?;
     let mut workspace = Workspace::default();
     let rows = batch * q_heads * segment;
     let like = |shape: [usize; 4]| zeros::<T>(stream, shape.iter().product());
@@ -129,7 +107,7 @@ fn run<T: Number>(
     let mut lse_rows = lse.slice_mut(..rows);
     let written = Output::packed(&mut out, case.q_shape);
     kernels
-        .forward(stream, &problem, written, &mut lse_rows, None)?
+        .forward(stream, &problem, written, &mut lse_rows)?
         .run(&mut workspace)?;
 
     let d_lse = case.d_lse.as_deref().map(|d_lse| upload(stream, d_lse));
@@ -142,7 +120,7 @@ fn run<T: Number>(
     let saved = SavedSlices {
         out: Input::packed(&out, case.q_shape),
         lse: &lse_rows,
-        d_out: Input::packed(d_out, case.q_shape),
+        d_out: input("d_out", case.q_shape)?,
         d_lse: d_lse_rows.as_ref().map(|d_lse| d_lse as _),
     };
     let gradients = GradientSlices {

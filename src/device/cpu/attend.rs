@@ -1,7 +1,7 @@
 //! The operation on the CPU device: the f32 path of [`crate::attention`].
 
 use super::{Buffer, Cpu};
-use crate::attention::{Error, Grads, Problem, View, ViewMut, cpu};
+use crate::attention::{Error, HostGradients, HostProblem, HostSaved, ViewMut, cpu};
 use crate::device::shared::spans::Operation;
 
 impl Operation for Cpu {
@@ -9,7 +9,7 @@ impl Operation for Cpu {
     type Buffer = Buffer;
 
     fn forward(
-        problem: &Problem<'_, f32>,
+        problem: &HostProblem<'_, f32>,
         out: ViewMut<'_, f32>,
         lse: &mut [f32],
     ) -> Result<(), Error> {
@@ -17,11 +17,10 @@ impl Operation for Cpu {
     }
 
     fn backward(
-        problem: &Problem<'_, f32>,
-        [out, d_out]: [View<'_, f32>; 2],
-        lse: &[f32],
-        grads: Grads<'_, f32>,
+        problem: &HostProblem<'_, f32>,
+        saved: &HostSaved<'_, f32>,
+        grads: HostGradients<'_, f32>,
     ) -> Result<(), Error> {
-        cpu::backward(problem, out, lse, d_out, None, grads)
+        cpu::backward(problem, saved, grads)
     }
 }

@@ -3,11 +3,8 @@
 
 use super::driver::Stream;
 use super::{Buffer, Driver, Gpu, Step};
-use crate::attention::Layout;
-use crate::attention::cuda::{
-    BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Gates, Gradients, Lengths, Problem, Saved,
-    Tensor,
-};
+use crate::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Tensor};
+use crate::attention::{Gradients, Layout, Len, Lengths, Problem, Saved};
 use crate::device::shared::spans::{Sources, SpanBatch, span_batches};
 use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut};
 
@@ -23,15 +20,22 @@ pub(super) fn forward<D: Driver>(
     let (heads, reach) = (call.heads, step.rows.reach);
     for (launch, batch) in span_batches(call.spans).iter().enumerate() {
         let [segment_len, query_start] = step.lengths(batch.spans.start);
-        let sources = Sources::of(call, batch).reaching(reach.min(call.cache.rows[0]));
-        let lengths = Lengths::Growing {
-            segment_len,
-            query_start,
-            prior_len: &sources.prior_len,
-            past_len: sources.past_len(),
-        };
-        let problem = &problem(call, batch, &sources, lengths);
-        let out = tensor(out.buffer, out.start, out.stride, batch, heads.dim);
+        let sources = Sources::of(call, batch).reaching(reach.min(call.cache.rows.current));
+        let problem = problem(call, batch, &sources);
+        // Segments grow from step to step, and so their lengths are the device's; the rest changes only with the
+        // segment.
+        let lengths = problem.lengths.query_start(Len::Device(query_start));
+        let problem = &problem.lengths(Lengths {
+            segment_len: Some(Len::Device(segment_len)),
+            ..lengths
+        });
+        let out = tensor(
+            out.buffer,
+            out.start,
+            out.stride,
+            batch,
+            [heads.q, heads.dim],
+        );
         let lse = log_sums(lse.buffer, lse.start, lse.stride, batch, heads.q);
         let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
         let workspace = gpu.block(plan.workspace_bytes())?;
@@ -50,26 +54,19 @@ pub(super) fn backward<D: Driver>(
     call: &Attention<'_, Buffer<D>>,
     grad: &AttentionGrad<'_, Buffer<D>>,
 ) -> Result<()> {
-    let (heads, prior) = (call.heads, call.cache.rows[1]);
+    let (heads, prior) = (call.heads, call.cache.rows.prior);
+    let (q, kv) = ([heads.q, heads.dim], [heads.kv, heads.dim]);
     for batch in &span_batches(call.spans) {
         let sources = Sources::of(call, batch);
-        let lengths = Lengths::Host {
-            segment_len: &sources.segment_len,
-            prior_len: &sources.prior_len,
-            past_len: sources.past_len(),
-            query_start: sources.query_start(),
+        let problem = &problem(call, batch, &sources);
+        let read = |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, batch, q);
+        let write = |rows: &RowsMut<'_, _>, heads| {
+            tensor(rows.buffer, rows.start, rows.stride, batch, heads)
         };
-        let problem = &problem(call, batch, &sources, lengths);
-        let read =
-            |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, batch, heads.dim);
-        let write =
-            |rows: &RowsMut<'_, _>| tensor(rows.buffer, rows.start, rows.stride, batch, heads.dim);
         let tail = |buffer: &Buffer<D>| {
             let start = batch.spans.start * prior * heads.kv * heads.dim;
             let shape = [batch.spans.len(), prior, heads.kv, heads.dim];
-            let DeviceSlice { data, len } = buffer.slice(start);
-            let layout = Layout::packed(shape);
-            Tensor { data, len, layout }
+            strided(buffer, start, Layout::packed(shape))
         };
         let (first, count) = (batch.spans.start * heads.q, batch.spans.len() * heads.q);
         let saved = Saved {
@@ -85,9 +82,9 @@ pub(super) fn backward<D: Driver>(
             d_lse: None,
         };
         let gradients = Gradients {
-            d_q: write(&grad.d_q),
-            d_k: write(&grad.d_k),
-            d_v: write(&grad.d_v),
+            d_q: write(&grad.d_q, q),
+            d_k: write(&grad.d_k, kv),
+            d_v: write(&grad.d_v, kv),
             d_prior: grad.d_prior.as_ref().map(|(k, v)| (tail(k), tail(v))),
             d_past_gate: DeviceSlice::new(grad.d_past_gate.address(first), count),
         };
@@ -106,11 +103,24 @@ fn tensor<D: Driver>(
     start: usize,
     stride: usize,
     batch: &SpanBatch,
-    head_dim: usize,
+    heads: [usize; 2],
 ) -> Tensor<'static> {
-    let DeviceSlice { data, len } = buffer.slice(start + batch.row * stride);
-    let layout = batch.layout(stride, head_dim);
-    Tensor { data, len, layout }
+    strided(
+        buffer,
+        start + batch.row * stride,
+        batch.layout(stride, heads),
+    )
+}
+
+/// The rows of a buffer of activations from an element on.
+fn strided<'a, D: Driver>(buffer: &Buffer<D>, start: usize, layout: Layout<'a>) -> Tensor<'a> {
+    let DeviceSlice { data, len } = buffer.slice(start);
+    Tensor {
+        data,
+        len,
+        dtype: Dtype::Bf16,
+        layout,
+    }
 }
 
 /// A batch's log-sum-exp.
@@ -128,32 +138,16 @@ fn log_sums<D: Driver>(
 /// The problem of a batch.
 fn problem<'a, D: Driver>(
     call: &Attention<'a, Buffer<D>>,
-    batch: &'a SpanBatch,
+    batch: &SpanBatch,
     sources: &'a Sources,
-    lengths: Lengths<'a>,
-) -> Problem<'a> {
-    let (heads, cache) = (call.heads, call.cache);
-    let view = |buffer: &Buffer<D>, source: usize| {
-        let DeviceSlice { data, len } = buffer.slice(0);
-        let layout = sources.layout(source);
-        Tensor { data, len, layout }
-    };
-    Problem {
-        dtype: Dtype::Bf16,
-        batch: batch.spans.len(),
-        q_heads: heads.q,
-        kv_heads: heads.kv,
-        head_dim: heads.dim,
-        q: tensor(call.q.buffer, call.q.start, call.q.stride, batch, heads.dim),
-        k: view(&cache.k, 0),
-        v: view(&cache.v, 0),
-        prior_k: view(&cache.prior_k, 1),
-        prior_v: view(&cache.prior_v, 1),
-        past_k: view(&cache.past_k, 2),
-        past_v: view(&cache.past_v, 2),
-        lengths,
-        past_gate: Gates::Host(call.past_gate),
-        prior_heads: call.prior_heads,
-        scale: None,
-    }
+) -> Problem<'a, Tensor<'a>> {
+    let (rows, heads) = (call.q, call.heads);
+    let q = tensor(
+        rows.buffer,
+        rows.start,
+        rows.stride,
+        batch,
+        [heads.q, heads.dim],
+    );
+    sources.problem(call, q, |buffer, layout| strided(buffer, 0, layout))
 }

@@ -1,7 +1,7 @@
 //! The operation on the f64 device: the reference of [`crate::attention`].
 
 use super::Reference;
-use crate::attention::{Error, Grads, Problem, View, ViewMut, reference};
+use crate::attention::{Error, HostGradients, HostProblem, HostSaved, ViewMut, reference};
 use crate::device::shared::spans::Operation;
 
 impl Operation for Reference {
@@ -9,7 +9,7 @@ impl Operation for Reference {
     type Buffer = Vec<f64>;
 
     fn forward(
-        problem: &Problem<'_, f64>,
+        problem: &HostProblem<'_, f64>,
         out: ViewMut<'_, f64>,
         lse: &mut [f64],
     ) -> Result<(), Error> {
@@ -17,11 +17,10 @@ impl Operation for Reference {
     }
 
     fn backward(
-        problem: &Problem<'_, f64>,
-        [out, d_out]: [View<'_, f64>; 2],
-        lse: &[f64],
-        grads: Grads<'_, f64>,
+        problem: &HostProblem<'_, f64>,
+        saved: &HostSaved<'_, f64>,
+        grads: HostGradients<'_, f64>,
     ) -> Result<(), Error> {
-        reference::backward(problem, out, lse, d_out, None, grads)
+        reference::backward(problem, saved, grads)
     }
 }

@@ -6,7 +6,10 @@
 
 use std::ops::Range;
 
-use crate::attention::{Batch, Error, Grads, Layout, PastLen, Problem, View, ViewMut};
+use crate::attention::{
+    Batch, Error, Gradients, HostGradients, HostProblem, HostSaved, Layout, Lengths, PerSource,
+    Problem, Saved, Source, View, ViewMut,
+};
 use crate::device::{Attention, AttentionGrad, Rows, RowsMut, SlotSpan};
 
 /// The operation in one precision, see [`crate::attention`].
@@ -18,17 +21,16 @@ pub(in crate::device) trait Operation {
 
     /// Computes `out` and `lse`.
     fn forward(
-        problem: &Problem<'_, Self::Number>,
+        problem: &HostProblem<'_, Self::Number>,
         out: ViewMut<'_, Self::Number>,
         lse: &mut [Self::Number],
     ) -> Result<(), Error>;
 
-    /// Computes the gradients from `[out, d_out]` and `lse`.
+    /// Computes the gradients from what a forward pass left.
     fn backward(
-        problem: &Problem<'_, Self::Number>,
-        outs: [View<'_, Self::Number>; 2],
-        lse: &[Self::Number],
-        grads: Grads<'_, Self::Number>,
+        problem: &HostProblem<'_, Self::Number>,
+        saved: &HostSaved<'_, Self::Number>,
+        grads: HostGradients<'_, Self::Number>,
     ) -> Result<(), Error>;
 }
 
@@ -42,7 +44,7 @@ pub(in crate::device) fn forward<O: Operation>(
     for_each(call, |problem, batch| {
         let out = ViewMut {
             data: &mut out_buffer[out.start + batch.row * out.stride..],
-            layout: batch.layout(out.stride, call.heads.dim),
+            layout: batch.layout(out.stride, [call.heads.q, call.heads.dim]),
         };
         let first = lse.start + batch.row * lse.stride;
         let count = batch.spans.len() * batch.rows * call.heads.q;
@@ -65,16 +67,17 @@ pub(in crate::device) fn backward<O: Operation>(
         mut d_prior,
         d_past_gate,
     } = grad;
-    let (heads, prior) = (call.heads, call.cache.rows[1]);
+    let (heads, prior) = (call.heads, call.cache.rows.prior);
     for_each(call, |problem, batch| {
         let first = lse.start + batch.row * lse.stride;
         let count = batch.spans.len() * batch.rows * heads.q;
         let prior_layout = Layout::packed([batch.spans.len(), prior, heads.kv, heads.dim]);
         let prior_start = batch.spans.start * prior * heads.kv * heads.dim;
-        let grads = Grads {
-            d_q: batch.write(d_q.buffer, d_q.start, d_q.stride, heads.dim),
-            d_k: batch.write(d_k.buffer, d_k.start, d_k.stride, heads.dim),
-            d_v: batch.write(d_v.buffer, d_v.start, d_v.stride, heads.dim),
+        let (q, kv) = ([heads.q, heads.dim], [heads.kv, heads.dim]);
+        let grads = Gradients {
+            d_q: batch.write(d_q.buffer, d_q.start, d_q.stride, q),
+            d_k: batch.write(d_k.buffer, d_k.start, d_k.stride, kv),
+            d_v: batch.write(d_v.buffer, d_v.start, d_v.stride, kv),
             d_prior: d_prior.as_mut().map(|(k, v)| {
                 let tail = |data| ViewMut {
                     data,
@@ -88,13 +91,14 @@ pub(in crate::device) fn backward<O: Operation>(
             d_past_gate: &mut d_past_gate.as_mut()
                 [batch.spans.start * heads.q..batch.spans.end * heads.q],
         };
-        let lse = &lse.buffer.as_ref()[first..first + count];
-        O::backward(
-            problem,
-            [out, d_out].map(|r| batch.read(r, heads.dim)),
-            lse,
-            grads,
-        )
+        let [out, d_out] = [out, d_out].map(|rows| batch.read(rows, q));
+        let saved = Saved {
+            out,
+            lse: &lse.buffer.as_ref()[first..first + count],
+            d_out,
+            d_lse: None,
+        };
+        O::backward(problem, &saved, grads)
     })
 }
 
@@ -109,10 +113,12 @@ pub(in crate::device) struct SpanBatch {
 }
 
 impl SpanBatch {
-    /// The layout of rows of `heads` heads that lie packed `stride` apart.
-    pub fn layout(&self, stride: usize, head_dim: usize) -> Layout<'static> {
+    /// The layout of rows that lie `stride` apart, their heads packed.
+    pub fn layout(&self, stride: usize, [heads, head_dim]: [usize; 2]) -> Layout<'static> {
         Layout {
             rows: self.rows,
+            heads,
+            head_dim,
             row_stride: stride,
             head_stride: head_dim,
             batch: Batch::Stride {
@@ -123,10 +129,10 @@ impl SpanBatch {
     }
 
     /// The batch's rows of an input.
-    fn read<'a, T, B: AsRef<[T]>>(&self, rows: Rows<'a, B>, head_dim: usize) -> View<'a, T> {
+    fn read<'a, T, B: AsRef<[T]>>(&self, rows: Rows<'a, B>, heads: [usize; 2]) -> View<'a, T> {
         View {
             data: &rows.buffer.as_ref()[rows.start + self.row * rows.stride..],
-            layout: self.layout(rows.stride, head_dim),
+            layout: self.layout(rows.stride, heads),
         }
     }
 
@@ -136,11 +142,11 @@ impl SpanBatch {
         buffer: &'a mut impl AsMut<[T]>,
         start: usize,
         stride: usize,
-        head_dim: usize,
+        heads: [usize; 2],
     ) -> ViewMut<'a, T> {
         ViewMut {
             data: &mut buffer.as_mut()[start + self.row * stride..],
-            layout: self.layout(stride, head_dim),
+            layout: self.layout(stride, heads),
         }
     }
 }
@@ -162,10 +168,10 @@ pub(in crate::device) fn span_batches(spans: &[SlotSpan]) -> Vec<SpanBatch> {
 
 /// What a batch's spans read: where their slots lie, and how much of them is valid.
 pub(in crate::device) struct Sources {
-    /// Of current, prior and past: rows of a slot in use.
-    rows: [usize; 3],
-    /// Of each source: element at which each span's slot begins.
-    offsets: [Vec<usize>; 3],
+    /// Rows of a slot in use.
+    rows: PerSource<usize>,
+    /// The element at which each span's slot begins.
+    offsets: PerSource<Vec<usize>>,
     /// KV heads and elements of a head.
     shape: [usize; 2],
     start: Vec<i32>,
@@ -185,7 +191,10 @@ impl Sources {
         // Exactly the rows in use, so that gradients of keys need no more.
         let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
         Self {
-            rows: [used, cache.rows[1], cache.rows[2]],
+            rows: PerSource {
+                current: used,
+                ..cache.rows
+            },
             offsets: cache
                 .rows
                 .map(|rows| spans.iter().map(|s| s.slot * rows * width).collect()),
@@ -203,64 +212,71 @@ impl Sources {
 
     /// The same where the current segments may grow to `rows` rows.
     pub fn reaching(mut self, rows: usize) -> Self {
-        self.rows[0] = self.rows[0].max(rows);
+        self.rows.current = self.rows.current.max(rows);
         self
     }
 
-    /// Of a source: 0 current, 1 prior, 2 past.
-    pub fn layout(&self, source: usize) -> Layout<'_> {
-        let [kv_heads, head_dim] = self.shape;
+    /// Of a source's keys and values.
+    pub fn layout(&self, source: Source) -> Layout<'_> {
+        let [heads, head_dim] = self.shape;
         Layout {
             rows: self.rows[source],
-            row_stride: kv_heads * head_dim,
+            heads,
+            head_dim,
+            row_stride: heads * head_dim,
             head_stride: head_dim,
             batch: Batch::Offsets(&self.offsets[source]),
         }
     }
 
-    pub fn past_len(&self) -> PastLen<'_> {
-        PastLen::PerHead(&self.past_len)
+    /// Valid rows of every source, and where the queries begin if not with their segments.
+    pub fn lengths(&self) -> Lengths<'_> {
+        let lengths = Lengths::segment(&self.segment_len)
+            .prior(&self.prior_len)
+            .past_per_head(&self.past_len);
+        match self.start.iter().any(|start| *start > 0) {
+            true => lengths.query_start(&self.start),
+            false => lengths,
+        }
     }
 
-    /// Where the queries do not begin with the segment.
-    pub fn query_start(&self) -> Option<&[i32]> {
-        let later = self.start.iter().any(|s| *s > 0);
-        later.then_some(&self.start[..])
+    /// The problem of a batch, given the tensor of its queries and of a buffer at a source's slots.
+    pub fn problem<'a, B, X>(
+        &'a self,
+        call: &Attention<'a, B>,
+        q: X,
+        tensor: impl Fn(&'a B, Layout<'a>) -> X,
+    ) -> Problem<'a, X> {
+        let cache = call.cache;
+        let source = |buffer, source| tensor(buffer, self.layout(source));
+        let (k, v) = (&cache.k, &cache.v);
+        Problem::causal(q, source(k, Source::Current), source(v, Source::Current))
+            .prior(
+                source(&cache.prior_k, Source::Prior),
+                source(&cache.prior_v, Source::Prior),
+                call.prior_heads,
+            )
+            .past(
+                source(&cache.past_k, Source::Past),
+                source(&cache.past_v, Source::Past),
+                call.past_gate,
+            )
+            .lengths(self.lengths())
     }
 }
 
 /// Calls `f` with the problem of each batch.
 fn for_each<T, B: AsRef<[T]>>(
     call: &Attention<'_, B>,
-    mut f: impl FnMut(&Problem<'_, T>, &SpanBatch) -> Result<(), Error>,
+    mut f: impl FnMut(&HostProblem<'_, T>, &SpanBatch) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let (heads, cache) = (call.heads, call.cache);
     for batch in span_batches(call.spans) {
         let sources = Sources::of(call, &batch);
-        let view = |buffer, source: usize| View {
-            data: B::as_ref(buffer),
-            layout: sources.layout(source),
-        };
-        let problem = Problem {
-            batch: batch.spans.len(),
-            q_heads: heads.q,
-            kv_heads: heads.kv,
-            head_dim: heads.dim,
-            q: batch.read(call.q, heads.dim),
-            k: view(&cache.k, 0),
-            v: view(&cache.v, 0),
-            prior_k: view(&cache.prior_k, 1),
-            prior_v: view(&cache.prior_v, 1),
-            past_k: view(&cache.past_k, 2),
-            past_v: view(&cache.past_v, 2),
-            segment_len: &sources.segment_len,
-            prior_len: &sources.prior_len,
-            past_len: sources.past_len(),
-            query_start: sources.query_start(),
-            past_gate: call.past_gate,
-            prior_heads: call.prior_heads,
-            scale: None,
-        };
+        let q = batch.read(call.q, [call.heads.q, call.heads.dim]);
+        let problem = sources.problem(call, q, |buffer, layout| View {
+            data: buffer.as_ref(),
+            layout,
+        });
         f(&problem, &batch)?;
     }
     Ok(())

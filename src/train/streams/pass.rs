@@ -335,7 +335,7 @@ impl<'a, D: Device> Work<'a, D> {
         let (gates, prior_heads) = self.model.reads(plan, l);
         let empty = |width: usize| device.empty(Kind::Activation, self.rows * width);
         let (mut d_q, mut d_k, mut d_v) = (empty(q_width)?, empty(kv_width)?, empty(kv_width)?);
-        let prior = cache.rows[1];
+        let prior = cache.rows.prior;
         let send = self.pass.hand_down && prior > 0;
         let prior_len = if send {
             spans.len() * prior * kv_width

@@ -1,4 +1,4 @@
-//! Strided views of `[batch, rows, heads, head_dim]` tensors whose last dimension is contiguous.
+//! Strided `[batch, rows, heads, head_dim]` tensors whose last dimension is contiguous.
 
 use super::error::Error;
 
@@ -38,11 +38,15 @@ impl Batch<'_> {
     }
 }
 
-/// Strides of a `[batch, rows, heads, head_dim]` tensor, in elements.
+/// Shape and strides of a `[batch, rows, heads, head_dim]` tensor, in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout<'a> {
     /// Rows of each batch entry, valid and padding together.
     pub rows: usize,
+    /// Heads of each row.
+    pub heads: usize,
+    /// Elements of a head's row, which lie side by side.
+    pub head_dim: usize,
     /// Elements from one row to the next.
     pub row_stride: usize,
     /// Elements from one head to the next.
@@ -57,6 +61,8 @@ impl Layout<'_> {
         let row_stride = heads.saturating_mul(head_dim);
         Layout {
             rows,
+            heads,
+            head_dim,
             row_stride,
             head_stride: head_dim,
             batch: Batch::Stride {
@@ -76,14 +82,14 @@ impl Layout<'_> {
     }
 
     /// One past the last element of a row; `None` if that overflows.
-    fn end(&self, entry: usize, row: usize, head: usize, head_dim: usize) -> Option<usize> {
+    fn end(&self, entry: usize, row: usize, head: usize) -> Option<usize> {
         let row = row.checked_mul(self.row_stride)?;
         let head = head.checked_mul(self.head_stride)?;
         self.batch
             .start(entry)?
             .checked_add(row)?
             .checked_add(head)?
-            .checked_add(head_dim)
+            .checked_add(self.head_dim)
     }
 
     /// Checks that rows `[0, rows)` of one head of one entry lie within `len` elements.
@@ -91,24 +97,25 @@ impl Layout<'_> {
         &self,
         argument: &'static str,
         len: usize,
-        [entry, rows, head, head_dim]: [usize; 4],
+        [entry, rows, head]: [usize; 3],
     ) -> Result<(), Error> {
         if rows == 0 {
             return Ok(());
         }
-        match self.end(entry, rows - 1, head, head_dim) {
+        match self.end(entry, rows - 1, head) {
             Some(end) if end <= len => Ok(()),
             end => Err(Error::OutOfBounds {
                 argument,
                 entry,
-                expected: end.unwrap_or(0),
+                expected: end,
                 got: len,
             }),
         }
     }
 
     /// Whether two of the `heads * rows * batch` rows share an element. All rows lie within `len`.
-    pub(super) fn overlaps(&self, heads: usize, head_dim: usize, len: usize) -> bool {
+    pub(super) fn overlaps(&self, len: usize) -> bool {
+        let (heads, head_dim) = (self.heads, self.head_dim);
         let count = [self.rows, heads, head_dim]
             .iter()
             .try_fold(self.batch.len(), |product, &n| product.checked_mul(n));
@@ -119,7 +126,7 @@ impl Layout<'_> {
             Some(count) if count > len => return true,
             Some(_) => {}
         }
-        if self.nests(heads, head_dim) {
+        if self.nests() {
             return false;
         }
         let mut starts: Vec<usize> = (0..self.batch.len())
@@ -131,8 +138,8 @@ impl Layout<'_> {
     }
 
     /// Sufficient and cheap: each dimension steps over everything inside it.
-    fn nests(&self, heads: usize, head_dim: usize) -> bool {
-        let mut dims = vec![(self.row_stride, self.rows), (self.head_stride, heads)];
+    fn nests(&self) -> bool {
+        let mut dims = vec![(self.row_stride, self.rows), (self.head_stride, self.heads)];
         match self.batch {
             Batch::Stride { len, stride } => dims.push((stride, len)),
             Batch::Offsets(offsets) if offsets.len() > 1 => return false,
@@ -140,12 +147,36 @@ impl Layout<'_> {
         }
         dims.retain(|&(_, size)| size > 1);
         dims.sort_unstable();
-        let mut extent = head_dim;
+        let mut extent = self.head_dim;
         dims.iter().all(|&(stride, size)| {
             let nested = stride >= extent;
             extent = extent.saturating_add(stride.saturating_mul(size - 1));
             nested
         })
+    }
+}
+
+/// Numbers of which there are so many, wherever they are.
+pub trait Elements {
+    /// How many may be touched.
+    fn elements(&self) -> usize;
+}
+
+/// A tensor, wherever its elements are.
+pub trait Strided: Elements {
+    /// Its shape, and where its rows are.
+    fn layout(&self) -> Layout<'_>;
+}
+
+impl<T> Elements for &[T] {
+    fn elements(&self) -> usize {
+        self.len()
+    }
+}
+
+impl<T> Elements for &mut [T] {
+    fn elements(&self) -> usize {
+        self.len()
     }
 }
 
@@ -167,15 +198,10 @@ impl<'a, T> View<'a, T> {
         }
     }
 
-    /// A source that is not there: `batch` entries of no rows.
-    pub fn empty(batch: usize) -> Self {
-        View::packed(&[], [batch, 0, 0, 0])
-    }
-
     /// The `head_dim` elements of one row.
-    pub(super) fn row(&self, [entry, row, head]: [usize; 3], head_dim: usize) -> &'a [T] {
+    pub(super) fn row(&self, [entry, row, head]: [usize; 3]) -> &'a [T] {
         let start = self.layout.offset(entry, row, head);
-        &self.data[start..start + head_dim]
+        &self.data[start..start + self.layout.head_dim]
     }
 }
 
@@ -198,8 +224,32 @@ impl<'a, T> ViewMut<'a, T> {
     }
 
     /// The `head_dim` elements of one row.
-    pub(super) fn row(&mut self, [entry, row, head]: [usize; 3], head_dim: usize) -> &mut [T] {
+    pub(super) fn row(&mut self, [entry, row, head]: [usize; 3]) -> &mut [T] {
         let start = self.layout.offset(entry, row, head);
-        &mut self.data[start..start + head_dim]
+        &mut self.data[start..start + self.layout.head_dim]
+    }
+}
+
+impl<T> Elements for View<'_, T> {
+    fn elements(&self) -> usize {
+        self.data.len()
+    }
+}
+
+impl<T> Strided for View<'_, T> {
+    fn layout(&self) -> Layout<'_> {
+        self.layout
+    }
+}
+
+impl<T> Elements for ViewMut<'_, T> {
+    fn elements(&self) -> usize {
+        self.data.len()
+    }
+}
+
+impl<T> Strided for ViewMut<'_, T> {
+    fn layout(&self) -> Layout<'_> {
+        self.layout
     }
 }

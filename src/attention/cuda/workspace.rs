@@ -1,0 +1,113 @@
+//! Where everything of a call lies: in the caller's memory, among the host's values, or in the workspace.
+
+use super::error::Error;
+use super::tensor::DeviceSlice;
+use crate::cuda::kernels;
+
+/// Parts of the workspace begin at multiples of this.
+const ALIGNMENT: usize = 256;
+
+/// An address that is known, or that is once there is memory for the host's values and a workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    Device(u64),
+    Value(usize),
+    Workspace(usize),
+}
+
+/// Where the host's values and the workspace begin.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bases {
+    pub values: u64,
+    pub workspace: u64,
+}
+
+impl From<u64> for Bases {
+    /// The host's values lie at the beginning of the workspace.
+    fn from(workspace: u64) -> Self {
+        Bases {
+            values: workspace,
+            workspace,
+        }
+    }
+}
+
+impl Place {
+    pub const NULL: Place = Place::Device(0);
+
+    /// The address, given where everything begins.
+    pub fn at<T>(self, bases: impl Into<Bases>) -> *mut T {
+        let bases = bases.into();
+        let address = match self {
+            Place::Device(address) => address,
+            Place::Value(offset) => bases.values + offset as u64,
+            Place::Workspace(offset) => bases.workspace + offset as u64,
+        };
+        address as usize as *mut T
+    }
+}
+
+/// A workspace as it grows: the host's values first, then memory for the kernels.
+#[derive(Debug, Default)]
+pub(super) struct Workspace {
+    bytes: usize,
+    uploads: Vec<u8>,
+}
+
+impl Workspace {
+    /// Host values that are copied to the beginning of the workspace. Before any [`reserve`](Self::reserve).
+    pub fn upload<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Place {
+        debug_assert_eq!(self.bytes, self.uploads.len());
+        self.uploads.resize(self.bytes.next_multiple_of(16), 0);
+        let place = Place::Value(self.uploads.len());
+        self.uploads.extend_from_slice(bytemuck::cast_slice(values));
+        self.bytes = self.uploads.len();
+        place
+    }
+
+    /// Memory for `product(counts)` elements of `size` bytes.
+    pub fn reserve(
+        &mut self,
+        what: &'static str,
+        size: usize,
+        counts: &[usize],
+    ) -> Result<Place, kernels::Error> {
+        let begin = self.bytes.next_multiple_of(ALIGNMENT);
+        let bytes = counts
+            .iter()
+            .try_fold(size, |bytes, &n| bytes.checked_mul(n));
+        let end = bytes.and_then(|bytes| begin.checked_add(bytes));
+        match end {
+            Some(end) if end < isize::MAX as usize => self.bytes = end,
+            _ => {
+                return Err(kernels::Error::TooLarge {
+                    what,
+                    expected: isize::MAX as u64,
+                    got: u64::MAX,
+                });
+            }
+        }
+        Ok(Place::Workspace(begin))
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn uploads(&self) -> &[u8] {
+        &self.uploads
+    }
+
+    /// Checks that what the caller brings is large enough.
+    pub fn check(&self, workspace: DeviceSlice) -> Result<(), Error> {
+        let aligned = workspace.data.is_multiple_of(ALIGNMENT as u64) && workspace.data != 0;
+        if self.bytes == 0 || (aligned && workspace.len >= self.bytes) {
+            return Ok(());
+        }
+        Err(Error::Workspace {
+            expected: self.bytes,
+            got: workspace.len,
+            address: workspace.data,
+        })
+    }
+}
