@@ -3,31 +3,6 @@
 #pragma once
 #include "tile.cuh"
 
-// Whether producer warps can hand so many registers to those that multiply: a block has what it was launched with.
-constexpr bool registers_fit(int producer_threads, int producer, int consumer_threads, int consumer) {
-  const int all = producer_threads + consumer_threads, each = 65536 / all / 8 * 8;
-  return producer_threads * producer + consumer_threads * consumer <= all * each;
-}
-
-// The parity of the n-th phase of a barrier, n = 0, 1, ...
-SEGATTN_FN uint32_t phase(uint32_t n) { return n & 1; }
-// An `empty` barrier: the n-th use of what it guards waits for the end of use n - 1, the first for nothing.
-SEGATTN_FN void wait_empty(uint64_t* barrier, uint32_t n) { mbarrier_wait(barrier, phase(n) ^ 1); }
-
-// Waits for all but the newest copies of this thread, and says so at a barrier, to the products too.
-template <int kNewestLeft>
-SEGATTN_FN void signal_landed(uint64_t* barrier) {
-  cp_async_wait<kNewestLeft>();
-  fence_proxy_async_shared();
-  mbarrier_arrive(barrier);
-}
-
-// A warp is done with what the barrier guards.
-SEGATTN_FN void release(uint64_t* barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) mbarrier_arrive(barrier);
-}
-
 // Bytes from column 0 of rows in a tile to column k.
 template <class Tile>
 SEGATTN_FN uint32_t k_major_offset(int k) { return k / 64 * Tile::kPanelBytes + k % 64 * 2; }

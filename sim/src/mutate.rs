@@ -1,8 +1,9 @@
 //! Mutation testing: plants one bug at a time into a kernel's text, so that a test can show it would be caught.
 //!
-//! A rule says what to look for and what to do with it; every occurrence outside comments gives one mutant. The
-//! kernels stay free of any trace of this.
+//! A rule says what to look for and what to do with it; every occurrence outside comments gives one mutant. Space between
+//! the characters does not count, so a rule outlives a kernel's formatting. The kernels stay free of any trace of this.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -97,26 +98,46 @@ pub fn plant<T: Sync>(
     survivors
 }
 
-/// Where `find` occurs outside comments.
-fn occurrences<'a>(text: &'a str, find: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let in_code = |&at: &usize| {
+/// Where `find` occurs outside comments, apart from space.
+fn occurrences<'a>(text: &'a str, find: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
+    let in_code = |at: usize| {
         let line_start = text[..at].rfind('\n').map_or(0, |end| end + 1);
         !text[line_start..at].contains("//")
     };
-    text.match_indices(find).map(|(at, _)| at).filter(in_code)
+    let first = find.trim_start().chars().next();
+    let starts = first
+        .into_iter()
+        .flat_map(|first| text.match_indices(first));
+    starts
+        .filter_map(|(at, _)| Some(at..at + prefix_len(&text[at..], find)?))
+        .filter(move |found| in_code(found.start))
 }
 
-fn apply(text: &str, rule: &Rule, at: usize) -> Option<Mutant> {
-    let (end, by) = match rule.change {
-        Change::Replace(by) => (at + rule.find.len(), by.to_string()),
-        Change::DropStatement => {
-            let end = at + text[at..].find(';')?;
-            // The semicolon stays: the statement may be all there is under an `if`.
-            (end, "\n".repeat(text[at..end].matches('\n').count()))
+/// How many bytes of `text` spell `find`, apart from space.
+fn prefix_len(text: &str, find: &str) -> Option<usize> {
+    let visible = |&(_, c): &(usize, char)| !c.is_whitespace();
+    let (mut len, mut text) = (0, text.char_indices().filter(visible));
+    for (_, wanted) in find.char_indices().filter(visible) {
+        let (at, found) = text.next()?;
+        if found != wanted {
+            return None;
         }
+        len = at + found.len_utf8();
+    }
+    Some(len)
+}
+
+fn apply(text: &str, rule: &Rule, found: Range<usize>) -> Option<Mutant> {
+    let at = found.start;
+    let (end, by) = match rule.change {
+        Change::Replace(by) => (found.end, by),
+        // The semicolon stays: the statement may be all there is under an `if`.
+        Change::DropStatement => (at + text[at..].find(';')?, ""),
     };
-    let line = text[..at].matches('\n').count() + 1;
-    let text = format!("{}{by}{}", &text[..at], &text[end..]);
+    let lines = |text: &str| text.matches('\n').count();
+    let newlines = "\n".repeat(lines(&text[at..end]).saturating_sub(lines(by)));
+    let line = lines(&text[..at]) + 1;
+    let text = format!("{}{by}{newlines}{}", &text[..at], &text[end..]);
     Some(Mutant {
         find: rule.find,
         change: rule.change.clone(),
@@ -146,5 +167,16 @@ mod tests {
             found.iter().map(|m| m.line).collect::<Vec<_>>(),
             [2, 5, 1, 2, 5]
         );
+    }
+
+    #[test]
+    fn space_does_not_count() {
+        let text = "f(a,\n  b);\ng(a, b);\n";
+        let found = mutants(
+            text,
+            &[replace("f(a, b)", "c()"), drop_statement("g( a,b )")],
+        );
+        let texts: Vec<&str> = found.iter().map(|m| m.text.as_str()).collect();
+        assert_eq!(texts, ["c()\n;\ng(a, b);\n", "f(a,\n  b);\n;\n"]);
     }
 }

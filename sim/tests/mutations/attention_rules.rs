@@ -13,7 +13,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 18] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",
@@ -33,10 +33,22 @@ pub const TARGETS: [Target; 13] = [
         rules: &ROWS,
     },
     Target {
-        file: "attention_backward.cu",
+        file: "attention_prepare.cuh",
         instance: "bf16_d32",
         hopper_prefill: false,
-        rules: &BACKWARD,
+        rules: &PREPARE,
+    },
+    Target {
+        file: "query_grad.cuh",
+        instance: "bf16_d32",
+        hopper_prefill: false,
+        rules: &QUERY_GRAD,
+    },
+    Target {
+        file: "key_grad.cuh",
+        instance: "bf16_d32",
+        hopper_prefill: false,
+        rules: &KEY_GRAD,
     },
     Target {
         file: "attention_gradients.cuh",
@@ -45,10 +57,28 @@ pub const TARGETS: [Target; 13] = [
         rules: &GRADIENTS,
     },
     Target {
-        file: "attention_backward_hopper.cu",
+        file: "query_grad_hopper.cuh",
         instance: "bf16_d64",
         hopper_prefill: false,
-        rules: &BACKWARD_HOPPER,
+        rules: &QUERY_GRAD_HOPPER,
+    },
+    Target {
+        file: "key_grad_hopper.cuh",
+        instance: "bf16_d64",
+        hopper_prefill: false,
+        rules: &KEY_GRAD_HOPPER,
+    },
+    Target {
+        file: "warp_specialization.cuh",
+        instance: "bf16_d64",
+        hopper_prefill: false,
+        rules: &WARP_SPECIALIZATION,
+    },
+    Target {
+        file: "ring.cuh",
+        instance: "bf16_d64",
+        hopper_prefill: false,
+        rules: &RING,
     },
     Target {
         file: "warpgroups.cuh",
@@ -95,29 +125,39 @@ pub const TARGETS: [Target; 13] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 15] = [
+pub const SURVIVORS: [[&str; 3]; 17] = [
     [
-        "attention_backward_hopper.cu",
-        "release(&shared",
-        "at D 64 d_out is not in registers, and no tile of queries is masked_score from a whole warpgroup",
+        "query_grad_hopper.cuh",
+        "shared.row_ring.release(",
+        "at D 64 d_out is not in registers",
     ],
     [
-        "attention_backward_hopper.cu",
+        "key_grad_hopper.cuh",
+        "shared.query_ring.release(",
+        "no tile of queries is masked for a whole warpgroup",
+    ],
+    [
+        "key_grad_hopper.cuh",
         "index >= work_tiles",
         "an work beyond the last has no rows",
     ],
     [
-        "attention_backward_hopper.cu",
-        "barrier_sync<",
+        "key_grad_hopper.cuh",
+        "sync_consumer_warpgroup<",
         "before gradients take the place of keys: a simulated warp's product reads its own rows of them alone",
     ],
     [
         "attention_forward_hopper.cu",
-        "barrier_sync<128>",
+        "sync_consumer_warpgroup<",
         "each warp turns the rows that its own partial of a product reads",
     ],
     [
-        "attention_backward_hopper.cu",
+        "query_grad_hopper.cuh",
+        "wgmma_fence()",
+        "some follow another since the registers were touched; ptxas wants them, and the build fails without",
+    ],
+    [
+        "key_grad_hopper.cuh",
         "wgmma_fence()",
         "some follow another since the registers were touched; ptxas wants them, and the build fails without",
     ],
@@ -127,12 +167,12 @@ pub const SURVIVORS: [[&str; 3]; 15] = [
         "an work of no keys, whose results those of the tile's first work replace",
     ],
     [
-        "attention_backward.cu",
+        "key_grad.cuh",
         "arrive_and_wait<",
         "at D 32, where k and v are not fragments in registers, the first wait of the loop is enough",
     ],
     [
-        "attention_backward.cu",
+        "key_grad.cuh",
         "cp_async_commit()",
         "the same: k and v join the first queries' group",
     ],
@@ -344,14 +384,24 @@ const ROWS: [Rule; 22] = [
     replace("row + 8, packed_heads", "row, packed_heads"),
 ];
 
-const BACKWARD: [Rule; 46] = [
+const PREPARE: [Rule; 7] = [
+    drop_statement("if (p.d_lse) delta"),
+    replace("p.lse[row] * kLog2E", "p.lse[row]"),
+    drop_statement("delta += shuffle_xor"),
+    replace("query < rows)", "query <= rows)"),
+    replace("if (chunk != 0) continue", ";"),
+    replace("R::kLanes / 2; mask", "R::kLanes / 4; mask"),
+    replace(
+        "(x[i] >> 16), T{}), widen((uint16_t)(y[i] >> 16)",
+        "(x[i] >> 16), T{}), widen((uint16_t)y[i]",
+    ),
+];
+
+const QUERY_GRAD: [Rule; 23] = [
     drop_statement("__syncthreads()"),
     drop_statement("arrive_and_wait<"),
     drop_statement("cp_async_wait<"),
     drop_statement("cp_async_commit()"),
-    drop_statement("if (p.d_lse) delta"),
-    replace("p.lse[row] * kLog2E", "p.lse[row]"),
-    drop_statement("delta += shuffle_xor"),
     replace("(dp[m][n][half * 2 + e] - delta)", "dp[m][n][half * 2 + e]"),
     replace("- tile.first - lane % 4 * 2", "- lane % 4 * 2"),
     replace("work.splits == 1", "true"),
@@ -359,6 +409,36 @@ const BACKWARD: [Rule; 46] = [
     replace("if (lane == 0) shared.gate_sums", "shared.gate_sums"),
     drop_statement("sum += shuffle_xor"),
     replace("* p.tiles + work.query_tile", "* p.tiles"),
+    replace("d_q[m][n][e] *= p.problem.scale", "d_q[m][n][e] *= 1.f"),
+    replace(
+        "tile.first >= work.keys.limit(tile, last_query)",
+        "tile.first + 1 >= work.keys.limit(tile, last_query)",
+    ),
+    replace(
+        "arrive_and_wait<0>();\n    load_key_stage(shared, kv_tile + 1, thread);",
+        "load_key_stage(shared, kv_tile + 1, thread);\n    arrive_and_wait<0>();",
+    ),
+    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
+    replace("n * 8 + e >= limit", "n * 8 + e > limit"),
+    replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
+    replace("past ? work.keys.gate_log2 : 0.f", "work.keys.gate_log2"),
+    replace("if (past) shared.gate_sums", "shared.gate_sums"),
+    drop_statement("shared.gate_sums[thread] = 0.f"),
+    replace(
+        "tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])",
+        "false",
+    ),
+    replace(
+        "shared.tiles[(kv_tile + 2) & 3]",
+        "shared.tiles[(kv_tile + 1) & 3]",
+    ),
+    replace("bias - shared.lse[row]", "bias - shared.delta[row]"),
+];
+
+const KEY_GRAD: [Rule; 20] = [
+    drop_statement("__syncthreads()"),
+    drop_statement("arrive_and_wait<"),
+    drop_statement("cp_async_commit()"),
     replace("p.row_delta + row", "p.row_lse + row"),
     replace(
         "work.first + row >= tensor.rows",
@@ -372,34 +452,12 @@ const BACKWARD: [Rule; 46] = [
         "work.prior ? p.problem.prior_k : p.problem.k",
         "p.problem.k",
     ),
-    replace("d_q[m][n][e] *= p.problem.scale", "d_q[m][n][e] *= 1.f"),
-    replace(
-        "tile.first >= work.keys.limit(tile, last_query)",
-        "tile.first + 1 >= work.keys.limit(tile, last_query)",
-    ),
-    replace(
-        "arrive_and_wait<0>();\n    load_key_stage(shared, kv_tile + 1, thread);",
-        "load_key_stage(shared, kv_tile + 1, thread);\n    arrive_and_wait<0>();",
-    ),
     replace(
         "arrive_and_wait<0>();\n    load_query_stage<C>(p, shared, iteration + 1, thread);",
         "load_query_stage<C>(p, shared, iteration + 1, thread);\n    arrive_and_wait<0>();",
     ),
-    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
-    replace("n * 8 + e >= limit", "n * 8 + e > limit"),
     replace("n * 8 + e < before", "n * 8 + e <= before"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
-    replace("past ? work.keys.gate_log2 : 0.f", "work.keys.gate_log2"),
-    replace("if (past) shared.gate_sums", "shared.gate_sums"),
-    drop_statement("shared.gate_sums[thread] = 0.f"),
-    replace(
-        "tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])",
-        "false",
-    ),
-    replace(
-        "shared.tiles[(kv_tile + 2) & 3]",
-        "shared.tiles[(kv_tile + 1) & 3]",
-    ),
     replace(
         "shared.query_tiles[(iteration + 2) & 3]",
         "shared.query_tiles[(iteration + 1) & 3]",
@@ -415,14 +473,6 @@ const BACKWARD: [Rule; 46] = [
     replace(
         "bt_base<QT>(d_out, lane), sub, column",
         "bt_base<QT>(q, lane), sub, column",
-    ),
-    replace("bias - shared.lse[row]", "bias - shared.delta[row]"),
-    replace("query < rows)", "query <= rows)"),
-    replace("if (chunk != 0) continue", ";"),
-    replace("R::kLanes / 2; mask", "R::kLanes / 4; mask"),
-    replace(
-        "(x[i] >> 16), T{}), widen((uint16_t)(y[i] >> 16)",
-        "(x[i] >> 16), T{}), widen((uint16_t)y[i]",
     ),
 ];
 
@@ -453,34 +503,16 @@ const GRADIENTS: [Rule; 15] = [
     replace("sum.w * scale", "sum.z * scale"),
 ];
 
-const BACKWARD_HOPPER: [Rule; 60] = [
-    drop_statement("__syncthreads()"),
-    drop_statement("barrier_sync<"),
+const QUERY_GRAD_HOPPER: [Rule; 41] = [
     drop_statement("cp_async_commit()"),
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),
     drop_statement("wgmma_wait<"),
     drop_statement("wait_empty("),
-    drop_statement("mbarrier_wait("),
-    drop_statement("release(&shared"),
     replace("wgmma_wait<0>()", "wgmma_wait<1>()"),
     replace("wgmma_wait<1>()", "wgmma_wait<2>()"),
-    replace("signal_landed<0>", "signal_landed<1>"),
-    replace(
-        "first ? blockIdx.x : gridDim.x",
-        "first ? blockIdx.x : gridDim.x - 1",
-    ),
-    replace("index >= work_tiles", "index > work_tiles"),
-    replace("kWorkBuffers = 4", "kWorkBuffers = 2"),
-    replace("p.work_counter + 1", "p.work_counter"),
-    replace(
-        "buffer.work.split >= buffer.work.splits",
-        "buffer.work.split > buffer.work.splits",
-    ),
-    replace("first_iteration) % C::kStages", "0) % C::kStages"),
     replace("first_iteration += ", "first_iteration = "),
     replace("p.row_delta + row", "p.row_lse + row"),
-    replace("i += C::kStages", "i += C::kStages + 1"),
     replace(">= (e < 2 ? limit : below)", "> (e < 2 ? limit : below)"),
     replace("e < 2 ? limit : below", "limit"),
     replace("current ? limit + 8 : limit", "limit"),
@@ -504,8 +536,38 @@ const BACKWARD_HOPPER: [Rule; 60] = [
         "i < C::kConsumerWarps; i++) total",
         "i < C::kConsumerWarps - 1; i++) total",
     ),
-    replace("gate_sums[n & 1]", "gate_sums[0]"),
-    replace("min(group + 64, work.query_rows) - 1", "group + 63"),
+    replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
+    drop_statement("sync_producers<"),
+    drop_statement("sync_consumers<"),
+    drop_statement("shared.row_ring.release("),
+    drop_statement("shared.kv_ring.release("),
+    replace("arrive<0>", "arrive<1>"),
+    drop_statement("shared.row_ring.wait_empty("),
+    drop_statement("shared.kv_ring.wait_empty("),
+    drop_statement("shared.row_ring.wait_full("),
+    drop_statement("shared.kv_ring.wait_full("),
+    replace("i += C::kProducerWarps", "i += C::kProducerWarps + 1"),
+    replace("(first_iteration, warp)", "(0, warp)"),
+    replace("gate_sums[n % 2]", "gate_sums[0]"),
+    replace(
+        "min(first + group + 64, work.query_rows) - 1",
+        "first + group + 63",
+    ),
+    replace("release(busy", "release(busy + 1"),
+];
+
+const KEY_GRAD_HOPPER: [Rule; 38] = [
+    drop_statement("cp_async_commit()"),
+    drop_statement("wgmma_fence()"),
+    drop_statement("wgmma_commit()"),
+    drop_statement("wgmma_wait<"),
+    drop_statement("wait_empty("),
+    replace("wgmma_wait<0>()", "wgmma_wait<1>()"),
+    replace("wgmma_wait<1>()", "wgmma_wait<2>()"),
+    replace("index >= work_tiles", "index > work_tiles"),
+    replace("p.work_counter + 1", "p.work_counter"),
+    replace("first_iteration += ", "first_iteration = "),
+    replace("p.row_delta + row", "p.row_lse + row"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
     replace("readers += !work.prior || p", "readers += p"),
     replace(
@@ -525,27 +587,65 @@ const BACKWARD_HOPPER: [Rule; 60] = [
     ),
     replace("uniform(first_row)", "0"),
     replace("(grads.d_k, p.problem.scale", "(grads.d_k, 1.f"),
-    replace("busy % C::kStages", "(busy + 1) % C::kStages"),
     replace("work.prior ? -(1 << 30) : work", "work"),
+    drop_statement("sync_producers<"),
+    drop_statement("sync_consumer_warpgroup<"),
+    drop_statement("shared.kv_ring.release("),
+    drop_statement("shared.query_ring.release("),
+    replace("arrive<0>", "arrive<1>"),
+    drop_statement("shared.kv_ring.wait_empty("),
+    drop_statement("ring.wait_empty(iteration"),
+    drop_statement("shared.kv_ring.wait_full("),
+    drop_statement("shared.query_ring.wait_full("),
+    replace("(first_iteration, warp)", "(0, warp)"),
+    replace("shared.k[stage]), k_rows", "shared.k[0]), k_rows"),
     replace(
-        "warp + C::kQueryProducerWarps - first_iteration % C::kQueryProducerWarps",
-        "warp",
+        "shared.k[kv_stage], warp_row",
+        "shared.k[kv_stage], first_row",
     ),
-    replace("shared.k[n & 1]", "shared.k[0]"),
-    replace("phase(n / 2)", "phase(n)"),
-    replace(
-        "shared.k[kv_buffer], warp_row",
-        "shared.k[kv_buffer], first_row",
-    ),
-    replace("keys_empty[n & 1], n / 2", "keys_empty[n & 1], n"),
+    replace("release(busy", "release(busy + 1"),
 ];
 
-const WARPGROUPS: [Rule; 15] = [
+pub const WARP_SPECIALIZATION: [Rule; 8] = [
+    drop_statement("__syncthreads()"),
+    drop_statement("setmaxnreg_decrease<"),
+    replace(
+        "setmaxnreg_increase<C::kConsumerRegisters>",
+        "setmaxnreg_increase<C::kConsumerRegisters + 8>",
+    ),
+    replace(
+        "first ? blockIdx.x : gridDim.x",
+        "first ? blockIdx.x : gridDim.x - 1",
+    ),
+    replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
+    replace("index >= work_tiles", "index > work_tiles"),
+    replace("work.split >= work.splits", "work.split > work.splits"),
+    replace(
+        "barrier_sync<C::kProducerThreads>(kProducerBarrier)",
+        "barrier_sync<C::kProducerThreads - 32>(kProducerBarrier)",
+    ),
+];
+
+pub const RING: [Rule; 12] = [
     drop_statement("cp_async_wait<"),
     drop_statement("fence_proxy_async_shared()"),
-    drop_statement("mbarrier_arrive(barrier)"),
+    drop_statement("mbarrier_arrive(&full"),
+    drop_statement("mbarrier_arrive(&empty"),
     drop_statement("__syncwarp()"),
-    replace("phase(n) ^ 1", "phase(n)"),
+    replace("parity(iteration) ^ 1", "parity(iteration)"),
+    replace("iteration / kStages & 1", "iteration & 1"),
+    replace("full_arrivals);", "full_arrivals - 1);"),
+    replace("empty_arrivals);", "empty_arrivals - 1);"),
+    replace("empty_arrivals);", "empty_arrivals + 1);"),
+    replace("return (warp - first) % kWarps", "return warp % kWarps"),
+    replace(
+        "&full[part][stage(iteration)], parity",
+        "&full[0][stage(iteration)], parity",
+    ),
+];
+
+const WARPGROUPS: [Rule; 11] = [
+    drop_statement("__syncwarp()"),
     replace("wgmma<false, false>", "wgmma<true, false>"),
     replace("k % 64 * 2", "k % 64"),
     replace(

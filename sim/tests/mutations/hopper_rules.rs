@@ -3,7 +3,7 @@
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
-use super::attention_rules::Target;
+use super::attention_rules::{RING, Target, WARP_SPECIALIZATION};
 
 const fn target(file: &'static str, instance: &'static str, rules: &'static [Rule]) -> Target {
     Target {
@@ -15,92 +15,21 @@ const fn target(file: &'static str, instance: &'static str, rules: &'static [Rul
 }
 
 /// At D 128 tiles have two panels, and a block fewer warpgroups and stages.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 6] = [
     target("attention_forward_hopper.cu", "bf16_d64", &FORWARD),
     target("attention_forward_hopper.cu", "bf16_d128", &TWO_PANELS),
     target("warpgroups.cuh", "bf16_d128", &ROWS),
+    target("warp_specialization.cuh", "bf16_d64", &WARP_SPECIALIZATION),
+    target("ring.cuh", "bf16_d64", &RING),
     target("tile.cuh", "bf16_d128", &OPERANDS),
 ];
 
-const FORWARD: [Rule; 86] = [
-    // Barriers: counts, waits, parities, releases.
-    drop_statement("__syncthreads()"),
-    replace(
-        "&shared.full[buffer], C::kProducerThreads)",
-        "&shared.full[buffer], 96)",
-    ),
-    replace("&shared.k_full[stage], 32)", "&shared.k_full[stage], 31)"),
-    replace("&shared.v_full[stage], 32)", "&shared.v_full[stage], 33)"),
-    replace(
-        "mbarrier_init(&shared.empty[stage], C::kConsumerWarps)",
-        "mbarrier_init(&shared.empty[stage], C::kConsumerWarps - 4)",
-    ),
-    replace(
-        "mbarrier_init(&shared.done[buffer], C::kConsumerWarps)",
-        "mbarrier_init(&shared.done[buffer], C::kConsumerWarps - 1)",
-    ),
-    drop_statement("wait_empty(&shared.done"),
-    replace("(&shared.done[n & 1], n / 2)", "(&shared.done[n & 1], n)"),
-    drop_statement("wait_empty(&shared.empty[stage]"),
-    replace(
-        "(&shared.empty[stage], iteration / C::kStages)",
-        "(&shared.empty[stage], iteration / C::kStages + 1)",
-    ),
-    replace(
-        "wait_empty(&shared.empty[stage], iteration / C::kStages)",
-        "wait_empty(&shared.empty[0], iteration / C::kStages)",
-    ),
-    drop_statement("barrier_sync<C::kProducerThreads>(1)"),
-    drop_statement("mbarrier_wait(&shared.k_full"),
-    drop_statement("mbarrier_wait(&shared.v_full"),
-    replace(
-        "(&shared.k_full[stage], phase(iteration / C::kStages))",
-        "(&shared.k_full[stage], phase(iteration / C::kStages + 1))",
-    ),
-    replace(
-        "(&shared.v_full[stage], phase(iteration / C::kStages))",
-        "(&shared.v_full[stage], phase(iteration))",
-    ),
-    // From the third work on: what shared memory holds before the first two may make a warpgroup loop for ever.
-    replace(
-        "mbarrier_wait(&shared.full",
-        "if (n >= 2) {} else mbarrier_wait(&shared.full",
-    ),
-    replace(
-        "(&shared.full[n & 1], phase(n / 2))",
-        "(&shared.full[n & 1], phase(n))",
-    ),
-    drop_statement("release(&shared.empty["),
-    replace(
-        "release(&shared.empty[range.iteration(kv_tile) %",
-        "release(&shared.empty[range.iteration(kv_tile + 1) %",
-    ),
-    replace(
-        "wgmma_wait<0>();\n      release(&shared.empty[range.iteration(kv_tile) % C::kStages], lane);",
-        "release(&shared.empty[range.iteration(kv_tile) % C::kStages], lane);\n      wgmma_wait<0>();",
-    ),
-    drop_statement("release(&shared.done["),
-    replace("release(&shared.done[n & 1]", "release(&shared.done[0]"),
-    drop_statement("mbarrier_arrive(&shared.full"),
-    // Registers handed over.
-    drop_statement("setmaxnreg_decrease<"),
-    replace(
-        "setmaxnreg_increase<C::kConsumerRegisters>",
-        "setmaxnreg_increase<C::kConsumerRegisters + 8>",
-    ),
-    // What is fetched.
+const FORWARD: [Rule; 77] = [
+    // What the producer warps copy.
     replace(
         "before.first_iteration + before.kv_tiles()",
         "before.first_iteration",
     ),
-    replace("shared.work[~n & 1], n == 0", "buffer, n == 0"),
-    replace("buffer = shared.work[n & 1]", "buffer = shared.work[0]"),
-    replace("index >= work_tiles", "index > work_tiles"),
-    replace(
-        "buffer.work.split >= buffer.work.splits",
-        "buffer.work.split > buffer.work.splits",
-    ),
-    replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
     replace("first + row, end, thread", "first, end, thread"),
     replace("first + row, end, thread", "first + row, end + 1, thread"),
     replace("+ row * Tile::kRowBytes", ""),
@@ -108,19 +37,12 @@ const FORWARD: [Rule; 86] = [
     replace("shared.sources.k[tile", "shared.sources.v[tile"),
     replace("shared.sources.v[tile", "shared.sources.k[tile"),
     drop_statement("cp_async_commit()"),
-    replace("signal_landed<1>(&shared.k", "signal_landed<2>(&shared.k"),
-    replace("signal_landed<0>(&shared.v", "signal_landed<1>(&shared.v"),
-    replace(
-        "signal_landed<0>(&shared.full",
-        "signal_landed<1>(&shared.full",
-    ),
     replace("iteration = buffer.first_iteration + i", "iteration = i"),
     replace(
         "work.query_tile * C::kRows, work.query_rows",
         "0, work.query_rows",
     ),
-    replace("(shared.q[n & 1], Rows", "(shared.q[0], Rows"),
-    // Which steps a warpgroup takes, and which of them it masks.
+    // Which key tiles a warpgroup takes, and which of them it masks.
     replace(
         "first = work.query_tile * C::kRows + first_row",
         "first = work.query_tile * C::kRows",
@@ -178,7 +100,6 @@ const FORWARD: [Rule; 86] = [
     // The sign of the queries.
     replace("p.problem.scale < 0.f", "p.problem.scale < -9.f"),
     drop_statement("fence_proxy_async_shared()"),
-    drop_statement("barrier_sync<128>"),
     // Rescaling, chunks and their end.
     drop_statement("rescale(out, factor)"),
     replace("kv_tile + C::kChunkTiles)", "kv_tile + C::kChunkTiles - 1)"),
@@ -192,17 +113,81 @@ const FORWARD: [Rule; 86] = [
         "query, work.query_rows, (int)",
         "query, (int)p.problem.q.rows, (int)",
     ),
+    // Rings: counts, waits, iterations, releases.
+    replace("work_ring.init(C::kProducerThreads", "work_ring.init(96"),
+    replace("kv_ring.init(32", "kv_ring.init(31"),
+    replace(
+        "kv_ring.init(32, C::kConsumerWarps)",
+        "kv_ring.init(32, C::kConsumerWarps - 4)",
+    ),
+    replace(
+        "work_ring.init(C::kProducerThreads, C::kConsumerWarps)",
+        "work_ring.init(C::kProducerThreads, C::kConsumerWarps - 1)",
+    ),
+    drop_statement("shared.work_ring.wait_empty("),
+    replace("work_ring.wait_empty(n)", "work_ring.wait_empty(n / 2)"),
+    drop_statement("ring.wait_empty(iteration"),
+    replace(
+        "ring.wait_empty(iteration)",
+        "ring.wait_empty(iteration + 1)",
+    ),
+    drop_statement("sync_producers<"),
+    drop_statement("shared.kv_ring.wait_full("),
+    replace(
+        "wait_full(iteration, kKeyPart)",
+        "wait_full(iteration + C::kStages, kKeyPart)",
+    ),
+    replace(
+        "wait_full(iteration, kValuePart)",
+        "wait_full(iteration, kKeyPart)",
+    ),
+    // From the third work tile on: what shared memory holds before the first two may make a warpgroup loop for ever.
+    replace(
+        "shared.work_ring.wait_full(n)",
+        "if (n < 2) shared.work_ring.wait_full(n)",
+    ),
+    replace(
+        "work_ring.wait_full(n)",
+        "work_ring.wait_full(n < 2 ? n : n + 2)",
+    ),
+    drop_statement("shared.kv_ring.release("),
+    replace(
+        "kv_ring.release(range.iteration(kv_tile)",
+        "kv_ring.release(range.iteration(kv_tile + 1)",
+    ),
+    replace(
+        "wgmma_wait<0>(); shared.kv_ring.release(range.iteration(kv_tile), lane);",
+        "shared.kv_ring.release(range.iteration(kv_tile), lane); wgmma_wait<0>();",
+    ),
+    drop_statement("shared.work_ring.release("),
+    replace("work_ring.release(n,", "work_ring.release(0,"),
+    replace("shared.work_ring.arrive_without_copies(n)", ""),
+    replace("shared.work[~n % kWorkBuffers], n == 0", "buffer, n == 0"),
+    replace(
+        "buffer = shared.work[n % kWorkBuffers]",
+        "buffer = shared.work[0]",
+    ),
+    replace(
+        "arrive<1>(iteration, kKeyPart)",
+        "arrive<2>(iteration, kKeyPart)",
+    ),
+    replace(
+        "arrive<0>(iteration, kValuePart)",
+        "arrive<1>(iteration, kValuePart)",
+    ),
+    replace("arrive<0>(n)", "arrive<1>(n)"),
+    replace(
+        "shared.q[n % kWorkBuffers], queries",
+        "shared.q[0], queries",
+    ),
+    drop_statement("sync_consumer_warpgroup<"),
 ];
 
-const TWO_PANELS: [Rule; 5] = [
+const TWO_PANELS: [Rule; 4] = [
     replace("range.first_row, shared", "0, shared"),
     drop_statement("negate_queries<C>"),
-    drop_statement("wait_empty(&shared.empty[stage]"),
-    drop_statement("wait_empty(&shared.done"),
-    replace(
-        "setmaxnreg_increase<C::kConsumerRegisters>",
-        "setmaxnreg_increase<C::kConsumerRegisters + 8>",
-    ),
+    drop_statement("ring.wait_empty(iteration"),
+    drop_statement("shared.work_ring.wait_empty("),
 ];
 
 const ROWS: [Rule; 3] = [
