@@ -3,8 +3,9 @@
 //   adamw_norm    the sum of squares of every chunk of every gradient, in f64
 //   adamw_scale   grad_norm = sqrt(sum of chunks), clip = min(1, clip_norm / grad_norm), whether to update at all
 //   adamw_update  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
-//                 w = keep w - step m / (sqrt(v) root + eps),  bf16 weights = w     in place, unless the norm is not finite
-// Nobody asks the host: a square of an f32 cannot overflow in f64, so the norm is finite exactly if every gradient is.
+//                 w = keep w - step m / (sqrt(v) root + eps),  bf16 weights = w
+//                 in place, unless the norm is not finite
+// The host is not asked: a square of an f32 cannot overflow in f64, so the norm is finite exactly if every gradient is.
 // Bits: chunks are of a tensor, summed by a tree and added up in an order that the table decides; every element is
 // computed alone, with the roundings of the CPU. Bytes an element: norm 4, update 28, with bf16 weights 30.
 #include "reduce.cuh"
@@ -71,7 +72,8 @@ SEGATTN_FN void adamw_norm(const SegattnAdamwParams& p) {
   for (int round = 0; round < C::kChunk; round += C::kRound) {
     float4 g[C::kLoads];
 #pragma unroll
-    for (int i = 0; i < C::kLoads; i++) g[i] = load_four(tensor.grads, first + round + (i * C::kThreads + threadIdx.x) * 4, tensor.len);
+    for (int i = 0; i < C::kLoads; i++)
+      g[i] = load_four(tensor.grads, first + round + (i * C::kThreads + threadIdx.x) * 4, tensor.len);
 #pragma unroll
     for (int i = 0; i < C::kLoads; i++) {
       const double x = g[i].x, y = g[i].y, z = g[i].z, w = g[i].w;
@@ -85,7 +87,8 @@ SEGATTN_FN void adamw_norm(const SegattnAdamwParams& p) {
 SEGATTN_FN void adamw_scale(const SegattnAdamwParams& p) {
   AdamwShared& shared = *(AdamwShared*)shared_memory();
   double sum = 0.;
-  for (int64_t chunk = threadIdx.x; chunk < p.chunks; chunk += AdamwScaleConfig::kThreads) sum += p.chunk_squares[chunk];
+  for (int64_t chunk = threadIdx.x; chunk < p.chunks; chunk += AdamwScaleConfig::kThreads)
+    sum += p.chunk_squares[chunk];
   const double norm = sqrt(block_sum(sum, shared.warps));
   if (threadIdx.x != 0) return;
   p.result->grad_norm = norm;
@@ -93,7 +96,8 @@ SEGATTN_FN void adamw_scale(const SegattnAdamwParams& p) {
   p.result->applied = isfinite(norm) && !p.only_measure;
 }
 
-SEGATTN_FN void update_one(float& w, float g, float& m, float& v, const SegattnAdamwParams& p, const SegattnAdamwTensor& tensor, float clip) {
+SEGATTN_FN void update_one(float& w, float g, float& m, float& v, const SegattnAdamwParams& p,
+                           const SegattnAdamwTensor& tensor, float clip) {
   g = mul_rn(g, clip);
   m = mul_rn(p.beta1, m) + mul_rn(p.rest1, g);
   v = mul_rn(p.beta2, v) + mul_rn(p.rest2, mul_rn(g, g));
@@ -136,10 +140,11 @@ SEGATTN_FN void adamw_update(const SegattnAdamwParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
-// adamw_norm and adamw_update: a block a chunk, split_keys elements of one tensor; adamw_scale: one block, between them.
+// adamw_norm and adamw_update: a block a chunk, split_keys elements of one tensor; adamw_scale: one block, between
+// them.
 #define ADAMW(entry, body, Config, shared_bytes)                                                                     \
   SEGATTN_INFO(entry, (SegattnKernelInfo{Config::kThreads, shared_bytes, Config::kBlocks, 0, 0, AdamwConfig::kChunk, \
-                                         sizeof(SegattnAdamwParams)}))                                              \
+                                         sizeof(SegattnAdamwParams)}))                                               \
   SEGATTN_KERNEL(entry, Config, SegattnAdamwParams) { body(params); }
 
 ADAMW(adamw_norm_f32, adamw_norm, AdamwConfig, sizeof(AdamwShared))

@@ -1,28 +1,30 @@
-// Segment attention, backward, for Hopper: d_q, and d_k with d_v, of attention_backward.cu on wgmma. Sums are in the order of
-// those kernels, and so are the bits, except for d_q in KV splits and gates, whose key tiles differ at D 128.
+// Segment attention, backward, for Hopper: d_q, and d_k with d_v, of attention_backward.cu on wgmma. Sums are in the
+// order of those kernels, and so are the bits, except for d_q in KV splits and gates, whose key tiles differ at D
+// 128.
 //
 // One block a multiprocessor takes work tiles until none is left. A producer warpgroup copies, two or three consumer
 // warpgroups have 64 rows each: queries against tiles of keys (query_grad_hopper.cuh), keys against tiles of queries
-// (key_grad_hopper.cuh). A warpgroup's softmax overlaps with its own product in flight and with the other warpgroups' products.
+// (key_grad_hopper.cuh). A warpgroup's softmax overlaps with its own product in flight and with the other warpgroups'
+// products.
 #include "key_grad_hopper.cuh"
 #include "layout.cuh"
 #include "query_grad_hopper.cuh"
 
-// query_grad, key_grad: the blocks that run at once take work tiles: q_heads * batch * tiles * max_splits, and key tiles as in
-// attention_backward.cu. query_grad_sum: as there.
-#define BACKWARD(name, T, kHeadDim)                                                                            \
-  using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                                       \
-  using KeyGrad_##name = KeyGradConfig<T, kHeadDim>;                                                           \
-  SEGATTN_INFO(attention_query_grad_hopper_##name, query_grad_info<QueryGrad_##name>())                        \
-  SEGATTN_INFO(attention_key_grad_hopper_##name, key_grad_info<KeyGrad_##name>())                              \
-  SEGATTN_KERNEL(attention_query_grad_hopper_##name, QueryGrad_##name, SegattnBackwardParams) {                \
-    attention_query_grad<QueryGrad_##name>(params);                                                            \
-  }                                                                                                            \
-  SEGATTN_KERNEL(attention_query_grad_sum_hopper_##name, PrepareConfig, SegattnBackwardParams) {               \
-    attention_query_grad_sum<QueryGrad_##name>(params);                                                        \
-  }                                                                                                            \
-  SEGATTN_KERNEL(attention_key_grad_hopper_##name, KeyGrad_##name, SegattnBackwardParams) {                    \
-    attention_key_grad<KeyGrad_##name>(params);                                                                \
+// Grids. query_grad, key_grad: as many blocks as run at once; they take q_heads * batch * tiles * max_splits work
+// tiles, and key tiles as in attention_backward.cu. query_grad_sum: as there.
+#define BACKWARD(name, T, kHeadDim)                                                              \
+  using QueryGrad_##name = QueryGradConfig<T, kHeadDim>;                                         \
+  using KeyGrad_##name = KeyGradConfig<T, kHeadDim>;                                             \
+  SEGATTN_INFO(attention_query_grad_hopper_##name, query_grad_info<QueryGrad_##name>())          \
+  SEGATTN_INFO(attention_key_grad_hopper_##name, key_grad_info<KeyGrad_##name>())                \
+  SEGATTN_KERNEL(attention_query_grad_hopper_##name, QueryGrad_##name, SegattnBackwardParams) {  \
+    attention_query_grad<QueryGrad_##name>(params);                                              \
+  }                                                                                              \
+  SEGATTN_KERNEL(attention_query_grad_sum_hopper_##name, PrepareConfig, SegattnBackwardParams) { \
+    attention_query_grad_sum<QueryGrad_##name>(params);                                          \
+  }                                                                                              \
+  SEGATTN_KERNEL(attention_key_grad_hopper_##name, KeyGrad_##name, SegattnBackwardParams) {      \
+    attention_key_grad<KeyGrad_##name>(params);                                                  \
   }
 
 BACKWARD(bf16_d64, Bf16, 64)

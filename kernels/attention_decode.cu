@@ -1,16 +1,16 @@
-// Segment attention where at most a few query rows per head are left: the result of attention_forward.cu, to the bit.
+// Segment attention for at most a few query rows per head: the result of attention_forward.cu, to the bit.
 //
-// Rows of all query heads of a group share a tile of 16. Every chunk of keys is a work tile, and every work tile a block, so that one
-// token's keys are spread over the chip; the combine kernel merges what the work tiles of a tile left. One warp would be bound
-// by its own latency, so four share each key tile: a warp takes the scores and weights of a quarter of its keys, and a
-// quarter of out's columns. Maxima, weights and the terms of the sums go through shared memory. Every accumulator and sum
-// sees what it sees in prefill, in the same order.
+// PackGQA: the query heads of a group share a tile of 16 rows. Every chunk of keys is a KV split and a block of its
+// own, so that one token's keys are spread over the device; the combine kernel merges the splits. One warp alone
+// would be bound by its own latency, so four warps share each key tile: a warp computes S and P of a quarter of the
+// keys, and a quarter of O's columns. Maxima, P and the terms of the row sums are exchanged in shared memory. Every
+// accumulator and every sum sees the same operands as in prefill, in the same order.
 #include "attention_rows.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
 #include "products.cuh"
 
-// kRing: tiles of K and V on their way or worked on.
+// kStages: tiles of K or V in flight or in use.
 template <class T_, int kHeadDim_>
 struct DecodeConfig {
   using T = T_;
@@ -22,7 +22,7 @@ struct DecodeConfig {
   static constexpr int kSplitKeys = kChunkKeys, kSplitTiles = kSplitKeys / kKeys;
   static constexpr int kStages = kHeadDim <= 32 ? 8 : kHeadDim <= 96 ? 5 : 4;
   static constexpr int kBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
-  // Columns of scores, and of the scores and of out that are a warp's, in tiles of 8.
+  // Columns in tiles of 8: of S, of S that a warp computes, of O that a warp computes.
   static constexpr int kColTiles = kKeys / 8, kOwnColTiles = kColTiles / kWarps, kOutTiles = kHeadDim / 8 / kWarps;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
@@ -32,16 +32,17 @@ template <class C>
 struct DecodeShared {
   typename C::QueryTile q;
   typename C::KeyTile kv[C::kStages];
-  // Of the tile worked on: each warp's highest score of a row; the weights as operands of the next product, two words of
-  // each 8 columns; and the same as they are summed, like accumulators.
+  // Of the current key tile: each warp's highest score of a row; P as A of the next product, two words for each 8
+  // columns; and P in f32, in the layout of accumulators, for the row sums.
   float warp_max[C::kRows][C::kWarps];
   uint2 probs[C::kColTiles / 2][32][2];
   float4 probs_f32[C::kColTiles][32];
   SourceRows<typename C::T> sources;
-  KeyTile tiles[C::kSplitTiles];  // of the work tile
+  KeyTile tiles[C::kSplitTiles];  // the key tiles of the work tile
 };
 
-// Copies of the work tile's tiles: number 2 t is K of its tile t, 2 t + 1 is V. Each is committed, copied or not.
+// The ring of K and V tiles: iteration 2 t is K of key tile t, iteration 2 t + 1 is V. Each iteration commits a group
+// of copies, empty or not.
 template <class C>
 struct KeyRing {
   DecodeShared<C>& shared;
@@ -50,37 +51,45 @@ struct KeyRing {
   __device__ __forceinline__ void load(int iteration) {
     if (iteration / 2 < tiles) {
       const KeyTile& tile = shared.tiles[iteration / 2];
-      const Rows<const typename C::T> rows = iteration % 2 == 0 ? shared.sources.k[tile.source] : shared.sources.v[tile.source];
+      const Rows<const typename C::T> rows =
+          iteration % 2 == 0 ? shared.sources.k[tile.source] : shared.sources.v[tile.source];
       copy_rows_async<typename C::KeyTile, C::kThreads>(stage(iteration), rows, tile.first, tile.end, opaque(thread));
     }
     cp_async_commit();
   }
-  __device__ __forceinline__ SharedAddress stage(int iteration) const { return shared_address(&shared.kv[iteration % C::kStages]); }
+  __device__ __forceinline__ SharedAddress stage(int iteration) const {
+    return shared_address(&shared.kv[iteration % C::kStages]);
+  }
 };
 
-// Starts copying the tile's rows of queries; those that are none become zero.
+// Issues the copies of the tile's queries. Rows without a query become zero.
 template <class C>
-SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const WorkTile& work, int packed_heads, int thread) {
+SEGATTN_FN void load_queries(DecodeShared<C>& shared, const SegattnTensor& q, const WorkTile& work, int packed_heads,
+                             int thread) {
   constexpr int kRowChunks = C::kHeadDim / 8;
 #pragma unroll 1
   for (int i = thread; i < C::kRows * kRowChunks; i += C::kThreads) {
     const int row = i / kRowChunks, column = i % kRowChunks;
     const QueryRow at = query_row<C::kRows>(work, row, packed_heads);
     const bool valid = at.position >= 0;
-    const Rows<const typename C::T> rows = Rows<const typename C::T>::of(q, work.batch_index, valid ? at.head : work.head);
-    cp_async_16(C::QueryTile::chunk(shared_address(&shared.q), row, column), rows.row(valid ? at.query : 0) + column * 8, valid ? 16 : 0);
+    const Rows<const typename C::T> rows =
+        Rows<const typename C::T>::of(q, work.batch_index, valid ? at.head : work.head);
+    cp_async_16(C::QueryTile::chunk(shared_address(&shared.q), row, column),
+                rows.row(valid ? at.query : 0) + column * 8, valid ? 16 : 0);
   }
 }
 
-// Scores of the warp's keys.
+// S of the warp's keys.
 template <class C>
-SEGATTN_FN void score_keys(float (&s)[C::kOwnColTiles][4], const uint32_t (&q)[1][C::kHeadDim / 16][4], SharedAddress k, int warp, int lane) {
+SEGATTN_FN void score_keys(float (&s)[C::kOwnColTiles][4], const uint32_t (&q)[1][C::kHeadDim / 16][4], SharedAddress k,
+                           int warp, int lane) {
   constexpr int kPairs = C::kHeadDim / 32;
   uint32_t b[C::kOwnColTiles][kPairs][4];
 #pragma unroll
   for (int i = 0; i < kPairs; i++)
 #pragma unroll
-    for (int n = 0; n < C::kOwnColTiles; n++) load_b_pair<typename C::KeyTile>(b[n][i], k, (warp * C::kOwnColTiles + n) * 8, i * 32, lane);
+    for (int n = 0; n < C::kOwnColTiles; n++)
+      load_b_pair<typename C::KeyTile>(b[n][i], k, (warp * C::kOwnColTiles + n) * 8, i * 32, lane);
 #pragma unroll
   for (int n = 0; n < C::kOwnColTiles; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
@@ -90,9 +99,10 @@ SEGATTN_FN void score_keys(float (&s)[C::kOwnColTiles][4], const uint32_t (&q)[1
       mma_16x8x16(s[n], q[0][i], b[n][i / 2][i % 2 * 2], b[n][i / 2][i % 2 * 2 + 1], typename C::T{});
 }
 
-// The warp's highest score of each row, for all warps.
+// Stores the warp's highest score of each row for the other warps.
 template <class C>
-SEGATTN_FN void share_warp_max(float (&warp_max)[C::kRows][C::kWarps], const float (&s)[C::kOwnColTiles][4], int warp, int lane) {
+SEGATTN_FN void share_warp_max(float (&warp_max)[C::kRows][C::kWarps], const float (&s)[C::kOwnColTiles][4], int warp,
+                               int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float own_max = s[0][half * 2];
@@ -103,10 +113,11 @@ SEGATTN_FN void share_warp_max(float (&warp_max)[C::kRows][C::kWarps], const flo
   }
 }
 
-// A tile's maxima, and the weights of the warp's keys for all warps.
+// Softmax of the warp's keys, from the maxima of all warps; stores P for the other warps.
 template <class C>
-SEGATTN_FN void softmax_keys(float (&factor)[2], float (&max)[2], DecodeShared<C>& shared, const float (&s)[C::kOwnColTiles][4],
-                           const float (&bias)[2], float scale, int warp, int lane) {
+SEGATTN_FN void softmax_keys(float (&factor)[2], float (&max)[2], DecodeShared<C>& shared,
+                             const float (&s)[C::kOwnColTiles][4], const float (&bias)[2], float scale, int warp,
+                             int lane) {
   RowUpdate update[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -127,7 +138,7 @@ SEGATTN_FN void softmax_keys(float (&factor)[2], float (&max)[2], DecodeShared<C
   }
 }
 
-// The sum of the rows of one half, by one warp, as softmax_row does it.
+// Adds the tile's terms to the row sums of one half, by one warp, in the order of softmax_row.
 template <class C>
 SEGATTN_FN void sum_row(float& sum, const float4 (&probs_f32)[C::kColTiles][32], float factor, int half, int lane) {
   float even = 0.f, odd = 0.f;
@@ -140,16 +151,17 @@ SEGATTN_FN void sum_row(float& sum, const float4 (&probs_f32)[C::kColTiles][32],
   sum = fma_rn(sum, factor, even + odd);
 }
 
-// A tile's values to the warp's columns of out.
+// O += P V for the warp's columns.
 template <class C>
-SEGATTN_FN void accumulate_pv(float (&out)[C::kOutTiles][4], const uint2 (&probs)[C::kColTiles / 2][32][2], const float (&factor)[2],
-                           SharedAddress v, int warp, int lane) {
+SEGATTN_FN void accumulate_pv(float (&out)[C::kOutTiles][4], const uint2 (&probs)[C::kColTiles / 2][32][2],
+                              const float (&factor)[2], SharedAddress v, int warp, int lane) {
   constexpr int kPairs = C::kKeys / 32;
   uint32_t b[C::kOutTiles][kPairs][4], w[C::kColTiles / 2][4];
 #pragma unroll
   for (int i = 0; i < kPairs; i++)
 #pragma unroll
-    for (int n = 0; n < C::kOutTiles; n++) load_bt_pair<typename C::KeyTile>(b[n][i], v, i * 32, (warp * C::kOutTiles + n) * 8, lane);
+    for (int n = 0; n < C::kOutTiles; n++)
+      load_bt_pair<typename C::KeyTile>(b[n][i], v, i * 32, (warp * C::kOutTiles + n) * 8, lane);
 #pragma unroll
   for (int k = 0; k < C::kColTiles / 2; k++) {
     const uint4 four = *(const uint4*)probs[k][lane];
@@ -163,37 +175,43 @@ SEGATTN_FN void accumulate_pv(float (&out)[C::kOutTiles][4], const uint2 (&probs
       mma_16x8x16(out[n], w[k], b[n][k / 2][k % 2 * 2], b[n][k / 2][k % 2 * 2 + 1], typename C::T{});
 }
 
-// The warp's columns of the rows of one half: of the result, or of a work tile's part.
+// Stores the warp's columns of the rows of one half: of the final or of a partial result.
 template <class C>
-SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const float (&out)[C::kOutTiles][4], float sum,
-                              int half, int warp, int lane) {
+SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q,
+                              const float (&out)[C::kOutTiles][4], float sum, int half, int warp, int lane) {
   if (q.query >= p.problem.q.rows) return;
   const int column = warp * C::kOutTiles * 8 + lane % 4 * 2;
   if (work.splits > 1) {
-    float* g_out = p.partial_out + partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim + column;
+    float* g_out =
+        p.partial_out + partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim + column;
 #pragma unroll
-    for (int n = 0; n < C::kOutTiles; n++) *(float2*)(g_out + n * 8) = make_float2(out[n][half * 2], out[n][half * 2 + 1]);
+    for (int n = 0; n < C::kOutTiles; n++)
+      *(float2*)(g_out + n * 8) = make_float2(out[n][half * 2], out[n][half * 2 + 1]);
     return;
   }
   typename C::T* g_out = Rows<typename C::T>::of(p.out, work.batch_index, q.head).row(q.query) + column;
   const float inverse = row_inverse(sum);
 #pragma unroll
   for (int n = 0; n < C::kOutTiles; n++) {
-    const uint32_t two = pack<typename C::T>(finish_value(out[n][half * 2], inverse), finish_value(out[n][half * 2 + 1], inverse));
+    const uint32_t two =
+        pack<typename C::T>(finish_value(out[n][half * 2], inverse), finish_value(out[n][half * 2 + 1], inverse));
     *(uint32_t*)(g_out + n * 8) = q.position >= 0 ? two : 0;
   }
 }
 
-// The states of the rows of one half, or their lse.
-SEGATTN_FN void store_state(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const RowState& row, int lane) {
+// Stores lse of the rows of one half, or the state of a partial result.
+SEGATTN_FN void store_state(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const RowState& row,
+                            int lane) {
   if (q.query >= p.problem.q.rows || lane % 4 != 0) return;
   if (work.splits > 1)
-    ((float2*)p.partial_state)[partial_row(p.problem, work.split, work.batch_index, q.head, q.query)] = make_float2(row.max, row.sum);
+    ((float2*)p.partial_state)[partial_row(p.problem, work.split, work.batch_index, q.head, q.query)] =
+        make_float2(row.max, row.sum);
   else
-    p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+    p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] =
+        q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
 }
 
-// The block's work tile: first splits first, which are full.
+// The block's work tile. All first splits come first: they are full.
 template <class C>
 SEGATTN_FN WorkTile block_work_tile(const SegattnForwardParams& p) {
   const uint32_t heads = (uint32_t)p.problem.q_heads / p.packed_heads, batch = p.problem.batch, tiles = p.tiles;
@@ -210,14 +228,15 @@ template <class C>
 SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   DecodeShared<C>& shared = *(DecodeShared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, packed_heads = p.packed_heads;
-  let_next_begin();
+  griddep_launch_dependents();
   const WorkTile work = block_work_tile<C>(p);
   if (work.split >= work.splits) return;
   if (thread < C::kSplitTiles) shared.tiles[thread] = work.keys.template tile<C::kKeys>(work.first_kv_tile + thread);
   shared.sources.fill(p.problem, work.batch_index, work.head / (p.problem.q_heads / p.problem.kv_heads), thread - 32);
   load_queries<C>(shared, p.problem.q, work, packed_heads, thread);
-  // Rows of a tile are of several heads, whose gates differ.
-  const QueryRow rows[2] = {query_row<C::kRows>(work, lane / 4, packed_heads), query_row<C::kRows>(work, lane / 4 + 8, packed_heads)};
+  // The rows of a tile belong to several heads, whose gates differ.
+  const QueryRow rows[2] = {query_row<C::kRows>(work, lane / 4, packed_heads),
+                            query_row<C::kRows>(work, lane / 4 + 8, packed_heads)};
   const int position[2] = {rows[0].position, rows[1].position};
   float gate_bias[2];
 #pragma unroll
@@ -228,14 +247,14 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
   const float scale = scale_log2(p.problem.scale);
   __syncthreads();
   KeyRing<C> ring = {shared, work.end_kv_tile - work.first_kv_tile, thread};
-  // All copies but the one that is needed may be on their way.
+  // All iterations but the one needed next may be in flight.
   constexpr int kInFlight = C::kStages - 2;
 #pragma unroll 1
   for (int iteration = 0; iteration < C::kStages - 1; iteration++) ring.load(iteration);
   arrive_and_wait<kInFlight>();
   uint32_t q[1][C::kHeadDim / 16][4];
   load_fragments<typename C::QueryTile>(q, a_base<typename C::QueryTile>(shared_address(&shared.q), lane), 0);
-  // A negative scale goes into the queries, whose sign is free.
+  // A negative scale is applied to the queries, whose sign is free.
   const uint32_t sign = p.problem.scale < 0.f ? 0x80008000u : 0;
 #pragma unroll
   for (int k = 0; k < C::kHeadDim / 16; k++)
@@ -244,19 +263,20 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
 
   float out[1][C::kOutTiles][4];
   clear(out);
-  float max[2] = {SEGATTN_NEG_INF, SEGATTN_NEG_INF}, sum = 0.f;  // sum: of the half that is the warp's, if one is
+  float max[2] = {SEGATTN_NEG_INF, SEGATTN_NEG_INF}, sum = 0.f;  // sum: warps 0 and 1, each of one half
   for (int kv_tile = 0; kv_tile < ring.tiles; kv_tile++) {
     const KeyTile& tile = shared.tiles[kv_tile];
-    ring.load(2 * kv_tile + C::kStages - 1);  // in the place of the values before
+    ring.load(2 * kv_tile + C::kStages - 1);  // into the stage of the previous tile's V
     float s[C::kOwnColTiles][4], factor[2];
     score_keys<C>(s, q, ring.stage(2 * kv_tile), warp, lane);
     if (tile.first + C::kKeys > work.keys.limit(tile, work.keys.query_start))
       mask_keys(s, work, tile, warp * C::kOwnColTiles * 8, position, lane);
     share_warp_max<C>(shared.warp_max, s, warp, lane);
     __syncthreads();
-    ring.load(2 * kv_tile + C::kStages);  // in the place of the keys
+    ring.load(2 * kv_tile + C::kStages);  // into the stage of this tile's K
     const float past = tile.source == kPast ? 1.f : 0.f;
-    softmax_keys<C>(factor, max, shared, s, {mul_rn(gate_bias[0], past), mul_rn(gate_bias[1], past)}, scale, warp, lane);
+    softmax_keys<C>(factor, max, shared, s, {mul_rn(gate_bias[0], past), mul_rn(gate_bias[1], past)}, scale, warp,
+                    lane);
     arrive_and_wait<kInFlight>();
     accumulate_pv<C>(out[0], shared.probs, factor, ring.stage(2 * kv_tile + 1), warp, lane);
     if (warp < 2) sum_row<C>(sum, shared.probs_f32, warp == 0 ? factor[0] : factor[1], warp, lane);
@@ -277,15 +297,14 @@ SEGATTN_FN void attention_decode(const SegattnForwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo decode_info() {
-  return {C::kThreads, (int)sizeof(DecodeShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
+  return {C::kThreads,   (int)sizeof(DecodeShared<C>),     C::kBlocks, C::kRows, C::kKeys,
+          C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
 }
 
-#define DECODE(name, T, kHeadDim)                                                \
-  using Config_##name = DecodeConfig<T, kHeadDim>;                               \
-  SEGATTN_INFO(attention_##name, decode_info<Config_##name>())                   \
-  SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) {        \
-    attention_decode<Config_##name>(params);                                     \
-  }
+#define DECODE(name, T, kHeadDim)                              \
+  using Config_##name = DecodeConfig<T, kHeadDim>;             \
+  SEGATTN_INFO(attention_##name, decode_info<Config_##name>()) \
+  SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) { attention_decode<Config_##name>(params); }
 
 DECODE(decode_bf16_d32, Bf16, 32)
 DECODE(decode_bf16_d64, Bf16, 64)

@@ -1,18 +1,17 @@
-// Segment attention, forward: out = softmax(scale q k^T + log gate) v over past, prior and current keys, and
-// lse = ln sum exp. Written, not added to; padding rows get out = 0 and lse = -inf.
+// Segment attention, forward: out = softmax(scale q k^T + log gate) v over past, prior and current keys, and lse = ln
+// sum exp. Both are set, not added to; padding rows get out = 0 and lse = -inf.
 //
-// A block takes work tiles (a tile of query rows, a run of key tiles) until none is left. Chunks of kChunkKeys keys
-// are accumulated from zero and merged left to right into sections, sections likewise into the result; where a
-// tile has several work tiles each leaves its part in the workspace and the combine kernel merges them. A row
-// therefore sees the same operations in the same order in every kernel of this file (docs/kernels.md).
+// A block takes work tiles until none is left. It accumulates each chunk of kChunkKeys keys from zero and merges
+// chunks left to right into a section, which is a KV split. If a tile has several splits, each stores a partial
+// result, and the combine kernel merges these. So a row sees the same operations in the same order in every forward
+// kernel (docs/kernels.md).
 #include "attention_rows.cuh"
 #include "layout.cuh"
 #include "pipeline.cuh"
 #include "products.cuh"
 
-// 4 warps x 32 query rows (16 at D 256, where the accumulators of 32 do not fit); a block merges a whole section of chunks.
-// 64 keys a tile keep scores (64 registers) beside out (128 at D 128). Two stages: 96 KB at D 128, so two blocks fit on Hopper,
-// one on sm_86.
+// 4 warps x 32 query rows (16 at D 256, where the accumulators of 32 do not fit). With 64 keys a tile S (64
+// registers) fits beside O (128 at D 128). Two stages take 96 KB at D 128, so two blocks fit on Hopper, one on sm_86.
 template <class T_, int kHeadDim_>
 struct ForwardConfig {
   using T = T_;
@@ -34,21 +33,22 @@ struct ForwardConfig {
 
 template <class C>
 struct ForwardShared {
-  typename C::QueryTile q;  // later the output on its way to global memory
+  typename C::QueryTile q;  // finally the output, staged for the store
   typename C::KeyTile k[C::kStages], v[C::kStages];
   SourceRows<typename C::T> sources;
-  WorkTile work;  // here and not in registers, which are full
+  WorkTile work;  // in shared memory because the registers are full
   bool done;
-  KeyTile tiles[4];  // number t at t % 4: the one worked on and the next ones
+  KeyTile tiles[4];  // key tile t is tiles[t % 4]: the current one and the next two
   WarpRows warps[C::kWarps];
-  float* chunk_totals;                // the block's place for totals that wait, [out tiles, threads, 4] by row tile
+  float* chunk_totals;        // the block's scratch, [row tile, out tile, thread, 4]
   RowState totals[C::kRows];  // of the chunks before the current one, then of the work tile
 };
 
-// The weights of a key tile, packed as operands of the next product.
+// Q K^T, mask and softmax of a key tile: P, packed as A of the next product.
 template <class C>
-SEGATTN_FN void score_and_softmax(uint32_t (&probs)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc, ForwardShared<C>& shared,
-                           const KeyTile& tile, int stage, const WarpRows& rows, float scale, int lane) {
+SEGATTN_FN void score_and_softmax(uint32_t (&probs)[C::kRowTiles][C::kColTiles / 2][4], Accumulator<C>& acc,
+                                  ForwardShared<C>& shared, const KeyTile& tile, int stage, const WarpRows& rows,
+                                  float scale, int lane) {
   const WorkTile& work = shared.work;
   const bool masked = tile.first + C::kKeys > work.keys.limit(tile, rows.first_position);
   const float past = tile.source == kPast ? 1.f : 0.f;
@@ -64,8 +64,8 @@ SEGATTN_FN void score_and_softmax(uint32_t (&probs)[C::kRowTiles][C::kColTiles /
   }
 }
 
-// Copies and products of a run of key tiles: K and V of the next tile travel while this one is worked on, with one barrier a
-// tile. Which rows a tile is, is found by one thread, a tile before its copies start.
+// The pipeline of a work tile: K and V of the next key tile are copied while this one is computed, with one barrier a
+// tile. One thread finds where a key tile's rows are, one tile before its copies start.
 template <class C>
 struct KeyPipeline {
   ForwardShared<C>& shared;
@@ -92,7 +92,7 @@ struct KeyPipeline {
   }
 };
 
-// One work tile.
+// Computes one work tile.
 template <class C>
 SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& shared) {
   using T = typename C::T;
@@ -101,7 +101,8 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
   WarpRows& rows = shared.warps[warp];
   if (lane == 0) rows = warp_rows<C>(work, 1, warp);
   const float scale = scale_log2(p.problem.scale);
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.batch_index, work.head),
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q),
+                                                      Rows<const T>::of(p.problem.q, work.batch_index, work.head),
                                                       work.query_tile * C::kRows, work.query_rows, opaque(thread));
   KeyPipeline<C> pipeline = {shared, thread};
   pipeline.load(work.first_kv_tile);
@@ -121,18 +122,17 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
     }
     const bool last = kv_tile + 1 == work.end_kv_tile;
     if (last || (kv_tile + 1) % C::kChunkTiles == 0) {
-      merge_chunk<C>(acc, shared.totals + rows.first_row, shared.chunk_totals, kv_tile - work.first_kv_tile < C::kChunkTiles, last, thread);
+      merge_chunk<C>(acc, shared.totals + rows.first_row, shared.chunk_totals,
+                     kv_tile - work.first_kv_tile < C::kChunkTiles, last, thread);
       if (!last) acc.clear();
     }
   }
-  arrive_and_wait<0>();  // a work tile of no keys ends while other threads' copies of its queries are still landing
-  if (work.splits > 1)
-    store_partial<C>(p, work, acc, rows.first_row, lane);
-  else
-    store_final<C>(p, work, acc, shared.q, rows.first_row, warp, lane);
+  arrive_and_wait<0>();  // the copies of queries may still be in flight if there were no keys
+  if (work.splits > 1) store_partial<C>(p, work, acc, rows.first_row, lane);
+  else store_final<C>(p, work, acc, shared.q, rows.first_row, warp, lane);
 }
 
-// Finds the block's next work tile that has work, the first without asking; false: none is left.
+// Finds the block's next work tile that exists (tiles have fewer splits than the longest). False: none is left.
 template <class C>
 SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
   const int tiles = opaque(p.tiles), max_splits = opaque(p.max_splits);
@@ -144,7 +144,8 @@ SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& 
     if (index >= work_tiles) return false;
     work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, tiles, 1, max_splits);
   } while (work.split >= work.splits);
-  for (int kv_tile = work.first_kv_tile; kv_tile <= work.first_kv_tile + 1; kv_tile++) shared.tiles[kv_tile % 4] = work.keys.template tile<C::kKeys>(kv_tile);
+  for (int kv_tile = work.first_kv_tile; kv_tile <= work.first_kv_tile + 1; kv_tile++)
+    shared.tiles[kv_tile % 4] = work.keys.template tile<C::kKeys>(kv_tile);
   return true;
 }
 
@@ -153,11 +154,12 @@ SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
   if (threadIdx.x == 0) shared.chunk_totals = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
   for (bool first = true;; first = false) {
-    __syncthreads();  // the work tile before is done with shared memory
+    __syncthreads();  // all warps have finished the previous work tile
     if (threadIdx.x == 0) shared.done = !next_work_tile<C>(p, shared, first);
     __syncthreads();
     if (shared.done) return;
-    shared.sources.fill(p.problem, shared.work.batch_index, shared.work.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
+    shared.sources.fill(p.problem, shared.work.batch_index,
+                        shared.work.head / (opaque(p.problem.q_heads) / p.problem.kv_heads), threadIdx.x);
     __syncthreads();
     run_work_tile<C>(p, shared);
   }
@@ -165,15 +167,14 @@ SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo forward_info() {
-  return {C::kThreads, (int)sizeof(ForwardShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
+  return {C::kThreads,   (int)sizeof(ForwardShared<C>),    C::kBlocks, C::kRows, C::kKeys,
+          C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
 }
 
-#define FORWARD(name, T, kHeadDim)                                                          \
-  using Config_##name = ForwardConfig<T, kHeadDim>;                                         \
-  SEGATTN_INFO(attention_##name, forward_info<Config_##name>())                             \
-  SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) {                   \
-    attention_forward<Config_##name>(params);                                               \
-  }
+#define FORWARD(name, T, kHeadDim)                              \
+  using Config_##name = ForwardConfig<T, kHeadDim>;             \
+  SEGATTN_INFO(attention_##name, forward_info<Config_##name>()) \
+  SEGATTN_KERNEL(attention_##name, Config_##name, SegattnForwardParams) { attention_forward<Config_##name>(params); }
 
 FORWARD(prefill_bf16_d32, Bf16, 32)
 FORWARD(prefill_bf16_d64, Bf16, 64)

@@ -1,18 +1,19 @@
-// Segment attention, forward, for Hopper: the prefill of attention_forward.cu on wgmma. Key tiles, chunks and sections are
-// the same, and a wgmma has the bits of a chain of m16n8k16, so the results have the same bits.
+// Segment attention, forward, for Hopper: the prefill of attention_forward.cu on wgmma. Key tiles, chunks and
+// sections are the same, and a wgmma has the bits of a chain of m16n8k16, so the results have the same bits.
 //
 //   producer warps:  next work tile -> q (two buffers); K and V of each key tile -> ring
-//   consumer warps:  S = Q K^T (SS), softmax in registers, O += P V (RS); S of the next key tile is issued before P V of this one
+//   consumer warps:  S = Q K^T (SS), softmax in registers, O += P V (RS); S of the next key tile is issued before P V
+//                    of this one
 //
-// The kernel is bound by the latency of a warp's own instructions, which other warpgroups hide. So there are as many consumer
-// warpgroups as the registers allow (docs/kernels.md).
+// The kernel is bound by the latency of a warp's own instructions, which other warpgroups hide. So there are as many
+// consumer warpgroups as the registers allow (docs/kernels.md).
 #include "attention_rows.cuh"
 #include "layout.cuh"
 #include "warp_specialization.cuh"
 #include "warpgroups.cuh"
 
-// A consumer warpgroup has 64 query rows. Registers of a consumer at D 128: O 64, S 32, P 16, and some 35 others. Q does not
-// fit beside them and is read from shared memory by each product.
+// A consumer warpgroup has 64 query rows. Registers of a consumer at D 128: O 64, S 32, P 16, and some 35 others. Q
+// does not fit beside them and is read from shared memory by each product.
 template <class T_, int kHeadDim>
 struct ForwardConfig : WarpSpecialization<kHeadDim, kHeadDim == 64 ? 4 : 3, kHeadDim == 64 ? 8 : 4,
                                           kHeadDim == 64 ? 32 : 56, kHeadDim == 64 ? 112 : 152> {
@@ -25,7 +26,8 @@ struct ForwardConfig : WarpSpecialization<kHeadDim, kHeadDim == 64 ? 4 : 3, kHea
   static constexpr int kColTiles = kKeys / 8;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
-  static_assert(kKeys == tile_keys(kHeadDim), "rows have the bits of the other forward kernels only on the same key tiles");
+  static_assert(kKeys == tile_keys(kHeadDim),
+                "rows have the bits of the other forward kernels only on the same key tiles");
   static_assert(kChunkKeys % kKeys == 0, "a chunk is made of whole key tiles");
   static_assert(kCopyRows % 8 == 0 && kKeys % kCopyRows == 0, "a tile is copied in whole periods of the swizzle");
 };
@@ -78,7 +80,8 @@ template <class Tile, int kThreads, int kPart, class T>
 SEGATTN_FN void copy_in_parts(const Tile& tile, Rows<T> rows, int first, int end, int thread) {
 #pragma unroll 1
   for (int row = 0; row < Tile::kRows; row += kPart)
-    copy_rows_async<Tile, kThreads, kPart>(shared_address(&tile) + row * Tile::kRowBytes, rows, first + row, end, thread);
+    copy_rows_async<Tile, kThreads, kPart>(shared_address(&tile) + row * Tile::kRowBytes, rows, first + row, end,
+                                           thread);
   cp_async_commit();
 }
 
@@ -116,8 +119,8 @@ SEGATTN_FN void produce(const SegattnForwardParams& p, ForwardShared<C>& shared)
     shared.sources.fill(p.problem, work.batch_index, kv_head, thread);
     sync_producers<C>();
     const Rows<const T> queries = Rows<const T>::of(p.problem.q, work.batch_index, work.head);
-    copy_in_parts<typename C::QueryTile, C::kProducerThreads, 64>(
-        shared.q[n % kWorkBuffers], queries, work.query_tile * C::kRows, work.query_rows, thread);
+    copy_in_parts<typename C::QueryTile, C::kProducerThreads, 64>(shared.q[n % kWorkBuffers], queries,
+                                                                  work.query_tile * C::kRows, work.query_rows, thread);
     shared.work_ring.template arrive<0>(n);
     produce_kv(shared, buffer, warp, lane);
   }
@@ -133,8 +136,8 @@ struct KvRange {
   uint32_t first_iteration;        // the ring's iteration of first_kv_tile
   int work_buffer, first_row;      // buffer of the queries, and the warpgroup's first row in it
   int past_tiles;                  // key tiles of the past, whose scores get the gate
-  // Tiles of which some row of the warp does not see all keys: the last one of past and prior if it is not full (else -1), and
-  // all from first_masked on.
+  // Tiles of which some row of the warp does not see all keys: the last one of past and prior if it is not full (else
+  // -1), and all from first_masked on.
   int partial_past_tile, partial_prior_tile, first_masked;
 
   SEGATTN_FN KvRange of(const ForwardWork& buffer, int work_buffer, int warp) {
@@ -146,16 +149,23 @@ struct KvRange {
     const int past = ceil_div(keys.past_len, C::kKeys), prior = ceil_div(keys.prior_len, C::kKeys);
     const int visible = keys.template tiles_of<C::kKeys>(keys.query_start + last);
     const int end = first <= last ? min(work.end_kv_tile, visible) : 0;
-    return {uniform(work.first_kv_tile), uniform(max(end, work.first_kv_tile)),
-            uniform(max(work.end_kv_tile, work.first_kv_tile)), (uint32_t)uniform(buffer.first_iteration),
-            uniform(work_buffer), uniform(first_row), past, keys.past_len % C::kKeys ? past - 1 : -1,
+    return {uniform(work.first_kv_tile),
+            uniform(max(end, work.first_kv_tile)),
+            uniform(max(work.end_kv_tile, work.first_kv_tile)),
+            (uint32_t)uniform(buffer.first_iteration),
+            uniform(work_buffer),
+            uniform(first_row),
+            past,
+            keys.past_len % C::kKeys ? past - 1 : -1,
             keys.prior_len % C::kKeys ? past + prior - 1 : -1,
             past + prior + min(position + 1, keys.segment_len) / C::kKeys};
   }
   __device__ __forceinline__ bool masked(int kv_tile) const {
     return kv_tile == partial_past_tile || kv_tile == partial_prior_tile || kv_tile >= first_masked;
   }
-  __device__ __forceinline__ uint32_t iteration(int kv_tile) const { return first_iteration + (kv_tile - first_kv_tile); }
+  __device__ __forceinline__ uint32_t iteration(int kv_tile) const {
+    return first_iteration + (kv_tile - first_kv_tile);
+  }
 };
 
 // Issues S = Q K^T of a key tile.
@@ -191,14 +201,14 @@ SEGATTN_FN void mask_and_softmax(float (&s)[C::kColTiles][4], float (&factor)[2]
   for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias);
 }
 
-// The key tiles of a warpgroup, at least one. S of tile t + 1 is issued before P V of tile t, so that the softmax of t + 1
-// begins as soon as S is there; P V of t ends before O is rescaled.
+// The key tiles of a warpgroup, at least one. S of tile t + 1 is issued before P V of tile t, so that the softmax of
+// t + 1 begins as soon as S is there; P V of t ends before O is rescaled.
 template <class C>
 SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const WorkTile& work, const KvRange<C>& range,
                          int first_row, float* chunk_totals, float scale, int thread) {
   const int lane = thread & 31;
   const float gate = work.keys.gate_log2;
-  float(&out)[C::kOutTiles][4] = acc.out[0];
+  float (&out)[C::kOutTiles][4] = acc.out[0];
   float s[C::kColTiles][4], factor[2];
   uint32_t probs[C::kColTiles / 2][4];
   const auto softmax = [&](int kv_tile) {
@@ -244,8 +254,8 @@ SEGATTN_FN void mainloop(Accumulator<C>& acc, ForwardShared<C>& shared, const Wo
 }
 
 template <class C>
-SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row,
-                                 int lane) {
+SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc,
+                                 int first_row, int lane) {
   finish_rows<C>(p, work, acc, first_row, lane);
   const int query = work.query_tile * C::kRows + first_row + lane / 4;
   const auto rows = Rows<typename C::T>::of(p.out, work.batch_index, work.head);
@@ -272,8 +282,8 @@ SEGATTN_FN void consume(const SegattnForwardParams& p, ForwardShared<C>& shared)
     acc.clear();
     if (range.first_kv_tile < range.end_kv_tile)
       mainloop<C>(acc, shared, work, range, first_row, chunk_totals, scale, thread);
-    // Key tiles that only other warpgroups see. Wait for `full` before arriving on `empty`; otherwise the arrival counts for
-    // the stage's previous iteration.
+    // Key tiles that only other warpgroups see. Wait for `full` before arriving on `empty`; otherwise the arrival
+    // counts for the stage's previous iteration.
     for (int kv_tile = range.end_kv_tile; kv_tile < range.work_end; kv_tile++) {
       const uint32_t iteration = range.iteration(kv_tile);
       shared.kv_ring.wait_full(iteration, kValuePart);
@@ -295,18 +305,19 @@ SEGATTN_FN void attention_forward_hopper(const SegattnForwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo forward_info() {
-  return {ForwardLaunch<C>::kThreads, (int)sizeof(ForwardShared<C>), 1, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnForwardParams)};
+  return {ForwardLaunch<C>::kThreads,       (int)sizeof(ForwardShared<C>), 1, C::kRows, C::kKeys, C::kSplitKeys,
+          (int)sizeof(SegattnForwardParams)};
 }
 
-#define FORWARD(name, T, kHeadDim)                                                                                \
-  using Config_##name = ForwardConfig<T, kHeadDim>;                                                             \
-  SEGATTN_INFO(attention_prefill_hopper_##name, forward_info<Config_##name>())                                    \
-  SEGATTN_KERNEL(attention_prefill_hopper_##name, ForwardLaunch<Config_##name>, SegattnForwardParams) {         \
-    attention_forward_hopper<Config_##name>(params);                                                              \
-  }                                                                                                               \
-  SEGATTN_INFO(combine_prefill_hopper_##name, kCombineInfo)                                                       \
-  SEGATTN_KERNEL(combine_prefill_hopper_##name, CombineConfig, SegattnForwardParams) {                            \
-    attention_combine<Config_##name>(params);                                                                     \
+#define FORWARD(name, T, kHeadDim)                                                                      \
+  using Config_##name = ForwardConfig<T, kHeadDim>;                                                     \
+  SEGATTN_INFO(attention_prefill_hopper_##name, forward_info<Config_##name>())                          \
+  SEGATTN_KERNEL(attention_prefill_hopper_##name, ForwardLaunch<Config_##name>, SegattnForwardParams) { \
+    attention_forward_hopper<Config_##name>(params);                                                    \
+  }                                                                                                     \
+  SEGATTN_INFO(combine_prefill_hopper_##name, kCombineInfo)                                             \
+  SEGATTN_KERNEL(combine_prefill_hopper_##name, CombineConfig, SegattnForwardParams) {                  \
+    attention_combine<Config_##name>(params);                                                           \
   }
 
 FORWARD(bf16_d64, Bf16, 64)

@@ -1,9 +1,10 @@
-// What the backward kernels share: what preparation leaves of each row, the work of a block of keys, and d_q's parts.
+// What the backward kernels share: the rows that preparation writes, the work tiles of the key-stationary pass, and
+// the sum of d_q over KV splits.
 #pragma once
 #include "work_tiles.cuh"
 #include "softmax.cuh"
 
-// Kernels of a warp a row.
+// The kernels that have one warp a row.
 struct PrepareConfig {
   static constexpr int kThreads = 128, kBlocks = 8;
 };
@@ -12,21 +13,22 @@ SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int batch_index,
   return ((int64_t)batch_index * p.problem.q_heads + head) * p.row_pitch + query;
 }
 
-// The factor of the exponent's argument with its sign.
+// The scale in base 2, with its sign (scale_log2 in softmax.cuh has none).
 SEGATTN_FN float signed_scale_log2(float scale) { return scale < 0.f ? -scale_log2(scale) : scale_log2(scale); }
 
-// A block's keys and the queries that see them: heads of the group that read the source, each from first_query on.
+// A tile of keys, and the queries that see them: those from first_query on, of the heads of the group that read the
+// source.
 struct KeyWorkTile {
-  int batch_index, kv_head, end_head;  // query heads before end_head
-  int first;                  // first key row
-  int len;                    // valid keys of the source
+  int batch_index, kv_head, end_head;  // the group ends before query head end_head
+  int first;                           // first key row
+  int len;                             // valid keys of the source
   int query_rows, first_query;
   bool prior;
 };
 
-// A step of the loop over heads and query tiles.
+// A position in the loop over heads and query tiles.
 struct QueryCursor {
-  int head, query;  // a head beyond the group: the loop is done
+  int head, query;  // head == end_head of the work tile: the loop has ended
 
   SEGATTN_FN QueryCursor first(const SegattnProblem& p, const KeyWorkTile& work) {
     QueryCursor at = {work.kv_head * (p.q_heads / p.kv_heads), work.first_query};
@@ -47,7 +49,8 @@ struct QueryCursor {
   }
 };
 
-// Head by head; the current keys that the fewest queries see come last, of all heads, so that the blocks end together.
+// The work tile of an index: head by head; the current keys that the fewest queries see come last, of all heads, so
+// that the blocks end together.
 template <class C>
 SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
@@ -68,21 +71,23 @@ SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) 
   return work;
 }
 
-// One warp a row: adds up the parts of d_q where there are several. The warp of a head's first row
-// also adds up the head's gate sums, and is alone where no tile has several work tiles.
+// One warp a row: sums d_q over the KV splits of the row's tile, in order. The warp of a head's first row also sums
+// the head's gate gradients; if no tile has several splits, only these warps run.
 template <class C>
 SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   using T = typename C::T;
   const int lane = threadIdx.x & 31, rows = p.max_splits > 1 ? (int)p.problem.q.rows : 1;
   const int64_t index = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
   if (index >= (int64_t)p.problem.batch * p.problem.q_heads * rows) return;
-  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads), batch_index = (int)(index / rows / p.problem.q_heads);
+  const int query = (int)(index % rows), head = (int)(index / rows % p.problem.q_heads),
+            batch_index = (int)(index / rows / p.problem.q_heads);
   const KeyList keys = KeyList::of(p.problem, batch_index, head);
   const int query_rows = keys.query_rows((int)p.problem.q.rows);
   constexpr int kSplitTiles = C::kSplitKeys / C::kKeys;
   const int splits = ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kSplitTiles);
   if (splits > 1) {
-    const float4* parts = (const float4*)(p.partial_d_q + partial_row(p.problem, 0, batch_index, head, query) * C::kHeadDim);
+    const float4* parts =
+        (const float4*)(p.partial_d_q + partial_row(p.problem, 0, batch_index, head, query) * C::kHeadDim);
     const int64_t pitch = partial_row(p.problem, 1, 0, 0, 0) * C::kHeadDim / 4;
     uint2* out = (uint2*)Rows<T>::of(p.d_q, batch_index, head).row(query);
     const float scale = p.problem.scale;
@@ -104,7 +109,8 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   for (int tile = 0; keys.past_len > 0 && tile < p.tiles; tile++) {
     const int parts = max(1, ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
     for (int split = 0; split < parts; split++)
-      sum += p.partial_gate[(((int64_t)split * p.problem.batch + batch_index) * p.problem.q_heads + head) * p.tiles + tile];
+      sum += p.partial_gate[(((int64_t)split * p.problem.batch + batch_index) * p.problem.q_heads + head) * p.tiles +
+                            tile];
   }
   p.d_past_gate[(int64_t)batch_index * p.problem.q_heads + head] = gate > 0.f ? sum / gate : 0.f;
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include "attention_gradients.cuh"
 
-// Rows of a block of 4 warps: kLanes lanes a row, 16 bytes each, kPasses rows one after the other.
+// The rows of a block of 4 warps. kLanes lanes read a row, 16 bytes each; a warp reads kPasses such groups of rows.
 template <class T_, int kHeadDim>
 struct PrepareRows {
   using T = T_;
@@ -10,7 +10,7 @@ struct PrepareRows {
   static constexpr int kPasses = 4, kPassRows = 32 / kLanes, kRows = 4 * kPasses * kPassRows;
 };
 
-// a . b of eight elements, added to sum.
+// sum + a . b, of eight elements.
 template <class T>
 SEGATTN_FN float add_products(float sum, const uint4& a, const uint4& b) {
   const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
@@ -22,21 +22,25 @@ SEGATTN_FN float add_products(float sum, const uint4& a, const uint4& b) {
   return sum;
 }
 
-// A block's rows are of one head, padding up to row_pitch included.
+// A block's rows belong to one head; padding rows up to row_pitch are written too.
 template <class R>
 SEGATTN_FN void attention_prepare(const SegattnBackwardParams& p) {
   using T = typename R::T;
-  const int lane = threadIdx.x & 31, chunk = lane % R::kLanes, blocks = p.row_pitch / R::kRows, of_head = blockIdx.x / blocks;
+  const int lane = threadIdx.x & 31, chunk = lane % R::kLanes, blocks = p.row_pitch / R::kRows,
+            of_head = blockIdx.x / blocks;
   const int head = of_head % p.problem.q_heads, batch_index = of_head / p.problem.q_heads;
-  const int first = blockIdx.x % blocks * R::kRows + (threadIdx.x >> 5) * (R::kPasses * R::kPassRows) + lane / R::kLanes;
+  const int first =
+      blockIdx.x % blocks * R::kRows + (threadIdx.x >> 5) * (R::kPasses * R::kPassRows) + lane / R::kLanes;
   const int rows = min(p.problem.segment_len[batch_index], (int)p.problem.q.rows);
-  const Rows<const T> out = Rows<const T>::of(p.out, batch_index, head), d_out = Rows<const T>::of(p.d_out, batch_index, head);
+  const Rows<const T> out = Rows<const T>::of(p.out, batch_index, head),
+                      d_out = Rows<const T>::of(p.d_out, batch_index, head);
   uint4 x[R::kPasses], y[R::kPasses];
 #pragma unroll
   for (int i = 0; i < R::kPasses; i++) {
     const int query = first + i * R::kPassRows;
     x[i] = y[i] = make_uint4(0, 0, 0, 0);
-    if (query < rows && chunk < R::kChunks) x[i] = *(const uint4*)(out.row(query) + chunk * 8), y[i] = *(const uint4*)(d_out.row(query) + chunk * 8);
+    if (query < rows && chunk < R::kChunks)
+      x[i] = *(const uint4*)(out.row(query) + chunk * 8), y[i] = *(const uint4*)(d_out.row(query) + chunk * 8);
   }
 #pragma unroll
   for (int i = 0; i < R::kPasses; i++) {

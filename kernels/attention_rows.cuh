@@ -1,20 +1,20 @@
-// What every forward kernel does with a row: what it accumulates, its softmax, chunks merged into sections and these into
-// the row, its end, and the parts that a tile's work tiles left brought together. Said once, because a row must have the same
-// bits in all of them. C is a kernel's configuration: T, kHeadDim, kPackGqa, kRows of a block and kRowTiles (of 16 rows) of a
-// warp, kThreads, kKeys, kSplitKeys, kColTiles, kOutTiles, QueryTile.
+// The rows of every forward kernel: accumulators, mask, softmax, merging of chunks, epilogue, and the combine kernel.
+// They share this code because a row must have the same bits in all of them. C is a kernel's configuration: T,
+// kHeadDim, kPackGqa, kRows of a block, kRowTiles (of 16 rows) of a warp, kConsumerThreads (that hold accumulators),
+// kKeys, kSplitKeys, kColTiles, kOutTiles, QueryTile.
 #pragma once
 #include "work_tiles.cuh"
 #include "softmax.cuh"
 
-// Keys of a tile: part of the numbers' definition, so all forward kernels of a head_dim agree on it.
+// Keys of a key tile. It decides the order of sums, so all forward kernels of a head_dim use the same.
 __host__ __device__ constexpr int tile_keys(int head_dim) { return head_dim == 256 ? 32 : 64; }
 
-// A warp's place: its rows' range of positions, empty where all are padding.
+// A warp's rows and the range of their positions, empty (-1) if all are padding.
 struct WarpRows {
   int first_row, first_position, last_position;
 };
 
-// What a warp accumulates over a chunk, and a section.
+// What a warp accumulates over a chunk.
 template <class C>
 struct Accumulator {
   float out[C::kRowTiles][C::kOutTiles][4];
@@ -36,11 +36,12 @@ template <class C>
 SEGATTN_FN WarpRows warp_rows(const WorkTile& work, int packed_heads, int warp) {
   const int first_row = warp * C::kRowTiles * 16;
   const int first = query_row<C::kRows>(work, first_row, packed_heads).query;
-  const int last = min(query_row<C::kRows>(work, first_row + C::kRowTiles * 16 - 1, packed_heads).query, work.query_rows - 1);
+  const int last =
+      min(query_row<C::kRows>(work, first_row + C::kRowTiles * 16 - 1, packed_heads).query, work.query_rows - 1);
   return {first_row, work.keys.query_start + first, first <= last ? work.keys.query_start + last : -1};
 }
 
-// A negative scale goes into the queries, whose sign is free. Each warp turns its own rows.
+// A negative scale is applied to the queries, whose sign is free. Each warp negates its own rows.
 template <class C>
 SEGATTN_FN void negate_queries(typename C::QueryTile& q, int warp, int lane) {
   constexpr int kWarpRows = C::kRowTiles * 16, kRowWords = C::QueryTile::kRowBytes / 4;
@@ -51,7 +52,7 @@ SEGATTN_FN void negate_queries(typename C::QueryTile& q, int warp, int lane) {
   __syncwarp();
 }
 
-// Brings what was accumulated to the rows' new maxima, where one changed.
+// Rescales O by the rows' factors, unless all of a warp's are 1.
 template <int kOutTiles>
 SEGATTN_FN void rescale(float (&out)[kOutTiles][4], const float (&factor)[2]) {
   if (!warp_any(factor[0] != 1.f || factor[1] != 1.f)) return;
@@ -61,23 +62,25 @@ SEGATTN_FN void rescale(float (&out)[kOutTiles][4], const float (&factor)[2]) {
     for (int e = 0; e < 4; e++) out[n][e] = mul_rn(out[n][e], factor[e / 2]);
 }
 
-// Scores of a tile of 16 rows to weights; what was accumulated is brought to the new maximum where it changed.
+// Softmax of 16 rows: scores become probabilities, packed as A of the next product, and O is rescaled.
 template <class C>
-SEGATTN_FN void softmax_rows(uint32_t (&probs)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4], float (&out)[C::kOutTiles][4],
-                             RowState (&rows)[2], const float (&bias)[2], float scale) {
+SEGATTN_FN void softmax_rows(uint32_t (&probs)[C::kColTiles / 2][4], float (&s)[C::kColTiles][4],
+                             float (&out)[C::kOutTiles][4], RowState (&rows)[2], const float (&bias)[2], float scale) {
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias[half]);
 #pragma unroll
   for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) probs[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
+    for (int half = 0; half < 2; half++)
+      probs[n / 2][n % 2 * 2 + half] = pack<typename C::T>(s[n][half * 2], s[n][half * 2 + 1]);
   rescale(out, factor);
 }
 
-// Masks the keys that the rows at two positions do not see, of a tile's keys from `key` on.
+// Masks the keys from `key` on of a key tile that the rows at the two positions do not see.
 template <int kColTiles>
-SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const WorkTile& work, const KeyTile& tile, int key, const int (&position)[2], int lane) {
+SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const WorkTile& work, const KeyTile& tile, int key,
+                          const int (&position)[2], int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int limit = work.keys.limit(tile, position[half]) - tile.first - key - lane % 4 * 2;
@@ -90,15 +93,19 @@ SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], const WorkTile& work, const 
 }
 
 template <class C>
-SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row, int packed_heads, int lane) {
+SEGATTN_FN void mask_rows(float (&s)[C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row,
+                          int packed_heads, int lane) {
   const int row = first_row + lane / 4;
-  const int first = query_row<C::kRows>(work, row, packed_heads).position, second = query_row<C::kRows>(work, row + 8, packed_heads).position;
+  const int first = query_row<C::kRows>(work, row, packed_heads).position,
+            second = query_row<C::kRows>(work, row + 8, packed_heads).position;
   mask_keys(s, work, tile, 0, {first, second}, lane);
 }
 
-// 16 rows' values joined with those of the chunks before, which lie kThreads apart.
+// Merges 16 rows' O with the totals of the chunks before, whose values lie kConsumerThreads apart, and saves the
+// result.
 template <class C>
-SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors (&factors)[2], float4* saved, bool first, bool last) {
+SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors (&factors)[2], float4* saved,
+                               bool first, bool last) {
   if (!first) {
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; n++) {
@@ -111,14 +118,16 @@ SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors
   }
   if (last) return;
 #pragma unroll
-  for (int n = 0; n < C::kOutTiles; n++) saved[n * C::kConsumerThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
+  for (int n = 0; n < C::kOutTiles; n++)
+    saved[n * C::kConsumerThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
 }
 
-// A chunk is done: its rows' sums are completed, and it joins the chunks before it. These wait in global memory,
-// each value in a place of its thread's own (they would fill the registers of a second accumulator). At the last
-// chunk of the work tile acc.rows and acc.out are the work tile's.
+// Ends a chunk: completes its row sums and merges it with the chunks before. Their totals wait in global memory
+// (registers for a second accumulator are not there), each value where only its own thread reads and writes it. After
+// the last chunk acc.rows and acc.out are those of the work tile.
 template <class C>
-SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_totals, bool first, bool last, int thread) {
+SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_totals, bool first, bool last,
+                            int thread) {
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
     MergeFactors factors[2];
@@ -135,18 +144,23 @@ SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_to
         if (thread % 4 == 0) total = row;
       }
     }
-    if (!(first && last)) merge_row_tile<C>(acc.out[m], factors, (float4*)g_totals + m * C::kOutTiles * C::kConsumerThreads + thread, first, last);
+    if (!(first && last))
+      merge_row_tile<C>(acc.out[m], factors, (float4*)g_totals + m * C::kOutTiles * C::kConsumerThreads + thread, first,
+                        last);
   }
 }
 
-// The end of a row. Adding 0 makes -0 and 0 one.
+// Epilogue of a row. Adding 0 turns -0 into 0.
 SEGATTN_FN float row_inverse(float sum) { return sum > 0.f || sum != sum ? 1.f / sum : 0.f; }
 SEGATTN_FN float finish_value(float x, float inverse) { return fma_rn(x, inverse, 0.f); }
-SEGATTN_FN float row_lse(const RowState& row) { return row.max == SEGATTN_NEG_INF ? row.max : (row.max + log2_approx(row.sum)) * kLn2; }
+SEGATTN_FN float row_lse(const RowState& row) {
+  return row.max == SEGATTN_NEG_INF ? row.max : (row.max + log2_approx(row.sum)) * kLn2;
+}
 
-// acc.out becomes out; lse is written.
+// Epilogue of a warp's rows: normalises acc.out and stores lse.
 template <class C>
-SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row, int lane) {
+SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work, Accumulator<C>& acc, int first_row,
+                            int lane) {
   const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
@@ -161,7 +175,8 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work,
       }
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
       if (lane % 4 == 0 && q.query < p.problem.q.rows)
-        p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] = q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
+        p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] =
+            q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
     }
 }
 
@@ -170,12 +185,13 @@ SEGATTN_FN void store_final(const SegattnForwardParams& p, const WorkTile& work,
                             typename C::QueryTile& staging, int first_row, int warp, int lane) {
   const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
   finish_rows<C>(p, work, acc, first_row, lane);
-  store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(acc.out, shared_address(&staging), (unsigned char*)&staging, p.out,
-                                                              work, packed_heads, warp, lane);
+  store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(
+      acc.out, shared_address(&staging), (unsigned char*)&staging, p.out, work, packed_heads, warp, lane);
 }
 
 template <class C>
-SEGATTN_FN void store_partial(const SegattnForwardParams& p, const WorkTile& work, const Accumulator<C>& acc, int first_row, int lane) {
+SEGATTN_FN void store_partial(const SegattnForwardParams& p, const WorkTile& work, const Accumulator<C>& acc,
+                              int first_row, int lane) {
   const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
@@ -192,8 +208,8 @@ SEGATTN_FN void store_partial(const SegattnForwardParams& p, const WorkTile& wor
     }
 }
 
-// Folds the parts of a row's work tiles: chunks (where work tiles are chunks) into sections, sections into the row. One
-// warp a row, lane l holding columns l, l + 32, ...
+// The combine kernel, one warp a row: merges a row's KV splits in order, chunks into sections and sections into the
+// row. Lane l has columns l, l + 32, ...
 template <class C>
 struct CombinedRow {
   static constexpr int kValues = C::kHeadDim / 32;
@@ -218,8 +234,9 @@ template <class C>
 SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   using T = typename C::T;
   const int lane = threadIdx.x & 31;
-  const uint32_t rows = (uint32_t)p.problem.q.rows, heads = p.problem.q_heads, index = blockIdx.x * 4 + (threadIdx.x >> 5);
-  if (index >= p.problem.batch * heads * rows) return wait_for_previous();
+  const uint32_t rows = (uint32_t)p.problem.q.rows, heads = p.problem.q_heads,
+                 index = blockIdx.x * 4 + (threadIdx.x >> 5);
+  if (index >= p.problem.batch * heads * rows) return griddep_wait();
   const int query = index % rows, head = index / rows % heads, batch_index = index / rows / heads;
   const int packed_heads = C::kPackGqa ? p.packed_heads : 1;
   const KeyList keys = KeyList::of(p.problem, batch_index, head);
@@ -227,14 +244,14 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const int tile = (query * packed_heads + head % packed_heads) / C::kRows;
   const int kv_tiles = visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, packed_heads, query_rows);
   const int splits = ceil_div(kv_tiles, C::kSplitKeys / C::kKeys);
-  wait_for_previous();      // what is read so far was there before
-  if (splits <= 1) return;  // already final
+  griddep_wait();           // what is read above was written before the attention kernel
+  if (splits <= 1) return;  // the attention kernel stored the final result
 
   constexpr int kSectionSplits = kSectionChunks * kChunkKeys / C::kSplitKeys;
   CombinedRow<C> total, partials[kSectionSplits];
   for (int first = 0; first < splits && query < query_rows; first += kSectionSplits) {
     const int count = splits - first;
-    // All of a section's loads first: each takes as long as the rest of it.
+    // Issues all loads of a section before the first is used: their latencies overlap.
 #pragma unroll
     for (int i = 0; i < kSectionSplits; i++)
       if (i < count) partials[i].load(p, partial_row(p.problem, first + i, batch_index, head, query), lane);
@@ -257,9 +274,7 @@ struct CombineConfig {
 };
 constexpr SegattnKernelInfo kCombineInfo = {128, 0, 4, 4, 0, 0, (int)sizeof(SegattnForwardParams)};
 
-// What the work tiles of a kernel are merged by.
-#define COMBINE(name)                                                                       \
-  SEGATTN_INFO(combine_##name, kCombineInfo)                                                \
-  SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) {                     \
-    attention_combine<Config_##name>(params);                                               \
-  }
+// The combine kernel of a forward kernel.
+#define COMBINE(name)                        \
+  SEGATTN_INFO(combine_##name, kCombineInfo) \
+  SEGATTN_KERNEL(combine_##name, CombineConfig, SegattnForwardParams) { attention_combine<Config_##name>(params); }

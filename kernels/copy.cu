@@ -39,7 +39,8 @@ SEGATTN_FN void copy(const SegattnCopyParams& p) {
 
 // A thread eight elements where p.vectors, else one: rows * width / 8 threads, or rows * width.
 #define COPY(name, Src, Dst)                                                                                          \
-  SEGATTN_INFO(name, (SegattnKernelInfo{CopyConfig::kThreads, 0, CopyConfig::kBlocks, 0, 0, 0, sizeof(SegattnCopyParams)})) \
+  SEGATTN_INFO(name,                                                                                                  \
+               (SegattnKernelInfo{CopyConfig::kThreads, 0, CopyConfig::kBlocks, 0, 0, 0, sizeof(SegattnCopyParams)})) \
   SEGATTN_KERNEL(name, CopyConfig, SegattnCopyParams) { copy<Src, Dst>(params); }
 
 COPY(copy_bf16_bf16, Bf16, Bf16)

@@ -24,7 +24,8 @@ SEGATTN_FN void embed(const SegattnEmbedParams& p) {
 
 SEGATTN_FN void embed_grad(const SegattnEmbedParams& p) {
   using C = EmbedGradConfig;
-  const uint32_t index = thread_index() / 32, column_parts = ceil_div(p.width, 32 * kVector), run = index / column_parts;
+  const uint32_t index = thread_index() / 32, column_parts = ceil_div(p.width, 32 * kVector),
+                 run = index / column_parts;
   const int lane = threadIdx.x % 32, column = ((int)(index % column_parts) * 32 + lane) * kVector;
   if (run >= (uint32_t)p.runs) return;
   const int first = p.run_start[run], end = p.run_start[run + 1];
@@ -57,7 +58,9 @@ SEGATTN_FN void embed_grad(const SegattnEmbedParams& p) {
 
 // embed: a thread eight elements, rows * width / 8 threads. embed_grad: a warp a token and 256 columns,
 // runs * ceil(width / 256) warps.
-SEGATTN_INFO(embed_bf16, (SegattnKernelInfo{EmbedConfig::kThreads, 0, EmbedConfig::kBlocks, 0, 0, 0, sizeof(SegattnEmbedParams)}))
+SEGATTN_INFO(embed_bf16,
+             (SegattnKernelInfo{EmbedConfig::kThreads, 0, EmbedConfig::kBlocks, 0, 0, 0, sizeof(SegattnEmbedParams)}))
 SEGATTN_KERNEL(embed_bf16, EmbedConfig, SegattnEmbedParams) { embed(params); }
-SEGATTN_INFO(embed_grad_bf16, (SegattnKernelInfo{EmbedGradConfig::kThreads, 0, EmbedGradConfig::kBlocks, 0, 0, 0, sizeof(SegattnEmbedParams)}))
+SEGATTN_INFO(embed_grad_bf16, (SegattnKernelInfo{EmbedGradConfig::kThreads, 0, EmbedGradConfig::kBlocks, 0, 0, 0,
+                                                 sizeof(SegattnEmbedParams)}))
 SEGATTN_KERNEL(embed_grad_bf16, EmbedGradConfig, SegattnEmbedParams) { embed_grad(params); }

@@ -89,7 +89,8 @@ SEGATTN_FN void produce_keys(const SegattnBackwardParams& p, KeyGradShared<C>& s
   const uint32_t stage = shared.kv_ring.stage(n);
   shared.kv_ring.wait_empty(n);
   if (buffer.none) return shared.kv_ring.arrive_without_copies(n);
-  const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k, &v = work.prior ? p.problem.prior_v : p.problem.v;
+  const SegattnTensor &k = work.prior ? p.problem.prior_k : p.problem.k,
+                      &v = work.prior ? p.problem.prior_v : p.problem.v;
   const Rows<const T> k_rows = Rows<const T>::of(k, work.batch_index, work.kv_head);
   const Rows<const T> v_rows = Rows<const T>::of(v, work.batch_index, work.kv_head);
   copy_rows_async<KT, 32>(shared_address(&shared.k[stage]), k_rows, work.first, work.len, lane);
@@ -135,8 +136,8 @@ SEGATTN_FN void produce_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
 
 // ---------------------------------------------------------------------------------------------------- consumer warps
 
-// Masks S^T where a query does not see a key: the first `before` queries of the tile for the thread's upper key, 8 more for
-// the lower one. The sign makes P 0 for either sign of the scale.
+// Masks S^T where a query does not see a key: the first `before` queries of the tile for the thread's upper key, 8
+// more for the lower one. The sign makes P 0 for either sign of the scale.
 template <int kColTiles>
 SEGATTN_FN void mask_queries(float (&s)[kColTiles][4], int before, float scale, int lane) {
   const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
@@ -186,8 +187,8 @@ struct QueryIterator {
   __device__ __forceinline__ int stage() const { return uniform(shared.query_ring.stage(iteration)); }
   // Keys of the warpgroup that the stage's first query does not see; negative where it sees all.
   __device__ __forceinline__ int before() const { return first_key - shared.query[shared.query_ring.stage(iteration)]; }
-  // Moves to the next iteration of which some query sees a key of the warpgroup and waits for it; releases those before. False:
-  // there is none.
+  // Moves to the next iteration of which some query sees a key of the warpgroup and waits for it; releases those
+  // before. False: there is none.
   __device__ __forceinline__ bool seek() {
     for (; iteration != end; iteration++) {
       shared.query_ring.wait_full(iteration);
@@ -200,8 +201,8 @@ struct QueryIterator {
 
 // The tiles of queries of a work tile: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile.
 template <class C>
-SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryIterator<C> at, int kv_stage, float scale,
-                                  int first_row, int lane) {
+SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryIterator<C> at, int kv_stage,
+                                  float scale, int first_row, int lane) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
@@ -269,7 +270,8 @@ SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
     const Rows<T> d_v_rows = Rows<T>::of(d_v, work.batch_index, work.kv_head);
     // The gradients are staged where the warpgroup's products read k and v.
     sync_consumer_warpgroup<C>(thread / 128);
-    store_rows(grads.d_k, p.problem.scale, shared.k[kv_stage], warp_row, d_k_rows, work.first, work.len, (int)d_k.rows, lane);
+    store_rows(grads.d_k, p.problem.scale, shared.k[kv_stage], warp_row, d_k_rows, work.first, work.len, (int)d_k.rows,
+               lane);
     store_rows(grads.d_v, 1.f, shared.v[kv_stage], warp_row, d_v_rows, work.first, work.len, (int)d_v.rows, lane);
     shared.kv_ring.release(n, lane);
   }
@@ -283,6 +285,6 @@ SEGATTN_FN void attention_key_grad(const SegattnBackwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo key_grad_info() {
-  return {C::kThreads, (int)sizeof(KeyGradShared<C>), C::kBlocks, C::kKeys, C::kQueries, 0,
-          (int)sizeof(SegattnBackwardParams)};
+  return {C::kThreads, (int)sizeof(KeyGradShared<C>),     C::kBlocks, C::kKeys, C::kQueries,
+          0,           (int)sizeof(SegattnBackwardParams)};
 }

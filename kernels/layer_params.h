@@ -1,5 +1,5 @@
-/* What host and device share of the layers around attention: one struct per kernel family, passed by value. Plain C,
- * mirrored like params.h. Strides are in elements, 64 bit. Every pointer carries its shape. */
+/* The launch parameters of the layers around attention: one struct per kernel family, passed by value. Plain C,
+ * mirrored like params.h. Strides are 64-bit numbers of elements. The comment of a pointer gives the shape. */
 #ifndef SEGATTN_LAYER_PARAMS_H
 #define SEGATTN_LAYER_PARAMS_H
 
@@ -39,7 +39,7 @@ typedef struct SegattnNormParams {
   float eps;
 } SegattnNormParams;
 
-/* rope: heads of rows turned by their angles. */
+/* rope: rotates the heads of rows. */
 typedef struct SegattnRopeParams {
   SegattnRows src;       /* bf16 [rows, heads * head_dim] */
   SegattnRows dst;       /* bf16 [rows, heads * head_dim]; may be src */
@@ -50,20 +50,20 @@ typedef struct SegattnRopeParams {
   int32_t first_angle;
   int32_t heads;
   int32_t head_dim; /* a multiple of 16 */
-  int32_t inverse;  /* turns backwards: the gradient */
+  int32_t inverse;  /* rotates backwards: the gradient */
   int32_t add;      /* dst += instead of = */
 } SegattnRopeParams;
 
 /* split_qkv: from the product's rows to what attention reads; join_qkv: gradients back. */
 typedef struct SegattnQkvParams {
-  SegattnRows qkv;           /* bf16 [rows, (q_heads + 2 kv_heads) * head_dim]: q, k, v; join: their gradients, set */
-  SegattnRows q;             /* bf16 [rows, q_heads * head_dim], rotated; join: its gradient */
-  SegattnRows k, raw_k, v;   /* split: bf16 [cache rows, kv_heads * head_dim], rotated, not rotated (data null: none), and
+  SegattnRows qkv;         /* bf16 [rows, (q_heads + 2 kv_heads) * head_dim]: q, k, v; join: their gradients, set */
+  SegattnRows q;           /* bf16 [rows, q_heads * head_dim], rotated; join: its gradient */
+  SegattnRows k, raw_k, v; /* split: bf16 [cache rows, kv_heads * head_dim], rotated, not rotated (data null: none), and
                                 values; join: gradients of k and v [rows, ...], raw_k unused */
-  SegattnRows probes;        /* split: bf16 [probe rows, q_heads * head_dim], q before rotation; data null: none */
-  const float* cos;          /* [positions, head_dim / 2] */
-  const float* sin;          /* [positions, head_dim / 2] */
-  const int32_t* angles;     /* [rows]: row of the tables */
+  SegattnRows probes;      /* split: bf16 [probe rows, q_heads * head_dim], q before rotation; data null: none */
+  const float* cos;        /* [positions, head_dim / 2] */
+  const float* sin;        /* [positions, head_dim / 2] */
+  const int32_t* angles;   /* [rows]: row of the tables */
   const int32_t* cache_rows; /* split: [rows]: row of k, raw_k and v */
   const int32_t* probe_rows; /* split: [rows]: row of probes, negative: none */
   int64_t rows;
@@ -91,23 +91,23 @@ typedef struct SegattnEmbedParams {
   const int32_t* order;     /* gradient: [rows]: rows sorted by token, equal tokens in ascending order */
   const int32_t* run_start; /* gradient: [runs + 1]: where in order the rows of the next token begin */
   int64_t rows;
-  int32_t runs; /* distinct tokens */
+  int32_t runs;  /* distinct tokens */
   int32_t width; /* a multiple of 8 */
 } SegattnEmbedParams;
 
 /* cross_entropy: log-probabilities of targets, and the gradient by the logits. */
 typedef struct SegattnLossParams {
-  SegattnRows logits;       /* f32 [rows, vocab], any alignment */
-  const uint32_t* targets;  /* [rows] */
-  float* log_probability;   /* [rows] */
-  SegattnRows d_logits;     /* bf16 [rows, vocab], any alignment; data null: none. A row may begin where the logits' row
+  SegattnRows logits;      /* f32 [rows, vocab], any alignment */
+  const uint32_t* targets; /* [rows] */
+  float* log_probability;  /* [rows] */
+  SegattnRows d_logits;    /* bf16 [rows, vocab], any alignment; data null: none. A row may begin where the logits' row
                                begins: it then takes the place of the row's first half */
   int64_t rows;
   int32_t vocab;
   float scale; /* d_logits = scale * (softmax - onehot) */
 } SegattnLossParams;
 
-/* One tensor of an update. */
+/* One tensor of the optimizer. */
 typedef struct SegattnAdamwTensor {
   float* values;      /* [len] */
   const float* grads; /* [len] */
@@ -122,7 +122,7 @@ typedef struct SegattnAdamwTensor {
   int32_t changes;     /* 0: counts for the norm and stays as it is */
 } SegattnAdamwTensor;
 
-/* What became of an update. */
+/* The result of an update. */
 typedef struct SegattnAdamwResult {
   double grad_norm; /* of all gradients, before clipping */
   float clip;       /* factor on the gradients */
@@ -144,7 +144,7 @@ typedef struct SegattnAdamwParams {
   float eps;
 } SegattnAdamwParams;
 
-/* Keys and values of tokens of a pool, in one run of memory. */
+/* Keys and values of tokens of a pool, in one range of memory. */
 typedef struct SegattnPoolChunk {
   void* k; /* bf16 [chunk_tokens, heads, head_dim] */
   void* v;
@@ -161,29 +161,30 @@ typedef struct SegattnPoolHead {
 typedef struct SegattnRetrievalParams {
   const SegattnPoolChunk* chunks; /* tokens from first_token on, chunk_tokens each */
   const SegattnPoolHead* head;    /* [heads] */
-  SegattnRows q;        /* probes: bf16 [probe rows, q_heads * head_dim], before rotation */
-  SegattnRows k, v;     /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
-  void* probes;         /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
-  float* scores;        /* [heads, score_pitch] */
-  int32_t* picks;       /* [heads, max_picks]: blocks in ascending order */
-  int32_t* pick_count;  /* [heads] */
-  int32_t* past_len;    /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
-  const float* cos;     /* [positions, head_dim / 2] */
-  const float* sin;     /* [positions, head_dim / 2] */
-  int64_t first_token;  /* token 0 of chunks[0] */
+  SegattnRows q;                  /* probes: bf16 [probe rows, q_heads * head_dim], before rotation */
+  SegattnRows k,
+      v;          /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
+  void* probes;   /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
+  float* scores;  /* [heads, score_pitch] */
+  int32_t* picks; /* [heads, max_picks]: blocks in ascending order */
+  int32_t* pick_count; /* [heads] */
+  int32_t* past_len;   /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
+  const float* cos;    /* [positions, head_dim / 2] */
+  const float* sin;    /* [positions, head_dim / 2] */
+  int64_t first_token; /* token 0 of chunks[0] */
   int64_t chunk_tokens;
-  int64_t token;        /* append: token of row 0 */
-  int64_t rows;         /* append */
+  int64_t token; /* append: token of row 0 */
+  int64_t rows;  /* append */
   int64_t score_pitch;
   int32_t heads;
-  int32_t head_dim;     /* a multiple of 16 */
-  int32_t group;        /* query heads of a KV head */
-  int32_t windows;      /* of a query head */
-  int32_t window;       /* probe rows of a window */
-  int32_t stride;       /* probe rows between the starts of two windows */
+  int32_t head_dim; /* a multiple of 16 */
+  int32_t group;    /* query heads of a KV head */
+  int32_t windows;  /* of a query head */
+  int32_t window;   /* probe rows of a window */
+  int32_t stride;   /* probe rows between the starts of two windows */
   int32_t block_len;
-  int32_t first_block;  /* scores: of this launch */
-  int32_t blocks;       /* scores: of this launch; pick: all */
+  int32_t first_block; /* scores: of this launch */
+  int32_t blocks;      /* scores: of this launch; pick: all */
   int32_t max_picks;
 } SegattnRetrievalParams;
 
@@ -191,25 +192,25 @@ typedef struct SegattnRetrievalParams {
 typedef struct SegattnSampler {
   uint64_t seed;
   uint64_t stream;
-  uint64_t position;  /* tokens chosen so far; goes up by one with every token */
-  float temperature;  /* 0: the highest logit */
-  float top_p;        /* in (0, 1] */
-  float min_p;        /* in [0, 1] */
-  float penalty;      /* above 0; 1: none */
-  uint32_t top_k;     /* 0: all */
-  int32_t failure;    /* written: 0, or 1: a logit is NaN or +inf, 2: no logit is finite; then nothing was chosen */
+  uint64_t position; /* tokens chosen so far; goes up by one with every token */
+  float temperature; /* 0: the highest logit */
+  float top_p;       /* in (0, 1] */
+  float min_p;       /* in [0, 1] */
+  float penalty;     /* above 0; 1: none */
+  uint32_t top_k;    /* 0: all */
+  int32_t failure;   /* written: 0, or 1: a logit is NaN or +inf, 2: no logit is finite; then nothing was chosen */
 } SegattnSampler;
 
 /* sample: the next token of every row. */
 typedef struct SegattnSampleParams {
   SegattnRows logits;      /* f32 [rows, vocab], any alignment */
   SegattnSampler* sampler; /* [rows] */
-  uint32_t* seen;          /* [rows, seen_pitch]: bit t % 32 of word t / 32: t is in the history; the token chosen is added */
-  uint32_t* tokens;        /* [rows] */
-  float* log_probability;  /* [rows]: of the token, by the logits as they are */
-  const int32_t* places;   /* [rows of the launch] or null: which row of all of the above is meant */
-  int64_t seen_pitch;      /* words, at least ceil(vocab / 32) */
-  int64_t rows;            /* of the launch */
+  uint32_t* seen;   /* [rows, seen_pitch]: bit t % 32 of word t / 32: t is in the history; the token chosen is added */
+  uint32_t* tokens; /* [rows] */
+  float* log_probability; /* [rows]: of the token, by the logits as they are */
+  const int32_t* places;  /* [rows of the launch] or null: which row of all of the above is meant */
+  int64_t seen_pitch;     /* words, at least ceil(vocab / 32) */
+  int64_t rows;           /* of the launch */
   int32_t vocab;
 } SegattnSampleParams;
 

@@ -1,9 +1,9 @@
-// Cross entropy of rows of logits [rows, vocab], a chunk of the head's product at a time:
+// Cross entropy of rows of logits [rows, vocab]. The host calls it for a few rows of the LM head's product at a time:
 //   log_probability[r] = ln softmax(logits[r])[target[r]]
 //   d_logits[r]        = scale (softmax(logits[r]) - onehot(target[r]))          set, where asked
-// With scale = 1 / tokens the latter is the gradient of the mean negative log-probability. At the target p - 1 comes
-// from expm1(log_probability), as exact as the sum is. d_logits may begin where the logits do: it then takes the place of
-// their first half. Bytes a logit: 4, with the gradient 10.
+// With scale = 1 / tokens the latter is the gradient of the mean negative log-probability. At the target, p - 1 is
+// expm1(log_probability), which is as accurate as the sum. d_logits may overlap the first half of the logits. Bytes a
+// logit: 4, with the gradient 10.
 #include "row_softmax.cuh"
 
 struct LossConfig {
@@ -41,7 +41,7 @@ SEGATTN_FN void cross_entropy(const SegattnLossParams& p) {
       for (int e = 0; e < kVector; e++)
         if (target == column + e) x[e] = of_target;
     load_logits(next, g_logits, column + step, p.vocab);
-    __syncthreads();  // what is written next may take the place of logits that all have read by now
+    __syncthreads();  // d_logits may overwrite the logits: all threads have read them
     store_gradient(g_d_logits, column, p.vocab, x);
   }
 }
@@ -49,5 +49,6 @@ SEGATTN_FN void cross_entropy(const SegattnLossParams& p) {
 // ---------------------------------------------------------------------------------------------------- entry points
 
 // A block a row, softmax_threads(vocab) threads.
-SEGATTN_INFO(cross_entropy_bf16, (SegattnKernelInfo{LossConfig::kThreads, sizeof(RowSoftmaxShared), LossConfig::kBlocks, 1, 0, 0, sizeof(SegattnLossParams)}))
+SEGATTN_INFO(cross_entropy_bf16, (SegattnKernelInfo{LossConfig::kThreads, sizeof(RowSoftmaxShared), LossConfig::kBlocks,
+                                                    1, 0, 0, sizeof(SegattnLossParams)}))
 SEGATTN_KERNEL(cross_entropy_bf16, LossConfig, SegattnLossParams) { cross_entropy(params); }

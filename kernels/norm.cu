@@ -3,22 +3,25 @@
 //                         rstd = 1 / sqrt(mean(x'^2) + eps),  y = x' rstd weight
 //   rms_norm_grad         d_x (+)= rstd weight d_y - x rstd^3 mean(weight d_y x)
 //   rms_norm_weight_grad  d_weight += sum over rows of d_y x rstd, one chain over rows in ascending order
-// Bits: a row is summed by threads and a tree that its width decides; the chain over rows makes it no difference how
-// rows are spread over calls. Bytes a row and element: forward 4 (with residual 8), grad 6 (+ 2 for +=), weight 4.
+// Bits: the width of a row decides the threads and the tree that sum it. The sum over rows is one chain, so it does
+// not matter how many rows a call holds. Bytes a row and element: forward 4 (with residual 8), gradient 6 (+ 2 for
+// +=), weight 4.
 #include "reduce.cuh"
 #include "vectors.cuh"
 
 // ---------------------------------------------------------------------------------------------------- a block a row
 
-// A row stays in registers between its two uses, two vectors a thread: few enough for 1536 resident threads.
+// A row stays in registers between its two uses, two vectors a thread, which leaves room for 1536 resident threads.
 struct RowConfig {
   static constexpr int kThreads = 1024, kBlocks = 1;
   static constexpr int kVectors = 2;
   static constexpr int kMaxWidth = kThreads * kVectors * kVector;
 };
 
-// Threads of a row: part of the result's definition, since it decides the order of the sum.
-SEGATTN_FN int row_threads(int width) { return min(RowConfig::kThreads, max(1, ceil_div(width, RowConfig::kVectors * kVector * 32)) * 32); }
+// Threads of a row. The number decides the order of the sum, and so the bits.
+SEGATTN_FN int row_threads(int width) {
+  return min(RowConfig::kThreads, max(1, ceil_div(width, RowConfig::kVectors * kVector * 32)) * 32);
+}
 
 SEGATTN_FN int vector_column(int i) { return (threadIdx.x + i * blockDim.x) * kVector; }
 
@@ -107,8 +110,8 @@ SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- rows to one
 
-// A block sums 16 columns, whole sectors of memory. Eight warps multiply 256 rows at a time into shared memory, one warp
-// adds them up in order while the others fetch the next 256: the sum is one chain, its memory traffic is that of all warps.
+// A block sums 16 columns, which are whole sectors of memory. Eight warps multiply 256 rows at a time into shared
+// memory, while one warp adds the products of the previous 256 in order: the sum is one chain, but all warps load.
 struct ColumnConfig {
   static constexpr int kThreads = 256, kBlocks = 4;
   static constexpr int kColumns = 16, kRowVectors = kColumns / kVector;
@@ -121,7 +124,7 @@ struct ColumnShared {
   alignas(16) float products[2][ColumnConfig::kRows][ColumnConfig::kPitch];
 };
 
-// What a thread multiplies: rows first, first + kStep, ... of one vector of columns.
+// The rows that a thread multiplies: first, first + kStep, ..., of one vector of columns.
 struct ColumnLoads {
   uint4 d_y[ColumnConfig::kLoads], x[ColumnConfig::kLoads];
   float rstd[ColumnConfig::kLoads];
@@ -138,8 +141,8 @@ SEGATTN_FN void load_columns(ColumnLoads& r, const SegattnNormParams& p, int64_t
   }
 }
 
-SEGATTN_FN void store_products(ColumnShared& shared, int stage, const ColumnLoads& r, const SegattnNormParams& p, int64_t first, int tile_row,
-                               int tile_column, int column) {
+SEGATTN_FN void store_products(ColumnShared& shared, int stage, const ColumnLoads& r, const SegattnNormParams& p,
+                               int64_t first, int tile_row, int tile_column, int column) {
 #pragma unroll
   for (int i = 0; i < ColumnConfig::kLoads; i++) {
     const int row = tile_row + i * ColumnConfig::kStep;
@@ -179,10 +182,14 @@ SEGATTN_FN void rms_norm_weight_grad(const SegattnNormParams& p) {
 // ---------------------------------------------------------------------------------------------------- entry points
 
 // rms_norm and rms_norm_grad: a block a row, row_threads(width) threads.
-SEGATTN_INFO(rms_norm_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_INFO(rms_norm_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0,
+                                               sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_bf16, RowConfig, SegattnNormParams) { rms_norm(params); }
-SEGATTN_INFO(rms_norm_grad_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_INFO(rms_norm_grad_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0,
+                                                    sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_grad_bf16, RowConfig, SegattnNormParams) { rms_norm_grad(params); }
 // rms_norm_weight_grad: a block 16 columns (tile_rows).
-SEGATTN_INFO(rms_norm_weight_grad_bf16, (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks, ColumnConfig::kColumns, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_INFO(rms_norm_weight_grad_bf16,
+             (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks,
+                                ColumnConfig::kColumns, 0, 0, sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_weight_grad_bf16, ColumnConfig, SegattnNormParams) { rms_norm_weight_grad(params); }

@@ -1,5 +1,5 @@
-/* What host and device share: one struct per kernel family, passed by value. Plain C, so that the host's
- * mirror can be generated. Strides and offsets are in elements, 64 bit. Every pointer carries its shape. */
+/* The launch parameters: one struct per kernel family, passed by value. Plain C, so that the host's mirror can be
+ * generated. Strides and offsets are 64-bit numbers of elements. The comment of a pointer gives the shape. */
 #ifndef SEGATTN_PARAMS_H
 #define SEGATTN_PARAMS_H
 
@@ -16,18 +16,18 @@ typedef struct SegattnTensor {
   int64_t rows; /* rows of a batch element, valid and padding together */
 } SegattnTensor;
 
-/* Queries of one segment and the three sources they read (segment-attention.md, section 1). */
+/* Queries of one segment and the three sources they read (docs/contract.md, section 1). */
 typedef struct SegattnProblem {
   SegattnTensor q; /* [batch, rows, q_heads, head_dim], row 0 at position query_start[b] */
   SegattnTensor k, v;
   SegattnTensor prior_k, prior_v;
   SegattnTensor past_k, past_v;
-  const int32_t* segment_len;  /* [batch]: valid rows of k and v */
-  const int32_t* prior_len;    /* [batch]: valid rows of prior_k and prior_v */
-  const int32_t* past_len;     /* [batch] or [batch, kv_heads], see the two strides */
-  const int32_t* query_start;  /* [batch] or null: 0 */
-  const float* past_gate;      /* [q_heads], 0: the past is not read */
-  const uint8_t* prior_heads;  /* [q_heads], whether the prior rows are read */
+  const int32_t* segment_len; /* [batch]: valid rows of k and v */
+  const int32_t* prior_len;   /* [batch]: valid rows of prior_k and prior_v */
+  const int32_t* past_len;    /* [batch] or [batch, kv_heads], see the two strides */
+  const int32_t* query_start; /* [batch] or null: 0 */
+  const float* past_gate;     /* [q_heads], 0: the past is not read */
+  const uint8_t* prior_heads; /* [q_heads], whether the prior rows are read */
   int32_t past_len_batch_stride;
   int32_t past_len_head_stride; /* 0: one length for all KV heads */
   int32_t batch;
@@ -36,49 +36,49 @@ typedef struct SegattnProblem {
   float scale;
 } SegattnProblem;
 
-/* attention_forward: out and lse, or partial results where a row's keys are split over several work_tiles. */
+/* attention_forward: out and lse, or partial results where a row's keys are split. */
 typedef struct SegattnForwardParams {
   SegattnProblem problem;
-  SegattnTensor out;    /* like q */
-  float* lse;           /* [batch, q_heads, rows] */
-  float* partial_out;   /* [work_tiles per tile, batch, q_heads, rows, head_dim], used where there are several */
-  float* partial_state; /* [work_tiles per tile, batch, q_heads, rows, 2]: running maximum (base 2) and sum */
-  float* chunk_totals;          /* [blocks of the grid, head_dim * tile rows]: totals of chunks before the current one */
-  uint32_t* work_counter;  /* [1], zero before the launch */
-  int32_t packed_heads; /* query heads of a group that share a tile; their sources must be the same */
+  SegattnTensor out;      /* like q */
+  float* lse;             /* [batch, q_heads, rows] */
+  float* partial_out;     /* [splits of a tile, batch, q_heads, rows, head_dim], only if there are several */
+  float* partial_state;   /* [splits of a tile, batch, q_heads, rows, 2]: running maximum (base 2) and sum */
+  float* chunk_totals;    /* [blocks of the grid, head_dim * tile rows]: totals of chunks before the current one */
+  uint32_t* work_counter; /* [1], zero before the launch: next work tile */
+  int32_t packed_heads;   /* PackGQA: query heads of a group that share a tile; they must read the same sources */
   int32_t tiles;          /* query tiles: ceil(rows * packed_heads / tile rows) */
-  int32_t max_splits;      /* most work_tiles that one tile's keys are split into */
+  int32_t max_splits;     /* most KV splits of a tile */
 } SegattnForwardParams;
 
 /* attention_backward and its preparation. query_start is 0. */
 typedef struct SegattnBackwardParams {
   SegattnProblem problem;
-  SegattnTensor out;        /* like q */
-  SegattnTensor d_out;      /* like q */
-  const float* lse;         /* [batch, q_heads, rows] */
-  const float* d_lse;       /* [batch, q_heads, rows] or null */
-  SegattnTensor d_q;        /* like q */
-  SegattnTensor d_k, d_v;   /* like k */
+  SegattnTensor out;                  /* like q */
+  SegattnTensor d_out;                /* like q */
+  const float* lse;                   /* [batch, q_heads, rows] */
+  const float* d_lse;                 /* [batch, q_heads, rows] or null */
+  SegattnTensor d_q;                  /* like q */
+  SegattnTensor d_k, d_v;             /* like k */
   SegattnTensor d_prior_k, d_prior_v; /* like prior_k; data null: read_only_prior */
-  float* d_past_gate;       /* [batch, q_heads] */
-  float* row_lse;           /* [batch, q_heads, row_pitch]: lse in base 2, +inf for padding */
-  float* row_delta;         /* [batch, q_heads, row_pitch]: d_out . out - d_lse, 0 for padding */
-  float* partial_d_q;       /* [work_tiles per tile, batch, q_heads, rows, head_dim], used where there are several */
-  float* partial_gate;      /* [work_tiles per tile, batch, q_heads, tiles]: sums of ds over past keys */
-  uint32_t* work_counter;      /* [2], zero before the launches: for kernels whose blocks take work_tiles, of d_q and of d_k */
-  int32_t row_pitch;        /* rows rounded up to a multiple of 128 */
-  int32_t tiles;            /* query tiles of the d_q pass */
-  int32_t max_splits;        /* most work_tiles that one tile's keys are split into */
+  float* d_past_gate;                 /* [batch, q_heads] */
+  float* row_lse;                     /* [batch, q_heads, row_pitch]: lse in base 2, +inf for padding */
+  float* row_delta;                   /* [batch, q_heads, row_pitch]: d_out . out - d_lse, 0 for padding */
+  float* partial_d_q;     /* [splits of a tile, batch, q_heads, rows, head_dim], only if there are several */
+  float* partial_gate;    /* [splits of a tile, batch, q_heads, tiles]: sums of ds over past keys */
+  uint32_t* work_counter; /* [2], zero before the launches: next work tile of d_q and of d_k */
+  int32_t row_pitch;      /* rows rounded up to a multiple of 128 */
+  int32_t tiles;          /* query tiles of the d_q pass */
+  int32_t max_splits;     /* most KV splits of a tile */
 } SegattnBackwardParams;
 
-/* How an entry point is launched; each has one of these, named <entry>_info. */
+/* What the host needs to know to launch an entry point: the constant <entry>_info of each. */
 typedef struct SegattnKernelInfo {
   int32_t threads;
   int32_t shared_bytes;
   int32_t blocks_per_multiprocessor; /* that fit by registers */
   int32_t tile_rows;                 /* query rows (d_k, d_v: key rows) of a block */
   int32_t key_rows;                  /* rows of a key tile (d_k, d_v: of a query tile) */
-  int32_t split_keys;                 /* keys of an work, 0 where nothing is split */
+  int32_t split_keys;                /* keys of a KV split, 0: keys are not split */
   int32_t params_bytes;
 } SegattnKernelInfo;
 

@@ -1,13 +1,15 @@
-// Copies in flight: a ring of kStages key tiles, K and V each a group of their own, committed in the order
-// K0 V0 K1 V1 ... One group is committed per call, empty or not, so that counting groups says what arrived.
+// A ring of stages filled by cp.async, for kernels whose warps all copy and all compute. Each iteration commits one
+// group of copies, empty or not, so that the number of groups still in flight says which iterations have landed.
 #pragma once
 #include "tile.cuh"
 
 template <int kStages>
-SEGATTN_FN int stage_of(int iteration) { return kStages == 1 ? 0 : kStages == 2 ? iteration & 1 : iteration % kStages; }
+SEGATTN_FN int stage_of(int iteration) {
+  return kStages == 1 ? 0 : kStages == 2 ? iteration & 1 : iteration % kStages;
+}
 
-// Waits until the oldest copies that are needed have landed for every thread of the block, and until every
-// thread is done with what it read before.
+// Waits until all but the kInFlight newest groups of every thread of the block have landed, and until every thread has
+// finished reading the stage that is filled next.
 template <int kInFlight>
 SEGATTN_FN void arrive_and_wait() {
   cp_async_wait<kInFlight>();

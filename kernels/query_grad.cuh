@@ -5,8 +5,8 @@
 #include "pipeline.cuh"
 #include "products.cuh"
 
-// 4 warps x 32 rows against 32 keys: scores and d_out v^T (32 registers each) beside d_q (128 at D 128). Keys 32 also
-// keeps two stages of K and V beside q and d_out in 96 KB. D 256: 2 warps x 16 rows.
+// 4 warps x 32 rows against 32 keys: S and dP (32 registers each) fit beside d_q (128 at D 128), and two stages of K
+// and V beside q and d_out in 96 KB. D 256: 2 warps x 16 rows.
 template <class T_, int kHeadDim_>
 struct QueryGradConfig {
   using T = T_;
@@ -26,15 +26,15 @@ struct QueryGradConfig {
 
 template <class C>
 struct QueryGradShared {
-  typename C::QueryTile q;  // later d_q on its way to global memory
+  typename C::QueryTile q;  // finally d_q, staged for the store
   typename C::QueryTile d_out;
   typename C::KeyTile k[C::kStages], v[C::kStages];
   alignas(16) float lse[C::kRows], delta[C::kRows];
   SourceRows<typename C::T> sources;
   WorkTile work;
-  KeyTile tiles[4];  // number t at t % 4: the one worked on and the next two
+  KeyTile tiles[4];  // key tile t is tiles[t % 4]: the current one and the next two
   int first_query[C::kWarps], last_query[C::kWarps];
-  float gate_sums[C::kThreads];  // each thread's sum of ds over past keys; then the warps'
+  float gate_sums[C::kThreads];  // each thread's sum of dS over past keys; finally each warp's
 };
 
 template <class C>
@@ -43,21 +43,25 @@ SEGATTN_FN void load_key_stage(QueryGradShared<C>& shared, int kv_tile, int thre
     const KeyTile& tile = shared.tiles[kv_tile & 3];
     const int stage = stage_of<C::kStages>(kv_tile), source = tile.source;
     const uint32_t copier = opaque(thread);
-    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.k[stage]), shared.sources.k[source], tile.first, tile.end, copier);
-    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.v[stage]), shared.sources.v[source], tile.first, tile.end, copier);
+    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.k[stage]), shared.sources.k[source],
+                                                      tile.first, tile.end, copier);
+    copy_rows_async<typename C::KeyTile, C::kThreads>(shared_address(&shared.v[stage]), shared.sources.v[source],
+                                                      tile.first, tile.end, copier);
   }
   cp_async_commit();
 }
 
-// q, d_out and what preparation left of the tile's rows.
+// Issues the copies of the tile's rows: q, d_out, and what the preparation kernel wrote.
 template <class C>
 SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int thread) {
   using T = typename C::T;
   const WorkTile& work = shared.work;
   const int first = work.query_tile * C::kRows;
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q), Rows<const T>::of(p.problem.q, work.batch_index, work.head), first,
-                                                      work.query_rows, thread);
-  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out), Rows<const T>::of(p.d_out, work.batch_index, work.head), first,
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.q),
+                                                      Rows<const T>::of(p.problem.q, work.batch_index, work.head),
+                                                      first, work.query_rows, thread);
+  copy_rows_async<typename C::QueryTile, C::kThreads>(shared_address(&shared.d_out),
+                                                      Rows<const T>::of(p.d_out, work.batch_index, work.head), first,
                                                       work.query_rows, thread);
   const int64_t prepared = prepared_row(p, work.batch_index, work.head, first);
   constexpr int kChunks = C::kRows / 4;
@@ -67,9 +71,10 @@ SEGATTN_FN void load_query_rows(const SegattnBackwardParams& p, QueryGradShared<
   }
 }
 
-// Scores of the keys that a row does not see become such that their weight is 0.
+// Masks S, so that P is 0 for keys that a row does not see, for either sign of the scale.
 template <class C>
-SEGATTN_FN void mask_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkTile& work, const KeyTile& tile, int first_row, float scale, int lane) {
+SEGATTN_FN void mask_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkTile& work, const KeyTile& tile,
+                          int first_row, float scale, int lane) {
   const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
@@ -85,10 +90,11 @@ SEGATTN_FN void mask_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkT
     }
 }
 
-// Scores to ds = p (dp - delta), in their place.
+// S to dS = P (dP - delta), in place.
 template <class C>
-SEGATTN_FN void softmax_grad(float (&s)[C::kRowTiles][C::kColTiles][4], const float (&dp)[C::kRowTiles][C::kColTiles][4],
-                                const QueryGradShared<C>& shared, float scale, float bias, int first_row, int lane) {
+SEGATTN_FN void softmax_grad(float (&s)[C::kRowTiles][C::kColTiles][4],
+                             const float (&dp)[C::kRowTiles][C::kColTiles][4], const QueryGradShared<C>& shared,
+                             float scale, float bias, int first_row, int lane) {
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
@@ -126,7 +132,8 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C:
       for (int n = 0; n < C::kOutTiles; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) d_q[m][n][e] *= p.problem.scale;
-    store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(d_q, shared_address(&shared.q), (unsigned char*)&shared, p.d_q, work, 1, warp, lane);
+    store_query_rows<typename C::T, typename C::QueryTile, C::kRowTiles>(
+        d_q, shared_address(&shared.q), (unsigned char*)&shared, p.d_q, work, 1, warp, lane);
     return;
   }
 #pragma unroll
@@ -135,13 +142,15 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C:
     for (int half = 0; half < 2; half++) {
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, 1);
       if (q.query >= p.problem.q.rows) continue;
-      float2* out = (float2*)(p.partial_d_q + partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim);
+      float2* out = (float2*)(p.partial_d_q +
+                              partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim);
 #pragma unroll
-      for (int n = 0; n < C::kOutTiles; n++) out[n * 4 + lane % 4] = make_float2(d_q[m][n][half * 2], d_q[m][n][half * 2 + 1]);
+      for (int n = 0; n < C::kOutTiles; n++)
+        out[n * 4 + lane % 4] = make_float2(d_q[m][n][half * 2], d_q[m][n][half * 2 + 1]);
     }
 }
 
-// The work tile's part of d_past_gate times gate: lanes, then warps, in order.
+// The work tile's partial sum of d_past_gate * gate: over lanes, then over warps, in order.
 template <class C>
 SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int warp, int lane) {
   float sum = shared.gate_sums[threadIdx.x];
@@ -154,7 +163,8 @@ SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C
   float total = 0.f;
   for (int i = 0; i < C::kWarps; i++) total += shared.gate_sums[i];
   const WorkTile& work = shared.work;
-  p.partial_gate[partial_row(p.problem, work.split, work.batch_index, work.head, 0) / p.problem.q.rows * p.tiles + work.query_tile] = total;
+  p.partial_gate[partial_row(p.problem, work.split, work.batch_index, work.head, 0) / p.problem.q.rows * p.tiles +
+                 work.query_tile] = total;
 }
 
 template <class C>
@@ -167,7 +177,8 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   const WorkTile& work = shared.work;
   if (thread == 0) {
     shared.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_splits);
-    for (int kv_tile = work.first_kv_tile; kv_tile < work.first_kv_tile + 2; kv_tile++) shared.tiles[kv_tile & 3] = work.keys.template tile<C::kKeys>(kv_tile);
+    for (int kv_tile = work.first_kv_tile; kv_tile < work.first_kv_tile + 2; kv_tile++)
+      shared.tiles[kv_tile & 3] = work.keys.template tile<C::kKeys>(kv_tile);
   }
   __syncthreads();
   if (work.split >= work.splits) return;
@@ -199,7 +210,8 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
     mma_ss<T, QT, KT>(s, a_base<QT>(shared_address(&shared.q), at), first_row, b_base<KT>(k, at), 0);
     mma_ss<T, QT, KT>(dp, a_base<QT>(shared_address(&shared.d_out), at), first_row, b_base<KT>(v, at), 0);
     const bool past = tile.source == kPast;
-    if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])) mask_keys<C>(s, work, tile, first_row, scale, at);
+    if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp]))
+      mask_keys<C>(s, work, tile, first_row, scale, at);
     softmax_grad<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
     if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
     pack_operands<T>(ds, s);
@@ -213,5 +225,6 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo query_grad_info() {
-  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys, (int)sizeof(SegattnBackwardParams)};
+  return {C::kThreads,   (int)sizeof(QueryGradShared<C>),   C::kBlocks, C::kRows, C::kKeys,
+          C::kSplitKeys, (int)sizeof(SegattnBackwardParams)};
 }

@@ -13,8 +13,8 @@ constexpr int kWorkBuffers = 4;
 static_assert(is_power_of_two(kWorkBuffers) && kWorkBuffers >= 3, "a counter that wraps indexes three live work tiles");
 
 template <class T_, int kHeadDim>
-struct QueryGradConfig : WarpSpecialization<kHeadDim, kHeadDim == 64 ? 3 : 2, 4, kHeadDim == 64 ? 48 : 56,
-                                            kHeadDim == 64 ? 152 : 224> {
+struct QueryGradConfig
+    : WarpSpecialization<kHeadDim, kHeadDim == 64 ? 3 : 2, 4, kHeadDim == 64 ? 48 : 56, kHeadDim == 64 ? 152 : 224> {
   using T = T_;
   static constexpr int kThreads = QueryGradConfig::kProducerThreads + QueryGradConfig::kConsumerThreads, kBlocks = 1;
   static constexpr int kRows = 64 * QueryGradConfig::kConsumerWarpgroups, kKeys = 64;
@@ -56,10 +56,11 @@ SEGATTN_FN void find_work(const SegattnBackwardParams& p, QueryWork& buffer, boo
   buffer.none = !next_query_work<C>(p, buffer.work, first);
 }
 
-// Starts copying the rows of a work tile: q, d_out, and what the preparation kernel left. The last tile may reach beyond
-// row_pitch, which is a multiple of 128.
+// Starts copying the rows of a work tile: q, d_out, and what the preparation kernel left. The last tile may reach
+// beyond row_pitch, which is a multiple of 128.
 template <class C>
-SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const WorkTile& work, int thread) {
+SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const WorkTile& work,
+                          int thread) {
   using T = typename C::T;
   using QT = typename C::QueryTile;
   const int first = work.query_tile * C::kRows;
@@ -78,7 +79,8 @@ SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& sh
 
 // Fills the ring's stage of `iteration` with key tile `kv_tile`.
 template <class C>
-SEGATTN_FN void produce_kv_tile(QueryGradShared<C>& shared, const WorkTile& work, int kv_tile, uint32_t iteration, int lane) {
+SEGATTN_FN void produce_kv_tile(QueryGradShared<C>& shared, const WorkTile& work, int kv_tile, uint32_t iteration,
+                                int lane) {
   using KT = typename C::KeyTile;
   const KeyTile tile = work.keys.template tile<C::kKeys>(kv_tile);
   const uint32_t stage = shared.kv_ring.stage(iteration);
@@ -126,8 +128,8 @@ SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShar
 
 // ---------------------------------------------------------------------------------------------------- consumer warps
 
-// Masks S of a key tile: the thread's upper row sees `limit` keys of the tile, the lower one `below`. The sign makes P 0 for
-// either sign of the scale.
+// Masks S of a key tile: the thread's upper row sees `limit` keys of the tile, the lower one `below`. The sign makes
+// P 0 for either sign of the scale.
 template <int kColTiles>
 SEGATTN_FN void mask_keys(float (&s)[kColTiles][4], int limit, int below, float scale, int lane) {
   const float masked_score = scale < 0.f ? INFINITY : -INFINITY;
@@ -147,8 +149,8 @@ struct KvIterator {
   int lane;
 
   __device__ __forceinline__ int stage() const { return uniform(shared.kv_ring.stage(iteration)); }
-  // Moves to the next iteration whose keys some row of the warpgroup sees and waits for it; releases those before. False:
-  // there is none.
+  // Moves to the next iteration whose keys some row of the warpgroup sees and waits for it; releases those before.
+  // False: there is none.
   __device__ __forceinline__ bool seek() {
     for (; iteration != end; iteration++) {
       shared.kv_ring.wait_full(iteration);
@@ -179,8 +181,8 @@ SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], const QueryFragments<C>& f
 // A work tile's keys: d_q of the warpgroup's rows. Returns the thread's sum of dS over past keys.
 template <class C>
 SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryFragments<C>& fragments,
-                                     QueryGradShared<C>& shared, const KeyList& keys, KvIterator<C> at, float scale, int row,
-                                     int group) {
+                                     QueryGradShared<C>& shared, const KeyList& keys, KvIterator<C> at, float scale,
+                                     int row, int group) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   const int lane = at.lane;
@@ -194,7 +196,9 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
     uint32_t ds[C::kColTiles / 2][4];
     wgmma_fence();
     if constexpr (C::kRegisterA) wgmma_rs<T, KT>(dp, fragments.d_out, shared_address(&shared.v[stage]));
-    else wgmma_ss<T, typename C::QueryTile, KT>(dp, shared_address(&shared.d_out), uniform(group), shared_address(&shared.v[stage]));
+    else
+      wgmma_ss<T, typename C::QueryTile, KT>(dp, shared_address(&shared.d_out), uniform(group),
+                                             shared_address(&shared.v[stage]));
     wgmma_commit();
     wgmma_wait<1>();
     if ((current ? at.first_query + 1 : tile.end) < tile.first + C::kKeys) {
@@ -232,8 +236,8 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
 
 // d_q of a thread's rows `query` and query + 8, or the KV split's partial result.
 template <class C>
-SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4], const WorkTile& work,
-                                 int query, int lane) {
+SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4],
+                                 const WorkTile& work, int query, int lane) {
   const int rows = (int)p.problem.q.rows;
   if (work.splits == 1) {
     const auto target = Rows<typename C::T>::of(p.d_q, work.batch_index, work.head);
@@ -286,8 +290,8 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
     clear(d_q);
     const int first = work.query_tile * C::kRows, group = thread / 128 * 64;
     const uint32_t end = first_iteration + max(0, work.end_kv_tile - work.first_kv_tile);
-    const KvIterator<C> iterator = {shared, first_iteration, end, first + group,
-                                    min(first + group + 64, work.query_rows) - 1, lane};
+    const KvIterator<C> iterator = {
+        shared, first_iteration, end, first + group, min(first + group + 64, work.query_rows) - 1, lane};
     const float gate_sum =
         query_grad_mainloop<C>(d_q, fragments, shared, work.keys, iterator, scale, first + row, group);
     first_iteration = iterator.end;
@@ -305,6 +309,6 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
 
 template <class C>
 constexpr SegattnKernelInfo query_grad_info() {
-  return {C::kThreads, (int)sizeof(QueryGradShared<C>), C::kBlocks, C::kRows, C::kKeys, C::kSplitKeys,
-          (int)sizeof(SegattnBackwardParams)};
+  return {C::kThreads,   (int)sizeof(QueryGradShared<C>),   C::kBlocks, C::kRows, C::kKeys,
+          C::kSplitKeys, (int)sizeof(SegattnBackwardParams)};
 }

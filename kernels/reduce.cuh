@@ -1,5 +1,5 @@
-// Sums and maxima over a block in an order that depends on its number of threads only: a tree over the lanes of a
-// warp, then the warps one after the other. Every thread gets the result.
+// Sums and maxima over a block, in an order that depends only on its number of threads: a tree over the lanes of a
+// warp, then the warps in order. Every thread gets the result.
 #pragma once
 #include "ptx.cuh"
 
@@ -19,7 +19,7 @@ SEGATTN_FN float warp_reduce(float x) {
   return x;
 }
 
-// s_warps: one value a warp, free for other use after the next barrier only.
+// s_warps: one value a warp. The caller may reuse it only after the next barrier.
 template <class Op>
 SEGATTN_FN float block_reduce(float x, float (&s_warps)[kMaxWarps]) {
   x = warp_reduce<Op>(x);

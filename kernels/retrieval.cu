@@ -1,12 +1,12 @@
-// Retrieval of past tokens (segment-attention.md, section 2), per KV head that reads the past; no gradient:
+// Retrieval of past tokens (docs/contract.md, section 2), per KV head that reads the past; no gradient:
 //   pool_append   a segment's k (before rotation) and v of the heads named, behind the pool's tokens
 //   pool_probes   probe = mean over a window of queries before rotation, in f32, as three bf16 that add up to it
 //   pool_scores   score of a block = max over its tokens and all probes of probe . k
 //   pool_pick     the max_picks best of the eligible blocks, ties to the earlier, in order of position
 //   pool_gather   their tokens to the past rows, keys rotated to the positions before end_angle
-// Scores: with a probe in three exact parts tensor cores multiply f32 by bf16 without loss and sum in f32; a score
-// depends on its probe and its key only, wherever they lie in a tile. Bytes: scores read every
-// key once, 2 head_dim a token and head; gather 8 head_dim a token.
+// Scores: a probe is split into three bf16 whose sum it is, so tensor cores multiply f32 by bf16 without loss and add
+// in f32. A score depends only on its probe and key, not on their positions in a tile. Bytes: scores read every key
+// once, 2 head_dim a token and head; gather 8 head_dim a token.
 #include "pipeline.cuh"
 #include "rotation.cuh"
 #include "select.cuh"
@@ -14,14 +14,14 @@
 SEGATTN_FN const SegattnPoolChunk& chunk_of(const SegattnRetrievalParams& p, int64_t token) {
   return p.chunks[(token - p.first_token) / p.chunk_tokens];
 }
-// Where a token's head lies in its chunk.
+// Offset of a token's head in its chunk of memory.
 SEGATTN_FN int64_t pool_offset(const SegattnRetrievalParams& p, int64_t token, int head) {
   return ((token - p.first_token) % p.chunk_tokens * p.heads + head) * p.head_dim;
 }
 
 // ---------------------------------------------------------------------------------------------------- elementwise
 
-// 24 bits of an f32 in bf16 of 8 each.
+// Splits an f32 (24 bits) into three bf16 of 8 bits each.
 constexpr int kProbeParts = 3;
 
 struct PoolConfig {
@@ -33,7 +33,8 @@ SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
   const int64_t row = index / row_units;
   if (row >= p.rows) return;
   const int head = index % row_units / head_units, column = index % head_units * kVector;
-  const int64_t src = (int64_t)p.head[head].kv_head * p.head_dim + column, dst = pool_offset(p, p.token + row, head) + column;
+  const int64_t src = (int64_t)p.head[head].kv_head * p.head_dim + column,
+                dst = pool_offset(p, p.token + row, head) + column;
   const SegattnPoolChunk& chunk = chunk_of(p, p.token + row);
   *(uint4*)((Bf16*)chunk.k + dst) = *(const uint4*)(row_of<const Bf16>(p.k, row) + src);
   *(uint4*)((Bf16*)chunk.v + dst) = *(const uint4*)(row_of<const Bf16>(p.v, row) + src);
@@ -66,7 +67,7 @@ SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
   }
 }
 
-// A thread eight pairs of one row of one head, key and value.
+// A thread has eight pairs of one row of one head, of keys and values.
 SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
   const int half = p.head_dim / 2;
   const uint32_t index = thread_index(), head_units = half / kVector, slot_rows = p.max_picks * p.block_len;
@@ -76,7 +77,8 @@ SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
   const SegattnPoolHead info = p.head[head];
   if (row == 0 && pair == 0 && p.past_len) p.past_len[info.kv_head] = rows;
   if (row >= (uint32_t)rows) return;
-  const int64_t token = (int64_t)p.picks[(int64_t)head * p.max_picks + row / p.block_len] * p.block_len + row % p.block_len;
+  const int64_t token =
+      (int64_t)p.picks[(int64_t)head * p.max_picks + row / p.block_len] * p.block_len + row % p.block_len;
   const int64_t src = pool_offset(p, token, head) + pair, dst = (int64_t)info.kv_head * p.head_dim + pair;
   const SegattnPoolChunk& chunk = chunk_of(p, token);
   const Pairs k = load_pairs((const Bf16*)chunk.k + src, 0, half), v = load_pairs((const Bf16*)chunk.v + src, 0, half);
@@ -106,15 +108,19 @@ struct ScoreShared {
   float scores[C::kKeys];
 };
 
-// Whole blocks of about a tile's keys: what one thread block scores.
+// Retrieval blocks that a thread block scores: as many as fit into a tile of keys, at least one.
 template <class C>
-SEGATTN_FN int blocks_of_item(int block_len) { return max(1, C::kKeys / block_len); }
+SEGATTN_FN int blocks_of_item(int block_len) {
+  return max(1, C::kKeys / block_len);
+}
 
-// Starts copying keys [first, end), a tile of them, of which some may lie in a later chunk of memory.
+// Issues the copies of keys [first, end), a tile of them. Some may lie in a later chunk of memory.
 template <class C>
-SEGATTN_FN void load_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int64_t first, int64_t end) {
+SEGATTN_FN void load_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int64_t first,
+                          int64_t end) {
   const SharedAddress tile = shared_address(&shared.keys);
-  const int64_t first_chunk = (first - p.first_token) / p.chunk_tokens, first_row = (first - p.first_token) - first_chunk * p.chunk_tokens;
+  const int64_t first_chunk = (first - p.first_token) / p.chunk_tokens,
+                first_row = (first - p.first_token) - first_chunk * p.chunk_tokens;
   const int64_t pitch = (int64_t)p.heads * C::kHeadDim, head_offset = (int64_t)head * C::kHeadDim;
   const void* g_first = p.chunks[first_chunk].k;
   for (int i = threadIdx.x; i < C::kKeys * C::kRowChunks; i += C::kThreads) {
@@ -122,12 +128,13 @@ SEGATTN_FN void load_keys(const SegattnRetrievalParams& p, ScoreShared<C>& share
     const bool valid = first + row < end;
     int64_t chunk = first_chunk, chunk_row = first_row + (valid ? row : 0);
     for (; chunk_row >= p.chunk_tokens; chunk_row -= p.chunk_tokens) chunk++;
-    const Bf16* g_key = (const Bf16*)(chunk == first_chunk ? g_first : p.chunks[chunk].k) + chunk_row * pitch + head_offset;
+    const Bf16* g_key =
+        (const Bf16*)(chunk == first_chunk ? g_first : p.chunks[chunk].k) + chunk_row * pitch + head_offset;
     cp_async_16(C::KeyTile::chunk(tile, row, column), g_key + column * 8, valid ? 16 : 0);
   }
 }
 
-// Starts copying the parts of sixteen probes from `first` on; the last probe again where there are no more.
+// Issues the copies of the three parts of 16 probes from `first` on; beyond the end the last probe is repeated.
 template <class C>
 SEGATTN_FN void load_probes(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int first) {
   const int count = p.group * p.windows;
@@ -139,7 +146,7 @@ SEGATTN_FN void load_probes(const SegattnRetrievalParams& p, ScoreShared<C>& sha
   }
 }
 
-// best = max(best, probes . keys), for the keys that are a thread's columns and the probes that are its rows.
+// best = max(best, probe . key) over the thread's rows (probes), for its columns (keys).
 template <class C>
 SEGATTN_FN void score_tile(float (&best)[C::kColTiles][2], const ScoreShared<C>& shared) {
   using KT = typename C::KeyTile;
@@ -151,7 +158,8 @@ SEGATTN_FN void score_tile(float (&best)[C::kColTiles][2], const ScoreShared<C>&
   for (int k = 0; k < C::kHeadDim; k += 16) {
     uint32_t a[kProbeParts][4];
 #pragma unroll
-    for (int part = 0; part < kProbeParts; part++) load_a<PT>(a[part], a_base<PT>(shared_address(&shared.parts[part]), lane), 0, k);
+    for (int part = 0; part < kProbeParts; part++)
+      load_a<PT>(a[part], a_base<PT>(shared_address(&shared.parts[part]), lane), 0, k);
 #pragma unroll
     for (int n = 0; n < C::kColTiles; n += 2) {
       uint32_t b[4];
@@ -169,7 +177,7 @@ SEGATTN_FN void score_tile(float (&best)[C::kColTiles][2], const ScoreShared<C>&
     for (int e = 0; e < 2; e++) best[n][e] = max_f32(best[n][e], max_f32(x[n][e], x[n][2 + e]));
 }
 
-// Scores of the tile's keys, which are on their way, over all probes, to shared memory.
+// Scores of the tile's keys, whose copies are in flight, against all probes; the result goes to shared memory.
 template <class C>
 SEGATTN_FN void score_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head) {
   float best[C::kColTiles][2];
@@ -207,19 +215,21 @@ SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
     load_keys<C>(p, shared, head, first, end);
     score_keys<C>(p, shared, head);
     __syncthreads();
-    // A thread a block: of the tile's blocks, or the one that is longer than a tile. The next scores are written after the
-    // barrier for the next tile's keys.
+    // One thread has one retrieval block, of this tile or the one that is longer than a tile. The next scores are
+    // written after the barrier that waits for the next tile's keys.
     const int from = p.block_len > C::kKeys ? 0 : threadIdx.x * p.block_len;
     const int to = p.block_len > C::kKeys ? C::kKeys : from + p.block_len;
     const bool mine = (int)threadIdx.x < end_block - first_block;
-    for (int key = from; mine && key < to && first + key < end; key++) block_best = max_f32(block_best, shared.scores[key]);
+    for (int key = from; mine && key < to && first + key < end; key++)
+      block_best = max_f32(block_best, shared.scores[key]);
   }
-  if ((int)threadIdx.x < end_block - first_block) p.scores[head * p.score_pitch + first_block + threadIdx.x] = block_best;
+  if ((int)threadIdx.x < end_block - first_block)
+    p.scores[head * p.score_pitch + first_block + threadIdx.x] = block_best;
 }
 
 // ---------------------------------------------------------------------------------------------------- pick
 
-// One block a head: four neighbouring scores a thread and step.
+// One thread block has one head; each thread reads four neighbouring scores at a time.
 struct PickConfig {
   static constexpr int kThreads = 1024, kBlocks = 1;
   static constexpr int kOwn = 4;
@@ -227,10 +237,10 @@ struct PickConfig {
 
 struct PickShared {
   SelectShared select;
-  PlacesShared places;
+  CompactionShared compaction;
 };
 
-// Keys of blocks first ... first + 3; 0, which is below every score's, where there are no more.
+// Rank keys of blocks first ... first + 3. Beyond the last block 0, which is below the key of every score.
 SEGATTN_FN void load_score_keys(uint32_t (&keys)[PickConfig::kOwn], const float* g_scores, int first, int count) {
 #pragma unroll
   for (int i = 0; i < PickConfig::kOwn; i++) keys[i] = first + i < count ? rank_key(g_scores[first + i]) : 0;
@@ -256,19 +266,20 @@ SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
     }
   };
   const Threshold threshold = select_threshold(for_each, picks, shared.select);
-  Places<C::kOwn> places;
+  Compaction<C::kOwn> compaction;
   for (int step = 0; step < count; step += kStep) {
     const int first = step + threadIdx.x * C::kOwn;
     uint32_t keys[C::kOwn];
     load_score_keys(keys, g_scores, first, count);
-    places.next(keys, threshold, shared.places, [&](int i, uint32_t place) { g_picks[place] = first + i; });
+    compaction.next(keys, threshold, shared.compaction, [&](int i, uint32_t place) { g_picks[place] = first + i; });
   }
 }
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
-#define POOL(name, Config, shared_bytes, body)                                                                \
-  SEGATTN_INFO(name, (SegattnKernelInfo{Config::kThreads, (int)(shared_bytes), Config::kBlocks, 0, 0, 0, sizeof(SegattnRetrievalParams)})) \
+#define POOL(name, Config, shared_bytes, body)                                                           \
+  SEGATTN_INFO(name, (SegattnKernelInfo{Config::kThreads, (int)(shared_bytes), Config::kBlocks, 0, 0, 0, \
+                                        sizeof(SegattnRetrievalParams)}))                                \
   SEGATTN_KERNEL(name, Config, SegattnRetrievalParams) { body(params); }
 
 // A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.

@@ -1,7 +1,7 @@
 // A ring of stages in shared memory between producer and consumer warps, with one mbarrier a stage and direction.
 //
-// Both sides count iterations 0, 1, 2, ... over the whole life of the block. Iteration i uses stage i % kStages, for the
-// (i / kStages)-th time, and the parity of that number tells the barriers' phases apart:
+// Both sides count iterations 0, 1, 2, ... over the whole life of the block. Iteration i uses stage i % kStages, for
+// the (i / kStages)-th time, and the parity of that number tells the barriers' phases apart:
 //   producer:  wait_empty(i), copy into stage(i), arrive(i)
 //   consumer:  wait_full(i), read stage(i), release(i)
 // A stage may be filled in kParts parts, each with a `full` barrier of its own, and is emptied as a whole.
@@ -45,19 +45,23 @@ struct Ring {
   }
 
   // Called by each producer thread that copied nothing: arrives on `full`.
-  __device__ __forceinline__ void arrive_without_copies(uint32_t iteration) { mbarrier_arrive(&full[0][stage(iteration)]); }
+  __device__ __forceinline__ void arrive_without_copies(uint32_t iteration) {
+    mbarrier_arrive(&full[0][stage(iteration)]);
+  }
 
-  // The ring's iterations are served by kWarps producer warps in turn, iteration i by warp i % kWarps: how many iterations
-  // after `first` the next one of `warp` is. `first` may have wrapped around where kWarps is a power of two.
+  // The ring's iterations are served by kWarps producer warps in turn, iteration i by warp i % kWarps: how many
+  // iterations after `first` the next one of `warp` is. `first` may have wrapped around where kWarps is a power of
+  // two.
   template <int kWarps>
   SEGATTN_FN int iterations_until_turn(uint32_t first, uint32_t warp) {
-    static_assert(kStages >= kWarps, "two producer warps would wait for one stage, and a parity tells only two phases apart");
+    static_assert(kStages >= kWarps,
+                  "two producer warps would wait for one stage, and a parity tells only two phases apart");
     if constexpr ((kWarps & (kWarps - 1)) == 0) return (warp - first) % kWarps;
     else return (warp + kWarps - first % kWarps) % kWarps;
   }
 
-  // Called by all lanes of a consumer warp that has read the stage: one arrival on `empty`. Only after wait_full(iteration),
-  // or the arrival counts for the stage's previous iteration.
+  // Called by all lanes of a consumer warp that has read the stage: one arrival on `empty`. Only after
+  // wait_full(iteration), or the arrival counts for the stage's previous iteration.
   __device__ __forceinline__ void release(uint32_t iteration, int lane) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&empty[stage(iteration)]);

@@ -1,19 +1,19 @@
 // Rotary position embedding, "rotate half" (Su et al. 2021): elements i and i + head_dim / 2 of a head are a pair,
 //   lo' = lo cos - hi sin,  hi' = hi cos + lo sin      with the angle's row of the tables; sin negative for the inverse
-//   rope       dst (+)= src turned, heads of rows [rows, heads * head_dim]; the inverse is also the gradient
-//   split_qkv  one pass from rows [q | k | v] to rotated q, and in each row's place of the cache rotated k, k as it is
-//              and v; q as it is to the probes where the row has a place there
-//   join_qkv   the way back for gradients: d_qkv = [d_q turned back | d_k turned back | d_v]
-// A thread turns eight pairs; no sums, so a row's bits are its own. Bytes a row and element: rope 4 (6 for +=),
-// split_qkv 4 and 2 more for k, join_qkv 4.
+//   rope       dst (+)= rotated src, heads of rows [rows, heads * head_dim]; the inverse is also the gradient
+//   split_qkv  one pass over rows [q | k | v]: rotated q; rotated k, unrotated k and v to the row's row of the cache;
+//              unrotated q to the row's row of the probes, if it has one
+//   join_qkv   the gradient of split_qkv: d_qkv = [d_q rotated back | d_k rotated back | d_v]
+// A thread rotates eight pairs. There are no sums, so a row's bits do not depend on other rows. Bytes a row and
+// element: rope 4 (6 for +=), split_qkv 4 and 2 more for k, join_qkv 4.
 #include "rotation.cuh"
 
-// Nothing is reused, so all that counts is having many loads in flight.
+// No data is reused, so only the number of loads in flight counts.
 struct RopeConfig {
   static constexpr int kThreads = 256, kBlocks = 5;
 };
 
-// Which eight pairs of which head of which row a thread has.
+// The eight pairs of a thread: their row, head and column.
 struct PairPlace {
   int64_t row;
   int head, pair, half;
@@ -50,7 +50,8 @@ SEGATTN_FN void split_qkv(const SegattnQkvParams& p) {
   const int64_t angle = p.angles[at.row];
   if (at.head < p.q_heads) {
     const int64_t head = (int64_t)at.head * p.head_dim;
-    store_pairs(row_of<Bf16>(p.q, at.row) + head, at.pair, at.half, turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
+    store_pairs(row_of<Bf16>(p.q, at.row) + head, at.pair, at.half,
+                turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
     if (!p.probes.data || p.probe_rows[at.row] < 0) return;
     store_pairs(row_of<Bf16>(p.probes, p.probe_rows[at.row]) + head, at.pair, at.half, x);
     return;
@@ -61,7 +62,8 @@ SEGATTN_FN void split_qkv(const SegattnQkvParams& p) {
   const SegattnRows& plain = is_key ? p.raw_k : p.v;
   if (plain.data) store_pairs(row_of<Bf16>(plain, place) + head, at.pair, at.half, x);
   if (!is_key) return;
-  store_pairs(row_of<Bf16>(p.k, place) + head, at.pair, at.half, turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
+  store_pairs(row_of<Bf16>(p.k, place) + head, at.pair, at.half,
+              turned(x, p.cos, p.sin, angle * at.half + at.pair, 1.f));
 }
 
 SEGATTN_FN void join_qkv(const SegattnQkvParams& p) {
@@ -78,7 +80,7 @@ SEGATTN_FN void join_qkv(const SegattnQkvParams& p) {
 // ---------------------------------------------------------------------------------------------------- entry points
 
 // A thread eight pairs: rows * heads * head_dim / 16 threads, where split_qkv and join_qkv count q_heads + 2 kv_heads.
-#define ROPE(name, Params, body)                                                                                    \
+#define ROPE(name, Params, body)                                                                                 \
   SEGATTN_INFO(name, (SegattnKernelInfo{RopeConfig::kThreads, 0, RopeConfig::kBlocks, 0, 0, 0, sizeof(Params)})) \
   SEGATTN_KERNEL(name, RopeConfig, Params) { body(params); }
 

@@ -1,4 +1,4 @@
-// Rotation of a head, "rotate half": elements i and i + half are a pair. A thread turns eight pairs.
+// Rotation of a head, "rotate half": elements i and i + half are a pair. A thread rotates eight pairs.
 #pragma once
 #include "vectors.cuh"
 

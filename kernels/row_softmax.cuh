@@ -1,15 +1,17 @@
-// The softmax of a row of logits by one block: maximum and sum in an order that the row's length decides. The loss and
-// the sampler share it, so that a token chosen has the log-probability it has when it is scored, to the bit.
+// Softmax of a row of logits by one block. The row's length decides the order of maxima and sums. Loss and sampler
+// share it, so that a sampled token has the log-probability that the loss computes for it, to the bit.
 #pragma once
 #include "reduce.cuh"
 #include "softmax.cuh"
 #include "vectors.cuh"
 
-// Threads of a row: part of the result's definition.
+// Threads of a row. The number decides the order of the sum, and so the bits.
 constexpr int kMaxRowThreads = 1024;
-SEGATTN_FN int softmax_threads(int vocab) { return min(kMaxRowThreads, max(1, ceil_div(vocab, 2 * kVector * 32)) * 32); }
+SEGATTN_FN int softmax_threads(int vocab) {
+  return min(kMaxRowThreads, max(1, ceil_div(vocab, 2 * kVector * 32)) * 32);
+}
 
-// Eight elements from `column` on; those at or beyond `vocab` are -inf. Rows may begin at any element.
+// Loads eight elements from `column` on; from `vocab` on they are -inf. A row may begin at any element.
 SEGATTN_FN void load_logits(float (&x)[kVector], const float* g_row, int column, int vocab) {
   if (column + kVector <= vocab && ((uintptr_t)g_row & 15) == 0) return load_vector(x, g_row + column);
 #pragma unroll
@@ -27,7 +29,7 @@ struct RowSoftmaxShared {
   float maxima[kMaxWarps], sums[kMaxWarps];
 };
 
-// One pass: each thread keeps a running maximum and sum; the block brings them together.
+// One pass over the row: each thread keeps a running maximum and sum; the block then combines them.
 SEGATTN_FN RowSoftmax row_softmax(const float* g_row, int vocab, RowSoftmaxShared& shared) {
   float max = SEGATTN_NEG_INF, sum = 0.f;
   for (int column = threadIdx.x * kVector; column < vocab; column += blockDim.x * kVector) {

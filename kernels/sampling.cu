@@ -1,15 +1,16 @@
-// The next token of every row of logits [rows, vocab], as the host's sampler chooses it:
+// Samples the next token of every row of logits [rows, vocab], by the same rules as the host's sampler:
 //   1. repetition penalty: logits of tokens seen, positive ones divided by it, others multiplied
 //   2. temperature; at 0 the highest logit wins, ties to the lower id
 //   3. top-k: the k highest, ties to the lower id
 //   4. top-p: of these the shortest run from the highest whose mass reaches p, ties to the lower id
-//   5. min-p: tokens below min_p times the likeliest fall out
-//   6. draw: u from ChaCha12 of (seed, stream, position); the token at which the mass of those left, in order of id,
-//      passes u times their total
-// Its log-probability is that of the loss kernel, to the bit. Weights are f32, their sums over threads f64, in an order
-// that the vocabulary decides; a token differs from the host's only where u lies within that rounding. One block a row,
-// so that nothing waits for the host: the row (512 KB of 128k logits) stays in L2, and is read 2 times for the highest, 4
-// for a draw from all, 7 with top-k up to 1024, 9 with top-p alone; 19 times more where that needs more than 1024 tokens.
+//   5. min-p: removes tokens below min_p times the probability of the likeliest
+//   6. draw: u from ChaCha12 of (seed, stream, position); the token at which the cumulative mass of the remaining
+//      tokens, in order of id, exceeds u times their total
+// The log-probability is that of the loss kernel, to the bit. Weights are f32 and their sums over threads f64, in an
+// order that the vocabulary decides; a token differs from the host's only if u lies within that rounding. One block
+// has one row, and the host is not asked. The row (512 KB of 128k logits) stays in L2. It is read twice for the
+// highest logit, 4 times for a draw from all, 7 with top-k up to 1024, 9 with top-p alone; 19 times more if top-p
+// needs more than 1024 tokens.
 #include "row_softmax.cuh"
 #include "select.cuh"
 
@@ -22,12 +23,12 @@ struct SampleConfig {
 struct SampleShared {
   RowSoftmaxShared softmax;
   SelectShared select;
-  PlacesShared places;
+  CompactionShared compaction;
   double sums[SampleConfig::kWays][kMaxWarps];
   int32_t found[kMaxWarps];
   uint32_t cipher[16];
   double uniform;
-  // Here and not in registers, which are full.
+  // In shared memory because the registers are full.
   int64_t index;  // of the block's row
   const uint32_t* g_seen;
   SegattnSampler sampler;
@@ -36,13 +37,13 @@ struct SampleShared {
 
 // ---------------------------------------------------------------------------------------------------- the row
 
-// Logits after the penalty, as keys that order as they do; an excluded token has the least.
+// Logits after the penalty, as rank keys (select.cuh); an excluded token has the least key.
 struct LogitRow {
   const float* g_logits;
   int count;
   float penalty;
 
-  // Eight from a multiple of 8 on; 0 where there are no more.
+  // Eight keys from a multiple of 8 on; 0 beyond the end.
   __device__ __forceinline__ void load(uint32_t (&keys)[kVector], int first) const {
     float x[kVector];
     load_logits(x, g_logits, first, count);
@@ -55,7 +56,7 @@ struct LogitRow {
   }
 };
 
-// The highest of them, in order of id.
+// The list of the k highest tokens, in order of id.
 struct ListRow {
   const uint32_t* s_keys;
   int count;
@@ -80,7 +81,9 @@ SEGATTN_FN void for_each_key(const Row& row, const F& f) {
 // Probabilities relative to the likeliest token's.
 struct Weights {
   float best, inverse_temperature;
-  __device__ __forceinline__ float of(uint32_t key) const { return exp_of(mul_rn(value_of(key) - best, inverse_temperature)); }
+  __device__ __forceinline__ float of(uint32_t key) const {
+    return exp_of(mul_rn(value_of(key) - best, inverse_temperature));
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------- over the block
@@ -121,7 +124,8 @@ SEGATTN_FN void block_sums(const float (&x)[SampleConfig::kWays], SampleShared& 
   }
   __syncthreads();
   if (threadIdx.x < SampleConfig::kWays)
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) shared.sums[threadIdx.x][0] += shared.sums[threadIdx.x][warp];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++)
+      shared.sums[threadIdx.x][0] += shared.sums[threadIdx.x][warp];
   __syncthreads();
 }
 
@@ -147,7 +151,7 @@ SEGATTN_FN Prefix block_prefix(double x, SampleShared& shared) {
   return {before + x, total};
 }
 
-// The first (or last) thread for which the predicate holds; -1 where there is none.
+// The first (or last) thread for which the predicate holds; -1 if there is none.
 SEGATTN_FN int find_thread(bool predicate, bool last, SampleShared& shared) {
   const uint32_t lanes = __ballot_sync(0xffffffffu, predicate);
   const int lane = last ? 31 - __clz(lanes) : __ffs(lanes) - 1;
@@ -171,7 +175,8 @@ SEGATTN_FN double mass_above(const Row& row, const Weights& weights, uint32_t th
   return shared.sums[0][0];
 }
 
-// The highest threshold at or above which the mass is at least `goal`, two bits a pass; 0 where all of it is less.
+// The highest threshold such that the mass at or above it is at least `goal`, found two bits at a time; 0 if all is
+// less.
 template <class Row>
 SEGATTN_FN uint32_t mass_threshold(const Row& row, const Weights& weights, double goal, SampleShared& shared) {
   using C = SampleConfig;
@@ -194,9 +199,10 @@ SEGATTN_FN uint32_t mass_threshold(const Row& row, const Weights& weights, doubl
   return threshold;
 }
 
-// Of the tokens left by a threshold the fewest from the highest whose mass reaches the goal.
+// Of the tokens above a threshold, the smallest set from the highest down whose mass reaches the goal.
 template <class Row>
-SEGATTN_FN Threshold cut_mass(const Row& row, const Weights& weights, const Threshold& left, double goal, SampleShared& shared) {
+SEGATTN_FN Threshold cut_mass(const Row& row, const Weights& weights, const Threshold& left, double goal,
+                              SampleShared& shared) {
   const auto ties = [&](double missing, uint32_t key) { return (uint32_t)fmax(1., ceil(missing / weights.of(key))); };
   const double above = mass_above(row, weights, left.key, shared);
   if (above < goal) return {left.key, left.ties ? min(left.ties, ties(goal - above, left.key)) : 0};
@@ -206,12 +212,12 @@ SEGATTN_FN Threshold cut_mass(const Row& row, const Weights& weights, const Thre
 
 // The k highest as a list in order of id.
 SEGATTN_FN ListRow list_of(const LogitRow& row, const Threshold& threshold, uint32_t k, SampleShared& shared) {
-  Places<kVector> places;
+  Compaction<kVector> compaction;
   for (int step = 0; step < row.count; step += blockDim.x * kVector) {
     const int first = step + threadIdx.x * kVector;
     uint32_t keys[kVector] = {};
     if (first < row.count) row.load(keys, first);
-    places.next(keys, threshold, shared.places, [&](int i, uint32_t place) {
+    compaction.next(keys, threshold, shared.compaction, [&](int i, uint32_t place) {
       shared.list_keys[place] = keys[i];
       shared.list_ids[place] = first + i;
     });
@@ -226,10 +232,14 @@ SEGATTN_FN ListRow list_of(const LogitRow& row, const Threshold& threshold, uint
 // rand_chacha gives it to the host. By one thread, in shared memory.
 SEGATTN_FN void quarter_round(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
   const auto rotate = [](uint32_t x, int bits) { return x << bits | x >> (32 - bits); };
-  a += b; d = rotate(d ^ a, 16);
-  c += d; b = rotate(b ^ c, 12);
-  a += b; d = rotate(d ^ a, 8);
-  c += d; b = rotate(b ^ c, 7);
+  a += b;
+  d = rotate(d ^ a, 16);
+  c += d;
+  b = rotate(b ^ c, 12);
+  a += b;
+  d = rotate(d ^ a, 8);
+  c += d;
+  b = rotate(b ^ c, 7);
 }
 
 __constant__ uint32_t kCipherStart[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
@@ -241,7 +251,7 @@ SEGATTN_FN uint32_t cipher_word(const SegattnSampler& s, int i) {
   return i < 4 ? kCipherStart[i] : i >= 8 && i < 12 ? kCipherName[i - 8] : (uint32_t)(word >> i % 2 * 32);
 }
 
-SEGATTN_FN double uniform(const SegattnSampler& s, uint32_t (&x)[16]) {
+SEGATTN_FN double draw_uniform(const SegattnSampler& s, uint32_t (&x)[16]) {
   for (int i = 0; i < 16; i++) x[i] = cipher_word(s, i);
   for (int round = 0; round < 6; round++) {
     for (int i = 0; i < 4; i++) quarter_round(x[i], x[4 + i], x[8 + i], x[12 + i]);
@@ -252,10 +262,11 @@ SEGATTN_FN double uniform(const SegattnSampler& s, uint32_t (&x)[16]) {
   return (double)((high << 32 | (uint32_t)low) >> 11) * 0x1p-53;
 }
 
-// The token at which the mass of those left passes u times their total: its place in the row, in the thread that has
-// it, elsewhere -1. A thread has places one after the other, since their order counts.
+// Step 6: returns the token's index in the row in the one thread that has it, and -1 in the others. A thread has a
+// contiguous range of indices, since the order of the tokens counts.
 template <class Row>
-SEGATTN_FN int pick_drawn(const Row& row, const Weights& weights, const Threshold& left, float min_p, double u, SampleShared& shared) {
+SEGATTN_FN int pick_drawn(const Row& row, const Weights& weights, const Threshold& left, float min_p, double u,
+                          SampleShared& shared) {
   const int own = ceil_div(ceil_div(row.count, blockDim.x), kVector) * kVector;
   const int begin = min(row.count, (int)threadIdx.x * own), end = min(row.count, begin + own);
   const auto walk = [&](const auto& f) {
@@ -287,7 +298,7 @@ SEGATTN_FN int pick_drawn(const Row& row, const Weights& weights, const Threshol
   const Prefix prefix = block_prefix(mass, shared);
   const double goal = u * prefix.total;
   int thread = find_thread(prefix.through > goal, false, shared);
-  // Only rounding of u * total up to the total finds none: then the last token is it.
+  // None if u * total was rounded up to the total: then it is the last token.
   if (thread < 0) thread = find_thread(mass > 0., true, shared);
   if ((int)threadIdx.x != thread) return -1;
   double through = prefix.through - mass;
@@ -300,14 +311,15 @@ SEGATTN_FN int pick_drawn(const Row& row, const Weights& weights, const Threshol
   return last;
 }
 
-// The token drawn, in one thread, elsewhere -1.
+// Steps 3 to 6: the token in one thread, -1 in the others.
 SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, SampleShared& shared) {
   const Weights weights = {best, 1.f / s.temperature};
   const bool by_number = s.top_k > 0 && s.top_k < (uint32_t)row.count, by_mass = s.top_p < 1.f;
   Threshold left = {0, 0};
   if (!by_number && !by_mass) return pick_drawn(row, weights, left, s.min_p, shared.uniform, shared);
   const uint32_t k = by_number ? s.top_k : min(row.count, SampleConfig::kListLen);
-  const Threshold highest = select_threshold([&](const auto& f) { for_each_key(row, [&](uint32_t key, int) { f(key); }); }, k, shared.select);
+  const Threshold highest =
+      select_threshold([&](const auto& f) { for_each_key(row, [&](uint32_t key, int) { f(key); }); }, k, shared.select);
   if (by_number) left = highest;
   const bool listed = k <= SampleConfig::kListLen;
   ListRow list = {shared.list_keys, 0};
@@ -316,7 +328,7 @@ SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, Sa
   const double goal = by_mass ? s.top_p * (mass_above(row, weights, left.key, shared) + ties_mass) : 0.;
   if (listed) {
     const Threshold all = {0, 0};
-    // Without top-k the list may be too short for the mass.
+    // With top-p alone, the list may hold too little mass.
     if (by_number || mass_above(list, weights, 0, shared) >= goal || k == (uint32_t)row.count) {
       const Threshold cut = by_mass ? cut_mass(list, weights, all, goal, shared) : all;
       const int at = pick_drawn(list, weights, cut, s.min_p, shared.uniform, shared);
@@ -336,7 +348,7 @@ SEGATTN_FN void sample(const SegattnSampleParams& p) {
     shared.index = p.places ? p.places[blockIdx.x] : blockIdx.x;
     shared.g_seen = p.seen + shared.index * p.seen_pitch;
     shared.sampler = p.sampler[shared.index];
-    shared.uniform = uniform(shared.sampler, shared.cipher);
+    shared.uniform = draw_uniform(shared.sampler, shared.cipher);
   }
   __syncthreads();
   const LogitRow row = {row_of<const float>(p.logits, shared.index), p.vocab, shared.sampler.penalty};
@@ -361,5 +373,6 @@ SEGATTN_FN void sample(const SegattnSampleParams& p) {
 // ---------------------------------------------------------------------------------------------------- entry points
 
 // A block a row, softmax_threads(vocab) threads.
-SEGATTN_INFO(sample_f32, (SegattnKernelInfo{SampleConfig::kThreads, sizeof(SampleShared), SampleConfig::kBlocks, 1, 0, 0, sizeof(SegattnSampleParams)}))
+SEGATTN_INFO(sample_f32, (SegattnKernelInfo{SampleConfig::kThreads, sizeof(SampleShared), SampleConfig::kBlocks, 1, 0,
+                                            0, sizeof(SegattnSampleParams)}))
 SEGATTN_KERNEL(sample_f32, SampleConfig, SegattnSampleParams) { sample(params); }

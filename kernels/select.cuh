@@ -1,9 +1,9 @@
-// The k highest of many numbers by one block of threads: an integer that orders as a float does, and the threshold by
-// four rounds of an 8-bit histogram. Counts are integers, so their order does not matter.
+// The k highest of many numbers, by one block: floats become integers of the same order, and four rounds of an 8-bit
+// histogram find the threshold. Counts are integers, so their order does not matter.
 #pragma once
 #include "vectors.cuh"
 
-// -0 and 0 are the same, -inf is the least, NaN is 0xffffffff.
+// An integer that orders like the float: -0 and 0 are equal, -inf is the least, NaN is 0xffffffff.
 SEGATTN_FN uint32_t rank_key(float x) {
   if (x != x) return 0xffffffffu;
   const uint32_t bits = __float_as_uint(x + 0.f);
@@ -19,8 +19,8 @@ struct SelectShared {
   uint32_t digit, wanted;
 };
 
-// The highest threshold that at least k keys reach, and how many of those equal to it belong to the k: all those above
-// it do. for_each(f) calls f with this thread's keys; the block's threads have at least k together.
+// The highest key that at least k keys reach, and how many of the keys equal to it belong to the k highest; all keys
+// above it do. for_each(f) calls f with this thread's keys; the threads of the block have at least k together.
 struct Threshold {
   uint32_t key, ties;
 };
@@ -34,7 +34,7 @@ SEGATTN_FN Threshold select_threshold(const ForEach& for_each, uint32_t k, Selec
       if (shift == 24 || key >> (shift + 8) == prefix) atomic_add(&shared.bins[key >> shift & 255], 1);
     });
     __syncthreads();
-    // One thread walks down the bins in steps of 32, then one by one.
+    // One thread walks down the bins, first in groups of 32, then one by one.
     if (threadIdx.x < kSelectBins / 32) {
       uint32_t sum = 0;
       for (int i = 0; i < 32; i++) sum += shared.bins[threadIdx.x * 32 + i];
@@ -56,23 +56,25 @@ SEGATTN_FN Threshold select_threshold(const ForEach& for_each, uint32_t k, Selec
   return {prefix, wanted};
 }
 
-// Places of the chosen in the order of their numbers: for each of `kOwn` neighbouring numbers of a thread, and from call
-// to call. Every thread of the block makes every call.
-struct PlacesShared {
+// Ordered compaction: the output index of every selected key, in the order of the keys. A thread has kOwn
+// neighbouring keys in a call, and calls follow one another. Every thread of the block makes every call.
+struct CompactionShared {
   uint32_t warps[32];
 };
 template <int kOwn>
-struct Places {
+struct Compaction {
   uint32_t above = 0, ties = 0;  // so far
 
-  // Calls f(i, place) for each of a thread's keys that is chosen.
+  // Calls f(i, place) for each selected key i of the thread; `place` is its output index.
   template <class F>
-  __device__ __forceinline__ void next(const uint32_t (&keys)[kOwn], const Threshold& threshold, PlacesShared& shared, const F& f) {
+  __device__ __forceinline__ void next(const uint32_t (&keys)[kOwn], const Threshold& threshold,
+                                       CompactionShared& shared, const F& f) {
     // Two counts in one word: a call has fewer than 2^16 keys.
     static_assert(kOwn * 1024 < 1 << 16, "counts of a call");
     uint32_t own = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) own += (uint32_t)(keys[i] > threshold.key) << 16 | (uint32_t)(keys[i] == threshold.key);
+    for (int i = 0; i < kOwn; i++)
+      own += (uint32_t)(keys[i] > threshold.key) << 16 | (uint32_t)(keys[i] == threshold.key);
     uint32_t through = own;
 #pragma unroll
     for (int delta = 1; delta < 32; delta *= 2) {

@@ -1,9 +1,9 @@
-// Online softmax of the rows a thread holds: the accumulator of m16n8k16 gives it rows lane / 4 and lane / 4 + 8,
-// columns 2 * (lane % 4) and the next. Scores are in base 2 with the scale merged into the exponent:
+// Online softmax of the rows that a thread holds. In the accumulators of m16n8k16 these are rows lane / 4 and lane /
+// 4 + 8, columns 2 * (lane % 4) and the next. Scores are in base 2 and the scale is part of the exponent:
 // p = exp2(s * scale_log2 + bias - max).
 //
-// Bits: a tile in which a row sees nothing leaves max, sum and out of that row as they are (factor exactly 1,
-// summand 0), so it makes no difference whether such a tile is run or skipped.
+// Bits: a tile of which a row sees no key leaves max, sum and output of the row unchanged (factor exactly 1, summand
+// 0). So skipping such a tile changes no bit.
 #pragma once
 #include "ptx.cuh"
 
@@ -12,12 +12,12 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct RowState {
   float max;  // of the scores seen, in base 2
-  float sum;  // of exp2(score - max): this thread's columns until reduce_sums, then all
+  float sum;  // of exp2(score - max): over this thread's columns until quad_sum, then over all
 };
 
 SEGATTN_FN float finite_max(float max) { return max == SEGATTN_NEG_INF ? 0.f : max; }
 
-// Reduces over the four threads that share a row. The same order in every thread.
+// Reductions over the four threads that share a row, in the same order in each of them.
 SEGATTN_FN float quad_max(float x) {
   x = max_f32(x, shuffle_xor(x, 1));
   return max_f32(x, shuffle_xor(x, 2));
@@ -27,8 +27,8 @@ SEGATTN_FN float quad_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// What the highest score of a tile makes of a row: its new maximum, the factor for what was accumulated before, and what
-// is added to the tile's exponents.
+// The update of a row by a tile's highest score: the new maximum, the factor that rescales what was accumulated
+// before, and the offset of the tile's exponents.
 struct RowUpdate {
   float max, factor, offset;
 };
@@ -36,10 +36,12 @@ SEGATTN_FN RowUpdate update_row(float row_max, float tile_max, float scale_log2,
   const float max = max_f32(row_max, fma_rn(tile_max, scale_log2, bias)), reference = finite_max(max);
   return {max, exp2_approx(row_max - reference), bias - reference};
 }
-SEGATTN_FN float probability(float score, float scale_log2, const RowUpdate& update) { return exp2_approx(fma_rn(score, scale_log2, update.offset)); }
+SEGATTN_FN float probability(float score, float scale_log2, const RowUpdate& update) {
+  return exp2_approx(fma_rn(score, scale_log2, update.offset));
+}
 
-// Turns one row's scores of a tile (elements half * 2 and half * 2 + 1 of each accumulator) into weights,
-// updates the row and returns the factor for what was accumulated before.
+// Turns one row's scores of a tile (elements half * 2 and half * 2 + 1 of each accumulator) into probabilities
+// relative to the new maximum, updates the row, and returns the factor that rescales what was accumulated before.
 template <int kColTiles>
 SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, float scale_log2, float bias) {
   float tile_max = s[0][half * 2];
@@ -60,7 +62,7 @@ SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, 
   return update.factor;
 }
 
-// Factors that bring two parts of a row to their common maximum.
+// Factors that bring the total so far and the next partial result of a row to their common maximum.
 struct MergeFactors {
   float total, partial, max;
 };
@@ -72,8 +74,8 @@ SEGATTN_FN float merge_value(float total, float partial, const MergeFactors& f) 
   return fma_rn(partial, f.partial, mul_rn(total, f.total));
 }
 
-// The factor of the exponent's argument. A scale of 0 becomes one so small that every exponent is 0, because
-// 0 times a masked score would be no number; the sign of the scale is put into the queries.
+// The magnitude of the scale, in base 2; its sign goes into the queries. 0 becomes a positive number so small that
+// every exponent is 0, because 0 times a masked score (-inf) would be NaN.
 SEGATTN_FN float scale_log2(float scale) {
   const float magnitude = mul_rn(scale < 0.f ? -scale : scale, kLog2E);
   return max_f32(magnitude, 1e-37f);

@@ -51,7 +51,9 @@ SEGATTN_FN void swiglu_grad(const SegattnSwigluParams& p) {
 // ---------------------------------------------------------------------------------------------------- entry points
 
 // A thread eight elements: rows * inner / 8 threads.
-SEGATTN_INFO(swiglu_bf16, (SegattnKernelInfo{SwigluConfig::kThreads, 0, SwigluConfig::kBlocks, 0, 0, 0, sizeof(SegattnSwigluParams)}))
+SEGATTN_INFO(swiglu_bf16, (SegattnKernelInfo{SwigluConfig::kThreads, 0, SwigluConfig::kBlocks, 0, 0, 0,
+                                             sizeof(SegattnSwigluParams)}))
 SEGATTN_KERNEL(swiglu_bf16, SwigluConfig, SegattnSwigluParams) { swiglu(params); }
-SEGATTN_INFO(swiglu_grad_bf16, (SegattnKernelInfo{SwigluConfig::kThreads, 0, SwigluConfig::kBlocks, 0, 0, 0, sizeof(SegattnSwigluParams)}))
+SEGATTN_INFO(swiglu_grad_bf16, (SegattnKernelInfo{SwigluConfig::kThreads, 0, SwigluConfig::kBlocks, 0, 0, 0,
+                                                  sizeof(SegattnSwigluParams)}))
 SEGATTN_KERNEL(swiglu_grad_bf16, SwigluConfig, SegattnSwigluParams) { swiglu_grad(params); }

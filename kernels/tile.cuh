@@ -1,10 +1,9 @@
-// Shared-memory tiles: the only address arithmetic. A tile of kRows x kCols 16-bit elements is a row of
-// panels, each kRows x 64 elements (32 where kCols is no multiple of 64); within a panel the 16-byte chunks of
-// a row are permuted by the row, so that the eight rows a ldmatrix reads fall into eight different bank
-// groups. The layout is that of a tensor copy with 128-byte (64-byte) swizzle.
+// Tiles in shared memory; all of their address arithmetic stands here. A tile of kRows x kCols 16-bit elements
+// consists of panels of kRows x 64 elements (32 if kCols is not a multiple of 64), side by side. Within a panel the
+// 16-byte chunks of a row are swizzled, so that the eight rows of an ldmatrix lie in eight different bank groups. The
+// layout is that of a TMA copy with 128-byte (64-byte) swizzle.
 #pragma once
 #include "ptx.cuh"
-
 
 template <class T, int kTileRows, int kTileCols>
 struct alignas(1024) Tile {
@@ -16,7 +15,7 @@ struct alignas(1024) Tile {
   static_assert(kCols % 32 == 0 && kRows % 8 == 0, "whole panels of whole swizzle periods");
   T data[kRows * kCols];
 
-  // The permutation: chunk c of row r lies where chunk c ^ swizzle(r) would.
+  // Chunk c of row r is stored at chunk c ^ swizzle(r).
   SEGATTN_FN int swizzle(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
 
   SEGATTN_FN SharedAddress chunk(SharedAddress tile, int row, int chunk) {
@@ -24,8 +23,8 @@ struct alignas(1024) Tile {
     return tile + panel * kPanelBytes + row * kRowBytes + ((within ^ swizzle(row)) << 4);
   }
 
-  // Address of chunk first_chunk + bit of row first_row + lane_row, where first_row is a multiple of 8 and
-  // first_chunk even, given base = lane_base(tile, lane_row, bit): one exclusive-or and a constant.
+  // lane_chunk(lane_base(tile, lane_row, bit), first_row, first_chunk) is the address of chunk first_chunk + bit of row
+  // first_row + lane_row, if first_row is a multiple of 8 and first_chunk even. It costs one XOR and one addition.
   SEGATTN_FN SharedAddress lane_base(SharedAddress tile, int lane_row, int bit) {
     return tile + lane_row * kRowBytes + ((bit ^ swizzle(lane_row)) << 4);
   }
@@ -35,11 +34,14 @@ struct alignas(1024) Tile {
   }
 };
 
-// Operands of m16n8k16 read from a tile. `base` comes from the matching *_base, once per tile.
+// Operands of m16n8k16, read from a tile by ldmatrix. `base` is the result of the matching *_base, computed once a
+// tile.
 
 // A: 16 rows x 16 columns of a [m][k] tile.
 template <class Tile>
-SEGATTN_FN SharedAddress a_base(SharedAddress tile, int lane) { return Tile::lane_base(tile, lane & 15, lane >> 4); }
+SEGATTN_FN SharedAddress a_base(SharedAddress tile, int lane) {
+  return Tile::lane_base(tile, lane & 15, lane >> 4);
+}
 template <class Tile>
 SEGATTN_FN void load_a(uint32_t (&a)[4], SharedAddress base, int row, int col) {
   ldmatrix_x4(a, Tile::lane_chunk(base, row, col / 8));
@@ -55,29 +57,33 @@ SEGATTN_FN void load_b(uint32_t (&b)[4], SharedAddress base, int n, int k) {
   ldmatrix_x4(b, Tile::lane_chunk(base, n, k / 8));
 }
 
-// The same from a [k][n] tile, transposed on the way.
+// The same from a [k][n] tile, transposed by ldmatrix.
 template <class Tile>
-SEGATTN_FN SharedAddress bt_base(SharedAddress tile, int lane) { return Tile::lane_base(tile, lane & 15, lane >> 4); }
+SEGATTN_FN SharedAddress bt_base(SharedAddress tile, int lane) {
+  return Tile::lane_base(tile, lane & 15, lane >> 4);
+}
 template <class Tile>
 SEGATTN_FN void load_bt(uint32_t (&b)[4], SharedAddress base, int k, int n) {
   ldmatrix_x4_trans(b, Tile::lane_chunk(base, k, n / 8));
 }
 
-// Operands of wgmma in a tile of 64-column panels. Rows [row, ...) as they lie, k along the tile's columns from k on.
+// wgmma operands in a tile of 64-column panels. K-major: rows [row, ...) of a [rows][k] tile, from column k on.
 template <class Tile>
 SEGATTN_FN uint64_t k_major_operand(SharedAddress tile, int row, int k) {
   static_assert(Tile::kPanelCols == 64, "128-byte swizzle");
-  return matrix_descriptor(tile + k / 64 * Tile::kPanelBytes + row * Tile::kRowBytes + k % 64 * 2, 0, 8 * Tile::kRowBytes);
+  return matrix_descriptor(tile + k / 64 * Tile::kPanelBytes + row * Tile::kRowBytes + k % 64 * 2, 0,
+                           8 * Tile::kRowBytes);
 }
-// Columns [column, ...) of a [k][n] tile, from row k on: column a multiple of 64, k of 16.
+// MN-major: columns [column, ...) of a [k][n] tile, from row k on. `column` is a multiple of 64, k of 16.
 template <class Tile>
 SEGATTN_FN uint64_t mn_major_operand(SharedAddress tile, int k, int column) {
   static_assert(Tile::kPanelCols == 64, "128-byte swizzle");
-  return matrix_descriptor(tile + column / 64 * Tile::kPanelBytes + k * Tile::kRowBytes, Tile::kPanelBytes, 8 * Tile::kRowBytes);
+  return matrix_descriptor(tile + column / 64 * Tile::kPanelBytes + k * Tile::kRowBytes, Tile::kPanelBytes,
+                           8 * Tile::kRowBytes);
 }
 
-// B of one n8 tile and two neighbouring k16 steps, {b[0], b[1]} and {b[2], b[3]}, where a warp's columns are no multiple of 16:
-// from a [n][k] tile, and from a [k][n] tile.
+// B of one n8 tile and two neighbouring k16 blocks, {b[0], b[1]} and {b[2], b[3]}, for warps whose columns are not a
+// multiple of 16: from a [n][k] tile, and from a [k][n] tile.
 template <class Tile>
 SEGATTN_FN void load_b_pair(uint32_t (&b)[4], SharedAddress tile, int n, int k, int lane) {
   ldmatrix_x4(b, Tile::chunk(tile, n + (lane & 7), k / 8 + (lane >> 3)));
@@ -87,7 +93,7 @@ SEGATTN_FN void load_bt_pair(uint32_t (&b)[4], SharedAddress tile, int k, int n,
   ldmatrix_x4_trans(b, Tile::chunk(tile, k + lane, n / 8));
 }
 
-// One head of one batch entry of a tensor.
+// The rows of one head of one element of the batch.
 template <class T>
 struct Rows {
   T* data;
@@ -99,8 +105,8 @@ struct Rows {
   __device__ __forceinline__ T* row(int64_t index) const { return data + index * stride; }
 };
 
-// Starts copying rows [first, first + kRows) into a tile, from its beginning or a multiple of 8 rows on; rows at or beyond
-// `end` become zero and are not read.
+// Issues cp.async for rows [first, first + kRows) to a tile, from its first row or a multiple of 8 on. Rows from
+// `end` on are not read and become zero.
 template <class Tile, int kThreads, int kRows = Tile::kRows, class T>
 SEGATTN_FN void copy_rows_async(SharedAddress tile, Rows<T> rows, int first, int end, uint32_t thread) {
   constexpr int kRowChunks = Tile::kCols / 8;

@@ -33,7 +33,9 @@ SEGATTN_FN void store_vector(float* p, const float (&x)[kVector]) {
 SEGATTN_FN float round_bf16(float x) { return widen((uint16_t)pack<Bf16>(x, 0.f), Bf16{}); }
 
 template <class T>
-SEGATTN_FN T* row_of(const SegattnRows& rows, int64_t row) { return (T*)rows.data + row * rows.stride; }
+SEGATTN_FN T* row_of(const SegattnRows& rows, int64_t row) {
+  return (T*)rows.data + row * rows.stride;
+}
 
 // This thread's number in the grid: 32 bits, because dividing 64 costs more than the rows' memory traffic.
 SEGATTN_FN uint32_t thread_index() {

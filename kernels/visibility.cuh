@@ -1,9 +1,9 @@
-// Which keys a query row sees (segment-attention.md, section 1), said once.
+// Which keys a query row sees (docs/contract.md, section 1). No other file decides it.
 //
-// The keys of a head are one list of tiles: past, prior, current, each source beginning a tile of its own. A
-// row sees a prefix of that list, because only the last source is causal. The list is cut into chunks of
-// kChunkKeys and sections of kSectionChunks chunks, counted from its start. So the tile, chunk and section
-// of a key depend on the row's own lengths and head alone: not on the batch, the other rows, or the kernel.
+// The keys of a head form one list of key tiles: past, prior, current; each source begins a new tile. Only the last
+// source is causal, so a row sees a prefix of the list. From its start the list is divided into chunks of kChunkKeys
+// keys, and sections of kSectionChunks chunks. Hence the tile, chunk and section of a key depend only on the row's
+// own lengths and head: not on the rest of the batch, on other rows, or on the kernel.
 #pragma once
 #include "ptx.cuh"
 
@@ -19,17 +19,17 @@ struct KeyTile {
   int end;  // length of the source
 };
 
-// The tiles of one query head in one batch entry.
+// The key tiles of one query head in one element of the batch.
 struct KeyList {
   int past_len, prior_len, segment_len, query_start;
-  float gate_log2;  // added to the scores of past rows
+  float gate_log2;  // added to the scores of past keys, in base 2
 
   SEGATTN_FN KeyList of(const SegattnProblem& p, int batch_index, int head) {
     const int kv_head = head / (p.q_heads / p.kv_heads);
     const float gate = p.past_gate[head];
     KeyList list;
     const int past_len = p.past_len[batch_index * p.past_len_batch_stride + kv_head * p.past_len_head_stride];
-    list.past_len = gate > 0.f ? past_len : 0;  // both loads at once
+    list.past_len = gate > 0.f ? past_len : 0;  // no branch, so that both loads are in flight
     list.prior_len = p.prior_heads[head] ? p.prior_len[batch_index] : 0;
     list.segment_len = p.segment_len[batch_index];
     list.query_start = p.query_start ? p.query_start[batch_index] : 0;
@@ -46,7 +46,7 @@ struct KeyList {
     return {kCurrent, (index - prior_tiles) * kKeys, segment_len};
   }
 
-  // Tiles that the row at `position` sees; 0 for a position that is none.
+  // Number of tiles that the row at `position` sees; 0 for an invalid position.
   template <int kKeys>
   __device__ __forceinline__ int tiles_of(int position) const {
     if (position < 0 || position >= segment_len) return 0;

@@ -1,6 +1,7 @@
-// The roles of a block's warps on Hopper. The first warpgroup produces: its warps copy tiles from global memory into the
-// stages of a ring (ring.cuh) and need few registers. The other warpgroups consume: each issues the wgmma products of 64 rows,
-// with the registers that the producers gave up. A block stays on its multiprocessor and takes work tiles from a counter.
+// The roles of a block's warps on Hopper. The first warpgroup produces: its warps copy tiles from global memory into
+// the stages of a ring (ring.cuh) and need few registers. The other warpgroups consume: each issues the wgmma
+// products of 64 rows, with the registers that the producers gave up. A block stays on its multiprocessor and takes
+// work tiles from a counter.
 #pragma once
 #include "ring.cuh"
 #include "tile.cuh"
@@ -38,16 +39,20 @@ struct WarpSpecialization {
 
 // Barriers of bar.sync. Each is used by one set of threads only.
 enum NamedBarrier {
-  kBlockBarrier = 0,               // __syncthreads
-  kProducerBarrier = 1,            // all producer warps
-  kConsumerWarpgroupBarrier = 2,   // one consumer warpgroup each: 2, 3, ...
-  kConsumerBarrier = 6,            // all consumer warps
+  kBlockBarrier = 0,              // __syncthreads
+  kProducerBarrier = 1,           // all producer warps
+  kConsumerWarpgroupBarrier = 2,  // one consumer warpgroup each: 2, 3, ...
+  kConsumerBarrier = 6,           // all consumer warps
 };
 
 template <class C>
-SEGATTN_FN void sync_producers() { barrier_sync<C::kProducerThreads>(kProducerBarrier); }
+SEGATTN_FN void sync_producers() {
+  barrier_sync<C::kProducerThreads>(kProducerBarrier);
+}
 template <class C>
-SEGATTN_FN void sync_consumers() { barrier_sync<C::kConsumerThreads>(kConsumerBarrier); }
+SEGATTN_FN void sync_consumers() {
+  barrier_sync<C::kConsumerThreads>(kConsumerBarrier);
+}
 template <class C>
 SEGATTN_FN void sync_consumer_warpgroup(int warpgroup) {
   static_assert(kConsumerWarpgroupBarrier + C::kConsumerWarpgroups <= kConsumerBarrier, "a barrier for each warpgroup");
@@ -77,8 +82,8 @@ SEGATTN_FN uint32_t next_work_index(uint32_t* work_counter, bool first) {
   return first ? blockIdx.x : gridDim.x + atomic_add(work_counter, 1);
 }
 
-// The block's next work tile of queries. Numbers are given out for the most splits that a tile has; those that a tile with
-// fewer keys does not have are passed over. False: there is none left.
+// The block's next work tile of queries. Numbers are given out for the most splits that a tile has; those that a tile
+// with fewer keys does not have are passed over. False: there is none left.
 template <class C, class Params>
 SEGATTN_FN bool next_query_work(const Params& p, WorkTile& work, bool first) {
   const uint32_t work_tiles = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;

@@ -1,20 +1,20 @@
-// Work of a query-stationary kernel: a tile of query rows and a run of its key tiles, the *work tile*. Rows of a
-// tile are packed: row r of tile t is query (t * kRows + r) / packed_heads of head (...) % packed_heads.
-// The keys of a tile are split into work tiles at multiples of kSplitKeys, so that a long past is worked on by many
-// blocks; work tiles with the most keys come first.
+// Work of a query-stationary kernel. A *work tile* is a tile of query rows and a range of its key tiles, a KV split.
+// Keys are split at multiples of kSplitKeys, so that many blocks share a long past. With PackGQA the rows of a tile
+// are packed: row r of tile t is query (t * kRows + r) / packed_heads of the (t * kRows + r) % packed_heads-th of the
+// tile's heads.
 #pragma once
 #include "tile.cuh"
 #include "visibility.cuh"
 
 struct WorkTile {
   int batch_index, head, query_tile, split;
-  int first_kv_tile, end_kv_tile;  // key tiles of the head's list
-  int splits;                // work tiles of this tile; 1: the results are final
-  int query_rows;            // valid queries of the entry
+  int first_kv_tile, end_kv_tile;  // of the head's list of key tiles
+  int splits;                      // KV splits of the query tile; 1: the results are final
+  int query_rows;                  // valid queries of the element of the batch
   KeyList keys;
 };
 
-// The valid rows of a thread's query: position -1 is padding.
+// The query of a tile's row. Position -1: the row is padding.
 struct QueryRow {
   int query, head, position;
 };
@@ -27,7 +27,7 @@ SEGATTN_FN QueryRow query_row(const WorkTile& work, int tile_row, int packed_hea
   return {query, head, query < work.query_rows ? work.keys.query_start + query : -1};
 }
 
-// Key tiles that some row of the tile sees.
+// Number of key tiles that some row of the query tile sees.
 template <int kRows, int kKeys>
 SEGATTN_FN int visible_kv_tiles(const KeyList& keys, int tile, int packed_heads, int query_rows) {
   const int end_query = (tile * kRows + kRows - 1) / packed_heads + 1;
@@ -36,7 +36,7 @@ SEGATTN_FN int visible_kv_tiles(const KeyList& keys, int tile, int packed_heads,
   return keys.tiles_of<kKeys>(keys.query_start + last);
 }
 
-// The work tile of a head's tile that begins with the split-th run of its keys.
+// Fills in the range of key tiles of the work tile's KV split.
 template <int kRows, int kKeys, int kSplitKeys>
 SEGATTN_FN void locate_split(WorkTile& work, const SegattnProblem& p, int packed_heads) {
   work.keys = KeyList::of(p, work.batch_index, work.head);
@@ -54,8 +54,8 @@ SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, 
   WorkTile work;
   work.split = max_splits - 1 - index / per_split;
   index %= per_split;
-  // Head by head, so that the keys of few heads are in use at a time; but the tiles of the fewest keys of all heads come
-  // last, so that the blocks end together.
+  // Head by head, so that the keys of few heads are in L2 at a time, the longest tiles of a head first. The quarter
+  // of the tiles with the fewest keys comes last, of all heads, so that the blocks end together.
   const int heads = head_tiles * p.batch, last_tiles = tiles / 4, longer = tiles - last_tiles;
   int head;
   if (index < longer * heads) {
@@ -72,17 +72,17 @@ SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, 
   return work;
 }
 
-// Where a row's partial result lies: [split, batch, q_heads, rows].
+// Index of a row of a split's partial results, [split, batch, q_heads, rows].
 SEGATTN_FN int64_t partial_row(const SegattnProblem& p, int split, int batch_index, int head, int query) {
   return (((int64_t)split * p.batch + batch_index) * p.q_heads + head) * p.q.rows + query;
 }
 
-// Keys and values of the three sources, as one KV head of one batch entry sees them.
+// K and V of the three sources, of one KV head and element of the batch.
 template <class T>
 struct SourceRows {
   Rows<const T> k[3], v[3];
 
-  // Written by the first six threads.
+  // Called by all threads; the first six write.
   __device__ __forceinline__ void fill(const SegattnProblem& p, int batch_index, int kv_head, int thread) {
     if (thread == 0) k[kPast] = Rows<const T>::of(p.past_k, batch_index, kv_head);
     if (thread == 1) v[kPast] = Rows<const T>::of(p.past_v, batch_index, kv_head);
@@ -93,11 +93,12 @@ struct SourceRows {
   }
 };
 
-// Writes a warp's accumulators as 16-bit rows of a tensor like q: through the warp's own rows of a tile, so that
-// global memory is written 16 bytes at a time. Rows that are padding become zero.
+// Stores a warp's accumulators as 16-bit rows of a tensor like q, staged in the warp's own rows of a tile, so that
+// global memory is written 16 bytes at a time. Padding rows become zero.
 template <class T, class Tile, int kRowTiles>
-SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4], SharedAddress tile, unsigned char* shared,
-                                 const SegattnTensor& tensor, const WorkTile& work, int packed_heads, int warp, int lane) {
+SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4], SharedAddress tile,
+                                 unsigned char* shared, const SegattnTensor& tensor, const WorkTile& work,
+                                 int packed_heads, int warp, int lane) {
   const int row0 = warp * kRowTiles * 16;
   const SharedAddress origin = shared_address(shared);
   __syncwarp();

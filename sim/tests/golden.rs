@@ -18,8 +18,8 @@ const NOT_RECORDED: [(&str, &str); 14] = [
     ("mbarrier_arrive", "no result: it orders"),
     ("mbarrier_wait", "no result: it orders"),
     ("barrier_sync", "no result: it orders"),
-    ("let_next_begin", "no result: it orders launches"),
-    ("wait_for_previous", "no result: it orders launches"),
+    ("griddep_launch_dependents", "no result: it orders launches"),
+    ("griddep_wait", "no result: it orders launches"),
     ("setmaxnreg_increase", "no result"),
     ("setmaxnreg_decrease", "no result"),
     (

@@ -17,7 +17,7 @@ use super::error::Error;
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
 /// The architecture, times ten, from which on kernels are compiled with instructions to wait for the kernel before
-/// (`wait_for_previous` of kernels/ptx.cuh).
+/// (`griddep_wait` of kernels/ptx.cuh).
 const OVERLAP_VERSION: i32 = 90;
 
 /// A fat binary in a context.
