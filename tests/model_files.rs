@@ -1,5 +1,7 @@
 //! Files of a model folder: what loads, what is written back, and what is refused by a typed error.
 
+#[path = "model_files/companions.rs"]
+mod companions;
 #[path = "model_files/config.rs"]
 mod config;
 #[path = "model_files/hostile_weights.rs"]

@@ -19,8 +19,8 @@ fn read_with(
     let reading = Reading {
         section,
         vocab_size: 300,
-        bos: Some(256),
-        eos: Some(257),
+        before: vec![256],
+        after: vec![257],
         encode: &bytes,
         scratch,
     };

@@ -85,8 +85,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let reading = Reading {
         section: &config.data,
         vocab_size: 256,
-        bos: None,
-        eos: None,
+        before: Vec::new(),
+        after: Vec::new(),
         encode: &encode,
         scratch: scratch.path(),
     };

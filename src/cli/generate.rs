@@ -16,7 +16,7 @@ use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::session::Session;
 use segattn::model::session_file::{StateFile, save};
-use segattn::model::tokenizer::Tokenizer;
+use segattn::model::tokenizer::{GenerationSettings, Tokenizer};
 use serde::Serialize;
 
 use super::device::{Planned, on_device};
@@ -40,33 +40,11 @@ pub struct Args {
     /// JSON array of token ids to continue; no tokenizer is needed, ids are printed
     #[arg(long, value_name = "FILE")]
     tokens: Vec<PathBuf>,
-    /// Most new tokens of each prompt
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
-    max_new: usize,
-    /// Divides the logits; 0 takes the likeliest token every time
-    #[arg(
-        short,
-        long,
-        value_name = "T",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
-    temperature: f32,
-    /// Choose among the K likeliest tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Choose among the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    top_p: f32,
-    /// Leave out tokens less likely than this share of the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    min_p: f32,
-    /// Penalty on tokens of the text so far; 1 for none
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    repetition_penalty: f32,
-    /// Seed; the same seed gives the same text, in any batch
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    seed: u64,
+    /// Most new tokens of each prompt [default: that of generation_config.json, else 256]
+    #[arg(short = 'n', long, value_name = "N")]
+    max_new: Option<usize>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// End before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -86,6 +64,50 @@ pub struct Args {
     /// Segments of a prompt computed side by side: faster, more memory, the same bits
     #[arg(long, value_name = "N", default_value_t = 1)]
     segments_per_step: usize,
+}
+
+/// How tokens are chosen; what is left out is as the model's generation_config.json says.
+#[derive(Debug, clap::Args)]
+struct SamplingArgs {
+    /// Divides the logits; 0 takes the likeliest token every time [default: 1, or the model's]
+    #[arg(short, long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Choose among the K likeliest tokens; 0 for all [default: 0, or the model's]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the likeliest tokens that together have this probability [default: 1, or the model's]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Leave out tokens less likely than this share of the likeliest [default: 0, or the model's]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Penalty on tokens of the text so far; 1 for none [default: 1, or the model's]
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
+    /// Seed; the same seed gives the same text, in any batch
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// The flags over the model's own settings over the defaults.
+    fn over(&self, model: &GenerationSettings) -> SamplerConfig {
+        let temperature = match model.greedy() {
+            true => Some(0.0),
+            false => model.temperature,
+        };
+        SamplerConfig {
+            temperature: self.temperature.or(temperature).unwrap_or(1.0),
+            top_k: self.top_k.or(model.top_k).unwrap_or(0),
+            top_p: self.top_p.or(model.top_p).unwrap_or(1.0),
+            min_p: self.min_p.or(model.min_p).unwrap_or(0.0),
+            repetition_penalty: self
+                .repetition_penalty
+                .or(model.repetition_penalty)
+                .unwrap_or(1.0),
+            seed: self.seed,
+        }
+    }
 }
 
 /// One prompt: how it is shown, and its tokens.
@@ -109,13 +131,22 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
 fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let opened = args.model.open(args.tokens.is_empty())?;
     let text = opened.text.as_ref();
+    let own = GenerationSettings::load(args.model.path())?;
+    if !own.ignored.is_empty() {
+        tracing::warn!(
+            "generation_config.json: not applied: {}",
+            own.ignored.join(", ")
+        );
+    }
+    let sampler = args.sampling.over(&own);
+    let max_new = args.max_new.or(own.max_new_tokens).unwrap_or(256);
     let mut state = args.state_in.as_deref().map(StateFile::open).transpose()?;
     let saved = state.as_ref().map_or(&[][..], StateFile::positions);
     let inputs = args.inputs(opened.config.vocab_size, text, saved.len())?;
     let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
     let longest = longest
         .saturating_add(saved.iter().copied().max().unwrap_or(0))
-        .saturating_add(args.max_new);
+        .saturating_add(max_new);
     let before = |i: usize| saved.get(i).or(saved.first()).copied().unwrap_or(0);
     let each = inputs.iter().enumerate();
     let reading = Reading {
@@ -123,7 +154,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
             .map(|(i, input)| [before(i), input.tokens.len()])
             .collect(),
         scored: false,
-        new: args.max_new,
+        new: max_new,
         segments_per_step: args.segments_per_step,
     };
     let model = opened.load(device, &[reading])?;
@@ -139,7 +170,11 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
             stream: copies_before(&inputs, i),
         })
         .collect();
-    let mut generator = Generator::new(&mut session, &prompts, args.settings(&model))?;
+    let mut generator = Generator::new(
+        &mut session,
+        &prompts,
+        args.settings(&model, sampler, max_new),
+    )?;
     let started = Instant::now();
     read_prompts(&mut generator, quiet)?;
     let read = started.elapsed();
@@ -169,17 +204,15 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
 }
 
 impl Args {
-    fn settings<D: Device>(&self, model: &Decoder<D>) -> GeneratorConfig {
+    fn settings<D: Device>(
+        &self,
+        model: &Decoder<D>,
+        sampler: SamplerConfig,
+        max_new: usize,
+    ) -> GeneratorConfig {
         GeneratorConfig {
-            sampler: SamplerConfig {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                min_p: self.min_p,
-                repetition_penalty: self.repetition_penalty,
-                seed: self.seed,
-            },
-            max_new: self.max_new,
+            sampler,
+            max_new,
             end_tokens: if self.ignore_eos {
                 Vec::new()
             } else {
@@ -265,7 +298,7 @@ impl Args {
         let alone = inputs.len() == 1;
         let bar = progress(
             !alone && !quiet,
-            (self.max_new * inputs.len()) as u64,
+            (generator.config().max_new as u64).saturating_mul(inputs.len() as u64),
             "new",
         );
         let mut out = std::io::stdout().lock();

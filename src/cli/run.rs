@@ -53,12 +53,12 @@ impl Data {
             .with_context(|| format!("cannot create {}", output.display()))?;
         let section = &config.data;
         let encode = |piece: &str| text.encode(piece);
-        let first = |wanted: bool, ids: &[u32]| ids.first().copied().filter(|_| wanted);
+        let (before, after) = text.around(model, section)?;
         let reading = Reading {
             section,
             vocab_size: model.vocab_size,
-            bos: first(section.add_bos, &model.bos_token_id),
-            eos: first(section.add_eos, &model.eos_token_id),
+            before,
+            after,
             encode: &encode,
             scratch: output,
         };

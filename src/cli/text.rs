@@ -1,17 +1,28 @@
-//! How a run's texts become tokens, and the files that say so.
+//! How a run's texts become tokens, and the files that its checkpoints carry so that they are whole models.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use segattn::model::tokenizer::{TOKENIZER_FILE, Tokenizer};
-use segattn::train::config::Config;
+use segattn::model::companions::companions;
+use segattn::model::config::ModelConfig;
+use segattn::model::error::TokenizerError;
+use segattn::model::tokenizer::{BYTES, Tokenizer, end_ids, is_tokenizer_file};
+use segattn::train::config::{Config, DataSection};
 
 /// How a run's texts become tokens.
-pub enum Text {
+pub struct Text {
+    /// The folder that says so.
+    folder: Option<PathBuf>,
+    kind: Kind,
+}
+
+enum Kind {
     /// By a `tokenizer.json`.
     Tokenizer(Tokenizer),
     /// One token a byte.
     Bytes,
+    /// By a tokenizer that cannot be read: an error, but only of a run that reads text.
+    Unreadable(TokenizerError),
 }
 
 impl Text {
@@ -19,46 +30,88 @@ impl Text {
     pub fn open(config: &Config, checkpoint: Option<&Path>) -> Result<Self> {
         let named = config.model.tokenizer.as_deref();
         let folder = checkpoint.or(named).or(config.model.folder.as_deref());
-        match folder.map(|folder| folder.join(TOKENIZER_FILE)) {
-            Some(path) if path.is_file() => Ok(Self::Tokenizer(Tokenizer::from_file(&path)?)),
-            Some(path) if checkpoint.is_none() && named.is_some() => {
-                bail!("`model.tokenizer`: there is no {}", path.display())
-            }
-            _ => Ok(Self::Bytes),
-        }
+        let must = checkpoint.is_none() && named.is_some();
+        let read = folder.map_or(Ok(None), Tokenizer::read);
+        let kind = match (read, folder) {
+            (Ok(Some(tokenizer)), _) => Kind::Tokenizer(tokenizer),
+            (Ok(None), Some(folder)) if must => bail!(
+                "`model.tokenizer`: there is no tokenizer.json in {}",
+                folder.display()
+            ),
+            (Ok(None), _) => Kind::Bytes,
+            (Err(error), _) if must => return Err(error.into()),
+            (Err(error), _) => Kind::Unreadable(error),
+        };
+        let model = checkpoint.or(config.model.folder.as_deref());
+        Ok(Self {
+            folder: model.map(Path::to_owned),
+            kind,
+        })
     }
 
+    /// Tokens of a text, or of a piece of one, without what stands around it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        match self {
-            Self::Tokenizer(tokenizer) => tokenizer.encode(text, false).map_err(|e| e.to_string()),
-            Self::Bytes => Ok(text.bytes().map(u32::from).collect()),
+        match &self.kind {
+            Kind::Tokenizer(tokenizer) => tokenizer.encode(text, false).map_err(|e| e.to_string()),
+            Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
+            Kind::Unreadable(error) => Err(error.to_string()),
         }
     }
 
+    /// One more than the largest id of the tokenizer.
     pub fn vocab_size(&self) -> usize {
-        match self {
-            Self::Tokenizer(tokenizer) => tokenizer.vocab_size(),
-            Self::Bytes => 256,
+        match &self.kind {
+            Kind::Tokenizer(tokenizer) => tokenizer.vocab_size(),
+            Kind::Bytes | Kind::Unreadable(_) => BYTES,
         }
+    }
+
+    /// Notes in a new model's configuration which tokens begin and end a text.
+    pub fn note(&self, model: &mut ModelConfig) {
+        if let Kind::Tokenizer(tokenizer) = &self.kind {
+            tokenizer.framing().note(model);
+        }
+    }
+
+    /// The tokens before and after each text.
+    pub fn around(&self, model: &ModelConfig, data: &DataSection) -> Result<(Vec<u32>, Vec<u32>)> {
+        // Training ends a text with an id at which generation stops.
+        let mut ends = match &self.folder {
+            Some(folder) => end_ids(folder, model)?,
+            None => model.eos_token_id.clone(),
+        };
+        ends.sort_by_key(|id| !model.eos_token_id.contains(id));
+        let bytes = Tokenizer::bytes(model);
+        let framing = match &self.kind {
+            Kind::Tokenizer(tokenizer) => tokenizer.framing(),
+            Kind::Bytes => bytes.framing(),
+            Kind::Unreadable(_) => return Ok((Vec::new(), Vec::new())),
+        };
+        if !data.add_bos && !framing.before.is_empty() {
+            tracing::warn!(
+                "data.add_bos is false: texts are trained without the tokens {:?} (BOS), which score, eval and \
+                 generate put before them",
+                framing.before
+            );
+        }
+        Ok(framing.document(data.add_bos, data.add_eos, &ends))
     }
 }
 
-/// The tokenizer's files, which each checkpoint carries so that it can generate.
-pub fn tokenizer_files(config: &Config) -> Result<Vec<(String, Vec<u8>)>> {
+/// What lies beside the weights in the model's folder goes into each checkpoint; the files of the tokenizer come from
+/// `model.tokenizer` where it is given.
+pub fn companion_files(config: &Config) -> Result<Vec<(String, Vec<u8>)>> {
     let model = &config.model;
-    let Some(folder) = model.tokenizer.as_ref().or(model.folder.as_ref()) else {
-        return Ok(Vec::new());
+    let mut files = match &model.folder {
+        Some(folder) => companions(folder)?,
+        None => Vec::new(),
     };
-    let mut files = Vec::new();
-    for name in [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-    ] {
-        let path = folder.join(name);
-        if path.is_file() {
-            files.push((name.to_owned(), std::fs::read(path)?));
-        }
-    }
+    let Some(folder) = &model.tokenizer else {
+        return Ok(files);
+    };
+    let of_tokenizer = |name: &str| is_tokenizer_file(name) || name.starts_with("chat_template");
+    files.retain(|(name, _)| !of_tokenizer(name));
+    let own = companions(folder)?.into_iter();
+    files.extend(own.filter(|(name, _)| of_tokenizer(name)));
     Ok(files)
 }

@@ -16,7 +16,7 @@ use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints, claim};
-use super::text::{Text, tokenizer_files};
+use super::text::{Text, companion_files};
 
 /// Every key of the configuration is a flag too, and the flag wins; in brackets, what holds without either.
 #[derive(Debug, clap::Args)]
@@ -46,7 +46,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let text = Text::open(&config, None)?;
     let (model, tensors) = start(&config, &text)?;
     let data = Data::read(&config, &model, &text, output)?;
-    let extra = tokenizer_files(&config)?;
+    let extra = companion_files(&config)?;
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &model, &config, &data))?;
@@ -73,11 +73,13 @@ pub fn dry_run<D: Device>(
 /// The model before its first step.
 fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     let Some(folder) = &config.model.folder else {
-        let model = config.model.new_config(text.vocab_size())?;
+        let mut model = config.model.new_config(text.vocab_size())?;
+        text.note(&mut model);
         let tensors = Tensors::initial(&model, config.training.seed);
         return Ok((model, tensors));
     };
     let mut model = load_config(folder)?;
+    model.check_training()?;
     config.model.apply_segments(&mut model)?;
     let files = weights::Checkpoint::open(folder)?;
     files.check(&model)?;

@@ -9,7 +9,6 @@ use crate::device::{Device, DeviceError, Sampled};
 use crate::model::session::{Feed, Session};
 use std::ops::ControlFlow;
 
-/// Tokens of each prompt read in one call where the model has no segments to bound the memory that
 /// Generation that cannot begin or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
@@ -233,6 +232,11 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
             sequence.read = end(sequence).max(sequence.read);
         }
         Ok(self.unread())
+    }
+
+    /// The settings that all sequences share.
+    pub fn config(&self) -> &GeneratorConfig {
+        &self.config
     }
 
     /// The session, for saving its state.

@@ -6,6 +6,7 @@
 mod fields;
 mod rope_keys;
 mod segment;
+mod supported;
 
 use std::path::Path;
 
@@ -63,7 +64,8 @@ impl WeightType {
 
     fn from_config_name(name: &str) -> Option<Self> {
         match name.strip_prefix("torch.").unwrap_or(name) {
-            "float32" | "float" => Some(Self::F32),
+            // Numbers of double precision are rounded when they are read.
+            "float32" | "float" | "float64" | "double" => Some(Self::F32),
             "float16" | "half" => Some(Self::F16),
             "bfloat16" => Some(Self::Bf16),
             _ => None,
@@ -98,9 +100,9 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// Context the model was made for, in tokens. Not a limit here.
     pub max_position_embeddings: usize,
-    /// Ids that begin a text.
+    /// Ids that begin a text; they need not be below `vocab_size` where no text uses them.
     pub bos_token_id: Vec<u32>,
-    /// Ids that end a text.
+    /// Ids that end a text; as `bos_token_id`.
     pub eos_token_id: Vec<u32>,
     /// Format the weights are said to be in; the weight files decide.
     pub dtype: Option<WeightType>,
@@ -147,10 +149,7 @@ impl ModelConfig {
     /// Reads and checks `folder/config.json`.
     pub fn load(folder: &Path) -> Result<Self, ConfigError> {
         let path = folder.join(CONFIG_FILE);
-        let bytes = files::read_bounded(&path, MAX_CONFIG_BYTES)?;
-        let value: Value =
-            serde_json::from_slice(&bytes).map_err(|error| files::json_error(&path, &error))?;
-        Self::from_json(value)
+        Self::from_json(files::read_json(&path, MAX_CONFIG_BYTES)?)
     }
 
     /// Writes `folder/config.json`: beside its place, synced, then renamed.
@@ -171,7 +170,7 @@ impl ModelConfig {
             });
         };
         let fields = Fields::new(&source, "");
-        refuse_unsupported(&fields)?;
+        supported::refuse_unsupported(&fields)?;
         let hidden_size = fields.required_size("hidden_size", 1..=MAX_HIDDEN)?;
         let layers = fields.required_size("num_hidden_layers", 1..=MAX_LAYERS)?;
         let heads = fields.required_size("num_attention_heads", 1..=MAX_HEADS)?;
@@ -293,22 +292,18 @@ impl ModelConfig {
             );
         }
         rope_keys::validate(self.rope_theta, &self.rope_scaling)?;
-        for (key, ids) in [
-            ("bos_token_id", &self.bos_token_id),
-            ("eos_token_id", &self.eos_token_id),
-        ] {
-            if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) {
-                return invalid(
-                    key,
-                    format!("ids below vocab_size = {}", self.vocab_size),
-                    id,
-                );
-            }
-        }
         match &self.segment {
             Some(segment) => segment.validate(self.num_hidden_layers, kv_heads),
             None => Ok(()),
         }
+    }
+
+    /// Whether training computes what it does in other libraries: dropout is refused by name.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unsupported`].
+    pub fn check_training(&self) -> Result<(), ConfigError> {
+        supported::refuse_dropout(&Fields::new(&self.source, ""))
     }
 
     /// Width of all queries of a token: `num_attention_heads * head_dim`.
@@ -356,52 +351,6 @@ fn invalid<T>(
     })
 }
 
-/// Stops at every key whose value would change what the model computes in a way this crate does not.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ConfigError> {
-    let wanted: [(&str, &str, Value); 6] = [
-        ("model_type", "\"llama\"", json!("llama")),
-        ("hidden_act", "\"silu\"", json!("silu")),
-        (
-            "attention_bias",
-            "false (projections without bias)",
-            json!(false),
-        ),
-        ("mlp_bias", "false (projections without bias)", json!(false)),
-        ("pretraining_tp", "1 (whole matrices)", json!(1)),
-        (
-            "partial_rotary_factor",
-            "1.0 (all of a head rotates)",
-            json!(1.0),
-        ),
-    ];
-    for (key, supported, value) in wanted {
-        let Some(got) = fields.get(key) else { continue };
-        let same = match (got.as_f64(), value.as_f64()) {
-            (Some(got), Some(value)) => got == value,
-            _ => *got == value,
-        };
-        if !same {
-            return Err(fields.unsupported(key, supported, got));
-        }
-    }
-    if fields.get("model_type").is_none() {
-        return Err(fields.missing("model_type"));
-    }
-    if let Some(names) = fields.list("architectures")?
-        && !names
-            .iter()
-            .any(|name| name.as_str() == Some("LlamaForCausalLM"))
-    {
-        let got = fields.get("architectures").unwrap_or(&Value::Null);
-        return Err(fields.unsupported("architectures", "[\"LlamaForCausalLM\"]", got));
-    }
-    if let Some(got) = fields.get("quantization_config") {
-        let supported = "weights in float32, float16 or bfloat16, without this key";
-        return Err(fields.unsupported("quantization_config", supported, got));
-    }
-    Ok(())
-}
-
 fn default_head_dim(hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
     if !hidden_size.is_multiple_of(heads) {
         let expected =
@@ -415,24 +364,10 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>, ConfigError> {
     let Some(value) = fields.get(key) else {
         return Ok(Vec::new());
     };
-    let wrong = || {
-        fields.invalid(
-            key,
-            format!("a token id or a list of at most {MAX_TOKEN_IDS}"),
-            value,
-        )
-    };
-    let id = |value: &Value| {
-        value
-            .as_u64()
-            .and_then(|id| u32::try_from(id).ok())
-            .ok_or_else(wrong)
-    };
-    match value.as_array() {
-        None => Ok(vec![id(value)?]),
-        Some(ids) if ids.len() > MAX_TOKEN_IDS => Err(wrong()),
-        Some(ids) => ids.iter().map(id).collect(),
-    }
+    super::tokenizer::token_ids(value, MAX_TOKEN_IDS).ok_or_else(|| {
+        let expected = format!("a token id or a list of at most {MAX_TOKEN_IDS}");
+        fields.invalid(key, expected, value)
+    })
 }
 
 fn token_ids_json(ids: &[u32]) -> Value {
@@ -449,7 +384,11 @@ fn weight_type(fields: &Fields<'_>) -> Result<Option<WeightType>, ConfigError> {
             continue;
         };
         let Some(found) = WeightType::from_config_name(name) else {
-            return Err(fields.unsupported(key, "float32, float16, bfloat16", &json!(name)));
+            return Err(fields.unsupported(
+                key,
+                "float64, float32, float16, bfloat16",
+                &json!(name),
+            ));
         };
         return Ok(Some(found));
     }

@@ -286,20 +286,35 @@ pub enum TokenizerError {
         /// Rows of the model's embedding.
         vocab_size: usize,
     },
-    /// The ids that end a text are none.
-    #[error("{path}: `eos_token_id` expected {expected}, got {got}")]
-    EndIds {
+    /// The folder has a tokenizer that is not read, of another kind than `tokenizer.json`.
+    #[error(
+        "{folder}: has the tokenizer file {file} but no tokenizer.json, which text needs (token ids do not). To make \
+         one, in Python: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    )]
+    OtherKind {
+        /// The model folder.
+        folder: PathBuf,
+        /// The name of such a file in it.
+        file: String,
+    },
+    /// A setting of generation out of its range.
+    #[error("{path}: `{key}` expected {expected}, got {got}")]
+    Generation {
         /// The file.
         path: PathBuf,
+        /// The key.
+        key: &'static str,
         /// What would be accepted.
         expected: String,
         /// What is there, shortened.
         got: String,
     },
-    /// The tokenizer makes ids for which the model has no embedding.
-    #[error("tokenizer has ids up to {largest}, the model only vocab_size = {vocab_size}")]
+    /// The text becomes ids for which the model has no embedding.
+    #[error(
+        "tokenizer: the text has the id {largest}, the model only those below vocab_size = {vocab_size}"
+    )]
     Vocabulary {
-        /// Largest id the tokenizer makes.
+        /// Largest id of the text.
         largest: u32,
         /// Rows of the model's embedding.
         vocab_size: usize,

@@ -52,11 +52,56 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError
     Ok(bytes)
 }
 
-pub(super) fn json_error(path: &Path, error: &serde_json::Error) -> FileError {
+/// The value of a JSON file of at most `limit` bytes. A byte order mark before it is passed over.
+pub(super) fn read_json(path: &Path, limit: u64) -> Result<serde_json::Value, FileError> {
+    let bytes = read_bounded(path, limit)?;
+    parse_json(&bytes, path)
+}
+
+/// The value of JSON text; `path` is for messages.
+pub(super) fn parse_json<'a, T: serde::Deserialize<'a>>(
+    bytes: &'a [u8],
+    path: &Path,
+) -> Result<T, FileError> {
+    let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    serde_json::from_slice(text).map_err(|error| json_error(path, text, &error))
+}
+
+fn json_error(path: &Path, text: &[u8], error: &serde_json::Error) -> FileError {
+    let message = match number_that_is_none(text, error) {
+        Some(number) => format!("expected JSON, which has no {number}: {error}"),
+        None if is_lfs_pointer(text) => LFS_POINTER.to_owned(),
+        None => error.to_string(),
+    };
     FileError::Json {
         path: path.to_owned(),
-        message: error.to_string(),
+        message,
     }
+}
+
+/// `NaN` or `Infinity`, which Python's json module writes, where the parser stopped.
+fn number_that_is_none(text: &[u8], error: &serde_json::Error) -> Option<&'static str> {
+    let line = text
+        .split(|b| *b == b'\n')
+        .nth(error.line().checked_sub(1)?)?;
+    // The parser names the character it stopped at, or the one before or after.
+    let around = &line[error.column().saturating_sub(3).min(line.len())..];
+    let begin = |name: &&str| {
+        (0..4).any(|i| {
+            around
+                .get(i..)
+                .is_some_and(|a| a.starts_with(name.as_bytes()))
+        })
+    };
+    ["NaN", "Infinity"].into_iter().find(begin)
+}
+
+/// What is said of a pointer.
+pub(super) const LFS_POINTER: &str = "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download the model again";
+
+/// Whether these bytes begin a file that Git LFS keeps in the place of a large one.
+pub(super) fn is_lfs_pointer(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"version https://git-lfs.github.com/spec/")
 }
 
 /// Writes a whole file: beside its place first, synced, then renamed, so that the name never stands

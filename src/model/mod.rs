@@ -1,5 +1,6 @@
 //! The model: configuration, weights, decoder, and what a sequence carries from segment to segment.
 
+pub mod companions;
 pub mod config;
 pub mod decoder;
 pub mod error;

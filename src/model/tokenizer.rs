@@ -1,75 +1,130 @@
-//! Text to tokens and back: `tokenizer.json` of a model folder, or bytes where there is none.
+//! Text to tokens and back: `tokenizer.json` of a model folder, or bytes where it has no tokenizer of any kind.
 //!
-//! Whole characters as tokens arrive are the work of [`crate::generate::text::TextStream`].
+//! What stands around a text (BOS, EOS and any other added token) is decided in [`framing`], for training, scoring,
+//! evaluation and generation alike. Whole characters as tokens arrive are the work of [`crate::generate::text::TextStream`].
 
-use std::path::{Path, PathBuf};
+#[cfg(feature = "tokenizer")]
+mod bounds;
+pub mod framing;
+mod generation;
 
-use serde_json::Value;
+use std::path::Path;
 
 use super::config::ModelConfig;
 use super::error::TokenizerError;
 use super::files;
+use framing::Framing;
+pub(super) use generation::token_ids;
+pub use generation::{GENERATION_FILE, GenerationSettings, end_ids};
 
 /// The file's name in a model folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
-/// Defaults of generation, beside `config.json`.
-const GENERATION_FILE: &str = "generation_config.json";
 /// Ids of a model without a tokenizer: every byte is its own.
 pub const BYTES: usize = 256;
 /// Largest `tokenizer.json` accepted, in bytes; those of vocabularies of 256,000 take some 35 MB.
 #[cfg(feature = "tokenizer")]
 const MAX_TOKENIZER: u64 = 128 << 20;
-/// Largest `generation_config.json` accepted, in bytes.
-const MAX_GENERATION: u64 = 1 << 20;
-/// Most ids that may end a text.
-const MAX_TOKEN_IDS: usize = 64;
+
+/// Beginnings of the names of files that hold a tokenizer or belong to one.
+const TOKENIZER_PREFIXES: [&str; 9] = [
+    "tokenizer",
+    "vocab.",
+    "merges.",
+    "spiece.",
+    "sentencepiece.",
+    "special_tokens_map",
+    "added_tokens",
+    "tekken",
+    "bpe.",
+];
 
 /// Turns text into tokens and back.
 #[derive(Debug, Clone)]
-pub struct Tokenizer(Kind);
+pub struct Tokenizer {
+    kind: Kind,
+    framing: Framing,
+    /// Ids from here on have no row in the model's embedding.
+    limit: usize,
+}
 
 #[derive(Debug, Clone)]
 enum Kind {
     #[cfg(feature = "tokenizer")]
     Json(Box<tokenizers::Tokenizer>),
-    /// One token a byte; `bos` begins a text, and neither it nor the ids of `hidden` have text.
-    Bytes { bos: Option<u32>, hidden: Vec<u32> },
+    /// One token a byte; the ids of `hidden` have no text.
+    Bytes { hidden: Vec<u32> },
+}
+
+/// Whether a file of this name holds a tokenizer, of any kind, or belongs to one.
+pub fn is_tokenizer_file(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let begins = TOKENIZER_PREFIXES.iter().any(|p| name.starts_with(p));
+    begins || name.ends_with(".tiktoken") || name.ends_with(".spm") || name.ends_with(".model")
 }
 
 impl Tokenizer {
-    /// The tokenizer in `folder`, for a model of this configuration; bytes where there is no
-    /// `tokenizer.json`.
+    /// The tokenizer in `folder`, for a model of this configuration; bytes where the folder has none of any kind.
     ///
     /// # Errors
-    /// [`TokenizerError`]: as [`Tokenizer::from_file`], ids for which the model has no embedding, or no
-    /// file and fewer than 256 ids.
+    /// As [`Tokenizer::read`]; [`TokenizerError::TooFewIds`] without a tokenizer and with fewer than 256 ids.
     pub fn open(folder: &Path, config: &ModelConfig) -> Result<Self, TokenizerError> {
-        let path = folder.join(TOKENIZER_FILE);
-        if std::fs::symlink_metadata(&path).is_err() {
-            return Self::bytes(folder, config);
+        if let Some(tokenizer) = Self::read(folder)? {
+            return Ok(tokenizer.limited_to(config.vocab_size));
         }
-        let tokenizer = Self::from_file(&path)?;
-        if tokenizer.vocab_size() > config.vocab_size {
-            return Err(TokenizerError::Vocabulary {
-                largest: u32::try_from(tokenizer.vocab_size() - 1).unwrap_or(u32::MAX),
-                vocab_size: config.vocab_size,
-            });
-        }
-        Ok(tokenizer)
-    }
-
-    fn bytes(folder: &Path, config: &ModelConfig) -> Result<Self, TokenizerError> {
         if config.vocab_size < BYTES {
             return Err(TokenizerError::TooFewIds {
                 folder: folder.to_owned(),
                 vocab_size: config.vocab_size,
             });
         }
+        Ok(Self::bytes(config))
+    }
+
+    /// The tokenizer in `folder`; `None` where it has none of any kind.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_file`]; [`TokenizerError::OtherKind`] for a tokenizer without a `tokenizer.json`.
+    pub fn read(folder: &Path) -> Result<Option<Self>, TokenizerError> {
+        let path = folder.join(TOKENIZER_FILE);
+        if std::fs::symlink_metadata(&path).is_ok() {
+            return Self::from_file(&path).map(Some);
+        }
+        let Ok(entries) = std::fs::read_dir(folder) else {
+            return Ok(None);
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        match names.filter(|name| is_tokenizer_file(name)).min() {
+            None => Ok(None),
+            Some(file) => Err(TokenizerError::OtherKind {
+                folder: folder.to_owned(),
+                file,
+            }),
+        }
+    }
+
+    /// One token a byte; the first `bos_token_id` of the configuration begins a text.
+    pub fn bytes(config: &ModelConfig) -> Self {
         let special = config.bos_token_id.iter().chain(&config.eos_token_id);
-        Ok(Self(Kind::Bytes {
-            bos: config.bos_token_id.first().copied(),
-            hidden: special.copied().collect(),
-        }))
+        Self {
+            kind: Kind::Bytes {
+                hidden: special.copied().collect(),
+            },
+            framing: Framing::bytes(config),
+            limit: config.vocab_size,
+        }
+    }
+
+    /// Refuses to make ids that are not below `vocab_size`.
+    pub fn limited_to(self, vocab_size: usize) -> Self {
+        Self {
+            limit: vocab_size,
+            ..self
+        }
+    }
+
+    /// What stands around a text.
+    pub fn framing(&self) -> &Framing {
+        &self.framing
     }
 
     /// Reads a `tokenizer.json`. Truncation and padding in it do not apply, as they do not by default in
@@ -79,7 +134,11 @@ impl Tokenizer {
     /// [`TokenizerError::File`], [`TokenizerError::Malformed`], [`TokenizerError::NotBuiltIn`].
     #[cfg(feature = "tokenizer")]
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
-        Self::parse(&files::read_bounded(path, MAX_TOKENIZER)?, path)
+        let mut read = Self::parse(&files::read_bounded(path, MAX_TOKENIZER)?, path)?;
+        if let (Kind::Json(tokenizer), Some(folder)) = (&read.kind, path.parent()) {
+            read.framing.complete(tokenizer, folder)?;
+        }
+        Ok(read)
     }
 
     /// This build reads no `tokenizer.json`.
@@ -93,7 +152,7 @@ impl Tokenizer {
         })
     }
 
-    /// A tokenizer from the bytes of a `tokenizer.json`; `path` is for messages.
+    /// A tokenizer from the bytes of a `tokenizer.json` alone; `path` is for messages.
     ///
     /// # Errors
     /// [`TokenizerError::Malformed`].
@@ -103,52 +162,68 @@ impl Tokenizer {
             path: path.to_owned(),
             message,
         };
+        bounds::check(bytes).map_err(malformed)?;
         let parsed = guarded(|| {
             let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
             tokenizer.with_truncation(None)?.with_padding(None);
-            Ok(tokenizer)
+            let framing = Framing::of_template(&tokenizer)?;
+            Ok((tokenizer, framing))
         });
-        Ok(Self(Kind::Json(Box::new(parsed.map_err(malformed)?))))
+        let (tokenizer, framing) = parsed.map_err(malformed)?;
+        Ok(Self {
+            kind: Kind::Json(Box::new(tokenizer)),
+            framing,
+            limit: usize::MAX,
+        })
     }
 
-    /// One more than the largest id that a text can become.
+    /// One more than the largest id of the tokenizer and its framing.
     pub fn vocab_size(&self) -> usize {
-        match &self.0 {
+        let own = match &self.kind {
             #[cfg(feature = "tokenizer")]
             Kind::Json(tokenizer) => {
                 let ids = tokenizer.get_vocab(true).into_values();
                 ids.max().map_or(0, |id| id as usize + 1)
             }
-            Kind::Bytes { bos, .. } => BYTES.max(bos.map_or(0, |id| id as usize + 1)),
-        }
+            Kind::Bytes { .. } => BYTES,
+        };
+        let around = self.framing.before.iter().chain(&self.framing.after);
+        around.fold(own, |size, id| size.max(*id as usize + 1))
     }
 
     /// Whether every byte is a token.
     pub fn is_bytes(&self) -> bool {
-        matches!(self.0, Kind::Bytes { .. })
+        matches!(self.kind, Kind::Bytes { .. })
     }
 
-    /// Tokens of a text; `add_special_tokens` puts around it what the tokenizer puts around texts
-    /// (most: the token that begins one).
+    /// Tokens of a text; `framed` puts around it what the tokenizer puts around texts.
     ///
     /// # Errors
-    /// [`TokenizerError::Failed`] where the tokenizer cannot spell the text.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        match &self.0 {
+    /// [`TokenizerError::Failed`] where the tokenizer cannot spell the text, [`TokenizerError::Vocabulary`] where it
+    /// becomes an id that the model has not.
+    pub fn encode(&self, text: &str, framed: bool) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = match framed {
+            true => self.framing.before.clone(),
+            false => Vec::new(),
+        };
+        match &self.kind {
             #[cfg(feature = "tokenizer")]
             Kind::Json(tokenizer) => {
-                let encoded = guarded(|| tokenizer.encode_fast(text, add_special_tokens));
-                encoded
-                    .map(|encoded| encoded.get_ids().to_vec())
-                    .map_err(|message| TokenizerError::Failed { message })
+                let encoded = guarded(|| tokenizer.encode_fast(text, false));
+                let encoded = encoded.map_err(|message| TokenizerError::Failed { message })?;
+                ids.extend_from_slice(encoded.get_ids());
             }
-            Kind::Bytes { bos, .. } => {
-                let first = bos.filter(|_| add_special_tokens);
-                Ok(first
-                    .into_iter()
-                    .chain(text.bytes().map(u32::from))
-                    .collect())
-            }
+            Kind::Bytes { .. } => ids.extend(text.bytes().map(u32::from)),
+        }
+        if framed {
+            ids.extend_from_slice(&self.framing.after);
+        }
+        match ids.iter().max() {
+            Some(largest) if *largest as usize >= self.limit => Err(TokenizerError::Vocabulary {
+                largest: *largest,
+                vocab_size: self.limit,
+            }),
+            _ => Ok(ids),
         }
     }
 
@@ -162,11 +237,11 @@ impl Tokenizer {
         tokens: &[u32],
         skip_special_tokens: bool,
     ) -> Result<String, TokenizerError> {
-        match &self.0 {
+        match &self.kind {
             #[cfg(feature = "tokenizer")]
             Kind::Json(tokenizer) => guarded(|| tokenizer.decode(tokens, skip_special_tokens))
                 .map_err(|message| TokenizerError::Failed { message }),
-            Kind::Bytes { hidden, .. } => {
+            Kind::Bytes { hidden } => {
                 let kept = tokens
                     .iter()
                     .filter(|t| !(skip_special_tokens && hidden.contains(t)));
@@ -177,55 +252,15 @@ impl Tokenizer {
     }
 }
 
-/// The ids that end a text: those of `generation_config.json`, else those of `config.json`, as
-/// Hugging Face libraries choose them.
-///
-/// # Errors
-/// [`TokenizerError::File`], [`TokenizerError::EndIds`].
-pub fn end_ids(folder: &Path, config: &ModelConfig) -> Result<Vec<u32>, TokenizerError> {
-    let path = folder.join(GENERATION_FILE);
-    if std::fs::symlink_metadata(&path).is_err() {
-        return Ok(config.eos_token_id.clone());
-    }
-    let bytes = files::read_bounded(&path, MAX_GENERATION)?;
-    let file: Value =
-        serde_json::from_slice(&bytes).map_err(|error| files::json_error(&path, &error))?;
-    match file.get("eos_token_id") {
-        None | Some(Value::Null) => Ok(config.eos_token_id.clone()),
-        Some(ids) => {
-            parse_ids(ids, config.vocab_size).ok_or_else(|| end_ids_error(path, config, ids))
-        }
-    }
-}
-
-fn parse_ids(ids: &Value, vocab_size: usize) -> Option<Vec<u32>> {
-    let id = |value: &Value| {
-        let id = u32::try_from(value.as_u64()?).ok()?;
-        ((id as usize) < vocab_size).then_some(id)
-    };
-    match ids {
-        Value::Array(ids) if ids.len() <= MAX_TOKEN_IDS => ids.iter().map(id).collect(),
-        Value::Array(_) => None,
-        one => Some(vec![id(one)?]),
-    }
-}
-
-fn end_ids_error(path: PathBuf, config: &ModelConfig, got: &Value) -> TokenizerError {
-    TokenizerError::EndIds {
-        path,
-        expected: format!(
-            "an id below vocab_size = {} or a list of at most {MAX_TOKEN_IDS}",
-            config.vocab_size
-        ),
-        got: got.to_string().chars().take(80).collect(),
-    }
-}
-
 /// Calls the tokenizer library. Files that it accepts can still make it panic (ids that its own tables
-/// lack), which here is an error like any other.
+/// lack), which here is an error like any other, and prints nothing.
 #[cfg(feature = "tokenizer")]
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+    silence_caught_panics();
+    CAUGHT.set(true);
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+    CAUGHT.set(false);
+    match done {
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(panic) => {
             let message = panic.downcast_ref::<String>().cloned();
@@ -233,4 +268,24 @@ fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String>
             Err(message.unwrap_or_else(|| "the library failed".into()))
         }
     }
+}
+
+#[cfg(feature = "tokenizer")]
+thread_local! {
+    /// Whether a panic of this thread will be caught by [`guarded`].
+    static CAUGHT: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Puts a hook before the process's own that says nothing of panics which [`guarded`] catches.
+#[cfg(feature = "tokenizer")]
+fn silence_caught_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !CAUGHT.get() {
+                others(panic);
+            }
+        }));
+    });
 }

@@ -62,9 +62,9 @@ pub struct DataSection {
     pub bin_type: BinType,
     /// Id that ends a document inside a `.bin` file.
     pub document_end: Option<u32>,
-    /// Puts the model's `bos_token_id` before each text, where it has one.
+    /// Puts before each text what the tokenizer puts there elsewhere (most: BOS).
     pub add_bos: bool,
-    /// Puts the model's `eos_token_id` after each text, where it has one.
+    /// Puts an id at which generation ends after each text, where the model or its tokenizer names one.
     pub add_eos: bool,
     /// How the held-out share is chosen.
     pub split: Split,

@@ -231,7 +231,21 @@ fn unsupported_features_say_what_is_supported() {
         ("architectures", json!(["MistralForCausalLM"])),
         ("quantization_config", json!({"bits": 4})),
         ("torch_dtype", json!("int8")),
-        ("rope_scaling", json!({"rope_type": "yarn", "factor": 2.0})),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}),
+        ),
+        ("is_causal", json!(false)),
+        ("sliding_window", json!(4096)),
+        ("no_rope_layers", json!([1, 0])),
+        (
+            "layer_types",
+            json!(["full_attention", "sliding_attention"]),
+        ),
+        ("embedding_multiplier", json!(12.0)),
+        ("residual_multiplier", json!(0.22)),
+        ("logits_scaling", json!(8)),
+        ("num_local_experts", json!(8)),
     ] {
         let error = ModelConfig::from_json(with(small(), &format!("/{key}"), value)).unwrap_err();
         let ConfigError::Unsupported { supported, .. } = &error else {
@@ -242,6 +256,116 @@ fn unsupported_features_say_what_is_supported() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn keys_of_other_architectures_may_stand_there_with_values_that_change_nothing() {
+    for (key, value) in [
+        ("hidden_act", json!("swish")),
+        ("is_causal", json!(true)),
+        ("sliding_window", json!(null)),
+        ("no_rope_layers", json!([1, 1])),
+        ("layer_types", json!(["full_attention", "full_attention"])),
+        ("embedding_multiplier", json!(1)),
+        ("logits_scaling", json!(1.0)),
+        ("dtype", json!("float64")),
+        ("architectures", json!(["LlamaModel"])),
+    ] {
+        let value = with(small(), &format!("/{key}"), value);
+        assert!(ModelConfig::from_json(value).is_ok(), "{key}");
+    }
+    let unused = with(
+        with(small(), "/sliding_window", json!(4096)),
+        "/use_sliding_window",
+        json!(false),
+    );
+    assert!(ModelConfig::from_json(unused).is_ok());
+}
+
+#[test]
+fn the_rotary_base_is_found_in_every_place_and_must_be_the_same_in_all() {
+    let theta = |value| ModelConfig::from_json(value).map(|config| config.rope_theta);
+    let inside = json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0});
+    let alone = with(small(), "/rope_scaling", inside.clone());
+    assert_eq!(theta(alone).unwrap(), 500000.0);
+    let same = with(
+        with(small(), "/rope_scaling", inside.clone()),
+        "/rope_theta",
+        json!(500000.0),
+    );
+    assert_eq!(theta(same).unwrap(), 500000.0);
+    refused(
+        with(
+            with(small(), "/rope_scaling", inside),
+            "/rope_theta",
+            json!(10000.0),
+        ),
+        "rope_scaling.rope_theta",
+    );
+}
+
+#[test]
+fn the_original_context_may_stand_beside_the_scaling() {
+    let key = "original_max_position_embeddings";
+    let mut beside = llama3();
+    let inner = beside["rope_scaling"]
+        .as_object_mut()
+        .unwrap()
+        .remove(key)
+        .unwrap();
+    beside[key] = inner.clone();
+    let (beside, inside) = (
+        ModelConfig::from_json(beside).unwrap(),
+        ModelConfig::from_json(llama3()).unwrap(),
+    );
+    assert_eq!(beside.rope_scaling, inside.rope_scaling);
+    refused(with(llama3(), &format!("/{key}"), json!(7)), key);
+    assert_ne!(inner, json!(7));
+}
+
+#[test]
+fn negative_ids_stand_for_none() {
+    let ids = |value| {
+        ModelConfig::from_json(with(small(), "/eos_token_id", value))
+            .unwrap()
+            .eos_token_id
+    };
+    assert!(ids(json!(-1)).is_empty());
+    assert_eq!(ids(json!([1, -1])), [1]);
+    // One without a row in the embedding is never chosen.
+    assert_eq!(ids(json!(258)), [258]);
+}
+
+#[test]
+fn dropout_is_refused_by_name_in_training_only() {
+    let config = ModelConfig::from_json(with(small(), "/attention_dropout", json!(0.1))).unwrap();
+    assert_eq!(
+        key_of(&config.check_training().unwrap_err()),
+        "attention_dropout"
+    );
+    assert!(
+        ModelConfig::from_json(small())
+            .unwrap()
+            .check_training()
+            .is_ok()
+    );
+}
+
+#[test]
+fn marks_and_numbers_that_json_lacks_and_pointers_are_passed_over_or_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |text: &str| std::fs::write(folder.path().join("config.json"), text).unwrap();
+    write(&format!("\u{feff}{}", small()));
+    assert!(ModelConfig::load(folder.path()).is_ok());
+    let error = |text: &str| {
+        write(text);
+        ModelConfig::load(folder.path()).unwrap_err().to_string()
+    };
+    assert!(error("{\n \"rope_theta\": NaN}").contains("no NaN"));
+    assert!(error("{\"rope_theta\": -Infinity}").contains("no Infinity"));
+    assert!(
+        error("version https://git-lfs.github.com/spec/v1\noid sha256:0\n").contains("Git LFS")
+    );
 }
 
 #[test]
@@ -292,8 +416,7 @@ fn absurd_and_contradictory_values_are_refused_by_key() {
         ("/hidden_size", json!(33), "hidden_size"),
         ("/rms_norm_eps", json!(-1e-5), "rms_norm_eps"),
         ("/rope_theta", json!(0), "rope_theta"),
-        ("/eos_token_id", json!(258), "eos_token_id"),
-        ("/eos_token_id", json!([1, -1]), "eos_token_id"),
+        ("/eos_token_id", json!(1.5), "eos_token_id"),
         (
             "/rope_scaling",
             json!({"type": "linear"}),

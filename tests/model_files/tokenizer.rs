@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use segattn::generate::text::TextStream;
 use segattn::model::config::ModelConfig;
 use segattn::model::error::{FileError, TokenizerError};
-use segattn::model::tokenizer::{Tokenizer, end_ids};
+use segattn::model::tokenizer::framing::Framing;
+use segattn::model::tokenizer::{GenerationSettings, Tokenizer, end_ids};
+use serde_json::{Value, json};
 
 const IDS: usize = 272;
 
@@ -77,15 +79,230 @@ fn ids_of_a_padded_vocabulary_have_no_text() {
 }
 
 #[test]
-fn a_tokenizer_with_more_ids_than_the_model_is_refused() {
-    match Tokenizer::open(&data(), &config(IDS - 1)) {
+fn of_a_tokenizer_with_more_ids_than_the_model_only_texts_that_hold_such_an_id_are_refused() {
+    let tokenizer = Tokenizer::open(&data(), &config(268)).unwrap();
+    assert_eq!(tokenizer.encode(" the", false).unwrap(), [262]);
+    match tokenizer.encode("segment the", false) {
         Err(TokenizerError::Vocabulary {
-            largest,
-            vocab_size,
-        }) => {
-            assert_eq!((largest as usize, vocab_size), (IDS - 1, IDS - 1));
-        }
+            largest: 268,
+            vocab_size: 268,
+        }) => {}
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_tokenizer_of_another_kind_is_named_and_not_read_as_bytes() {
+    for file in [
+        "tokenizer.model",
+        "vocab.json",
+        "tokenizer_config.json",
+        "merges.txt",
+        "spiece.model",
+        "x.tiktoken",
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(file), "{}").unwrap();
+        match Tokenizer::open(folder.path(), &config(IDS)) {
+            Err(error @ TokenizerError::OtherKind { .. }) => {
+                let message = error.to_string();
+                assert!(
+                    message.contains(file) && message.contains("tokenizer.json"),
+                    "{message}"
+                );
+            }
+            other => panic!("{file}: {other:?}"),
+        }
+    }
+}
+
+/// A folder with the tokenizer, its template replaced, and these files beside it.
+fn folder(template: Value, files: &[(&str, Value)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(data().join("tokenizer.json")).unwrap();
+    let mut file: Value = serde_json::from_slice(&bytes).unwrap();
+    file["post_processor"] = template;
+    std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+    for (name, content) in files {
+        std::fs::write(folder.path().join(name), content.to_string()).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn the_template_then_tokenizer_config_says_what_stands_around_a_text() {
+    let special = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let template = |single: Vec<Value>| {
+        json!({
+            "type": "TemplateProcessing", "single": single, "pair": [text],
+            "special_tokens": {
+                "<begin>": {"id": "<begin>", "ids": [0], "tokens": ["<begin>"]},
+                "<end>": {"id": "<end>", "ids": [1], "tokens": ["<end>"]},
+            },
+        })
+    };
+    let asked = json!({"bos_token": "<begin>", "eos_token": {"content": "<end>"}, "add_bos_token": true,
+        "add_eos_token": true});
+    let unasked = json!({"bos_token": "<begin>", "add_bos_token": false});
+    let map = json!({"bos_token": "<begin>", "eos_token": "<end>"});
+    let both = template(vec![
+        special("<begin>"),
+        special("<begin>"),
+        text.clone(),
+        special("<end>"),
+    ]);
+    type Files<'a> = &'a [(&'a str, Value)];
+    let cases: [(Value, Files<'_>, [&[u32]; 2], Option<u32>); 6] = [
+        (both.clone(), &[], [&[0, 0], &[1]], Some(1)),
+        // The template goes before the other files.
+        (
+            both,
+            &[("tokenizer_config.json", unasked.clone())],
+            [&[0, 0], &[1]],
+            Some(1),
+        ),
+        (Value::Null, &[], [&[], &[]], None),
+        (
+            Value::Null,
+            &[("tokenizer_config.json", asked)],
+            [&[0], &[1]],
+            Some(1),
+        ),
+        (
+            Value::Null,
+            &[("tokenizer_config.json", unasked)],
+            [&[], &[]],
+            None,
+        ),
+        (
+            Value::Null,
+            &[
+                ("tokenizer_config.json", json!({"add_bos_token": true})),
+                ("special_tokens_map.json", map),
+            ],
+            [&[0], &[]],
+            Some(1),
+        ),
+    ];
+    for (template, files, [before, after], eos) in cases {
+        let folder = folder(template, files);
+        // A BOS of the model's own configuration adds nothing beside a tokenizer.
+        let mut config = config(IDS);
+        config.bos_token_id = vec![5];
+        let tokenizer = Tokenizer::open(folder.path(), &config).unwrap();
+        let framed = tokenizer.encode("segment", true).unwrap();
+        assert_eq!(framed, [before, &[268], after].concat(), "{files:?}");
+        assert_eq!(tokenizer.framing().eos, eos, "{files:?}");
+    }
+    let twice = folder(template(vec![text.clone(), text.clone()]), &[]);
+    let error = Tokenizer::open(twice.path(), &config(IDS));
+    assert!(
+        matches!(error, Err(TokenizerError::Malformed { .. })),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn training_frames_a_document_like_a_text_and_ends_it_where_generation_ends() {
+    let framing = Framing {
+        before: vec![7],
+        after: vec![8],
+        bos: Some(7),
+        eos: Some(8),
+    };
+    let document = |begin, end, ends: &[u32]| framing.document(begin, end, ends);
+    assert_eq!(document(true, true, &[8, 9]), (vec![7], vec![8]));
+    assert_eq!(document(true, true, &[9, 3]), (vec![7], vec![8, 9]));
+    assert_eq!(document(true, true, &[]), (vec![7], vec![8]));
+    assert_eq!(document(false, false, &[9]), (vec![], vec![]));
+    let none = Framing {
+        eos: Some(8),
+        ..Framing::default()
+    };
+    assert_eq!(none.document(true, true, &[]), (vec![], vec![8]));
+}
+
+#[test]
+fn files_that_ask_for_absurd_sizes_are_refused() {
+    let bytes = std::fs::read(data().join("tokenizer.json")).unwrap();
+    let base: Value = serde_json::from_slice(&bytes).unwrap();
+    let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"});
+    let sequence = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let parts = vec![sequence.clone(); 100_000];
+    for (key, part) in [
+        (
+            "normalizer",
+            json!({"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+        ),
+        (
+            "normalizer",
+            json!({"type": "Sequence", "normalizers": vec![&replace; 12]}),
+        ),
+        (
+            "normalizer",
+            json!({"type": "Prepend", "prepend": "a".repeat(1 << 20)}),
+        ),
+        (
+            "decoder",
+            json!({"type": "Sequence", "decoders": vec![replace; 12]}),
+        ),
+        (
+            "pre_tokenizer",
+            json!({"type": "Metaspace", "replacement": "a".repeat(1 << 20)}),
+        ),
+        (
+            "post_processor",
+            json!({"type": "TemplateProcessing", "single": parts, "pair": [sequence], "special_tokens": {}}),
+        ),
+    ] {
+        let mut file = base.clone();
+        file[key] = part;
+        let read = Tokenizer::parse(file.to_string().as_bytes(), Path::new("tokenizer.json"));
+        assert!(
+            matches!(read, Err(TokenizerError::Malformed { .. })),
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn settings_of_generation_are_read_and_those_that_are_not_applied_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("generation_config.json");
+    let write = |value: Value| std::fs::write(&path, value.to_string()).unwrap();
+    assert_eq!(
+        GenerationSettings::load(folder.path()).unwrap(),
+        GenerationSettings::default()
+    );
+    write(
+        json!({"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1,
+        "max_new_tokens": 12, "num_beams": 4, "no_repeat_ngram_size": 0, "pad_token_id": 0, "penalty_alpha": null}),
+    );
+    let settings = GenerationSettings::load(folder.path()).unwrap();
+    let wanted = GenerationSettings {
+        do_sample: Some(true),
+        temperature: Some(0.6),
+        top_k: Some(20),
+        top_p: Some(0.9),
+        min_p: None,
+        repetition_penalty: Some(1.1),
+        max_new_tokens: Some(12),
+        ignored: vec!["num_beams".into()],
+    };
+    assert_eq!(settings, wanted);
+    for bad in [
+        json!({"temperature": "hot"}),
+        json!({"top_p": 0}),
+        json!({"top_k": -1}),
+        json!([1]),
+    ] {
+        write(bad.clone());
+        let error = GenerationSettings::load(folder.path());
+        assert!(
+            matches!(error, Err(TokenizerError::Generation { .. })),
+            "{bad}: {error:?}"
+        );
     }
 }
 
@@ -129,21 +346,22 @@ fn ids_that_end_a_text_come_from_the_generation_file_first() {
         (r#"{"eos_token_id": [7, 9]}"#, vec![7, 9]),
         (r#"{"eos_token_id": null}"#, vec![3]),
         (r#"{"bos_token_id": 1}"#, vec![3]),
+        (r#"{"eos_token_id": [7, -1]}"#, vec![7]),
+        (r#"{"eos_token_id": -1}"#, vec![]),
     ] {
         std::fs::write(&path, text).unwrap();
         assert_eq!(end_ids(folder.path(), &config).unwrap(), ids, "{text}");
     }
     let many = format!("{{\"eos_token_id\": {:?}}}", vec![1; 65]);
     for text in [
-        r#"{"eos_token_id": 100}"#,
-        r#"{"eos_token_id": [-1]}"#,
+        r#"{"eos_token_id": [1.5]}"#,
         r#"{"eos_token_id": "a"}"#,
         &many,
     ] {
         std::fs::write(&path, text).unwrap();
         let error = end_ids(folder.path(), &config);
         assert!(
-            matches!(error, Err(TokenizerError::EndIds { .. })),
+            matches!(error, Err(TokenizerError::Generation { .. })),
             "{text}: {error:?}"
         );
     }

@@ -44,38 +44,59 @@ const SCALING_KEYS: [&str; 8] = [
     "partial_rotary_factor",
 ];
 
+/// Base and scaling. `rope_theta` may stand in `rope_parameters`, in `rope_scaling` and beside them; where it stands
+/// more than once, all must agree.
 pub(super) fn from_json(fields: &Fields<'_>) -> Result<(f64, RopeScaling), ConfigError> {
-    let top_theta = fields.number("rope_theta")?;
-    let legacy = fields
-        .object("rope_scaling")?
-        .map(|object| scaling(&Fields::new(object, "rope_scaling.")))
-        .transpose()?;
-    let Some(object) = fields.object("rope_parameters")? else {
-        return Ok((
-            top_theta.unwrap_or(DEFAULT_THETA),
-            legacy.unwrap_or(RopeScaling::Default),
-        ));
-    };
-    let newer = Fields::new(object, "rope_parameters.");
-    let scaling = scaling(&newer)?;
-    let theta = newer.number("rope_theta")?;
-    if let (Some(top), Some(inner)) = (top_theta, theta)
-        && top != inner
-    {
-        return invalid(
-            "rope_parameters.rope_theta",
-            format!("rope_theta = {top}"),
-            inner,
-        );
+    let mut theta: Option<(String, f64)> = None;
+    one_theta(&mut theta, fields)?;
+    let mut found: Option<(&str, RopeScaling)> = None;
+    for name in ["rope_parameters", "rope_scaling"] {
+        let Some(object) = fields.object(name)? else {
+            continue;
+        };
+        let prefix = format!("{name}.");
+        let inner = Fields::new(object, &prefix);
+        let scaling = scaling(&inner, fields)?;
+        if let Some((first, known)) = found
+            && known != scaling
+        {
+            let got = format!("{scaling:?} beside {known:?}");
+            return invalid(name, format!("the same as {first}"), got);
+        }
+        found = Some((name, scaling));
+        one_theta(&mut theta, &inner)?;
     }
-    if legacy.is_some_and(|legacy| legacy != scaling) {
-        let got = format!("{legacy:?} beside {scaling:?}");
-        return invalid("rope_scaling", "the same as rope_parameters", got);
-    }
-    Ok((theta.or(top_theta).unwrap_or(DEFAULT_THETA), scaling))
+    Ok((
+        theta.map_or(DEFAULT_THETA, |(_, theta)| theta),
+        found.map_or(RopeScaling::Default, |(_, scaling)| scaling),
+    ))
 }
 
-fn scaling(fields: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
+fn one_theta(known: &mut Option<(String, f64)>, fields: &Fields<'_>) -> Result<(), ConfigError> {
+    let Some(theta) = fields.number("rope_theta")? else {
+        return Ok(());
+    };
+    let key = fields.path("rope_theta");
+    match known {
+        Some((first, known)) if *known != theta => {
+            invalid(&key, format!("{first} = {known}"), theta)
+        }
+        _ => {
+            *known = Some((key, theta));
+            Ok(())
+        }
+    }
+}
+
+/// The scaling of one of the two objects; `top` is the object around it.
+fn scaling(fields: &Fields<'_>, top: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
+    let kind = match fields.text("rope_type")? {
+        Some(kind) => kind,
+        None => fields.text("type")?.unwrap_or("default"),
+    };
+    if !["default", "linear", "llama3"].contains(&kind) {
+        return Err(fields.unsupported("rope_type", "default, linear, llama3", &json!(kind)));
+    }
     fields.only(&SCALING_KEYS)?;
     if let Some(part) = fields.number("partial_rotary_factor")?
         && part != 1.0
@@ -83,12 +104,7 @@ fn scaling(fields: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
         let supported = "1.0 (all of a head rotates)";
         return Err(fields.unsupported("partial_rotary_factor", supported, &json!(part)));
     }
-    let kind = match fields.text("rope_type")? {
-        Some(kind) => kind,
-        None => fields.text("type")?.unwrap_or("default"),
-    };
     match kind {
-        "default" => Ok(RopeScaling::Default),
         "linear" => Ok(RopeScaling::Linear {
             factor: fields.required_number("factor")?,
         }),
@@ -96,10 +112,27 @@ fn scaling(fields: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
             factor: fields.required_number("factor")?,
             low_freq_factor: fields.required_number("low_freq_factor")?,
             high_freq_factor: fields.required_number("high_freq_factor")?,
-            original_max_position_embeddings: fields
-                .required_size("original_max_position_embeddings", 1..=MAX_POSITIONS)?,
+            original_max_position_embeddings: original_positions(fields, top)?,
         }),
-        other => Err(fields.unsupported("rope_type", "default, linear, llama3", &json!(other))),
+        _ => Ok(RopeScaling::Default),
+    }
+}
+
+/// The context that frequencies are scaled from, which may also stand beside the object.
+fn original_positions(fields: &Fields<'_>, top: &Fields<'_>) -> Result<usize, ConfigError> {
+    let key = "original_max_position_embeddings";
+    let (inner, outer) = (
+        fields.size(key, 1..=MAX_POSITIONS)?,
+        top.size(key, 1..=MAX_POSITIONS)?,
+    );
+    match (inner, outer) {
+        (Some(inner), Some(outer)) if inner != outer => invalid(
+            &top.path(key),
+            format!("{} = {inner}", fields.path(key)),
+            outer,
+        ),
+        (Some(len), _) | (None, Some(len)) => Ok(len),
+        (None, None) => Err(fields.missing(key)),
     }
 }
 

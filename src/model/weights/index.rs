@@ -38,8 +38,7 @@ impl Index {
     /// [`WeightsError::File`] where it is no JSON of this form, [`WeightsError::ShardName`],
     /// [`WeightsError::Malformed`] with more files than any model has.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self, WeightsError> {
-        let raw: RawIndex = serde_json::from_slice(bytes)
-            .map_err(|error| WeightsError::File(files::json_error(path, &error)))?;
+        let raw: RawIndex = files::parse_json(bytes, path)?;
         let index = Self {
             weight_map: raw.weight_map.0,
         };

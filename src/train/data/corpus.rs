@@ -32,9 +32,9 @@ pub struct Reading<'a> {
     /// Ids must be below it.
     pub vocab_size: usize,
     /// Put before each text.
-    pub bos: Option<u32>,
+    pub before: Vec<u32>,
     /// Put after each text.
-    pub eos: Option<u32>,
+    pub after: Vec<u32>,
     /// The tokenizer.
     pub encode: &'a Encode<'a>,
     /// Folder for the scratch file.
@@ -332,9 +332,9 @@ fn read_encoded(
             }
         }
         _ => {
-            scratch.push(reading.bos.as_slice())?;
+            scratch.push(&reading.before)?;
             read_text(path, input, reading, scratch)?;
-            scratch.push(reading.eos.as_slice())?;
+            scratch.push(&reading.after)?;
         }
     }
     if spans.len() == known && scratch.len > start {
@@ -418,9 +418,9 @@ fn read_lines(
             serde_json::from_slice(&line).map_err(|e| wrong(e.to_string()))?;
         match object.remove(field) {
             Some(serde_json::Value::String(text)) => {
-                scratch.push(reading.bos.as_slice())?;
+                scratch.push(&reading.before)?;
                 scratch.push(&encode(path, Some(number), &text, reading)?)?;
-                scratch.push(reading.eos.as_slice())?;
+                scratch.push(&reading.after)?;
             }
             Some(list @ serde_json::Value::Array(_)) => {
                 let ids: Vec<u32> =
