@@ -14,12 +14,12 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 /// Real architectures of the fat binary; its PTX, for GPUs to come, is of `PTX_ARCH`.
 const ARCHS: &[&str] = &["80", "86", "89", "90", "100", "120"];
 const PTX_ARCH: &str = "80";
-/// Files whose names end so use Hopper's own instructions: they are compiled for `HOPPER_ARCH` alone, where sm_90 is among
-/// the architectures, and are empty where it is not.
+/// Files whose names end so use Hopper's own instructions: they are compiled for `HOPPER_ARCH` alone, where sm_90 is
+/// among the architectures, and are empty where it is not.
 const HOPPER_ENDING: &str = "_hopper";
 const HOPPER_ARCH: &str = "90a";
-/// How ptxas weighs registers against instructions (0 to 10, 5 by default). Kernels whose accumulators fill the registers fit at one
-/// level or another, by architecture; none may use local memory.
+/// How ptxas weighs registers against instructions (0 to 10, 5 by default). Kernels whose accumulators fill the
+/// registers fit at one level or another, by architecture; none may use local memory.
 const REGISTER_LEVELS: &[&str] = &["5", "0", "10"];
 
 fn main() -> Result<()> {
@@ -198,7 +198,8 @@ fn object(kernel: &str, arch: Option<&str>, out: &Path) -> PathBuf {
     }
 }
 
-/// The first of [`REGISTER_LEVELS`] at which no kernel of the file uses local memory, or waits for each of its products.
+/// The first of [`REGISTER_LEVELS`] at which no kernel of the file uses local memory, or waits for each of its
+/// products.
 fn compile(nvcc: &Path, kernel: &str, arch: Option<&str>, out: &Path) -> Result<()> {
     let mut entries = Vec::new();
     for level in REGISTER_LEVELS {

@@ -1,7 +1,7 @@
-// The layers' kernels on a GPU: `check` compares each with its formula in f64 and 20 repetitions bit by bit; `few` does so
-// with small sizes, for compute-sanitizer; `time` gives microseconds, GB/s and the share of a device-to-device copy's
-// speed in the same run. Needs nothing but CUDA:
-//   nvcc -std=c++17 -O3 -arch=sm_90 -o layers benches/layers.cu && ./layers check && ./layers time
+// The layers' kernels on a GPU: `check` compares each with its formula in f64 and 20 repetitions bit by bit; `few` does
+// so with small sizes, for compute-sanitizer; `time` gives microseconds, GB/s and the share of a device-to-device
+// copy's speed in the same run. Needs nothing but CUDA: nvcc -std=c++17 -O3 -arch=sm_90 -o layers benches/layers.cu &&
+// ./layers check && ./layers time
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -46,7 +46,9 @@ static void free_all() {
   owned.clear();
 }
 template <class T>
-static void put(T* to, const vector<T>& from) { must(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyDefault), "upload"); }
+static void put(T* to, const vector<T>& from) {
+  must(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyDefault), "upload");
+}
 template <class T>
 static T* upload(const vector<T>& from) {
   T* to = device<T>(from.size());
@@ -90,7 +92,9 @@ static vector<uint16_t> bf16_values(size_t count, uint64_t salt) {
   return x;
 }
 template <class T>
-static SegattnRows rows_of(T* data, int64_t stride) { return {(void*)data, stride}; }
+static SegattnRows rows_of(T* data, int64_t stride) {
+  return {(void*)data, stride};
+}
 static int up(int64_t a, int64_t b) { return (int)((a + b - 1) / b); }
 
 // ---------------------------------------------------------------------------------------------------- judging

@@ -28,15 +28,18 @@ static void check_norm(int rows, int width) {
   p.y = rows_of(g_y, width), p.d_y = rows_of(g_d_y, width), p.d_x = rows_of(g_d_x, width);
   float* g_d_weight = device<float>(width);
   p.weight = upload(weight), p.rstd = device<float>(rows), p.d_weight = g_d_weight;
-  repeat("norm", [&] {
-    put(g_d_x, d_x), put(g_d_weight, d_weight);
-    rms_norm_bf16<<<rows, row_threads_of(width), sizeof(RowShared)>>>(p);
-    SegattnNormParams grad = p;
-    grad.x = p.x_sum;
-    rms_norm_grad_bf16<<<rows, row_threads_of(width), sizeof(RowShared)>>>(grad);
-    rms_norm_weight_grad_bf16<<<up(width, 16), 256, sizeof(ColumnShared)>>>(grad);
-  }, {{g_y, n * 2}, {g_d_x, n * 2}, {g_d_weight, (size_t)width * 4}});
-  const Numbers sums = widened(download(g_sum, n)), a = widened(x), b = widened(residual), dy = widened(d_y), before = widened(d_x);
+  repeat("norm",
+         [&] {
+           put(g_d_x, d_x), put(g_d_weight, d_weight);
+           rms_norm_bf16<<<rows, row_threads_of(width), sizeof(RowShared)>>>(p);
+           SegattnNormParams grad = p;
+           grad.x = p.x_sum;
+           rms_norm_grad_bf16<<<rows, row_threads_of(width), sizeof(RowShared)>>>(grad);
+           rms_norm_weight_grad_bf16<<<up(width, 16), 256, sizeof(ColumnShared)>>>(grad);
+         },
+         {{g_y, n * 2}, {g_d_x, n * 2}, {g_d_weight, (size_t)width * 4}});
+  const Numbers sums = widened(download(g_sum, n)), a = widened(x), b = widened(residual), dy = widened(d_y),
+                before = widened(d_x);
   Numbers sum(n), y(n), grad(n), grad_weight(d_weight.begin(), d_weight.end());
   for (int r = 0; r < rows; r++) {
     const size_t at = (size_t)r * width;
@@ -79,7 +82,8 @@ static void check_rope(int rows, int q_heads, int kv_heads, int dim) {
   SegattnQkvParams p = qkv_params(rows, q_heads, kv_heads, dim);
   const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;
   const auto qkv = bf16_values((size_t)rows * width, 1);
-  auto *g_qkv = upload(qkv), *g_q = device<uint16_t>((size_t)rows * q_width), *g_k = device<uint16_t>((size_t)rows * kv_width);
+  auto *g_qkv = upload(qkv), *g_q = device<uint16_t>((size_t)rows * q_width),
+       *g_k = device<uint16_t>((size_t)rows * kv_width);
   auto *g_raw = device<uint16_t>((size_t)rows * kv_width), *g_v = device<uint16_t>((size_t)rows * kv_width);
   p.qkv = rows_of(g_qkv, width), p.q = rows_of(g_q, q_width), p.k = rows_of(g_k, kv_width);
   p.raw_k = rows_of(g_raw, kv_width), p.v = rows_of(g_v, kv_width);
@@ -108,7 +112,8 @@ static void check_rope(int rows, int q_heads, int kv_heads, int dim) {
   report("split_qkv: raw k and v", copied == 0, "wrong", copied, 0);
   SegattnRopeParams back = {};
   back.src = back.dst = p.q;
-  back.cos = p.cos, back.sin = p.sin, back.angles = p.angles, back.rows = rows, back.heads = q_heads, back.head_dim = dim, back.inverse = 1;
+  back.cos = p.cos, back.sin = p.sin, back.angles = p.angles, back.rows = rows, back.heads = q_heads,
+  back.head_dim = dim, back.inverse = 1;
   rope_bf16<<<up((int64_t)rows * q_width / 16, 256), 256>>>(back);
   Numbers raw_q(q.size()), got = widened(download(g_q, q.size()));
   for (size_t i = 0; i < raw_q.size(); i++) raw_q[i] = of_bf16(qkv[i / q_width * width + i % q_width]);
@@ -120,7 +125,8 @@ static void check_rope(int rows, int q_heads, int kv_heads, int dim) {
   join_qkv_bf16<<<blocks, 256>>>(join);
   const auto joined = download(g_joined, qkv.size());
   int wrong = 0;
-  for (int r = 0; r < rows; r++) wrong += memcmp(&joined[(size_t)r * width + q_width + kv_width], &v[(size_t)r * kv_width], kv_width * 2) != 0;
+  for (int r = 0; r < rows; r++)
+    wrong += memcmp(&joined[(size_t)r * width + q_width + kv_width], &v[(size_t)r * kv_width], kv_width * 2) != 0;
   report("join_qkv: v", wrong == 0, "wrong rows", wrong, 0);
   free_all();
 }
@@ -132,11 +138,13 @@ static void check_swiglu(int rows, int inner) {
   p.gate_up = rows_of(upload(gate_up), 2 * inner), p.y = rows_of(g_y, inner), p.d_y = rows_of(upload(d_y), inner);
   p.d_gate_up = rows_of(g_d, 2 * inner), p.rows = rows, p.inner = inner;
   const int blocks = up((int64_t)rows * inner / 8, 256);
-  repeat("swiglu", [&] { swiglu_bf16<<<blocks, 256>>>(p), swiglu_grad_bf16<<<blocks, 256>>>(p); }, {{g_y, d_y.size() * 2}, {g_d, gate_up.size() * 2}});
+  repeat("swiglu", [&] { swiglu_bf16<<<blocks, 256>>>(p), swiglu_grad_bf16<<<blocks, 256>>>(p); },
+         {{g_y, d_y.size() * 2}, {g_d, gate_up.size() * 2}});
   Numbers y(d_y.size()), d(gate_up.size());
   for (size_t i = 0; i < y.size(); i++) {
     const size_t at = i / inner * 2 * inner + i % inner;
-    const double gate = of_bf16(gate_up[at]), up = of_bf16(gate_up[at + inner]), s = 1 / (1 + std::exp(-gate)), g = of_bf16(d_y[i]);
+    const double gate = of_bf16(gate_up[at]), up = of_bf16(gate_up[at + inner]), s = 1 / (1 + std::exp(-gate)),
+                 g = of_bf16(d_y[i]);
     y[i] = gate * s * up;
     d[at] = g * up * s * (1 + gate * (1 - s));
     d[at + inner] = g * gate * s;
@@ -166,15 +174,19 @@ static void check_embedding(int rows, int width, int vocab) {
   SegattnEmbedParams p = {};
   auto* g_y = device<uint16_t>(d_y.size());
   auto* g_sums = device<float>(sums.size());
-  p.table = rows_of(upload(table), width), p.tokens = upload(tokens), p.y = rows_of(g_y, width), p.d_table = rows_of(g_sums, width);
-  p.order = upload(order), p.run_start = upload(starts), p.rows = rows, p.runs = (int)starts.size() - 1, p.width = width;
+  p.table = rows_of(upload(table), width), p.tokens = upload(tokens), p.y = rows_of(g_y, width),
+  p.d_table = rows_of(g_sums, width);
+  p.order = upload(order), p.run_start = upload(starts), p.rows = rows, p.runs = (int)starts.size() - 1,
+  p.width = width;
   SegattnEmbedParams grad = p;
   grad.y = rows_of(upload(d_y), width);
-  repeat("embedding", [&] {
-    put(g_sums, sums);
-    embed_bf16<<<up((int64_t)rows * width / 8, 256), 256>>>(p);
-    embed_grad_bf16<<<up((int64_t)p.runs * up(width, 256), 4), 128>>>(grad);
-  }, {{g_y, d_y.size() * 2}, {g_sums, sums.size() * 4}});
+  repeat("embedding",
+         [&] {
+           put(g_sums, sums);
+           embed_bf16<<<up((int64_t)rows * width / 8, 256), 256>>>(p);
+           embed_grad_bf16<<<up((int64_t)p.runs * up(width, 256), 4), 128>>>(grad);
+         },
+         {{g_y, d_y.size() * 2}, {g_sums, sums.size() * 4}});
   const auto y = download(g_y, d_y.size());
   int wrong = 0;
   for (int r = 0; r < rows; r++) {
@@ -183,7 +195,8 @@ static void check_embedding(int rows, int width, int vocab) {
   }
   report("embed", wrong == 0, "wrong rows", wrong, 0);
   const auto got = download(g_sums, sums.size());
-  report("embed_grad", memcmp(got.data(), sums.data(), sums.size() * 4) == 0, "bits of the host, difference", got != sums, 0);
+  report("embed_grad", memcmp(got.data(), sums.data(), sums.size() * 4) == 0, "bits of the host, difference",
+         got != sums, 0);
   free_all();
 }
 
@@ -197,10 +210,12 @@ static void check_loss(int rows, int vocab) {
   auto* g_scores = device<float>(rows);
   p.logits = rows_of(g_logits, vocab), p.targets = upload(targets), p.log_probability = g_scores;
   p.d_logits = rows_of((uint16_t*)g_logits, 2 * vocab), p.rows = rows, p.vocab = vocab, p.scale = 0.25f;
-  repeat("cross_entropy", [&] {
-    put(g_logits, logits);
-    cross_entropy_bf16<<<rows, row_threads_of(vocab), sizeof(RowSoftmaxShared)>>>(p);
-  }, {{g_logits, logits.size() * 4}, {g_scores, (size_t)rows * 4}});
+  repeat("cross_entropy",
+         [&] {
+           put(g_logits, logits);
+           cross_entropy_bf16<<<rows, row_threads_of(vocab), sizeof(RowSoftmaxShared)>>>(p);
+         },
+         {{g_logits, logits.size() * 4}, {g_scores, (size_t)rows * 4}});
   Numbers scores(rows), d(logits.size());
   vector<uint16_t> got(d.size());
   for (int r = 0; r < rows; r++) {
@@ -209,7 +224,8 @@ static void check_loss(int rows, int vocab) {
     double sum = 0;
     for (int i = 0; i < vocab; i++) sum += std::exp(row[i] - max);
     scores[r] = row[targets[r]] - max - std::log(sum);
-    for (int i = 0; i < vocab; i++) d[(size_t)r * vocab + i] = p.scale * (std::exp(row[i] - max) / sum - (i == (int)targets[r]));
+    for (int i = 0; i < vocab; i++)
+      d[(size_t)r * vocab + i] = p.scale * (std::exp(row[i] - max) / sum - (i == (int)targets[r]));
     const auto low = download((uint16_t*)(g_logits + (size_t)r * vocab), vocab);
     std::copy(low.begin(), low.end(), got.begin() + (size_t)r * vocab);
   }
@@ -223,10 +239,12 @@ static void check_adamw(const vector<int>& lens) {
   vector<vector<float>> w, g, m, v;
   int64_t chunks = 0;
   for (size_t t = 0; t < lens.size(); t++) {
-    w.push_back(values(lens[t], t * 4)), g.push_back(values(lens[t], t * 4 + 1)), m.push_back(values(lens[t], t * 4 + 2)), v.push_back(values(lens[t], t * 4 + 3));
+    w.push_back(values(lens[t], t * 4)), g.push_back(values(lens[t], t * 4 + 1)),
+        m.push_back(values(lens[t], t * 4 + 2)), v.push_back(values(lens[t], t * 4 + 3));
     for (float& x : v[t]) x = std::fabs(x);
     SegattnAdamwTensor e = {};
-    e.values = device<float>(lens[t]), e.grads = upload(g[t]), e.m = device<float>(lens[t]), e.v = device<float>(lens[t]), e.weights = device<uint16_t>(lens[t]);
+    e.values = device<float>(lens[t]), e.grads = upload(g[t]), e.m = device<float>(lens[t]),
+    e.v = device<float>(lens[t]), e.weights = device<uint16_t>(lens[t]);
     e.len = lens[t], e.first_chunk = chunks, e.step = 1e-3f, e.keep = 0.9999f, e.floor = -1, e.changes = 1;
     chunks += up(lens[t], AdamwConfig::kChunk);
     table.push_back(e);
@@ -237,12 +255,16 @@ static void check_adamw(const vector<int>& lens) {
   p.beta1 = 0.9f, p.beta2 = 0.95f, p.rest1 = 0.1f, p.rest2 = 0.05f, p.root = 3.f, p.eps = 1e-8f;
   vector<std::pair<void*, size_t>> out = {{p.result, sizeof(SegattnAdamwResult)}};
   for (auto& e : table) out.push_back({e.values, e.len * 4}), out.push_back({e.weights, e.len * 2});
-  repeat("adamw", [&] {
-    for (size_t t = 0; t < lens.size(); t++) put(table[t].values, w[t]), put(table[t].m, m[t]), put(table[t].v, v[t]);
-    adamw_norm_f32<<<chunks, 256, sizeof(AdamwShared)>>>(p);
-    adamw_scale_f32<<<1, 1024, sizeof(AdamwShared)>>>(p);
-    adamw_update_f32<<<chunks, 256>>>(p);
-  }, out);
+  repeat(
+      "adamw",
+      [&] {
+        for (size_t t = 0; t < lens.size(); t++)
+          put(table[t].values, w[t]), put(table[t].m, m[t]), put(table[t].v, v[t]);
+        adamw_norm_f32<<<chunks, 256, sizeof(AdamwShared)>>>(p);
+        adamw_scale_f32<<<1, 1024, sizeof(AdamwShared)>>>(p);
+        adamw_update_f32<<<chunks, 256>>>(p);
+      },
+      out);
   const SegattnAdamwResult result = download(p.result, 1)[0];
   double squares = 0;
   int wrong = 0;
@@ -253,13 +275,15 @@ static void check_adamw(const vector<int>& lens) {
       squares += (double)g[t][i] * g[t][i];
       volatile float gi = g[t][i] * result.clip, a = p.beta1 * m[t][i], b = p.rest1 * gi, mi = a + b;
       volatile float gg = gi * gi, c = p.beta2 * v[t][i], d = p.rest2 * gg, vi = c + d;
-      volatile float root = std::sqrt((float)vi) * p.root, below = root + p.eps, ratio = mi / below, step = table[t].step * ratio;
+      volatile float root = std::sqrt((float)vi) * p.root, below = root + p.eps, ratio = mi / below,
+                     step = table[t].step * ratio;
       volatile float kept = table[t].keep * w[t][i], next = kept - step;
       wrong += next != got[i] || to_bf16(next) != low[i];
     }
   }
   const double norm = std::sqrt(squares);
-  report("adamw: norm", std::fabs(result.grad_norm / norm - 1) < 1e-12 && result.applied == 1, "error", result.grad_norm / norm - 1, 1e-12);
+  report("adamw: norm", std::fabs(result.grad_norm / norm - 1) < 1e-12 && result.applied == 1, "error",
+         result.grad_norm / norm - 1, 1e-12);
   report("adamw: update", wrong == 0, "elements with other bits than the CPU's", wrong, 0);
   free_all();
 }
@@ -284,9 +308,11 @@ static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, in
   p.head = upload(vector<SegattnPoolHead>{{0, tokens, 512}});
   p.k = p.v = rows_of(upload(r.k), dim);
   p.q = rows_of(upload(r.q), (int64_t)group * dim);
-  p.heads = 1, p.head_dim = dim, p.group = group, p.window = 8, p.stride = 4, p.windows = (probe_rows - 8) / 4 + 1, p.block_len = 8;
+  p.heads = 1, p.head_dim = dim, p.group = group, p.window = 8, p.stride = 4, p.windows = (probe_rows - 8) / 4 + 1,
+  p.block_len = 8;
   p.blocks = tokens / 8, p.max_picks = picks, p.score_pitch = p.blocks, p.rows = tokens;
-  p.probes = device<uint16_t>((size_t)3 * group * p.windows * dim), p.scores = device<float>(p.blocks), p.picks = device<int32_t>(picks);
+  p.probes = device<uint16_t>((size_t)3 * group * p.windows * dim), p.scores = device<float>(p.blocks),
+  p.picks = device<int32_t>(picks);
   p.pick_count = device<int32_t>(1), p.past_len = device<int32_t>(1);
   return r;
 }
@@ -295,19 +321,22 @@ static void check_retrieval(int tokens, int picks) {
   Retrieval r = retrieval_of(tokens, 128, 4, 64, picks);
   SegattnRetrievalParams& p = r.p;
   using C = ScoreConfig<128>;
-  repeat("retrieval", [&] {
-    pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p);
-    pool_probes_bf16<<<up(4 * p.windows * 128 / 8, 256), 256>>>(p);
-    pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p);
-    pool_pick_f32<<<1, 1024, sizeof(PickShared)>>>(p);
-  }, {{p.scores, (size_t)p.blocks * 4}, {p.picks, (size_t)std::min(picks, p.blocks) * 4}});
+  repeat("retrieval",
+         [&] {
+           pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p);
+           pool_probes_bf16<<<up(4 * p.windows * 128 / 8, 256), 256>>>(p);
+           pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p);
+           pool_pick_f32<<<1, 1024, sizeof(PickShared)>>>(p);
+         },
+         {{p.scores, (size_t)p.blocks * 4}, {p.picks, (size_t)std::min(picks, p.blocks) * 4}});
   Numbers exact;
   const int count = 4 * p.windows;
   Numbers probes((size_t)count * 128);
   for (int i = 0; i < count; i++)
     for (int d = 0; d < 128; d++) {
       double sum = 0;
-      for (int row = 0; row < 8; row++) sum += of_bf16(r.q[((size_t)(i % p.windows * 4 + row) * 4 + i / p.windows) * 128 + d]);
+      for (int row = 0; row < 8; row++)
+        sum += of_bf16(r.q[((size_t)(i % p.windows * 4 + row) * 4 + i / p.windows) * 128 + d]);
       probes[(size_t)i * 128 + d] = sum / 8;
     }
   for (int b = 0; b < p.blocks; b++) {
@@ -328,13 +357,15 @@ static void check_retrieval(int tokens, int picks) {
   order.resize(std::min(picks, p.blocks));
   std::sort(order.begin(), order.end());
   const auto got = download(p.picks, order.size());
-  report("pool_pick", got == order && download(p.pick_count, 1)[0] == (int)order.size(), "wrong picks", got != order, 0);
+  report("pool_pick", got == order && download(p.pick_count, 1)[0] == (int)order.size(), "wrong picks", got != order,
+         0);
   free_all();
 }
 
 static SegattnSampler sampler_of(float temperature, uint32_t top_k, float top_p) {
   SegattnSampler s = {};
-  s.seed = 1, s.stream = 2, s.position = 3, s.temperature = temperature, s.top_p = top_p, s.penalty = 1, s.top_k = top_k;
+  s.seed = 1, s.stream = 2, s.position = 3, s.temperature = temperature, s.top_p = top_p, s.penalty = 1,
+  s.top_k = top_k;
   return s;
 }
 
@@ -346,12 +377,15 @@ static void check_sampling(int vocab) {
   SegattnSampleParams p = {};
   p.seen_pitch = up(vocab, 32);
   auto* g_samplers = device<SegattnSampler>(rows);
-  p.logits = rows_of(upload(logits), vocab), p.sampler = g_samplers, p.seen = upload(vector<uint32_t>(rows * p.seen_pitch, 0));
+  p.logits = rows_of(upload(logits), vocab), p.sampler = g_samplers,
+  p.seen = upload(vector<uint32_t>(rows * p.seen_pitch, 0));
   p.tokens = device<uint32_t>(rows), p.log_probability = device<float>(rows), p.rows = rows, p.vocab = vocab;
-  repeat("sample", [&] {
-    put(g_samplers, samplers);
-    sample_f32<<<rows, row_threads_of(vocab), sizeof(SampleShared)>>>(p);
-  }, {{p.tokens, (size_t)rows * 4}, {p.log_probability, (size_t)rows * 4}});
+  repeat("sample",
+         [&] {
+           put(g_samplers, samplers);
+           sample_f32<<<rows, row_threads_of(vocab), sizeof(SampleShared)>>>(p);
+         },
+         {{p.tokens, (size_t)rows * 4}, {p.log_probability, (size_t)rows * 4}});
   const auto tokens = download(p.tokens, rows);
   const float* second = &logits[vocab];
   const auto rank = std::count_if(second, second + vocab, [&](float x) { return x > second[tokens[1]]; });
@@ -359,7 +393,8 @@ static void check_sampling(int vocab) {
   report("sample: greedy", (int64_t)tokens[0] == highest, "token", tokens[0], (double)highest);
   report("sample: top-k", rank < 20, "rank", (double)rank, 19);
   SegattnLossParams loss = {};
-  loss.logits = p.logits, loss.targets = p.tokens, loss.log_probability = device<float>(rows), loss.rows = rows, loss.vocab = vocab;
+  loss.logits = p.logits, loss.targets = p.tokens, loss.log_probability = device<float>(rows), loss.rows = rows,
+  loss.vocab = vocab;
   cross_entropy_bf16<<<rows, row_threads_of(vocab), sizeof(RowSoftmaxShared)>>>(loss);
   const auto a = download(p.log_probability, rows), b = download(loss.log_probability, rows);
   report("sample: log-probability", a == b, "other bits than the loss", a != b, 0);

@@ -36,7 +36,8 @@ static T* zeros(size_t count) {
 static void time_norm(int rows, int width) {
   const size_t n = (size_t)rows * width;
   SegattnNormParams p = norm_params(rows, width);
-  p.x = rows_of(zeros<uint16_t>(n), width), p.x_sum = rows_of(zeros<uint16_t>(n), width), p.y = rows_of(zeros<uint16_t>(n), width);
+  p.x = rows_of(zeros<uint16_t>(n), width), p.x_sum = rows_of(zeros<uint16_t>(n), width),
+  p.y = rows_of(zeros<uint16_t>(n), width);
   p.d_y = rows_of(zeros<uint16_t>(n), width), p.d_x = rows_of(zeros<uint16_t>(n), width);
   p.weight = zeros<float>(width), p.rstd = zeros<float>(rows), p.d_weight = zeros<float>(width);
   const int threads = row_threads_of(width);
@@ -45,7 +46,8 @@ static void time_norm(int rows, int width) {
   fused.residual = p.d_y;
   time_of("rms_norm with residual sum", n * 8., [&] { rms_norm_bf16<<<rows, threads, sizeof(RowShared)>>>(fused); });
   time_of("rms_norm_grad +=", n * 8., [&] { rms_norm_grad_bf16<<<rows, threads, sizeof(RowShared)>>>(p); });
-  time_of("rms_norm_weight_grad", n * 4., [&] { rms_norm_weight_grad_bf16<<<up(width, 16), 256, sizeof(ColumnShared)>>>(p); });
+  time_of("rms_norm_weight_grad", n * 4.,
+          [&] { rms_norm_weight_grad_bf16<<<up(width, 16), 256, sizeof(ColumnShared)>>>(p); });
   p.rows = 1;
   time_of("rms_norm, one row", 0, [&] { rms_norm_bf16<<<1, threads, sizeof(RowShared)>>>(p); });
   free_all();
@@ -55,7 +57,8 @@ static void time_rope(int rows, int q_heads, int kv_heads, int dim) {
   SegattnQkvParams p = qkv_params(rows, q_heads, kv_heads, dim);
   const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;
   const auto tensor = [&](int width) { return rows_of(zeros<uint16_t>((size_t)rows * width), width); };
-  p.qkv = tensor(width), p.q = tensor(q_width), p.k = tensor(kv_width), p.raw_k = tensor(kv_width), p.v = tensor(kv_width);
+  p.qkv = tensor(width), p.q = tensor(q_width), p.k = tensor(kv_width), p.raw_k = tensor(kv_width),
+  p.v = tensor(kv_width);
   const int blocks = up((int64_t)rows * width / 16, 256);
   time_of("split_qkv", 2. * rows * (2 * width + kv_width), [&] { split_qkv_bf16<<<blocks, 256>>>(p); });
   time_of("join_qkv", 4. * rows * width, [&] { join_qkv_bf16<<<blocks, 256>>>(p); });
@@ -69,7 +72,8 @@ static void time_rope(int rows, int q_heads, int kv_heads, int dim) {
 static void time_swiglu(int rows, int inner) {
   const size_t n = (size_t)rows * inner;
   SegattnSwigluParams p = {};
-  p.gate_up = rows_of(zeros<uint16_t>(2 * n), 2 * inner), p.y = rows_of(zeros<uint16_t>(n), inner), p.d_y = rows_of(zeros<uint16_t>(n), inner);
+  p.gate_up = rows_of(zeros<uint16_t>(2 * n), 2 * inner), p.y = rows_of(zeros<uint16_t>(n), inner),
+  p.d_y = rows_of(zeros<uint16_t>(n), inner);
   p.d_gate_up = rows_of(zeros<uint16_t>(2 * n), 2 * inner), p.rows = rows, p.inner = inner;
   const int blocks = up(n / 8, 256);
   time_of("swiglu", n * 6., [&] { swiglu_bf16<<<blocks, 256>>>(p); });
@@ -87,8 +91,10 @@ static void time_embedding(int rows, int width, int vocab) {
   sort_tokens(tokens, order, starts);
   SegattnEmbedParams p = {};
   p.table = rows_of(zeros<uint16_t>((size_t)vocab * width), width), p.tokens = upload(tokens);
-  p.y = rows_of(zeros<uint16_t>((size_t)rows * width), width), p.d_table = rows_of(zeros<float>((size_t)vocab * width), width);
-  p.order = upload(order), p.run_start = upload(starts), p.rows = rows, p.runs = (int)starts.size() - 1, p.width = width;
+  p.y = rows_of(zeros<uint16_t>((size_t)rows * width), width),
+  p.d_table = rows_of(zeros<float>((size_t)vocab * width), width);
+  p.order = upload(order), p.run_start = upload(starts), p.rows = rows, p.runs = (int)starts.size() - 1,
+  p.width = width;
   time_of("embed", 4. * rows * width, [&] { embed_bf16<<<up((int64_t)rows * width / 8, 256), 256>>>(p); });
   time_of("embed_grad", 2. * rows * width + 8. * p.runs * width,
           [&] { embed_grad_bf16<<<up((int64_t)p.runs * up(width, 256), 4), 128>>>(p); });
@@ -103,7 +109,8 @@ static void time_loss(int rows, int vocab) {
   const int threads = row_threads_of(vocab);
   time_of("cross_entropy", n * 4., [&] { cross_entropy_bf16<<<rows, threads, sizeof(RowSoftmaxShared)>>>(p); });
   p.d_logits = rows_of(zeros<uint16_t>(n), vocab);
-  time_of("cross_entropy with gradient", n * 10., [&] { cross_entropy_bf16<<<rows, threads, sizeof(RowSoftmaxShared)>>>(p); });
+  time_of("cross_entropy with gradient", n * 10.,
+          [&] { cross_entropy_bf16<<<rows, threads, sizeof(RowSoftmaxShared)>>>(p); });
   free_all();
 }
 
@@ -112,11 +119,13 @@ static void time_adamw(int64_t len) {
   const int64_t chunks = up(len, AdamwConfig::kChunk);
   for (size_t t = 0; t < table.size(); t++) {
     SegattnAdamwTensor& e = table[t];
-    e.values = zeros<float>(len), e.grads = zeros<float>(len), e.m = zeros<float>(len), e.v = zeros<float>(len), e.weights = zeros<uint16_t>(len);
+    e.values = zeros<float>(len), e.grads = zeros<float>(len), e.m = zeros<float>(len), e.v = zeros<float>(len),
+    e.weights = zeros<uint16_t>(len);
     e.len = len, e.first_chunk = t * chunks, e.step = 1e-3f, e.keep = 1, e.floor = -1, e.changes = 1;
   }
   SegattnAdamwParams p = {};
-  p.tensors = upload(table), p.chunks = chunks * 16, p.chunk_squares = zeros<double>(p.chunks), p.result = zeros<SegattnAdamwResult>(1);
+  p.tensors = upload(table), p.chunks = chunks * 16, p.chunk_squares = zeros<double>(p.chunks),
+  p.result = zeros<SegattnAdamwResult>(1);
   p.clip_norm = 1, p.count = 16, p.beta1 = 0.9f, p.beta2 = 0.95f, p.root = 1, p.eps = 1e-8f;
   const double n = (double)len * 16;
   time_of("adamw_norm", n * 4, [&] { adamw_norm_f32<<<p.chunks, 256, sizeof(AdamwShared)>>>(p); });
@@ -132,21 +141,27 @@ static void time_retrieval(int tokens) {
   const auto append = [&] { pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p); };
   time_of("pool_append", 8. * tokens * 128, append);
   pool_probes_bf16<<<up(p.windows * 128 / 8, 256), 256>>>(p);
-  time_of("pool_scores, 15 probes", 2. * tokens * 128, [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
+  time_of("pool_scores, 15 probes", 2. * tokens * 128,
+          [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
   time_of("pool_pick, 64 of all blocks", 0, [&] { pool_pick_f32<<<1, 1024, sizeof(PickShared)>>>(p); });
   free_all();
   r = retrieval_of(tokens, 128, 4, 64, 64);
   p = r.p;
   append();
   pool_probes_bf16<<<up(4 * p.windows * 128 / 8, 256), 256>>>(p);
-  time_of("pool_scores, 60 probes", 2. * tokens * 128, [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
+  time_of("pool_scores, 60 probes", 2. * tokens * 128,
+          [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
   free_all();
 }
 
 static void time_sampling(int rows, int vocab) {
-  const struct { const char* name; SegattnSampler sampler; } cases[] = {
-      {"sample, greedy", sampler_of(0, 0, 1)}, {"sample, temperature", sampler_of(1, 0, 1)},
-      {"sample, top-k 40", sampler_of(1, 40, 1)}, {"sample, top-k 40 and top-p 0.9", sampler_of(1, 40, 0.9f)}};
+  const struct {
+    const char* name;
+    SegattnSampler sampler;
+  } cases[] = {{"sample, greedy", sampler_of(0, 0, 1)},
+               {"sample, temperature", sampler_of(1, 0, 1)},
+               {"sample, top-k 40", sampler_of(1, 40, 1)},
+               {"sample, top-k 40 and top-p 0.9", sampler_of(1, 40, 0.9f)}};
   SegattnSampleParams p = {};
   p.seen_pitch = up(vocab, 32);
   p.logits = rows_of(upload(values((size_t)rows * vocab, 3)), vocab), p.seen = zeros<uint32_t>(rows * p.seen_pitch);

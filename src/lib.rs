@@ -1,23 +1,46 @@
 //! Segment attention: long sequences in memory that does not grow with them.
 //!
-//! A sequence runs segment by segment. The queries of a segment read, in one fused softmax, the segment
-//! itself (causal), the KV tail of the segment before (*prior*, the only place where gradients leave the
-//! segment) and, per head and gated, KV retrieved from the far past (*past*, read only).
+//! A sequence runs segment by segment. The queries of a segment read, in one fused softmax, the segment itself
+//! (causal), the KV tail of the segment before (*prior*, the only place where gradients leave a segment) and, for each
+//! head and gated, KV rows retrieved from all earlier segments (*past*, read-only). The method is that of
+//! "Training-Inference Consistent Segmented Execution for Long-Context LLMs" (arXiv 2605.11744); what is computed is
+//! specified in `docs/contract.md`.
 //!
-//! | module | what it is |
+//! # The operation
+//!
+//! | module | what it has |
 //! |---|---|
-//! | [`attention`] | the operation, forward and backward: arguments and their checks, `cpu` in f32, `reference` in f64 |
-//! | [`device`] | what the model needs from a device, as one trait; [`device::cpu::Cpu`] and the f64 [`device::reference::Reference`] |
-//! | [`model`] | Llama-family decoder in the Hugging Face layout, state, pool and retrieval, sessions |
+//! | [`attention`] | [`Problem`](attention::Problem) and its validation, `cpu` in f32, `reference` in f64 |
+//! | [`attention::cuda`] | a GPU in bf16 and f16: plans on device addresses, calls on cudarc slices |
+//!
+//! # The model
+//!
+//! | module | what it has |
+//! |---|---|
+//! | [`model`] | a Llama-family decoder in the Hugging Face layout, its state, pool and retrieval, sessions |
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
 //! | [`eval`] | perplexity and synthetic long-context tasks |
+//!
+//! # What they run on
+//!
+//! | module | what it has |
+//! |---|---|
+//! | [`device`] | the trait [`Device`](device::Device), which the model is generic over |
+//! | [`device::cpu`], [`mod@device::reference`] | the CPU in f32; a reference in f64 |
+//! | [`device::gpu`] | a GPU in bf16, over CUDA's driver, a dry run for memory plans, or a simulated GPU |
+//! | [`cuda`] | CUDA's driver, loaded at run time, and [`cuda::kernels`], the registry of the compiled kernels |
 //! | [`isa`] | which vector instructions the CPU's kernels use |
 //!
-//! On one device the log-probability of each token has the same bits in training, scoring, prefill and
-//! decoding, whatever the batch and however many segments run side by side.
+//! # Equal bits
 //!
-//! Without default features the library needs neither command-line nor GPU crates.
+//! On one device the log-probability of each token has the same bits in training, scoring, prefill and decoding,
+//! whatever the batch and however many segments run side by side. The backward pass is deterministic.
+//!
+//! # Features
+//!
+//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files. `cuda`: the GPU; it needs
+//! nvcc to build and no GPU. Without features the library needs neither command-line nor GPU crates.
 #![deny(missing_docs)]
 
 pub mod attention;
@@ -28,3 +51,8 @@ pub mod generate;
 pub mod isa;
 pub mod model;
 pub mod train;
+
+/// The code of the README is compiled as documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,5 +1,6 @@
-//! Decoding on a real GPU: recorded steps give the bits of unrecorded ones and of scoring, and tokens are chosen from the
-//! logits as the host's sampler does. Where there is no GPU every test says so and passes, unless `SEGATTN_REQUIRE_GPU` is set.
+//! Decoding on a real GPU: recorded steps give the bits of unrecorded ones and of scoring, and tokens are chosen from
+//! the logits as the host's sampler does. Where there is no GPU every test says so and passes, unless
+//! `SEGATTN_REQUIRE_GPU` is set.
 //!
 //! `cargo test --release --features cuda --test decode_cuda`, or `tests/portable.sh` for a machine without Rust.
 
@@ -182,8 +183,8 @@ fn unrecorded(
     (0..NEW).map(step).collect()
 }
 
-/// Weights are f32 on the device and f64 on the host: a token may differ where the draw falls within that rounding, which
-/// in some hundred tokens it does not.
+/// Weights are f32 on the device and f64 on the host: a token may differ where the draw falls within that rounding,
+/// which in some hundred tokens it does not.
 #[test]
 fn tokens_are_chosen_as_the_host_chooses_them() {
     let Some(gpu) = gpu() else { return };

@@ -1,5 +1,5 @@
-//! The host's mirrors of `kernels/params.h` and `kernels/layer_params.h`: each is what bindgen makes of its header today,
-//! and every size and offset in it is that of the compilers that build the kernels.
+//! The host's mirrors of `kernels/params.h` and `kernels/layer_params.h`: each is what bindgen makes of its header
+//! today, and every size and offset in it is that of the compilers that build the kernels.
 //!
 //! Regenerate with `SEGATTN_WRITE_BINDINGS=1 cargo test --test kernel_params`. bindgen needs libclang, which it
 //! looks for where `LIBCLANG_PATH` says and in the Python package (`pip install libclang`); where there is none the

@@ -1,5 +1,5 @@
-//! Memory on a real GPU: what a run takes is what its plan says, pools in host memory change no bit, and too little memory
-//! is an error after which the next call works. Where there is no GPU every test says so and passes, unless
+//! Memory on a real GPU: what a run takes is what its plan says, pools in host memory change no bit, and too little
+//! memory is an error after which the next call works. Where there is no GPU every test says so and passes, unless
 //! `SEGATTN_REQUIRE_GPU` is set.
 //!
 //! `cargo test --release --features cuda --test memory_cuda`

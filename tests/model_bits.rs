@@ -1,4 +1,4 @@
-//! Equal bits (contract section 4) in the model's own code, in f64: the log-probability of a token does not
+//! Equal bits (docs/contract.md, section 4) in the model's own code, in f64: the log-probability of a token does not
 //! depend on how the forward that computed it was cut up, on neighbours in the batch, or on whether it was
 //! trained on. The same on the CPU, over random models: `random_models.rs`.
 

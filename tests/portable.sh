@@ -3,7 +3,8 @@
 #
 #   tests/portable.sh FOLDER [cargo options, e.g. --release]
 #
-# needs cargo and nvcc; SEGATTN_CUDA_ARCHS=90 keeps it small. On the machine with the GPU, `FOLDER/run.sh` says its options.
+# needs cargo and nvcc; SEGATTN_CUDA_ARCHS=90 keeps it small. On the machine with the GPU, `FOLDER/run.sh` says its
+# options.
 set -euo pipefail
 if [ $# -lt 1 ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -31,7 +32,8 @@ cp benches/model/gpu/peers.py "$folder/model_peers.py"
 
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
-if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -Ikernels -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
+if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -Ikernels \
+    -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
   cp sim/golden/vectors.safetensors "$folder/golden.safetensors"
 else
   echo "no golden vectors: the recorder did not compile"
@@ -77,7 +79,9 @@ step ./memory_cuda --test-threads 1
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
     # racecheck does not follow the mbarriers that order Hopper's kernels; the simulated GPU does.
-    SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" $([ $tool = racecheck ] && echo --kernel-name-exclude kernel_substring=hopper) --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \
+    SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" \
+      $([ $tool = racecheck ] && echo --kernel-name-exclude kernel_substring=hopper) \
+      --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \
       every_role repeated
   done
 fi

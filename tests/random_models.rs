@@ -1,4 +1,4 @@
-//! Equal bits (contract section 4) on the CPU over random models: every role in every model, gates that are
+//! Equal bits (docs/contract.md, section 4) on the CPU over random models: every role in every model, gates that are
 //! closed, open or between, several group sizes, tied and untied heads, sequences of different lengths.
 
 #[allow(dead_code, reason = "each test uses a part")]

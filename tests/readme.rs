@@ -1,4 +1,5 @@
-//! The shell commands of the README's quick starts run as they are written, but for sizes. Its Rust code is a documentation test.
+//! The shell commands of the README's quick starts run as they are written, but for sizes. Its Rust code for the CPU is
+//! a documentation test, and its code for a GPU is taken from an example.
 #![cfg(feature = "cli")]
 
 use std::path::Path;
@@ -60,4 +61,23 @@ fn quick_starts_run() {
         .expect("sh");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{small}\n{errors}");
+}
+
+#[test]
+fn code_for_a_gpu_is_the_examples() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |file: &str| std::fs::read_to_string(root.join(file)).expect(file);
+    let (readme, example) = (read("README.md"), read("examples/attention_slices.rs"));
+    let block = readme
+        .split("```rust,ignore\n")
+        .nth(1)
+        .expect("a block for a GPU");
+    let mut rest = example.lines().map(str::trim);
+    let lines = block.split("```").next().expect("a fence").lines();
+    for line in lines.filter(|line| !line.is_empty()) {
+        assert!(
+            rest.any(|other| other == line.trim()),
+            "not in the example, or in another order: {line}"
+        );
+    }
 }

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Peers run in a Python child, by `$SEGATTN_PYTHON`, `$PYTHON` or `python3`; what is missing is said. On the CPU
-//! `$SEGATTN_BENCH_ONLY` picks one row of `TBPTT(1)`, `full BPTT`, `12 MB`, `500 MB`, and `$SEGATTN_BENCH_OUT` names a JSON
-//! file for the raw results. The GPU's options stand in `gpu/mod.rs`.
+//! `$SEGATTN_BENCH_ONLY` picks one row of `TBPTT(1)`, `full BPTT`, `12 MB`, `500 MB`, and `$SEGATTN_BENCH_OUT` names a
+//! JSON file for the raw results. The GPU's options stand in `gpu/mod.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

@@ -1,6 +1,6 @@
 // One kernel for each function of kernels/ptx.cuh. record.cu runs them on a GPU and keeps inputs and results; the test
-// `golden` runs the same file in the simulator on those inputs. Every kernel is one block: of one warp, or where products of
-// a warpgroup are recorded, of 128 threads.
+// `golden` runs the same file in the simulator on those inputs. Every kernel is one block: of one warp, or where
+// products of a warpgroup are recorded, of 128 threads.
 #include "tile.cuh"
 
 struct GoldenParams {
@@ -10,8 +10,7 @@ struct GoldenParams {
   int32_t count;
 };
 
-#define GOLDEN(name) \
-  extern "C" __global__ void __launch_bounds__(32) name(const __grid_constant__ GoldenParams p)
+#define GOLDEN(name) extern "C" __global__ void __launch_bounds__(32) name(const __grid_constant__ GoldenParams p)
 #define GOLDEN_WARPGROUP(name) \
   extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ GoldenParams p)
 
@@ -59,12 +58,14 @@ GOLDEN(golden_opaque) {
 // in: [count, 32] f32; more: [count] masks; out: [count, 32].
 GOLDEN(golden_shuffle_xor) {
   for (int i = 0; i < p.count; i++)
-    ((float*)p.out)[i * 32 + threadIdx.x] = shuffle_xor(((const float*)p.in)[i * 32 + threadIdx.x], ((const int*)p.more)[i]);
+    ((float*)p.out)[i * 32 + threadIdx.x] =
+        shuffle_xor(((const float*)p.in)[i * 32 + threadIdx.x], ((const int*)p.more)[i]);
 }
 // The same of integers.
 GOLDEN(golden_shuffle_xor_bits) {
   for (int i = 0; i < p.count; i++)
-    ((uint32_t*)p.out)[i * 32 + threadIdx.x] = shuffle_xor(((const uint32_t*)p.in)[i * 32 + threadIdx.x], ((const int*)p.more)[i]);
+    ((uint32_t*)p.out)[i * 32 + threadIdx.x] =
+        shuffle_xor(((const uint32_t*)p.in)[i * 32 + threadIdx.x], ((const int*)p.more)[i]);
 }
 // in: [count, 32], of which the first lane's value counts; out: [count, 32].
 GOLDEN(golden_uniform) {
@@ -137,7 +138,8 @@ GOLDEN(golden_cp_async_16) {
   for (int i = 0; i <= p.count; i++) {
     const int at = i * 32 + threadIdx.x;
     if (i < p.count)
-      cp_async_16(shared_address(&s_stages[i % 2 * 32 + threadIdx.x]), (const uint4*)p.in + at, ((const uint32_t*)p.more)[at]);
+      cp_async_16(shared_address(&s_stages[i % 2 * 32 + threadIdx.x]), (const uint4*)p.in + at,
+                  ((const uint32_t*)p.more)[at]);
     cp_async_commit();
     if (i == 0) continue;
     cp_async_wait<1>();
@@ -146,14 +148,16 @@ GOLDEN(golden_cp_async_16) {
   cp_async_wait<0>();
 }
 
-// ---------------------------------------------------------------------------------------------------- products of a warpgroup
+// ---------------------------------------------------------------------------------------------------- products of a
+// warpgroup
 
-// d = a b^T and d = c + a b^T for 64 x 64 by 64 x 128, in four products. in: a [64, 64] and b [128, 64] of 16-bit elements; more:
-// c; out: [2], of which the first began at zero. c and out: [16, 128, 4], columns / 8, the thread's accumulators.
+// d = a b^T and d = c + a b^T for 64 x 64 by 64 x 128, in four products. in: a [64, 64] and b [128, 64] of 16-bit
+// elements; more: c; out: [2], of which the first began at zero. c and out: [16, 128, 4], columns / 8, the thread's
+// accumulators.
 constexpr int kWgmmaRows = 64, kWgmmaCols = 128, kWgmmaDepth = 64;
 
-// The operands lie in tiles of 128 x 128, a in the lower half, and the four products' k at 0, 48, 64 and 112: rows, columns and
-// panels other than the first are read too.
+// The operands lie in tiles of 128 x 128, a in the lower half, and the four products' k at 0, 48, 64 and 112: rows,
+// columns and panels other than the first are read too.
 template <class T>
 struct WgmmaShared {
   using Operand = Tile<T, 128, 128>;
@@ -185,7 +189,8 @@ SEGATTN_FN void multiply(float (&d)[kTiles][4], WgmmaShared<T>& shared) {
   const SharedAddress s_a = shared_address(&shared.a), s_b = shared_address(&shared.b);
   uint32_t a[4][4];
 #pragma unroll
-  for (int step = 0; step < 4; step++) load_a<Operand>(a[step], a_base<Operand>(s_a, threadIdx.x % 32), 64 + warp * 16, wgmma_k(step));
+  for (int step = 0; step < 4; step++)
+    load_a<Operand>(a[step], a_base<Operand>(s_a, threadIdx.x % 32), 64 + warp * 16, wgmma_k(step));
   fence_operand(d);
   wgmma_fence();
 #pragma unroll
@@ -209,7 +214,8 @@ SEGATTN_FN void multiply(float (&d)[kTiles][4], WgmmaShared<T>& shared) {
 template <class T>
 SEGATTN_FN void multiply_in_chains(float (&d)[16][4], WgmmaShared<T>& shared) {
   using Operand = typename WgmmaShared<T>::Operand;
-  const SharedAddress a_at = a_base<Operand>(shared_address(&shared.a), threadIdx.x % 32), b_at = b_base<Operand>(shared_address(&shared.b), threadIdx.x % 32);
+  const SharedAddress a_at = a_base<Operand>(shared_address(&shared.a), threadIdx.x % 32),
+                      b_at = b_base<Operand>(shared_address(&shared.b), threadIdx.x % 32);
   for (int step = 0; step < 4; step++) {
     uint32_t a[4], b[4];
     load_a<Operand>(a, a_at, 64 + threadIdx.x / 32 * 16, wgmma_k(step));
@@ -265,14 +271,14 @@ GOLDEN_WARPGROUP(golden_mma_chain_bf16) { golden_mma_chain<Bf16>(p); }
 GOLDEN_WARPGROUP(golden_mma_chain_f16) { golden_mma_chain<F16>(p); }
 
 // By where a is, how b lies, the columns and the type; in and more like those of mma_chain.
-#define GOLDEN_WGMMA(type, T)                                                                            \
-  GOLDEN_WARPGROUP(golden_wgmma_rs_k_major_64_##type) { golden_wgmma<T, true, false, 8>(p); }             \
-  GOLDEN_WARPGROUP(golden_wgmma_rs_k_major_128_##type) { golden_wgmma<T, true, false, 16>(p); }           \
-  GOLDEN_WARPGROUP(golden_wgmma_rs_mn_major_64_##type) { golden_wgmma<T, true, true, 8>(p); }           \
-  GOLDEN_WARPGROUP(golden_wgmma_rs_mn_major_128_##type) { golden_wgmma<T, true, true, 16>(p); }         \
-  GOLDEN_WARPGROUP(golden_wgmma_ss_k_major_64_##type) { golden_wgmma<T, false, false, 8>(p); }          \
-  GOLDEN_WARPGROUP(golden_wgmma_ss_k_major_128_##type) { golden_wgmma<T, false, false, 16>(p); }        \
-  GOLDEN_WARPGROUP(golden_wgmma_ss_mn_major_64_##type) { golden_wgmma<T, false, true, 8>(p); }        \
+#define GOLDEN_WGMMA(type, T)                                                                    \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_k_major_64_##type) { golden_wgmma<T, true, false, 8>(p); }    \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_k_major_128_##type) { golden_wgmma<T, true, false, 16>(p); }  \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_mn_major_64_##type) { golden_wgmma<T, true, true, 8>(p); }    \
+  GOLDEN_WARPGROUP(golden_wgmma_rs_mn_major_128_##type) { golden_wgmma<T, true, true, 16>(p); }  \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_k_major_64_##type) { golden_wgmma<T, false, false, 8>(p); }   \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_k_major_128_##type) { golden_wgmma<T, false, false, 16>(p); } \
+  GOLDEN_WARPGROUP(golden_wgmma_ss_mn_major_64_##type) { golden_wgmma<T, false, true, 8>(p); }   \
   GOLDEN_WARPGROUP(golden_wgmma_ss_mn_major_128_##type) { golden_wgmma<T, false, true, 16>(p); }
 GOLDEN_WGMMA(bf16, Bf16)
 GOLDEN_WGMMA(f16, F16)

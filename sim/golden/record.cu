@@ -1,7 +1,7 @@
-// Runs every kernel of instructions.cu on a GPU and writes inputs and results to a safetensors file:
-//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -I../../kernels record.cu -o record && ./record vectors.safetensors
-// Tensors are named <kernel>.in, <kernel>.more and <kernel>.out, flat, in the types of instructions.cu. The products of a
-// warpgroup (wgmma_*) have the inputs of mma_chain_*, and of their results a digest is kept.
+// Runs every kernel of instructions.cu on a GPU and writes inputs and results to a safetensors file: nvcc -std=c++17
+// -gencode=arch=compute_90a,code=sm_90a -I../../kernels record.cu -o record && ./record vectors.safetensors Tensors are
+// named <kernel>.in, <kernel>.more and <kernel>.out, flat, in the types of instructions.cu. The products of a warpgroup
+// (wgmma_*) have the inputs of mma_chain_*, and of their results a digest is kept.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -55,8 +55,8 @@ using Kernel = void (*)(GoldenParams);
 
 // What `kernel` makes of `count` records.
 template <class Out, class In, class More>
-std::vector<Out> run(const char* name, Kernel kernel, int count, const std::vector<In>& in, const std::vector<More>& more, size_t outs, int threads = 32,
-                     int shared_bytes = 2048) {
+std::vector<Out> run(const char* name, Kernel kernel, int count, const std::vector<In>& in,
+                     const std::vector<More>& more, size_t outs, int threads = 32, int shared_bytes = 2048) {
   std::vector<Out> out(outs);
   GoldenParams p = {upload(in), upload(more), upload(out), count};
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
@@ -71,7 +71,8 @@ std::vector<Out> run(const char* name, Kernel kernel, int count, const std::vect
 
 // Runs `kernel` on `count` records and keeps what went in and came out.
 template <class Out, class In, class More>
-void record(const char* name, Kernel kernel, int count, const std::vector<In>& in, const std::vector<More>& more, size_t outs) {
+void record(const char* name, Kernel kernel, int count, const std::vector<In>& in, const std::vector<More>& more,
+            size_t outs) {
   const std::vector<Out> out = run<Out>(name, kernel, count, in, more, outs);
   keep(std::string(name) + ".in", in);
   if (!more.empty()) keep(std::string(name) + ".more", more);
@@ -83,13 +84,22 @@ std::mt19937 rng(1);
 const std::vector<int> kNone;
 
 float real(float low, float high) { return low + (high - low) * (rng() >> 8) * 0x1p-24f; }
-float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
 
 // Zeros, infinities, NaN, the ends of every range, ones: both signs.
 std::vector<float> specials() {
-  const uint32_t magnitudes[] = {0, 1, 2, 0x7fffff, 0x800000, 0x800001, 0x3f800000, 0x3f7fffff, 0x3f800001, 0x40000000,
-                                 0x33800000, 0x38800000, 0x387fc000, 0x477fe000, 0x477ff000, 0x477fefff, 0x4b800000, 0x7f7fffff,
+  const uint32_t magnitudes[] = {0,          1,          2,          0x7fffff,   0x800000,   0x800001,
+                                 0x3f800000, 0x3f7fffff, 0x3f800001, 0x40000000, 0x33800000, 0x38800000,
+                                 0x387fc000, 0x477fe000, 0x477ff000, 0x477fefff, 0x4b800000, 0x7f7fffff,
                                  0x7f7f8000, 0x7f800000, 0x7fc00000, 0x7fa00001};
   std::vector<float> found;
   for (uint32_t magnitude : magnitudes)
@@ -102,7 +112,8 @@ float any() { return from_bits(rng()); }
 // Truncated to an element; below the normal numbers, zero.
 uint16_t narrow(float x, bool bf16) {
   if (std::fabs(x) < 0x1p-14f) return 0;
-  return bf16 ? (uint16_t)(to_bits(x) >> 16) : (uint16_t)((to_bits(x) >> 16 & 0x8000) | ((to_bits(x) >> 13) - (112 << 10) & 0x7fff));
+  return bf16 ? (uint16_t)(to_bits(x) >> 16)
+              : (uint16_t)((to_bits(x) >> 16 & 0x8000) | ((to_bits(x) >> 13) - (112 << 10) & 0x7fff));
 }
 
 void record_arithmetic() {
@@ -125,9 +136,11 @@ void record_arithmetic() {
     pairs.insert(pairs.end(), {x, any(), real(-3, 3), real(-3, 3)});
     // Halfway between two bf16, two f16, and a last bit to either side.
     for (uint32_t tie : {0x8000u, 0x7fffu, 0x8001u, 0x1000u, 0x0fffu, 0x1001u})
-      pairs.insert(pairs.end(), {from_bits((to_bits(real(-9, 9)) & ~0xffffu) | tie), from_bits((rng() & 0x80000000u) | 0x33000000u | (rng() & 0x5ffffff))});
+      pairs.insert(pairs.end(), {from_bits((to_bits(real(-9, 9)) & ~0xffffu) | tie),
+                                 from_bits((rng() & 0x80000000u) | 0x33000000u | (rng() & 0x5ffffff))});
   }
-  for (size_t i = 0; i < pairs.size() / 2; i += 3) triples.insert(triples.end(), {pairs[2 * i], pairs[2 * i + 1], special[i % special.size()], 0});
+  for (size_t i = 0; i < pairs.size() / 2; i += 3)
+    triples.insert(triples.end(), {pairs[2 * i], pairs[2 * i + 1], special[i % special.size()], 0});
   for (int i = 0; i < 1000; i++) {
     const float a = real(-2, 2), b = real(-2, 2);
     triples.insert(triples.end(), {a, b, i % 2 ? -a * b : real(-2, 2), 0});
@@ -141,7 +154,8 @@ void record_arithmetic() {
   std::vector<uint16_t> halves;
   for (int i = 0; i < 65536; i += 13) halves.push_back((uint16_t)i);
   for (int sign : {0, 0x8000})
-    for (int i : {0, 1, 2, 0x3ff, 0x400, 0x7bff, 0x7c00, 0x7c01, 0x7e00, 0x7fff, 0x7f, 0x80, 0x7f7f, 0x7f80, 0x7f81}) halves.push_back((uint16_t)(sign | i));
+    for (int i : {0, 1, 2, 0x3ff, 0x400, 0x7bff, 0x7c00, 0x7c01, 0x7e00, 0x7fff, 0x7f, 0x80, 0x7f7f, 0x7f80, 0x7f81})
+      halves.push_back((uint16_t)(sign | i));
   RECORD(float, widen_bf16, (int)halves.size(), halves, kNone, halves.size());
   RECORD(float, widen_f16, (int)halves.size(), halves, kNone, halves.size());
   const std::vector<int32_t> integers = {0, 1, -1, 12345, INT32_MAX, INT32_MIN};
@@ -202,7 +216,8 @@ void record_products(const char* name, Kernel kernel, bool bf16) {
     auto element = [&]() -> uint32_t {
       const float x = value();
       if (x == 0) return 0;
-      if (!std::isfinite(x)) return std::isnan(x) ? (bf16 ? 0x7fc0 : 0x7e00) : (x < 0 ? 0x8000u : 0u) | (bf16 ? 0x7f80 : 0x7c00);
+      if (!std::isfinite(x))
+        return std::isnan(x) ? (bf16 ? 0x7fc0 : 0x7e00) : (x < 0 ? 0x8000u : 0u) | (bf16 ? 0x7f80 : 0x7c00);
       // Subnormal elements: tiny ones count on tensor cores.
       if (special && rng() % 8 == 0) return rng() & (bf16 ? 0x807f : 0x83ff);
       return narrow(x, bf16);
@@ -213,7 +228,8 @@ void record_products(const char* name, Kernel kernel, bool bf16) {
     }
     for (int at = 0; at < 32 * 4; at++) {
       // Exact ones lie within 24 bits, real ones are far larger or smaller than the products too.
-      sums[i * 32 * 4 + at] = exact ? (float)((int)(rng() % 8001) - 4000) : real(-size, size) * std::ldexp(1.f, (int)(rng() % 9) * 4 - 16);
+      sums[i * 32 * 4 + at] =
+          exact ? (float)((int)(rng() % 8001) - 4000) : real(-size, size) * std::ldexp(1.f, (int)(rng() % 9) * 4 - 16);
     }
   }
   record<float>(name, kernel, count, operands, sums, sums.size());
@@ -232,10 +248,10 @@ struct WarpgroupKernel {
   int columns;
 };
 #define WGMMA(name, columns) {"wgmma_" #name, golden_wgmma_##name, columns}
-#define WGMMAS(type)                                                                                                               \
-  {WGMMA(rs_k_major_64_##type, 64), WGMMA(rs_k_major_128_##type, 128), WGMMA(rs_mn_major_64_##type, 64),                            \
-   WGMMA(rs_mn_major_128_##type, 128), WGMMA(ss_k_major_64_##type, 64), WGMMA(ss_k_major_128_##type, 128),                      \
-   WGMMA(ss_mn_major_64_##type, 64), WGMMA(ss_mn_major_128_##type, 128)}
+#define WGMMAS(type)                                                                                         \
+  {WGMMA(rs_k_major_64_##type, 64),    WGMMA(rs_k_major_128_##type, 128), WGMMA(rs_mn_major_64_##type, 64),  \
+   WGMMA(rs_mn_major_128_##type, 128), WGMMA(ss_k_major_64_##type, 64),   WGMMA(ss_k_major_128_##type, 128), \
+   WGMMA(ss_mn_major_64_##type, 64),   WGMMA(ss_mn_major_128_##type, 128)}
 
 // Even rows of a and of b hold small integers, and their sums are exact; the others hold real numbers of many sizes.
 void record_warpgroup(const std::string& type, Kernel chain, const std::vector<WarpgroupKernel>& kernels) {
@@ -272,22 +288,29 @@ void record_warpgroup(const std::string& type, Kernel chain, const std::vector<W
 }
 
 void write(const char* path) {
-  std::string header = "{\"__metadata__\":{\"exact\":\"" + std::to_string(kExact) + "\",\"real\":\"" + std::to_string(kReal) + "\"}";
+  std::string header =
+      "{\"__metadata__\":{\"exact\":\"" + std::to_string(kExact) + "\",\"real\":\"" + std::to_string(kReal) + "\"}";
   size_t at = 0;
   for (const Tensor& t : tensors) {
-    header += ",\"" + t.name + "\":{\"dtype\":\"" + t.type + "\",\"shape\":[" + std::to_string(t.count) + "],\"data_offsets\":[" +
-              std::to_string(at) + "," + std::to_string(at + t.bytes.size()) + "]}";
+    header += ",\"" + t.name + "\":{\"dtype\":\"" + t.type + "\",\"shape\":[" + std::to_string(t.count) +
+              "],\"data_offsets\":[" + std::to_string(at) + "," + std::to_string(at + t.bytes.size()) + "]}";
     at += t.bytes.size();
   }
   header += "}";
   header.resize((header.size() + 7) / 8 * 8, ' ');
   FILE* file = std::fopen(path, "wb");
-  if (!file) { std::perror(path); std::exit(1); }
+  if (!file) {
+    std::perror(path);
+    std::exit(1);
+  }
   const uint64_t length = header.size();
   std::fwrite(&length, 8, 1, file);
   std::fwrite(header.data(), 1, header.size(), file);
   for (const Tensor& t : tensors) std::fwrite(t.bytes.data(), 1, t.bytes.size(), file);
-  if (std::fclose(file) != 0) { std::perror(path); std::exit(1); }
+  if (std::fclose(file) != 0) {
+    std::perror(path);
+    std::exit(1);
+  }
 }
 
 }  // namespace

@@ -22,14 +22,30 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x, y, z; };
-struct alignas(8) int2 { int32_t x, y; };
-struct alignas(16) int4 { int32_t x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+};
+struct alignas(8) int2 {
+  int32_t x, y;
+};
+struct alignas(16) int4 {
+  int32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 static inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
 static inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -129,8 +145,8 @@ void sim_bulk_commit(void);
 // cp.async.bulk.wait_group[.read].
 void sim_bulk_wait(uint32_t newest_left, int read, const void* site);
 
-// ---- setmaxnreg.inc (take) or .dec: all 128 threads of a warpgroup have `each` registers from here on. What the block has
-// to hand out is as under __launch_bounds__(threads, 1).
+// ---- setmaxnreg.inc (take) or .dec: all 128 threads of a warpgroup have `each` registers from here on. What the block
+// has to hand out is as under __launch_bounds__(threads, 1).
 void sim_set_registers(uint32_t each, int take, const void* site);
 
 // ---- wgmma: all 128 threads of a warpgroup make every call
@@ -220,11 +236,23 @@ SIM_FUNCTION int atomicExch(int* p, int v) { return sim_rmw(SIM_EXCHANGE, p, v);
 SIM_FUNCTION int atomicCAS(int* p, int compare, int v) { return sim_rmw(SIM_CAS, p, v, compare); }
 
 template <class T>
-static inline T min(T a, T b) { return b < a ? b : a; }
+static inline T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-static inline T max(T a, T b) { return a < b ? b : a; }
-SIM_FUNCTION uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-SIM_FUNCTION float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline T max(T a, T b) {
+  return a < b ? b : a;
+}
+SIM_FUNCTION uint32_t __float_as_uint(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+SIM_FUNCTION float __uint_as_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
 SIM_FUNCTION int __float_as_int(float x) { return (int)__float_as_uint(x); }
 SIM_FUNCTION float __int_as_float(int i) { return __uint_as_float((uint32_t)i); }
 SIM_FUNCTION int __popc(uint32_t x) { return __builtin_popcount(x); }

@@ -1,7 +1,8 @@
 //! Mutation testing: plants one bug at a time into a kernel's text, so that a test can show it would be caught.
 //!
-//! A rule says what to look for and what to do with it; every occurrence outside comments gives one mutant. Space between
-//! the characters does not count, so a rule outlives a kernel's formatting. The kernels stay free of any trace of this.
+//! A rule says what to look for and what to do with it; every occurrence outside comments gives one mutant. Space
+//! between the characters does not count, so a rule outlives a kernel's formatting. The kernels stay free of any trace
+//! of this.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};

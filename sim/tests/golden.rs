@@ -34,7 +34,8 @@ const EXP2: f64 = 3.0 / (1 << 23) as f64;
 /// Absolute error of lg2.approx.ftz where the result is below 1, relative above.
 const LOG2: f64 = 3.0 / (1 << 23) as f64;
 /// Error of one product of 16 x 8 x 16 in units of the largest of its 17 summands: tensor cores align them all to that
-/// one and cut off what lies below 2^-24 of it (2^-23 with the sum's own rounding), while the simulator adds one after another.
+/// one and cut off what lies below 2^-24 of it (2^-23 with the sum's own rounding), while the simulator adds one after
+/// another.
 const MMA: f64 = 17.0 / (1 << 23) as f64;
 
 #[repr(C)]
@@ -236,7 +237,8 @@ fn operand(
     value((registers[lane * 6 + register] >> (16 * half)) as u16)
 }
 
-/// The largest summand of every accumulator of a record: products by the fragment layouts of m16n8k16, and the sum before.
+/// The largest summand of every accumulator of a record: products by the fragment layouts of m16n8k16, and the sum
+/// before.
 fn largest_terms(registers: &[u32], sums: &[f32], value: fn(u16) -> f64) -> Vec<f64> {
     let a = |row: usize, k: usize| {
         let lane = row % 8 * 4 + k % 8 / 2;

@@ -394,7 +394,8 @@ impl<X: Strided> Problem<'_, X> {
     }
 }
 
-/// What a backward pass reads besides the problem: tensors `X` like `q`, and f32 or f64 `F` of `[batch, q_heads, rows]`.
+/// What a backward pass reads besides the problem: tensors `X` like `q`, and f32 or f64 `F` of `[batch, q_heads,
+/// rows]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Saved<X, F> {
     /// What the forward pass wrote.
@@ -407,7 +408,8 @@ pub struct Saved<X, F> {
     pub d_lse: Option<F>,
 }
 
-/// What a backward pass writes, to tensors `Y`. Every element of every row is written (`=`, not `+=`), padding rows to 0.
+/// What a backward pass writes, to tensors `Y`. Every element of every row is written (`=`, not `+=`), padding rows to
+/// 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Gradients<Y, F> {
     /// Like `q`.

@@ -71,9 +71,9 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     /// Records the calls that `work` makes, without making them; [`Recording::replay`] makes them, as often as asked.
     /// `None`, and `work` is not called, on a device that gains nothing by it.
     ///
-    /// Calls that exchange data with the host are refused while recording: reads, writes, and calls that upload tables. A
-    /// decoding step between [`Device::renew`] and [`Samplers::sampled`] has none after a first step with the same objects
-    /// that was not recorded. Calls of other threads meanwhile are recorded as well.
+    /// Calls that exchange data with the host are refused while recording: reads, writes, and calls that upload tables.
+    /// A decoding step between [`Device::renew`] and [`Samplers::sampled`] has none after a first step with the same
+    /// objects that was not recorded. Calls of other threads meanwhile are recorded as well.
     ///
     /// # Errors
     /// Those of `work`, and what the device says.
@@ -285,7 +285,8 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     ) -> Result<()>;
 
     /// Segment attention, forward: `out [rows, q_heads * head_dim]`, and of each span `lse [q_heads, rows]`, the spans'
-    /// blocks of `lse` one after the other. The spans are the step's. `number` tells the step's calls of attention apart.
+    /// blocks of `lse` one after the other. The spans are the step's. `number` tells the step's calls of attention
+    /// apart.
     fn attention(
         &self,
         call: &Attention<'_, Self::Buffer>,

@@ -16,8 +16,8 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
     /// Number of tokens.
     fn tokens(&self) -> usize;
 
-    /// Appends `rows` tokens: of rows `[kv_heads * head_dim]` of keys and of values the KV heads named, one for each head of
-    /// the pool.
+    /// Appends `rows` tokens: of rows `[kv_heads * head_dim]` of keys and of values the KV heads named, one for each
+    /// head of the pool.
     ///
     /// # Errors
     /// Rows of another number than a run's, heads of another number than the pool's, or what the device says.
@@ -44,7 +44,8 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
     /// As [`append`](Self::append).
     fn write(&mut self, device: &D, k: &[f32], v: &[f32]) -> Result<()>;
 
-    /// Retrieval (docs/contract.md, section 2): for every head the blocks with the highest scores, in order of position.
+    /// Retrieval (docs/contract.md, section 2): for every head the blocks with the highest scores, in order of
+    /// position.
     ///
     /// # Errors
     /// Heads of another number than the pool's, tokens that it does not have, or what the device says.
@@ -55,8 +56,8 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
         selection: &Selection<'_>,
     ) -> Result<D::Blocks>;
 
-    /// Copies each head's selected tokens to rows of keys and of values, columns of its KV head. Keys are rotated: the last
-    /// one by the row of the angle tables before `past.ends[head]`.
+    /// Copies each head's selected tokens to rows of keys and of values, columns of its KV head. Keys are rotated: the
+    /// last one by the row of the angle tables before `past.ends[head]`.
     ///
     /// # Errors
     /// Blocks that the pool does not have, heads of another number than the pool's, or what the device says.

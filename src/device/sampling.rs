@@ -16,12 +16,12 @@ pub struct Sampled {
 
 /// Samplers for the sequences of a batch, one random stream each.
 ///
-/// One choice takes three calls: [`select`](Self::select), [`sample`](Self::sample), [`sampled`](Self::sampled). A choice
-/// counts once `sampled` has returned it. If a call before that fails, the next `select` restores random streams and
-/// histories, so that the same choice can be made again.
+/// One choice takes three calls: [`select`](Self::select), [`sample`](Self::sample), [`sampled`](Self::sampled). A
+/// choice counts once `sampled` has returned it. If a call before that fails, the next `select` restores random streams
+/// and histories, so that the same choice can be made again.
 pub trait Samplers<D: Device>: Sized + Send + Sync + Debug {
-    /// Samplers at the beginning of their random streams. The repetition penalty sees `histories`, tokens below `vocab`, and
-    /// what the sequences choose.
+    /// Samplers at the beginning of their random streams. The repetition penalty sees `histories`, tokens below
+    /// `vocab`, and what the sequences choose.
     ///
     /// # Errors
     /// A setting out of its range, a token that is not below `vocab`, or what the device says.

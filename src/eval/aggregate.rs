@@ -139,7 +139,8 @@ const COMMON_TIMES: usize = 30;
 const OTHER_TIMES: usize = 3;
 /// Of the 343,000 words; the more are taken, the longer a new one is looked for.
 const MOST_OTHERS: usize = 300_000;
-const LIST: &str = "Here are numbered words, a few of which occur far more often than the rest. Keep track of those.\n\n";
+const LIST: &str = "Here are numbered words, a few of which occur far more often than the rest. \
+     Keep track of those.\n\n";
 const LIST_QUESTION: &str = "\n\nQuestion: Which 10 words occur most often in the list above?\n\
     Answer: The 10 words that occur most often in the list are:";
 
@@ -238,7 +239,8 @@ pub(crate) struct FrequentWords {
 const ANSWERS: usize = 3;
 const DOTS: &str = "...";
 const CODED: &str = "In the coded text below, watch how often each coded word occurs.\n\n";
-const CODED_QUESTION: &str = "\n\nQuestion: Leaving out the dots, which three coded words occur most often in the text above?\n\
+const CODED_QUESTION: &str = "\n\nQuestion: Leaving out the dots, which three coded words occur most often \
+     in the text above?\n\
     Answer: The three coded words that occur most often in the text are:";
 
 impl FrequentWords {

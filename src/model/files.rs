@@ -97,7 +97,8 @@ fn number_that_is_none(text: &[u8], error: &serde_json::Error) -> Option<&'stati
 }
 
 /// What is said of a pointer.
-pub(super) const LFS_POINTER: &str = "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download the model again";
+pub(super) const LFS_POINTER: &str = "a Git LFS pointer, not the file itself; \
+     fetch it with `git lfs pull`, or download the model again";
 
 /// Whether these bytes begin a file that Git LFS keeps in the place of a large one.
 pub(super) fn is_lfs_pointer(bytes: &[u8]) -> bool {

@@ -4,9 +4,9 @@ use super::config::ModelConfig;
 use super::parameters::{Role, index, specs};
 use super::state::Plan;
 
-/// Floating-point operations that training needs for a token of a sequence of `tokens`, on average: 6 for each weight of a
-/// product and 12 for each element of a query and key that it sees (Chowdhery et al. 2022, PaLM, appendix B; forward a
-/// third of both). What is computed again, or a second time for another gradient stream, does not count.
+/// Floating-point operations that training needs for a token of a sequence of `tokens`, on average: 6 for each weight
+/// of a product and 12 for each element of a query and key that it sees (Chowdhery et al. 2022, PaLM, appendix B;
+/// forward a third of both). What is computed again, or a second time for another gradient stream, does not count.
 pub fn training_flops(config: &ModelConfig, tokens: usize) -> f64 {
     let plan = Plan::new(config, tokens);
     let matrices = specs(config).into_iter().enumerate().map(|(i, spec)| {

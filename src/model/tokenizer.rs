@@ -1,7 +1,8 @@
 //! Text to tokens and back: `tokenizer.json` of a model folder, or bytes where it has no tokenizer of any kind.
 //!
 //! What stands around a text (BOS, EOS and any other added token) is decided in [`framing`], for training, scoring,
-//! evaluation and generation alike. Whole characters as tokens arrive are the work of [`crate::generate::text::TextStream`].
+//! evaluation and generation alike. Whole characters as tokens arrive are the work of
+//! [`crate::generate::text::TextStream`].
 
 #[cfg(feature = "tokenizer")]
 mod bounds;

@@ -43,7 +43,11 @@ pub enum TrainError {
         source: io::Error,
     },
     /// The content of a data file is not what its format asks for.
-    #[error("{}{}: expected {expected}, got {got}", path.display(), line.map(|n| format!(", line {n}")).unwrap_or_default())]
+    #[error(
+        "{}{}: expected {expected}, got {got}",
+        path.display(),
+        line.map(|n| format!(", line {n}")).unwrap_or_default()
+    )]
     Data {
         /// The file.
         path: PathBuf,

@@ -1,4 +1,4 @@
-//! Exact TBPTT(K) by gradient streams (contract section 3): one forward per segment, any number of
+//! Exact TBPTT(K) by gradient streams (docs/contract.md, section 3): one forward per segment, any number of
 //! segments per step, and the same gradient, to the bit, whatever that number is.
 //!
 //! After the forward of segments up to `t`, the losses that are due run backward in *passes*, each

@@ -1,4 +1,4 @@
-//! What must have equal bits (segment-attention.md, section 4): a row alone, in a tile, in another batch, decoded.
+//! What must have equal bits (docs/contract.md, section 4): a row alone, in a tile, in another batch, decoded.
 
 use segattn::attention::cuda::{Dtype, Phase};
 

@@ -541,7 +541,10 @@ const POINTERS: &[&str] = &[
 
 proptest! {
     #[test]
-    fn any_value_under_any_key_loads_soundly_or_is_a_typed_error(pointer in prop::sample::select(POINTERS), value in any_json()) {
+    fn any_value_under_any_key_loads_soundly_or_is_a_typed_error(
+        pointer in prop::sample::select(POINTERS),
+        value in any_json(),
+    ) {
         if let Ok(config) = ModelConfig::from_json(with(small(), pointer, value)) {
             prop_assert!(config.validate().is_ok());
             prop_assert!(parameters(&config).iter().all(|spec| spec.numel() > 0));

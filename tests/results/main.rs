@@ -106,8 +106,9 @@ fn index(runs: &[Run]) -> String {
     let list = table::markdown(&["run", "bench", "device"], rows.collect());
     let newest = headline::table(runs, "");
     format!(
-        "{MARK}\n# Results\n\nMade from the raw results in `benches/runs/`, one page for each file. A run is dated, and a \
-         later\nrun does not replace an earlier one. How to run the benches: [gpu.md](../gpu.md).\n\n\
+        "{MARK}\n# Results\n\nMade from the raw results in `benches/runs/`, one page for each file. A run is dated, \
+         and a later\nrun does not replace an earlier one. How to run the benches: \
+         [docs/gpu.md](../gpu.md).\n\n\
          ## The newest figures in short\n\n{newest}\n## All runs\n\n{list}"
     )
 }

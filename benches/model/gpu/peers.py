@@ -1,11 +1,16 @@
 """PyTorch's side of the model bench: one JSON line in, one out.
 
-    {"do": "check", "folder", "tokens"}                    log-probabilities by Transformers in f32 and bf16, and by Model below
-    {"do": "prefill", "who", "shape", "tokens"}            first token and peak memory: "flash" and "cudnn" by Transformers'
-                                                           Llama, "compiled" by Model with the faster of the two
-    {"do": "decode", "shape", "batch", "tokens"}           Model, compiled, in a CUDA graph: one step at that context
-    {"do": "train", "shape", "tokens", "steps", "seconds"} Model, compiled: steps with the faster attention
-    {"do": "free"}                                         gives memory back
+    {"do": "check", "folder", "tokens"}
+        log-probabilities by Transformers in f32 and bf16, and by Model below
+    {"do": "prefill", "who", "shape", "tokens"}
+        first token and peak memory: "flash" and "cudnn" by Transformers' Llama, "compiled" by Model with the faster
+        of the two
+    {"do": "decode", "shape", "batch", "tokens"}
+        Model, compiled, in a CUDA graph: one step at that context
+    {"do": "train", "shape", "tokens", "steps", "seconds"}
+        Model, compiled: steps with the faster attention
+    {"do": "free"}
+        gives memory back
 
 "shape" is a config.json. Weights are random, in bf16; training holds them in f32 and multiplies in bf16.
 """
@@ -70,7 +75,8 @@ def llama(shape):
     key = json.dumps(shape, sort_keys=True)
     if key not in HELD:
         free()
-        config = transformers.LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type")})
+        other = ("architectures", "model_type")
+        config = transformers.LlamaConfig(**{k: v for k, v in shape.items() if k not in other})
         config._attn_implementation = "sdpa"
         torch.set_default_dtype(torch.bfloat16)
         try:

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define CALL(result, name, parameters, arguments) \
-  result (*name##_pointer) parameters;            \
+  result(*name##_pointer) parameters;             \
   result name parameters { return name##_pointer arguments; }
 
 CALL(const void*, sim_thread, (void), ())
@@ -43,15 +43,13 @@ CALL(int, sim_mbarrier_test_wait, (void* b, uint32_t parity, const void* site), 
 CALL(void, sim_fence_proxy_async, (int space), (space))
 CALL(void, sim_tma_load, (void* dst, const void* map, const int32_t* at, void* b, const void* site),
      (dst, map, at, b, site))
-CALL(void, sim_tma_store, (const void* map, const int32_t* at, const void* src, const void* site),
-     (map, at, src, site))
+CALL(void, sim_tma_store, (const void* map, const int32_t* at, const void* src, const void* site), (map, at, src, site))
 CALL(void, sim_tma_reduce_add, (const void* map, const int32_t* at, const void* src, const void* site),
      (map, at, src, site))
 CALL(void, sim_bulk_load, (void* dst, const void* src, uint32_t bytes, void* b, const void* site),
      (dst, src, bytes, b, site))
 CALL(void, sim_bulk_store, (void* dst, const void* src, uint32_t bytes, const void* site), (dst, src, bytes, site))
-CALL(void, sim_bulk_reduce_add, (void* dst, const void* src, uint32_t bytes, const void* site),
-     (dst, src, bytes, site))
+CALL(void, sim_bulk_reduce_add, (void* dst, const void* src, uint32_t bytes, const void* site), (dst, src, bytes, site))
 CALL(void, sim_bulk_commit, (void), ())
 CALL(void, sim_bulk_wait, (uint32_t newest_left, int read, const void* site), (newest_left, read, site))
 
@@ -76,12 +74,12 @@ static inline void access(void* p, size_t bytes, int is_write, int aligned, cons
 
 #define HOOK(name, bytes, is_write, aligned) \
   void __tsan_##name(void* p) { access(p, bytes, is_write, aligned, (const char*)__builtin_return_address(0)); }
-#define HOOKS(bytes)                            \
-  HOOK(read##bytes, bytes, 0, 1)                \
-  HOOK(write##bytes, bytes, 1, 1)               \
-  HOOK(unaligned_read##bytes, bytes, 0, 0)      \
-  HOOK(unaligned_write##bytes, bytes, 1, 0)     \
-  HOOK(volatile_read##bytes, bytes, 0, 1)       \
+#define HOOKS(bytes)                        \
+  HOOK(read##bytes, bytes, 0, 1)            \
+  HOOK(write##bytes, bytes, 1, 1)           \
+  HOOK(unaligned_read##bytes, bytes, 0, 0)  \
+  HOOK(unaligned_write##bytes, bytes, 1, 0) \
+  HOOK(volatile_read##bytes, bytes, 0, 1)   \
   HOOK(volatile_write##bytes, bytes, 1, 1)
 
 HOOKS(1)
@@ -89,12 +87,8 @@ HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void* p, size_t bytes) {
-  access(p, bytes, 0, 0, (const char*)__builtin_return_address(0));
-}
-void __tsan_write_range(void* p, size_t bytes) {
-  access(p, bytes, 1, 0, (const char*)__builtin_return_address(0));
-}
+void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, 0, 0, (const char*)__builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, 1, 0, (const char*)__builtin_return_address(0)); }
 void __tsan_init(void) {}
 void __tsan_func_entry(void* p) { (void)p; }
 void __tsan_func_exit(void) {}

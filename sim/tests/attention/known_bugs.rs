@@ -1,4 +1,4 @@
-//! Bugs that attention kernels really had (design: testing.md, section 3), one test each.
+//! Bugs that attention kernels really had, one test each.
 //!
 //! | bug | where it was | test |
 //! |---|---|---|

@@ -1,5 +1,5 @@
-//! Decoding on a simulated GPU: steps that are recorded and replayed give the bits of those that are not, and of scoring;
-//! tokens are chosen on the device as the host's sampler chooses them.
+//! Decoding on a simulated GPU: steps that are recorded and replayed give the bits of those that are not, and of
+//! scoring; tokens are chosen on the device as the host's sampler chooses them.
 
 use std::ops::ControlFlow;
 
@@ -89,8 +89,8 @@ fn generate(model: &Model, prompts: &[Vec<u32>], settings: &GeneratorConfig) -> 
         .expect("tokens")
 }
 
-/// Sequences at different places of their segments, which end and retrieve while others go on; what is said of each token
-/// is what scoring the whole says. Under every check.
+/// Sequences at different places of their segments, which end and retrieve while others go on; what is said of each
+/// token is what scoring the whole says. Under every check.
 #[test]
 fn a_batch_decodes_to_the_bits_of_score() {
     for (tied, plain) in [(true, false), (false, true)] {

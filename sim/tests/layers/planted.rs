@@ -1,5 +1,5 @@
-//! The layers' kernels with one bug at a time: each is run by this program's own tests, in a process of its own, since a
-//! kernel with a bug may do anything.
+//! The layers' kernels with one bug at a time: each is run by this program's own tests, in a process of its own, since
+//! a kernel with a bug may do anything.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -1,5 +1,5 @@
-//! The bugs planted into the layers' kernels: barriers dropped, bounds and indices off by one, terms and factors mixed up,
-//! roundings left out.
+//! The bugs planted into the layers' kernels: barriers dropped, bounds and indices off by one, terms and factors mixed
+//! up, roundings left out.
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 

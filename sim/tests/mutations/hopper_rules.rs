@@ -1,5 +1,6 @@
-//! The bugs planted into Hopper's prefill: barriers with wrong counts, stages and parities, waits and releases dropped or too
-//! early, products out of order, descriptors that lead elsewhere, tiles masked, skipped or closed one too early or late.
+//! The bugs planted into Hopper's prefill: barriers with wrong counts, stages and parities, waits and releases dropped
+//! or too early, products out of order, descriptors that lead elsewhere, tiles masked, skipped or closed one too early
+//! or late.
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 

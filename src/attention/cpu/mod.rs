@@ -1,7 +1,7 @@
 //! Segment attention on the CPU in f32: blocked, online softmax, all cores, the machine's widest
 //! vectors.
 //!
-//! The bits of a query row depend on that row and the keys it sees only (segment-attention.md,
+//! The bits of a query row depend on that row and the keys it sees only (docs/contract.md,
 //! section 4): the module `tile` says how. They are the same on any number of threads and for any
 //! instruction set; gradients have a fixed order, which the module `schedule` explains.
 
@@ -31,9 +31,8 @@ const HOST: &str = "host values on the CPU";
 
 /// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
 ///
-/// # Errors
-/// See [`Problem::validate`](super::Problem::validate); likewise for `out` and `lse`. `head_dim` must be a multiple of 8 up to
-/// 256.
+/// # Errors See [`Problem::validate`](super::Problem::validate); likewise for `out` and `lse`. `head_dim` must be a
+/// multiple of 8 up to 256.
 pub fn forward(
     problem: &HostProblem<'_, f32>,
     out: ViewMut<'_, f32>,
@@ -65,9 +64,8 @@ pub fn forward_on(
 ///
 /// The bits of an entry's gradients depend on that entry only.
 ///
-/// # Errors
-/// See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must be 0, `head_dim`
-/// a multiple of 8 up to 256.
+/// # Errors See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must
+/// be 0, `head_dim` a multiple of 8 up to 256.
 pub fn backward(
     problem: &HostProblem<'_, f32>,
     saved: &HostSaved<'_, f32>,

@@ -88,7 +88,8 @@ impl ForwardPlan {
             "tiles * items * heads * batch",
             &[tiles, max_splits, q_heads / packed, batch],
         )?;
-        // Prefill's blocks take one item after the other and keep totals of chunks meanwhile; in decoding an item is a block.
+        // Prefill's blocks take one item after the other and keep totals of chunks meanwhile; in decoding an item is a
+        // block.
         let (blocks, totals) = match (items, phase) {
             (0, _) => (0, 0),
             (items, Phase::Decode) => (items, 0),

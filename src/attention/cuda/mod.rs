@@ -1,13 +1,14 @@
 //! Segment attention on NVIDIA GPUs: the host side of `kernels/attention_*.cu`.
 //!
-//! A [`Problem`](super::Problem) of [`Tensor`]s names device memory; [`ForwardPlan`] and [`BackwardPlan`] validate it once, choose the kernels and
-//! say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a stream. Nothing is allocated,
-//! nothing waits, and the workspace may be used again by the next call on the same stream.
+//! A [`Problem`](super::Problem) of [`Tensor`]s names device memory; [`ForwardPlan`] and [`BackwardPlan`] validate it
+//! once, choose the kernels and say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a
+//! stream. Nothing is allocated, nothing waits, and the workspace may be used again by the next call on the same
+//! stream.
 //!
-//! Planning knows no driver: it asks [`Kernels`](crate::cuda::kernels::Kernels) what was compiled and hands its launches
-//! to a [`Launcher`](crate::cuda::kernels::Launcher). With feature `cuda` there is `DriverKernels`, which is both on
-//! NVIDIA's driver, loaded at run time ([`crate::cuda`]), and has safe calls on cudarc's slices (module `slices`,
-//! `examples/attention_slices.rs`). Plans themselves take addresses, with strides and on any stream
+//! Planning knows no driver: it asks [`Kernels`](crate::cuda::kernels::Kernels) what was compiled and hands its
+//! launches to a [`Launcher`](crate::cuda::kernels::Launcher). With feature `cuda` there is `DriverKernels`, which is
+//! both on NVIDIA's driver, loaded at run time ([`crate::cuda`]), and has safe calls on cudarc's slices (module
+//! `slices`, `examples/attention_slices.rs`). Plans themselves take addresses, with strides and on any stream
 //! (`examples/attention_pointers.rs`).
 //!
 //! **Lengths and gates.** Those given as host values are validated and travel with the call, into the workspace and

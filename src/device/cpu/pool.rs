@@ -150,8 +150,8 @@ impl Pool {
         (k, v)
     }
 
-    /// The tokens of the best blocks of one head, in order of position. A token's score is one product chain, so it does not
-    /// depend on how the pool is cut into chunks.
+    /// The tokens of the best blocks of one head, in order of position. A token's score is one product chain, so it
+    /// does not depend on how the pool is cut into chunks.
     fn best_blocks(
         &self,
         head: usize,

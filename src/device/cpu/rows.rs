@@ -178,8 +178,8 @@ pub struct Angles<'a> {
 
 /// Rotates each head of each row by its row of `angles`, number `table_rows[row]`.
 ///
-/// Element d < head_dim / 2 and element d + head_dim / 2 are a pair ("rotate half"). `inverse`
-/// rotates back, which is also the gradient. Adds to `dst` where `accumulate`. Source and destination have the same heads. (Su et al. 2021.)
+/// Element d < head_dim / 2 and element d + head_dim / 2 are a pair ("rotate half"). `inverse` rotates back, which is
+/// also the gradient. Adds to `dst` where `accumulate`. Source and destination have the same heads. (Su et al. 2021.)
 ///
 /// # Panics
 /// If heads differ or head_dim is odd, rows overlap, a slice is too short, or a table row is missing.

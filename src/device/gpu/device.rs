@@ -70,8 +70,8 @@ impl<D: Driver> Gpu<D> {
             c_kind: y.buffer.kind,
             plus,
         };
-        // SAFETY: all of them lie in live buffers, as the addresses' bounds checks have seen; the borrow of `y` says that
-        // it is not `x`.
+        // SAFETY: all of them lie in live buffers, as the addresses' bounds checks have seen; the borrow of `y` says
+        // that it is not `x`.
         unsafe { self.driver().product(&product) }.map_err(Into::into)
     }
 }

@@ -16,8 +16,8 @@ pub struct Recording<D: Driver> {
 
 impl<D: Driver> device::Recording for Recording<D> {
     fn replay(&self) -> Result<()> {
-        // SAFETY: the calls were checked when they were recorded; what they ask for themselves is here, and that the rest
-        // is there is the caller's promise.
+        // SAFETY: the calls were checked when they were recorded; what they ask for themselves is here, and that the
+        // rest is there is the caller's promise.
         unsafe { self.gpu.driver().replay(&self.graph) }.map_err(Into::into)
     }
 }

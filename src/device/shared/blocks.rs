@@ -21,7 +21,8 @@ impl<D: Device> SelectedBlocks<D> for HostBlocks {
 }
 
 /// Copies each head's selected tokens to the columns of its KV head, keys rotated. `kv` gives key and value, of
-/// `head_dim` elements each, of a head of the pool and a token. See [`PastPool::gather`](crate::device::PastPool::gather).
+/// `head_dim` elements each, of a head of the pool and a token. See
+/// [`PastPool::gather`](crate::device::PastPool::gather).
 pub(in crate::device) fn gather<'p, D, N>(
     device: &D,
     blocks: &HostBlocks,

@@ -1,9 +1,9 @@
 //! Decoding: a token of each sequence is read and the next one chosen, all of it on the device.
 //!
-//! Between two ends of a segment nothing but numbers in the step's tables changes from one step to the next. So the first
-//! such step runs as every other, the second is recorded, and from then on steps are replays of it. Steps in which a
-//! segment begins or is complete run as usual in between; what was recorded stays good, since everything it touches
-//! stays where it is.
+//! Between two ends of a segment nothing but numbers in the step's tables changes from one step to the next. So the
+//! first such step runs as every other, the second is recorded, and from then on steps are replays of it. Steps in
+//! which a segment begins or is complete run as usual in between; what was recorded stays good, since everything it
+//! touches stays where it is.
 
 use super::{Feed, Session, Step};
 use crate::device::sampler::SamplerConfig;

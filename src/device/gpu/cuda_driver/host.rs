@@ -1,7 +1,7 @@
 //! Pinned host memory, which the GPU reads over the bus.
 //!
-//! The driver's own allocation fills pages on one thread: 1.8 GiB/s were measured. Where the system lets us, all threads
-//! fill large pages first (28 GiB/s with eight), and the driver pins what is there (40 GiB/s).
+//! The driver's own allocation fills pages on one thread: 1.8 GiB/s were measured. Where the system lets us, all
+//! threads fill large pages first (28 GiB/s with eight), and the driver pins what is there (40 GiB/s).
 
 use std::ffi::c_void;
 
