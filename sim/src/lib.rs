@@ -19,6 +19,6 @@ pub use host::driver::Driver;
 pub use host::gpu::{Checks, Failure, Gpu, SimError};
 pub use host::launcher::{Kernels, Stream};
 pub use host::module::{CompileError, Kernel, Module, Source};
+pub use instructions::context::Stats;
 pub use instructions::tensor_map::TensorMap;
-pub use machine::launch::Stats;
 pub use memory::global::Buffer;

@@ -1,8 +1,7 @@
-//! Vector clocks: what each actor of a block knows to have happened.
+//! Vector clocks (Fidge; Mattern): what each actor of a block knows to have happened.
 //!
-//! An actor is a CUDA thread or an asynchronous agent (a bulk-copy engine slot, the tensor core of a
-//! warpgroup). Inside one block a clock is a dense vector over its actors. Knowledge about other blocks is
-//! rare (it needs a global atomic), so it is kept beside it in a shared, usually empty map.
+//! Inside one block a clock is a dense vector with an entry for each of its [`super::actors::Actors`]. Knowledge about
+//! other blocks is rare (it needs a global atomic), so it is kept beside the vector in a shared, usually empty map.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -93,6 +92,11 @@ impl Clock {
             max_into(&mut self.proxied, &other.proxied);
         }
         self.foreign.join(&other.foreign);
+    }
+
+    /// Adds what the entries of a clock of the same block know.
+    pub fn join_local(&mut self, entries: &[u32]) {
+        max_into(&mut self.local, entries);
     }
 
     /// fence.proxy.async: what is known now is known to the async proxy too.

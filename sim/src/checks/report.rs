@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 
-use crate::checks::symbols;
+use super::symbols::{self, Site};
 
 /// Reports kept of one launch; more of them are rarely of use.
 const MAX_REPORTS: usize = 32;
@@ -63,10 +63,6 @@ impl fmt::Display for Kind {
         })
     }
 }
-
-/// A place in the code: an offset from the program's load address, 0 for none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Site(pub u32);
 
 /// One side of a report before its source lines are looked up.
 #[derive(Clone, Debug)]

@@ -1,12 +1,12 @@
-//! Happens-before detection: a shadow cell for every two bytes of memory, after FastTrack
-//! (Flanagan and Freund, PLDI 2009).
+//! Shadow memory: a cell for every two bytes, with the state that a race detector and an initialisation check need.
 //!
-//! A cell remembers its last write and its reads as epochs (actor, clock). An access that is not ordered
-//! after them by a barrier, a fence or an atomic is a race, whatever values were seen in this schedule.
-//! The same cell carries the poison: memory that was never written, or whose asynchronous copy has not
-//! been waited for, cannot be read.
+//! The races are those of FastTrack (Flanagan and Freund, PLDI 2009): a cell remembers its last write and its reads
+//! since as epochs (actor, clock). An access that is not ordered after them by a barrier, a fence or an atomic is a
+//! race, whatever values were seen in this schedule. As in Valgrind's Memcheck the same cell says whether the memory
+//! holds a value: memory that was never written, or whose asynchronous copy has not been waited for, cannot be read.
 
-use crate::checks::clock::Foreign;
+use super::access::Mode;
+use super::clock::Foreign;
 
 /// Bytes covered by one cell: the smallest element that kernels share between threads.
 pub(crate) const GRANULE: usize = 2;
@@ -176,6 +176,20 @@ impl Readers {
 }
 
 impl Cell {
+    /// Checks and records an access.
+    pub fn on_access(
+        &mut self,
+        actor: &Actor,
+        mode: Mode,
+        readers: &mut Readers,
+    ) -> Option<Conflict> {
+        match mode {
+            Mode::Read => self.on_read(actor, readers),
+            Mode::Write => self.on_write(actor, readers),
+            Mode::Land => self.on_land(actor),
+        }
+    }
+
     /// Forgets what blocks that no longer exist did to a cell of shared memory.
     pub fn claim_for_block(&mut self, serial: u32, first_block: u32, readers: &mut Readers) {
         if self.write.block != serial {
@@ -188,7 +202,7 @@ impl Cell {
     }
 
     /// Checks and records a read.
-    pub fn on_read(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
+    fn on_read(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
         let new = actor.epoch;
         let last = self.read;
         if (last.clock, last.block, last.id, last.flags)
@@ -234,7 +248,7 @@ impl Cell {
     }
 
     /// Checks and records a write; `actor.epoch.flags` become the cell's flags.
-    pub fn on_write(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
+    fn on_write(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
         let conflict = self.problem_of_write(actor, readers);
         if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
             readers.release(self.read.clock);
@@ -248,7 +262,7 @@ impl Cell {
 
     /// The copy issued into the cell has landed and is now the actor's own write. A write that came in between
     /// was reported when it was made.
-    pub fn on_land(&mut self, actor: &Actor) -> Option<Conflict> {
+    fn on_land(&mut self, actor: &Actor) -> Option<Conflict> {
         if self.write.flags & PENDING != 0 {
             self.write = actor.epoch;
         }

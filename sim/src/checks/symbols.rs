@@ -1,10 +1,12 @@
-//! From code addresses to source lines, by the debug information of a compiled kernel (`addr2line`).
+//! Places in compiled kernels, and their source lines by the debug information (`addr2line`).
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 
-use crate::checks::report::Site;
+/// A place in the code: an offset from the program's load address, 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Site(pub u32);
 
 /// Files whose frames say nothing about the kernel: the simulated instructions themselves.
 const VOCABULARY: [&str; 2] = ["ptx.cuh", "simulator.h"];

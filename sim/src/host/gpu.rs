@@ -7,7 +7,9 @@ use bytemuck::Pod;
 
 use crate::checks::report::Report;
 use crate::host::module::Kernel;
-use crate::machine::launch::{Launch, Shape, Stats};
+use crate::instructions::context::Stats;
+use crate::machine::current;
+use crate::machine::launch::{Launch, Shape};
 use crate::memory::global::{Buffer, GlobalMemory};
 
 /// Most threads a block may have.
@@ -202,28 +204,24 @@ impl Gpu {
             resident: self.resident,
         };
         let (checks, module) = (self.checks == Checks::All, &kernel.module);
-        let memory = std::mem::take(&mut self.memory);
-        let mut launch = Box::new(Launch::new(
-            shape,
-            checks,
-            seed,
-            memory,
-            self.next_block,
-            module.base(),
-        ));
+        let mut memory = std::mem::take(&mut self.memory);
+        memory.image = module.base();
+        let mut launch = Launch::new(shape, checks, seed, memory, self.next_block);
         // SAFETY: a kernel is an extern "C" function of one struct by value, and P is that struct: the caller's word.
         let function = unsafe {
             std::mem::transmute::<*const std::ffi::c_void, extern "C" fn(P)>(kernel.function)
         };
-        let result = launch.run(&|| function(*params));
-        let Launch {
-            memory, log, stats, ..
-        } = &mut *launch;
-        self.memory = std::mem::take(memory);
-        let (log, stats) = (std::mem::take(log), *stats);
+        let result = current::run(&mut launch, &|| function(*params));
         self.next_block = launch.blocks_started();
+        let Launch {
+            memory,
+            checker,
+            stats,
+            ..
+        } = launch;
+        self.memory = memory;
         result?;
-        let reports = log.finish(&kernel.name, module.path());
+        let reports = checker.finish(&kernel.name, module.path());
         if reports.is_empty() {
             return Ok(stats);
         }

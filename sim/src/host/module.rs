@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::machine::calls;
 use crate::machine::stack::STACK_BYTES;
+use crate::memory::image::image_base;
 
 /// The functions and hooks linked into every kernel.
 const BRIDGE: &str = include_str!("bridge.c");
@@ -400,14 +401,4 @@ fn symbol(handle: *mut c_void, name: &str) -> Option<*const c_void> {
     // SAFETY: a live handle and a string that ends in a zero.
     let address = unsafe { libc::dlsym(handle, name.as_ptr()) };
     (!address.is_null()).then_some(address.cast_const())
-}
-
-/// Load address of the program or shared object an address lies in.
-pub(crate) fn image_base(address: usize) -> Option<usize> {
-    let mut info = std::mem::MaybeUninit::<libc::Dl_info>::zeroed();
-    // SAFETY: dladdr takes any address and fills `info`, whose all-zero value is valid.
-    unsafe {
-        let found = libc::dladdr(address as *const c_void, info.as_mut_ptr());
-        (found != 0).then(|| info.assume_init().dli_fbase as usize)
-    }
 }

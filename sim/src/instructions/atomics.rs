@@ -1,11 +1,10 @@
-//! Atomic operations and fences, by the rules of the C++ memory model: what a thread publishes by a release
-//! (or by a relaxed store after a fence) is known to whom reads it by an acquire (or before a fence).
+//! Atomic operations on 32-bit words. How they order memory: [`crate::checks::happens_before`].
 
-use crate::checks::clock::Clock;
-use crate::checks::report::Site;
+use super::context::Context;
+use crate::checks::access::{Access, Mode};
+use crate::checks::happens_before::{Effect, Order};
 use crate::checks::shadow::{ATOMIC, INITIALIZED};
-use crate::instructions::access::{Access, Mode};
-use crate::machine::launch::Launch;
+use crate::checks::symbols::Site;
 
 /// An atomic operation; the numbers are those of `SimAtomic` in simulator.h.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,6 +52,14 @@ impl Operation {
         }
     }
 
+    fn effect(self) -> Effect {
+        match self {
+            Operation::Load => Effect::Load,
+            Operation::Store => Effect::Store,
+            _ => Effect::Update,
+        }
+    }
+
     fn action(self) -> &'static str {
         match self {
             Operation::Load => "read atomically",
@@ -62,110 +69,55 @@ impl Operation {
     }
 }
 
-/// How an atomic operation orders memory.
+/// An atomic instruction but for its address.
 #[derive(Clone, Copy)]
-pub(crate) struct Order {
-    pub acquire: bool,
-    pub release: bool,
-    /// Synchronises with other blocks, not only its own.
-    pub device: bool,
+pub(crate) struct Atomic {
+    pub operation: Operation,
+    pub operand: u32,
+    /// For compare-and-swap.
+    pub compare: u32,
+    pub order: Order,
 }
 
-impl Launch {
-    /// One 32-bit atomic operation by the running thread; the value before.
-    pub fn atomic(
-        &mut self,
-        operation: Operation,
-        address: usize,
-        operand: u32,
-        compare: u32,
-        order: Order,
-        site: Site,
-    ) -> u32 {
-        let action = operation.action();
-        let mut access = Access {
+impl Atomic {
+    /// Executes it for the running thread; the value before, 0 for a store.
+    pub fn execute(self, cx: &mut Context, address: usize, site: Site) -> u32 {
+        let (operation, effect) = (self.operation, self.operation.effect());
+        let read = Access {
             flags: ATOMIC,
-            ..Access::new(address, 4, Mode::Read, action)
+            ..Access::new(address, 4, Mode::Read, operation.action())
         };
-        if operation != Operation::Store && !self.access(access, site) {
+        if effect != Effect::Store && !cx.access(read, site) {
             return 0;
         }
-        if operation != Operation::Load {
-            access = Access {
-                flags: ATOMIC | INITIALIZED,
-                mode: Mode::Write,
-                ..access
-            };
-            if !self.access(access, site) {
-                return 0;
-            }
+        let write = Access {
+            flags: ATOMIC | INITIALIZED,
+            mode: Mode::Write,
+            ..read
+        };
+        if effect != Effect::Load && !cx.access(write, site) {
+            return 0;
         }
         let pointer = address as *mut u32;
         // SAFETY: inside a buffer or shared memory (checked above, or unchecked as on hardware); one OS thread.
         let old = unsafe { pointer.read_unaligned() };
         // SAFETY: as above.
-        unsafe { pointer.write_unaligned(operation.apply(old, operand, compare)) };
-        if self.checks {
-            self.synchronize(operation, address, order);
-        }
-        if operation == Operation::Store {
-            0
-        } else {
-            old
-        }
-    }
-
-    /// Passes knowledge between the running thread and the location.
-    fn synchronize(&mut self, operation: Operation, address: usize, order: Order) {
-        let serial = self.block().serial;
-        let id = self.current.thread as usize;
-        let key = (address, if order.device { 0 } else { serial });
-        if operation != Operation::Store
-            && let Some(published) = self.published.get(&key).cloned()
-        {
-            let thread = self.thread_mut();
-            let into = if order.acquire {
-                &mut thread.clock
-            } else {
-                &mut thread.loaded
-            };
-            into.foreign.join(&published);
-            if let Some(own) = published.block(serial) {
-                into.join(&Clock {
-                    local: own.to_vec(),
-                    ..Clock::default()
-                });
-            }
-        }
-        if operation == Operation::Load {
-            return;
-        }
-        if operation == Operation::Store {
-            self.published.remove(&key);
-        }
-        let thread = self.thread_mut();
-        let source = if order.release {
-            Some(thread.clock.clone())
-        } else {
-            thread.fenced.clone()
-        };
-        if let Some(clock) = source {
-            thread.clock.local[id] += 1;
-            let published = self.published.entry(key).or_default();
-            published.join_block(serial, &clock.local);
-            published.join(&clock.foreign);
+        unsafe { pointer.write_unaligned(operation.apply(old, self.operand, self.compare)) };
+        let who = cx.who(cx.thread);
+        let thread = &mut cx.clocks[who.id as usize];
+        cx.checker
+            .synchronize(who, thread, address, effect, self.order);
+        match effect {
+            Effect::Store => 0,
+            _ => old,
         }
     }
+}
 
-    /// A fence of the running thread; one of block scope orders nothing between blocks.
-    pub fn fence(&mut self, device: bool) {
-        if !device || !self.checks {
-            return;
-        }
-        let id = self.current.thread as usize;
-        let thread = self.thread_mut();
-        thread.clock.join(&thread.loaded);
-        thread.fenced = Some(thread.clock.clone());
-        thread.clock.local[id] += 1;
+/// A fence of the running thread; one of block scope orders nothing between blocks.
+pub(crate) fn fence(cx: &mut Context, device: bool) {
+    if device && cx.checker.enabled() {
+        let id = cx.thread;
+        cx.own_clocks().fence(id);
     }
 }

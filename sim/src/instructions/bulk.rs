@@ -3,15 +3,13 @@
 
 use std::collections::VecDeque;
 
+use super::context::Context;
+use super::tensor_map::{CHUNK, Chunk, TensorMap};
+use crate::checks::access::{Access, Mode};
 use crate::checks::clock::Clock;
-use crate::checks::report::{Kind, Site};
+use crate::checks::report::Kind;
 use crate::checks::shadow::{ASYNC, ATOMIC, INITIALIZED, PENDING};
-use crate::instructions::access::{Access, Mode};
-use crate::instructions::tensor_map::{CHUNK, Chunk, TensorMap};
-use crate::machine::launch::Launch;
-
-/// Bulk copies of a block that have clocks of their own; more share them in turn.
-pub(crate) const COPY_SLOTS: usize = 16;
+use crate::checks::symbols::Site;
 
 /// What a bulk copy does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -25,9 +23,14 @@ pub(crate) enum Direction {
     ReduceAdd,
 }
 
+impl Direction {
+    fn is_load(self) -> bool {
+        matches!(self, Direction::Load { .. })
+    }
+}
+
 /// A bulk copy in flight.
-pub(crate) struct BulkCopy {
-    pub slot: u16,
+struct BulkCopy {
     agent: u16,
     clock: Clock,
     direction: Direction,
@@ -38,103 +41,128 @@ pub(crate) struct BulkCopy {
     serial: u64,
 }
 
-/// The bulk stores a thread has issued and not waited for: serial number, agent, clock of its reads.
-#[derive(Default)]
-pub(crate) struct ThreadBulk {
-    open: Vec<(u64, u16, u32)>,
-    groups: VecDeque<Vec<(u64, u16, u32)>>,
+/// A load that has landed: its mbarrier gets the bytes.
+pub(crate) struct Delivery {
+    pub barrier: usize,
+    pub bytes: usize,
+    pub clock: Clock,
 }
 
-impl Launch {
-    /// cp.async.bulk.tensor by the running thread.
-    pub fn tensor_copy(
-        &mut self,
-        shared: usize,
-        map: &TensorMap,
-        at: &[i32],
-        direction: Direction,
-        site: Site,
-    ) {
-        let alignment = if map.swizzled() { 1024 } else { 128 };
-        let base = self.block().shared.base;
-        if !shared.is_multiple_of(alignment) || (direction == Direction::ReduceAdd && !map.is_f32())
-        {
-            let place = format!(
-                "{}: a multiple of {alignment} and f32 for reductions",
-                self.describe(shared)
-            );
-            return self.report(Kind::Operand, "issued a tensor copy", site, place);
-        }
-        let mut chunks = map.chunks(at);
-        for chunk in &mut chunks {
-            let offset = (shared - base).wrapping_add(chunk.offset);
-            let swizzle = if map.swizzled() {
-                (offset >> 7 & 7) << 4
-            } else {
-                0
-            };
-            chunk.offset = base.wrapping_add(offset ^ swizzle);
-        }
-        self.issue(chunks, direction, site);
-    }
+/// The bulk copies of a block.
+pub(crate) struct BulkCopies {
+    in_flight: Vec<BulkCopy>,
+    issued: u64,
+    stores: Vec<ThreadStores>,
+}
 
-    /// cp.async.bulk of plain bytes by the running thread.
-    pub fn bulk_copy(
-        &mut self,
-        shared: usize,
-        global: usize,
-        bytes: u32,
-        direction: Direction,
-        site: Site,
-    ) {
-        if !(shared | global | bytes as usize).is_multiple_of(CHUNK) {
-            let place = format!("{bytes} bytes, {}: multiples of 16", self.describe(shared));
-            return self.report(Kind::Operand, "issued a bulk copy", site, place);
-        }
-        let chunk = |at| Chunk {
-            offset: shared + at,
-            skip: 0,
-            valid: CHUNK,
-            global: global + at,
+/// The bulk stores a thread has issued and not waited for.
+#[derive(Clone, Default)]
+struct ThreadStores {
+    open: Vec<Store>,
+    groups: VecDeque<Vec<Store>>,
+}
+
+/// A store: its number, its agent, and the agent's clock when it reads its source.
+#[derive(Clone, Copy)]
+struct Store {
+    serial: u64,
+    agent: u16,
+    clock: u32,
+}
+
+/// The chunks of cp.async.bulk.tensor between a box of a tensor and the shared memory at an address.
+pub(crate) fn tensor_chunks(
+    cx: &mut Context,
+    shared: usize,
+    map: &TensorMap,
+    at: &[i32],
+    direction: Direction,
+    site: Site,
+) -> Option<Vec<Chunk>> {
+    let alignment = if map.swizzled() { 1024 } else { 128 };
+    let base = cx.shared.base;
+    if !shared.is_multiple_of(alignment) || (direction == Direction::ReduceAdd && !map.is_f32()) {
+        let place = cx.describe(shared);
+        let place = format!("{place}: a multiple of {alignment} and f32 for reductions");
+        cx.report(Kind::Operand, "issued a tensor copy", site, place);
+        return None;
+    }
+    let mut chunks = map.chunks(at);
+    for chunk in &mut chunks {
+        let offset = (shared - base).wrapping_add(chunk.offset);
+        let swizzle = if map.swizzled() {
+            (offset >> 7 & 7) << 4
+        } else {
+            0
         };
-        self.issue(
-            (0..bytes as usize).step_by(CHUNK).map(chunk).collect(),
-            direction,
-            site,
-        );
+        chunk.offset = base.wrapping_add(offset ^ swizzle);
+    }
+    Some(chunks)
+}
+
+/// The chunks of cp.async.bulk of plain bytes.
+pub(crate) fn plain_chunks(
+    cx: &mut Context,
+    shared: usize,
+    global: usize,
+    bytes: u32,
+    site: Site,
+) -> Option<Vec<Chunk>> {
+    if !(shared | global | bytes as usize).is_multiple_of(CHUNK) {
+        let place = format!("{bytes} bytes, {}: multiples of 16", cx.describe(shared));
+        cx.report(Kind::Operand, "issued a bulk copy", site, place);
+        return None;
+    }
+    let chunk = |at| Chunk {
+        offset: shared + at,
+        skip: 0,
+        valid: CHUNK,
+        global: global + at,
+    };
+    Some((0..bytes as usize).step_by(CHUNK).map(chunk).collect())
+}
+
+impl BulkCopies {
+    /// None yet, of a block of so many threads.
+    pub fn new(threads: usize) -> BulkCopies {
+        BulkCopies {
+            in_flight: Vec::new(),
+            issued: 0,
+            stores: vec![ThreadStores::default(); threads],
+        }
     }
 
-    fn issue(&mut self, chunks: Vec<Chunk>, direction: Direction, site: Site) {
-        if let Direction::Load { barrier } = direction
-            && !self.usable_by_copies(barrier, site)
-        {
-            return;
-        }
-        let issuer = self.current.thread;
-        let block = self.block_mut();
-        let serial = block.copies_issued;
-        block.copies_issued += 1;
-        let agent = block.threads.len() + serial as usize % COPY_SLOTS;
-        let thread = &mut block.threads[issuer as usize];
-        let mut clock = thread.clock.clone();
-        thread.clock.local[issuer as usize] += 1;
+    /// How many are in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// The running thread issues a copy.
+    pub fn issue(
+        &mut self,
+        cx: &mut Context,
+        chunks: Vec<Chunk>,
+        direction: Direction,
+        site: Site,
+    ) {
+        let issuer = cx.thread;
+        let serial = self.issued;
+        self.issued += 1;
+        let agent = cx.actors.bulk_copy(serial);
+        let own = &mut cx.own_clocks().now;
+        let mut clock = own.clone();
+        own.local[issuer as usize] += 1;
         // One tick for what is read now, the next for what is written when the copy lands.
-        clock.local[agent] = 2 * serial as u32 + 1;
-        if !matches!(direction, Direction::Load { .. }) {
-            thread
-                .bulk
-                .open
-                .push((serial, agent as u16, clock.local[agent]));
+        let tick = 2 * serial as u32 + 1;
+        clock.local[agent as usize] = tick;
+        if !direction.is_load() {
+            self.stores[issuer as usize].open.push(Store {
+                serial,
+                agent,
+                clock: tick,
+            });
         }
-        for chunk in &chunks {
-            if !self.touch(agent as u16, &clock, chunk, direction, site) {
-                return;
-            }
-        }
-        let slot = self.current.slot;
-        let agent = agent as u16;
-        self.in_flight.push(BulkCopy {
-            slot,
+        let copy = BulkCopy {
             agent,
             clock,
             direction,
@@ -142,28 +170,77 @@ impl Launch {
             site,
             issuer,
             serial,
-        });
+        };
+        if copy.chunks.iter().all(|chunk| copy.touch(cx, chunk)) {
+            self.in_flight.push(copy);
+        }
     }
 
-    /// Records what an issued copy does to one chunk from now on.
-    fn touch(
-        &mut self,
-        agent: u16,
-        clock: &Clock,
-        chunk: &Chunk,
-        direction: Direction,
-        site: Site,
-    ) -> bool {
-        if !self.checks {
+    /// Carries out one of the copies in flight.
+    pub fn land(&mut self, cx: &mut Context, index: usize) -> Option<Delivery> {
+        let mut copy = self.in_flight.swap_remove(index);
+        copy.clock.local[copy.agent as usize] += u32::from(!copy.direction.is_load());
+        for chunk in &copy.chunks {
+            if copy.record_landing(cx, chunk) {
+                // SAFETY: the shared side was checked at issue, the global side at issue (loads) or just now.
+                unsafe { move_chunk(chunk, copy.direction) };
+            }
+        }
+        match copy.direction {
+            Direction::Load { barrier } => Some(Delivery {
+                barrier,
+                bytes: copy.chunks.len() * CHUNK,
+                clock: copy.clock,
+            }),
+            _ => None,
+        }
+    }
+
+    /// cp.async.bulk.commit_group by the running thread.
+    pub fn commit(&mut self, cx: &Context) {
+        let stores = &mut self.stores[cx.thread as usize];
+        let group = std::mem::take(&mut stores.open);
+        stores.groups.push_back(group);
+    }
+
+    /// cp.async.bulk.wait_group: the older stores have read their source and, unless `read`, written.
+    pub fn wait(&mut self, cx: &mut Context, newest_left: usize, read: bool) {
+        let thread = cx.thread as usize;
+        while self.stores[thread].groups.len() > newest_left {
+            let group = self.stores[thread].groups.pop_front();
+            for store in group.into_iter().flatten() {
+                let mut copies = self.in_flight.iter();
+                if let Some(index) = copies.position(|copy| copy.serial == store.serial) {
+                    self.land(cx, index);
+                }
+                let known = &mut cx.own_clocks().now.local[store.agent as usize];
+                *known = (*known).max(store.clock + u32::from(!read));
+            }
+        }
+    }
+
+    /// Reports copies still in flight when their block ends, and drops them.
+    pub fn check_at_end(&mut self, cx: &mut Context) {
+        for copy in self.in_flight.drain(..) {
+            let place = "in flight when its block ended".to_string();
+            let action = "issued a bulk copy";
+            cx.report_by(Kind::Leak, copy.issuer, action, copy.site, place);
+        }
+    }
+}
+
+impl BulkCopy {
+    /// Records what the copy, just issued, does to one chunk from now on. False if it must not be carried out.
+    fn touch(&self, cx: &mut Context, chunk: &Chunk) -> bool {
+        if !cx.checker.enabled() {
             return true;
         }
-        if !self.block().shared.contains(chunk.offset, CHUNK) {
-            let place = self.describe(chunk.offset);
-            self.report(Kind::OutOfBounds, "issued a bulk copy", site, place);
-            self.fatal = true;
+        if !cx.shared.contains(chunk.offset, CHUNK) {
+            let place = cx.describe(chunk.offset);
+            cx.refuse(Kind::OutOfBounds, "issued a bulk copy", self.site, place);
             return false;
         }
-        let load = matches!(direction, Direction::Load { .. });
+        let load = self.direction.is_load();
         let mode = if load { Mode::Write } else { Mode::Read };
         let flags = if load { PENDING | ASYNC } else { 0 };
         let shared = Access {
@@ -174,39 +251,18 @@ impl Launch {
             alignment: 1,
             ..Access::new(chunk.global, chunk.valid, Mode::Read, "read")
         };
-        if !self.access_by(agent, clock, shared, site) {
+        if !cx.access_by(self.agent, &self.clock, shared, self.site) {
             return false;
         }
         if load {
             // SAFETY: inside the block's shared memory, checked above.
             unsafe { std::ptr::write_bytes(chunk.offset as *mut u8, 0xff, CHUNK) };
         }
-        !load || chunk.valid == 0 || self.access_by(agent, clock, global, site)
+        !load || chunk.valid == 0 || cx.access_by(self.agent, &self.clock, global, self.site)
     }
 
-    /// Carries out one of the copies in flight.
-    pub fn land_bulk_copy(&mut self, index: usize) {
-        let mut copy = self.in_flight.swap_remove(index);
-        let back = self.current;
-        self.current.slot = copy.slot;
-        self.current.thread = copy.issuer;
-        let load = matches!(copy.direction, Direction::Load { .. });
-        copy.clock.local[copy.agent as usize] += u32::from(!load);
-        for chunk in &copy.chunks {
-            let allowed = !self.checks || self.record_landing(&copy, chunk);
-            if allowed {
-                // SAFETY: the shared side was checked at issue, the global side at issue (loads) or just now.
-                unsafe { move_chunk(chunk, copy.direction) };
-            }
-        }
-        if let Direction::Load { barrier } = copy.direction {
-            self.mbarrier_deliver(barrier, copy.chunks.len() * CHUNK, &copy.clock);
-        }
-        self.current = back;
-    }
-
-    fn record_landing(&mut self, copy: &BulkCopy, chunk: &Chunk) -> bool {
-        let (address, bytes, mode, flags) = match copy.direction {
+    fn record_landing(&self, cx: &mut Context, chunk: &Chunk) -> bool {
+        let (address, bytes, mode, flags) = match self.direction {
             Direction::Load { .. } => (chunk.offset, CHUNK, Mode::Land, INITIALIZED | ASYNC),
             _ if chunk.valid == 0 => return true,
             Direction::Store => (chunk.global, chunk.valid, Mode::Write, INITIALIZED | ASYNC),
@@ -222,55 +278,7 @@ impl Launch {
             alignment: 1,
             ..Access::new(address, bytes, mode, "wrote")
         };
-        self.access_by(copy.agent, &copy.clock, access, copy.site)
-    }
-
-    /// cp.async.bulk.commit_group by the running thread.
-    pub fn bulk_commit(&mut self) {
-        let bulk = &mut self.thread_mut().bulk;
-        let group = std::mem::take(&mut bulk.open);
-        bulk.groups.push_back(group);
-    }
-
-    /// cp.async.bulk.wait_group: the older stores have read their source and, unless `read`, written.
-    pub fn bulk_wait(&mut self, newest_left: usize, read: bool) {
-        while self.thread_mut().bulk.groups.len() > newest_left {
-            for (serial, agent, clock) in self
-                .thread_mut()
-                .bulk
-                .groups
-                .pop_front()
-                .into_iter()
-                .flatten()
-            {
-                let slot = self.current.slot;
-                let in_flight = self
-                    .in_flight
-                    .iter()
-                    .position(|c| c.serial == serial && c.slot == slot);
-                if let Some(index) = in_flight {
-                    self.land_bulk_copy(index);
-                }
-                let known = &mut self.thread_mut().clock.local[agent as usize];
-                *known = (*known).max(clock + u32::from(!read));
-            }
-        }
-    }
-
-    /// Reports copies still in flight when their block ends, and drops them.
-    pub fn check_copies_at_end(&mut self) {
-        let slot = self.current.slot;
-        while let Some(index) = self.in_flight.iter().position(|copy| copy.slot == slot) {
-            let copy = self.in_flight.swap_remove(index);
-            let place = "in flight when its block ended".to_string();
-            self.report_by(
-                Kind::Leak,
-                copy.issuer,
-                "issued a bulk copy",
-                copy.site,
-                place,
-            );
-        }
+        cx.access_by(self.agent, &self.clock, access, self.site)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use crate::instructions::warp::Operands;
+use super::collective::Operands;
 
 /// The two 16-bit elements of a register.
 fn pair(register: u32, bf16: bool) -> [f32; 2] {

@@ -1,13 +1,18 @@
 //! What each instruction does to registers, memory and clocks.
+//!
+//! [`units::Units`] is the face of this room: the state that the instructions of a block keep, each in a file that knows
+//! only its own. [`context::Context`] is all they see of the machine.
 
-pub mod access;
 pub mod atomics;
-pub mod barrier;
+mod barrier;
 pub mod bulk;
+pub mod collective;
+pub mod context;
 pub mod cp_async;
+mod lanes;
 pub mod mbarrier;
-pub mod mma;
-pub mod registers;
+mod mma;
+mod registers;
 pub mod tensor_map;
-pub mod warp;
-pub mod wgmma;
+pub mod units;
+mod wgmma;

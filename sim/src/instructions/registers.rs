@@ -4,9 +4,9 @@
 //! (`__launch_bounds__(threads, 1)`); what one warpgroup gives back another may take, and a warp that takes more than
 //! the block has free waits until there is enough: for ever, unless another gives it back. Warps that end keep theirs.
 
+use super::collective::Meeting;
+use super::context::Context;
 use crate::checks::report::Kind;
-use crate::instructions::warp::{Meeting, lanes};
-use crate::machine::launch::Launch;
 
 /// Registers of a multiprocessor, and the most a thread begins with.
 const ALL: u32 = 65536;
@@ -69,40 +69,42 @@ impl Registers {
             !warps.iter().all(begins)
         })
     }
-}
 
-impl Launch {
     /// setmaxnreg.inc (`take`) or .dec by a warp, to `each` registers a thread. False if its lanes must wait.
-    pub fn set_registers(&mut self, warp: usize, each: u32, take: bool, meeting: &Meeting) -> bool {
-        if let Some(place) = self.wrong_registers(warp, each, take) {
-            self.registers_report(Kind::Operand, warp, meeting, place);
-            self.fatal = true;
+    pub fn set(
+        &mut self,
+        cx: &mut Context,
+        warp: usize,
+        each: u32,
+        take: bool,
+        meeting: &Meeting,
+    ) -> bool {
+        let (thread, site) = meeting.first(warp);
+        let name = meeting.op.name();
+        if let Some(place) = self.wrong(cx.actors.threads(), warp, each, take) {
+            cx.report_by(Kind::Operand, thread, name, site, place);
+            cx.checker.stop();
             return true;
         }
-        let registers = &mut self.block_mut().registers;
-        registers.warps[warp].changes.push(each);
-        if registers.differ(warp / 4) {
+        self.warps[warp].changes.push(each);
+        if self.differ(warp / 4) {
             let place = format!("to {each} registers, where another warp of its warpgroup did not");
-            self.registers_report(Kind::Divergence, warp, meeting, place);
+            cx.report_by(Kind::Divergence, thread, name, site, place);
         }
-        let registers = &mut self.block_mut().registers;
-        if !registers.try_change(warp, each) {
-            registers.waiting.push((warp, each));
+        if !self.try_change(warp, each) {
+            self.waiting.push((warp, each));
             return false;
         }
-        let served = registers.serve();
-        let woken = served
-            .into_iter()
-            .flat_map(|warp| warp * 32..warp * 32 + 32);
-        woken.for_each(|thread| self.wake(thread as u16));
+        for warp in self.serve() {
+            (warp * 32..warp * 32 + 32).for_each(|thread| cx.wake(thread as u16));
+        }
         true
     }
 
     /// What the hardware or the assembler would refuse, or do nobody knows what with.
-    fn wrong_registers(&self, warp: usize, each: u32, take: bool) -> Option<String> {
-        let block = self.block();
-        let now = block.registers.warps[warp].each;
-        if (warp / 4 * 4 + 4) * 32 > block.threads.len() {
+    fn wrong(&self, threads: usize, warp: usize, each: u32, take: bool) -> Option<String> {
+        let now = self.warps[warp].each;
+        if (warp / 4 * 4 + 4) * 32 > threads {
             Some("needs a whole warpgroup".to_string())
         } else if !each.is_multiple_of(8) || !(24..=256).contains(&each) {
             Some(format!(
@@ -116,32 +118,21 @@ impl Launch {
         }
     }
 
-    fn registers_report(&mut self, kind: Kind, warp: usize, meeting: &Meeting, place: String) {
-        let lane = lanes(meeting.arrived).next().unwrap_or_default();
-        let thread = (warp * 32 + lane) as u16;
-        self.report_by(kind, thread, meeting.op.name(), meeting.sites[lane], place);
-    }
-
-    /// Reports the warps that wait for registers when nothing can go on; whether there were any.
-    pub fn report_waits_for_registers(&mut self) -> bool {
-        let registers = &self.block().registers;
-        let (waiting, free) = (registers.waiting.clone(), registers.free);
-        for &(warp, each) in &waiting {
-            let more = (each - self.block().registers.warps[warp].each) * 32;
-            let thread = &self.block().threads[warp * 32];
-            let site = thread.wait.map(|wait| wait.site).unwrap_or_default();
+    /// The warps that wait for registers, and for how many.
+    pub fn stuck(&self) -> Vec<(usize, String)> {
+        let free = self.free;
+        let waits = |&(warp, each): &(usize, u32)| {
+            let more = (each - self.warps[warp].each) * 32;
             let place = format!("for {more} more registers, of which the block has {free} free");
-            let action = "waits for ever in setmaxnreg.inc";
-            self.report_by(Kind::Deadlock, (warp * 32) as u16, action, site, place);
-        }
-        !waiting.is_empty()
+            (warp, place)
+        };
+        self.waiting.iter().map(waits).collect()
     }
 
     /// Reports warpgroups of a block at its end of which not every warp made every change.
-    pub fn check_registers_at_end(&mut self) {
-        let registers = &self.block().registers;
-        let changes = |warp: usize| registers.warps[warp].changes.len();
-        let whole = registers.warps.len() / 4 * 4;
+    pub fn check_at_end(&self, cx: &mut Context) {
+        let changes = |warp: usize| self.warps[warp].changes.len();
+        let whole = self.warps.len() / 4 * 4;
         let fewer = (0..whole).find(|&warp| {
             let first = warp / 4 * 4;
             (first..first + 4).any(|other| changes(other) > changes(warp))
@@ -150,7 +141,7 @@ impl Launch {
             let place = "that another warp of its warpgroup executed".to_string();
             let action = "ended without a setmaxnreg";
             let (thread, site) = ((warp * 32) as u16, Default::default());
-            self.report_by(Kind::Divergence, thread, action, site, place);
+            cx.report_by(Kind::Divergence, thread, action, site, place);
         }
     }
 }

@@ -1,135 +1,76 @@
-//! One kernel launch: resident blocks, the random scheduler, and what its checks have found.
+//! One kernel launch: its resident blocks and their threads, run one at a time.
 
-use std::cell::Cell;
-use std::collections::HashMap;
+use std::ffi::c_void;
 use std::io;
-use std::ptr;
 
 use corosensei::{Coroutine, CoroutineResult};
 
-use crate::checks::clock::Foreign;
-use crate::checks::report::{Kind, RawParty, RawReport, ReportLog, Site};
-use crate::checks::shadow::Readers;
-use crate::instructions::bulk::{BulkCopy, COPY_SLOTS};
-use crate::instructions::registers::Registers;
-use crate::machine::block::{Block, actors};
-use crate::machine::rng::Rng;
-use crate::machine::stack::ThreadStack;
-use crate::machine::thread::{Thread, ThreadContext};
-use crate::memory::global::{GlobalMemory, Region};
+use super::block::Block;
+use super::context::ThreadContext;
+use super::scheduler::{Scheduler, ThreadRef};
+use super::stack::ThreadStack;
+use super::stuck;
+use super::thread::{Body, Thread, Wait};
+use crate::checks::actors::{Names, unravel};
+use crate::checks::checker::Checker;
+use crate::checks::symbols::Site;
+use crate::instructions::context::{Context, Stats};
+use crate::instructions::units::Units;
+use crate::memory::global::GlobalMemory;
+use crate::memory::region::Region;
 
 /// Turns of spinning threads, with no other progress, after which a launch counts as stuck.
 const SPIN_LIMIT: u64 = 1 << 20;
-
-thread_local! {
-    static CURRENT: Cell<*mut Launch> = const { Cell::new(ptr::null_mut()) };
-}
-
-/// What a launch did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Matrix products of one warp (mma.sync).
-    pub products: u64,
-    /// Block barriers completed.
-    pub barriers: u64,
-    /// Checked memory accesses.
-    pub accesses: u64,
-    /// Times a thread was given control.
-    pub switches: u64,
-}
-
-/// A thread of a resident block.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct ThreadRef {
-    pub slot: u16,
-    pub thread: u16,
-}
 
 /// What to launch.
 pub(crate) struct Shape {
     pub grid: [u32; 3],
     pub block: [u32; 3],
     pub shared_bytes: usize,
+    /// Blocks that run at the same time.
     pub resident: usize,
 }
 
 /// A running launch.
 pub(crate) struct Launch {
     shape: Shape,
-    pub checks: bool,
-    pub rng: Rng,
-    /// Prefer threads that became ready last, so that warps stay together: another family of schedules.
-    sticky: bool,
     pub memory: GlobalMemory,
-    pub blocks: Vec<Option<Block>>,
-    ready: Vec<ThreadRef>,
-    pub current: ThreadRef,
-    pub log: ReportLog,
+    pub checker: Checker,
     pub stats: Stats,
-    /// A report that makes going on pointless.
-    pub fatal: bool,
-    pub first_block: u32,
+    pub scheduler: Scheduler,
+    pub blocks: Vec<Option<Block>>,
+    pub current: ThreadRef,
+    first_block: u32,
     next_block: u32,
-    pub readers: Readers,
-    /// What was published at the addresses of atomics, by address and block (0: to all).
-    pub published: HashMap<(usize, u32), Foreign>,
-    pub image_base: usize,
-    /// Bulk copies that have been issued and not carried out.
-    pub in_flight: Vec<BulkCopy>,
-    spins: u64,
-}
-
-/// Runs `action` on the launch of this OS thread.
-///
-/// # Safety
-/// A launch must be running on this OS thread, `action` must not suspend, and nothing else may hold a reference to it.
-pub(crate) unsafe fn with<R>(action: impl FnOnce(&mut Launch) -> R) -> R {
-    // SAFETY: `Launch::run` sets the pointer for as long as coroutines run; the rest is the caller's word.
-    action(unsafe { &mut *CURRENT.get() })
-}
-
-/// Gives control back to the scheduler until somebody wakes the running thread.
-///
-/// # Safety
-/// Called on a simulated thread's stack, with no value alive that has a destructor.
-pub(crate) unsafe fn suspend() {
-    // SAFETY: the yielder lives on the running coroutine's own stack.
-    unsafe {
-        let yielder = with(|launch| launch.thread_mut().yielder);
-        (*yielder).suspend(());
-    }
+    /// Threads of the running block that an instruction lets go on.
+    woken: Vec<u16>,
 }
 
 impl Launch {
+    /// A launch whose first block has the serial number `first_block`.
     pub fn new(
         shape: Shape,
         checks: bool,
         seed: u64,
         memory: GlobalMemory,
         first_block: u32,
-        image: usize,
     ) -> Launch {
-        let mut rng = Rng::new(seed);
-        let sticky = rng.below(2) == 0;
+        let names = Names {
+            grid: shape.grid,
+            block: shape.block,
+            first_block,
+        };
         Launch {
             shape,
-            checks,
-            rng,
-            sticky,
             memory,
-            blocks: Vec::new(),
-            ready: Vec::new(),
-            current: ThreadRef { slot: 0, thread: 0 },
-            log: ReportLog::default(),
+            checker: Checker::new(checks, names),
             stats: Stats::default(),
-            fatal: false,
+            scheduler: Scheduler::new(seed),
+            blocks: Vec::new(),
+            current: ThreadRef { slot: 0, thread: 0 },
             first_block,
             next_block: first_block,
-            readers: Readers::default(),
-            published: HashMap::new(),
-            image_base: image,
-            in_flight: Vec::new(),
-            spins: 0,
+            woken: Vec::new(),
         }
     }
 
@@ -137,22 +78,27 @@ impl Launch {
         self.shape.grid.iter().product()
     }
 
-    /// Runs every block to its end, or to a report that stops the launch.
-    pub fn run(&mut self, body: &dyn Fn()) -> io::Result<()> {
-        let slots = self.shape.resident.min(self.num_blocks() as usize).max(1);
-        let this: *mut Launch = self;
-        let outer = CURRENT.replace(this);
-        // SAFETY: `this` is valid and used only through short borrows from here on, never across a resume.
-        let result = unsafe {
-            let started = (*this).start(slots, body);
-            started.and_then(|()| Self::schedule(this, body))
-        };
-        CURRENT.set(outer);
-        self.end_threads();
-        result
+    /// Blocks started so far, in all launches.
+    pub fn blocks_started(&self) -> u32 {
+        self.next_block
     }
 
-    fn start(&mut self, slots: usize, body: &dyn Fn()) -> io::Result<()> {
+    /// Runs every block to its end, or to a finding that stops the launch.
+    ///
+    /// # Safety
+    /// `this` is valid, is the current launch of this OS thread, and is used through no reference that the caller holds.
+    pub unsafe fn run(this: *mut Launch, body: &dyn Fn()) -> io::Result<()> {
+        // SAFETY: by contract; the borrows are short, and none lives across a resume.
+        unsafe {
+            let started = (*this).start(body);
+            let result = started.and_then(|()| Self::schedule(this, body));
+            (*this).end_threads();
+            result
+        }
+    }
+
+    fn start(&mut self, body: &dyn Fn()) -> io::Result<()> {
+        let slots = self.shape.resident.min(self.num_blocks() as usize).max(1);
         for slot in 0..slots {
             let shared = Region::new("shared memory", self.shape.shared_bytes, false)?;
             self.blocks.push(None);
@@ -168,48 +114,49 @@ impl Launch {
             return Ok(());
         }
         shared.fill_with_nan();
-        let count = self.shape.block.iter().product::<u32>() as usize;
-        let mut threads = Vec::with_capacity(count);
+        let count = self.shape.block.iter().product::<u32>();
+        let block_idx = unravel(linear, self.shape.grid);
+        let mut threads = Vec::with_capacity(count as usize);
         for thread in 0..count {
-            let stack = ThreadStack::take()?;
-            let context = stack.context();
-            let (block_dim, grid_dim) = (self.shape.block, self.shape.grid);
-            let values = ThreadContext {
-                thread_idx: unravel(thread as u32, block_dim),
-                block_idx: unravel(linear, grid_dim),
-                block_dim,
-                grid_dim,
-                shared: shared.base as *mut u8,
-            };
-            // SAFETY: the context area of a stack that this thread now owns, aligned far beyond need.
-            unsafe { context.write(values) };
-            // SAFETY: the coroutine is ended in `finish_block` or `end_threads`, before `body` goes away.
-            let coroutine = unsafe {
-                Coroutine::with_stack_unchecked(stack, move |yielder, ()| {
-                    with(|launch| launch.thread_mut().yielder = yielder);
-                    body();
-                })
-            };
-            threads.push(Thread::new(context, coroutine, thread, actors(count)));
-            self.ready.push(ThreadRef {
+            threads.push(self.start_thread(thread, block_idx, shared.base, body)?);
+            self.scheduler.wake(ThreadRef {
                 slot: slot as u16,
                 thread: thread as u16,
             });
         }
-        let (warps, serial) = (Block::warps(count), self.next_block);
-        self.blocks[slot] = Some(Block {
-            serial,
-            threads,
-            warps,
-            barriers: Default::default(),
-            shared,
-            unfinished: count,
-            mbarriers: Default::default(),
-            registers: Registers::new(count),
-            copies_issued: 0,
-        });
+        self.blocks[slot] = Some(Block::new(self.next_block, threads, shared));
         self.next_block += 1;
         Ok(())
+    }
+
+    fn start_thread(
+        &self,
+        thread: u32,
+        block_idx: [u32; 3],
+        shared: usize,
+        body: &dyn Fn(),
+    ) -> io::Result<Thread> {
+        let stack = ThreadStack::take()?;
+        let context = stack.context();
+        let values = ThreadContext {
+            thread_idx: unravel(thread, self.shape.block),
+            block_idx,
+            block_dim: self.shape.block,
+            grid_dim: self.shape.grid,
+            shared: shared as *mut u8,
+            yielder: std::ptr::null(),
+        };
+        // SAFETY: the context area of a stack that this thread now owns, aligned far beyond need.
+        unsafe { context.write(values) };
+        // SAFETY: the coroutine is ended in `finish_thread` or `end_threads`, before `body` goes away; its context lies on
+        // its own stack.
+        let coroutine = unsafe {
+            Coroutine::with_stack_unchecked(stack, move |yielder, ()| {
+                (*context).yielder = yielder;
+                body();
+            })
+        };
+        Ok(Thread::new(context, coroutine))
     }
 
     /// Gives control to ready threads, one at a time, until none is left.
@@ -234,53 +181,61 @@ impl Launch {
     }
 
     /// Picks a ready thread at random and makes it the running one.
-    fn next_thread(&mut self) -> Option<crate::machine::thread::Body> {
-        while !self.in_flight.is_empty() && (self.ready.is_empty() || self.rng.below(32) == 0) {
-            let index = self.rng.below(self.in_flight.len());
-            self.land_bulk_copy(index);
-        }
-        if self.spins > SPIN_LIMIT || (self.ready.is_empty() && !self.fatal) {
-            self.report_stuck();
+    fn next_thread(&mut self) -> Option<Body> {
+        self.land_bulk_copies();
+        if self.checker.stopped() {
             return None;
         }
-        if self.fatal {
+        if self.scheduler.spins() > SPIN_LIMIT || self.scheduler.is_idle() {
+            stuck::report(&self.blocks, &mut self.checker);
             return None;
         }
-        let count = self.ready.len();
-        let window = if self.sticky && self.rng.below(16) != 0 {
-            count.min(32)
-        } else {
-            count
-        };
-        let index = count - 1 - self.rng.below(window);
-        self.current = self.ready.swap_remove(index);
+        self.current = self.scheduler.pick()?;
         self.stats.switches += 1;
-        if self.rng.below(16) == 0 {
-            self.thread_mut().copies.land_one();
+        if self.scheduler.one_in(16) {
+            self.execute(|units, cx| units.copies[cx.thread as usize].land_one());
         }
         let thread = self.thread_mut();
         thread.wait = None;
         thread.body.take()
     }
 
+    /// Carries out bulk copies now and then, and all of them while no thread is ready.
+    fn land_bulk_copies(&mut self) {
+        loop {
+            let in_flight = |block: &Block| block.units.bulk.in_flight();
+            let count: usize = self.blocks.iter().flatten().map(in_flight).sum();
+            if count == 0 || !(self.scheduler.is_idle() || self.scheduler.one_in(32)) {
+                return;
+            }
+            let mut index = self.scheduler.below(count);
+            for slot in 0..self.blocks.len() {
+                let here = self.blocks[slot].as_ref().map_or(0, in_flight);
+                if index < here {
+                    self.current = ThreadRef {
+                        slot: slot as u16,
+                        thread: 0,
+                    };
+                    self.execute(|units, cx| units.land_bulk_copy(cx, index));
+                    break;
+                }
+                index -= here;
+            }
+        }
+    }
+
     fn finish_thread(&mut self, body: &dyn Fn()) -> io::Result<()> {
         let ThreadRef { slot, thread } = self.current;
-        self.spins = 0;
-        if let (true, Some(site)) = (self.checks, self.thread_mut().copies.unfinished()) {
-            let place = "which nobody waited for before the thread ended".to_string();
-            self.report_by(Kind::Leak, thread, "issued cp.async", site, place);
+        self.scheduler.progress();
+        self.execute(Units::thread_ended);
+        let block = self.block_mut();
+        block.threads[thread as usize].finished = true;
+        block.unfinished -= 1;
+        if block.unfinished > 0 {
+            return Ok(());
         }
-        self.thread_mut().finished = true;
-        self.leave_warp(thread as usize);
-        self.block_mut().unfinished -= 1;
-        let last = self.block().unfinished == 0;
-        if last {
-            self.check_copies_at_end();
-            self.check_mbarriers_at_end();
-            self.check_wgmma_at_end();
-            self.check_registers_at_end();
-        }
-        if last && let Some(mut block) = self.blocks[slot as usize].take() {
+        self.execute(Units::block_ended);
+        if let Some(mut block) = self.blocks[slot as usize].take() {
             block.threads.iter_mut().for_each(Thread::end);
             self.start_block(slot as usize, block.shared, body)?;
         }
@@ -295,26 +250,38 @@ impl Launch {
             .for_each(Thread::end);
     }
 
-    /// Makes a thread of the running block ready.
-    pub fn wake(&mut self, thread: u16) {
-        self.spins = 0;
-        self.ready.push(ThreadRef {
-            slot: self.current.slot,
+    /// Runs `action` on the units of the running thread's block, and wakes whom it lets go on.
+    pub fn execute<R>(&mut self, action: impl FnOnce(&mut Units, &mut Context) -> R) -> R {
+        let ThreadRef { slot, thread } = self.current;
+        let block = self.blocks[slot as usize]
+            .as_mut()
+            .expect("the running block is resident");
+        let mut context = Context {
+            serial: block.serial,
             thread,
-        });
+            actors: block.actors,
+            shared: &mut block.shared,
+            global: &mut self.memory,
+            clocks: &mut block.clocks,
+            checker: &mut self.checker,
+            stats: &mut self.stats,
+            woken: &mut self.woken,
+        };
+        let result = action(&mut block.units, &mut context);
+        for thread in self.woken.drain(..) {
+            self.scheduler.wake(ThreadRef { slot, thread });
+        }
+        result
     }
 
     /// The running thread stays ready but lets others go first.
     pub fn step_back(&mut self) {
-        self.spins += 1;
-        self.ready.push(self.current);
+        self.scheduler.step_back(self.current);
     }
 
-    /// The running thread's block.
-    pub fn block(&self) -> &Block {
-        self.blocks[self.current.slot as usize]
-            .as_ref()
-            .expect("the running block is resident")
+    /// Notes what the running thread, about to be suspended, waits for.
+    pub fn wait_in(&mut self, what: &'static str, site: Site) {
+        self.thread_mut().wait = Some(Wait { what, site });
     }
 
     /// The running thread's block.
@@ -330,138 +297,8 @@ impl Launch {
         &mut self.block_mut().threads[thread]
     }
 
-    /// Blocks started so far, in all launches.
-    pub fn blocks_started(&self) -> u32 {
-        self.next_block
+    /// The place in the kernel of a code address.
+    pub fn site(&self, address: *const c_void) -> Site {
+        Site((address as usize).wrapping_sub(self.memory.image) as u32)
     }
-
-    /// A thread of a block of this launch, in words.
-    pub fn who(&self, serial: u32, thread: u16) -> String {
-        let threads = self.shape.block.iter().product::<u32>() as usize;
-        let agent = (thread as usize).checked_sub(threads);
-        let [x, y, z] = unravel(u32::from(thread), self.shape.block);
-        let [i, j, k] = unravel(serial.wrapping_sub(self.first_block), self.shape.grid);
-        match agent {
-            None => format!("thread ({x},{y},{z}) of block ({i},{j},{k})"),
-            Some(slot) if slot < COPY_SLOTS => format!("a bulk copy of block ({i},{j},{k})"),
-            Some(agent) => format!(
-                "wgmma of warp {} of block ({i},{j},{k})",
-                agent - COPY_SLOTS
-            ),
-        }
-    }
-
-    /// A thread or agent of the running block as a side of a report.
-    pub fn party_of(&self, thread: u16, action: &str, site: Site) -> RawParty {
-        RawParty {
-            who: self.who(self.block().serial, thread),
-            action: action.to_string(),
-            site,
-        }
-    }
-
-    /// Reports something the running thread did.
-    pub fn report(&mut self, kind: Kind, action: &str, site: Site, place: String) {
-        self.report_by(kind, self.current.thread, action, site, place);
-    }
-
-    /// Reports something a thread of the running block did.
-    pub fn report_by(&mut self, kind: Kind, thread: u16, action: &str, site: Site, place: String) {
-        let party = self.party_of(thread, action, site);
-        self.log.add(RawReport {
-            kind,
-            party,
-            place,
-            other: None,
-            unless_same_line: false,
-        });
-    }
-
-    /// Reports two threads at different places that should have been at one.
-    pub fn report_divergence(&mut self, what: &str, party: (u16, Site), other: (u16, Site)) {
-        let party = self.party_of(party.0, &format!("reached {what}"), party.1);
-        let other = Some(self.party_of(other.0, &format!("was at another {what}"), other.1));
-        let place = String::new();
-        self.log.add(RawReport {
-            kind: Kind::Divergence,
-            party,
-            place,
-            other,
-            unless_same_line: true,
-        });
-    }
-
-    /// Reports who waits for whom when nothing can go on.
-    fn report_stuck(&mut self) {
-        for slot in 0..self.blocks.len() {
-            self.current.slot = slot as u16;
-            if self.blocks[slot].is_some() {
-                self.report_stuck_block();
-            }
-        }
-    }
-
-    fn report_stuck_block(&mut self) {
-        let told = self.report_waits_for_registers();
-        let block = self.block();
-        let mut pairs: Vec<(u16, Option<u16>)> = Vec::new();
-        for (warp, meetings) in block
-            .warps
-            .iter()
-            .enumerate()
-            .flat_map(|(i, w)| w.meetings.iter().map(move |m| (i, m)))
-        {
-            let missing = (meetings.mask & !meetings.arrived).trailing_zeros();
-            let first = (warp * 32) as u16 + meetings.arrived.trailing_zeros() as u16;
-            pairs.push((first, Some((warp * 32) as u16 + missing as u16)));
-        }
-        for barrier in block.barriers.iter().filter(|barrier| barrier.arrived > 0) {
-            let missing =
-                (0..block.threads.len() as u16).find(|thread| !barrier.waiting.contains(thread));
-            pairs.extend(barrier.waiting.first().map(|&waiting| (waiting, missing)));
-        }
-        if pairs.is_empty() && !told {
-            let stuck = (0..block.threads.len()).find(|&thread| !block.threads[thread].finished);
-            pairs.extend(stuck.map(|thread| (thread as u16, None)));
-        }
-        for (waiting, missing) in pairs {
-            self.report_stuck_pair(waiting, missing);
-        }
-    }
-
-    fn report_stuck_pair(&mut self, waiting: u16, missing: Option<u16>) {
-        let threads = &self.block().threads;
-        let describe = |thread: u16| match (
-            &threads[thread as usize].wait,
-            threads[thread as usize].finished,
-        ) {
-            (_, true) => ("has ended".to_string(), Site::default()),
-            (Some(wait), false) => (format!("waits for ever in {}", wait.what), wait.site),
-            (None, false) => ("spins for ever".to_string(), Site::default()),
-        };
-        let (action, site) = describe(waiting);
-        let party = self.party_of(waiting, &action, site);
-        let other = missing.map(|thread| {
-            let (action, site) = describe(thread);
-            self.party_of(thread, &action, site)
-        });
-        let kind = if other.is_some() {
-            Kind::Divergence
-        } else {
-            Kind::Deadlock
-        };
-        self.log.add(RawReport {
-            kind,
-            party,
-            place: String::new(),
-            other,
-            unless_same_line: false,
-        });
-    }
-}
-
-/// Index in three dimensions of the `linear`-th element, the first dimension fastest.
-fn unravel(linear: u32, dims: [u32; 3]) -> [u32; 3] {
-    let [x, y, _] = dims.map(|dim| dim.max(1));
-    [linear % x, linear / x % y, linear / x / y]
 }

@@ -1,9 +1,16 @@
-//! The machine that executes kernels: coroutines as threads, resident blocks, the scheduler, the calls of kernels.
+//! The machine that executes kernels: coroutines as threads, resident blocks, a random scheduler, and the functions that
+//! kernels call.
+//!
+//! [`launch::Launch`] is a running launch. It hands instructions to the units of the running block and knows neither what
+//! they do nor what is checked.
 
-pub mod async_calls;
-pub mod block;
+mod block;
 pub mod calls;
+mod context;
+pub mod current;
 pub mod launch;
-pub mod rng;
+mod rng;
+mod scheduler;
 pub mod stack;
-pub mod thread;
+mod stuck;
+mod thread;

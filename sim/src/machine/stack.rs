@@ -6,8 +6,8 @@ use std::io;
 
 use corosensei::stack::{Stack, StackPointer};
 
-use crate::machine::thread::ThreadContext;
-use crate::memory::mapping::Mapping;
+use super::context::ThreadContext;
+use crate::memory::Mapping;
 
 /// Address space of one stack, and its alignment; only touched pages are paid for.
 pub(crate) const STACK_BYTES: usize = 128 << 10;

@@ -1,22 +1,10 @@
-//! One CUDA thread: a stackful coroutine, what it knows, and what it is waiting for.
+//! One CUDA thread: a stackful coroutine, and what it is waiting for.
 
-use corosensei::{Coroutine, Yielder};
+use corosensei::Coroutine;
 
-use crate::checks::clock::Clock;
-use crate::checks::report::Site;
-use crate::instructions::bulk::ThreadBulk;
-use crate::instructions::cp_async::ThreadCopies;
-use crate::machine::stack::ThreadStack;
-
-/// What kernels read through `threadIdx` and friends; mirrored by `SimThread` in simulator.h.
-#[repr(C)]
-pub(crate) struct ThreadContext {
-    pub thread_idx: [u32; 3],
-    pub block_idx: [u32; 3],
-    pub block_dim: [u32; 3],
-    pub grid_dim: [u32; 3],
-    pub shared: *mut u8,
-}
+use super::context::ThreadContext;
+use super::stack::ThreadStack;
+use crate::checks::symbols::Site;
 
 /// A thread's coroutine.
 pub(crate) type Body = Coroutine<(), (), (), ThreadStack>;
@@ -33,35 +21,18 @@ pub(crate) struct Thread {
     pub context: *const ThreadContext,
     /// Absent while the thread runs.
     pub body: Option<Body>,
-    /// The handle through which the thread gives up control; set when it starts.
-    pub yielder: *const Yielder<(), ()>,
-    pub clock: Clock,
-    /// What the thread's relaxed loads saw; a fence makes it known.
-    pub loaded: Clock,
-    /// What the thread knew at its last fence; its relaxed stores publish it.
-    pub fenced: Option<Clock>,
     pub wait: Option<Wait>,
     pub finished: bool,
-    pub copies: ThreadCopies,
-    pub bulk: ThreadBulk,
 }
 
 impl Thread {
-    /// A thread with actor index `id` in a block of `actors` actors.
-    pub fn new(context: *const ThreadContext, body: Body, id: usize, actors: usize) -> Thread {
-        let mut clock = Clock::new(actors);
-        clock.local[id] = 1;
+    /// A thread that has not begun.
+    pub fn new(context: *const ThreadContext, body: Body) -> Thread {
         Thread {
             context,
             body: Some(body),
-            yielder: std::ptr::null(),
-            clock,
-            loaded: Clock::new(actors),
-            fenced: None,
             wait: None,
             finished: false,
-            copies: ThreadCopies::default(),
-            bulk: ThreadBulk::default(),
         }
     }
 

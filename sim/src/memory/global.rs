@@ -1,21 +1,17 @@
-//! Global memory: named buffers with exact bounds, poison, and a shadow cell for every two bytes.
-//!
-//! Buffers are sparse mappings, so one of 2^34 elements costs only the pages that are touched.
+//! Global memory: named buffers, found by address, with exact bounds.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use bytemuck::Pod;
 
-use crate::checks::shadow::{Cell, GRANULE, INITIALIZED};
-use crate::memory::mapping::Mapping;
+use super::image::image_base;
+use super::region::Region;
+use crate::checks::shadow::Cell;
 
 /// Buffers up to this size are filled with NaN bytes when allocated; larger ones read as zeros where poisoned
 /// (every such read is reported either way).
 const FILL_LIMIT: usize = 64 << 20;
-
-/// Addresses kept free behind every buffer, so that an address a little past the end is nobody else's.
-pub(crate) const GUARD: usize = 1 << 20;
 
 /// Freed buffers whose addresses are kept from others for a while.
 const FREED_LIMIT: usize = 64;
@@ -52,97 +48,20 @@ impl Buffer {
     }
 }
 
-/// One buffer's storage.
-pub(crate) struct Region {
-    pub name: String,
-    pub base: usize,
-    pub len: usize,
-    pub read_only: bool,
-    /// Every byte holds a value: reads of a read-only region then need no shadow.
-    pub filled: bool,
-    data: Mapping,
-    shadow: Mapping,
-}
-
-impl Region {
-    pub fn new(name: &str, len: usize, read_only: bool) -> std::io::Result<Region> {
-        let data = Mapping::new(len + GUARD)?;
-        let shadow = Mapping::new(len.div_ceil(GRANULE) * size_of::<Cell>())?;
-        let base = data.base() as usize;
-        Ok(Region {
-            name: name.to_string(),
-            base,
-            len,
-            read_only,
-            filled: false,
-            data,
-            shadow,
-        })
-    }
-
-    /// Whether `[address, address + len)` lies inside.
-    #[inline]
-    pub fn contains(&self, address: usize, len: usize) -> bool {
-        address >= self.base && address.saturating_add(len) <= self.base + self.len
-    }
-
-    /// Where an address at or after the region's begin lies.
-    pub fn describe(&self, address: usize) -> String {
-        let offset = address - self.base;
-        if offset < self.len {
-            format!("byte {offset} of {}", self.name)
-        } else if offset < self.len + GUARD {
-            format!(
-                "{} bytes past the end of {} ({} bytes)",
-                offset - self.len,
-                self.name,
-                self.len
-            )
-        } else {
-            format!("address {address:#x}, in no buffer")
-        }
-    }
-
-    /// Fills every byte with a NaN pattern.
-    pub fn fill_with_nan(&mut self) {
-        self.bytes(0, self.len).fill(0xff);
-    }
-
-    /// Shadow cells of the bytes `[address, address + len)`, which lie inside the region.
-    pub fn cells(&mut self, address: usize, len: usize) -> &mut [Cell] {
-        let (first, last) = granules(address - self.base, len);
-        // SAFETY: the shadow mapping holds one zero-initialised Cell (a valid value) for every granule of
-        // the region, and `&mut self` makes this the only reference to it.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.shadow.base().cast::<Cell>().add(first),
-                last - first,
-            )
-        }
-    }
-
-    /// The bytes `[start, start + len)` of the region.
-    fn bytes(&mut self, start: usize, len: usize) -> &mut [u8] {
-        assert!(
-            start.checked_add(len).is_some_and(|end| end <= self.len),
-            "range outside buffer {}",
-            self.name
-        );
-        // SAFETY: inside the mapping (checked above), which this value owns.
-        unsafe { std::slice::from_raw_parts_mut(self.data.base().add(start), len) }
-    }
-}
-
-/// First and past-the-last granule of `len` bytes at `offset`.
-pub(crate) fn granules(offset: usize, len: usize) -> (usize, usize) {
-    (offset / GRANULE, (offset + len).div_ceil(GRANULE))
-}
-
 /// A place for a buffer.
 #[derive(Default)]
 struct Slot {
     region: Option<Region>,
     generation: u32,
+}
+
+/// Why a kernel's access cannot be carried out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Refusal {
+    /// A write to a buffer that the launch may only read.
+    ReadOnly,
+    /// An access that no buffer wholly contains.
+    OutOfBounds,
 }
 
 /// All buffers, found by address.
@@ -156,9 +75,12 @@ pub(crate) struct GlobalMemory {
     last_hit: usize,
     /// The buffers that were freed last. Their addresses are nobody else's yet, so that reports know them by name.
     freed: VecDeque<Region>,
+    /// Load address of the kernel that is running, whose constants can be read.
+    pub image: usize,
 }
 
 impl GlobalMemory {
+    /// A buffer that nothing has written.
     pub fn allocate(&mut self, name: &str, len: usize, read_only: bool) -> std::io::Result<Buffer> {
         let mut region = Region::new(name, len, read_only)?;
         if len <= FILL_LIMIT {
@@ -191,8 +113,7 @@ impl GlobalMemory {
         self.by_address.retain(|&(_, index)| index != buffer.index);
         self.freed.truncate(FREED_LIMIT - 1);
         if let Some(mut region) = region {
-            region.data.discard();
-            region.shadow.discard();
+            region.discard();
             self.freed.push_front(region);
         }
     }
@@ -208,35 +129,16 @@ impl GlobalMemory {
 
     /// Writes host data at byte `offset`; the bytes count as initialised.
     pub fn write<T: Pod>(&mut self, buffer: Buffer, offset: usize, values: &[T]) {
-        let source: &[u8] = bytemuck::cast_slice(values);
-        let region = self.region(buffer);
-        region.bytes(offset, source.len()).copy_from_slice(source);
-        region.filled |= source.len() == region.len;
-        if !(region.read_only && region.filled) {
-            let base = region.base;
-            for cell in region.cells(base + offset, source.len()) {
-                *cell = Cell::default();
-                cell.write.flags = INITIALIZED;
-            }
-        }
+        self.region(buffer)
+            .write(offset, bytemuck::cast_slice(values));
     }
 
     /// Makes the bytes unreadable: any kernel that reads one is reported.
     pub fn poison(&mut self, buffer: Buffer, range: Range<usize>) {
-        let region = self.region(buffer);
-        region.bytes(range.start, range.len()).fill(0xff);
-        let base = region.base;
-        if std::mem::take(&mut region.filled) {
-            region
-                .cells(base, buffer.len)
-                .iter_mut()
-                .for_each(|cell| cell.write.flags = INITIALIZED);
-        }
-        region
-            .cells(base + range.start, range.len())
-            .fill(Cell::default());
+        self.region(buffer).poison(range);
     }
 
+    /// `count` values at byte `offset`.
     pub fn read<T: Pod>(&mut self, buffer: Buffer, offset: usize, count: usize) -> Vec<T> {
         let bytes = self.region(buffer).bytes(offset, count * size_of::<T>());
         bytemuck::allocation::pod_collect_to_vec(bytes)
@@ -244,21 +146,7 @@ impl GlobalMemory {
 
     /// Byte ranges of the buffer that nothing has ever written.
     pub fn unwritten(&mut self, buffer: Buffer) -> Vec<Range<usize>> {
-        let region = self.region(buffer);
-        let mut ranges: Vec<Range<usize>> = Vec::new();
-        if region.filled {
-            return ranges;
-        }
-        let base = region.base;
-        for (i, cell) in region.cells(base, buffer.len).iter().enumerate() {
-            let start = i * GRANULE;
-            match ranges.last_mut() {
-                _ if cell.write.flags & INITIALIZED != 0 => {}
-                Some(last) if last.end == start => last.end = start + GRANULE,
-                _ => ranges.push(start..start + GRANULE),
-            }
-        }
-        ranges
+        self.region(buffer).unwritten()
     }
 
     /// The slot of the buffer that begins last at or before an address.
@@ -269,9 +157,27 @@ impl GlobalMemory {
         Some(self.by_address[next.checked_sub(1)?].1)
     }
 
+    /// The shadow cells of an access by a kernel, none where there is nothing to check.
+    pub fn cells(
+        &mut self,
+        address: usize,
+        len: usize,
+        write: bool,
+    ) -> Result<&mut [Cell], Refusal> {
+        let constants = self.image;
+        match self.find(address, len) {
+            Some(region) if region.read_only && write => Err(Refusal::ReadOnly),
+            Some(region) if region.read_only && region.filled => Ok(&mut []),
+            Some(region) => Ok(region.cells(address, len)),
+            // A constant that the compiler keeps in the kernel's image.
+            None if !write && image_base(address) == Some(constants) => Ok(&mut []),
+            None => Err(Refusal::OutOfBounds),
+        }
+    }
+
     /// The region that wholly contains `[address, address + len)`.
     #[inline]
-    pub fn find(&mut self, address: usize, len: usize) -> Option<&mut Region> {
+    fn find(&mut self, address: usize, len: usize) -> Option<&mut Region> {
         let inside = |slot: &Slot| {
             slot.region
                 .as_ref()

@@ -1,4 +1,8 @@
 //! Memory of the simulated GPU: buffers with exact bounds over sparse mappings, each with its shadow.
 
 pub mod global;
-pub mod mapping;
+pub mod image;
+mod mapping;
+pub mod region;
+
+pub(crate) use mapping::Mapping;
