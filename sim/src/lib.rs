@@ -21,4 +21,5 @@ pub use host::launcher::{Kernels, Stream};
 pub use host::module::{CompileError, Kernel, Module, Source};
 pub use instructions::context::Stats;
 pub use instructions::tensor_map::TensorMap;
+pub use machine::limits::Limits;
 pub use memory::global::Buffer;

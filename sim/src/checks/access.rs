@@ -1,15 +1,6 @@
 //! One access to memory, as the checks are told of it.
 
-use super::shadow::INITIALIZED;
-
-/// How memory is touched.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Mode {
-    Read,
-    Write,
-    /// The write of an asynchronous copy becomes its thread's own.
-    Land,
-}
+use super::shadow::{INITIALIZED, Mode};
 
 /// An access by a thread or an asynchronous agent.
 #[derive(Clone, Copy)]

@@ -120,8 +120,8 @@ impl Checker {
     }
 
     /// Reports what one actor did against another.
-    pub fn report_pair(&mut self, kind: Kind, side: Side, other: Side) {
-        self.add(kind, side, String::new(), Some(other), false);
+    pub fn report_pair(&mut self, kind: Kind, side: Side, place: String, other: Side) {
+        self.add(kind, side, place, Some(other), false);
     }
 
     /// Reports two threads at different places that should have been at one; two copies of one source line that the

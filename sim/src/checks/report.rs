@@ -29,6 +29,8 @@ pub enum Kind {
     Divergence,
     /// Threads that wait for ever.
     Deadlock,
+    /// A launch that went on past its limits.
+    Endless,
     /// Wrong use of an mbarrier: not initialised, overrun, bytes out of balance, a phase missed.
     Mbarrier,
     /// Generic-proxy writes that reach the async proxy without a proxy fence.
@@ -54,6 +56,7 @@ impl fmt::Display for Kind {
             Kind::NotWaited => "asynchronous copy not waited for",
             Kind::Divergence => "divergence",
             Kind::Deadlock => "deadlock",
+            Kind::Endless => "endless launch",
             Kind::Mbarrier => "mbarrier misuse",
             Kind::ProxyFence => "missing proxy fence",
             Kind::Wgmma => "wgmma register hazard",

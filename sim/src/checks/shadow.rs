@@ -5,7 +5,6 @@
 //! race, whatever values were seen in this schedule. As in Valgrind's Memcheck the same cell says whether the memory
 //! holds a value: memory that was never written, or whose asynchronous copy has not been waited for, cannot be read.
 
-use super::access::Mode;
 use super::clock::Foreign;
 
 /// Bytes covered by one cell: the smallest element that kernels share between threads.
@@ -23,6 +22,15 @@ pub(crate) const ASYNC: u16 = 8;
 pub(crate) const BARRIER: u16 = 16;
 /// `read.clock` is an index into the pool of reader lists.
 const MANY_READERS: u16 = 32;
+
+/// How memory is touched.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Mode {
+    Read,
+    Write,
+    /// The write of an asynchronous copy becomes its thread's own.
+    Land,
+}
 
 /// One access in time and space: clock of actor `id` of block `block`, at code site `site`.
 #[derive(Clone, Copy, Default)]

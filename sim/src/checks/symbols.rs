@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// A place in the code: an offset from the program's load address, 0 for none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Site(pub u32);
 
 /// Files whose frames say nothing about the kernel: the simulated instructions themselves.

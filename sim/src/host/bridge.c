@@ -29,7 +29,6 @@ CALL(uint32_t, sim_atomic,
      (int op, void* address, uint32_t operand, uint32_t compare, int order, int scope, const void* site),
      (op, address, operand, compare, order, scope, site))
 CALL(void, sim_fence, (int scope), (scope))
-CALL(void, sim_yield, (void), ())
 CALL(void, sim_trap, (const void* site), (site))
 
 CALL(void, sim_mbarrier_init, (void* b, uint32_t count, const void* site), (b, count, site))
@@ -60,6 +59,10 @@ CALL(void, sim_wgmma,
      (d, n, a, a_desc, b_desc, flags, site))
 CALL(void, sim_wgmma_commit, (const void* site), (site))
 CALL(void, sim_wgmma_wait, (uint32_t newest_left, const void* site), (newest_left, site))
+
+// A yield has no argument: its place is where it returns to.
+void (*sim_yield_pointer)(const void* site);
+void sim_yield(void) { sim_yield_pointer((const char*)__builtin_return_address(0) - 1); }
 
 // Called for every load and store outside the thread's own stack.
 void (*sim_access_pointer)(void* address, size_t bytes, int is_write, int aligned, const void* site);
@@ -92,3 +95,14 @@ void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, 1, 0, (const c
 void __tsan_init(void) {}
 void __tsan_func_entry(void* p) { (void)p; }
 void __tsan_func_exit(void) {}
+
+// Every basic block of a kernel begins with this call (g++ -fsanitize-coverage=trace-pc): it counts the thread's steps
+// down, so that a loop that never ends is ended. The count is a field of ThreadContext (sim/src/machine/context.rs).
+// What runs while the module is loaded, before the pointer is set, is no simulated thread.
+void (*sim_out_of_steps_pointer)(const void* site);
+void __sanitizer_cov_trace_pc(void) {
+  if (!sim_out_of_steps_pointer) return;
+  uintptr_t here = (uintptr_t)__builtin_frame_address(0);
+  int64_t* steps_left = (int64_t*)((here | (SIM_STACK_BYTES - 1)) + 1 - SIM_CONTEXT_BYTES + 64);
+  if (--*steps_left < 0) sim_out_of_steps_pointer((const char*)__builtin_return_address(0) - 1);
+}

@@ -10,6 +10,7 @@ use crate::host::module::Kernel;
 use crate::instructions::context::Stats;
 use crate::machine::current;
 use crate::machine::launch::{Launch, Shape};
+use crate::machine::limits::Limits;
 use crate::memory::global::{Buffer, GlobalMemory};
 
 /// Most threads a block may have.
@@ -88,6 +89,7 @@ pub struct Gpu {
     launches: u64,
     checks: Checks,
     resident: usize,
+    limits: Limits,
     next_block: u32,
 }
 
@@ -100,6 +102,7 @@ impl Gpu {
             launches: 0,
             checks,
             resident: 3,
+            limits: Limits::default(),
             next_block: 1,
         }
     }
@@ -107,6 +110,12 @@ impl Gpu {
     /// How many blocks run interleaved; 3 unless told.
     pub fn resident_blocks(mut self, count: usize) -> Gpu {
         self.resident = count.max(1);
+        self
+    }
+
+    /// After how much a launch is ended as one that never ends.
+    pub fn limits(mut self, limits: Limits) -> Gpu {
+        self.limits = limits;
         self
     }
 
@@ -202,6 +211,7 @@ impl Gpu {
             block,
             shared_bytes: dynamic_shared_bytes,
             resident: self.resident,
+            limits: self.limits,
         };
         let (checks, module) = (self.checks == Checks::All, &kernel.module);
         let mut memory = std::mem::take(&mut self.memory);

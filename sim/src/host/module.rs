@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::machine::calls;
-use crate::machine::stack::STACK_BYTES;
+use crate::machine::stack::{CONTEXT_BYTES, STACK_BYTES};
 use crate::memory::image::image_base;
 
 /// The functions and hooks linked into every kernel.
@@ -276,7 +276,7 @@ fn build_in(source: &Source, directory: &Path, work: &Path) -> Result<PathBuf, C
         .replace(&*work.to_string_lossy(), "")
         .replace(&*own.to_string_lossy(), "");
     let mut hasher = DefaultHasher::new();
-    (expanded, &flags, BRIDGE, STACK_BYTES).hash(&mut hasher);
+    (expanded, &flags, BRIDGE, STACK_BYTES, CONTEXT_BYTES).hash(&mut hasher);
     let stem = source
         .path
         .file_stem()
@@ -305,6 +305,7 @@ fn build_in(source: &Source, directory: &Path, work: &Path) -> Result<PathBuf, C
     write(&bridge, BRIDGE)?;
     let mut link = Command::new("gcc");
     link.arg(format!("-DSIM_STACK_BYTES={STACK_BYTES}"));
+    link.arg(format!("-DSIM_CONTEXT_BYTES={CONTEXT_BYTES}"));
     link.args(["-O2", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]);
     run(
         "gcc",
@@ -323,8 +324,8 @@ fn build_in(source: &Source, directory: &Path, work: &Path) -> Result<PathBuf, C
 }
 
 /// Kernels keep the order of their arithmetic, pun types as CUDA allows, and have no run-time library.
-/// Accesses stay as wide as the kernel wrote them, and two calls at two lines stay two.
-const FLAGS: [&str; 15] = [
+/// Accesses stay as wide as the kernel wrote them, and two calls at two lines stay two. Every basic block is counted.
+const FLAGS: [&str; 16] = [
     "-xc++",
     "-std=c++17",
     "-DSEGATTN_SIM",
@@ -340,6 +341,7 @@ const FLAGS: [&str; 15] = [
     "-fno-crossjumping",
     "-fno-tree-tail-merge",
     "-fno-threadsafe-statics",
+    "-fsanitize-coverage=trace-pc",
 ];
 
 /// What this machine's processor can do, for fused multiply-add in one instruction.

@@ -1,9 +1,9 @@
 //! Atomic operations on 32-bit words. How they order memory: [`crate::checks::happens_before`].
 
 use super::context::Context;
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::happens_before::{Effect, Order};
-use crate::checks::shadow::{ATOMIC, INITIALIZED};
+use crate::checks::shadow::{ATOMIC, INITIALIZED, Mode};
 use crate::checks::symbols::Site;
 
 /// An atomic operation; the numbers are those of `SimAtomic` in simulator.h.

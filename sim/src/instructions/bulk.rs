@@ -5,10 +5,10 @@ use std::collections::VecDeque;
 
 use super::context::Context;
 use super::tensor_map::{CHUNK, Chunk, TensorMap};
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::clock::Clock;
 use crate::checks::report::Kind;
-use crate::checks::shadow::{ASYNC, ATOMIC, INITIALIZED, PENDING};
+use crate::checks::shadow::{ASYNC, ATOMIC, INITIALIZED, Mode, PENDING};
 use crate::checks::symbols::Site;
 
 /// What a bulk copy does.

@@ -2,13 +2,13 @@
 //!
 //! It sees neither coroutines nor the scheduler: an instruction that lets threads go on says which.
 
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::actors::{Actors, Who};
 use crate::checks::checker::{By, Checker};
 use crate::checks::clock::Clock;
 use crate::checks::happens_before::ThreadClocks;
 use crate::checks::report::Kind;
-use crate::checks::shadow::GRANULE;
+use crate::checks::shadow::{GRANULE, Mode};
 use crate::checks::symbols::Site;
 use crate::memory::global::{GlobalMemory, Refusal};
 use crate::memory::region::{GUARD, Region};
@@ -24,6 +24,8 @@ pub struct Stats {
     pub accesses: u64,
     /// Times a thread was given control.
     pub switches: u64,
+    /// Steps of all threads, as limits count them.
+    pub steps: u64,
 }
 
 /// The block in which an instruction is executed.

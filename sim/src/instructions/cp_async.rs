@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 
 use super::context::Context;
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::report::Kind;
-use crate::checks::shadow::{INITIALIZED, PENDING};
+use crate::checks::shadow::{INITIALIZED, Mode, PENDING};
 use crate::checks::symbols::Site;
 
 /// One copy into shared memory.

@@ -3,8 +3,9 @@
 use super::collective::{ALL, Meeting, Operands, lanes};
 use super::context::Context;
 use super::mma;
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::report::Kind;
+use crate::checks::shadow::Mode;
 
 /// __syncwarp orders memory among the lanes.
 pub(crate) fn sync(cx: &mut Context, warp: usize, mask: u32) {

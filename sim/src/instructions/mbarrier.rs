@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use super::context::Context;
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::clock::Clock;
 use crate::checks::report::Kind;
-use crate::checks::shadow::{BARRIER, INITIALIZED};
+use crate::checks::shadow::{BARRIER, INITIALIZED, Mode};
 use crate::checks::symbols::Site;
 
 /// The mbarriers of a block, by address.
@@ -173,6 +173,23 @@ impl Mbarriers {
         if let Some(barrier) = self.0.get_mut(&address) {
             barrier.waiting.push(cx.thread);
         }
+    }
+
+    /// The first thread that waits at each barrier, and what the barrier's phase lacks.
+    pub fn stuck(&self) -> impl Iterator<Item = (u16, String)> {
+        self.0.values().filter_map(|barrier| {
+            let Mbarrier {
+                phase,
+                pending,
+                count,
+                bytes,
+                ..
+            } = barrier;
+            let what = format!(
+                "for phase {phase}, which lacks {pending} of {count} arrivals and {bytes} bytes"
+            );
+            barrier.waiting.first().map(|&thread| (thread, what))
+        })
     }
 
     /// Reports barriers of a block at its end whose announced bytes never came, or came unannounced.

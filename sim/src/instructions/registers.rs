@@ -118,13 +118,13 @@ impl Registers {
         }
     }
 
-    /// The warps that wait for registers, and for how many.
-    pub fn stuck(&self) -> Vec<(usize, String)> {
+    /// The first threads of the warps that wait for registers, and for how many.
+    pub fn stuck(&self) -> Vec<(u16, String)> {
         let free = self.free;
         let waits = |&(warp, each): &(usize, u32)| {
             let more = (each - self.warps[warp].each) * 32;
             let place = format!("for {more} more registers, of which the block has {free} free");
-            (warp, place)
+            ((warp * 32) as u16, place)
         };
         self.waiting.iter().map(waits).collect()
     }

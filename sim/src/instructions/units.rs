@@ -10,8 +10,8 @@ use super::registers::Registers;
 use super::tensor_map::{Chunk, TensorMap};
 use super::wgmma::TensorCore;
 use super::{lanes, mma};
-use crate::checks::access::Mode;
 use crate::checks::report::Kind;
+use crate::checks::shadow::Mode;
 use crate::checks::symbols::Site;
 
 /// The units of a block.
@@ -27,10 +27,11 @@ pub(crate) struct Units {
     pub copies: Vec<ThreadCopies>,
 }
 
-/// A thread that waits in vain, for another or for something said in words.
-pub(crate) enum Stuck {
-    Thread(u16, Option<u16>),
-    Registers(u16, String),
+/// A thread that waits in vain: for another thread, or for something said in words.
+pub(crate) struct Stuck {
+    pub waiting: u16,
+    pub missing: Option<u16>,
+    pub what: String,
 }
 
 impl Units {
@@ -194,17 +195,26 @@ impl Units {
 
     /// Who waits for whom when nothing can go on.
     pub fn stuck(&self) -> Vec<Stuck> {
-        let registers = self.registers.stuck().into_iter();
-        let registers = registers.map(|(warp, what)| Stuck::Registers((warp * 32) as u16, what));
+        let for_thread = |(waiting, missing)| Stuck {
+            waiting,
+            missing,
+            what: String::new(),
+        };
+        let in_words = |(waiting, what)| Stuck {
+            waiting,
+            missing: None,
+            what,
+        };
         let warps = self.warps.iter().enumerate().flat_map(|(index, warp)| {
             let thread = move |lane: u32| (index * 32) as u16 + lane as u16;
-            warp.stuck().map(move |(waiting, missing)| {
-                Stuck::Thread(thread(waiting), Some(thread(missing)))
-            })
+            let lanes = warp.stuck();
+            lanes.map(move |(waiting, missing)| (thread(waiting), Some(thread(missing))))
         });
         let barriers = self.barriers.stuck(self.copies.len());
-        let barriers = barriers.map(|(waiting, missing)| Stuck::Thread(waiting, missing));
-        registers.chain(warps).chain(barriers).collect()
+        let mut stuck: Vec<Stuck> = warps.chain(barriers).map(for_thread).collect();
+        stuck.extend(self.registers.stuck().into_iter().map(in_words));
+        stuck.extend(self.mbarriers.stuck().map(in_words));
+        stuck
     }
 }
 

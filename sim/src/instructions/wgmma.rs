@@ -7,9 +7,10 @@
 
 use super::collective::{Meeting, Operands, Product, lanes};
 use super::context::Context;
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::clock::Clock;
 use crate::checks::report::Kind;
+use crate::checks::shadow::Mode;
 use crate::checks::symbols::Site;
 
 /// Flags of sim_wgmma; see simulator.h.

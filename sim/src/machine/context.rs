@@ -12,4 +12,9 @@ pub(crate) struct ThreadContext {
     pub shared: *mut u8,
     /// The handle through which the thread gives up control; set when it starts. Not for kernels.
     pub yielder: *const Yielder<(), ()>,
+    /// Steps that the thread may still execute in its turn; every one counts it down (bridge.c).
+    pub steps_left: i64,
 }
+
+/// Where bridge.c finds the count.
+const _: () = assert!(std::mem::offset_of!(ThreadContext, steps_left) == 64);

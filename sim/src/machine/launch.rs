@@ -7,20 +7,19 @@ use corosensei::{Coroutine, CoroutineResult};
 
 use super::block::Block;
 use super::context::ThreadContext;
+use super::limits::Limits;
 use super::scheduler::{Scheduler, ThreadRef};
 use super::stack::ThreadStack;
-use super::stuck;
+use super::stuck::{self, End};
 use super::thread::{Body, Thread, Wait};
-use crate::checks::actors::{Names, unravel};
+use crate::checks::actors::{Names, Who, unravel};
 use crate::checks::checker::Checker;
+use crate::checks::report::Kind;
 use crate::checks::symbols::Site;
 use crate::instructions::context::{Context, Stats};
 use crate::instructions::units::Units;
 use crate::memory::global::GlobalMemory;
 use crate::memory::region::Region;
-
-/// Turns of spinning threads, with no other progress, after which a launch counts as stuck.
-const SPIN_LIMIT: u64 = 1 << 20;
 
 /// What to launch.
 pub(crate) struct Shape {
@@ -29,6 +28,7 @@ pub(crate) struct Shape {
     pub shared_bytes: usize,
     /// Blocks that run at the same time.
     pub resident: usize,
+    pub limits: Limits,
 }
 
 /// A running launch.
@@ -145,6 +145,7 @@ impl Launch {
             grid_dim: self.shape.grid,
             shared: shared as *mut u8,
             yielder: std::ptr::null(),
+            steps_left: 0,
         };
         // SAFETY: the context area of a stack that this thread now owns, aligned far beyond need.
         unsafe { context.write(values) };
@@ -174,6 +175,7 @@ impl Launch {
             // SAFETY: by contract; the coroutine has given up its borrows.
             let launch = unsafe { &mut *this };
             launch.thread_mut().body = Some(coroutine);
+            launch.count_steps();
             if let CoroutineResult::Return(()) = result {
                 launch.finish_thread(body)?;
             }
@@ -186,8 +188,13 @@ impl Launch {
         if self.checker.stopped() {
             return None;
         }
-        if self.scheduler.spins() > SPIN_LIMIT || self.scheduler.is_idle() {
-            stuck::report(&self.blocks, &mut self.checker);
+        if self.scheduler.spins() > self.shape.limits.idle_turns || self.scheduler.is_idle() {
+            stuck::report(&self.blocks, &mut self.checker, End::Stuck);
+            return None;
+        }
+        if self.stats.steps >= self.shape.limits.total_steps {
+            let site = self.thread_mut().wait.map(|wait| wait.site);
+            self.end_endless(site.unwrap_or_default());
             return None;
         }
         self.current = self.scheduler.pick()?;
@@ -195,9 +202,52 @@ impl Launch {
         if self.scheduler.one_in(16) {
             self.execute(|units, cx| units.copies[cx.thread as usize].land_one());
         }
+        let steps = self.turn_limit() as i64;
         let thread = self.thread_mut();
         thread.wait = None;
+        // SAFETY: the context lives as long as its thread, which does not run now.
+        unsafe { (*thread.context).steps_left = steps };
         thread.body.take()
+    }
+
+    /// Steps that a thread may execute in its next turn.
+    fn turn_limit(&self) -> u64 {
+        let Limits {
+            turn_steps,
+            total_steps,
+            ..
+        } = self.shape.limits;
+        turn_steps.min(total_steps.saturating_sub(self.stats.steps))
+    }
+
+    /// Adds the turn that has ended to the launch's steps.
+    fn count_steps(&mut self) {
+        let limit = self.turn_limit();
+        // SAFETY: the context lives as long as its thread, which does not run now.
+        let left = unsafe { (*self.thread_mut().context).steps_left };
+        self.stats.steps += Limits::STEPS_OF_A_TURN + limit.saturating_sub(left.max(0) as u64);
+    }
+
+    /// The running thread has gone past a limit: the launch ends, with a report of what everyone is doing.
+    pub fn end_endless(&mut self, site: Site) {
+        let Limits {
+            turn_steps,
+            total_steps,
+            ..
+        } = self.shape.limits;
+        let turn = self.turn_limit() == turn_steps;
+        let action = match turn {
+            true => format!("neither waited nor ended in {turn_steps} steps"),
+            false => format!("was running when the launch had taken {total_steps} steps"),
+        };
+        let who = Who {
+            serial: self.block_mut().serial,
+            id: self.current.thread,
+        };
+        let side = (who, &*action, site);
+        self.checker.report(Kind::Endless, side, String::new());
+        self.checker.stop();
+        stuck::report(&self.blocks, &mut self.checker, End::Limit);
     }
 
     /// Carries out bulk copies now and then, and all of them while no thread is ready.
@@ -274,14 +324,23 @@ impl Launch {
         result
     }
 
-    /// The running thread stays ready but lets others go first.
-    pub fn step_back(&mut self) {
+    /// The running thread, about to be suspended, polls: it stays ready but lets others go first.
+    pub fn step_back(&mut self, what: &'static str, site: Site) {
+        self.thread_mut().wait = Some(Wait {
+            what,
+            site,
+            spins: true,
+        });
         self.scheduler.step_back(self.current);
     }
 
     /// Notes what the running thread, about to be suspended, waits for.
     pub fn wait_in(&mut self, what: &'static str, site: Site) {
-        self.thread_mut().wait = Some(Wait { what, site });
+        self.thread_mut().wait = Some(Wait {
+            what,
+            site,
+            spins: false,
+        });
     }
 
     /// The running thread's block.

@@ -9,6 +9,7 @@ pub mod calls;
 mod context;
 pub mod current;
 pub mod launch;
+pub mod limits;
 mod rng;
 mod scheduler;
 pub mod stack;

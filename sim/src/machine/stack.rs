@@ -12,7 +12,7 @@ use crate::memory::Mapping;
 /// Address space of one stack, and its alignment; only touched pages are paid for.
 pub(crate) const STACK_BYTES: usize = 128 << 10;
 /// Kept free at the top for the thread's context.
-const CONTEXT_BYTES: usize = 256;
+pub(crate) const CONTEXT_BYTES: usize = 256;
 
 /// One thread's stack.
 pub(crate) struct ThreadStack {

@@ -10,15 +10,17 @@ use crate::checks::symbols::Site;
 pub(crate) type Body = Coroutine<(), (), (), ThreadStack>;
 
 /// What a suspended thread waits for.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Wait {
     pub what: &'static str,
     pub site: Site,
+    /// It polls, and so is always ready.
+    pub spins: bool,
 }
 
 /// One CUDA thread.
 pub(crate) struct Thread {
-    pub context: *const ThreadContext,
+    pub context: *mut ThreadContext,
     /// Absent while the thread runs.
     pub body: Option<Body>,
     pub wait: Option<Wait>,
@@ -27,7 +29,7 @@ pub(crate) struct Thread {
 
 impl Thread {
     /// A thread that has not begun.
-    pub fn new(context: *const ThreadContext, body: Body) -> Thread {
+    pub fn new(context: *mut ThreadContext, body: Body) -> Thread {
         Thread {
             context,
             body: Some(body),

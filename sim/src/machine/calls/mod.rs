@@ -26,7 +26,7 @@ macro_rules! calls {
 }
 
 /// Everything a compiled kernel needs.
-pub(crate) fn table() -> [Call; 40] {
+pub(crate) fn table() -> [Call; 41] {
     calls! {
         c"sim_thread_pointer" => threads::thread;
         c"sim_syncthreads_pointer" => collectives::syncthreads;
@@ -46,6 +46,7 @@ pub(crate) fn table() -> [Call; 40] {
         c"sim_yield_pointer" => threads::yield_now;
         c"sim_trap_pointer" => threads::trap;
         c"sim_access_pointer" => threads::access;
+        c"sim_out_of_steps_pointer" => threads::out_of_steps;
         c"sim_set_registers_pointer" => collectives::set_registers;
         c"sim_wgmma_fence_pointer" => collectives::wgmma_fence;
         c"sim_wgmma_pointer" => collectives::wgmma;

@@ -107,7 +107,7 @@ pub(super) unsafe extern "C" fn mbarrier_test_wait(
 ) -> i32 {
     // SAFETY: see `super`.
     unsafe {
-        with(|launch| launch.step_back());
+        with(|launch| launch.step_back("an mbarrier test", launch.site(site)));
         suspend();
         i32::from(test(barrier, parity, site))
     }

@@ -3,9 +3,10 @@
 use std::ffi::c_void;
 
 use super::act::{act, execute, stop_if_fatal};
-use crate::checks::access::{Access, Mode};
+use crate::checks::access::Access;
 use crate::checks::happens_before::Order;
 use crate::checks::report::Kind;
+use crate::checks::shadow::Mode;
 use crate::instructions::atomics::{self, Atomic, Operation};
 use crate::instructions::cp_async::Operands;
 use crate::machine::context::ThreadContext;
@@ -84,7 +85,7 @@ pub(super) unsafe extern "C" fn atomic(
             };
             atomic.execute(cx, address, site)
         });
-        with(|launch| launch.step_back());
+        with(|launch| launch.step_back("an atomic operation", launch.site(site)));
         suspend();
         before
     }
@@ -95,10 +96,10 @@ pub(super) unsafe extern "C" fn fence(scope: i32) {
     unsafe { with(|launch| launch.execute(|_, cx| atomics::fence(cx, scope != 0))) }
 }
 
-pub(super) unsafe extern "C" fn yield_now() {
+pub(super) unsafe extern "C" fn yield_now(site: *const c_void) {
     // SAFETY: see `super`.
     unsafe {
-        with(|launch| launch.step_back());
+        with(|launch| launch.step_back("a yield", launch.site(site)));
         suspend();
     }
 }
@@ -109,6 +110,15 @@ pub(super) unsafe extern "C" fn trap(site: *const c_void) {
         execute(site, |_, cx, site| {
             cx.refuse(Kind::Trap, "gave up", site, String::new())
         });
+        suspend();
+    }
+}
+
+/// The thread has used up the steps of its turn.
+pub(super) unsafe extern "C" fn out_of_steps(site: *const c_void) {
+    // SAFETY: see `super`.
+    unsafe {
+        with(|launch| launch.end_endless(launch.site(site)));
         suspend();
     }
 }
