@@ -109,6 +109,14 @@ impl Source {
         self
     }
 
+    /// Compiles without loading; at once if the same text was compiled before. Where the shared object is.
+    ///
+    /// # Errors
+    /// As for [`Module::compile`].
+    pub fn object(&self) -> Result<PathBuf, CompileError> {
+        build(self)
+    }
+
     /// The optimisation level, 0 to 3; 2 unless told.
     pub fn optimization(mut self, level: u8) -> Source {
         self.optimization = level;
@@ -149,8 +157,7 @@ impl Module {
     /// # Errors
     /// If g++ is missing or refuses the source, or a file cannot be written.
     pub fn compile(source: &Source) -> Result<Arc<Module>, CompileError> {
-        let object = build(source)?;
-        load(object).map(Arc::new)
+        load(source.object()?).map(Arc::new)
     }
 
     /// The kernel `name`, an `extern "C"` function.

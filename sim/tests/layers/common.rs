@@ -28,9 +28,17 @@ pub fn source(folder: &Path, file: &str, planted: bool) -> Source {
     }
 }
 
+/// A planted bug is caught when one test fails.
+fn end_at_the_first_failure() {
+    std::panic::set_hook(Box::new(|_| std::process::exit(101)));
+}
+
 pub fn module(file: &str) -> Arc<Module> {
     let source = match std::env::var_os(PLANTED) {
-        Some(folder) => source(Path::new(&folder), file, true),
+        Some(folder) => {
+            end_at_the_first_failure();
+            source(Path::new(&folder), file, true)
+        }
         None => source(&kernels_folder(), file, false),
     };
     Module::compile(&source).unwrap_or_else(|e| panic!("{e}"))

@@ -1,7 +1,6 @@
 //! The kernels of the layers around attention on the simulated GPU, and with bugs planted into them.
 //!
-//! `cargo test -p segattn-sim --test layers` plants one bug in so many ([`planted::QUICK`]); every one:
-//! `cargo test -p segattn-sim --test layers -- --ignored --nocapture`.
+//! `cargo test -p segattn-sim --test layers` plants one bug in so many ([`planted::QUICK`]); `sim/planted` every one.
 
 mod adamw;
 mod common;
@@ -12,3 +11,4 @@ mod planted_rules;
 mod retrieval;
 mod rows;
 mod sampling;
+mod sampling_rules;

@@ -3,6 +3,8 @@
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
+use super::sampling_rules::{SAMPLING, SELECT};
+
 /// A file of `kernels/` and what is done to it.
 pub struct Target {
     pub file: &'static str,
@@ -13,7 +15,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 13] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
@@ -79,6 +81,18 @@ pub const TARGETS: [Target; 11] = [
         kernels: &["retrieval.cu"],
         tests: &["retrieval::"],
         rules: &RETRIEVAL,
+    },
+    Target {
+        file: "select.cuh",
+        kernels: &["retrieval.cu", "sampling.cu"],
+        tests: &["retrieval::", "sampling::"],
+        rules: &SELECT,
+    },
+    Target {
+        file: "sampling.cu",
+        kernels: &["sampling.cu"],
+        tests: &["sampling::"],
+        rules: &SAMPLING,
     },
 ];
 

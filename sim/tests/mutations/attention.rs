@@ -1,13 +1,14 @@
 //! The attention kernels with one bug at a time, on problems small enough to run hundreds of them.
 
-use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Once;
+use std::process::Command;
 
 use segattn::attention::cuda::{Dtype, Phase};
 use segattn::cuda::kernels::File;
 use segattn_sim::mutate::{self, Mutant, Rule};
+use segattn_sim::mutate::campaign::{self, Row};
+use segattn_sim::mutate::target::{self, Prepared};
+use segattn_sim::mutate::trial::{Allowance, Outcome};
 use segattn_sim::{Kernels, Source};
 
 use super::attention_cases::gpu::Options;
@@ -21,28 +22,55 @@ const QUICK: usize = 14;
 /// The same of the prefill for Hopper.
 const QUICK_HOPPER: usize = 40;
 
-/// Kernels of one instance from a folder of their own, in which `file` has another text.
-fn kernels(target: &Target, mutant: Option<&Mutant>, name: &str) -> Kernels {
-    let to = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join("mutants")
-        .join(name);
-    std::fs::create_dir_all(&to).expect("a folder");
-    for entry in std::fs::read_dir(folder()).expect("kernels") {
-        let path = entry.expect("an entry").path();
-        let file = path.file_name().unwrap_or_default();
-        let text = match mutant {
-            Some(mutant) if file == target.file => mutant.text.clone(),
-            _ => std::fs::read_to_string(&path).expect("a kernel file"),
-        };
-        std::fs::write(to.join(file), only(&text, target.instance)).expect("a copy");
-    }
-    let kernels = Kernels::from_sources(|file| {
-        Source::new(to.join(file.stem()).with_extension("cu")).optimization(1)
-    });
+/// Names a folder whose kernels are run instead of the real ones, and the number of the target that they belong to.
+const PLANTED: [&str; 2] = ["SEGATTN_PLANTED_KERNELS", "SEGATTN_PLANTED_TARGET"];
+
+/// The test that runs everything a bug could show in.
+const EVERY_PROBLEM: &str = "attention::without_a_bug_every_problem_passes";
+
+fn targets() -> impl Iterator<Item = &'static Target> {
+    TARGETS.iter().chain(&hopper_rules::TARGETS)
+}
+
+/// The kernels of a folder.
+fn kernels(target: &Target, folder: &Path) -> Kernels {
+    let kernels = Kernels::from_sources(|file| source(folder, file));
     match target.files() {
         [File::AttentionForwardHopper | File::AttentionBackwardHopper] => kernels.hopper(),
         _ => kernels,
     }
+}
+
+fn source(folder: &Path, file: File) -> Source {
+    Source::new(folder.join(file.stem()).with_extension("cu")).optimization(1)
+}
+
+/// Does something with how the target's bugs are tried: on kernels of one instance.
+fn with<R>(target: &Target, action: impl FnOnce(&Prepared) -> R) -> R {
+    let number = targets().position(|other| std::ptr::eq(other, target));
+    let number = number.expect("one of the targets").to_string();
+    action(&Prepared::new(target::Target {
+        kernels: &folder(),
+        file: target.file,
+        scratch: &Path::new(env!("CARGO_TARGET_TMPDIR")).join("mutants"),
+        adapt: &|text| only(text, target.instance),
+        sources: &|folder| {
+            target
+                .files()
+                .iter()
+                .map(|&file| source(folder, file))
+                .collect()
+        },
+        tests: &|folder| {
+            let mut tests = Command::new(std::env::current_exe().expect("this program"));
+            tests
+                .args(["--exact", EVERY_PROBLEM])
+                .env(PLANTED[0], folder)
+                .env(PLANTED[1], &number);
+            tests
+        },
+        allowance: Allowance::default(),
+    }))
 }
 
 /// Lengths around a tile's, roles that differ, padding in every tensor: forward and backward.
@@ -97,8 +125,8 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
     let shape = split(head_dim);
     check(&shape, start(&shape), phase(Phase::Prefill));
     if !forward {
-        // So many queries and keys that a ring of four stages turns within an item, a gate's gradient from several
-        // tiles, and a last query that is a tile's first key.
+        // So many queries and keys that a ring of four stages turns within an item, a gate's gradient from several tiles, and
+        // a last query that is a tile's first key.
         check(&Shape::plain(1, 3, head_dim, [257, 20, 40]), None, options);
         let options = Options {
             read_only_prior: true,
@@ -162,31 +190,11 @@ fn hopper_suite(kernels: &Kernels, head_dim: usize) {
     check(&split, vec![0; 5]);
 }
 
-thread_local! {
-    /// A planted bug is running: its panic is no news.
-    static PLANTED: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Whether the suite fails.
-fn is_caught(kernels: &Kernels, target: &Target) -> bool {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let tell = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !PLANTED.get() {
-                tell(info);
-            }
-        }));
-    });
+/// Runs everything that a bug in the target could show in; panics where one does.
+fn every_problem(target: &Target, kernels: &Kernels) {
     let head_dim = target.head_dim();
-    let caught = |suite: &dyn Fn()| {
-        PLANTED.set(true);
-        let result = catch_unwind(AssertUnwindSafe(suite));
-        PLANTED.set(false);
-        result.is_err()
-    };
     if target.hopper_prefill {
-        return caught(&|| hopper_suite(kernels, head_dim));
+        return hopper_suite(kernels, head_dim);
     }
     let is_backward = |file: &File| {
         matches!(
@@ -195,8 +203,12 @@ fn is_caught(kernels: &Kernels, target: &Target) -> bool {
         )
     };
     let files = target.files();
-    (!files.iter().all(is_backward) && caught(&|| suite(kernels, head_dim, true)))
-        || (files.iter().any(is_backward) && caught(&|| suite(kernels, head_dim, false)))
+    if !files.iter().all(is_backward) {
+        suite(kernels, head_dim, true);
+    }
+    if files.iter().any(is_backward) {
+        suite(kernels, head_dim, false);
+    }
 }
 
 impl Target {
@@ -232,53 +244,39 @@ impl Target {
     }
 }
 
-fn mutants_of(target: &Target) -> Vec<Mutant> {
-    let text = std::fs::read_to_string(folder().join(target.file)).expect("a kernel file");
-    mutate::mutants(&text, target.rules)
+/// Why a bug survives, if that is known.
+fn reason(target: &Target, mutant: &Mutant) -> Option<&'static str> {
+    let same = |[file, find, _]: &&[&str; 3]| (*file, *find) == (target.file, mutant.find);
+    SURVIVORS.iter().find(same).map(|[_, _, reason]| *reason)
 }
 
-/// Whether a rule has a mutant that is known to survive.
-fn may_survive(target: &Target, mutant: &Mutant) -> bool {
-    let same = |[file, find, _]: &[&str; 3]| (*file, *find) == (target.file, mutant.find);
-    SURVIVORS.iter().any(same)
-}
-
-/// Plants every `stride`th bug, or all, those included that are known to survive; names of those that were planted and
-/// those that were not caught.
-fn plant(targets: &[Target], stride: usize) -> (usize, Vec<String>) {
-    let of = |target| {
-        let mutants = mutants_of(target).into_iter();
-        mutants.map(move |mutant| (target, mutant))
-    };
-    let mut all: Vec<(&Target, Mutant)> = targets.iter().flat_map(of).collect();
-    all.retain(|(target, mutant)| stride == 1 || !may_survive(target, mutant));
-    let planted: Vec<(&Target, Mutant)> = all.into_iter().step_by(stride).collect();
-    let is_caught = |target: &&Target, mutant: &Mutant, index: usize| {
-        let (file, line, find) = (target.file, mutant.line, mutant.find);
-        let name = format!("{file}-{}-{index}", target.instance);
-        let kernels = kernels(target, Some(mutant), &name);
-        assert!(
-            target.files().iter().all(|&file| kernels.compiles(file)),
-            "{file}:{line}: {find:?} does not compile"
-        );
-        is_caught(&kernels, target)
-    };
-    let survivors = mutate::plant(&planted, |target| target.file, is_caught);
-    (planted.len(), survivors)
+fn plant(target: &Target, bugs: &[Mutant]) -> Row {
+    with(target, |how| {
+        let attempt = |bug: &Mutant, index| {
+            let name = format!("{}-{}-{index}", target.file, target.instance);
+            how.attempt(Some(bug), &name)
+        };
+        campaign::plant(target.file, bugs, attempt, |bug| reason(target, bug))
+    })
 }
 
 #[test]
 fn without_a_bug_every_problem_passes() {
-    for instance in ["bf16_d32", "bf16_d96", "bf16_d64"] {
-        let target = TARGETS.iter().find(|target| target.instance == instance);
-        let target = target.expect("a target");
-        let kernels = kernels(target, None, instance);
-        suite(&kernels, target.head_dim(), true);
-        suite(&kernels, target.head_dim(), false);
+    if let Some(folder) = std::env::var_os(PLANTED[0]) {
+        let number = std::env::var(PLANTED[1]).expect("the number of a target");
+        let number: usize = number.parse().expect("a number");
+        let target = targets().nth(number).expect("a target");
+        return every_problem(target, &kernels(target, Path::new(&folder)));
     }
-    for target in &hopper_rules::TARGETS[..2] {
-        let kernels = kernels(target, None, &format!("hopper_{}", target.instance));
-        hopper_suite(&kernels, target.head_dim());
+    // Of each instance the target with the most kernels.
+    let instances = ["bf16_d32", "bf16_d96", "bf16_d64"].into_iter();
+    let most = instances.filter_map(|name| {
+        let of_instance = TARGETS.iter().filter(|target| target.instance == name);
+        of_instance.max_by_key(|target| target.files().len())
+    });
+    for target in most.chain(&hopper_rules::TARGETS[..2]) {
+        let outcome = with(target, |how| how.attempt(None, target.instance));
+        assert_eq!(outcome, Outcome::Survived, "{}", target.instance);
     }
 }
 
@@ -288,23 +286,32 @@ fn a_few_planted_bugs_are_all_caught() {
         (&TARGETS[..], QUICK),
         (&hopper_rules::TARGETS, QUICK_HOPPER),
     ] {
-        let (_, survivors) = plant(targets, stride);
-        assert!(survivors.is_empty(), "{survivors:#?}");
+        let mut count = 0;
+        for target in targets {
+            let mut bugs = with(target, |how| how.mutants(target.rules));
+            bugs.retain(|bug| reason(target, bug).is_none());
+            bugs.retain(|_| {
+                count += 1;
+                count % stride == 1
+            });
+            let row = plant(target, &bugs);
+            assert!(row.survivors.is_empty(), "{row}");
+        }
     }
 }
 
 #[test]
 fn every_rule_finds_its_text() {
     let mut nowhere = Vec::new();
-    for target in TARGETS.iter().chain(&hopper_rules::TARGETS) {
-        let all = mutants_of(target);
+    for target in targets() {
+        let text = std::fs::read_to_string(folder().join(target.file)).expect("a kernel file");
+        let all = mutate::mutants(&text, target.rules);
         let is_missing = |rule: &&Rule| !all.iter().any(|mutant| mutant.find == rule.find);
         let missing = target.rules.iter().filter(is_missing);
         nowhere.extend(missing.map(|rule| (target.file, rule.find)));
     }
     for [file, find, _] in SURVIVORS {
-        let mut targets = TARGETS.iter().chain(&hopper_rules::TARGETS);
-        if !targets
+        if !targets()
             .any(|target| target.file == file && target.rules.iter().any(|rule| rule.find == find))
         {
             nowhere.push((file, find));
@@ -316,26 +323,11 @@ fn every_rule_finds_its_text() {
     );
 }
 
-fn assert_nearly_all_are_caught(targets: &[Target], at_least: usize) {
-    let (planted, survivors) = plant(targets, 1);
-    assert!(planted >= at_least, "only {planted} bugs");
-    assert!(
-        survivors.len() * 20 <= planted,
-        "{} of {planted} survived:\n{survivors:#?}",
-        survivors.len()
-    );
-}
-
-/// Takes about ten minutes on two cores.
+/// `sim/planted` runs it and says how long that takes.
 #[test]
-#[ignore = "minutes; run with --ignored"]
+#[ignore = "many minutes; run by sim/planted"]
 fn at_least_95_percent_of_all_planted_bugs_are_caught() {
-    assert_nearly_all_are_caught(&TARGETS, 60);
-}
-
-/// Takes about ten minutes on two cores.
-#[test]
-#[ignore = "minutes; run with --ignored"]
-fn at_least_95_percent_of_the_bugs_planted_for_hopper_are_caught() {
-    assert_nearly_all_are_caught(&hopper_rules::TARGETS, 100);
+    let wanted = targets().filter(|target| campaign::is_wanted(target.file));
+    let rows = wanted.map(|target| plant(target, &with(target, |how| how.mutants(target.rules))));
+    campaign::assert_nearly_all_caught(&rows.collect::<Vec<_>>());
 }

@@ -2,11 +2,14 @@
 //!
 //! A rule says what to look for and what to do with it; every occurrence outside comments gives one mutant. Space
 //! between the characters does not count, so a rule outlives a kernel's formatting. The kernels stay free of any trace
-//! of this.
+//! of this. A mutant may do anything, so each is tried in a process of its own ([`trial`]) on a copy of the kernels
+//! ([`target`]); a [`campaign`] tries many and counts those caught, kernel file by kernel file.
+
+pub mod campaign;
+pub mod target;
+pub mod trial;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// What a rule does with an occurrence.
 #[derive(Clone, Debug)]
@@ -61,42 +64,6 @@ pub fn mutants(text: &str, rules: &[Rule]) -> Vec<Mutant> {
         .iter()
         .flat_map(|rule| occurrences(text, rule.find).filter_map(|at| apply(text, rule, at)))
         .collect()
-}
-
-/// Plants the bugs two at a time, each with the name of its file, and says of each whether `is_caught` (which also gets
-/// its number); returns those that were not.
-pub fn plant<T: Sync>(
-    bugs: &[(T, Mutant)],
-    file: impl Fn(&T) -> &str + Sync,
-    is_caught: impl Fn(&T, &Mutant, usize) -> bool + Sync,
-) -> Vec<String> {
-    let (next, survivors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some((target, mutant)) = bugs.get(index) else {
-                return;
-            };
-            let Mutant {
-                line, find, change, ..
-            } = mutant;
-            let bug = format!("{}:{line}: {find:?} {change:?}", file(target));
-            if is_caught(target, mutant, index) {
-                println!("caught: {bug}");
-            } else {
-                println!("SURVIVED: {bug}");
-                let mut list = survivors.lock().unwrap_or_else(PoisonError::into_inner);
-                list.push(bug);
-            }
-        }
-    };
-    std::thread::scope(|scope| (0..2).for_each(|_| drop(scope.spawn(work))));
-    let survivors = survivors
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
-    let caught = bugs.len() - survivors.len();
-    println!("{caught} of {} planted bugs caught", bugs.len());
-    survivors
 }
 
 /// Where `find` occurs outside comments, apart from space.
