@@ -1,7 +1,7 @@
 //! What each instruction does to registers, memory and clocks.
 //!
-//! [`units::Units`] is the face of this room: the state that the instructions of a block keep, each in a file that knows
-//! only its own. [`context::Context`] is all they see of the machine.
+//! [`units::Units`] is the face of this room: the state that the instructions of a block keep, each in a file that
+//! knows only its own. [`context::Context`] is all they see of the machine.
 
 pub mod atomics;
 mod barrier;

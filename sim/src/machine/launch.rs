@@ -86,7 +86,8 @@ impl Launch {
     /// Runs every block to its end, or to a finding that stops the launch.
     ///
     /// # Safety
-    /// `this` is valid, is the current launch of this OS thread, and is used through no reference that the caller holds.
+    /// `this` is valid, is the current launch of this OS thread, and is used through no reference that the caller
+    /// holds.
     pub unsafe fn run(this: *mut Launch, body: &dyn Fn()) -> io::Result<()> {
         // SAFETY: by contract; the borrows are short, and none lives across a resume.
         unsafe {
@@ -149,8 +150,8 @@ impl Launch {
         };
         // SAFETY: the context area of a stack that this thread now owns, aligned far beyond need.
         unsafe { context.write(values) };
-        // SAFETY: the coroutine is ended in `finish_thread` or `end_threads`, before `body` goes away; its context lies on
-        // its own stack.
+        // SAFETY: the coroutine is ended in `finish_thread` or `end_threads`, before `body` goes away; its context lies
+        // on its own stack.
         let coroutine = unsafe {
             Coroutine::with_stack_unchecked(stack, move |yielder, ()| {
                 (*context).yielder = yielder;

@@ -2,7 +2,8 @@
 
 /// After how much a launch is ended, with a report of who waits for what and where.
 ///
-/// A step is a basic block of a kernel's code; giving control to a thread counts as [`Limits::STEPS_OF_A_TURN`] of them.
+/// A step is a basic block of a kernel's code; giving control to a thread counts as [`Limits::STEPS_OF_A_TURN`] of
+/// them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Turns of threads that poll memory or a barrier while no other thread is woken or ends.

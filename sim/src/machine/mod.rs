@@ -1,8 +1,8 @@
-//! The machine that executes kernels: coroutines as threads, resident blocks, a random scheduler, and the functions that
-//! kernels call.
+//! The machine that executes kernels: coroutines as threads, resident blocks, a random scheduler, and the functions
+//! that kernels call.
 //!
-//! [`launch::Launch`] is a running launch. It hands instructions to the units of the running block and knows neither what
-//! they do nor what is checked.
+//! [`launch::Launch`] is a running launch. It hands instructions to the units of the running block and knows neither
+//! what they do nor what is checked.
 
 mod block;
 pub mod calls;

@@ -1,4 +1,5 @@
-//! A kernel file into which bugs are planted: a copy of the kernels, compiled without loading, and the tests that run it.
+//! A kernel file into which bugs are planted: a copy of the kernels, compiled without loading, and the tests that run
+//! it.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};

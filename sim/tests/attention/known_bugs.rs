@@ -1,21 +1,27 @@
 //! Bugs that attention kernels really had, one test each.
 //!
-//! | bug | where it was | test |
-//! |---|---|---|
-//! | a barrier missing in backward, seen only at some optimisation levels | flash-attention#359 | `backward_has_no_race_at_any_optimisation_level` |
-//! | a kernel that does not wait for the one before it, once in 3000 steps | flash-attention#2481 | `a_kernel_that_does_not_wait_for_the_one_before_is_reported` |
-//! | d_q that is "deterministic" and is not | flash-attention#2244 | `d_q_of_several_items_is_the_same_in_every_schedule` |
-//! | NaN in d_q at length 1 and at very unequal lengths | flash-attention#334, #443 | `lengths_of_one_and_very_unequal_ones_give_numbers` |
-//! | rows that see nothing | pytorch#103963 | `rows_that_see_nothing_are_zero` |
-//! | NaN from padding | flash-attention#1745 | `padding_is_never_read` |
-//! | 32-bit offsets | flash-attention#1500, #2260, #2611 | `far_offsets`, the module |
-//! | stale d_q and wrong d_v at unusual head sizes | flash-attention#2896, #2552 | `a_dirty_workspace_changes_nothing_at_any_head_size` |
-//! | wrong d_k and d_v with grouped heads | levanter#449 | `every_role_and_gate_in_groups_of_1_3_and_8` (module `variants`) |
-//! | empty sequences that crash or hang | flash-attention#2562, #1254 | `empty_sequences_and_batches_end` |
-//! | a combine step that writes out of bounds | FlagGems#5235 | `combine_writes_its_own_rows_only` |
-//! | gradients that Gaussian inputs never show to be wrong | TransformerEngine#3216 | `one_hot_and_even_weights_are_exact`, and every kind of numbers in `variants` |
-//! | 32 lanes store, one arrives | cudnn-frontend#426 | `lanes_that_store_without_arriving_are_reported` |
-//! | a neighbour's length that changes the tile and so the bits | vllm#51902 | `a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same` (module `bits`) |
+//! - a barrier missing in backward, seen only at some optimisation levels (flash-attention#359):
+//!   `backward_has_no_race_at_any_optimisation_level`
+//! - a kernel that does not wait for the one before it, once in 3000 steps (flash-attention#2481):
+//!   `a_kernel_that_does_not_wait_for_the_one_before_is_reported`
+//! - d_q that is "deterministic" and is not (flash-attention#2244):
+//!   `d_q_of_several_items_is_the_same_in_every_schedule`
+//! - NaN in d_q at length 1 and at very unequal lengths (flash-attention#334, #443):
+//!   `lengths_of_one_and_very_unequal_ones_give_numbers`
+//! - rows that see nothing (pytorch#103963): `rows_that_see_nothing_are_zero`
+//! - NaN from padding (flash-attention#1745): `padding_is_never_read`
+//! - 32-bit offsets (flash-attention#1500, #2260, #2611): `far_offsets`, the module
+//! - stale d_q and wrong d_v at unusual head sizes (flash-attention#2896, #2552):
+//!   `a_dirty_workspace_changes_nothing_at_any_head_size`
+//! - wrong d_k and d_v with grouped heads (levanter#449): `every_role_and_gate_in_groups_of_1_3_and_8` (module
+//!   `variants`)
+//! - empty sequences that crash or hang (flash-attention#2562, #1254): `empty_sequences_and_batches_end`
+//! - a combine step that writes out of bounds (FlagGems#5235): `combine_writes_its_own_rows_only`
+//! - gradients that Gaussian inputs never show to be wrong (TransformerEngine#3216):
+//!   `one_hot_and_even_weights_are_exact`, and every kind of numbers in `variants`
+//! - 32 lanes store, one arrives (cudnn-frontend#426): `lanes_that_store_without_arriving_are_reported`
+//! - a neighbour's length that changes the tile and so the bits (vllm#51902):
+//!   `a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same` (module `bits`)
 
 use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, Phase};
 use segattn::cuda::kernels::{Error, File, Launch, Launcher};

@@ -1,9 +1,9 @@
 //! The functions behind simulator.h, by name. Each looks up the launch, does its work there, and suspends the thread
 //! where the instruction waits.
 //!
-//! SAFETY, for every function in this folder: it is called by a kernel, so on a simulated thread of the launch that runs
-//! on this OS thread, and the pointers are those that simulator.h asks for. Nothing with a destructor is alive where it
-//! suspends.
+//! SAFETY, for every function in this folder: it is called by a kernel, so on a simulated thread of the launch that
+//! runs on this OS thread, and the pointers are those that simulator.h asks for. Nothing with a destructor is alive
+//! where it suspends.
 
 mod act;
 mod collectives;
