@@ -6,7 +6,7 @@
 # needs cargo and nvcc; SEGATTN_CUDA_ARCHS=90 keeps it small. On the machine with the GPU, `FOLDER/run.sh` says its
 # options.
 set -euo pipefail
-if [ $# -lt 1 ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 1 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
@@ -24,7 +24,15 @@ take() {
 }
 take test --no-run --test attention_cuda --test decode_cuda --test memory_cuda "$@"
 take build --bin segattn --example attention_slices --example attention_pointers "$@"
-take bench --no-run --bench attention --bench model "$@"
+# Benches are always optimised: cargo bench knows no --release.
+options=()
+for option in "$@"; do
+  case "$option" in
+    --release | -r) ;;
+    *) options+=("$option") ;;
+  esac
+done
+take bench --no-run --bench attention --bench model ${options[@]+"${options[@]}"}
 mv "$folder/attention" "$folder/bench_attention"
 mv "$folder/model" "$folder/bench_model"
 cp benches/attention_gpu/peers.py "$folder/"
@@ -33,7 +41,7 @@ cp benches/model/gpu/peers.py "$folder/model_peers.py"
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
 if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -Ikernels \
-    -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
+  -L"$(dirname "$nvcc")/../lib" sim/golden/record.cu -o "$folder/golden_record"; then
   cp sim/golden/vectors.safetensors "$folder/golden.safetensors"
 else
   echo "no golden vectors: the recorder did not compile"
@@ -78,11 +86,10 @@ step ./decode_cuda --test-threads 1
 step ./memory_cuda --test-threads 1
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
+    options=(--tool "$tool" --report-api-errors no --error-exitcode 9)
     # racecheck does not follow the mbarriers that order Hopper's kernels; the simulated GPU does.
-    SEGATTN_REPEAT=1 step compute-sanitizer --tool "$tool" \
-      $([ $tool = racecheck ] && echo --kernel-name-exclude kernel_substring=hopper) \
-      --report-api-errors no --error-exitcode 9 ./attention_cuda --test-threads 1 \
-      every_role repeated
+    if [ $tool = racecheck ]; then options+=(--kernel-name-exclude kernel_substring=hopper); fi
+    SEGATTN_REPEAT=1 step compute-sanitizer "${options[@]}" ./attention_cuda --test-threads 1 every_role repeated
   done
 fi
 if [ -n "$bench" ]; then SEGATTN_BENCH_PEERS=$PWD/peers.py SEGATTN_BENCH_RUNS=$PWD step ./bench_attention --bench; fi
