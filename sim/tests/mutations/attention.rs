@@ -5,10 +5,10 @@ use std::process::Command;
 
 use segattn::attention::cuda::{Dtype, Phase};
 use segattn::cuda::kernels::File;
-use segattn_sim::mutate::{self, Mutant, Rule};
 use segattn_sim::mutate::campaign::{self, Row};
 use segattn_sim::mutate::target::{self, Prepared};
 use segattn_sim::mutate::trial::{Allowance, Outcome};
+use segattn_sim::mutate::{self, Mutant, Rule};
 use segattn_sim::{Kernels, Source};
 
 use super::attention_cases::gpu::Options;
