@@ -1,9 +1,9 @@
 //! Attention on the CPU against a plain f32 version in the same run, and against the machine: its
 //! peak of fused multiply-adds for whole segments, its memory bandwidth for decoding.
 //!
-//! `cargo bench --bench attention`; the tables come last, for one thread and all, AVX-512 and AVX2. With `-- table`, a
-//! filter that no name matches, only they come. With `--features cuda`, the kernels on a GPU instead where there is one
-//! (`attention_gpu`).
+//! `cargo bench --bench attention`; the tables come last, for one thread and all, AVX-512 and AVX2. With
+//! `-- table`, a filter that no name matches, only they come. With `--features cuda`, the kernels on a GPU instead
+//! where there is one (`attention_gpu`).
 
 #[cfg(feature = "cuda")]
 mod attention_gpu;
@@ -26,7 +26,7 @@ use segattn::isa::Isa;
 const Q_HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 
-/// One entry with its tensors.
+/// One batch element with its tensors.
 struct Data {
     head_dim: usize,
     lens: PerSource<i32>,

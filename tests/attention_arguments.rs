@@ -15,7 +15,7 @@ fn view(shape: [usize; 4]) -> View<'static, f32> {
     View::packed(&ZEROS[..shape.iter().product()], shape)
 }
 
-/// Two entries, four heads on two, with every source.
+/// Two batch elements, four heads on two, with every source.
 fn problem() -> HostProblem<'static, f32> {
     Problem::causal(view(Q), view(KV), view(KV))
         .prior(view(PRIOR), view(PRIOR), &[true, true, false, false])
@@ -68,7 +68,7 @@ fn shapes_that_do_not_agree_are_refused() {
     );
     assert_eq!(
         with(Q, [1, 5, 2, 8], KV),
-        "k: expected 2 batch entries, got 1"
+        "k: expected 2 batch elements, got 1"
     );
     assert_eq!(with(Q, KV, [2, 5, 4, 8]), "v: expected 2 heads, got 4");
     assert_eq!(
@@ -158,7 +158,7 @@ fn rows_beyond_the_data_are_refused_unless_they_are_padding() {
     };
     assert_eq!(
         refused(Problem { k, ..causal() }),
-        "k: batch entry 1: expected at least 160 elements, got 159"
+        "k: batch element 1: expected at least 160 elements, got 159"
     );
     let padded = Problem { k, ..causal() }.lengths(Lengths::segment(&[5, 4]));
     forward(&padded).expect("the last row is padding");
@@ -172,7 +172,7 @@ fn rows_beyond_the_data_are_refused_unless_they_are_padding() {
     };
     assert_eq!(
         refused(Problem { k, ..causal() }),
-        "k: batch entry 0: expected at least 2^64 elements, got 160"
+        "k: batch element 0: expected at least 2^64 elements, got 160"
     );
 }
 
@@ -229,7 +229,7 @@ fn a_backward_pass_refuses_what_it_cannot_write() {
     let lonely = |layout: &mut Layout<'_>| layout.batch = Batch::Offsets(&[0]);
     assert_eq!(
         said(backward(&causal, false, lonely)),
-        "d_q: expected 2 batch entries, got 1"
+        "d_q: expected 2 batch elements, got 1"
     );
     let later = causal.lengths(Lengths::default().query_start(&[0, 1]));
     assert_eq!(

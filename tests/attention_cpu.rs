@@ -165,14 +165,14 @@ fn check(shape: &Shape, with_d_lse: bool, read_only_prior: bool) {
     }
 }
 
-/// The bits of all rows of an entry: `out` and `lse`.
-fn entry_bits(forward: &Forward<f32>, entry: usize, rows: usize) -> Vec<u32> {
+/// The bits of all rows of a batch element: `out` and `lse`.
+fn entry_bits(forward: &Forward<f32>, batch_index: usize, rows: usize) -> Vec<u32> {
     let [_, all_rows, heads, _] = forward.out.shape;
     let mut bits = Vec::new();
     for head in 0..heads {
         for row in 0..rows {
-            let out = forward.out.row(entry, row, head).iter();
-            let lse = forward.lse[(entry * heads + head) * all_rows + row];
+            let out = forward.out.row(batch_index, row, head).iter();
+            let lse = forward.lse[(batch_index * heads + head) * all_rows + row];
             bits.extend(out.chain([&lse]).map(|x| x.to_bits()));
         }
     }
@@ -263,7 +263,7 @@ fn the_bits_are_the_same_on_any_number_of_threads_and_every_time() {
     }
 }
 
-/// The last `count` query rows of a case of one entry up to `end` rows, as decoding asks for them.
+/// The last `count` query rows of a case of one batch element up to `end` rows, as decoding asks for them.
 fn last_rows(case: &Case<f32>, end: usize, count: usize) -> Case<f32> {
     let [_, _, heads, head_dim] = case.q.shape;
     let mut last = case.clone();
@@ -300,7 +300,7 @@ fn a_row_alone_has_the_bits_it_has_among_others() {
     }
 }
 
-/// Two entries with the same numbers in entry 0 as a case of one entry.
+/// Two batch elements with the same numbers in batch element 0 as a case of one batch element.
 fn with_neighbour(alone: &Case<f32>, lens: [i32; 3]) -> Case<f32> {
     let mut shape = alone.shape.clone();
     shape.segment_len.push(lens[0]);

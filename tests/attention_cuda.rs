@@ -245,7 +245,7 @@ fn repeated_runs_have_equal_bits() {
     }
 }
 
-/// A problem of one entry, one head of 64, on slices.
+/// A problem of one batch element, one head of 64, on slices.
 fn on_slices(data: &CudaSlice<bf16>) -> Problem<'_, Input<'_, bf16>> {
     let tensor = Input::packed(data, [1, data.len() / 64, 1, 64]);
     Problem::causal(tensor, tensor, tensor)
@@ -301,7 +301,7 @@ fn wrong_slices_are_refused_by_name_and_the_next_call_works() {
         v: Input::packed(&data, [1, 512, 1, 64]),
         ..problem.lengths(Lengths::segment(&[512]).query_start(&[256]))
     });
-    assert!(k.is_some_and(|said| said.starts_with("k: batch entry 0: ")));
+    assert!(k.is_some_and(|said| said.starts_with("k: batch element 0: ")));
     assert_eq!(refused(problem), None);
 }
 

@@ -82,7 +82,7 @@ fn check_tensor(
 fn check_gate(case: &Case<f64>, with_d_lse: bool, grad: &[f64]) {
     let (batch, heads) = (case.shape.batch(), case.shape.q_heads());
     for b in 0..batch {
-        // The loss of one entry alone: the other entries send no gradient.
+        // The loss of one batch element alone: the other batch elements send no gradient.
         let mut moved = case.clone();
         for other in (0..batch).filter(|&other| other != b) {
             let rows = case.q.shape[1];

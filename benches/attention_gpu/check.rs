@@ -8,7 +8,7 @@ use super::case::{
 /// Most that an error may be, relative to the norm of the row: 16-bit results and weights.
 const LIMIT: f64 = 0.02;
 
-/// Entry 0 of the tensors on the host.
+/// Batch element 0 of the tensors on the host.
 struct Host<'a> {
     data: &'a Data,
     tensors: Vec<Option<Vec<half::bf16>>>,

@@ -1,8 +1,8 @@
 //! The kernels on a GPU: device-event times under criterion, after a check of the same tensors, against PyTorch's
 //! FlashAttention-2, cuDNN and FlexAttention at equal visible pairs.
 //!
-//! Parts are `decode`, `gates` (what heads with a gate of 0 cost) and `prefill`; `-- decode` runs one of them, `--
-//! 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
+//! Parts are `decode`, `gates` (what heads with a gate of 0 cost) and `prefill`; `-- decode` runs one of them,
+//! `-- 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
 //! `SEGATTN_BENCH_FLEX` (those for which FlexAttention is compiled, which takes its time) and `SEGATTN_BENCH_SECONDS`
 //! (no case begins later) narrow a run. Raw results go to `SEGATTN_BENCH_RUNS`, by default benches/runs/.
 

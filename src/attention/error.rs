@@ -14,7 +14,7 @@ pub enum Error {
         /// What was passed.
         got: String,
     },
-    /// A per-entry length is outside its view.
+    /// A length is outside its tensor.
     #[error("{argument}[{index}]: expected {expected}, got {got}")]
     Length {
         /// The offending argument.
@@ -39,12 +39,12 @@ pub enum Error {
         got: f32,
     },
     /// A row lies beyond the tensor's data.
-    #[error("{argument}: batch entry {entry}: expected {}, got {got}", at_least(*.expected))]
+    #[error("{argument}: batch element {batch_index}: expected {}, got {got}", at_least(*.expected))]
     OutOfBounds {
         /// The offending argument.
         argument: &'static str,
-        /// The batch entry that does not fit.
-        entry: usize,
+        /// The batch element that does not fit.
+        batch_index: usize,
         /// Elements needed; `None` if that number overflows.
         expected: Option<usize>,
         /// Elements there are.

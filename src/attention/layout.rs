@@ -2,22 +2,22 @@
 
 use super::error::Error;
 
-/// Where each batch entry of a tensor begins.
+/// Where each batch element of a tensor begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Batch<'a> {
-    /// `len` entries, entry `b` at element `b * stride`.
+    /// `len` batch elements; that of index `b` begins at element `b * stride`.
     Stride {
-        /// Number of batch entries.
+        /// Number of batch elements.
         len: usize,
-        /// Elements from one entry to the next.
+        /// Elements from one batch element to the next.
         stride: usize,
     },
-    /// Entry `b` at element `offsets[b]`: caches that lie anywhere in one buffer.
+    /// That of index `b` begins at element `offsets[b]`: caches that lie anywhere in one buffer.
     Offsets(&'a [usize]),
 }
 
 impl Batch<'_> {
-    /// Number of batch entries.
+    /// Number of batch elements.
     pub fn len(&self) -> usize {
         match self {
             Batch::Stride { len, .. } => *len,
@@ -25,15 +25,15 @@ impl Batch<'_> {
         }
     }
 
-    /// Whether there is no entry.
+    /// Whether there is no batch element.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    fn start(&self, entry: usize) -> Option<usize> {
+    fn start(&self, batch_index: usize) -> Option<usize> {
         match self {
-            Batch::Stride { stride, .. } => entry.checked_mul(*stride),
-            Batch::Offsets(offsets) => Some(offsets[entry]),
+            Batch::Stride { stride, .. } => batch_index.checked_mul(*stride),
+            Batch::Offsets(offsets) => Some(offsets[batch_index]),
         }
     }
 }
@@ -41,7 +41,7 @@ impl Batch<'_> {
 /// Shape and strides of a `[batch, rows, heads, head_dim]` tensor, in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout<'a> {
-    /// Rows of each batch entry, valid and padding together.
+    /// Rows of each batch element, valid and padding together.
     pub rows: usize,
     /// Heads of each row.
     pub heads: usize,
@@ -51,7 +51,7 @@ pub struct Layout<'a> {
     pub row_stride: usize,
     /// Elements from one head to the next.
     pub head_stride: usize,
-    /// Where the batch entries begin.
+    /// Where the batch elements begin.
     pub batch: Batch<'a>,
 }
 
@@ -73,40 +73,40 @@ impl Layout<'_> {
     }
 
     /// Element offset of a row. Only meaningful for rows that passed validation.
-    pub fn offset(&self, entry: usize, row: usize, head: usize) -> usize {
+    pub fn offset(&self, batch_index: usize, row: usize, head: usize) -> usize {
         let start = match self.batch {
-            Batch::Stride { stride, .. } => entry * stride,
-            Batch::Offsets(offsets) => offsets[entry],
+            Batch::Stride { stride, .. } => batch_index * stride,
+            Batch::Offsets(offsets) => offsets[batch_index],
         };
         start + row * self.row_stride + head * self.head_stride
     }
 
     /// One past the last element of a row; `None` if that overflows.
-    fn end(&self, entry: usize, row: usize, head: usize) -> Option<usize> {
+    fn end(&self, batch_index: usize, row: usize, head: usize) -> Option<usize> {
         let row = row.checked_mul(self.row_stride)?;
         let head = head.checked_mul(self.head_stride)?;
         self.batch
-            .start(entry)?
+            .start(batch_index)?
             .checked_add(row)?
             .checked_add(head)?
             .checked_add(self.head_dim)
     }
 
-    /// Checks that rows `[0, rows)` of one head of one entry lie within `len` elements.
+    /// Checks that rows `[0, rows)` of one head of one batch element lie within `len` elements.
     pub(super) fn check_rows(
         &self,
         argument: &'static str,
         len: usize,
-        [entry, rows, head]: [usize; 3],
+        [batch_index, rows, head]: [usize; 3],
     ) -> Result<(), Error> {
         if rows == 0 {
             return Ok(());
         }
-        match self.end(entry, rows - 1, head) {
+        match self.end(batch_index, rows - 1, head) {
             Some(end) if end <= len => Ok(()),
             end => Err(Error::OutOfBounds {
                 argument,
-                entry,
+                batch_index,
                 expected: end,
                 got: len,
             }),
@@ -130,8 +130,10 @@ impl Layout<'_> {
             return false;
         }
         let mut starts: Vec<usize> = (0..self.batch.len())
-            .flat_map(|entry| (0..self.rows).map(move |row| (entry, row)))
-            .flat_map(|(entry, row)| (0..heads).map(move |head| self.offset(entry, row, head)))
+            .flat_map(|batch_index| (0..self.rows).map(move |row| (batch_index, row)))
+            .flat_map(|(batch_index, row)| {
+                (0..heads).map(move |head| self.offset(batch_index, row, head))
+            })
             .collect();
         starts.sort_unstable();
         starts.windows(2).any(|pair| pair[1] - pair[0] < head_dim)
@@ -199,8 +201,8 @@ impl<'a, T> View<'a, T> {
     }
 
     /// The `head_dim` elements of one row.
-    pub(super) fn row(&self, [entry, row, head]: [usize; 3]) -> &'a [T] {
-        let start = self.layout.offset(entry, row, head);
+    pub(super) fn row(&self, [batch_index, row, head]: [usize; 3]) -> &'a [T] {
+        let start = self.layout.offset(batch_index, row, head);
         &self.data[start..start + self.layout.head_dim]
     }
 }
@@ -224,8 +226,8 @@ impl<'a, T> ViewMut<'a, T> {
     }
 
     /// The `head_dim` elements of one row.
-    pub(super) fn row(&mut self, [entry, row, head]: [usize; 3]) -> &mut [T] {
-        let start = self.layout.offset(entry, row, head);
+    pub(super) fn row(&mut self, [batch_index, row, head]: [usize; 3]) -> &mut [T] {
+        let start = self.layout.offset(batch_index, row, head);
         &mut self.data[start..start + self.layout.head_dim]
     }
 }

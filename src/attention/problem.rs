@@ -7,8 +7,8 @@ use super::source::Source;
 /// host memory, a [`cuda::Tensor`](super::cuda::Tensor) of device memory, or a slice of cudarc's
 /// (`cuda::slices::Input`).
 ///
-/// Shapes and element type are those of the tensors. Rows at or beyond an entry's length are never read, whatever they
-/// hold. What a tensor or a length must be is checked by the call, see [`Problem::validate`].
+/// Shapes and element type are those of the tensors. Rows at or beyond a batch element's length are never read,
+/// whatever they hold. What a tensor or a length must be is checked by the call, see [`Problem::validate`].
 #[derive(Debug, Clone, Copy)]
 pub struct Problem<'a, X> {
     /// Queries `[batch, rows, q_heads, head_dim]`; row 0 is position `query_start[b]` of its segment.
@@ -21,7 +21,7 @@ pub struct Problem<'a, X> {
     pub prior: Option<Prior<'a, X>>,
     /// KV rows of earlier segments; `None`: there are none.
     pub past: Option<Past<'a, X>>,
-    /// Valid rows of every batch entry.
+    /// Valid rows of every batch element.
     pub lengths: Lengths<'a>,
     /// Factor on the scores; `None` is `1/sqrt(head_dim)`.
     pub scale: Option<f32>,
@@ -83,12 +83,12 @@ pub enum PastLen<'a> {
     PerHead(Len<'a>),
 }
 
-/// How many rows of each batch entry are valid. The default is all rows of every tensor.
+/// How many rows of each batch element are valid. The default is all rows of every tensor.
 ///
 /// ```
 /// use segattn::attention::Lengths;
 ///
-/// // Two entries of 5 and 3 tokens, of which the last one is asked for.
+/// // Two batch elements of 5 and 3 tokens, of which the last one is asked for.
 /// let lengths = Lengths::segment(&[5, 3]).query_start(&[4, 2]);
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -99,8 +99,8 @@ pub struct Lengths<'a> {
     pub prior_len: Option<Len<'a>>,
     /// Valid rows of the past.
     pub past_len: Option<PastLen<'a>>,
-    /// `[batch]`: the position of each entry's first query row in its segment; `None` is 0. Query rows are those from
-    /// there to `segment_len`. Decoding passes one query row at position `segment_len - 1`.
+    /// `[batch]`: the position of each batch element's first query row in its segment; `None` is 0. Query rows are
+    /// those from there to `segment_len`. Decoding passes one query row at position `segment_len - 1`.
     pub query_start: Option<Len<'a>>,
 }
 
@@ -319,7 +319,7 @@ impl<'a, X> Problem<'a, X> {
 
 /// Sizes and lengths. Lengths are those of a validated problem; device-resident ones stand at their largest.
 impl<X: Strided> Problem<'_, X> {
-    /// Number of batch entries.
+    /// Number of batch elements.
     pub fn batch(&self) -> usize {
         self.q.layout().batch.len()
     }
@@ -355,38 +355,38 @@ impl<X: Strided> Problem<'_, X> {
         self.source(source).map_or(0, rows)
     }
 
-    /// Position of an entry's first query row.
-    pub fn query_start(&self, entry: usize) -> usize {
+    /// Position of a batch element's first query row.
+    pub fn query_start(&self, batch_index: usize) -> usize {
         match self.lengths.query_start {
             None => 0,
-            Some(Len::Host(start)) => start[entry] as usize,
+            Some(Len::Host(start)) => start[batch_index] as usize,
             Some(Len::Device(_)) => match self.lengths.segment_len {
-                Some(Len::Host(len)) => (len[entry] as usize).saturating_sub(self.rows()),
+                Some(Len::Host(len)) => (len[batch_index] as usize).saturating_sub(self.rows()),
                 _ => self.capacity(Source::Current).saturating_sub(self.rows()),
             },
         }
     }
 
-    /// Valid query rows of an entry.
-    pub fn query_rows(&self, entry: usize) -> usize {
-        self.source_rows(Source::Current, entry, 0) - self.query_start(entry)
+    /// Valid query rows of a batch element.
+    pub fn query_rows(&self, batch_index: usize) -> usize {
+        self.source_rows(Source::Current, batch_index, 0) - self.query_start(batch_index)
     }
 
     /// Valid rows of a source.
-    pub fn source_rows(&self, source: Source, entry: usize, kv_head: usize) -> usize {
+    pub fn source_rows(&self, source: Source, batch_index: usize, kv_head: usize) -> usize {
         let (len, at) = match (source, self.lengths.past_len) {
-            (Source::Current, _) => (self.lengths.segment_len, entry),
-            (Source::Prior, _) => (self.lengths.prior_len, entry),
+            (Source::Current, _) => (self.lengths.segment_len, batch_index),
+            (Source::Prior, _) => (self.lengths.prior_len, batch_index),
             (Source::Past, Some(PastLen::PerHead(len))) => {
-                (Some(len), entry * self.kv_heads() + kv_head)
+                (Some(len), batch_index * self.kv_heads() + kv_head)
             }
-            (Source::Past, len) => (len.map(PastLen::values), entry),
+            (Source::Past, len) => (len.map(PastLen::values), batch_index),
         };
         match (len, source) {
             (Some(Len::Host(len)), _) => len[at] as usize,
             // No more than there are query rows for.
             (Some(Len::Device(_)), Source::Current) => {
-                let end = self.query_start(entry) + self.rows();
+                let end = self.query_start(batch_index) + self.rows();
                 end.min(self.capacity(source))
             }
             _ => self.capacity(source),
@@ -420,8 +420,8 @@ pub struct Gradients<Y, F> {
     pub d_v: Y,
     /// Like the prior's keys and values; `None` leaves them out (a read-only prior).
     pub d_prior: Option<(Y, Y)>,
-    /// `[batch, q_heads]`: each batch entry's part of the gradient of the gates. The caller sums over the batch, in an
-    /// order of its choice.
+    /// `[batch, q_heads]`: each batch element's part of the gradient of the gates. The caller sums over the batch, in
+    /// an order of its choice.
     pub d_past_gate: F,
 }
 

@@ -26,14 +26,14 @@ pub fn forward(
 ) -> Result<(), Error> {
     problem.check_on_host("host values in the reference")?;
     problem.validate_forward(&out, &lse)?;
-    for_each_query(problem, |entry, head, row, lse_idx| {
-        let out_row = out.row([entry, row, head]);
+    for_each_query(problem, |batch_index, head, row, lse_idx| {
+        let out_row = out.row([batch_index, row, head]);
         out_row.fill(0.0);
         lse[lse_idx] = f64::NEG_INFINITY;
-        if row >= problem.query_rows(entry) {
+        if row >= problem.query_rows(batch_index) {
             return;
         }
-        let keys = visible_keys(problem, entry, head, row);
+        let keys = visible_keys(problem, batch_index, head, row);
         lse[lse_idx] = log_sum_exp(&keys);
         for key in &keys {
             let p = (key.score - lse[lse_idx]).exp();
@@ -56,20 +56,20 @@ pub fn backward(
     problem.validate_backward(saved, &grads)?;
     clear(&mut grads);
     let (lse, q_heads) = (saved.lse, problem.q_heads());
-    for_each_query(problem, |entry, head, row, lse_idx| {
-        if row >= problem.query_rows(entry) {
+    for_each_query(problem, |batch_index, head, row, lse_idx| {
+        if row >= problem.query_rows(batch_index) {
             return;
         }
-        let at = [entry, row, head];
+        let at = [batch_index, row, head];
         let (q, d_out) = (problem.q.row(at), saved.d_out.row(at));
         let d_lse = saved.d_lse.map_or(0.0, |d_lse| d_lse[lse_idx]);
         let delta = dot(d_out, saved.out.row(at)) - d_lse;
-        for key in visible_keys(problem, entry, head, row) {
+        for key in visible_keys(problem, batch_index, head, row) {
             let p = (key.score - lse[lse_idx]).exp();
             let ds = p * (dot(d_out, key.v) - delta);
             let d_score = scale(problem) * ds;
             add_scaled(grads.d_q.row(at), d_score, key.k);
-            let key_at = [entry, key.row, head / problem.group()];
+            let key_at = [batch_index, key.row, head / problem.group()];
             match (key.source, &mut grads.d_prior) {
                 (Source::Current, _) => {
                     add_scaled(grads.d_k.row(key_at), d_score, q);
@@ -82,7 +82,7 @@ pub fn backward(
                 (Source::Prior, None) => {}
                 (Source::Past, _) => {
                     let gate = f64::from(problem.gate(head));
-                    grads.d_past_gate[entry * q_heads + head] += ds / gate;
+                    grads.d_past_gate[batch_index * q_heads + head] += ds / gate;
                 }
             }
         }
@@ -90,13 +90,18 @@ pub fn backward(
     Ok(())
 }
 
-/// Calls `f(entry, head, row, lse_idx)` for every query row, padding included.
+/// Calls `f(batch element, head, row, lse_idx)` for every query row, padding included.
 fn for_each_query(problem: &HostProblem<'_, f64>, mut f: impl FnMut(usize, usize, usize, usize)) {
     let (heads, rows) = (problem.q_heads(), problem.rows());
-    for entry in 0..problem.batch() {
+    for batch_index in 0..problem.batch() {
         for head in 0..heads {
             for row in 0..rows {
-                f(entry, head, row, (entry * heads + head) * rows + row);
+                f(
+                    batch_index,
+                    head,
+                    row,
+                    (batch_index * heads + head) * rows + row,
+                );
             }
         }
     }
@@ -105,11 +110,11 @@ fn for_each_query(problem: &HostProblem<'_, f64>, mut f: impl FnMut(usize, usize
 /// The keys that query row `row` of `head` sees, with their scores.
 fn visible_keys<'a>(
     problem: &HostProblem<'a, f64>,
-    entry: usize,
+    batch_index: usize,
     head: usize,
     row: usize,
 ) -> Vec<Key<'a>> {
-    let q = problem.q.row([entry, row, head]);
+    let q = problem.q.row([batch_index, row, head]);
     let kv_head = head / problem.group();
     let mut keys = Vec::new();
     for source in Source::ALL {
@@ -120,20 +125,20 @@ fn visible_keys<'a>(
             continue;
         };
         let (rows, bias) = match source {
-            Source::Current => (problem.query_start(entry) + row + 1, 0.0),
-            Source::Prior => (problem.source_rows(source, entry, kv_head), 0.0),
+            Source::Current => (problem.query_start(batch_index) + row + 1, 0.0),
+            Source::Prior => (problem.source_rows(source, batch_index, kv_head), 0.0),
             Source::Past => (
-                problem.source_rows(source, entry, kv_head),
+                problem.source_rows(source, batch_index, kv_head),
                 f64::from(problem.gate(head)).ln(),
             ),
         };
         keys.extend((0..rows).map(|row| {
-            let k = k.row([entry, row, kv_head]);
+            let k = k.row([batch_index, row, kv_head]);
             Key {
                 source,
                 row,
                 k,
-                v: v.row([entry, row, kv_head]),
+                v: v.row([batch_index, row, kv_head]),
                 score: scale(problem) * dot(q, k) + bias,
             }
         }));
@@ -148,10 +153,10 @@ fn clear(grads: &mut HostGradients<'_, f64>) {
     }
     for view in views {
         let layout = view.layout;
-        for entry in 0..layout.batch.len() {
+        for batch_index in 0..layout.batch.len() {
             for row in 0..layout.rows {
                 for head in 0..layout.heads {
-                    view.row([entry, row, head]).fill(0.0);
+                    view.row([batch_index, row, head]).fill(0.0);
                 }
             }
         }

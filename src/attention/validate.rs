@@ -23,14 +23,14 @@ impl<X: Strided> Problem<'_, X> {
         self.check_roles()?;
         self.check_counts()?;
         self.check_lengths()?;
-        self.check_rows("q", &self.q, |entry, _| self.query_rows(entry))?;
+        self.check_rows("q", &self.q, |batch_index, _| self.query_rows(batch_index))?;
         for source in Source::ALL {
             let Some(tensors) = self.source(source) else {
                 continue;
             };
             for (name, tensor) in NAMES[source].iter().zip(tensors) {
-                self.check_rows(name, tensor, |entry, head| {
-                    self.source_rows(source, entry, head)
+                self.check_rows(name, tensor, |batch_index, head| {
+                    self.source_rows(source, batch_index, head)
                 })?;
             }
         }
@@ -81,7 +81,7 @@ impl<X: Strided> Problem<'_, X> {
         check_count("d_past_gate", got, expected, "batch * q_heads")
     }
 
-    /// Heads, row sizes and batch entries of every tensor.
+    /// Heads, row sizes and batch elements of every tensor.
     fn check_shapes(&self) -> Result<(), Error> {
         let (q_heads, kv_heads) = (self.q_heads(), self.kv_heads());
         if kv_heads == 0 {
@@ -108,7 +108,7 @@ impl<X: Strided> Problem<'_, X> {
         let layout = tensor.layout();
         let (got, batch) = (layout.batch.len(), self.batch());
         if got != batch {
-            return Err(shape(argument, format!("{batch} batch entries"), got));
+            return Err(shape(argument, format!("{batch} batch elements"), got));
         }
         if layout.heads != heads {
             return Err(shape(argument, format!("{heads} heads"), layout.heads));
@@ -155,7 +155,7 @@ impl<X: Strided> Problem<'_, X> {
         }
     }
 
-    /// Whether there are as many lengths as batch entries (or KV heads), and none of a source that is not there.
+    /// Whether there are as many lengths as batch elements (or KV heads), and none of a source that is not there.
     fn check_counts(&self) -> Result<(), Error> {
         let (batch, heads) = (self.batch(), self.kv_heads());
         let per_head = matches!(self.lengths.past_len, Some(PastLen::PerHead(_)));
@@ -199,23 +199,23 @@ impl<X: Strided> Problem<'_, X> {
                 _ => {}
             }
         }
-        (0..self.batch()).try_for_each(|entry| self.check_query_rows(entry))
+        (0..self.batch()).try_for_each(|batch_index| self.check_query_rows(batch_index))
     }
 
-    /// The query rows of an entry, which end with its segment.
-    fn check_query_rows(&self, entry: usize) -> Result<(), Error> {
+    /// The query rows of a batch element, which end with its segment.
+    fn check_query_rows(&self, batch_index: usize) -> Result<(), Error> {
         let refused = |argument, expected, got| {
             Err(Error::Length {
                 argument,
-                index: entry,
+                index: batch_index,
                 expected,
                 got,
             })
         };
-        let end = self.source_rows(Source::Current, entry, 0);
+        let end = self.source_rows(Source::Current, batch_index, 0);
         let start = match self.lengths.query_start {
-            Some(Len::Host(start)) => i64::from(start[entry]),
-            _ => self.query_start(entry) as i64,
+            Some(Len::Host(start)) => i64::from(start[batch_index]),
+            _ => self.query_start(batch_index) as i64,
         };
         if start < 0 || start > end as i64 {
             return refused("query_start", format!("0 to segment_len = {end}"), start);
@@ -256,9 +256,13 @@ impl<X: Strided> Problem<'_, X> {
         rows: impl Fn(usize, usize) -> usize,
     ) -> Result<(), Error> {
         let (layout, elements) = (tensor.layout(), tensor.elements());
-        for entry in 0..self.batch() {
+        for batch_index in 0..self.batch() {
             for head in 0..layout.heads {
-                layout.check_rows(argument, elements, [entry, rows(entry, head), head])?;
+                layout.check_rows(
+                    argument,
+                    elements,
+                    [batch_index, rows(batch_index, head), head],
+                )?;
             }
         }
         Ok(())
@@ -268,7 +272,9 @@ impl<X: Strided> Problem<'_, X> {
     fn check_like_q(&self, argument: &'static str, tensor: &X) -> Result<(), Error> {
         self.check_shape(argument, tensor, self.q_heads())?;
         check_same_rows(argument, &tensor.layout(), ("q", &self.q.layout()))?;
-        self.check_rows(argument, tensor, |entry, _| self.query_rows(entry))
+        self.check_rows(argument, tensor, |batch_index, _| {
+            self.query_rows(batch_index)
+        })
     }
 
     /// Checks `[batch, q_heads, rows]` numbers.
@@ -289,8 +295,12 @@ impl<X: Strided> Problem<'_, X> {
         let (layout, elements) = (tensor.layout(), tensor.elements());
         self.check_shape(argument, tensor, like.layout().heads)?;
         check_same_rows(argument, &layout, (like_name, &like.layout()))?;
-        for entry in 0..self.batch() {
-            layout.check_rows(argument, elements, [entry, layout.rows, layout.heads - 1])?;
+        for batch_index in 0..self.batch() {
+            layout.check_rows(
+                argument,
+                elements,
+                [batch_index, layout.rows, layout.heads - 1],
+            )?;
         }
         match layout.overlaps(elements) {
             false => Ok(()),

@@ -25,10 +25,15 @@ pub fn both(gpu: &mut impl Gpu, case: &Case<f64>, options: Options) -> (Outcome,
 }
 
 /// out and lse of every head at a row.
-fn row(case: &Case<f64>, outcome: &Outcome, entry: usize, row: usize) -> (Vec<u16>, Vec<u32>) {
+fn row(
+    case: &Case<f64>,
+    outcome: &Outcome,
+    batch_index: usize,
+    row: usize,
+) -> (Vec<u16>, Vec<u32>) {
     let [_, rows, heads, dim] = case.q.shape;
-    let at = (entry * rows + row) * heads * dim;
-    let lse = (0..heads).map(|head| outcome.lse[(entry * heads + head) * rows + row]);
+    let at = (batch_index * rows + row) * heads * dim;
+    let lse = (0..heads).map(|head| outcome.lse[(batch_index * heads + head) * rows + row]);
     (outcome.rows[at..at + heads * dim].to_vec(), lse.collect())
 }
 
@@ -50,7 +55,7 @@ fn mixed(head_dim: usize) -> Shape {
 pub fn rows_stand_alone(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
     let case = Case::new(&mixed(head_dim)).rounded(dtype);
     let whole = forward(gpu, &case, dtype, Phase::Prefill);
-    let alone = |entry, row: usize| (entry, row..row + 1);
+    let alone = |batch_index, row: usize| (batch_index, row..row + 1);
     let one = |part| vec![part];
     let excerpts = [
         ("one row alone", Phase::Prefill, one(alone(0, 130))),
@@ -76,20 +81,20 @@ pub fn rows_stand_alone(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
     for (what, phase, parts) in excerpts {
         let excerpt = case.excerpt(&parts);
         let outcome = forward(gpu, &excerpt, dtype, phase);
-        for (i, (entry, rows)) in parts.into_iter().enumerate() {
+        for (i, (batch_index, rows)) in parts.into_iter().enumerate() {
             for (at, query) in rows.enumerate() {
                 let got = row(&excerpt, &outcome, i, at);
-                let same = got == row(&case, &whole, entry, query);
+                let same = got == row(&case, &whole, batch_index, query);
                 assert!(
                     same,
-                    "{what}: other bits in row {query} of entry {entry}, {dtype} D {head_dim}"
+                    "{what}: other bits in row {query} of batch element {batch_index}, {dtype} D {head_dim}"
                 );
             }
         }
     }
 }
 
-/// The gradients of an entry are, to the bit, those it has alone.
+/// The gradients of a batch element are, to the bit, those it has alone.
 pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
     let shape = Shape {
         segment_len: vec![1, 70, 0],
@@ -101,10 +106,10 @@ pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim:
     let case = Case::new(&shape).rounded(dtype);
     let options = Options::new(dtype);
     let whole = both(gpu, &case, options).1;
-    for entry in 0..2 {
-        let excerpt = case.excerpt(&[(entry, 0..shape.segment_len[entry] as usize)]);
+    for batch_index in 0..2 {
+        let excerpt = case.excerpt(&[(batch_index, 0..shape.segment_len[batch_index] as usize)]);
         let alone = both(gpu, &excerpt, options).1;
-        let lens = [shape.segment_len[entry], shape.prior_len[entry]];
+        let lens = [shape.segment_len[batch_index], shape.prior_len[batch_index]];
         for ((name, got), (_, expected)) in alone.tensors.iter().zip(&whole.tensors) {
             let len = lens[usize::from(name.starts_with("d_prior"))] as usize;
             let (heads, rows) = match *name {
@@ -113,16 +118,16 @@ pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim:
                 _ => (1, case.k.shape[1]),
             };
             let width = heads * head_dim;
-            let expected = &expected[entry * rows * width..][..len * width];
+            let expected = &expected[batch_index * rows * width..][..len * width];
             assert!(
                 got[..len * width] == *expected,
-                "{name} of entry {entry} alone has other bits"
+                "{name} of batch element {batch_index} alone has other bits"
             );
         }
         assert_eq!(
             alone.d_past_gate,
-            whole.d_past_gate[entry * 3..][..3],
-            "d_past_gate of entry {entry}"
+            whole.d_past_gate[batch_index * 3..][..3],
+            "d_past_gate of batch element {batch_index}"
         );
     }
 }

@@ -183,10 +183,10 @@ fn rows_of(
     let all: Vec<u16> = bytemuck::allocation::pod_collect_to_vec(&bytes);
     let [batch, rows, heads, head_dim] = shape;
     let (mut found, mut between) = (Vec::new(), all.clone());
-    for entry in 0..batch {
+    for batch_index in 0..batch {
         for row in 0..rows {
             for head in 0..heads {
-                let start = at.layout.offset(entry, row, head);
+                let start = at.layout.offset(batch_index, row, head);
                 found.extend_from_slice(&all[start..start + head_dim]);
                 between[start..start + head_dim].fill(0xffff);
             }

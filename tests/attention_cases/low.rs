@@ -27,7 +27,7 @@ struct Key<'a> {
     score: f64,
 }
 
-/// Gradients of one KV head of one entry: of k and v; none of the past.
+/// Gradients of one KV head of one batch element: of k and v; none of the past.
 type HeadGrads = PerSource<[Vec<f64>; 2]>;
 
 struct Group {
@@ -48,13 +48,13 @@ fn add(to: &mut [f64], factor: f64, from: &[f64]) {
         .for_each(|(to, from)| *to += factor * from);
 }
 
-fn row<'a>(view: &View<'a, f64>, [entry, row, head]: [usize; 3], dim: usize) -> &'a [f64] {
-    &view.data[view.layout.offset(entry, row, head)..][..dim]
+fn row<'a>(view: &View<'a, f64>, [batch_index, row, head]: [usize; 3], dim: usize) -> &'a [f64] {
+    &view.data[view.layout.offset(batch_index, row, head)..][..dim]
 }
 
 fn visible<'a>(
     p: &HostProblem<'a, f64>,
-    [entry, head, position]: [usize; 3],
+    [batch_index, head, position]: [usize; 3],
     q: &[f64],
 ) -> Vec<Key<'a>> {
     let (kv_head, dim) = (head / p.group(), p.head_dim());
@@ -66,19 +66,19 @@ fn visible<'a>(
         };
         let (count, bias) = match source {
             Source::Current => (position + 1, 0.0),
-            Source::Prior => (p.source_rows(source, entry, kv_head), 0.0),
+            Source::Prior => (p.source_rows(source, batch_index, kv_head), 0.0),
             Source::Past => (
-                p.source_rows(source, entry, kv_head),
+                p.source_rows(source, batch_index, kv_head),
                 f64::from(p.gate(head)).ln(),
             ),
         };
         keys.extend((0..count).map(|r| {
-            let k = row(k_rows, [entry, r, kv_head], dim);
+            let k = row(k_rows, [batch_index, r, kv_head], dim);
             Key {
                 source,
                 row: r,
                 k,
-                v: row(v_rows, [entry, r, kv_head], dim),
+                v: row(v_rows, [batch_index, r, kv_head], dim),
                 score: scale * dot(q, k) + bias,
             }
         }));
@@ -90,7 +90,7 @@ fn group(
     case: &Case<f64>,
     dtype: Dtype,
     backward: Option<bool>,
-    entry: usize,
+    batch_index: usize,
     kv_head: usize,
 ) -> Group {
     let p = case.problem();
@@ -107,13 +107,13 @@ fn group(
         d_kv: PerSource::from_fn(kv),
         d_gate: vec![0.0; heads],
     };
-    let start = p.query_start(entry);
+    let start = p.query_start(batch_index);
     let scale = f64::from(p.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
-    let valid = p.query_rows(entry);
+    let valid = p.query_rows(batch_index);
     for (h, i) in (0..heads).flat_map(|h| (0..valid).map(move |i| (h, i))) {
         let head = kv_head * heads + h;
-        let q = row(&p.q, [entry, i, head], dim);
-        let keys = visible(&p, [entry, head, start + i], q);
+        let q = row(&p.q, [batch_index, i, head], dim);
+        let keys = visible(&p, [batch_index, head, start + i], q);
         let max = keys
             .iter()
             .fold(f64::NEG_INFINITY, |max, key| max.max(key.score));
@@ -126,9 +126,9 @@ fn group(
         let Some(with_d_lse) = backward else {
             continue;
         };
-        let d_out = row(&case.d_out.view(), [entry, i, head], dim);
+        let d_out = row(&case.d_out.view(), [batch_index, i, head], dim);
         let d_lse = if with_d_lse {
-            case.d_lse[(entry * p.q_heads() + head) * rows + i]
+            case.d_lse[(batch_index * p.q_heads() + head) * rows + i]
         } else {
             0.0
         };
@@ -158,7 +158,7 @@ pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
         .into_par_iter()
         .map(|i| group(case, dtype, backward, i / kv_heads, i % kv_heads))
         .collect();
-    // From [entry, kv_head][inner head, rows, dim] to [entry, rows, heads, dim], rounded.
+    // From [batch element, kv_head][inner head, rows, dim] to [batch element, rows, heads, dim], rounded.
     let merge = |like: &Tensor<f64>, inner: usize, part: &dyn Fn(&Group) -> &[f64]| {
         let [_, rows, heads, dim] = like.shape;
         let mut merged = vec![0.0; like.shape.iter().product()];

@@ -65,7 +65,7 @@ impl Shape {
         self.segment_len.len()
     }
 
-    /// One entry, all heads read everything, packed: a start for hand-written cases.
+    /// One batch element, all heads read everything, packed: a start for hand-written cases.
     pub fn plain(kv_heads: usize, group: usize, head_dim: usize, lens: [i32; 3]) -> Self {
         Shape {
             kv_heads,
@@ -188,14 +188,16 @@ impl Case<f64> {
         }
     }
 
-    /// The same numbers as a batch of parts: an entry, and the rows whose queries are asked for. Packed, with a row of
-    /// padding in every tensor.
+    /// The same numbers as a batch of parts: a batch element, and the rows whose queries are asked for. Packed, with a
+    /// row of padding in every tensor.
     pub fn excerpt(&self, parts: &[(usize, Range<usize>)]) -> Case<f64> {
         let shape = &self.shape;
         let per_head = shape.past_len.len() != shape.batch();
         let past_width = if per_head { shape.kv_heads } else { 1 };
         let pick = |all: &[i32], width: usize| -> Vec<i32> {
-            let of = |(entry, _): &(usize, _)| all[entry * width..(entry + 1) * width].to_vec();
+            let of = |(batch_index, _): &(usize, _)| {
+                all[batch_index * width..(batch_index + 1) * width].to_vec()
+            };
             parts.iter().flat_map(of).collect()
         };
         let excerpt = Shape {
@@ -210,10 +212,10 @@ impl Case<f64> {
         let starts: Vec<i32> = parts.iter().map(|(_, rows)| rows.start as i32).collect();
         let starts = starts.iter().any(|&start| start > 0).then_some(starts);
         let mut case = Case::starting_at(&excerpt, starts);
-        for (i, &(entry, ref rows)) in parts.iter().enumerate() {
+        for (i, &(batch_index, ref rows)) in parts.iter().enumerate() {
             let queries = rows.start;
-            copy_entry(&mut case.q, i, &self.q, entry, queries);
-            copy_entry(&mut case.d_out, i, &self.d_out, entry, queries);
+            copy_entry(&mut case.q, i, &self.q, batch_index, queries);
+            copy_entry(&mut case.d_out, i, &self.d_out, batch_index, queries);
             for (to, from) in [
                 (&mut case.k, &self.k),
                 (&mut case.v, &self.v),
@@ -222,7 +224,7 @@ impl Case<f64> {
                 (&mut case.past_k, &self.past_k),
                 (&mut case.past_v, &self.past_v),
             ] {
-                copy_entry(to, i, from, entry, 0);
+                copy_entry(to, i, from, batch_index, 0);
             }
         }
         case
@@ -246,12 +248,18 @@ impl Case<f64> {
     }
 }
 
-/// Copies rows of an entry, from row `first` on, over the numbers of another tensor's; its NaN stay.
-fn copy_entry(to: &mut Tensor<f64>, at: usize, from: &Tensor<f64>, entry: usize, first: usize) {
+/// Copies rows of a batch element, from row `first` on, over the numbers of another tensor's; its NaN stay.
+fn copy_entry(
+    to: &mut Tensor<f64>,
+    at: usize,
+    from: &Tensor<f64>,
+    batch_index: usize,
+    first: usize,
+) {
     let [_, rows, heads, _] = to.shape;
     for (row, head) in (0..rows).flat_map(|row| (0..heads).map(move |head| (row, head))) {
         if !to.row(at, row, head)[0].is_nan() {
-            let source = from.row(entry, first + row, head).to_vec();
+            let source = from.row(batch_index, first + row, head).to_vec();
             to.row_mut(at, row, head).copy_from_slice(&source);
         }
     }

@@ -29,7 +29,7 @@ struct Key<'a> {
     v: &'a [f32],
 }
 
-/// Results of one query head of one entry.
+/// Results of one query head of one batch element.
 struct Head {
     out: Vec<f32>,
     lse: Vec<f32>,
@@ -56,22 +56,24 @@ fn add(to: &mut [f32], factor: f32, from: &[f32]) {
 fn head(
     p: &HostProblem<'_, f32>,
     upstream: Option<Upstream<'_>>,
-    entry: usize,
+    batch_index: usize,
     head: usize,
 ) -> Head {
     let (d, kv_head) = (p.head_dim(), head / p.group());
-    let own = p.source_rows(Source::Current, entry, kv_head);
+    let own = p.source_rows(Source::Current, batch_index, kv_head);
     let mut keys = Vec::new();
     for source in Source::ALL.into_iter().filter(|s| p.reads(*s, head)) {
         let Some([k_rows, v_rows]) = p.source(source) else {
             continue;
         };
-        keys.extend((0..p.source_rows(source, entry, kv_head)).map(|r| Key {
-            source,
-            row: r,
-            k: row(k_rows, [entry, r, kv_head], d),
-            v: row(v_rows, [entry, r, kv_head], d),
-        }));
+        keys.extend(
+            (0..p.source_rows(source, batch_index, kv_head)).map(|r| Key {
+                source,
+                row: r,
+                k: row(k_rows, [batch_index, r, kv_head], d),
+                v: row(v_rows, [batch_index, r, kv_head], d),
+            }),
+        );
     }
     let rows = p.rows();
     let scale = p.scale.unwrap_or(1.0 / (d as f32).sqrt());
@@ -90,7 +92,7 @@ fn head(
     for i in 0..own {
         let scores = &mut scores[i * keys.len()..][..keys.len()];
         let visible = keys.len() - own + i + 1;
-        let q = row(&p.q, [entry, i, head], d);
+        let q = row(&p.q, [batch_index, i, head], d);
         for (s, key) in scores[..visible].iter_mut().zip(&keys) {
             *s = scale * dot(q, key.k);
             if key.source == Source::Past {
@@ -107,8 +109,8 @@ fn head(
             add(&mut result.out[i * d..][..d], *p, key.v);
         }
         if let Some(upstream) = upstream {
-            let d_out = row(&upstream.d_out, [entry, i, head], d);
-            let at = (entry * p.q_heads() + head) * rows + i;
+            let d_out = row(&upstream.d_out, [batch_index, i, head], d);
+            let at = (batch_index * p.q_heads() + head) * rows + i;
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| d_lse[at]);
             let delta = dot(d_out, &result.out[i * d..][..d]) - d_lse;
             for (prob, key) in scores.iter().zip(&keys) {
@@ -137,9 +139,9 @@ pub fn run(p: &HostProblem<'_, f32>, upstream: Option<Upstream<'_>>) -> Plain {
         let (d, group) = (p.head_dim(), q_heads / heads_out);
         let mut merged = vec![0.0; batch * rows * heads_out * d];
         for (idx, head) in heads.iter().enumerate() {
-            let (entry, out_head) = (idx / q_heads, idx % q_heads / group);
+            let (batch_index, out_head) = (idx / q_heads, idx % q_heads / group);
             for (r, from) in part(head).chunks(d).enumerate() {
-                let at = ((entry * rows + r) * heads_out + out_head) * d;
+                let at = ((batch_index * rows + r) * heads_out + out_head) * d;
                 add(&mut merged[at..at + d], 1.0, from);
             }
         }

@@ -10,7 +10,7 @@ pub enum Arrangement {
     HeadsOutside,
     /// `[rows, batch, heads, head_dim]` with unused elements between heads and rows.
     BatchInside,
-    /// Entries in reverse order at arbitrary offsets.
+    /// Batch elements in reverse order at arbitrary offsets.
     Offsets,
     /// As `BatchInside`, but all strides are multiples of 8.
     BatchInside8,
@@ -119,17 +119,17 @@ impl<T: Copy> Tensor<T> {
         ViewMut { data, layout }
     }
 
-    pub fn start(&self, entry: usize, row: usize, head: usize) -> usize {
-        self.layout().offset(entry, row, head)
+    pub fn start(&self, batch_index: usize, row: usize, head: usize) -> usize {
+        self.layout().offset(batch_index, row, head)
     }
 
-    pub fn row(&self, entry: usize, row: usize, head: usize) -> &[T] {
-        let start = self.start(entry, row, head);
+    pub fn row(&self, batch_index: usize, row: usize, head: usize) -> &[T] {
+        let start = self.start(batch_index, row, head);
         &self.data[start..start + self.shape[3]]
     }
 
-    pub fn row_mut(&mut self, entry: usize, row: usize, head: usize) -> &mut [T] {
-        let start = self.start(entry, row, head);
+    pub fn row_mut(&mut self, batch_index: usize, row: usize, head: usize) -> &mut [T] {
+        let start = self.start(batch_index, row, head);
         &mut self.data[start..start + self.shape[3]]
     }
 
@@ -137,10 +137,10 @@ impl<T: Copy> Tensor<T> {
     pub fn elements(&self) -> Vec<T> {
         let [batch, rows, heads, _] = self.shape;
         let mut elements = Vec::new();
-        for entry in 0..batch {
+        for batch_index in 0..batch {
             for row in 0..rows {
                 for head in 0..heads {
-                    elements.extend_from_slice(self.row(entry, row, head));
+                    elements.extend_from_slice(self.row(batch_index, row, head));
                 }
             }
         }

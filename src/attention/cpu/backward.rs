@@ -98,12 +98,13 @@ fn deltas(
         .par_chunks_mut(rows)
         .enumerate()
         .for_each(|(idx, delta)| {
-            let (entry, head) = (idx / q_heads, idx % q_heads);
-            let valid = problem.query_rows(entry);
+            let (batch_index, head) = (idx / q_heads, idx % q_heads);
+            let valid = problem.query_rows(batch_index);
             if valid == 0 {
                 return;
             }
-            let [d_out, out] = [saved.d_out, saved.out].map(|t| source_rows(&t, [entry, 0, head]));
+            let [d_out, out] =
+                [saved.d_out, saved.out].map(|t| source_rows(&t, [batch_index, 0, head]));
             kernels.dots(d_out, out, problem.head_dim(), &mut delta[..valid]);
             if let Some(d_lse) = saved.d_lse {
                 for (delta, d_lse) in delta[..valid].iter_mut().zip(&d_lse[idx * rows..]) {
@@ -130,9 +131,9 @@ struct Pass<'a> {
     tiles: usize,
 }
 
-/// One KV head of one entry.
+/// One KV head of one batch element.
 struct Head {
-    entry: usize,
+    batch_index: usize,
     kv_head: usize,
     walks: Walks,
     prior_tiles: usize,
@@ -163,31 +164,31 @@ impl Pass<'_> {
             .collect();
         rayon::scope(|scope| {
             for head in &heads {
-                for walk in 0..self.query_tiles(head.entry) {
+                for walk in 0..self.query_tiles(head.batch_index) {
                     scope.spawn(move |scope| self.walk(scope, head, walk));
                 }
             }
         });
     }
 
-    fn query_tiles(&self, entry: usize) -> usize {
-        let rows = self.problem.query_rows(entry);
+    fn query_tiles(&self, batch_index: usize) -> usize {
+        let rows = self.problem.query_rows(batch_index);
         rows.div_ceil(tile_rows(self.problem.group()))
     }
 
-    fn head(&self, entry: usize, kv_head: usize) -> Head {
+    fn head(&self, batch_index: usize, kv_head: usize) -> Head {
         let (problem, group) = (self.problem, self.problem.group());
         let read = (0..group).any(|h| problem.reads(Source::Prior, kv_head * group + h));
         let prior_tiles = match self.prior {
             Some(_) if read => problem
-                .source_rows(Source::Prior, entry, kv_head)
+                .source_rows(Source::Prior, batch_index, kv_head)
                 .div_ceil(tile_rows(group)),
             _ => 0,
         };
         Head {
-            entry,
+            batch_index,
             kv_head,
-            walks: Walks::new(self.query_tiles(entry), prior_tiles),
+            walks: Walks::new(self.query_tiles(batch_index), prior_tiles),
             prior_tiles,
         }
     }
@@ -276,12 +277,12 @@ impl Cell<'_> {
     /// At most `most` keys of a source from `first` on.
     fn keys(&mut self, source: Source, first: usize, most: usize, key_grads: bool) {
         let (problem, group) = (self.pass.problem, self.pass.problem.group());
-        let (entry, kv_head) = (self.head.entry, self.head.kv_head);
+        let (batch_index, kv_head) = (self.head.batch_index, self.head.kv_head);
         let is_read = (0..group).any(|h| problem.reads(source, kv_head * group + h));
         let Some([k, v]) = problem.source(source).filter(|_| is_read) else {
             return;
         };
-        let len = problem.source_rows(source, entry, kv_head);
+        let len = problem.source_rows(source, batch_index, kv_head);
         let end = first.saturating_add(most).min(len);
         for first in (first..end).step_by(KEYS).rev() {
             let keys = KeyTile {
@@ -289,7 +290,7 @@ impl Cell<'_> {
                 first,
                 count: KEYS.min(end - first),
             };
-            let rows = [k, v].map(|view| source_rows(view, [entry, first, kv_head]));
+            let rows = [k, v].map(|view| source_rows(view, [batch_index, first, kv_head]));
             for (to, rows) in self.scratch.keys.iter_mut().zip(rows) {
                 let kernels = self.pass.kernels;
                 kernels.transpose(rows, keys.count, problem.head_dim(), to);
@@ -301,7 +302,7 @@ impl Cell<'_> {
     fn chunks(&mut self, keys: KeyTile, k: Rows<'_>, key_grads: bool) {
         let problem = self.pass.problem;
         let tile = tile_rows(problem.group());
-        let valid = problem.query_rows(self.head.entry);
+        let valid = problem.query_rows(self.head.batch_index);
         let tile = self.walk * tile..((self.walk + 1) * tile).min(valid);
         for h in 0..problem.group() {
             let q_head = self.head.kv_head * problem.group() + h;
@@ -340,7 +341,7 @@ impl Cell<'_> {
             kernels,
             ..
         } = *self.pass;
-        let (entry, head_dim) = (self.head.entry, problem.head_dim());
+        let (batch_index, head_dim) = (self.head.batch_index, problem.head_dim());
         let mut counts = [0; CHUNK];
         let mut spans = [[0; 2]; CHUNK];
         for row in 0..chunk.rows {
@@ -348,7 +349,7 @@ impl Cell<'_> {
             spans[row] = [0, counts[row]];
         }
         let counts = &counts[..chunk.rows];
-        let at = [entry, chunk.first, chunk.q_head];
+        let at = [batch_index, chunk.first, chunk.q_head];
         let q = source_rows(&problem.q, at);
         let d_out = source_rows(&saved.d_out, at);
         let Scratch { keys: kv, s, ds } = &mut *self.scratch;
@@ -361,7 +362,7 @@ impl Cell<'_> {
                 s,
             });
         }
-        let lse = (entry * problem.q_heads() + chunk.q_head) * problem.rows() + chunk.first;
+        let lse = (batch_index * problem.q_heads() + chunk.q_head) * problem.rows() + chunk.first;
         let past = keys.source == Source::Past;
         let rows = BackwardRows {
             scale: scale(problem),
@@ -373,7 +374,8 @@ impl Cell<'_> {
         };
         let sum = kernels.score_gradients(s, ds, rows);
         if past {
-            let gate = (entry * problem.q_heads() + chunk.q_head) * self.pass.tiles + self.walk;
+            let gate =
+                (batch_index * problem.q_heads() + chunk.q_head) * self.pass.tiles + self.walk;
             // SAFETY: this tile of this head is this walk's only.
             unsafe { self.pass.gates.part(gate, 1)[0] += sum };
         }
@@ -411,7 +413,7 @@ impl Cell<'_> {
                     .min(chunk.rows);
             }
         }
-        let at = [self.head.entry, keys.first, self.head.kv_head];
+        let at = [self.head.batch_index, keys.first, self.head.kv_head];
         let Scratch { s, ds, .. } = &*self.scratch;
         for (grads, w, b) in [(&grads[0], ds, q), (&grads[1], s, d_out)] {
             let accumulate = Accumulate {

@@ -1,4 +1,4 @@
-//! Forward: one task per batch entry, KV head and tile of query rows.
+//! Forward: one task per batch element, KV head and tile of query rows.
 //!
 //! A task holds the rows of all query heads of its group, so that a tile of keys is read and transposed
 //! once for all of them, and one row of decoding still fills the registers. It walks the tiles of the
@@ -42,8 +42,8 @@ pub(super) fn run(
         .into_par_iter()
         .with_max_len(1)
         .for_each(|idx| {
-            let (entry, kv_heads, rows) = tasks.get(idx);
-            let end = rows.end.min(problem.query_rows(entry));
+            let (batch_index, kv_heads, rows) = tasks.get(idx);
+            let end = rows.end.min(problem.query_rows(batch_index));
             SCRATCH.with_borrow_mut(|scratch| {
                 if scratch.len() < kv_heads.len() {
                     scratch.resize_with(kv_heads.len(), Scratch::default);
@@ -51,7 +51,7 @@ pub(super) fn run(
                 let head = |(kv_head, scratch): (usize, _)| Head {
                     problem,
                     kernels,
-                    entry,
+                    batch_index,
                     kv_head,
                     first: rows.start,
                     valid: end.saturating_sub(rows.start),
@@ -78,7 +78,7 @@ fn run_task(heads: &mut [Head<'_>], rows: usize, out: &SharedRows<'_>, lse: &Sha
     heads.iter().for_each(|head| head.write(rows, out, lse));
 }
 
-/// The query rows of a problem cut into tasks: entry, KV heads, range of rows.
+/// The query rows of a problem cut into tasks: batch element, KV heads, range of rows.
 struct Tasks {
     rows: usize,
     tile: usize,
@@ -125,9 +125,13 @@ impl Tasks {
     /// The last rows of a head first: they see the most keys.
     fn get(&self, idx: usize) -> (usize, Range<usize>, Range<usize>) {
         let first = (self.tiles - 1 - idx % self.tiles) * self.tile;
-        let (entry, part) = (idx / self.tiles / self.parts, idx / self.tiles % self.parts);
+        let (batch_index, part) = (idx / self.tiles / self.parts, idx / self.tiles % self.parts);
         let kv_heads = self.kv_heads * part / self.parts..self.kv_heads * (part + 1) / self.parts;
-        (entry, kv_heads, first..self.rows.min(first + self.tile))
+        (
+            batch_index,
+            kv_heads,
+            first..self.rows.min(first + self.tile),
+        )
     }
 }
 
@@ -174,12 +178,12 @@ fn grow<T: Clone>(vec: &mut Vec<T>, len: usize, value: T) {
     }
 }
 
-/// `valid` query rows from row `first` of one entry, for each query head of one KV head. In the
+/// `valid` query rows from row `first` of one batch element, for each query head of one KV head. In the
 /// scratch, row `r` of the group's head `h` is at `h * valid + r`.
 struct Head<'a> {
     problem: &'a HostProblem<'a, f32>,
     kernels: &'a Kernels,
-    entry: usize,
+    batch_index: usize,
     kv_head: usize,
     first: usize,
     valid: usize,
@@ -194,7 +198,11 @@ impl Head<'_> {
         let slots = group * self.valid;
         for slot in 0..slots {
             let (head, row) = (slot / self.valid, slot % self.valid);
-            let at = [self.entry, self.first + row, self.kv_head * group + head];
+            let at = [
+                self.batch_index,
+                self.first + row,
+                self.kv_head * group + head,
+            ];
             let to = &mut self.scratch.q[slot * head_dim..][..head_dim];
             to.copy_from_slice(self.problem.q.row(at));
         }
@@ -207,7 +215,7 @@ impl Head<'_> {
     fn open(&mut self, source: Source) -> usize {
         let problem = self.problem;
         let runs = head_runs(problem, source, self.kv_head);
-        let mut len = problem.source_rows(source, self.entry, self.kv_head);
+        let mut len = problem.source_rows(source, self.batch_index, self.kv_head);
         if source == Source::Current {
             len = len.min(self.position() + self.valid);
         }
@@ -225,7 +233,7 @@ impl Head<'_> {
 
     /// Position of the first row in its segment.
     fn position(&self) -> usize {
-        self.problem.query_start(self.entry) + self.first
+        self.problem.query_start(self.batch_index) + self.first
     }
 
     /// The keys of the open source from `first_key` on, one tile.
@@ -235,7 +243,7 @@ impl Head<'_> {
         let Some([k, v]) = problem.source(source).filter(|_| count > 0) else {
             return;
         };
-        let at = [self.entry, first_key, self.kv_head];
+        let at = [self.batch_index, first_key, self.kv_head];
         let k = source_rows(k, at);
         self.kernels
             .transpose(k, count, problem.head_dim(), &mut self.scratch.keys);
@@ -315,12 +323,12 @@ impl Head<'_> {
         for head in 0..group {
             let q_head = self.kv_head * group + head;
             let lse_start =
-                (self.entry * self.problem.q_heads() + q_head) * out.rows() + self.first;
+                (self.batch_index * self.problem.q_heads() + q_head) * out.rows() + self.first;
             // SAFETY: these rows of this head are this task's only, and taken once.
             let lse = unsafe { lse.part(lse_start, rows) };
             for (row, lse) in lse.iter_mut().enumerate() {
                 // SAFETY: as above.
-                let out = unsafe { out.row([self.entry, self.first + row, q_head]) };
+                let out = unsafe { out.row([self.batch_index, self.first + row, q_head]) };
                 if row >= self.valid {
                     out.fill(0.0);
                     *lse = f32::NEG_INFINITY;

@@ -31,8 +31,9 @@ const HOST: &str = "host values on the CPU";
 
 /// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
 ///
-/// # Errors See [`Problem::validate`](super::Problem::validate); likewise for `out` and `lse`. `head_dim` must be a
-/// multiple of 8 up to 256.
+/// # Errors
+/// See [`Problem::validate`](super::Problem::validate); likewise for `out` and `lse`. `head_dim` must be a multiple of
+/// 8 up to 256.
 pub fn forward(
     problem: &HostProblem<'_, f32>,
     out: ViewMut<'_, f32>,
@@ -62,10 +63,11 @@ pub fn forward_on(
 
 /// Computes the gradients of a loss from those with respect to `out` and `lse`.
 ///
-/// The bits of an entry's gradients depend on that entry only.
+/// The bits of a batch element's gradients depend on that batch element only.
 ///
-/// # Errors See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must
-/// be 0, `head_dim` a multiple of 8 up to 256.
+/// # Errors
+/// See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must be 0,
+/// `head_dim` a multiple of 8 up to 256.
 pub fn backward(
     problem: &HostProblem<'_, f32>,
     saved: &HostSaved<'_, f32>,
@@ -131,9 +133,9 @@ fn head_runs(problem: &HostProblem<'_, f32>, source: Source, kv_head: usize) -> 
 }
 
 /// The rows from one row of a head on.
-fn source_rows<'a>(view: &View<'a, f32>, [entry, row, head]: [usize; 3]) -> Rows<'a> {
+fn source_rows<'a>(view: &View<'a, f32>, [batch_index, row, head]: [usize; 3]) -> Rows<'a> {
     Rows {
-        data: &view.data[view.layout.offset(entry, row, head)..],
+        data: &view.data[view.layout.offset(batch_index, row, head)..],
         stride: view.layout.row_stride,
     }
 }

@@ -8,7 +8,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What one head of one entry has done so far.
+/// What one head of one batch element has done so far.
 pub(super) struct Walks {
     state: Mutex<State>,
     steps_before_diagonal: usize,

@@ -65,9 +65,9 @@ impl<'a> SharedRows<'a> {
     }
 
     /// Where a row begins; `count` rows from it on are in bounds.
-    pub(super) fn pointer(&self, [entry, row, head]: [usize; 3], count: usize) -> *mut f32 {
+    pub(super) fn pointer(&self, [batch_index, row, head]: [usize; 3], count: usize) -> *mut f32 {
         assert!(row + count <= self.layout.rows);
-        let start = self.layout.offset(entry, row, head);
+        let start = self.layout.offset(batch_index, row, head);
         assert!(
             count == 0
                 || start + (count - 1) * self.row_stride() + self.layout.head_dim <= self.data.len
@@ -81,8 +81,8 @@ impl<'a> SharedRows<'a> {
     /// # Safety
     /// The same row is not alive elsewhere.
     #[allow(clippy::mut_from_ref)]
-    pub(super) unsafe fn row(&self, [entry, row, head]: [usize; 3]) -> &mut [f32] {
-        let start = self.layout.offset(entry, row, head);
+    pub(super) unsafe fn row(&self, [batch_index, row, head]: [usize; 3]) -> &mut [f32] {
+        let start = self.layout.offset(batch_index, row, head);
         // SAFETY: rows are disjoint by validation, and this one is the caller's.
         unsafe { self.data.part(start, self.layout.head_dim) }
     }

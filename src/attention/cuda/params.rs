@@ -192,23 +192,23 @@ pub(super) fn most_splits(problem: &Problem<'_, Tensor<'_>>, info: &SegattnKerne
     }
 }
 
-/// Most key tiles of `key_rows` rows that a query of the problem sees, over entries and heads.
+/// Most key tiles of `key_rows` rows that a query of the problem sees, over batch elements and heads.
 fn most_key_tiles(problem: &Problem<'_, Tensor<'_>>, key_rows: usize) -> usize {
     let is_read =
         PerSource::from_fn(|source| (0..problem.q_heads()).any(|head| problem.reads(source, head)));
     // A plan with lengths in device memory serves as long as the tensors do, whatever the others become.
     let on_device = |len| matches!(len, Len::Device(_));
     let on_device = problem.lengths.named().any(|(_, len)| on_device(len));
-    let rows = |source, entry| match on_device {
+    let rows = |source, batch_index| match on_device {
         true => problem.capacity(source),
         false => {
-            let rows = |head| problem.source_rows(source, entry, head);
+            let rows = |head| problem.source_rows(source, batch_index, head);
             (0..problem.kv_heads()).map(rows).max().unwrap_or(0)
         }
     };
-    let tiles = |entry| {
+    let tiles = |batch_index| {
         let read = Source::ALL.into_iter().filter(|&source| is_read[source]);
-        read.map(|source| rows(source, entry).div_ceil(key_rows))
+        read.map(|source| rows(source, batch_index).div_ceil(key_rows))
             .sum()
     };
     (0..problem.batch()).map(tiles).max().unwrap_or(0)

@@ -118,7 +118,7 @@ fn tensor(data: u64, shape: [usize; 4]) -> Tensor<'static> {
     Tensor::packed(data, Dtype::Bf16, shape)
 }
 
-/// Two entries, as many heads as there are roles on two, `rows` rows of 64.
+/// Two batch elements, as many heads as there are roles on two, `rows` rows of 64.
 fn of_heads(
     rows: usize,
     gates: impl Into<Gates<'static>>,
@@ -132,12 +132,12 @@ fn of_heads(
         .lengths(lengths(&[70, 0]))
 }
 
-/// Two entries, four heads on two, 200 rows of 64.
+/// Two batch elements, four heads on two, 200 rows of 64.
 fn problem() -> GpuProblem<'static> {
     of_heads(200, &[0.0, 0.0, 1.0, 0.5], &[true, true, false, false])
 }
 
-/// Two entries, four heads on two, one row.
+/// Two batch elements, four heads on two, one row.
 fn one_row() -> GpuProblem<'static> {
     of_heads(1, &[0.0, 0.0, 1.0, 0.5], &[true, true, false, false])
 }
@@ -217,12 +217,12 @@ fn host_values_travel_and_are_pointed_at() {
 }
 
 #[test]
-fn keys_are_split_by_the_longest_entry_and_then_combined() {
+fn keys_are_split_by_the_longest_batch_element_and_then_combined() {
     let mut problem = problem();
     problem.lengths = lengths(&[70, 70_000]);
     let long = plan(&problem, None).expect("a plan");
     let recorder = run(&long);
-    // 1094 + 2 tiles (of entry 1) of 64 keys, 128 to an item.
+    // 1094 + 2 tiles (of batch element 1) of 64 keys, 128 to an item.
     assert_eq!(forward_params(&recorder.launches[0].1).max_splits, 9);
     let combine = &recorder.launches[1].0;
     assert_eq!(
@@ -335,7 +335,7 @@ fn sources_that_are_not_there_have_no_rows_and_no_readers() {
 }
 
 #[test]
-fn entries_that_lie_anywhere_have_their_offsets_copied() {
+fn batch_elements_that_lie_anywhere_have_their_offsets_copied() {
     let mut problem = problem();
     let offsets = [1 << 35, 64];
     problem.k = Tensor {
@@ -361,7 +361,7 @@ fn entries_that_lie_anywhere_have_their_offsets_copied() {
     problem.k.len = 1 << 35;
     let refused = plan(&problem, None).expect_err("out of bounds").to_string();
     assert!(
-        refused.starts_with("k: batch entry 0: expected at least"),
+        refused.starts_with("k: batch element 0: expected at least"),
         "{refused}"
     );
 }
@@ -389,7 +389,7 @@ fn what_does_not_fit_is_refused_by_name() {
     assert!(refused(|p| p.lengths = lengths(&[70_001, 0])).starts_with("past_len[0]: "));
     assert!(
         refused(|p| p.past.as_mut().expect("a past").v.len = 64)
-            .starts_with("past_v: batch entry 0")
+            .starts_with("past_v: batch element 0")
     );
     let lse = DeviceSlice::new(4096, 7);
     let error = ForwardPlan::new(&problem(), &problem().q, lse, None, &Table).expect_err("lse");
