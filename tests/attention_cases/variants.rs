@@ -51,7 +51,7 @@ fn lengths(dtype: Dtype, head_dim: usize) -> Named {
     named("every length around a tile's", shape, options)
 }
 
-/// So much past that a tile's keys are split into several items, forward and backward.
+/// So much past that a tile's keys are cut into several KV splits, forward and backward.
 fn split_past(dtype: Dtype, head_dim: usize) -> Named {
     let shape = Shape {
         segment_len: vec![3, 1],
@@ -67,7 +67,7 @@ fn split_past(dtype: Dtype, head_dim: usize) -> Named {
         phase: Some(Phase::Prefill),
         ..Options::new(dtype)
     };
-    named("a past of several items", shape, options)
+    named("a past of several KV splits", shape, options)
 }
 
 /// One token of each sequence, whose keys are split into chunks; heads of a group share a tile.

@@ -15,7 +15,7 @@ const ROW_PITCH: usize = 128;
 /// Kernels of a warp a row, which have no constant of their own.
 const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
-/// Counters of kernels whose blocks take items.
+/// Work counters: one for each kernel whose blocks take work tiles in a loop.
 const WORK_COUNTERS: usize = 2;
 
 /// A validated backward call.
@@ -76,8 +76,8 @@ impl BackwardPlan {
         let row_pitch = rows.next_multiple_of(ROW_PITCH);
         let tiles = rows.div_ceil(query.tile_rows as usize);
         let max_splits = most_splits(problem, &query);
-        let items = count(
-            "tiles * items * heads * batch",
+        let work_tiles = count(
+            "query tiles * KV splits * heads * batch",
             &[tiles, max_splits, heads, batch],
         )?;
         let prepare = info::<SegattnBackwardParams>(kernels, instance.prepare)?;
@@ -89,14 +89,14 @@ impl BackwardPlan {
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
         let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads(), batch])?;
         let split = usize::from(max_splits > 1) * max_splits;
-        // Blocks that take items are no more than run at once.
-        let grid = |entry, items: u32, info: &_| match hopper {
-            Some(_) if items > 0 => {
-                Ok(kernels.resident_blocks(entry, info)?.max(1).min(items)) as Result<_, Error>
+        // A kernel whose blocks take work tiles in a loop gets as many blocks as run at once.
+        let grid = |entry, tiles: u32, info: &_| match hopper {
+            Some(_) if tiles > 0 => {
+                Ok(kernels.resident_blocks(entry, info)?.max(1).min(tiles)) as Result<_, Error>
             }
-            _ => Ok(items),
+            _ => Ok(tiles),
         };
-        let query_blocks = grid(query_grad, items, &query)?;
+        let query_blocks = grid(query_grad, work_tiles, &query)?;
         let key_blocks = grid(key_grad, key_blocks, &key)?;
         let entries = [instance.prepare, query_grad, query_grad_sum, key_grad];
         entries.iter().try_for_each(|&entry| kernels.ready(entry))?;
@@ -125,7 +125,7 @@ impl BackwardPlan {
             workspace,
             row_pitch: count("row_pitch", &[row_pitch])?,
             tiles: count("tiles", &[tiles])?,
-            max_splits: count("items", &[max_splits])?,
+            max_splits: count("KV splits", &[max_splits])?,
             launches: [
                 launch(instance.prepare, prepare_blocks, &prepare),
                 launch(query_grad, query_blocks, &query),

@@ -84,22 +84,22 @@ impl ForwardPlan {
         let tiles = rows.saturating_mul(packed).div_ceil(tile_rows);
         let max_splits = most_splits(problem, &info);
         let (batch, q_heads) = (problem.batch(), problem.q_heads());
-        let items = count(
-            "tiles * items * heads * batch",
+        let work_tiles = count(
+            "query tiles * KV splits * heads * batch",
             &[tiles, max_splits, q_heads / packed, batch],
         )?;
-        // Prefill's blocks take one item after the other and keep totals of chunks meanwhile; in decoding an item is a
-        // block.
-        let (blocks, totals) = match (items, phase) {
+        // A prefill block takes work tiles in a loop and keeps the totals of a tile's chunks in the workspace. In
+        // decoding each work tile is a block.
+        let (blocks, totals) = match (work_tiles, phase) {
             (0, _) => (0, 0),
-            (items, Phase::Decode) => (items, 0),
-            (items, Phase::Prefill) => {
-                let blocks = kernels.resident_blocks(entry, &info)?.max(1).min(items);
+            (tiles, Phase::Decode) => (tiles, 0),
+            (tiles, Phase::Prefill) => {
+                let blocks = kernels.resident_blocks(entry, &info)?.max(1).min(tiles);
                 (blocks, blocks as usize)
             }
         };
         let query_rows = [batch, q_heads, rows];
-        let is_split = max_splits > 1 && items > 0;
+        let is_split = max_splits > 1 && work_tiles > 0;
         let partial_rows = [usize::from(is_split) * max_splits, batch, q_heads, rows];
         kernels.ready(entry)?;
         kernels.ready(combine)?;
@@ -120,7 +120,7 @@ impl ForwardPlan {
             phase,
             packed_heads: packed as u32,
             tiles: count("tiles", &[tiles])?,
-            max_splits: count("items", &[max_splits])?,
+            max_splits: count("KV splits", &[max_splits])?,
             attention: launch(entry, blocks, &info),
             combine: Launch {
                 blocks: if is_split { combined.blocks } else { 0 },

@@ -42,7 +42,8 @@ pub(super) struct Instance {
     pub hopper: Option<HopperInstance>,
 }
 
-/// The entry points written for Hopper. The blocks of all but the combining and summing ones take items.
+/// The entry points written for Hopper. Blocks of all but the merging and summing
+/// ones take work tiles in a loop.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct HopperInstance {
     pub prefill: Entry,

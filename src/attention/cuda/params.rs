@@ -179,7 +179,7 @@ impl ProblemParams {
     }
 }
 
-/// Most items that a query tile's keys are split into by a kernel.
+/// The most KV splits of a query tile.
 pub(super) fn most_splits(problem: &Problem<'_, Tensor<'_>>, info: &SegattnKernelInfo) -> usize {
     match (
         usize::try_from(info.key_rows),

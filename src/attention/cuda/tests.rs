@@ -222,7 +222,7 @@ fn keys_are_split_by_the_longest_batch_element_and_then_combined() {
     problem.lengths = lengths(&[70, 70_000]);
     let long = plan(&problem, None).expect("a plan");
     let recorder = run(&long);
-    // 1094 + 2 tiles (of batch element 1) of 64 keys, 128 to an item.
+    // 1094 + 2 tiles (of batch element 1) of 64 keys, 128 tiles to a KV split.
     assert_eq!(forward_params(&recorder.launches[0].1).max_splits, 9);
     let combine = &recorder.launches[1].0;
     assert_eq!(
@@ -483,7 +483,7 @@ fn backward_prepares_then_takes_queries_then_keys() {
 }
 
 #[test]
-fn on_hopper_backward_takes_items_with_the_blocks_that_run_at_once() {
+fn on_hopper_backward_takes_work_tiles_with_the_blocks_that_run_at_once() {
     let recorder = backward_with(&HopperTable, &problem(), false).expect("a plan");
     let launches: Vec<_> = recorder
         .launches
