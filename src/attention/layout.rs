@@ -121,7 +121,7 @@ impl Layout<'_> {
             .try_fold(self.batch.len(), |product, &n| product.checked_mul(n));
         match count {
             Some(0) => return false,
-            // More elements than there are places for them.
+            // More elements than the data has.
             None => return true,
             Some(count) if count > len => return true,
             Some(_) => {}
@@ -139,7 +139,7 @@ impl Layout<'_> {
         starts.windows(2).any(|pair| pair[1] - pair[0] < head_dim)
     }
 
-    /// Sufficient and cheap: each dimension steps over everything inside it.
+    /// A cheap sufficient condition for no overlap: the stride of each dimension is at least the extent inside it.
     fn nests(&self) -> bool {
         let mut dims = vec![(self.row_stride, self.rows), (self.head_stride, self.heads)];
         match self.batch {
@@ -158,15 +158,15 @@ impl Layout<'_> {
     }
 }
 
-/// Numbers of which there are so many, wherever they are.
+/// Numbers in host or device memory.
 pub trait Elements {
-    /// How many may be touched.
+    /// How many there are.
     fn elements(&self) -> usize;
 }
 
-/// A tensor, wherever its elements are.
+/// A `[batch, rows, heads, head_dim]` tensor in host or device memory.
 pub trait Strided: Elements {
-    /// Its shape, and where its rows are.
+    /// Its shape and strides.
     fn layout(&self) -> Layout<'_>;
 }
 

@@ -7,8 +7,8 @@ use super::source::Source;
 /// host memory, a [`cuda::Tensor`](super::cuda::Tensor) of device memory, or a slice of cudarc's
 /// (`cuda::slices::Input`).
 ///
-/// Shapes and element type are those of the tensors. Rows at or beyond a batch element's length are never read,
-/// whatever they hold. What a tensor or a length must be is checked by the call, see [`Problem::validate`].
+/// Shapes and element type are those of the tensors. Rows at or beyond a batch element's length are never read. The
+/// call checks every argument, see [`Problem::validate`].
 #[derive(Debug, Clone, Copy)]
 pub struct Problem<'a, X> {
     /// Queries `[batch, rows, q_heads, head_dim]`; row 0 is position `query_start[b]` of its segment.
@@ -68,9 +68,9 @@ pub enum Gates<'a> {
 pub enum Len<'a> {
     /// Host values; validated, and copied with the call to a GPU.
     Host(&'a [i32]),
-    /// The device address of i32, which nobody reads back: they must be what validation would accept, and every row of
-    /// the tensors must lie inside its memory. The work is cut for as many rows as the tensors have, so that a plan
-    /// serves as long as they suffice.
+    /// The device address of i32. The host does not read them: they must be values that validation would accept, and
+    /// every row of the tensors must lie inside its memory. Work is planned for all rows of the tensors, so that a plan
+    /// stays valid while the lengths change.
     Device(u64),
 }
 
@@ -88,7 +88,7 @@ pub enum PastLen<'a> {
 /// ```
 /// use segattn::attention::Lengths;
 ///
-/// // Two batch elements of 5 and 3 tokens, of which the last one is asked for.
+/// // Decoding: the last token of each of two segments of 5 and 3 tokens is the query.
 /// let lengths = Lengths::segment(&[5, 3]).query_start(&[4, 2]);
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -145,7 +145,7 @@ impl<'a> Lengths<'a> {
         }
     }
 
-    /// Every length there is, by name.
+    /// The lengths that are given, by name.
     pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, Len<'a>)> {
         let past_len = self.past_len.map(PastLen::values);
         [
@@ -213,7 +213,7 @@ impl Gates<'_> {
 }
 
 impl<'a, X> Problem<'a, X> {
-    /// Queries that read the keys and values of their own segment, each row those up to its own position.
+    /// Causal attention within one segment: each query row reads the keys up to its own position.
     pub fn causal(q: X, k: X, v: X) -> Self {
         Problem {
             q,
@@ -226,7 +226,7 @@ impl<'a, X> Problem<'a, X> {
         }
     }
 
-    /// Adds the KV tail of the segment before, read by the query heads that `heads` names.
+    /// Adds the KV tail of the segment before. `heads` `[q_heads]` says which query heads read it.
     pub fn prior(self, k: X, v: X, heads: &'a [bool]) -> Self {
         Problem {
             prior: Some(Prior { k, v, heads }),
@@ -234,7 +234,7 @@ impl<'a, X> Problem<'a, X> {
         }
     }
 
-    /// Adds retrieved rows, weighted by each query head's gate.
+    /// Adds retrieved rows, weighted by the gate `[q_heads]` of each query head.
     pub fn past(self, k: X, v: X, gates: impl Into<Gates<'a>>) -> Self {
         let gates = gates.into();
         Problem {
@@ -243,7 +243,7 @@ impl<'a, X> Problem<'a, X> {
         }
     }
 
-    /// Says how many rows are valid.
+    /// Sets how many rows are valid.
     pub fn lengths(self, lengths: Lengths<'a>) -> Self {
         Problem { lengths, ..self }
     }
@@ -277,7 +277,7 @@ impl<'a, X> Problem<'a, X> {
         }
     }
 
-    /// The weight of the past in a query head; 0 without a past. Of device gates only whether they are 0 is known.
+    /// The weight of the past in a query head; 0 without a past. For gates in device memory it is 1 or 0: read or not.
     pub fn gate(&self, head: usize) -> f32 {
         match self.past.as_ref().map(|past| past.gates) {
             None => 0.0,
@@ -317,7 +317,7 @@ impl<'a, X> Problem<'a, X> {
     }
 }
 
-/// Sizes and lengths. Lengths are those of a validated problem; device-resident ones stand at their largest.
+/// Sizes and lengths. Lengths need a validated problem; those in device memory count as the largest possible.
 impl<X: Strided> Problem<'_, X> {
     /// Number of batch elements.
     pub fn batch(&self) -> usize {
@@ -394,8 +394,8 @@ impl<X: Strided> Problem<'_, X> {
     }
 }
 
-/// What a backward pass reads besides the problem: tensors `X` like `q`, and f32 or f64 `F` of `[batch, q_heads,
-/// rows]`.
+/// What a backward pass reads besides the problem. `X` is a tensor like `q`; `F` is a slice `[batch, q_heads, rows]` of
+/// f32, or of f64 in the reference.
 #[derive(Debug, Clone, Copy)]
 pub struct Saved<X, F> {
     /// What the forward pass wrote.
@@ -408,8 +408,8 @@ pub struct Saved<X, F> {
     pub d_lse: Option<F>,
 }
 
-/// What a backward pass writes, to tensors `Y`. Every element of every row is written (`=`, not `+=`), padding rows to
-/// 0.
+/// What a backward pass writes. `Y` is a tensor that is written, `F` a slice of f32, or of f64 in the reference. Every
+/// row is overwritten (`=`, not `+=`), padding rows with 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Gradients<Y, F> {
     /// Like `q`.
@@ -426,7 +426,7 @@ pub struct Gradients<Y, F> {
 }
 
 impl<X, F> Saved<X, F> {
-    /// Of a loss that does not depend on `lse`.
+    /// For a loss that does not depend on `lse`.
     pub fn new(out: X, lse: F, d_out: X) -> Self {
         Saved {
             out,
@@ -438,7 +438,7 @@ impl<X, F> Saved<X, F> {
 }
 
 impl<Y, F> Gradients<Y, F> {
-    /// All but those of the prior.
+    /// The gradients that every call writes; those of the prior are left out.
     pub fn new(d_q: Y, d_k: Y, d_v: Y, d_past_gate: F) -> Self {
         Gradients {
             d_q,
@@ -449,7 +449,7 @@ impl<Y, F> Gradients<Y, F> {
         }
     }
 
-    /// Adds those of the prior's keys and values.
+    /// Adds the gradients of the prior's keys and values.
     pub fn prior(self, d_k: Y, d_v: Y) -> Self {
         Gradients {
             d_prior: Some((d_k, d_v)),

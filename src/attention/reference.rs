@@ -1,5 +1,5 @@
-//! Segment attention in f64, written for reading: one query row at a time, every visible key in a
-//! list, the softmax in full, the gradient formulas one by one. Quadratic; for tests.
+//! Segment attention in f64, written to be read: one query row at a time, every visible key in a list, a full softmax,
+//! and the gradient formulas of docs/contract.md, section 1. For tests; time and memory are quadratic.
 
 use super::error::Error;
 use super::layout::ViewMut;

@@ -1,9 +1,9 @@
 //! NVIDIA's driver, loaded at run time: one program serves machines with and without a GPU.
 //!
-//! A thin layer over [cudarc](https://docs.rs/cudarc), whose contexts, streams and slices are used as they are. What
-//! it adds: errors that say what to do ([`Error`]), modules from embedded images (`Module`), and launches whose one
-//! parameter is a struct by value (`Function`). On it stands [`kernels`], the registry of the compiled kernels. Without
-//! the feature `cuda` there are only [`Error`] and what of [`kernels`] needs no driver.
+//! A thin layer over [cudarc](https://docs.rs/cudarc), whose contexts, streams and slices are used unchanged. It adds
+//! errors that say what to do ([`Error`]), modules from embedded images (`Module`), launches whose one parameter is a
+//! struct by value (`Function`), and the registry of the compiled kernels ([`kernels`]). Without the feature `cuda`
+//! only the parts that need no driver are compiled.
 
 #[cfg(feature = "cuda")]
 mod device;

@@ -13,7 +13,7 @@ use cudarc::driver::{CudaContext, DriverError, result};
 use super::device::{DeviceInfo, KERNEL_ARCHITECTURES, driver_error, driver_version, toolkit};
 use super::error::Error;
 
-/// Shared memory that a block has without asking.
+/// Shared memory that a block may have without `allow_shared_bytes`.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
 /// The architecture, times ten, from which on kernels are compiled with instructions to wait for the kernel before
@@ -36,7 +36,7 @@ unsafe impl Sync for Module {}
 impl Drop for Module {
     fn drop(&mut self) {
         self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: functions hold the module, so nobody has one of it any more.
+        // SAFETY: functions hold the module, so none of its functions is left.
         let unloaded = unsafe { result::module::unload(self.raw) };
         self.context.record_err(unloaded);
     }
@@ -106,7 +106,8 @@ impl Module {
         bind(&self.context, &doing)?;
         let symbol = CString::new(name).unwrap_or_default();
         let mut value = [T::zeroed()];
-        // SAFETY: the module is loaded; the copy is as long as both sides and over when the stream has passed.
+        // SAFETY: the module is loaded; source and destination have the size of the copy, which is complete after the
+        // synchronization.
         unsafe {
             let (address, bytes) = result::module::get_global(self.raw, symbol).map_err(said)?;
             if bytes != size_of::<T>() {
@@ -165,7 +166,7 @@ fn not_loaded(context: &CudaContext, name: &str, error: DriverError) -> Error {
 pub struct Function {
     name: &'static str,
     raw: CUfunction,
-    /// Whether the instructions are in it by which a kernel waits for the one before it.
+    /// Whether it was compiled with the instructions that wait for the kernel before it.
     can_overlap: bool,
     /// Dynamic shared memory that it may be launched with.
     shared_bytes: AtomicU32,
@@ -227,12 +228,13 @@ impl Function {
         Ok(blocks.max(0) as u32)
     }
 
-    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads, whose one parameter is `params`, by value. With
-    /// `overlaps` it may begin while the kernel before it runs, where the GPU can do that.
+    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads with `params` by value as the one parameter. With
+    /// `overlaps` the kernel can begin while the one before it runs, on GPUs with programmatic dependent launch.
     ///
     /// # Safety
-    /// `stream` is a stream of the module's context; `P` is the kernel's own struct; what it points to holds until
-    /// the stream has passed. A kernel that `overlaps` waits by itself, in every block.
+    /// `stream` is a stream of the module's context. `P` is the kernel's params struct, and the memory that it points
+    /// to stays valid until the stream has run the kernel. A kernel launched with `overlaps` itself waits for the one
+    /// before it, in every block.
     ///
     /// # Errors
     /// As [`allow_shared_bytes`](Self::allow_shared_bytes); errors of earlier work may be among them.

@@ -78,7 +78,7 @@ pub struct LayerTape<D: Device> {
     pub x: D::Buffer,
     /// Attention's output `[rows, q_heads * head_dim]`.
     pub attended: D::Buffer,
-    /// Its log-sum-exp `[rows, q_heads]`.
+    /// Its log-sum-exp, of each span `[q_heads, rows]`.
     pub lse: D::Buffer,
 }
 

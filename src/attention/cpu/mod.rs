@@ -1,5 +1,5 @@
-//! Segment attention on the CPU in f32: blocked, online softmax, all cores, the machine's widest
-//! vectors.
+//! Segment attention on the CPU in f32: tiled, with an online softmax, on all cores, with the widest vectors of the
+//! machine.
 //!
 //! The bits of a query row depend on that row and the keys it sees only (docs/contract.md,
 //! section 4): the module `tile` says how. They are the same on any number of threads and for any

@@ -1,4 +1,4 @@
-//! The plan of a backward call: prepare, d_q, the sum of its parts, d_k and d_v.
+//! The plan of a backward call: preparation, d_q, the sum over its KV splits, d_k and d_v.
 
 use super::error::Error;
 use super::forward::{info, launch};
@@ -10,9 +10,9 @@ use crate::attention::{Gradients, Problem, Saved};
 use crate::cuda::kernels::params::SegattnBackwardParams;
 use crate::cuda::kernels::{Entry, Kernels, Launch, Launcher};
 
-/// Rows of the arrays that preparation fills are rounded up to this.
+/// The arrays that preparation writes are padded to a multiple of this many rows.
 const ROW_PITCH: usize = 128;
-/// Kernels of a warp a row, which have no constant of their own.
+/// Kernels with one warp a row, which have no metadata constant.
 const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
 /// Work counters: one for each kernel whose blocks take work tiles in a loop.
@@ -36,7 +36,7 @@ pub struct BackwardPlan {
     row_pitch: u32,
     tiles: u32,
     max_splits: u32,
-    /// In order; those of no blocks are left out.
+    /// In launch order; those of 0 blocks are skipped.
     launches: [Launch; 4],
 }
 
@@ -83,7 +83,7 @@ impl BackwardPlan {
         let prepare = info::<SegattnBackwardParams>(kernels, instance.prepare)?;
         let prepare_blocks = row_pitch.div_ceil(prepare.tile_rows as usize);
         let prepare_blocks = count("blocks of a grid", &[batch, heads, prepare_blocks])?;
-        // Where nothing is summed but the gate's parts, one row a head is enough.
+        // With one KV split only the gate's gradient is summed, for which one row a head is enough.
         let sum_rows = if max_splits > 1 { rows } else { rows.min(1) };
         let key_rows = |tensor: &TensorParams| tensor.rows().div_ceil(key.tile_rows as usize);
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
@@ -140,7 +140,7 @@ impl BackwardPlan {
         self.workspace.bytes()
     }
 
-    /// Puts the call on the launcher's stream: the host's values, then the kernels.
+    /// Enqueues the call on the launcher's stream: the copy of the host values, then the kernels.
     ///
     /// # Safety
     /// As [`super::ForwardPlan::run`], for every address of the problem, of what was saved and of the gradients.
@@ -160,7 +160,8 @@ impl BackwardPlan {
         }
     }
 
-    /// As [`run`](Self::run), where the workspace still holds the host's values of this plan's last run: for graphs.
+    /// As [`run`](Self::run), without copying the host values: the workspace still holds those of this plan's last
+    /// run. For graphs.
     ///
     /// # Safety
     /// As [`run`](Self::run).
@@ -174,10 +175,10 @@ impl BackwardPlan {
     ) -> Result<(), Error> {
         self.workspace.check(workspace)?;
         let params = self.params(workspace.data);
-        // SAFETY: the caller's promise, and the params are those of these entries.
+        // SAFETY: the caller's promise; `params` is the struct of these entry points.
         unsafe {
             if self.problem.rows() == 0 && self.d_past_gate.len > 0 {
-                // No row's kernel runs, and it is the rows' kernels that write this.
+                // The kernels that write d_past_gate have no blocks without query rows.
                 launcher.zero(self.d_past_gate.data, 4 * self.d_past_gate.len)?;
             }
             if self.work_counter != Place::NULL {
@@ -248,7 +249,7 @@ fn check(
     gradients.d_past_gate.check_alignment("d_past_gate")
 }
 
-/// The launch of a kernel of a warp a row.
+/// The launch of a kernel with one warp a row.
 fn row_launch(entry: Entry, rows: &[usize]) -> Result<Launch, Error> {
     let rows = rows
         .iter()

@@ -9,23 +9,23 @@ use crate::attention::{Problem, Source};
 use crate::cuda::kernels::params::{SegattnForwardParams, SegattnKernelInfo};
 use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
 
-/// How the work is cut. Results have the same bits.
+/// How the work is partitioned. Both phases give the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Many query rows: a block takes a tile of them and a long run of keys.
+    /// Many query rows: a block computes a tile of them against a long range of keys.
     Prefill,
-    /// A few query rows: their keys are spread over the device, and the heads of a group share a tile.
+    /// A few query rows: their keys are split over the whole device, and the heads of a group share a tile (PackGQA).
     Decode,
 }
 
-/// A validated forward call. `out` and `lse` are written, padding rows to 0 and -inf.
+/// A validated forward call. It writes `out` and `lse`; padding rows become 0 and -inf.
 #[derive(Debug)]
 pub struct ForwardPlan {
     problem: ProblemParams,
     out: TensorParams,
     lse: u64,
     workspace: Workspace,
-    /// The parts of the workspace.
+    // Where the arrays of the workspace are.
     work_counter: Place,
     chunk_totals: Place,
     partial_out: Place,
@@ -35,13 +35,13 @@ pub struct ForwardPlan {
     tiles: u32,
     max_splits: u32,
     attention: Launch,
-    /// Blocks of 0: nothing is split.
+    /// 0 blocks where no work tile is split.
     combine: Launch,
 }
 
 impl ForwardPlan {
     /// Plans a call that writes `out` (like `q`, but with a layout of its own) and `lse` `[batch, q_heads, rows]` f32.
-    /// Without a `phase` the number of rows decides.
+    /// Without a `phase` the number of query rows decides.
     ///
     /// # Errors
     /// An argument that does not fit, a head size without kernels, or what `kernels` says.
@@ -135,26 +135,26 @@ impl ForwardPlan {
         self.workspace.bytes()
     }
 
-    /// How the work is cut.
+    /// How the work is partitioned.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// Query heads of a group that share a tile.
+    /// Query heads of a group that share a tile (PackGQA).
     pub fn packed_heads(&self) -> usize {
         self.packed_heads as usize
     }
 
-    /// Puts the call on the launcher's stream: the host's values, then the kernels.
+    /// Enqueues the call on the launcher's stream: the copy of the host values, then the kernels.
     ///
     /// # Safety
-    /// Every address of the problem, of `out`, `lse` and `workspace` is device memory of the stated length that
-    /// stays until the stream has passed; `out`, `lse` and `workspace` are used by nothing else meanwhile; device
-    /// resident lengths and gates are as [`Len::Device`](crate::attention::Len::Device) and
+    /// Every address of the problem, of `out`, `lse` and `workspace` is device memory of the stated length that stays
+    /// allocated until the stream has run the call. Nothing else uses `out`, `lse` and `workspace` until then.
+    /// Device-resident lengths and gates are as [`Len::Device`](crate::attention::Len::Device) and
     /// [`Gates::Device`](crate::attention::Gates::Device) say.
     ///
     /// # Errors
-    /// A workspace that is too small, or what the launcher says. Later kernels are not launched then.
+    /// [`Error::Workspace`], or the launcher's error; no further kernel is launched then.
     pub unsafe fn run(
         &self,
         launcher: &mut impl Launcher,
@@ -168,7 +168,8 @@ impl ForwardPlan {
         }
     }
 
-    /// As [`run`](Self::run), where the workspace still holds the host's values of this plan's last run: for graphs.
+    /// As [`run`](Self::run), without copying the host values: the workspace still holds those of this plan's last
+    /// run. For graphs.
     ///
     /// # Safety
     /// As [`run`](Self::run).
@@ -184,12 +185,12 @@ impl ForwardPlan {
         unsafe { self.launch_with(launcher, workspace.data, workspace) }
     }
 
-    /// The host's values that [`run`](Self::run) copies with the call.
+    /// The host values (lengths, gates, offsets) that [`run`](Self::run) copies.
     pub fn values(&self) -> &[u8] {
         self.workspace.uploads()
     }
 
-    /// As [`launch`](Self::launch), where the host's values lie in memory of their own.
+    /// As [`launch`](Self::launch), with the host values in memory of their own.
     ///
     /// # Safety
     /// As [`run`](Self::run); `values` is the device address, a multiple of 16, of a copy of [`values`](Self::values).
@@ -210,7 +211,7 @@ impl ForwardPlan {
             values,
             workspace: workspace.data,
         });
-        // SAFETY: the caller's promise, and the params are those of these entries.
+        // SAFETY: the caller's promise; `params` is the struct of these entry points.
         unsafe {
             if self.phase == Phase::Prefill {
                 launcher.zero(params.work_counter as u64, 4)?;
@@ -239,7 +240,8 @@ impl ForwardPlan {
     }
 }
 
-/// The most neighbouring query heads of a group, a divisor of it, that everywhere read the same sources.
+/// PackGQA: how many neighbouring query heads can share a tile. It divides the group, and heads that share a tile read
+/// the same sources.
 fn shared_heads(problem: &Problem<'_, Tensor<'_>>) -> usize {
     let group = problem.group();
     let roles = |head| Source::ALL.map(|source| problem.reads(source, head));
@@ -251,7 +253,7 @@ fn shared_heads(problem: &Problem<'_, Tensor<'_>>) -> usize {
         .unwrap_or(1)
 }
 
-/// An entry's constant, whose params struct is `P`.
+/// The metadata of an entry point whose params struct is `P`.
 pub(super) fn info<P>(kernels: &impl Kernels, entry: Entry) -> Result<SegattnKernelInfo, Error> {
     let info = kernels.info(entry)?;
     if info.params_bytes as usize == size_of::<P>() && info.threads > 0 && info.tile_rows > 0 {
@@ -266,14 +268,14 @@ pub(super) fn info<P>(kernels: &impl Kernels, entry: Entry) -> Result<SegattnKer
     .into())
 }
 
-/// The launch of a kernel whose blocks take `tile_rows` of `product(rows)` rows each.
+/// The launch of a kernel whose blocks compute `tile_rows` of `product(rows)` rows each.
 pub(super) fn info_blocks(
     kernels: &impl Kernels,
     entry: Entry,
     rows: &[usize],
 ) -> Result<Launch, Error> {
     let info = info::<SegattnForwardParams>(kernels, entry)?;
-    // Their number is counted in 32 bits.
+    // The kernels count rows in 32 bits.
     let rows = count("rows of all heads", rows)?;
     Ok(launch(entry, rows.div_ceil(info.tile_rows as u32), &info))
 }

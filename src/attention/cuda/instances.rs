@@ -38,7 +38,7 @@ pub(super) struct Instance {
     pub query_grad: Entry,
     pub query_grad_sum: Entry,
     pub key_grad: Entry,
-    /// What comes in their place on a device that has [`Kernels::hopper`](crate::cuda::kernels::Kernels::hopper).
+    /// Used instead on a device that has [`Kernels::hopper`](crate::cuda::kernels::Kernels::hopper).
     pub hopper: Option<HopperInstance>,
 }
 

@@ -1,19 +1,20 @@
 //! Segment attention on NVIDIA GPUs: the host side of `kernels/attention_*.cu`.
 //!
-//! A [`Problem`](super::Problem) of [`Tensor`]s names device memory; [`ForwardPlan`] and [`BackwardPlan`] validate it
-//! once, choose the kernels and say how many bytes of workspace they need; [`ForwardPlan::run`] puts the work on a
-//! stream. Nothing is allocated, nothing waits, and the workspace may be used again by the next call on the same
-//! stream.
+//! Two layers:
 //!
-//! Planning knows no driver: it asks [`Kernels`](crate::cuda::kernels::Kernels) what was compiled and hands its
-//! launches to a [`Launcher`](crate::cuda::kernels::Launcher). With feature `cuda` there is `DriverKernels`, which is
-//! both on NVIDIA's driver, loaded at run time ([`crate::cuda`]), and has safe calls on cudarc's slices (module
-//! `slices`, `examples/attention_slices.rs`). Plans themselves take addresses, with strides and on any stream
-//! (`examples/attention_pointers.rs`).
+//! - **Safe calls** on cudarc's slices: module `slices`, `examples/attention_slices.rs`; they need the feature `cuda`.
+//! - **Plans** on device addresses, with strides and on any stream: `examples/attention_pointers.rs`. A [`ForwardPlan`]
+//!   or [`BackwardPlan`] validates a [`Problem`](super::Problem) of [`Tensor`]s once, chooses the kernels, and computes
+//!   the bytes of workspace. [`ForwardPlan::run`] then launches on a stream. It does not allocate and does not
+//!   synchronize. The next call on the same stream can reuse the workspace.
 //!
-//! **Lengths and gates.** Those given as host values are validated and travel with the call, into the workspace and
-//! in stream order. Those given as device addresses are trusted: nobody reads them back, and a length beyond its
-//! tensor reads foreign memory. Whether a head reads the prior or the past is always known to the host.
+//! Plans do not depend on the driver. They read kernel metadata from [`Kernels`](crate::cuda::kernels::Kernels) and
+//! launch through a [`Launcher`](crate::cuda::kernels::Launcher). NVIDIA's driver implements both, and so does the
+//! simulated GPU of the tests.
+//!
+//! **Lengths and gates.** Host values are validated, and copied to the device in stream order with each call. Device
+//! addresses are trusted: the host does not read them, and a length beyond its tensor reads out of bounds. The host
+//! always knows which heads read the prior and the past.
 
 mod backward;
 mod error;

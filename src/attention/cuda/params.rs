@@ -1,5 +1,4 @@
-//! From a problem to the structs of `kernels/params.h`: the host values that travel with a call, and where everything
-//! lies.
+//! From a validated problem to the structs of `kernels/params.h`.
 
 use super::tensor::Tensor;
 use super::workspace::{Bases, Place, Workspace};
@@ -9,7 +8,7 @@ use crate::attention::source::{PerSource, Source};
 use crate::cuda::kernels;
 use crate::cuda::kernels::params::{SegattnKernelInfo, SegattnProblem, SegattnTensor};
 
-/// A tensor's struct but for addresses in the workspace.
+/// A tensor's struct before the workspace has an address.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TensorParams {
     data: u64,
@@ -73,7 +72,7 @@ impl TensorParams {
     }
 }
 
-/// A problem's struct but for addresses in the workspace.
+/// A problem's struct before the workspace has an address.
 #[derive(Debug)]
 pub(super) struct ProblemParams {
     tensors: [TensorParams; 7],
@@ -114,7 +113,7 @@ impl ProblemParams {
         let mut place = |source, len| match len {
             Some(Len::Host(len)) => workspace.upload(len),
             Some(Len::Device(address)) => Place::Device(address),
-            // Their number of rows fits, as that of their tensors does.
+            // Every row of the tensors, whose number fits in 31 bits: see `TensorParams::new`.
             None => workspace.upload(&vec![problem.capacity(source) as i32; batch]),
         };
         Ok(ProblemParams {
@@ -196,7 +195,7 @@ pub(super) fn most_splits(problem: &Problem<'_, Tensor<'_>>, info: &SegattnKerne
 fn most_key_tiles(problem: &Problem<'_, Tensor<'_>>, key_rows: usize) -> usize {
     let is_read =
         PerSource::from_fn(|source| (0..problem.q_heads()).any(|head| problem.reads(source, head)));
-    // A plan with lengths in device memory serves as long as the tensors do, whatever the others become.
+    // With a length in device memory the plan must hold for any lengths that fit the tensors.
     let on_device = |len| matches!(len, Len::Device(_));
     let on_device = problem.lengths.named().any(|(_, len)| on_device(len));
     let rows = |source, batch_index| match on_device {
@@ -214,7 +213,7 @@ fn most_key_tiles(problem: &Problem<'_, Tensor<'_>>, key_rows: usize) -> usize {
     (0..problem.batch()).map(tiles).max().unwrap_or(0)
 }
 
-/// `got`, if the kernels can count it.
+/// `got`, if it is at most `most`.
 pub(super) fn limit(what: &'static str, got: usize, most: usize) -> Result<usize, kernels::Error> {
     if got <= most {
         return Ok(got);
@@ -226,7 +225,7 @@ pub(super) fn limit(what: &'static str, got: usize, most: usize) -> Result<usize
     })
 }
 
-/// The number of blocks of a grid, or an index, which fits in an i32.
+/// The product of `factors`, which must fit in an i32: blocks of a grid, or an index.
 pub(super) fn count(what: &'static str, factors: &[usize]) -> Result<u32, kernels::Error> {
     let product = factors
         .iter()

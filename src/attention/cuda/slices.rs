@@ -1,5 +1,5 @@
-//! Safe calls on cudarc's slices. A call waits, on its stream, for earlier writes of what it reads, and later uses of
-//! its results on other streams wait for it; the host waits for nothing.
+//! Safe calls on cudarc's slices. On its stream, a call waits for earlier writes to its inputs; other streams that use
+//! its results wait for the call. The host never waits.
 
 use std::sync::Arc;
 
@@ -77,7 +77,7 @@ pub type SavedSlices<'a, T> = Saved<Input<'a, T>, &'a dyn DevicePtr<f32>>;
 /// What a backward pass writes.
 pub type GradientSlices<'a, T> = Gradients<Output<'a, T>, &'a mut dyn DevicePtrMut<f32>>;
 
-/// Device memory for the workspaces of calls, grown where a call needs more and kept otherwise.
+/// Device memory for the workspaces of calls. It grows when a call needs more, and never shrinks.
 #[derive(Default)]
 pub struct Workspace {
     memory: Option<CudaSlice<u8>>,
@@ -89,7 +89,7 @@ impl Workspace {
         self.memory.as_ref().map_or(0, CudaSlice::num_bytes)
     }
 
-    /// Makes room for a call of that many bytes, [`Call::workspace_bytes`].
+    /// Allocates at least `bytes` bytes, see [`Call::workspace_bytes`].
     ///
     /// # Errors
     /// Out of memory; the workspace is empty then.
@@ -97,18 +97,18 @@ impl Workspace {
         if self.bytes() >= bytes {
             return Ok(());
         }
-        // Given back first: the two need not fit side by side.
+        // Freed first, so that old and new memory need not fit side by side.
         self.memory = None;
         // SAFETY: kernels read of a workspace only what they or the call's own copies wrote.
         let mut memory = unsafe { cuda::alloc(stream, bytes) }?;
-        // As if written here: a use on another stream waits for the allocation.
+        // Recorded as a write, so that a use on another stream waits for the allocation.
         drop(memory.device_ptr_mut(stream));
         self.memory = Some(memory);
         Ok(())
     }
 }
 
-/// A slice of a call: while the guard lives, `stream` is the one that uses it.
+/// A slice of a call: while the guard lives, `stream` uses it.
 trait Borrow {
     fn guard<'b>(&'b mut self, stream: &'b CudaStream) -> SyncOnDrop<'b>;
 }
@@ -154,7 +154,7 @@ impl<'a> Borrows<'a> {
         self.kernels
             .check_context(argument, data.stream().context())?;
         let (address, guard) = data.device_ptr(self.stream);
-        // Nothing is launched yet that others would have to wait for.
+        // Nothing is launched yet, so other streams need not wait.
         std::mem::forget(guard);
         self.slices.push(Box::new(Read(data)));
         Ok(DeviceSlice::new(address, data.len()))
@@ -192,7 +192,7 @@ impl<'a> Borrows<'a> {
         Ok(tensor::<T>(slice, output.layout))
     }
 
-    /// The problem with addresses. Lengths and gates of the device cannot be checked, so a safe call takes none.
+    /// The problem with addresses. Device-resident lengths and gates cannot be checked, so a safe call refuses them.
     fn problem<T: Element>(
         &mut self,
         problem: &Problem<'a, Input<'a, T>>,
@@ -217,7 +217,7 @@ enum Plan {
     Backward(BackwardPlan),
 }
 
-/// A validated call on a stream. It holds its tensors: drop it to use them elsewhere.
+/// A validated call on a stream. It borrows its tensors until it is dropped.
 pub struct Call<'a> {
     plan: Plan,
     borrows: Borrows<'a>,
@@ -232,7 +232,7 @@ impl Call<'_> {
         }
     }
 
-    /// Puts the call on its stream, as often as asked. The workspace grows if it has to.
+    /// Enqueues the call on its stream; it can run many times. The workspace grows if needed.
     ///
     /// # Errors
     /// Out of memory, or what the driver says.

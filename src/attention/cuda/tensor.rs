@@ -1,12 +1,12 @@
-//! Tensors and numbers in device memory, and what a problem of them must keep besides what every problem must.
+//! Tensors and numbers in device memory, and the checks that only device memory needs: element type and alignment.
 
 use super::error::Error;
 use super::instances::Dtype;
 use crate::attention::layout::{Batch, Elements, Layout, Strided};
 use crate::attention::{Error as ArgumentError, Problem};
 
-/// A `[batch, rows, heads, head_dim]` tensor in device memory. Rows begin at multiples of 16 bytes: the address is one,
-/// and strides and offsets are multiples of 8 elements.
+/// A `[batch, rows, heads, head_dim]` tensor in device memory. Rows are aligned to 16 bytes: the address is a multiple
+/// of 16, strides and offsets are multiples of 8 elements.
 #[derive(Debug, Clone, Copy)]
 pub struct Tensor<'a> {
     /// Device address (`CUdeviceptr`) of the first element.

@@ -1,13 +1,13 @@
-//! Where everything of a call lies: in the caller's memory, among the host's values, or in the workspace.
+//! The addresses of a call: in the caller's memory, among the host values, or in the workspace.
 
 use super::error::Error;
 use super::tensor::DeviceSlice;
 use crate::cuda::kernels;
 
-/// Parts of the workspace begin at multiples of this.
+/// Alignment of every array in the workspace, bytes.
 const ALIGNMENT: usize = 256;
 
-/// An address that is known, or that is once there is memory for the host's values and a workspace.
+/// An address that is known now, or an offset to a base that [`Bases`] names later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     Device(u64),
@@ -15,7 +15,7 @@ pub(super) enum Place {
     Workspace(usize),
 }
 
-/// Where the host's values and the workspace begin.
+/// The addresses of the host values' copy and of the workspace.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bases {
     pub values: u64,
@@ -23,7 +23,7 @@ pub(super) struct Bases {
 }
 
 impl From<u64> for Bases {
-    /// The host's values lie at the beginning of the workspace.
+    /// The host values are copied to the beginning of the workspace.
     fn from(workspace: u64) -> Self {
         Bases {
             values: workspace,
@@ -35,7 +35,7 @@ impl From<u64> for Bases {
 impl Place {
     pub const NULL: Place = Place::Device(0);
 
-    /// The address, given where everything begins.
+    /// The address, given the bases.
     pub fn at<T>(self, bases: impl Into<Bases>) -> *mut T {
         let bases = bases.into();
         let address = match self {
@@ -47,7 +47,7 @@ impl Place {
     }
 }
 
-/// A workspace as it grows: the host's values first, then memory for the kernels.
+/// The layout of a workspace: the host values first, then the kernels' arrays.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
     bytes: usize,
@@ -55,7 +55,7 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    /// Host values that are copied to the beginning of the workspace. Before any [`reserve`](Self::reserve).
+    /// Adds host values. Call it before any [`reserve`](Self::reserve).
     pub fn upload<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Place {
         debug_assert_eq!(self.bytes, self.uploads.len());
         self.uploads.resize(self.bytes.next_multiple_of(16), 0);
@@ -65,7 +65,7 @@ impl Workspace {
         place
     }
 
-    /// Memory for `product(counts)` elements of `size` bytes.
+    /// Adds an array of `product(counts)` elements of `size` bytes.
     pub fn reserve(
         &mut self,
         what: &'static str,
@@ -98,7 +98,7 @@ impl Workspace {
         &self.uploads
     }
 
-    /// Checks that what the caller brings is large enough.
+    /// Checks the size and alignment of the caller's memory.
     pub fn check(&self, workspace: DeviceSlice) -> Result<(), Error> {
         let aligned = workspace.data.is_multiple_of(ALIGNMENT as u64) && workspace.data != 0;
         if self.bytes == 0 || (aligned && workspace.len >= self.bytes) {

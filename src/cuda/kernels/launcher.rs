@@ -1,5 +1,4 @@
-//! What planning needs to know of compiled kernels, and what it asks of a stream: two traits, so that plans run on
-//! the driver and on the simulated GPU alike.
+//! Two traits that NVIDIA's driver and the simulated GPU implement: kernel metadata, and launches on a stream.
 
 use super::error::Error;
 use super::params::SegattnKernelInfo;
@@ -11,28 +10,29 @@ unsafe impl bytemuck::Zeroable for SegattnKernelInfo {}
 unsafe impl bytemuck::Pod for SegattnKernelInfo {}
 const _: () = assert!(size_of::<SegattnKernelInfo>() == 7 * size_of::<i32>());
 
-/// Kernels that are loaded on a device.
+/// The compiled kernels of a device: their metadata, and whether they are loaded.
 pub trait Kernels {
-    /// The constant `<entry>_info`.
+    /// Kernel metadata: the constant `<entry>_info`.
     ///
     /// # Errors
     /// Where the entry or its constant is missing.
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, Error>;
 
-    /// Loads an entry, so that launching it neither loads nor waits.
+    /// Loads an entry point now, so that its launch does not.
     ///
     /// # Errors
     /// Where the entry is missing.
     fn ready(&self, entry: Entry) -> Result<(), Error>;
 
-    /// How many blocks of an entry the whole device holds at once; 0: a block needs more shared memory than there is.
+    /// How many blocks of an entry point the whole device runs at once; 0 if a block needs more shared memory than the
+    /// device has.
     ///
     /// # Errors
     /// What the driver says.
     fn resident_blocks(&self, entry: Entry, info: &SegattnKernelInfo) -> Result<u32, Error>;
 
-    /// Whether the kernels written for Hopper (sm_90a) are there and run on this device. They give the bits of the
-    /// others in forward.
+    /// Whether the kernels for Hopper (sm_90a) were compiled and run on this device. Their forward has the bits of the
+    /// other kernels.
     fn hopper(&self) -> bool;
 }
 
@@ -47,16 +47,17 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory of a block, bytes.
     pub shared_bytes: u32,
-    /// May begin while the launch before it still runs: the kernel itself waits before it reads what that one wrote.
+    /// Whether it can begin while the launch before it still runs (programmatic dependent launch): the kernel itself
+    /// waits before it reads results of that launch.
     pub overlaps: bool,
 }
 
-/// A stream: what is asked of it happens later, in order. No call waits for the device.
+/// A stream. Calls are asynchronous and run in stream order.
 pub trait Launcher {
     /// Writes `bytes` to device memory. They are not read after the call returns.
     ///
     /// # Safety
-    /// `[to, to + bytes.len())` is device memory that nothing else uses until this stream has passed.
+    /// `[to, to + bytes.len())` is device memory that nothing else uses until the stream has run the copy.
     ///
     /// # Errors
     /// What the driver says.
@@ -74,9 +75,10 @@ pub trait Launcher {
     /// Launches a kernel whose one parameter is `params`, by value.
     ///
     /// # Safety
-    /// `P` is the entry's own struct, and everything it points to holds until this stream has passed.
+    /// `P` is the entry point's params struct, and the memory that it points to stays valid until the stream has run
+    /// the kernel.
     ///
     /// # Errors
-    /// What the driver says; asynchronous errors of earlier work may be among it.
+    /// What the driver says, which can be an asynchronous error of earlier work.
     unsafe fn launch<P: Copy>(&mut self, launch: &Launch, params: &P) -> Result<(), Error>;
 }

@@ -1,4 +1,4 @@
-//! The structs of `kernels/params.h` as the host lays them out, to be compared with the device's own.
+//! The layout of the structs of `kernels/params.h` on the host, compared with the device's when a file is loaded.
 
 use std::mem::offset_of;
 

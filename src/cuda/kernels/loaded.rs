@@ -13,10 +13,10 @@ use super::params::SegattnKernelInfo;
 use super::registry::{Entry, File};
 use crate::cuda::{self, Function, Module};
 
-/// Copies from the host that are not longer than this do not make the host wait.
+/// The driver stages copies from pageable host memory up to this size without waiting for the stream.
 const COPY_BYTES: usize = 64 << 10;
 
-/// Where the driver wants images to begin.
+/// The alignment that the driver needs of an image.
 #[repr(C, align(64))]
 struct Aligned<T: ?Sized>(T);
 
@@ -52,8 +52,7 @@ fn image(file: File) -> &'static [u8] {
     }
 }
 
-/// The compiled kernels in a context. Files are loaded when a plan first needs them, entries too; plans that come
-/// later find them there.
+/// The compiled kernels in a context. A file and its entry points are loaded when a plan first needs them.
 #[derive(Debug)]
 pub struct DriverKernels {
     context: Arc<CudaContext>,
@@ -65,7 +64,7 @@ pub struct DriverKernels {
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is in there is whole at any time: a panic elsewhere changes nothing.
+    // The maps are consistent at any time, so a panic of another thread does no harm.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -86,7 +85,7 @@ impl DriverKernels {
         })
     }
 
-    /// Where they are loaded.
+    /// The context that they are loaded in.
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
     }
@@ -123,10 +122,10 @@ impl DriverKernels {
         unsafe { self.on_raw(stream.cu_stream()) }
     }
 
-    /// A stream that is not cudarc's: of another library, say.
+    /// A stream that cudarc does not own, for example that of another library.
     ///
     /// # Safety
-    /// `stream` belongs to the kernels' context and stays as long as the value.
+    /// `stream` belongs to the kernels' context and outlives the returned value.
     ///
     /// # Errors
     /// What the driver says.
@@ -197,7 +196,7 @@ impl Launcher for DriverStream<'_> {
     unsafe fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), Error> {
         for (i, part) in bytes.chunks(COPY_BYTES).enumerate() {
             let to = to + (i * COPY_BYTES) as u64;
-            // SAFETY: the caller's promise; the driver has read a pageable source when it returns.
+            // SAFETY: the caller's promise; the driver has copied a pageable source when it returns.
             let copied = unsafe { result::memcpy_htod_async(to, part, self.stream) };
             copied.map_err(|error| cuda::driver_error("copying from the host", error))?;
         }

@@ -1,4 +1,4 @@
-//! Kernel metadata without a device: the constants `<entry>_info`, for planning without a GPU.
+//! Kernel metadata for planning without a GPU: the constants `<entry>_info`.
 
 mod table;
 
@@ -33,7 +33,7 @@ impl Kernels for KernelMetadata {
     }
 
     fn resident_blocks(&self, _: Entry, info: &SegattnKernelInfo) -> Result<u32, Error> {
-        // What the kernels are compiled for: registers and shared memory leave room for no more.
+        // What the kernels are compiled for (`__launch_bounds__`); registers and shared memory allow no more.
         Ok((info.blocks_per_multiprocessor as u32 * self.multiprocessors).max(1))
     }
 

@@ -72,17 +72,17 @@ impl File {
         }
     }
 
-    /// Whether the file's kernels take the structs of `params.h`, whose layout it then holds.
+    /// Whether the file's kernels take the structs of `params.h`; then it has their layout as a constant.
     pub fn has_layout(self) -> bool {
         self.stem().starts_with("attention")
     }
 }
 
-/// An `extern "C"` kernel. How it is launched lies beside it, in the constant `<name>_info`, if it has one.
+/// An `extern "C"` kernel. Its metadata is the constant `<name>_info` of the same file, if it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Entry {
-    /// Where it was compiled.
+    /// The file that it is in.
     pub file: File,
-    /// Its name there.
+    /// Its name.
     pub name: &'static str,
 }
