@@ -44,6 +44,7 @@
 #![deny(missing_docs)]
 
 pub mod attention;
+pub mod convert;
 pub mod cuda;
 pub mod device;
 pub mod eval;

@@ -1,6 +1,7 @@
 //! The command line: one file a command; this one parses, dispatches, and reports errors.
 
 mod alloc;
+mod convert;
 mod demo;
 mod device;
 mod doctor;
@@ -73,6 +74,8 @@ enum Command {
     Grad(grad::Args),
     /// Measure perplexity and synthetic long-context tasks
     Eval(eval::Args),
+    /// Make a model folder of a GGUF file or of another folder, with segments if asked for
+    Convert(convert::Args),
     /// What a model folder holds, and how much memory it takes at which length
     Inspect(inspect::Args),
     /// What this machine offers, what is missing, and what to do
@@ -112,6 +115,7 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Score(args) => score::run(&args, quiet),
         Command::Grad(args) => grad::run(&args),
         Command::Eval(args) => eval::run(&args, quiet),
+        Command::Convert(args) => convert::run(&args, quiet),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {

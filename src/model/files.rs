@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::error::FileError;
 
-pub(super) fn io_error(path: &Path, source: io::Error) -> FileError {
+pub(crate) fn io_error(path: &Path, source: io::Error) -> FileError {
     FileError::Io {
         path: path.to_owned(),
         source,
@@ -14,7 +14,7 @@ pub(super) fn io_error(path: &Path, source: io::Error) -> FileError {
 }
 
 /// Opens a regular file, following links. A pipe, on which opening would wait forever, is refused first.
-pub(super) fn open_regular(path: &Path) -> Result<(File, u64), FileError> {
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), FileError> {
     let not_a_file = || FileError::NotAFile {
         path: path.to_owned(),
     };
@@ -107,7 +107,7 @@ pub(super) fn is_lfs_pointer(bytes: &[u8]) -> bool {
 
 /// Writes a whole file: beside its place first, synced, then renamed, so that the name never stands
 /// for half a file.
-pub(super) fn write_renamed(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+pub(crate) fn write_renamed(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let failed = |error| io_error(path, error);
     let mut beside = new_beside(folder)?;

@@ -1,0 +1,153 @@
+//! `segattn convert`: a GGUF file or a model folder as a model folder, with segments if asked for.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use segattn::convert::folder;
+use segattn::convert::gguf::Gguf;
+use segattn::model::config::{ModelConfig, WeightType};
+use segattn::train::config::{ModelSection, SegmentSection};
+
+/// Writes a model folder in the Hugging Face layout: `config.json`, `model.safetensors`, `tokenizer.json` and what
+/// stands beside them. Without segment flags the model is plain Llama, which is full attention.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// GGUF file of a Llama, or a model folder
+    #[arg(value_name = "FILE|DIR")]
+    input: PathBuf,
+    /// Folder to make; one that holds weights already is refused
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+    /// Number format of the weights [default: the file's own, f32 where it is quantised]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    dtype: Option<Format>,
+    /// `tokenizer.json` to use in place of the file's vocabulary
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    segments: Segments,
+}
+
+/// Number formats of a safetensors file.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Format {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// How the model reads segments.
+#[derive(Debug, clap::Args)]
+struct Segments {
+    /// Tokens of a segment; without it the model has no segments
+    #[arg(long, value_name = "N")]
+    segment_len: Option<usize>,
+    /// Rows of keys and values carried over from the segment before
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    prior_len: Option<usize>,
+    /// Rows retrieved from all earlier segments
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    past_len: Option<usize>,
+    /// Consecutive tokens that are retrieved together
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    block_len: Option<usize>,
+    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD, ... or `all`
+    #[arg(
+        long,
+        value_name = "HEADS",
+        value_delimiter = ',',
+        requires = "past_len"
+    )]
+    past_heads: Vec<String>,
+}
+
+pub fn run(args: &Args, quiet: bool) -> Result<()> {
+    ensure!(
+        args.tokenizer.is_none() || !args.input.is_dir(),
+        "--tokenizer: expected a GGUF file to convert, got a model folder, whose tokenizer goes along"
+    );
+    let tokenizer = args.tokenizer.as_deref().map(read_tokenizer).transpose()?;
+    let gguf = match args.input.is_dir() {
+        true => None,
+        false => Some(Gguf::open(&args.input)?),
+    };
+    let mut config = match &gguf {
+        Some(gguf) => gguf.config().clone(),
+        None => ModelConfig::load(&args.input)?,
+    };
+    args.segments.apply(&mut config)?;
+    let dtype = match args.dtype {
+        Some(Format::F32) => WeightType::F32,
+        Some(Format::F16) => WeightType::F16,
+        Some(Format::Bf16) => WeightType::Bf16,
+        None => config.dtype.unwrap_or(WeightType::F32),
+    };
+    match gguf {
+        Some(gguf) => gguf.save(&args.out, &config, dtype, tokenizer)?,
+        None => folder::convert(&args.input, &args.out, &config, dtype)?,
+    }
+    if !quiet {
+        eprintln!("{}: written as {}", args.out.display(), dtype.config_name());
+    }
+    Ok(())
+}
+
+/// The text of another tokenizer, if it is one.
+fn read_tokenizer(path: &Path) -> Result<String> {
+    let tokenizer = segattn::model::tokenizer::Tokenizer::from_file(path)?;
+    drop(tokenizer);
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+impl Segments {
+    fn apply(&self, config: &mut ModelConfig) -> Result<()> {
+        let segment = SegmentSection {
+            segment_len: self.segment_len,
+            prior_len: self.prior_len,
+            past_len: self.past_len,
+            block_len: self.block_len,
+            head_reads: self.reads(config.num_hidden_layers, config.num_key_value_heads)?,
+            ..SegmentSection::default()
+        };
+        let section = ModelSection {
+            segment,
+            ..ModelSection::default()
+        };
+        Ok(section.apply_segments(config)?)
+    }
+
+    /// What each KV head reads, where heads of the past are named.
+    fn reads(&self, layers: usize, heads: usize) -> Result<Option<Vec<Vec<Vec<String>>>>> {
+        if self.past_heads.is_empty() {
+            return Ok(None);
+        }
+        let mut reads = vec![vec![vec!["prior".to_owned()]; heads]; layers];
+        for name in &self.past_heads {
+            if name == "all" {
+                ensure!(
+                    self.past_heads.len() == 1,
+                    "--past-heads: expected heads or `all`, got both"
+                );
+                reads
+                    .iter_mut()
+                    .flatten()
+                    .for_each(|head| head.push("past".into()));
+                continue;
+            }
+            let numbers = name.split_once('.');
+            let place = numbers
+                .and_then(|(l, h)| Some((l.parse::<usize>().ok()?, h.parse::<usize>().ok()?)));
+            let Some((layer, head)) = place.filter(|(l, h)| *l < layers && *h < heads) else {
+                bail!(
+                    "--past-heads: expected LAYER.HEAD below {layers}.{heads} or `all`, got {name:?}"
+                );
+            };
+            ensure!(
+                reads[layer][head].len() == 1,
+                "--past-heads: expected each head once, got {name} twice"
+            );
+            reads[layer][head].push("past".into());
+        }
+        Ok(Some(reads))
+    }
+}

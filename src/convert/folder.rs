@@ -1,0 +1,39 @@
+//! A model folder as another: segments, another number format, everything else as it was.
+
+use std::path::Path;
+
+use super::ConvertError;
+use crate::model::companions::companions;
+use crate::model::config::{ModelConfig, WeightType};
+use crate::model::files;
+use crate::model::parameters::specs;
+use crate::model::weights::{Checkpoint, SaveOptions, save};
+
+/// Writes the model in `input` to `folder` with this configuration, which is that of `input` but for its segments, and
+/// weights in `dtype`. What lies beside the weights goes along.
+///
+/// # Errors
+/// [`ConvertError`]: weights that are not those of `config` or do not fit `dtype`, a file that cannot be read or
+/// written, weights in `folder` already.
+pub fn convert(
+    input: &Path,
+    folder: &Path,
+    config: &ModelConfig,
+    dtype: WeightType,
+) -> Result<(), ConvertError> {
+    let checkpoint = Checkpoint::open(input)?;
+    checkpoint.check(config)?;
+    let beside = companions(input)?;
+    std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
+    for (name, content) in beside {
+        files::write_renamed(&folder.join(name), &content)?;
+    }
+    let specs = specs(config);
+    save(
+        folder,
+        config,
+        |i| checkpoint.read(&specs[i]),
+        SaveOptions::new(dtype),
+    )
+    .map_err(ConvertError::Weights)
+}

@@ -1,0 +1,207 @@
+//! GGUF files of the Llama family as model folders: configuration, weights, tokenizer and chat template.
+//!
+//! [`Gguf::open`] reads the header and decides whether the model is one that is computed; [`Gguf::save`] writes the folder,
+//! one tensor in memory at a time.
+
+pub mod header;
+mod metadata;
+pub mod quants;
+mod tokenizer;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use self::header::{Header, TensorInfo};
+use super::ConvertError;
+use crate::model::config::{ModelConfig, WeightType};
+use crate::model::files;
+use crate::model::parameters::specs;
+use crate::model::tokenizer::TOKENIZER_FILE;
+use crate::model::weights::{SaveOptions, save};
+
+/// Factors of the rotary frequencies, where a file has them.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// A GGUF file whose model is computed here.
+#[derive(Debug)]
+pub struct Gguf {
+    header: Header,
+    config: ModelConfig,
+}
+
+impl Gguf {
+    /// Reads the header and checks that every tensor has a place in a Llama and no other is there.
+    ///
+    /// # Errors
+    /// [`ConvertError`]: a file that cannot be read or breaks its format, another architecture, tensors that
+    /// are missing, surplus or of another shape, a quantisation that is not read.
+    pub fn open(path: &Path) -> Result<Self, ConvertError> {
+        let header = Header::read(path)?;
+        let mut config = metadata::config(&header)?;
+        let formats: BTreeSet<&str> = header.tensors.values().map(|t| t.block.name()).collect();
+        config.dtype = Some(match (formats.contains("BF16"), formats.contains("F16")) {
+            _ if formats.iter().any(|f| !["F32", "F16", "BF16"].contains(f)) => WeightType::F32,
+            (true, false) => WeightType::Bf16,
+            (false, true) => WeightType::F16,
+            _ => WeightType::F32,
+        });
+        let gguf = Self { header, config };
+        gguf.check_tensors()?;
+        Ok(gguf)
+    }
+
+    /// The model's configuration, without segments. Its `dtype` holds the file's numbers exactly: that of a file without
+    /// quantised tensors, else F32.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Writes the model folder: `config`, which is [`Self::config`] with what the caller added to it, weights in `dtype`,
+    /// tokenizer (the file's own, unless `tokenizer` gives the text of another `tokenizer.json`), chat template.
+    ///
+    /// # Errors
+    /// [`ConvertError`]: a tokenizer that has no equal in `tokenizer.json`, values that do not fit `dtype`, a
+    /// file that cannot be read or written, weights that are there already.
+    pub fn save(
+        &self,
+        folder: &Path,
+        config: &ModelConfig,
+        dtype: WeightType,
+        tokenizer: Option<String>,
+    ) -> Result<(), ConvertError> {
+        let own = || tokenizer::tokenizer(&self.header).map(|json| format!("{json}\n"));
+        let tokenizer = tokenizer.map_or_else(own, Ok)?;
+        std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
+        files::write_renamed(&folder.join(TOKENIZER_FILE), tokenizer.as_bytes())?;
+        for (name, json) in tokenizer::beside(&self.header, config) {
+            files::write_renamed(&folder.join(name), format!("{json:#}\n").as_bytes())?;
+        }
+        let specs = specs(config);
+        let values = |i: usize| -> Result<Vec<f32>, ConvertError> {
+            let mut values = Vec::new();
+            for (name, shape) in &specs[i].parts {
+                match gguf_name(name) {
+                    Some(stored) => self.read(&stored, &mut values)?,
+                    None => values.resize(values.len() + shape.iter().product::<usize>(), 1.0),
+                }
+            }
+            Ok(values)
+        };
+        save(folder, config, values, SaveOptions::new(dtype))
+    }
+
+    fn check_tensors(&self) -> Result<(), ConvertError> {
+        let mut left: BTreeSet<&str> = self.header.tensors.keys().map(String::as_str).collect();
+        for (name, shape) in specs(&self.config).iter().flat_map(|spec| &spec.parts) {
+            let Some(stored) = gguf_name(name) else {
+                continue;
+            };
+            let what = format!("tensor {stored:?}");
+            let Some(found) = self.header.tensors.get(&stored) else {
+                return Err(self.malformed(&what, "it there", "no tensor of that name"));
+            };
+            if found.shape != *shape {
+                let (expected, got) = (format!("{shape:?}"), format!("{:?}", found.shape));
+                return Err(self.malformed(&what, &expected, &got));
+            }
+            left.remove(stored.as_str());
+        }
+        left.remove(ROPE_FACTORS);
+        match left.first() {
+            None => Ok(()),
+            Some(name) => Err(ConvertError::Unsupported {
+                path: self.header.path.clone(),
+                what: format!("tensor {name:?}"),
+                remedy: "a plain Llama has none of that name".into(),
+            }),
+        }
+    }
+
+    fn malformed(&self, what: &str, expected: &str, got: &str) -> ConvertError {
+        ConvertError::Malformed {
+            path: self.header.path.clone(),
+            what: what.to_owned(),
+            expected: expected.to_owned(),
+            got: got.to_owned(),
+        }
+    }
+
+    /// Appends a tensor's values, with the rows of q and k in this crate's order.
+    fn read(&self, name: &str, values: &mut Vec<f32>) -> Result<(), ConvertError> {
+        let info = &self.header.tensors[name];
+        let start = values.len();
+        read_tensor(&self.header.path, info, values)?;
+        if let Some(heads) = self.interleaved_heads(name) {
+            let columns = info.shape.iter().skip(1).product();
+            split_halves(&mut values[start..], heads, columns);
+        }
+        Ok(())
+    }
+
+    /// Heads of a tensor whose rows are pairs of rotated dimensions side by side.
+    fn interleaved_heads(&self, name: &str) -> Option<usize> {
+        match name {
+            _ if name.ends_with("attn_q.weight") => Some(self.config.num_attention_heads),
+            _ if name.ends_with("attn_k.weight") => Some(self.config.num_key_value_heads),
+            _ => None,
+        }
+    }
+}
+
+/// The name in GGUF of a tensor of a model folder; `None` for those that GGUF does not have (past gates).
+fn gguf_name(name: &str) -> Option<String> {
+    let fixed = [
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+        ("lm_head.weight", "output.weight"),
+    ];
+    if let Some((_, stored)) = fixed.iter().find(|(ours, _)| *ours == name) {
+        return Some((*stored).to_owned());
+    }
+    let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let stored = match part {
+        "input_layernorm.weight" => "attn_norm.weight",
+        "self_attn.q_proj.weight" => "attn_q.weight",
+        "self_attn.k_proj.weight" => "attn_k.weight",
+        "self_attn.v_proj.weight" => "attn_v.weight",
+        "self_attn.o_proj.weight" => "attn_output.weight",
+        "post_attention_layernorm.weight" => "ffn_norm.weight",
+        "mlp.gate_proj.weight" => "ffn_gate.weight",
+        "mlp.up_proj.weight" => "ffn_up.weight",
+        "mlp.down_proj.weight" => "ffn_down.weight",
+        _ => return None,
+    };
+    Some(format!("blk.{layer}.{stored}"))
+}
+
+/// Appends all numbers of a tensor, read in pieces.
+fn read_tensor(path: &Path, info: &TensorInfo, values: &mut Vec<f32>) -> Result<(), ConvertError> {
+    let io = |error| ConvertError::File(files::io_error(path, error));
+    let mut file = File::open(path).map_err(io)?;
+    file.seek(SeekFrom::Start(info.start)).map_err(io)?;
+    let block = info.block.block().1;
+    let mut bytes = vec![0; block * 8192];
+    let mut left = info.bytes;
+    while left > 0 {
+        let piece = left.min(bytes.len() as u64) as usize;
+        file.read_exact(&mut bytes[..piece]).map_err(io)?;
+        info.block.widen(&bytes[..piece], values);
+        left -= piece as u64;
+    }
+    Ok(())
+}
+
+/// GGUF keeps the two dimensions that RoPE rotates together side by side, a model folder half a head apart.
+fn split_halves(values: &mut [f32], heads: usize, columns: usize) {
+    let head_len = values.len() / heads;
+    let half = head_len / columns / 2;
+    for head in values.chunks_exact_mut(head_len) {
+        let stored = head.to_vec();
+        for (row, from) in stored.chunks_exact(columns).enumerate() {
+            let to = row % 2 * half + row / 2;
+            head[to * columns..(to + 1) * columns].copy_from_slice(from);
+        }
+    }
+}
