@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use common::config as model_config;
 use segattn::train::TrainError;
-use segattn::train::checkpoint::{Checkpoint, Disk, Storage, list, load, load_latest, save};
+use segattn::train::checkpoint::{
+    Checkpoint, Disk, Fingerprints, Storage, list, load, load_latest, save,
+};
 use segattn::train::config::Config;
 use segattn::train::data::Position;
 use segattn::train::guard::{Guard, GuardConfig};
@@ -36,7 +38,10 @@ fn checkpoint(step: u64) -> Checkpoint {
         model,
         tensors,
         progress,
-        data: "fingerprint".into(),
+        data: Fingerprints {
+            train: "documents".into(),
+            validation: "others".into(),
+        },
         extra: vec![("tokenizer.json".into(), b"{}".to_vec())],
     }
 }

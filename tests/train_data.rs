@@ -1,43 +1,14 @@
 //! Training data: documents of every format, sequences that never cross them, orders, splits, bad files.
 
-use std::path::{Path, PathBuf};
+mod reading;
+
+use std::path::Path;
 
 use proptest::prelude::*;
+use reading::{documents, ids, read_with};
 use segattn::train::TrainError;
 use segattn::train::config::{BinType, DataSection, Split};
-use segattn::train::data::{Corpus, Permutation, Position, Reading, Sequences, split};
-
-fn bytes(text: &str) -> Result<Vec<u32>, String> {
-    Ok(text.bytes().map(u32::from).collect())
-}
-
-fn read_with(
-    paths: &[PathBuf],
-    section: &DataSection,
-    scratch: &Path,
-) -> Result<Corpus, TrainError> {
-    let reading = Reading {
-        section,
-        vocab_size: 300,
-        before: vec![256],
-        after: vec![257],
-        encode: &bytes,
-        scratch,
-    };
-    Corpus::read(paths, &reading)
-}
-
-fn documents(corpus: &Corpus) -> Vec<Vec<u32>> {
-    let whole = |d: &segattn::train::data::Document| corpus.tokens(d, 0..d.len).unwrap();
-    corpus.documents().iter().map(whole).collect()
-}
-
-fn ids(text: &str) -> Vec<u32> {
-    let mut ids = vec![256];
-    ids.extend(text.bytes().map(u32::from));
-    ids.push(257);
-    ids
-}
+use segattn::train::data::{Corpus, Permutation, Position, Sequences, fingerprint, split};
 
 #[test]
 fn every_format_gives_its_documents_in_order_of_names() {
@@ -52,12 +23,7 @@ fn every_format_gives_its_documents_in_order_of_names() {
         "{\"text\": \"three\"}\n\n{\"text\": [1, 2, 3], \"x\": 0}\n",
     )
     .unwrap();
-    let corpus = read_with(
-        &[folder.path().into()],
-        &DataSection::default(),
-        folder.path(),
-    )
-    .unwrap();
+    let corpus = read_with(&[folder.path().into()], &DataSection::default()).unwrap();
     let expected = vec![ids("one"), ids("zwei ü"), ids("three"), vec![1, 2, 3]];
     assert_eq!(documents(&corpus), expected);
 
@@ -73,7 +39,7 @@ fn every_format_gives_its_documents_in_order_of_names() {
         ..DataSection::default()
     };
     let files = ["flat.json", "nested.json", "x.bin"].map(at);
-    let corpus = read_with(&files, &section, folder.path()).unwrap();
+    let corpus = read_with(&files, &section).unwrap();
     let got: Vec<_> = documents(&corpus)
         .into_iter()
         .filter(|d| !d.is_empty())
@@ -96,7 +62,7 @@ fn every_format_gives_its_documents_in_order_of_names() {
         ..DataSection::default()
     };
     let files = ["x.bin", "a.txt"].map(at);
-    let corpus = read_with(&files, &section, folder.path()).unwrap();
+    let corpus = read_with(&files, &section).unwrap();
     assert_eq!(documents(&corpus), [vec![7, 8], ids("one")]);
 }
 
@@ -106,7 +72,7 @@ fn a_text_longer_than_a_piece_is_one_document_with_every_character() {
     for text in ["ä€x".repeat(400_000), "a line\n".repeat(300_000)] {
         let path = folder.path().join("long.txt");
         std::fs::write(&path, &text).unwrap();
-        let corpus = read_with(&[path], &DataSection::default(), folder.path()).unwrap();
+        let corpus = read_with(&[path], &DataSection::default()).unwrap();
         assert_eq!(documents(&corpus), [ids(&text)]);
     }
 }
@@ -122,7 +88,14 @@ fn files_that_do_not_fit_are_named_with_what_was_expected() {
         ("a.jsonl", b"{\"text\": \"x\"}\n{\"text\": 3}\n", "line 2"),
         ("a.jsonl", b"{\"txt\": \"x\"}\n", "`text`"),
         ("a.jsonl", b"{", "line 1"),
-        ("a.json", b"[1, [2, [3]]]", "token ids"),
+        ("a.json", b"[1, [2, [3]]]", "beside each other"),
+        ("a.json", b"[[2], 1]", "beside each other"),
+        ("a.json", b"[1, []]", "beside each other"),
+        ("a.json", b"[[2, [3]]]", "deeper"),
+        ("a.json", b"[1, null]", "token ids"),
+        ("a.json", b"[1, 2.0]", "token ids"),
+        ("a.jsonl", b"{\"text\": null}\n", "null"),
+        ("a.jsonl", b"{\"text\": [[1], 2]}\n", "line 1"),
         ("a.json", b"{\"a\": 1}", "token ids"),
         ("a.json", b"[1, -2]", "token ids"),
         ("a.json", b"[1, 4294967296]", "32 bits"),
@@ -131,12 +104,12 @@ fn files_that_do_not_fit_are_named_with_what_was_expected() {
     ] {
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
-        let error = read_with(&[path], &DataSection::default(), folder.path()).unwrap_err();
+        let error = read_with(&[path], &DataSection::default()).unwrap_err();
         assert!(matches!(error, TrainError::Data { .. }), "{error}");
         assert!(error.to_string().contains(part), "{error}");
     }
     let missing = [folder.path().join("none.txt")];
-    let error = read_with(&missing, &DataSection::default(), folder.path()).unwrap_err();
+    let error = read_with(&missing, &DataSection::default()).unwrap_err();
     assert!(matches!(error, TrainError::Io { .. }), "{error}");
 }
 
@@ -153,7 +126,7 @@ fn corpus_of(lens: &[usize], folder: &Path) -> Corpus {
     let all: Vec<Vec<u32>> = lens.iter().map(|l| document(*l)).collect();
     let path = folder.join("documents.json");
     std::fs::write(&path, serde_json::to_string(&all).unwrap()).unwrap();
-    read_with(&[path], &DataSection::default(), folder).unwrap()
+    read_with(&[path], &DataSection::default()).unwrap()
 }
 
 proptest! {
@@ -189,7 +162,7 @@ proptest! {
     fn an_order_is_a_permutation_and_differs_by_seed_and_epoch(len in 1u64..3000, seed: u64, epoch in 0u64..9) {
         let order = |seed, epoch| -> Vec<u64> {
             let p = Permutation::new(len, seed, epoch);
-            (0..len).map(|i| p.at(i)).collect()
+            (0..len).map(|i| p.at(i).unwrap()).collect()
         };
         let mut sorted = order(seed, epoch);
         if len > 100 {
@@ -207,7 +180,7 @@ fn every_place_of_an_order_is_equally_likely() {
     for seed in 0..10_000 {
         let order = Permutation::new(10, seed, 3);
         for (i, row) in counts.iter_mut().enumerate() {
-            row[order.at(i as u64) as usize] += 1;
+            row[order.at(i as u64).unwrap() as usize] += 1;
         }
     }
     // 1000 expected, standard deviation 30.
@@ -241,6 +214,18 @@ fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
     let mut restored = serde_json::from_str(&saved).unwrap();
     assert_eq!(next, take(&mut restored, 16));
     assert_eq!(position, restored);
+
+    // A place that another cut has had is none of this one's: an error, and no search for it.
+    let mut beyond = Position {
+        epoch: 0,
+        index: sequences.len(),
+    };
+    assert!(sequences.next_batch(&corpus, 5, &mut beyond, 1).is_err());
+    assert_eq!(Permutation::new(5, 1, 0).at(5), None);
+    let at = |epoch, index| Position { epoch, index };
+    assert_eq!(at(2, 7).next_epoch(), at(3, 0));
+    assert_eq!(at(2, 0).next_epoch(), at(2, 0));
+    assert!(sequences.same_cut(4) && !sequences.same_cut(5));
 }
 
 #[test]
@@ -272,14 +257,27 @@ fn a_single_document_is_split_by_its_tail() {
 }
 
 #[test]
-fn equal_data_have_one_fingerprint_and_a_changed_token_another() {
+fn equal_data_have_one_fingerprint_and_a_changed_token_length_or_order_another() {
     let folder = tempfile::tempdir().unwrap();
-    let of = |text: &str| {
-        let path = folder.path().join("a.txt");
-        std::fs::write(&path, text).unwrap();
-        let corpus = read_with(&[path], &DataSection::default(), folder.path()).unwrap();
-        corpus.fingerprint().to_owned()
+    let of = |texts: &[&str]| {
+        let path = folder.path().join("a.jsonl");
+        let line = |text: &&str| serde_json::json!({"text": text}).to_string() + "\n";
+        std::fs::write(&path, texts.iter().map(line).collect::<String>()).unwrap();
+        let corpus = read_with(&[path], &DataSection::default()).unwrap();
+        fingerprint(corpus.documents())
     };
-    assert_eq!(of("abc"), of("abc"));
-    assert_ne!(of("abc"), of("abd"));
+    assert_eq!(of(&["abc", "d"]), of(&["abc", "d"]));
+    for other in [
+        &["abd", "d"][..],
+        &["d", "abc"],
+        &["abcd"],
+        &["abc"],
+        &["ab", "cd"],
+    ] {
+        assert_ne!(of(&["abc", "d"]), of(other), "{other:?}");
+    }
+    // A document cut by its tail is another one.
+    let corpus = corpus_of(&[100], folder.path());
+    let shares = [0.1, 0.2].map(|share| split(corpus.documents(), Split::Tail, share).0);
+    assert_ne!(fingerprint(&shares[0]), fingerprint(&shares[1]));
 }

@@ -3,11 +3,16 @@
 
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
+mod reading;
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{config as model_config, random};
 use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
-use segattn::train::config::Config;
+use segattn::train::TrainError;
+use segattn::train::config::{Config, DataSection};
+use segattn::train::data::Sequences;
 use segattn::train::guard::SkipReason;
 use segattn::train::progress::Tensors;
 use segattn::train::trainer::Trainer;
@@ -94,7 +99,7 @@ fn a_skipped_spike_changes_nothing_and_the_next_step_goes_on() {
         ("schedule.lr", "0"),
     ];
     let mut trainer = trainer(&overrides);
-    let loss = |t: u32| trainer.validate(&[vec![t; 4]]).unwrap().unwrap();
+    let mut loss = |t: u32| trainer.validate(&[vec![t; 4]]).unwrap().unwrap();
     let mut by_loss: Vec<u32> = (0..11).collect();
     by_loss.sort_by(|a, b| loss(*a).total_cmp(&loss(*b)));
     let usual = [vec![vec![by_loss[0]; 4]]];
@@ -198,4 +203,40 @@ fn sequences_without_a_prediction_and_tensors_of_another_model_are_typed_errors(
             .contains("m of `model.layers.0.input_layernorm.weight`"),
         "{error}"
     );
+}
+
+#[test]
+fn a_flag_ends_a_step_or_a_validation_between_two_batches_and_the_trainer_is_where_it_was() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ids.json");
+    let lines: Vec<Vec<u32>> = (0..9).map(|i| sequence(12, i)).collect();
+    std::fs::write(&path, serde_json::to_string(&lines).unwrap()).unwrap();
+    let corpus = reading::read_with(&[path], &DataSection::default()).unwrap();
+    let data = Sequences::new(corpus.documents().to_vec(), 0);
+    let steps = |stop_at: Option<u64>| {
+        let mut trainer = trainer(&[("training.batch", "2"), ("training.accumulation", "3")]);
+        trainer.interrupt_by(&STOP);
+        while trainer.progress().step < 4 {
+            if stop_at == Some(trainer.progress().step) {
+                STOP.store(true, Ordering::SeqCst);
+                let before = trainer.progress().clone();
+                let stopped = trainer.step(&corpus, &data).unwrap_err();
+                assert!(matches!(stopped, TrainError::Interrupted), "{stopped}");
+                let stopped = trainer.validate(&lines).unwrap_err();
+                assert!(matches!(stopped, TrainError::Interrupted), "{stopped}");
+                assert_eq!(*trainer.progress(), before);
+                STOP.store(false, Ordering::SeqCst);
+            }
+            trainer.step(&corpus, &data).unwrap();
+        }
+        (
+            bits(&trainer.tensors().unwrap()),
+            trainer.progress().clone(),
+        )
+    };
+    let whole = steps(None);
+    for at in 0..4 {
+        assert!(steps(Some(at)) == whole, "stopped at step {at}");
+    }
 }

@@ -14,7 +14,7 @@ use segattn::generate::{Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::session::{Session, score};
 use segattn::train::config::Config;
-use segattn::train::data::{Corpus, Reading, Sequences, split};
+use segattn::train::data::{Bytes, Corpus, Reading, Sequences, split};
 use segattn::train::progress::Tensors;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn::train::trainer::Trainer;
@@ -81,16 +81,18 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     );
     let named = ("data.train".to_owned(), format!("{paths:?}"));
     let config = Config::parse(SETTINGS, &[named])?;
-    let encode = |text: &str| Ok(text.bytes().map(u32::from).collect());
     let reading = Reading {
         section: &config.data,
         vocab_size: 256,
-        before: Vec::new(),
-        after: Vec::new(),
-        encode: &encode,
+        before: &[],
+        after: &[],
+        encode: &Bytes,
+        tokenizer: "bytes",
+        cache: None,
         scratch: scratch.path(),
+        progress: &|_, _| {},
     };
-    let corpus = Corpus::read(&paths, &reading)?;
+    let corpus = Corpus::read(&[&paths], &reading)?;
     let (train, held_out) = split(
         corpus.documents(),
         config.data.split,

@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::Document;
 use segattn::model::tokenizer::Tokenizer;
+use segattn::train::data::{Format, list_files};
 use serde::Deserialize;
 
 use super::files::read_tokens;
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 32;
-/// Deepest folder that is looked into.
-const MAX_DEPTH: usize = 32;
 
 /// A line of a JSONL file; other fields are passed over.
 #[derive(Deserialize)]
@@ -22,51 +21,19 @@ struct Line {
     text: String,
 }
 
-/// Reads every file, folders in order of their names: `.jsonl` has one document a line in its field
-/// `text`, `.json` is an array of token ids, everything else is one document of text.
+/// Reads every file that [`list_files`] finds: JSONL has one document a line in its field `text`, `.json` is an array
+/// of token ids, everything else is one document of text.
 pub fn read_documents(
     paths: &[PathBuf],
     text: Option<&Tokenizer>,
     vocab: usize,
 ) -> Result<Vec<Document>> {
-    let mut files = Vec::new();
-    for path in paths {
-        collect(path, 0, &mut files)?;
-    }
-    ensure!(!files.is_empty(), "--data: no files there");
+    let files = list_files(paths, None).context("--data")?;
     let mut documents = Vec::new();
     for file in &files {
         read_file(file, text, vocab, &mut documents)?;
     }
     Ok(documents)
-}
-
-fn collect(path: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
-    let found = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    if !found.is_dir() {
-        files.push(path.to_owned());
-        return Ok(());
-    }
-    ensure!(
-        depth < MAX_DEPTH,
-        "{}: folders deeper than {MAX_DEPTH}",
-        path.display()
-    );
-    let mut entries = fs::read_dir(path)
-        .and_then(|entries| {
-            entries
-                .map(|e| Ok(e?.path()))
-                .collect::<std::io::Result<Vec<_>>>()
-        })
-        .with_context(|| format!("cannot read {}", path.display()))?;
-    entries.sort();
-    for entry in &entries {
-        // A link to a folder may lead back here.
-        if !(entry.is_symlink() && entry.is_dir()) {
-            collect(entry, depth + 1, files)?;
-        }
-    }
-    Ok(())
 }
 
 fn read_file(
@@ -75,13 +42,20 @@ fn read_file(
     vocab: usize,
     documents: &mut Vec<Document>,
 ) -> Result<()> {
-    let extension = path.extension().and_then(|e| e.to_str());
-    if extension == Some("json") {
-        documents.push(Document {
-            tokens: read_tokens(path, vocab)?,
-            bytes: None,
-        });
-        return Ok(());
+    let format = Format::of(path);
+    match format {
+        Format::Ids => {
+            documents.push(Document {
+                tokens: read_tokens(path, vocab)?,
+                bytes: None,
+            });
+            return Ok(());
+        }
+        Format::Binary => bail!(
+            "{}: expected text, JSONL or a list of token ids (.json), got a .bin file",
+            path.display()
+        ),
+        Format::Lines | Format::Text => {}
     }
     let Some(text) = text else {
         bail!(
@@ -90,6 +64,8 @@ fn read_file(
         );
     };
     let content = read_text(path)?;
+    // Some programs begin a file with a byte order mark.
+    let content = content.strip_prefix('\u{feff}').unwrap_or(&content);
     let mut push = |content: &str| -> Result<()> {
         documents.push(Document {
             tokens: text.encode(content, true)?,
@@ -97,8 +73,8 @@ fn read_file(
         });
         Ok(())
     };
-    if extension != Some("jsonl") {
-        return push(&content);
+    if format == Format::Text {
+        return push(content);
     }
     for (i, line) in content.lines().enumerate() {
         if line.trim().is_empty() {
@@ -107,7 +83,7 @@ fn read_file(
         let line: Line = serde_json::from_str(line).with_context(|| {
             let at = i + 1;
             format!(
-                "{}, line {at}: expected an object with `text`",
+                "{}, line {at}: expected an object with a string `text`",
                 path.display()
             )
         })?;

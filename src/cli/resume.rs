@@ -41,13 +41,30 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         config.training.output = output.clone();
     }
     let text = Text::open(&config, Some(&folder))?;
-    let data = Data::read(&config, &checkpoint.model, &text, output)?;
+    let before = &checkpoint.config;
     ensure!(
-        data.corpus.fingerprint() == checkpoint.data,
-        "the training data changed since {} was saved; resuming needs the same files",
+        config.model == before.model,
+        "`model`: expected the keys of {}, since a run goes on with the same model; for another start a new run with \
+         --model.folder {0}",
         folder.display()
     );
-    let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
+    let data = Data::read(&config, &checkpoint.model, &text, output, quiet)?;
+    let now = data.fingerprints();
+    ensure!(
+        now.train == checkpoint.data.train,
+        "the training data changed since {} was saved; resuming needs the same documents, in the same files, and the \
+         same of them held out for validation",
+        folder.display()
+    );
+    if now.validation != checkpoint.data.validation {
+        tracing::warn!(
+            "the validation data changed since {} was saved: losses before and after do not compare",
+            folder.display()
+        );
+    }
+    let mut progress = checkpoint.progress;
+    progress.position = data.go_on(progress.position, before, &config);
+    let (tensors, progress) = (&checkpoint.tensors, Some(progress));
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;

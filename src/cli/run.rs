@@ -4,24 +4,30 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use segattn::model::config::ModelConfig;
 use segattn::model::flops::training_flops;
-use segattn::train::checkpoint::{Disk, create_folder, remove_leftovers, save};
-use segattn::train::config::Config;
-use segattn::train::data::{Corpus, Document, Reading, Sequences, split};
-use segattn::train::folder::{CHECKPOINTS, METRICS_FILE, PICTURE_FILE, RunLock};
+use segattn::train::TrainError;
+use segattn::train::checkpoint::{Disk, Fingerprints, create_folder, remove_leftovers, save};
+use segattn::train::config::{Config, DataSection, TrainingSection};
+use segattn::train::data::{Corpus, Position, Reading, Sequences, split};
+use segattn::train::folder::{CHECKPOINTS, METRICS_FILE, PICTURE_FILE};
+use segattn::train::lock::RunLock;
 use segattn::train::trainer::{StepReport, Trainer};
 
 use super::device::Planned;
 use super::metrics::{Line, Metrics};
 use super::plot;
-use super::signals::{interrupted, note_interrupts};
+use super::signals::{flag, interrupted, note_interrupts};
 use super::text::Text;
 
 /// Weight of the newest step in the loss and speed that the progress bar shows.
 const NEWEST: f64 = 0.1;
+/// Most tokens of a step: a gigabyte of ids.
+const MAX_STEP_TOKENS: u64 = 1 << 28;
+/// Folder beside a run's own that keeps the tokens of large texts.
+const CACHE: &str = "segattn-cache";
 
 /// Where a run's checkpoints lie.
 pub fn checkpoints(output: &Path) -> PathBuf {
@@ -47,42 +53,94 @@ pub struct Data {
 }
 
 impl Data {
-    /// Reads the files that the configuration names; the scratch file lies in `output`.
-    pub fn read(config: &Config, model: &ModelConfig, text: &Text, output: &Path) -> Result<Self> {
-        std::fs::create_dir_all(output)
-            .with_context(|| format!("cannot create {}", output.display()))?;
+    /// Reads the files that the configuration names. `output`: the run's folder.
+    pub fn read(
+        config: &Config,
+        model: &ModelConfig,
+        text: &Text,
+        output: &Path,
+        quiet: bool,
+    ) -> Result<Self> {
         let section = &config.data;
-        let encode = |piece: &str| text.encode(piece);
         let (before, after) = text.around(model, section)?;
+        let (bar, cache) = (bytes_bar(quiet), cache(section, output));
         let reading = Reading {
             section,
             vocab_size: model.vocab_size,
-            before,
-            after,
-            encode: &encode,
+            before: &before,
+            after: &after,
+            encode: text,
+            tokenizer: &text.identity(),
+            cache: cache.as_deref(),
             scratch: output,
+            progress: &|done, total| {
+                bar.set_length(total);
+                bar.set_position(done);
+            },
         };
-        let paths = [&section.train[..], &section.validation].concat();
-        let corpus = Corpus::read(&paths, &reading)?;
+        let corpus = Corpus::read(&[&section.train, &section.validation], &reading)?;
+        bar.finish_and_clear();
         let (train, validation) = if section.validation.is_empty() {
             split(corpus.documents(), section.split, section.validation_share)
         } else {
-            // Documents come in the order of the paths: those to train on first.
-            let count = Corpus::read(&section.train, &reading)?.documents().len();
-            let (train, validation) = corpus.documents().split_at(count);
-            (train.to_vec(), validation.to_vec())
+            (corpus.group(0).to_vec(), corpus.group(1).to_vec())
         };
-        let cut =
-            |documents: Vec<Document>| Sequences::new(documents, config.training.sequence_len);
+        let given = corpus.group(0).iter().any(|d| d.len >= 2);
+        let cut = |documents| Sequences::new(documents, config.training.sequence_len);
         let (train, validation) = (cut(train), cut(validation));
-        if train.is_empty() {
-            bail!("no document in `data.train` has two tokens or more, nothing can be predicted");
+        match (train.is_empty(), given) {
+            (true, true) => bail!(
+                "`data.validation_share` = {} leaves nothing to train on: expected a smaller share, or more data",
+                section.validation_share
+            ),
+            (true, false) => {
+                bail!(
+                    "no document in `data.train` has two tokens or more, nothing can be predicted"
+                )
+            }
+            _ => {}
         }
-        Ok(Self {
+        let data = Self {
             corpus,
             train,
             validation,
-        })
+        };
+        data.check_step(&config.training)?;
+        Ok(data)
+    }
+
+    /// Sequences of a step lie in memory together.
+    fn check_step(&self, training: &TrainingSection) -> Result<()> {
+        let longest = self.longest(training.sequence_len) as u64;
+        let sequences = training.batch as u64 * training.accumulation as u64;
+        let tokens = sequences.saturating_mul(longest);
+        ensure!(
+            tokens <= MAX_STEP_TOKENS,
+            "`training.batch` x `training.accumulation` x the longest sequence: expected at most {MAX_STEP_TOKENS} \
+             tokens a step, got {sequences} x {longest}"
+        );
+        Ok(())
+    }
+
+    pub fn fingerprints(&self) -> Fingerprints {
+        Fingerprints {
+            train: self.train.fingerprint(),
+            validation: self.validation.fingerprint(),
+        }
+    }
+
+    /// Where a run under `config` goes on in these data, which was at `position` under the configuration `before`.
+    pub fn go_on(&self, position: Position, before: &Config, config: &Config) -> Position {
+        let (before, now) = (&before.training, &config.training);
+        if before.seed == now.seed && self.train.same_cut(before.sequence_len) {
+            return position;
+        }
+        let next = position.next_epoch();
+        tracing::warn!(
+            "another `training.sequence_len` or `training.seed` is another order of the data:              the run goes on at the start of epoch {}",
+            next.epoch
+        );
+        next
     }
 
     /// Tokens that the longest sequence predicts, where sequences are cut after `sequence_len` (0: not at all).
@@ -172,6 +230,7 @@ impl<D: Planned> Run<D> {
     pub fn go(mut self) -> Result<()> {
         let said = "stopping after this step; once more to stop at once";
         note_interrupts((!self.quiet).then_some(said));
+        self.trainer.interrupt_by(flag());
         self.introduce();
         let end = self.steps()?;
         self.bar.finish_and_clear();
@@ -196,7 +255,10 @@ impl<D: Planned> Run<D> {
         }
         while self.trainer.progress().step < training.steps {
             let began = Instant::now();
-            let report = self.trainer.step(&self.data.corpus, &self.data.train)?;
+            let report = match self.trainer.step(&self.data.corpus, &self.data.train) {
+                Err(TrainError::Interrupted) => return Ok(End::Interrupted),
+                report => report?,
+            };
             self.report(&report, began.elapsed())?;
             let step = self.trainer.progress().step;
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
@@ -261,7 +323,12 @@ impl<D: Planned> Run<D> {
     }
 
     fn validate(&mut self) -> Result<()> {
-        if let Some(loss) = self.trainer.validate(&self.validation)? {
+        let loss = match self.trainer.validate(&self.validation) {
+            // Seen again after it.
+            Err(TrainError::Interrupted) => return Ok(()),
+            loss => loss?,
+        };
+        if let Some(loss) = loss {
             let step = self.trainer.progress().step;
             self.metrics.write(&Line::validation(step, loss))?;
             self.bar.set_prefix(format!("validation {loss:.4}"));
@@ -275,8 +342,8 @@ impl<D: Planned> Run<D> {
             return Ok(());
         }
         self.metrics.sync()?;
-        let fingerprint = self.data.corpus.fingerprint();
-        let checkpoint = self.trainer.checkpoint(fingerprint, &self.extra)?;
+        let data = self.data.fingerprints();
+        let checkpoint = self.trainer.checkpoint(&data, &self.extra)?;
         let root = checkpoints(&self.output);
         let folder = save(&mut Disk, &root, &checkpoint, config.checkpoint.keep)?;
         self.saved = Some((step, folder));
@@ -335,6 +402,28 @@ impl<D: Planned> Run<D> {
         }
         Ok(())
     }
+}
+
+/// The folder that keeps tokens; none if nothing is to be kept.
+fn cache(section: &DataSection, output: &Path) -> Option<PathBuf> {
+    match &section.cache {
+        Some(folder) => Some(folder.clone()).filter(|folder| !folder.as_os_str().is_empty()),
+        // Of a folder such as `.` nothing is beside it in sight.
+        None => match (output.parent(), output.file_name()) {
+            (Some(above), Some(_)) => Some(above.join(CACHE)),
+            _ => Some(output.join(CACHE)),
+        },
+    }
+}
+
+fn bytes_bar(quiet: bool) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = "reading data {bytes}/{total_bytes} {bar:24.cyan/blue} {bytes_per_sec}  {eta} left";
+    let style = ProgressStyle::with_template(style).expect("a template that is constant");
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.with_style(style)
 }
 
 fn progress_bar(steps: u64, at: u64, quiet: bool) -> ProgressBar {

@@ -29,6 +29,11 @@ pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
 }
 
+/// The flag that is set then.
+pub fn flag() -> &'static AtomicBool {
+    &INTERRUPTED
+}
+
 /// Those of the signals that are ignored now.
 #[cfg(unix)]
 fn ignored() -> Vec<libc::c_int> {

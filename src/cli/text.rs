@@ -6,8 +6,9 @@ use anyhow::{Result, bail};
 use segattn::model::companions::companions;
 use segattn::model::config::ModelConfig;
 use segattn::model::error::TokenizerError;
-use segattn::model::tokenizer::{BYTES, Tokenizer, end_ids, is_tokenizer_file};
+use segattn::model::tokenizer::{BYTES, TOKENIZER_FILE, Tokenizer, end_ids, is_tokenizer_file};
 use segattn::train::config::{Config, DataSection};
+use segattn::train::data::{Bytes, Encode, hash_file};
 
 /// How a run's texts become tokens.
 pub struct Text {
@@ -17,8 +18,8 @@ pub struct Text {
 }
 
 enum Kind {
-    /// By a `tokenizer.json`.
-    Tokenizer(Tokenizer),
+    /// By a `tokenizer.json`, which has this SHA-256.
+    Tokenizer(Tokenizer, [u8; 32]),
     /// One token a byte.
     Bytes,
     /// By a tokenizer that cannot be read: an error, but only of a run that reads text.
@@ -33,7 +34,10 @@ impl Text {
         let must = checkpoint.is_none() && named.is_some();
         let read = folder.map_or(Ok(None), Tokenizer::read);
         let kind = match (read, folder) {
-            (Ok(Some(tokenizer)), _) => Kind::Tokenizer(tokenizer),
+            (Ok(Some(tokenizer)), folder) => {
+                let path = folder.unwrap_or(Path::new(".")).join(TOKENIZER_FILE);
+                Kind::Tokenizer(tokenizer, hash_file(&path)?)
+            }
             (Ok(None), Some(folder)) if must => bail!(
                 "`model.tokenizer`: there is no tokenizer.json in {}",
                 folder.display()
@@ -49,26 +53,25 @@ impl Text {
         })
     }
 
-    /// Tokens of a text, or of a piece of one, without what stands around it.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+    /// Names the tokenizer: equal only for those that give equal tokens.
+    pub fn identity(&self) -> String {
         match &self.kind {
-            Kind::Tokenizer(tokenizer) => tokenizer.encode(text, false).map_err(|e| e.to_string()),
-            Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
-            Kind::Unreadable(error) => Err(error.to_string()),
+            Kind::Tokenizer(_, hash) => format!("{} {hash:x?}", env!("CARGO_PKG_VERSION")),
+            Kind::Bytes | Kind::Unreadable(_) => "bytes".into(),
         }
     }
 
     /// One more than the largest id of the tokenizer.
     pub fn vocab_size(&self) -> usize {
         match &self.kind {
-            Kind::Tokenizer(tokenizer) => tokenizer.vocab_size(),
+            Kind::Tokenizer(tokenizer, _) => tokenizer.vocab_size(),
             Kind::Bytes | Kind::Unreadable(_) => BYTES,
         }
     }
 
     /// Notes in a new model's configuration which tokens begin and end a text.
     pub fn note(&self, model: &mut ModelConfig) {
-        if let Kind::Tokenizer(tokenizer) = &self.kind {
+        if let Kind::Tokenizer(tokenizer, _) = &self.kind {
             tokenizer.framing().note(model);
         }
     }
@@ -83,7 +86,7 @@ impl Text {
         ends.sort_by_key(|id| !model.eos_token_id.contains(id));
         let bytes = Tokenizer::bytes(model);
         let framing = match &self.kind {
-            Kind::Tokenizer(tokenizer) => tokenizer.framing(),
+            Kind::Tokenizer(tokenizer, _) => tokenizer.framing(),
             Kind::Bytes => bytes.framing(),
             Kind::Unreadable(_) => return Ok((Vec::new(), Vec::new())),
         };
@@ -95,6 +98,28 @@ impl Text {
             );
         }
         Ok(framing.document(data.add_bos, data.add_eos, &ends))
+    }
+}
+
+impl Encode for Text {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        match &self.kind {
+            Kind::Tokenizer(tokenizer, _) => {
+                tokenizer.encode(text, false).map_err(|e| e.to_string())
+            }
+            Kind::Bytes => Bytes.encode(text),
+            Kind::Unreadable(error) => Err(error.to_string()),
+        }
+    }
+
+    fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, String> {
+        match &self.kind {
+            Kind::Tokenizer(tokenizer, _) => tokenizer
+                .encode_with_starts(text)
+                .map_err(|e| e.to_string()),
+            Kind::Bytes => Bytes.encode_with_starts(text),
+            Kind::Unreadable(error) => Err(error.to_string()),
+        }
     }
 }
 

@@ -45,7 +45,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     );
     let text = Text::open(&config, None)?;
     let (model, tensors) = start(&config, &text)?;
-    let data = Data::read(&config, &model, &text, output)?;
+    let data = Data::read(&config, &model, &text, output, quiet)?;
     let extra = companion_files(&config)?;
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;

@@ -228,6 +228,23 @@ impl Tokenizer {
         }
     }
 
+    /// Tokens of a text, without any that stand around it, each with the byte of the text at which it begins.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, TokenizerError> {
+        match &self.kind {
+            #[cfg(feature = "tokenizer")]
+            Kind::Json(tokenizer) => {
+                let encoded = guarded(|| tokenizer.encode(text, false));
+                let encoded = encoded.map_err(|message| TokenizerError::Failed { message })?;
+                let starts = encoded.get_offsets().iter().map(|offsets| offsets.0);
+                Ok(encoded.get_ids().iter().copied().zip(starts).collect())
+            }
+            Kind::Bytes { .. } => Ok(text.bytes().map(u32::from).zip(0..).collect()),
+        }
+    }
+
     /// Text of tokens. Ids that stand for nothing (a model's vocabulary is often padded) have none,
     /// with `skip_special_tokens` neither have special ones; bytes that are no UTF-8 become U+FFFD.
     ///

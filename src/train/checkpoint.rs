@@ -14,15 +14,17 @@
 //! newest folder with a manifest that holds is a whole checkpoint.
 
 mod manifest;
+mod names;
 mod storage;
 mod tensors;
 
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use manifest::{Manifest, Writer};
+use names::{MODEL, OPTIMIZER, OWN, RUN, STATE, damaged, is_extra};
 pub use storage::{Disk, Storage, create_folder};
 
 use super::config::Config;
@@ -30,12 +32,6 @@ use super::error::{Result, TrainError};
 use super::progress::{Progress, Tensors};
 use crate::model::config::{CONFIG_FILE, ModelConfig};
 
-const MODEL: &str = "model.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
-const STATE: &str = "state.json";
-const RUN: &str = "run.toml";
-/// Files that every checkpoint has beside its manifest.
-const OWN: [&str; 5] = [MODEL, OPTIMIZER, STATE, RUN, CONFIG_FILE];
 /// Start of the names of folders that are being written or removed.
 const BESIDE: &str = ".writing-";
 const STEP: &str = "step-";
@@ -51,17 +47,27 @@ pub struct Checkpoint {
     pub tensors: Tensors,
     /// Step, data position, guard.
     pub progress: Progress,
-    /// [`Corpus::fingerprint`](super::data::Corpus::fingerprint) of the data.
-    pub data: String,
+    /// The data's identity.
+    pub data: Fingerprints,
     /// Further files for users of the model folder, such as `tokenizer.json`: name and content.
     pub extra: Vec<(String, Vec<u8>)>,
+}
+
+/// [`fingerprint`](super::data::fingerprint)s of a run's documents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fingerprints {
+    /// Of those it trains on.
+    pub train: String,
+    /// Of those it validates on.
+    pub validation: String,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct State {
     progress: Progress,
-    data: String,
+    data: Fingerprints,
     extra: Vec<String>,
 }
 
@@ -133,23 +139,6 @@ fn prune(storage: &mut dyn Storage, root: &Path, saved: &Path, keep: usize) -> R
         }
     }
     Ok(())
-}
-
-/// Whether `name` is that of a file inside the folder that no part of the checkpoint has.
-fn is_extra(name: &str) -> bool {
-    let own = OWN.iter().chain([&manifest::NAME]);
-    is_inside(name) && own.into_iter().all(|own| !own.eq_ignore_ascii_case(name))
-}
-
-/// Whether `name`, joined to a folder, stays inside it.
-fn is_inside(name: &str) -> bool {
-    let path = Path::new(name);
-    let mut plain = PathBuf::new();
-    plain.extend(
-        path.components()
-            .filter(|c| matches!(c, Component::Normal(_))),
-    );
-    !name.is_empty() && plain.as_os_str() == path.as_os_str()
 }
 
 fn write(storage: &mut dyn Storage, folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
@@ -311,14 +300,5 @@ pub fn remove_leftovers(storage: &mut dyn Storage, root: &Path) -> Result<()> {
 fn remove_if_possible(storage: &mut dyn Storage, path: &Path) {
     if let Err(error) = storage::run("remove", path, |p| storage.remove(p)) {
         tracing::warn!("{error}");
-    }
-}
-
-fn damaged(path: &Path, what: &str, expected: impl Into<String>, got: String) -> TrainError {
-    TrainError::Checkpoint {
-        path: path.to_owned(),
-        what: what.to_owned(),
-        expected: expected.into(),
-        got,
     }
 }

@@ -22,7 +22,7 @@ use super::schedule::{Schedule, ScheduleKind};
 /// Largest configuration file that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Most sequences of a step, those of all its batches together.
-const MAX_SEQUENCES: usize = 1 << 20;
+const MAX_SEQUENCES: usize = 1 << 16;
 
 /// Everything that defines a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,6 +66,9 @@ pub struct DataSection {
     pub add_bos: bool,
     /// Puts an id at which generation ends after each text, where the model or its tokenizer names one.
     pub add_eos: bool,
+    /// Folder that keeps the tokens of large texts, so that the next run on them begins at once. `None`: the folder
+    /// `segattn-cache` beside the run's own. Empty: nothing is kept.
+    pub cache: Option<PathBuf>,
     /// How the held-out share is chosen.
     pub split: Split,
     /// Size of the held-out share, from 0 to below 1.
@@ -83,6 +86,7 @@ impl Default for DataSection {
             document_end: None,
             add_bos: true,
             add_eos: true,
+            cache: None,
             split: Split::Auto,
             validation_share: 0.05,
         }

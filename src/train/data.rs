@@ -6,15 +6,26 @@
 //! every token but a document's first is predicted exactly once. Nothing but the index of documents is in
 //! memory: tokens stay in files.
 
+mod cache;
 mod corpus;
+mod encoded;
+mod error;
 mod ids;
+mod listing;
 mod permutation;
+mod pieces;
+mod reading;
+mod store;
+mod token_files;
 
 use serde::{Deserialize, Serialize};
 
-pub(in crate::train) use corpus::hex;
-pub use corpus::{Corpus, Document, Encode, Reading};
+pub use corpus::{Corpus, Document, fingerprint};
+pub use encoded::hash_file;
+pub use listing::{Format, list_files};
 pub use permutation::Permutation;
+pub use pieces::{Bytes, Encode};
+pub use reading::Reading;
 
 use super::config::Split;
 use super::error::{Result, TrainError};
@@ -26,6 +37,17 @@ pub struct Position {
     pub epoch: u64,
     /// Sequences taken of the current pass.
     pub index: u64,
+}
+
+impl Position {
+    /// Where a run goes on whose sequences have become others, by another cut or another seed: a place in one order
+    /// means nothing in another, so a pass that has begun is over.
+    pub fn next_epoch(self) -> Self {
+        Self {
+            epoch: self.epoch + u64::from(self.index > 0),
+            index: 0,
+        }
+    }
 }
 
 /// Sequences of one side of a corpus.
@@ -90,10 +112,21 @@ impl Sequences {
         corpus.tokens(document, start..end.min(document.len))
     }
 
+    /// Whether a cut after `sequence_len` tokens gives the same sequences.
+    pub fn same_cut(&self, sequence_len: usize) -> bool {
+        Self::new(self.documents.clone(), sequence_len).ends == self.ends
+    }
+
+    /// What the documents are, see [`fingerprint`].
+    pub fn fingerprint(&self) -> String {
+        fingerprint(&self.documents)
+    }
+
     /// The next `count` sequences from `position` on, which moves past them, on into the next epoch.
     ///
     /// # Errors
-    /// As [`Sequences::get`]; [`TrainError::Argument`] if there is no sequence at all.
+    /// As [`Sequences::get`]; [`TrainError::Argument`] if there is no sequence at all, or for a position that is not
+    /// one of these sequences'.
     pub fn next_batch(
         &self,
         corpus: &Corpus,
@@ -108,7 +141,11 @@ impl Sequences {
         let mut batch = Vec::with_capacity(count);
         for _ in 0..count {
             let order = Permutation::new(self.len(), seed, position.epoch);
-            batch.push(self.get(corpus, order.at(position.index))?);
+            let Some(sequence) = order.at(position.index) else {
+                let expected = format!("an index below {}", self.len());
+                return Err(TrainError::argument("position", expected, position.index));
+            };
+            batch.push(self.get(corpus, sequence)?);
             position.index += 1;
             if position.index == self.len() {
                 *position = Position {

@@ -136,6 +136,20 @@ impl Guard {
         })
     }
 
+    /// The same statistics under other settings; of a shorter window the newest values.
+    ///
+    /// # Errors
+    /// As [`Guard::new`].
+    pub fn reconfigured(mut self, config: GuardConfig) -> Result<Self> {
+        Self::new(config.clone())?;
+        for window in [&mut self.losses, &mut self.norms] {
+            let surplus = window.len().saturating_sub(config.window);
+            window.drain(..surplus);
+        }
+        self.config = config;
+        Ok(self)
+    }
+
     /// Decides about step `step` (counted from 0, skipped ones included; call it once a step, in order).
     ///
     /// `loss`: mean over the step's tokens. `grad_norm`: global norm before clipping.

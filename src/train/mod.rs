@@ -6,6 +6,8 @@ pub mod data;
 pub mod error;
 pub mod folder;
 pub mod guard;
+mod hex;
+pub mod lock;
 pub mod optimizer;
 pub mod progress;
 pub mod schedule;

@@ -2,8 +2,15 @@
 //!
 //! Nothing reaches weights or moments before the guard has seen loss and gradient norm, so a skipped step
 //! leaves both as they are. Counters, data and learning rate go on (see [`schedule`](super::schedule)).
+//!
+//! A step happens or does not. The update of weights and moments is one call of the device and everything before it
+//! can be done again, so a step that fails leaves the trainer where it was, and the next try gives the bits of one that
+//! never failed. What comes after the update, bringing the new weights into the form that the model computes with, is
+//! made up for before the next use if it fails.
 
-use super::checkpoint::Checkpoint;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::checkpoint::{Checkpoint, Fingerprints};
 use super::config::Config;
 use super::data::{Corpus, Position, Sequences};
 use super::error::{Result, TrainError};
@@ -46,12 +53,34 @@ struct Ahead {
 }
 
 impl Ahead {
-    fn read(config: &Config, corpus: &Corpus, data: &Sequences, from: Position) -> Result<Self> {
+    fn read(
+        config: &Config,
+        corpus: &Corpus,
+        data: &Sequences,
+        from: Position,
+        stop: Stop,
+    ) -> Result<Self> {
         let (training, mut to) = (&config.training, from);
-        let batches = (0..training.accumulation)
-            .map(|_| data.next_batch(corpus, training.seed, &mut to, training.batch))
-            .collect::<Result<_>>()?;
+        let batch = |_| {
+            stop.check()?;
+            data.next_batch(corpus, training.seed, &mut to, training.batch)
+        };
+        let batches = (0..training.accumulation).map(batch);
+        let batches = batches.collect::<Result<_>>()?;
         Ok(Self { from, batches, to })
+    }
+}
+
+/// What ends a step early.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stop(Option<&'static AtomicBool>);
+
+impl Stop {
+    fn check(self) -> Result<()> {
+        match self.0 {
+            Some(flag) if flag.load(Ordering::SeqCst) => Err(TrainError::Interrupted),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -68,6 +97,9 @@ pub struct Trainer<D: Device> {
     progress: Progress,
     /// What the next step will work on, read while the last one ran.
     ahead: Option<Ahead>,
+    /// Whether the model's own weights are those of before the last update.
+    stale: bool,
+    stop: Stop,
 }
 
 impl<D: Device> Trainer<D> {
@@ -116,7 +148,11 @@ impl<D: Device> Trainer<D> {
         };
         let [values, m, v] = [all(Kept::Values)?, all(Kept::M)?, all(Kept::V)?];
         let progress = match progress {
-            Some(progress) => progress,
+            // The settings may be others than when the run was saved.
+            Some(progress) => Progress {
+                guard: progress.guard.reconfigured(config.guard.clone())?,
+                ..progress
+            },
             None => Progress {
                 step: 0,
                 updates: 0,
@@ -145,10 +181,31 @@ impl<D: Device> Trainer<D> {
             v,
             progress,
             ahead: None,
+            stale: false,
+            stop: Stop::default(),
         })
     }
 
-    /// The model as it is now.
+    /// Ends steps and validations with [`TrainError::Interrupted`] once `flag` is set, between two batches or
+    /// sequences. The run is where it was then.
+    pub fn interrupt_by(&mut self, flag: &'static AtomicBool) {
+        self.stop = Stop(Some(flag));
+    }
+
+    /// Makes up for what the last step may have left undone after its update, see [`trainer`](self).
+    ///
+    /// # Errors
+    /// [`TrainError::Device`].
+    pub fn settle(&mut self) -> Result<()> {
+        if self.stale {
+            self.round()?;
+            self.refresh()?;
+            self.stale = false;
+        }
+        Ok(())
+    }
+
+    /// The model as it is now; after a step whose last part failed, once [`Trainer::settle`] has succeeded.
     pub fn model(&self) -> &Decoder<D> {
         &self.model
     }
@@ -180,17 +237,21 @@ impl<D: Device> Trainer<D> {
         })
     }
 
-    /// All that a resumed run needs. `data`: the corpus' fingerprint; `extra`: files for the model folder.
+    /// All that a resumed run needs. `extra`: files for the model folder.
     ///
     /// # Errors
     /// [`TrainError::Device`].
-    pub fn checkpoint(&self, data: &str, extra: &[(String, Vec<u8>)]) -> Result<Checkpoint> {
+    pub fn checkpoint(
+        &self,
+        data: &Fingerprints,
+        extra: &[(String, Vec<u8>)],
+    ) -> Result<Checkpoint> {
         Ok(Checkpoint {
             config: self.config.clone(),
             model: self.model.config.clone(),
             tensors: self.tensors()?,
             progress: self.progress.clone(),
-            data: data.to_owned(),
+            data: data.clone(),
             extra: extra.to_vec(),
         })
     }
@@ -199,24 +260,30 @@ impl<D: Device> Trainer<D> {
     ///
     /// # Errors
     /// As [`Sequences::next_batch`] and [`Trainer::step_on`]; the run is where it was then.
+    /// [`TrainError::Interrupted`] as [`Trainer::interrupt_by`] says.
     pub fn step(&mut self, corpus: &Corpus, data: &Sequences) -> Result<StepReport> {
         let from = self.progress.position;
         let ready = self.ahead.take().filter(|ahead| ahead.from == from);
         let Ahead { batches, to, .. } = match ready {
             Some(ahead) => ahead,
-            None => Ahead::read(&self.config, corpus, data, from)?,
+            None => Ahead::read(&self.config, corpus, data, from, self.stop)?,
         };
-        let config = self.config.clone();
+        let (config, stop) = (self.config.clone(), self.stop);
         let (report, ahead) = std::thread::scope(|scope| {
-            let next = scope.spawn(|| Ahead::read(&config, corpus, data, to));
-            (self.step_on(&batches), next.join())
+            // Without another thread the next step reads for itself.
+            let next = std::thread::Builder::new()
+                .spawn_scoped(scope, || Ahead::read(&config, corpus, data, to, stop));
+            let report = self.step_on(&batches);
+            let next = next.ok().map(|thread| thread.join());
+            (report, next)
         });
         let report = report?;
         self.progress.position = to;
         // What could not be read is an error of the step that needs it.
-        self.ahead = ahead
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            .ok();
+        self.ahead = ahead.and_then(|read| {
+            let read = read.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            read.ok()
+        });
         Ok(report)
     }
 
@@ -235,23 +302,30 @@ impl<D: Device> Trainer<D> {
             ));
         }
         let tokens: usize = sequences.map(|s| s.len() - 1).sum();
+        self.settle()?;
         let loss = self.gradient(batches, 1.0 / tokens as f64)?;
-        let lr = self.schedule.lr(self.progress.step);
-        let grad_norm = self.adamw(lr, true)?;
         let step = self.progress.step;
-        let (skipped, stop) = match self.progress.guard.decide(step, loss, grad_norm) {
-            Verdict::Apply => {
-                self.adamw(lr, false)?;
-                self.progress.updates += 1;
-                self.round()?;
-                self.refresh()?;
-                (None, false)
-            }
+        let lr = self.schedule.lr(step);
+        let grad_norm = self.adamw(lr, true)?;
+        let mut guard = self.progress.guard.clone();
+        let verdict = guard.decide(step, loss, grad_norm);
+        if verdict == Verdict::Apply {
+            self.adamw(lr, false)?;
+            // From here on the step is done.
+            self.progress.updates += 1;
+            self.stale = true;
+        }
+        self.progress.guard = guard;
+        self.progress.step += 1;
+        self.progress.tokens += tokens as u64;
+        if let Err(error) = self.settle() {
+            tracing::warn!("{error}; tried again before the next use of the model");
+        }
+        let (skipped, stop) = match verdict {
+            Verdict::Apply => (None, false),
             Verdict::Skip(reason) => (Some(reason), false),
             Verdict::Stop(reason) => (Some(reason), true),
         };
-        self.progress.step += 1;
-        self.progress.tokens += tokens as u64;
         Ok(StepReport {
             step,
             loss,
@@ -266,10 +340,12 @@ impl<D: Device> Trainer<D> {
     /// Mean negative log-probability over all predicted tokens of `sequences`; `None` without any.
     ///
     /// # Errors
-    /// [`TrainError::Device`].
-    pub fn validate(&self, sequences: &[Vec<u32>]) -> Result<Option<f64>> {
+    /// [`TrainError::Device`]; [`TrainError::Interrupted`] as [`Trainer::interrupt_by`] says.
+    pub fn validate(&mut self, sequences: &[Vec<u32>]) -> Result<Option<f64>> {
+        self.settle()?;
         let (mut sum, mut tokens) = (0.0, 0usize);
         for sequence in sequences {
+            self.stop.check()?;
             let scored = score(&self.model, sequence, self.streams().segments_per_step)?;
             sum -= scored.iter().map(|x| f64::from(*x)).sum::<f64>();
             tokens += scored.len();
@@ -294,6 +370,7 @@ impl<D: Device> Trainer<D> {
         self.gradients.clear(&self.model.device)?;
         let (streams, mut sum) = (self.streams(), 0.0);
         for batch in batches {
+            self.stop.check()?;
             let scored = accumulate(&self.model, batch, streams, scale, &mut self.gradients)?;
             sum += scored.iter().flatten().sum::<f64>();
         }
@@ -339,7 +416,7 @@ impl<D: Device> Trainer<D> {
     }
 
     /// Brings weights and moments to f32 on a device that computes in more, since that is what a checkpoint
-    /// holds: a run that is resumed goes on to the same bits there too.
+    /// holds: a run that is resumed goes on to the same bits there too. Doing it twice changes nothing.
     fn round(&mut self) -> Result<()> {
         let device = &self.model.device;
         if device.element_bytes(Kind::Exact) <= size_of::<f32>() {

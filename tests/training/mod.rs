@@ -60,10 +60,16 @@ pub fn prepare(folder: &Path) {
     std::fs::write(folder.join("run.toml"), CONFIG).unwrap();
 }
 
+/// A run on the text.
 pub fn train(folder: &Path, output: &str) -> Command {
+    train_on(folder, output, &folder.join("text.txt"))
+}
+
+/// A run on other data.
+pub fn train_on(folder: &Path, output: &str, data: &Path) -> Command {
     let mut command = segattn();
     command.arg("train").arg(folder.join("run.toml"));
-    command.arg("--data.train").arg(folder.join("text.txt"));
+    command.arg("--data.train").arg(data);
     command.arg("--training.output").arg(folder.join(output));
     command
 }

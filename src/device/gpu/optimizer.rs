@@ -45,12 +45,13 @@ pub(super) fn adamw<D: Driver>(
     };
     launch(gpu, NORM, Grid::Blocks(chunks), &params)?;
     launch(gpu, SCALE, Grid::Blocks(1), &params)?;
-    if !update.only_measure {
-        launch(gpu, UPDATE, Grid::Blocks(chunks), &params)?;
-    }
     let mut result = [0u8; size_of::<SegattnAdamwResult>()];
     // SAFETY: the block has that size, and the second kernel has written it.
     unsafe { gpu.driver().download(held[2].address, &mut result)? };
+    // The last call: what fails before it has changed no weight, and may be tried again.
+    if !update.only_measure {
+        launch(gpu, UPDATE, Grid::Blocks(chunks), &params)?;
+    }
     let norm = result
         .first_chunk()
         .expect("the result begins with the norm");

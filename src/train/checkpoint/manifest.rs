@@ -9,15 +9,13 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::names::{MANIFEST, damaged, is_inside};
 use super::storage::{Storage, create_folder, run};
 use super::tensors::{Named, Part};
-use super::{damaged, is_inside};
-use crate::train::data::hex;
 use crate::train::error::{Result, TrainError};
+use crate::train::hex::hex;
 
-/// The manifest's own name.
-pub(super) const NAME: &str = "manifest.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest manifest that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 28;
 
@@ -101,7 +99,7 @@ impl<'a> Writer<'a> {
 
     pub(super) fn finish(mut self) -> Result<()> {
         let text = serde_json::to_vec_pretty(&self.manifest).expect("strings and numbers are JSON");
-        self.file(NAME, &text)
+        self.file(MANIFEST, &text)
     }
 
     fn append(
@@ -128,15 +126,15 @@ impl<'a> Writer<'a> {
 
 impl Manifest {
     pub(super) fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(NAME);
+        let path = folder.join(MANIFEST);
         let text = read_bytes(&path, MAX_BYTES)?;
-        let wrong = |got: String| damaged(folder, NAME, "a manifest", got);
+        let wrong = |got: String| damaged(folder, MANIFEST, "a manifest", got);
         let manifest: Self = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
         if manifest.version != VERSION {
             let expected = format!("version {VERSION}");
             return Err(damaged(
                 folder,
-                NAME,
+                MANIFEST,
                 expected,
                 manifest.version.to_string(),
             ));
@@ -148,7 +146,7 @@ impl Manifest {
         let missing = || {
             damaged(
                 folder,
-                NAME,
+                MANIFEST,
                 format!("an entry for `{name}`"),
                 "none".into(),
             )
@@ -227,7 +225,7 @@ impl Manifest {
     fn sized(&self, folder: &Path, name: &str) -> Result<PathBuf> {
         if !is_inside(name) {
             let expected = "names of files in the folder";
-            return Err(damaged(folder, NAME, expected, format!("{name:?}")));
+            return Err(damaged(folder, MANIFEST, expected, format!("{name:?}")));
         }
         let expected = self.entry(folder, name)?.bytes;
         let path = folder.join(name);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use super::damaged;
+use super::names::damaged;
 use crate::model::config::ModelConfig;
 use crate::model::parameters::{parameters, specs};
 use crate::train::error::Result;

@@ -1,45 +1,29 @@
-//! Files and folders become documents: token files are read where they lie, everything else is encoded once
-//! into a scratch file that vanishes with the run. Tokens are read from files at known places, not mapped:
-//! a file that shrinks under a run is then an error and not a crash.
+//! Files and folders become documents: token files are read where they lie, everything else is encoded once into a
+//! file of tokens, in the cache or without a name. Tokens are read from files at known places, not mapped: a file that
+//! shrinks under a run is then an error and not a crash.
 
-use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::path::PathBuf;
 
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::ids::read_ids;
-use crate::train::config::{BinType, DataSection};
-use crate::train::error::{Result, TrainError};
+use super::cache::Cache;
+use super::encoded::{Source, encode_all, hash_file};
+use super::error::{io_error, vocabulary_error};
+use super::listing::{Format, list_files};
+use super::reading::Reading;
+use super::store::{Stored, Writer};
+use super::token_files::{STORED, TokenFiles};
+use crate::train::error::Result;
+use crate::train::hex::hex;
 
-/// Text is encoded in pieces of at most this many bytes, cut after a line where there is one, so that a file
-/// of any size takes bounded memory.
-const TEXT_PIECE: usize = 1 << 20;
-/// Longest line of a JSONL file.
-const MAX_LINE: u64 = 1 << 28;
+/// Texts of fewer bytes are encoded each time: that takes no time, and the cache is for large ones.
+const MIN_CACHED: u64 = 1 << 20;
 /// Tokens that are read at a time while hashing and checking.
 const SCAN: u64 = 1 << 16;
-
-/// Turns text into token ids.
-pub type Encode<'a> = dyn Fn(&str) -> std::result::Result<Vec<u32>, String> + 'a;
-
-/// How files become tokens.
-pub struct Reading<'a> {
-    /// Section `data` of the configuration.
-    pub section: &'a DataSection,
-    /// Ids must be below it.
-    pub vocab_size: usize,
-    /// Put before each text.
-    pub before: Vec<u32>,
-    /// Put after each text.
-    pub after: Vec<u32>,
-    /// The tokenizer.
-    pub encode: &'a Encode<'a>,
-    /// Folder for the scratch file.
-    pub scratch: &'a Path,
-}
+/// Part of every key of the cache: another way to make tokens has another number.
+const ENCODING: &str = "segattn tokens 1";
 
 /// A run of tokens in one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,382 +37,256 @@ pub struct Document {
     pub(super) hash: u64,
 }
 
-#[derive(Debug)]
-struct TokenFile {
-    path: PathBuf,
-    file: Mutex<File>,
-    width: u64,
-}
-
 /// Documents of a set of files.
 #[derive(Debug)]
 pub struct Corpus {
-    files: Vec<TokenFile>,
+    files: TokenFiles,
     documents: Vec<Document>,
-    fingerprint: String,
+    /// Documents in all groups up to and with each.
+    ends: Vec<usize>,
 }
 
 impl Corpus {
-    /// Reads files, and folders with all below them, in order of their names.
+    /// Reads several groups of files and folders, see [`list_files`] for which files. Documents are in the order of
+    /// the groups, the files and the files' content.
     ///
     /// # Errors
-    /// [`TrainError::Io`], or [`TrainError::Data`] with file and line for content that does not fit.
-    pub fn read(paths: &[PathBuf], reading: &Reading<'_>) -> Result<Self> {
-        let mut list = Vec::new();
-        for path in paths {
-            collect(path, &reading.section.extensions, true, &mut list)?;
-        }
-        let mut scratch = Scratch::new(reading.scratch)?;
-        let (mut files, mut spans) = (Vec::new(), Vec::new());
-        for path in &list {
-            if path.extension().is_some_and(|e| e == "bin") {
-                let file = open_bin(path, reading.section.bin_type)?;
-                files.push(file);
-                spans.push((files.len(), 0..files[files.len() - 1].len()?));
-            } else {
-                read_encoded(path, reading, &mut scratch, &mut spans)?;
+    /// [`TrainError::Io`](crate::train::TrainError::Io), or [`TrainError::Data`](crate::train::TrainError::Data) with
+    /// file and line for content that does not fit.
+    pub fn read(groups: &[&[PathBuf]], reading: &Reading<'_>) -> Result<Self> {
+        let (mut sources, mut files) = (Vec::new(), Vec::new());
+        for (group, paths) in groups.iter().enumerate() {
+            for path in list_files(paths, Some(&reading.section.extensions))? {
+                let format = Format::of(&path);
+                match format {
+                    Format::Binary => files.push((group, Some(path))),
+                    _ => {
+                        files.push((group, None));
+                        sources.push(Source {
+                            path,
+                            format,
+                            hash: None,
+                        });
+                    }
+                }
             }
         }
-        files.insert(0, scratch.finish()?);
+        let Stored {
+            file, documents, ..
+        } = stored(sources, reading)?;
         let mut corpus = Self {
-            files,
+            files: TokenFiles::new(file, reading.section.bin_type),
             documents: Vec::new(),
-            fingerprint: String::new(),
+            ends: Vec::new(),
         };
-        corpus.index(&spans, reading)?;
+        let (mut documents, mut at) = (documents.into_iter(), 0);
+        for group in 0..groups.len() {
+            for (_, binary) in files.iter().filter(|f| f.0 == group) {
+                match binary {
+                    Some(path) => {
+                        let (file, len) = corpus.files.add(path)?;
+                        let cuts = Cuts::Mark(reading.section.document_end);
+                        corpus.index(file, 0..len, cuts, reading.vocab_size)?;
+                    }
+                    None => {
+                        let lens = documents.next().unwrap_or_default();
+                        let span = at..at + lens.iter().sum::<u64>();
+                        at = span.end;
+                        corpus.index(
+                            STORED,
+                            span,
+                            Cuts::Lens(lens.into_iter()),
+                            reading.vocab_size,
+                        )?;
+                    }
+                }
+            }
+            corpus.ends.push(corpus.documents.len());
+        }
         Ok(corpus)
     }
 
-    /// All documents, files in order of their names.
+    /// All documents.
     pub fn documents(&self) -> &[Document] {
         &self.documents
     }
 
-    /// Hash of all documents, in hexadecimal: equal for equal data.
-    pub fn fingerprint(&self) -> &str {
-        &self.fingerprint
+    /// The documents of a group; none for a group that there is not.
+    pub fn group(&self, group: usize) -> &[Document] {
+        let end = |i: usize| self.ends.get(i).copied().unwrap_or(self.documents.len());
+        let start = if group == 0 { 0 } else { end(group - 1) };
+        &self.documents[start..end(group)]
     }
 
     /// Tokens `range` of a document.
     ///
     /// # Errors
-    /// [`TrainError::Io`].
+    /// [`TrainError::Io`](crate::train::TrainError::Io); [`TrainError::Data`](crate::train::TrainError::Data) if the
+    /// file has changed since the corpus was read.
     pub fn tokens(&self, document: &Document, range: Range<u64>) -> Result<Vec<u32>> {
         let start = document.start + range.start;
-        self.files[document.file].read(start..start + range.end - range.start)
+        let end = start + range.end.saturating_sub(range.start);
+        self.files.read(document.file, start..end)
     }
 
-    /// Checks every id, cuts token files at the end mark, and hashes.
-    fn index(&mut self, spans: &[(usize, Range<u64>)], reading: &Reading<'_>) -> Result<()> {
-        let mut all = Sha256::new();
-        for (file, span) in spans {
-            let mark = reading.section.document_end.filter(|_| *file > 0);
-            let (mut start, mut hash) = (span.start, Sha256::new());
-            let mut close = |start: u64, end: u64, hash: &mut Sha256| {
-                let digest: [u8; 32] = std::mem::take(hash).finalize().into();
-                let first = digest.first_chunk::<8>().expect("a digest has 32 bytes");
-                all.update(digest);
-                let hash = u64::from_le_bytes(*first);
-                let (file, len) = (*file, end - start);
-                let document = Document {
-                    file,
-                    start,
-                    len,
-                    hash,
-                };
-                self.documents.push(document);
-            };
-            let mut at = span.start;
-            while at < span.end {
-                let part = self.files[*file].read(at..span.end.min(at + SCAN))?;
-                for (i, id) in part.iter().enumerate() {
-                    if *id as usize >= reading.vocab_size {
-                        return Err(TrainError::Data {
-                            path: self.files[*file].path.clone(),
-                            line: None,
-                            expected: format!(
-                                "ids below the model's vocab_size = {}",
-                                reading.vocab_size
-                            ),
-                            got: format!("{id} at token {}", at + i as u64),
-                        });
-                    }
-                    hash.update(id.to_le_bytes());
-                    if Some(*id) == mark {
-                        let end = at + i as u64 + 1;
-                        close(start, end, &mut hash);
-                        start = end;
-                    }
-                }
-                at += part.len() as u64;
+    /// Checks every id of `span`, cuts it into documents, and hashes them.
+    fn index(
+        &mut self,
+        file: usize,
+        span: Range<u64>,
+        mut cuts: Cuts,
+        vocab_size: usize,
+    ) -> Result<()> {
+        let (mut start, mut hash, mut at) = (span.start, Sha256::new(), span.start);
+        let mut end = cuts.next_end(start);
+        while at < span.end {
+            let part = self.files.read(file, at..span.end.min(at + SCAN))?;
+            if let Some(i) = part.iter().position(|id| *id as usize >= vocab_size) {
+                let path = self.files.path(file);
+                return Err(vocabulary_error(path, vocab_size, part[i], at + i as u64));
             }
-            if start < span.end {
-                close(start, span.end, &mut hash);
+            let mut done = 0;
+            while let Some(cut) = cuts.find(end, at, &part, done) {
+                hash.update(bytes(&part[done..cut]));
+                let next = at + cut as u64;
+                self.close(file, start..next, &mut hash);
+                (start, done) = (next, cut);
+                end = cuts.next_end(start);
             }
+            hash.update(bytes(&part[done..]));
+            at += part.len() as u64;
         }
-        self.fingerprint = hex(&all.finalize());
+        if start < span.end {
+            self.close(file, start..span.end, &mut hash);
+        }
         Ok(())
     }
-}
 
-/// Bytes in hexadecimal.
-pub(in crate::train) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-impl TokenFile {
-    fn len(&self) -> Result<u64> {
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = file
-            .metadata()
-            .map_err(|e| io_error("read", &self.path, e))?;
-        Ok(bytes.len() / self.width)
-    }
-
-    fn read(&self, range: Range<u64>) -> Result<Vec<u32>> {
-        let bytes = ((range.end - range.start) * self.width) as usize;
-        let mut buffer = vec![0; bytes];
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.seek(SeekFrom::Start(range.start * self.width))
-            .and_then(|_| file.read_exact(&mut buffer))
-            .map_err(|e| io_error("read", &self.path, e))?;
-        Ok(match self.width {
-            2 => ids(&buffer, |b| u16::from_le_bytes(b).into()),
-            _ => ids(&buffer, u32::from_le_bytes),
-        })
+    fn close(&mut self, file: usize, span: Range<u64>, hash: &mut Sha256) {
+        let digest: [u8; 32] = std::mem::take(hash).finalize().into();
+        let first = digest.first_chunk().expect("a digest has 32 bytes");
+        self.documents.push(Document {
+            file,
+            start: span.start,
+            len: span.end - span.start,
+            hash: u64::from_le_bytes(*first),
+        });
     }
 }
 
-fn ids<const N: usize>(bytes: &[u8], id: impl Fn([u8; N]) -> u32) -> Vec<u32> {
-    bytes.as_chunks::<N>().0.iter().map(|b| id(*b)).collect()
+/// Where a span of tokens is cut into documents.
+enum Cuts {
+    /// After so many tokens each.
+    Lens(std::vec::IntoIter<u64>),
+    /// After each of these ids.
+    Mark(Option<u32>),
 }
 
-/// The file that encoded tokens go to; it has no name, so nothing is left behind.
-pub(super) struct Scratch {
-    path: PathBuf,
-    out: BufWriter<File>,
-    pub(super) len: u64,
-}
-
-impl Scratch {
-    fn new(folder: &Path) -> Result<Self> {
-        let failed = |e| io_error("create a scratch file in", folder, e);
-        Ok(Self {
-            path: folder.join("(encoded tokens)"),
-            out: BufWriter::new(tempfile::tempfile_in(folder).map_err(failed)?),
-            len: 0,
-        })
+impl Cuts {
+    /// Where the document ends that begins at token `start`, if that is known beforehand.
+    fn next_end(&mut self, start: u64) -> Option<u64> {
+        match self {
+            Self::Lens(lens) => lens.next().map(|len| start + len),
+            Self::Mark(_) => None,
+        }
     }
 
-    pub(super) fn push(&mut self, tokens: &[u32]) -> Result<()> {
-        self.len += tokens.len() as u64;
-        tokens
-            .iter()
-            .try_for_each(|t| self.out.write_all(&t.to_le_bytes()))
-            .map_err(|e| io_error("write", &self.path, e))
-    }
-
-    fn finish(self) -> Result<TokenFile> {
-        let file = self.out.into_inner();
-        let file = file.map_err(|e| io_error("write", &self.path, e.into_error()))?;
-        Ok(TokenFile {
-            path: self.path,
-            file: Mutex::new(file),
-            width: 4,
-        })
-    }
-}
-
-fn io_error(action: &'static str, path: &Path, source: io::Error) -> TrainError {
-    let path = path.to_owned();
-    TrainError::Io {
-        action,
-        path,
-        source,
-    }
-}
-
-pub(super) fn data_error(
-    path: &Path,
-    line: Option<usize>,
-    expected: &str,
-    got: impl ToString,
-) -> TrainError {
-    TrainError::Data {
-        path: path.to_owned(),
-        line,
-        expected: expected.to_owned(),
-        got: got.to_string(),
-    }
-}
-
-/// Files at and below `path`, sorted. What is named itself is read whatever its extension.
-fn collect(path: &Path, extensions: &[String], named: bool, list: &mut Vec<PathBuf>) -> Result<()> {
-    let failed = |e| io_error("read", path, e);
-    let kind = fs::metadata(path).map_err(failed)?;
-    if kind.is_dir() {
-        let entries = fs::read_dir(path).map_err(failed)?;
-        let entries: io::Result<Vec<_>> = entries
-            .map(|e| e.map(|e| (e.path(), e.file_type())))
-            .collect();
-        let mut entries = entries.map_err(failed)?;
-        entries.sort_by(|a, b| a.0.cmp(&b.0));
-        for (entry, kind) in entries {
-            // A link inside a folder could lead back up to it.
-            if !kind.map_err(failed)?.is_symlink() {
-                collect(&entry, extensions, false, list)?;
+    /// The first cut in `part`, the tokens from `at` on, behind the `done` first: at `end`, or after a mark.
+    fn find(&self, end: Option<u64>, at: u64, part: &[u32], done: usize) -> Option<usize> {
+        match self {
+            Self::Lens(_) => end
+                .map(|end| (end - at) as usize)
+                .filter(|cut| *cut <= part.len()),
+            Self::Mark(mark) => {
+                let found = part[done..].iter().position(|id| Some(*id) == *mark);
+                found.map(|i| done + i + 1)
             }
         }
-        return Ok(());
     }
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
-    let wanted = extensions
-        .iter()
-        .any(|e| e.trim_start_matches('.') == extension);
-    match (named, kind.is_file()) {
-        (_, true) if named || wanted => list.push(path.to_owned()),
-        (true, false) => return Err(data_error(path, None, "a file or folder", "something else")),
-        _ => {}
-    }
-    Ok(())
 }
 
-fn open_bin(path: &Path, kind: BinType) -> Result<TokenFile> {
-    let width = match kind {
-        BinType::U16 => 2,
-        BinType::U32 => 4,
+/// What the documents are, in hexadecimal: equal for the same tokens in the same documents in the same order.
+pub fn fingerprint(documents: &[Document]) -> String {
+    let mut hash = Sha256::new();
+    for document in documents {
+        hash.update(document.hash.to_le_bytes());
+        hash.update(document.len.to_le_bytes());
+    }
+    hex(&hash.finalize())
+}
+
+/// The tokens of `sources`, from the cache or encoded now.
+fn stored(mut sources: Vec<Source>, reading: &Reading<'_>) -> Result<Stored> {
+    let size = |source: &Source| {
+        let found = std::fs::metadata(&source.path);
+        found
+            .map(|m| m.len())
+            .map_err(|e| io_error("read", &source.path, e))
     };
-    let failed = |e| io_error("read", path, e);
-    let file = File::open(path).map_err(failed)?;
-    let bytes = file.metadata().map_err(failed)?.len();
-    if bytes % width != 0 {
-        let expected = format!("ids of {width} bytes (`data.bin_type`)");
-        return Err(data_error(path, None, &expected, format!("{bytes} bytes")));
-    }
-    Ok(TokenFile {
-        path: path.to_owned(),
-        file: Mutex::new(file),
-        width,
-    })
-}
-
-fn read_encoded(
-    path: &Path,
-    reading: &Reading<'_>,
-    scratch: &mut Scratch,
-    spans: &mut Vec<(usize, Range<u64>)>,
-) -> Result<()> {
-    let file = File::open(path).map_err(|e| io_error("read", path, e))?;
-    let input = BufReader::new(file);
-    let (start, known) = (scratch.len, spans.len());
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("jsonl") => return read_lines(path, input, reading, scratch, spans),
-        Some("json") => {
-            let ends = read_ids(path, input, scratch)?;
-            let mut from = start;
-            for end in ends {
-                spans.push((0, from..end));
-                from = end;
+    let sizes = sources.iter().map(size).collect::<Result<Vec<u64>>>()?;
+    let total = sizes.iter().sum();
+    let cache = reading.cache.filter(|_| total >= MIN_CACHED);
+    if let Some(folder) = cache {
+        let key = key(&mut sources, reading)?;
+        // A cache that cannot be used must not keep a run from starting.
+        let opened = Cache::open(folder).map(|cache| (cache.find(&key), cache));
+        let begun = opened.and_then(|(found, cache)| match found {
+            Some(stored) => Ok(Err(stored)),
+            None => cache.begin().map(|file| Ok((cache, file))),
+        });
+        match begun {
+            Ok(Err(stored)) => return Ok(stored),
+            Ok(Ok((cache, file))) => {
+                let path = file.path().to_owned();
+                let copy = file.as_file().try_clone();
+                let copy = copy.map_err(|e| io_error("open", &path, e))?;
+                let writer = Writer::new(copy, &path, reading.vocab_size);
+                let stored = encode_all(&sources, total, writer, reading)?;
+                if let Err(error) = cache.keep(file, &key) {
+                    tracing::warn!("the tokens are not kept in {}: {error}", folder.display());
+                }
+                return Ok(stored);
+            }
+            Err(error) => {
+                tracing::warn!("the tokens are not kept in {}: {error}", folder.display());
+                sources.iter_mut().for_each(|source| source.hash = None);
             }
         }
-        _ => {
-            scratch.push(&reading.before)?;
-            read_text(path, input, reading, scratch)?;
-            scratch.push(&reading.after)?;
-        }
     }
-    if spans.len() == known && scratch.len > start {
-        spans.push((0, start..scratch.len));
-    }
-    Ok(())
+    let file = tempfile::tempfile_in(reading.scratch);
+    let file = file.map_err(|e| io_error("create a scratch file in", reading.scratch, e))?;
+    let writer = Writer::new(
+        file,
+        &reading.scratch.join("(encoded tokens)"),
+        reading.vocab_size,
+    );
+    encode_all(&sources, total, writer, reading)
 }
 
-fn read_text(
-    path: &Path,
-    mut input: impl Read,
-    reading: &Reading<'_>,
-    scratch: &mut Scratch,
-) -> Result<()> {
-    let (mut pending, mut offset) = (Vec::new(), 0u64);
-    loop {
-        let room = (TEXT_PIECE - pending.len()) as u64;
-        let read = input.by_ref().take(room).read_to_end(&mut pending);
-        let read = read.map_err(|e| io_error("read", path, e))?;
-        let full = pending.len() == TEXT_PIECE;
-        let valid = match std::str::from_utf8(&pending) {
-            Ok(text) => text.len(),
-            // A character may continue in the next piece.
-            Err(e) if e.error_len().is_none() && full && read > 0 => e.valid_up_to(),
-            Err(e) => {
-                let at = offset + e.valid_up_to() as u64;
-                return Err(data_error(
-                    path,
-                    None,
-                    "UTF-8 text",
-                    format!("another byte at {at}"),
-                ));
-            }
-        };
-        let line_end = pending[..valid].iter().rposition(|b| *b == b'\n');
-        let cut = line_end.filter(|_| full).map_or(valid, |i| i + 1);
-        let text = std::str::from_utf8(&pending[..cut]).expect("cut after whole characters");
-        scratch.push(&encode(path, None, text, reading)?)?;
-        pending.drain(..cut);
-        offset += cut as u64;
-        if !full {
-            return Ok(());
-        }
+/// A hash of all that the tokens of `sources` depend on; notes the hashes of their content.
+fn key(sources: &mut [Source], reading: &Reading<'_>) -> Result<String> {
+    sources
+        .par_iter_mut()
+        .try_for_each(|source| -> Result<()> {
+            source.hash = Some(hash_file(&source.path)?);
+            Ok(())
+        })?;
+    let mut key = Sha256::new();
+    for part in [ENCODING, reading.tokenizer, &reading.section.jsonl_field] {
+        key.update((part.len() as u64).to_le_bytes());
+        key.update(part);
     }
+    for ids in [reading.before, reading.after] {
+        key.update((ids.len() as u64).to_le_bytes());
+        key.update(bytes(ids));
+    }
+    for source in sources {
+        key.update([source.format as u8]);
+        key.update(source.hash.unwrap_or_default());
+    }
+    Ok(hex(&key.finalize()))
 }
 
-fn encode(path: &Path, line: Option<usize>, text: &str, reading: &Reading<'_>) -> Result<Vec<u32>> {
-    (reading.encode)(text).map_err(|e| data_error(path, line, "text the tokenizer accepts", e))
-}
-
-/// One document a line.
-fn read_lines(
-    path: &Path,
-    mut input: impl BufRead,
-    reading: &Reading<'_>,
-    scratch: &mut Scratch,
-    spans: &mut Vec<(usize, Range<u64>)>,
-) -> Result<()> {
-    let (mut line, mut number) = (Vec::new(), 0);
-    loop {
-        line.clear();
-        number += 1;
-        let read = input.by_ref().take(MAX_LINE).read_until(b'\n', &mut line);
-        if read.map_err(|e| io_error("read", path, e))? == 0 {
-            return Ok(());
-        }
-        if line.len() as u64 == MAX_LINE && line.last() != Some(&b'\n') {
-            let expected = format!("lines below {MAX_LINE} bytes");
-            return Err(data_error(path, Some(number), &expected, "a longer one"));
-        }
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        let start = scratch.len;
-        let field = &reading.section.jsonl_field;
-        let wrong = |got: String| {
-            let expected = format!("an object with `{field}`, a string or a list of ids");
-            data_error(path, Some(number), &expected, got)
-        };
-        let mut object: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_slice(&line).map_err(|e| wrong(e.to_string()))?;
-        match object.remove(field) {
-            Some(serde_json::Value::String(text)) => {
-                scratch.push(&reading.before)?;
-                scratch.push(&encode(path, Some(number), &text, reading)?)?;
-                scratch.push(&reading.after)?;
-            }
-            Some(list @ serde_json::Value::Array(_)) => {
-                let ids: Vec<u32> =
-                    serde_json::from_value(list).map_err(|e| wrong(e.to_string()))?;
-                scratch.push(&ids)?;
-            }
-            _ => return Err(wrong("another line".into())),
-        }
-        spans.push((0, start..scratch.len));
-    }
+fn bytes(ids: &[u32]) -> Vec<u8> {
+    ids.iter().flat_map(|id| id.to_le_bytes()).collect()
 }

@@ -24,14 +24,17 @@ impl Permutation {
         }
     }
 
-    /// What comes at place `i < len`.
-    pub fn at(&self, i: u64) -> u64 {
-        debug_assert!(i < self.len, "{i} is not below {}", self.len);
+    /// What comes at place `i`; `None` beyond the last.
+    pub fn at(&self, i: u64) -> Option<u64> {
+        // From outside the range a walk may never come into it.
+        if i >= self.len {
+            return None;
+        }
         let mut value = self.shuffle(i);
         while value >= self.len {
             value = self.shuffle(value);
         }
-        value
+        Some(value)
     }
 
     fn shuffle(&self, value: u64) -> u64 {

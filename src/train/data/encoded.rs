@@ -1,0 +1,301 @@
+//! Files of text, JSONL and JSON become stored tokens: read one after another, encoded by all threads.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::error::{data_error, io_error};
+use super::ids::read_ids;
+use super::listing::Format;
+use super::pieces::{Joiner, OVERLAP, PIECE, Place, Tokens, boundary, cut, encode};
+use super::reading::Reading;
+use super::store::{Stored, Writer};
+use crate::train::error::Result;
+
+/// Longest line of a JSONL file, in bytes.
+const MAX_LINE: u64 = 1 << 28;
+/// What some programs put before a text in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// A file to encode.
+pub(super) struct Source {
+    pub(super) path: PathBuf,
+    pub(super) format: Format,
+    /// SHA-256 of its content, where it was asked for: what is read now must have it.
+    pub(super) hash: Option<[u8; 32]>,
+}
+
+/// SHA-256 of a file's content.
+///
+/// # Errors
+/// [`TrainError::Io`](crate::train::TrainError::Io).
+pub fn hash_file(path: &Path) -> Result<[u8; 32]> {
+    let failed = |e| io_error("read", path, e);
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut hash, mut part) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut part).map_err(failed)? {
+            0 => return Ok(hash.finalize().into()),
+            len => hash.update(&part[..len]),
+        }
+    }
+}
+
+/// Encodes `sources` in their order. `total`: bytes of all, for the progress.
+pub(super) fn encode_all(
+    sources: &[Source],
+    total: u64,
+    writer: Writer,
+    reading: &Reading<'_>,
+) -> Result<Stored> {
+    let mut queue = Queue {
+        reading,
+        writer,
+        items: Vec::new(),
+        bytes: 0,
+        limit: PIECE * 8 * rayon::current_num_threads().clamp(1, 32),
+        joiner: Joiner::default(),
+    };
+    let mut done = 0;
+    for source in sources {
+        queue.add(Item::File(&source.path))?;
+        let file = File::open(&source.path).map_err(|e| io_error("read", &source.path, e))?;
+        let mut input = BufReader::new(Watched {
+            file,
+            hash: source.hash.map(|_| Sha256::new()),
+            seen: |bytes| {
+                done += bytes;
+                (reading.progress)(done.min(total), total);
+            },
+        });
+        queue.read(source, &mut input)?;
+        let found = input.into_inner().hash.map(|hash| hash.finalize().into());
+        if found != source.hash {
+            let expected = "a file that does not change while it is read";
+            return Err(data_error(&source.path, None, expected, "a change"));
+        }
+    }
+    queue.flush()?;
+    queue.writer.finish()
+}
+
+/// A file whose bytes are counted and hashed as they are read.
+struct Watched<F> {
+    file: File,
+    hash: Option<Sha256>,
+    seen: F,
+}
+
+impl<F: FnMut(u64)> Read for Watched<F> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.file.read(buffer)?;
+        if let Some(hash) = &mut self.hash {
+            hash.update(&buffer[..len]);
+        }
+        (self.seen)(len as u64);
+        Ok(len)
+    }
+}
+
+/// What the stored tokens are made of, in order.
+enum Item<'a> {
+    /// The documents that follow are this file's.
+    File(&'a Path),
+    /// Tokens as they are.
+    Tokens(Vec<u32>),
+    /// A piece of the open document's text, and its line, where the file has lines.
+    Piece {
+        text: String,
+        place: Place,
+        line: Option<usize>,
+    },
+    /// The open document is complete.
+    End,
+}
+
+/// Items that wait to be encoded together.
+struct Queue<'a> {
+    reading: &'a Reading<'a>,
+    writer: Writer,
+    items: Vec<Item<'a>>,
+    bytes: usize,
+    /// Bytes that are encoded together.
+    limit: usize,
+    joiner: Joiner,
+}
+
+impl<'a> Queue<'a> {
+    fn read(&mut self, source: &'a Source, input: &mut impl BufRead) -> Result<()> {
+        let path = &source.path;
+        if input
+            .fill_buf()
+            .map_err(|e| io_error("read", path, e))?
+            .starts_with(BYTE_ORDER_MARK)
+        {
+            input.consume(BYTE_ORDER_MARK.len());
+        }
+        match source.format {
+            Format::Lines => self.read_lines(path, input),
+            Format::Ids => {
+                self.flush()?;
+                read_ids(path, input, &mut self.writer)
+            }
+            Format::Text | Format::Binary => self.read_text(path, input),
+        }
+    }
+
+    /// One document: the whole file.
+    fn read_text(&mut self, path: &'a Path, input: &mut impl Read) -> Result<()> {
+        self.add(Item::Tokens(self.reading.before.to_vec()))?;
+        let (mut bytes, mut start, mut shared) = (Vec::new(), 0u64, 0);
+        loop {
+            let want = shared + PIECE;
+            let room = (want - bytes.len()) as u64;
+            let read = input.by_ref().take(room).read_to_end(&mut bytes);
+            read.map_err(|e| io_error("read", path, e))?;
+            let last = bytes.len() < want;
+            let text = match std::str::from_utf8(&bytes) {
+                Ok(text) => text,
+                // A character may go on in the next piece.
+                Err(e) if e.error_len().is_none() && !last => {
+                    std::str::from_utf8(&bytes[..e.valid_up_to()]).expect("valid up to there")
+                }
+                Err(e) => {
+                    let at = start + e.valid_up_to() as u64;
+                    return Err(data_error(
+                        path,
+                        None,
+                        "UTF-8 text",
+                        format!("another byte at {at}"),
+                    ));
+                }
+            };
+            let piece = Item::Piece {
+                text: text.to_owned(),
+                place: Place {
+                    start,
+                    shared,
+                    last,
+                },
+                line: None,
+            };
+            let next = boundary(text, text.len().saturating_sub(OVERLAP));
+            (start, shared) = (start + next as u64, text.len() - next);
+            self.add(piece)?;
+            if last {
+                break;
+            }
+            bytes.drain(..next);
+        }
+        self.add(Item::Tokens(self.reading.after.to_vec()))?;
+        self.add(Item::End)
+    }
+
+    /// One document a line.
+    fn read_lines(&mut self, path: &'a Path, input: &mut impl BufRead) -> Result<()> {
+        let (mut line, mut number) = (Vec::new(), 0);
+        loop {
+            line.clear();
+            number += 1;
+            let read = input.by_ref().take(MAX_LINE).read_until(b'\n', &mut line);
+            if read.map_err(|e| io_error("read", path, e))? == 0 {
+                return Ok(());
+            }
+            if line.len() as u64 == MAX_LINE && line.last() != Some(&b'\n') {
+                let expected = format!("lines below {MAX_LINE} bytes");
+                return Err(data_error(path, Some(number), &expected, "a longer one"));
+            }
+            if !line.trim_ascii().is_empty() {
+                self.read_line(path, number, &line)?;
+            }
+        }
+    }
+
+    fn read_line(&mut self, path: &Path, number: usize, line: &[u8]) -> Result<()> {
+        let field = &self.reading.section.jsonl_field;
+        let wrong = |got: String| {
+            let expected = format!("an object with `{field}`, a string or a list of ids");
+            data_error(path, Some(number), &expected, got)
+        };
+        let mut object: serde_json::Map<String, Value> =
+            serde_json::from_slice(line).map_err(|e| wrong(e.to_string()))?;
+        match object.remove(field) {
+            Some(Value::String(text)) => {
+                self.add(Item::Tokens(self.reading.before.to_vec()))?;
+                for (piece, place) in cut(&text, PIECE, OVERLAP) {
+                    let (text, line) = (piece.to_owned(), Some(number));
+                    self.add(Item::Piece { text, place, line })?;
+                }
+                self.add(Item::Tokens(self.reading.after.to_vec()))?;
+            }
+            Some(list @ Value::Array(_)) => {
+                let ids = serde_json::from_value(list).map_err(|e| wrong(e.to_string()))?;
+                self.add(Item::Tokens(ids))?;
+            }
+            Some(Value::Null) => return Err(wrong(format!("null in `{field}`"))),
+            Some(_) => return Err(wrong(format!("something else in `{field}`"))),
+            None => return Err(wrong(format!("an object without `{field}`"))),
+        }
+        self.add(Item::End)
+    }
+
+    fn add(&mut self, item: Item<'a>) -> Result<()> {
+        self.bytes += match &item {
+            Item::Piece { text, .. } => text.len(),
+            Item::Tokens(tokens) => size_of_val(&tokens[..]),
+            Item::File(_) | Item::End => 0,
+        };
+        // The items themselves take memory too.
+        self.bytes += size_of::<Item<'_>>();
+        self.items.push(item);
+        match self.bytes < self.limit {
+            true => Ok(()),
+            false => self.flush(),
+        }
+    }
+
+    /// Encodes what waits and writes it.
+    fn flush(&mut self) -> Result<()> {
+        let items = std::mem::take(&mut self.items);
+        self.bytes = 0;
+        let by = self.reading.encode;
+        let encoded: Vec<Option<std::result::Result<Tokens, String>>> = items
+            .par_iter()
+            .map(|item| match item {
+                Item::Piece { text, place, .. } => Some(encode(by, text, *place)),
+                _ => None,
+            })
+            .collect();
+        for (item, encoded) in items.into_iter().zip(encoded) {
+            self.write(item, encoded)?;
+        }
+        Ok(())
+    }
+
+    fn write(
+        &mut self,
+        item: Item<'a>,
+        encoded: Option<std::result::Result<Tokens, String>>,
+    ) -> Result<()> {
+        match item {
+            Item::File(path) => self.writer.begin_file(path),
+            Item::Tokens(tokens) => self.writer.push(&tokens)?,
+            Item::End => self.writer.end_document(),
+            Item::Piece { text, place, line } => {
+                let by = self.reading.encode;
+                let tokens = encoded
+                    .unwrap_or_else(|| Ok(Vec::new()))
+                    .and_then(|tokens| self.joiner.push(by, &text, tokens, place));
+                let failed =
+                    |e| data_error(self.writer.source(), line, "text the tokenizer accepts", e);
+                let tokens = tokens.map_err(failed)?;
+                self.writer.push(&tokens)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,174 @@
+//! Where encoded tokens lie: one file, with the lengths of the documents behind them and a hash over all.
+//!
+//! ```text
+//! tokens     u32 each, little endian
+//! documents  for each source file: their number, then their lengths in tokens; u64 each
+//! end        number of tokens, number of these numbers (u64 each), SHA-256 of all before
+//! ```
+
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::error::{io_error, vocabulary_error};
+use crate::train::error::Result;
+
+/// Bytes of the two numbers and the hash at the end.
+const END: u64 = 16 + 32;
+/// Bytes that are read at a time.
+const PART: usize = 1 << 20;
+
+/// Encoded documents: where their tokens are, and how long each is.
+#[derive(Debug)]
+pub(super) struct Stored {
+    pub(super) file: File,
+    /// For each source file the lengths of its documents, none of them empty.
+    pub(super) documents: Vec<Vec<u64>>,
+}
+
+/// Writes encoded documents.
+pub(super) struct Writer {
+    /// For messages.
+    path: PathBuf,
+    out: BufWriter<File>,
+    hash: Sha256,
+    vocab_size: usize,
+    tokens: u64,
+    /// Where the open document begins.
+    begin: u64,
+    /// The source file whose documents come now.
+    source: PathBuf,
+    documents: Vec<Vec<u64>>,
+}
+
+impl Writer {
+    /// A writer into `file`, which lies at or in `path`.
+    pub(super) fn new(file: File, path: &Path, vocab_size: usize) -> Self {
+        Self {
+            path: path.to_owned(),
+            out: BufWriter::with_capacity(PART, file),
+            hash: Sha256::new(),
+            vocab_size,
+            tokens: 0,
+            begin: 0,
+            source: PathBuf::new(),
+            documents: Vec::new(),
+        }
+    }
+
+    /// The documents that follow are those of the source file `path`.
+    pub(super) fn begin_file(&mut self, path: &Path) {
+        self.source = path.to_owned();
+        self.documents.push(Vec::new());
+    }
+
+    /// The source file whose documents come now.
+    pub(super) fn source(&self) -> &Path {
+        &self.source
+    }
+
+    /// Tokens of the open document.
+    pub(super) fn push(&mut self, tokens: &[u32]) -> Result<()> {
+        if let Some(i) = tokens.iter().position(|t| *t as usize >= self.vocab_size) {
+            let at = self.tokens - self.begin + i as u64;
+            return Err(vocabulary_error(
+                &self.source,
+                self.vocab_size,
+                tokens[i],
+                at,
+            ));
+        }
+        self.tokens += tokens.len() as u64;
+        let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+        self.write(&bytes)
+    }
+
+    /// Closes the open document; one without tokens is none.
+    pub(super) fn end_document(&mut self) {
+        let len = self.tokens - self.begin;
+        self.begin = self.tokens;
+        if let (Some(documents), 1..) = (self.documents.last_mut(), len) {
+            documents.push(len);
+        }
+    }
+
+    pub(super) fn finish(mut self) -> Result<Stored> {
+        let documents = std::mem::take(&mut self.documents);
+        let mut numbers = 0u64;
+        for file in &documents {
+            numbers += 1 + file.len() as u64;
+            self.write(&(file.len() as u64).to_le_bytes())?;
+            for len in file {
+                self.write(&len.to_le_bytes())?;
+            }
+        }
+        self.write(&self.tokens.to_le_bytes())?;
+        self.write(&numbers.to_le_bytes())?;
+        let failed = |e| io_error("write", &self.path, e);
+        self.out.write_all(&self.hash.finalize()).map_err(failed)?;
+        let file = self.out.into_inner().map_err(|e| failed(e.into_error()))?;
+        Ok(Stored { file, documents })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        let written = self.out.write_all(bytes);
+        written.map_err(|e| io_error("write", &self.path, e))
+    }
+}
+
+impl Stored {
+    /// What a finished [`Writer`] has left in `file`; `None` if it is not whole.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub(super) fn open(file: File) -> io::Result<Option<Self>> {
+        let len = file.metadata()?.len();
+        let mut input = BufReader::with_capacity(PART, file);
+        if len < END {
+            return Ok(None);
+        }
+        input.seek(SeekFrom::Start(len - END))?;
+        let (tokens, numbers) = (number(&mut input)?, number(&mut input)?);
+        let mut expected = [0; 32];
+        input.read_exact(&mut expected)?;
+        let bytes = tokens.checked_mul(4).zip(numbers.checked_mul(8));
+        let whole = bytes.and_then(|(t, n)| t.checked_add(n)?.checked_add(END));
+        if whole != Some(len) || hash(&mut input, len - 32)? != expected {
+            return Ok(None);
+        }
+        input.seek(SeekFrom::Start(tokens * 4))?;
+        let (mut documents, mut left) = (Vec::new(), numbers);
+        while left > 0 {
+            let count = number(&mut input)?;
+            let lens: io::Result<Vec<u64>> = (0..count).map(|_| number(&mut input)).collect();
+            documents.push(lens?);
+            left = left.saturating_sub(1 + count);
+        }
+        Ok(Some(Self {
+            file: input.into_inner(),
+            documents,
+        }))
+    }
+}
+
+/// SHA-256 of the first `len` bytes.
+fn hash(input: &mut (impl Read + Seek), len: u64) -> io::Result<[u8; 32]> {
+    input.seek(SeekFrom::Start(0))?;
+    let (mut hash, mut part, mut left) = (Sha256::new(), vec![0; PART], len);
+    while left > 0 {
+        let size = left.min(PART as u64) as usize;
+        input.read_exact(&mut part[..size])?;
+        hash.update(&part[..size]);
+        left -= size as u64;
+    }
+    Ok(hash.finalize().into())
+}
+
+fn number(input: &mut impl Read) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    input.read_exact(&mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}

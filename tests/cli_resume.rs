@@ -1,0 +1,162 @@
+//! `segattn resume` with other keys or other data than the run had: an error, or what the documentation says; nothing
+//! without a word, nothing without an end.
+#![cfg(feature = "cli")]
+
+mod training;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use training::{
+    fail, losses, newest, prepare, resume, send, succeed, train, train_on, wait, wait_for_lines,
+};
+
+/// Runs `steps` steps on everything in `folder`.
+fn begin(folder: &Path, steps: &str, more: &[&str]) {
+    prepare(folder);
+    let mut first = train(folder, "run");
+    first.args(["--training.steps", steps]).args(more);
+    succeed(first);
+}
+
+fn go_on(folder: &Path, steps: &str, more: &[&str]) -> Command {
+    let mut command = resume(folder, "run");
+    command.args(["--training.steps", steps]).args(more);
+    command
+}
+
+#[test]
+fn another_cut_or_seed_begins_the_next_epoch_and_says_so_and_the_same_cut_does_not() {
+    let folder = tempfile::tempdir().unwrap();
+    begin(folder.path(), "20", &["--training.sequence-len", "32"]);
+    let run = folder.path().join("run");
+    let before = newest(&run).progress.position;
+    assert!(before.index > 0);
+    // With 0 there is one sequence: the place of before lies beyond it.
+    let said = |mut command: Command| {
+        command.args(["--checkpoint.every", "1"]);
+        String::from_utf8_lossy(&succeed(command).stderr).into_owned()
+    };
+    for (steps, key, value) in [
+        ("21", "--training.sequence-len", "0"),
+        ("22", "--training.sequence-len", "64"),
+        ("23", "--training.seed", "7"),
+    ] {
+        let epoch = newest(&run).progress.position.next_epoch().epoch;
+        let said = said(go_on(folder.path(), steps, &[key, value]));
+        assert!(said.contains(&format!("epoch {epoch}")), "{said}");
+        let after = newest(&run).progress.position;
+        assert!(after.epoch >= epoch, "{after:?}");
+    }
+    let same = said(go_on(folder.path(), "24", &["--training.batch", "1"]));
+    assert!(!same.contains("epoch"), "{same}");
+}
+
+#[test]
+fn keys_that_a_run_cannot_change_are_refused_and_the_guards_are_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    begin(folder.path(), "6", &[]);
+    fail(
+        go_on(folder.path(), "8", &["--model.segment.past-len", "16"]),
+        "model",
+    );
+    succeed(go_on(
+        folder.path(),
+        "8",
+        &["--guard.z-score", "none", "--guard.window", "2"],
+    ));
+    let guard = newest(&folder.path().join("run")).progress.guard;
+    assert_eq!((guard.config().z_score, guard.config().window), (None, 2));
+}
+
+#[test]
+fn data_that_changed_are_noticed_the_boundary_of_validation_among_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (sub, names) in [
+        ("t", &["a", "b", "c"][..]),
+        ("less", &["a", "b"]),
+        ("v", &["c"]),
+        ("w", &["d"]),
+    ] {
+        fs::create_dir(at(sub)).unwrap();
+        for name in names {
+            fs::write(
+                at(sub).join(format!("{name}.txt")),
+                format!("the words of {name} ").repeat(200),
+            )
+            .unwrap();
+        }
+    }
+    let paths = ["less", "v", "w"].map(|name| at(name).display().to_string());
+    let [less, v, w] = paths.each_ref().map(String::as_str);
+    prepare(folder.path());
+    let mut first = train_on(folder.path(), "run", &at("t"));
+    first.args(["--training.steps", "6", "--data.validation", v]);
+    succeed(first);
+    for other in [
+        &["--data.train", less][..],
+        &["--data.train", less, "--data.validation", v],
+        &["--data.validation", "[]"],
+    ] {
+        fail(go_on(folder.path(), "8", other), "data changed");
+    }
+    // What is only validated on changes no step.
+    let output = succeed(go_on(folder.path(), "8", &["--data.validation", w]));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("validation data changed"), "{said}");
+}
+
+#[test]
+fn a_run_whose_folder_lies_in_its_data_does_not_read_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    prepare(folder.path());
+    let train_in = |output: &str, steps: &str| {
+        let mut command = train_on(folder.path(), output, folder.path());
+        command.args(["--training.steps", steps]);
+        command
+    };
+    succeed(train_in("run", "6"));
+    succeed(go_on(folder.path(), "8", &[]));
+    succeed(train_in("run2", "6"));
+    // The data's folder is the run's.
+    succeed(train_in("", "6"));
+    let mut again = resume(folder.path(), "");
+    again.args(["--training.steps", "8"]);
+    succeed(again);
+    let tokens = |run: &str| losses(&folder.path().join(run))[1..7].to_vec();
+    assert_eq!(tokens("run"), tokens("run2"));
+    assert_eq!(tokens("run"), tokens(""));
+}
+
+#[test]
+fn what_the_messages_of_data_errors_name() {
+    let folder = tempfile::tempdir().unwrap();
+    prepare(folder.path());
+    let file = |name: &str, content: &str| {
+        fs::write(folder.path().join(name), content).unwrap();
+        train_on(folder.path(), "run", &folder.path().join(name))
+    };
+    fail(file("short.txt", "ab"), "validation_share");
+    fail(file("one.txt", "a"), "two tokens");
+    fail(file("null.jsonl", "{\"text\": null}\n"), "null");
+    fail(file("ids300.json", "[1, 2, 300]"), "ids300.json");
+    fail(file("mixed.json", "[1, [2]]"), "mixed.json");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_a_long_step_between_its_batches_and_the_step_was_not() {
+    let folder = tempfile::tempdir().unwrap();
+    prepare(folder.path());
+    let mut command = train(folder.path(), "run");
+    // A step of minutes, after a validation whose line shows that signals are noted.
+    command.args(["--training.accumulation", "30000"]);
+    let mut child = command.spawn().unwrap();
+    wait_for_lines(&folder.path().join("run"), 1);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    send("-TERM", &child);
+    assert!(wait(&mut child).success());
+    assert_eq!(newest(&folder.path().join("run")).progress.step, 0);
+}
