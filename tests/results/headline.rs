@@ -123,7 +123,7 @@ pub fn table(runs: &[Run], pages: &str) -> String {
     let rows: Vec<_> = model.chain(attention).collect();
     assert!(rows.len() <= 10, "at most ten rows");
     markdown(
-        &["on an H200, bf16", "segattn", "best peer", "", "run"],
+        &["on an H200, bf16", "segattn", "best peer", "ratio", "run"],
         with_ratio(rows, pages),
     )
 }
