@@ -345,14 +345,21 @@ fn one_hot_and_even_weights_are_exact() {
 #[test]
 fn lanes_that_store_without_arriving_are_reported() {
     // Every thread stores its part of d_k; those of one warp alone wait for the others before they read it.
+    let header = std::fs::read_to_string(folder().join("key_grad.cuh")).expect("a kernel file");
     let kernels = changed(File::AttentionBackward, 2, |text| {
-        let store = text.find("void store_key_rows").expect("store_key_rows");
-        let barrier = store + text[store..].find("__syncthreads()").expect("its barrier");
-        format!(
+        let store = header.find("void store_key_rows").expect("store_key_rows");
+        let barrier = store
+            + header[store..]
+                .find("__syncthreads()")
+                .expect("its barrier");
+        let header = format!(
             "{}__syncwarp(){}",
-            &text[..barrier],
-            &text[barrier + "__syncthreads()".len()..]
-        )
+            &header[..barrier],
+            &header[barrier + "__syncthreads()".len()..]
+        );
+        let include = "#include \"key_grad.cuh\"";
+        assert!(text.contains(include));
+        text.replace(include, &header)
     });
     let message = failure(&kernels, &Shape::plain(1, 1, 32, [130, 0, 0]));
     assert!(
