@@ -36,6 +36,7 @@ impl Actors {
     }
 
     /// Whether an actor is an asynchronous agent, which goes through the async proxy.
+    #[inline]
     pub fn is_agent(self, id: u16) -> bool {
         id as usize >= self.threads
     }

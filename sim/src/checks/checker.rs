@@ -46,11 +46,13 @@ impl Checker {
     }
 
     /// Whether memory and order are checked.
+    #[inline]
     pub fn enabled(&self) -> bool {
         self.enabled
     }
 
     /// Whether a finding makes going on pointless.
+    #[inline]
     pub fn stopped(&self) -> bool {
         self.stopped
     }
@@ -62,6 +64,7 @@ impl Checker {
 
     /// Checks and records an access to cells; the first conflict, with the index of its cell. Cells of shared memory
     /// forget what blocks before this one did to them.
+    #[inline]
     pub fn access(
         &mut self,
         cells: &mut [Cell],

@@ -64,6 +64,7 @@ pub(crate) struct Actor<'a> {
 
 impl Actor<'_> {
     /// Whether `past` is ordered before everything this actor does now.
+    #[inline]
     pub fn knows(&self, past: &Epoch) -> bool {
         if past.clock == 0 || past.block < self.first_block {
             true
@@ -185,6 +186,7 @@ impl Readers {
 
 impl Cell {
     /// Checks and records an access.
+    #[inline]
     pub fn on_access(
         &mut self,
         actor: &Actor,
@@ -199,6 +201,7 @@ impl Cell {
     }
 
     /// Forgets what blocks that no longer exist did to a cell of shared memory.
+    #[inline]
     pub fn claim_for_block(&mut self, serial: u32, first_block: u32, readers: &mut Readers) {
         if self.write.block != serial {
             if self.read.flags & MANY_READERS != 0 && self.read.block >= first_block {
@@ -210,6 +213,7 @@ impl Cell {
     }
 
     /// Checks and records a read.
+    #[inline]
     fn on_read(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
         let new = actor.epoch;
         let last = self.read;
@@ -256,6 +260,7 @@ impl Cell {
     }
 
     /// Checks and records a write; `actor.epoch.flags` become the cell's flags.
+    #[inline]
     fn on_write(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
         let conflict = self.problem_of_write(actor, readers);
         if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {

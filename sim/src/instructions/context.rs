@@ -62,11 +62,13 @@ impl Context<'_> {
     }
 
     /// Checks one access of the running thread. False if it must not be carried out; the launch then ends.
+    #[inline]
     pub fn access(&mut self, access: Access, site: Site) -> bool {
         self.access_as(self.thread, access, site)
     }
 
     /// Checks one access of a thread of the block.
+    #[inline]
     pub fn access_as(&mut self, thread: u16, access: Access, site: Site) -> bool {
         if !self.checker.enabled() {
             return true;
@@ -78,6 +80,7 @@ impl Context<'_> {
     }
 
     /// Checks one access of an actor of the block that knows `clock`.
+    #[inline]
     pub fn access_by(&mut self, id: u16, clock: &Clock, access: Access, site: Site) -> bool {
         if !self.checker.enabled() {
             return true;

@@ -24,6 +24,7 @@ pub(crate) fn run(launch: &mut Launch, body: &dyn Fn()) -> io::Result<()> {
 ///
 /// # Safety
 /// A launch must be running on this OS thread, `action` must not suspend, and nothing else may hold a reference to it.
+#[inline]
 pub(crate) unsafe fn with<R>(action: impl FnOnce(&mut Launch) -> R) -> R {
     // SAFETY: `run` sets the pointer for as long as coroutines run; the rest is the caller's word.
     action(unsafe { &mut *CURRENT.get() })

@@ -302,6 +302,7 @@ impl Launch {
     }
 
     /// Runs `action` on the units of the running thread's block, and wakes whom it lets go on.
+    #[inline]
     pub fn execute<R>(&mut self, action: impl FnOnce(&mut Units, &mut Context) -> R) -> R {
         let ThreadRef { slot, thread } = self.current;
         let block = self.blocks[slot as usize]
@@ -358,6 +359,7 @@ impl Launch {
     }
 
     /// The place in the kernel of a code address.
+    #[inline]
     pub fn site(&self, address: *const c_void) -> Site {
         Site((address as usize).wrapping_sub(self.memory.image) as u32)
     }

@@ -158,6 +158,7 @@ impl GlobalMemory {
     }
 
     /// The shadow cells of an access by a kernel, none where there is nothing to check.
+    #[inline]
     pub fn cells(
         &mut self,
         address: usize,

@@ -74,6 +74,7 @@ impl Region {
     }
 
     /// Shadow cells of the bytes `[address, address + len)`, which lie inside the region.
+    #[inline]
     pub fn cells(&mut self, address: usize, len: usize) -> &mut [Cell] {
         let (first, last) = granules(address - self.base, len);
         // SAFETY: the shadow mapping holds one zero-initialised Cell (a valid value) for every granule of

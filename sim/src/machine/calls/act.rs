@@ -11,6 +11,7 @@ use crate::machine::current::{suspend, with};
 ///
 /// # Safety
 /// As for every call of a kernel; `action` does not suspend.
+#[inline]
 pub(crate) unsafe fn execute<R>(
     site: *const c_void,
     action: impl FnOnce(&mut Units, &mut Context, Site) -> R,
