@@ -27,30 +27,22 @@ fn go_on(folder: &Path, steps: &str, more: &[&str]) -> Command {
 }
 
 #[test]
-fn another_cut_or_seed_begins_the_next_epoch_and_says_so_and_the_same_cut_does_not() {
+fn another_cut_or_order_of_the_data_is_refused_and_the_same_cut_by_another_number_is_not() {
     let folder = tempfile::tempdir().unwrap();
-    begin(folder.path(), "20", &["--training.sequence-len", "32"]);
-    let run = folder.path().join("run");
-    let before = newest(&run).progress.position;
-    assert!(before.index > 0);
-    // With 0 there is one sequence: the place of before lies beyond it.
-    let said = |mut command: Command| {
-        command.args(["--checkpoint.every", "1"]);
-        String::from_utf8_lossy(&succeed(command).stderr).into_owned()
-    };
-    for (steps, key, value) in [
-        ("21", "--training.sequence-len", "0"),
-        ("22", "--training.sequence-len", "64"),
-        ("23", "--training.seed", "7"),
-    ] {
-        let epoch = newest(&run).progress.position.next_epoch().epoch;
-        let said = said(go_on(folder.path(), steps, &[key, value]));
-        assert!(said.contains(&format!("epoch {epoch}")), "{said}");
-        let after = newest(&run).progress.position;
-        assert!(after.epoch >= epoch, "{after:?}");
+    begin(folder.path(), "6", &["--training.sequence-len", "32"]);
+    for len in ["0", "1", "64", "100000"] {
+        let other = go_on(folder.path(), "8", &["--training.sequence-len", len]);
+        fail(other, "training.sequence_len");
     }
-    let same = said(go_on(folder.path(), "24", &["--training.batch", "1"]));
-    assert!(!same.contains("epoch"), "{same}");
+    let other = go_on(folder.path(), "8", &["--training.seed", "7"]);
+    fail(other, "training.seed");
+    succeed(go_on(folder.path(), "8", &["--training.batch", "1"]));
+
+    let whole = tempfile::tempdir().unwrap();
+    begin(whole.path(), "3", &["--training.sequence-len", "0"]);
+    let same = ["--training.sequence-len", "100000"];
+    succeed(go_on(whole.path(), "4", &same));
+    assert_eq!(newest(&whole.path().join("run")).progress.step, 4);
 }
 
 #[test]
@@ -147,12 +139,12 @@ fn what_the_messages_of_data_errors_name() {
 
 #[cfg(unix)]
 #[test]
-fn a_signal_ends_a_long_step_between_its_batches_and_the_step_was_not() {
+fn a_signal_ends_a_long_step_between_its_segments_and_the_step_was_not() {
     let folder = tempfile::tempdir().unwrap();
     prepare(folder.path());
     let mut command = train(folder.path(), "run");
-    // A step of minutes, after a validation whose line shows that signals are noted.
-    command.args(["--training.accumulation", "30000"]);
+    // A step of minutes, in one batch, after a validation whose line shows that signals are noted.
+    command.args(["--training.sequence-len", "0", "--training.batch", "300"]);
     let mut child = command.spawn().unwrap();
     wait_for_lines(&folder.path().join("run"), 1);
     std::thread::sleep(std::time::Duration::from_millis(300));

@@ -62,9 +62,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
             folder.display()
         );
     }
-    let mut progress = checkpoint.progress;
-    progress.position = data.go_on(progress.position, before, &config);
-    let (tensors, progress) = (&checkpoint.tensors, Some(progress));
+    data.check_order(&before.training, &config.training)?;
+    let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;

@@ -11,7 +11,7 @@ use segattn::model::flops::training_flops;
 use segattn::train::TrainError;
 use segattn::train::checkpoint::{Disk, Fingerprints, create_folder, remove_leftovers, save};
 use segattn::train::config::{Config, DataSection, TrainingSection};
-use segattn::train::data::{Corpus, Position, Reading, Sequences, split};
+use segattn::train::data::{Corpus, Reading, Sequences, split};
 use segattn::train::folder::{CHECKPOINTS, METRICS_FILE, PICTURE_FILE};
 use segattn::train::lock::RunLock;
 use segattn::train::trainer::{StepReport, Trainer};
@@ -129,18 +129,24 @@ impl Data {
         }
     }
 
-    /// Where a run under `config` goes on in these data, which was at `position` under the configuration `before`.
-    pub fn go_on(&self, position: Position, before: &Config, config: &Config) -> Position {
-        let (before, now) = (&before.training, &config.training);
-        if before.seed == now.seed && self.train.same_cut(before.sequence_len) {
-            return position;
-        }
-        let next = position.next_epoch();
-        tracing::warn!(
-            "another `training.sequence_len` or `training.seed` is another order of the data:              the run goes on at the start of epoch {}",
-            next.epoch
+    /// Refuses to go on under `config` with a run that has come to its place in the data under `before`, if the place
+    /// means something else now: other sequences, or another order of them.
+    pub fn check_order(&self, before: &TrainingSection, now: &TrainingSection) -> Result<()> {
+        ensure!(
+            self.train.same_cut(before.sequence_len),
+            "`training.sequence_len`: expected {}, with which the run has come to its place in the data, got {}; to \
+             train on with another, start a new run from the checkpoint's folder with --model.folder",
+            before.sequence_len,
+            now.sequence_len
         );
-        next
+        ensure!(
+            before.seed == now.seed,
+            "`training.seed`: expected {}, which gives the order of the data, got {}; to train on with another, start \
+             a new run from the checkpoint's folder with --model.folder",
+            before.seed,
+            now.seed
+        );
+        Ok(())
     }
 
     /// Tokens that the longest sequence predicts, where sequences are cut after `sequence_len` (0: not at all).

@@ -33,6 +33,9 @@ pub enum DeviceError {
     /// The attention call was refused.
     #[error(transparent)]
     Attention(#[from] attention::Error),
+    /// The caller asked for the work to end before it was done.
+    #[error("interrupted")]
+    Interrupted,
     /// A token could not be chosen.
     #[error(transparent)]
     Sampler(#[from] SamplerError),

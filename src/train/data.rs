@@ -39,17 +39,6 @@ pub struct Position {
     pub index: u64,
 }
 
-impl Position {
-    /// Where a run goes on whose sequences have become others, by another cut or another seed: a place in one order
-    /// means nothing in another, so a pass that has begun is over.
-    pub fn next_epoch(self) -> Self {
-        Self {
-            epoch: self.epoch + u64::from(self.index > 0),
-            index: 0,
-        }
-    }
-}
-
 /// Sequences of one side of a corpus.
 #[derive(Debug, Clone)]
 pub struct Sequences {

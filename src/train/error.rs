@@ -4,6 +4,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::device::DeviceError;
+
 /// An error of the training side: configuration, data, optimizer, checkpoints, metrics.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -30,7 +32,7 @@ pub enum TrainError {
     },
     /// The device could not carry out a call.
     #[error(transparent)]
-    Device(#[from] crate::device::DeviceError),
+    Device(DeviceError),
     /// A file or folder could not be read, written, synced or renamed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -98,6 +100,15 @@ pub enum TrainError {
         /// What the drawing library said.
         reason: String,
     },
+}
+
+impl From<DeviceError> for TrainError {
+    fn from(error: DeviceError) -> Self {
+        match error {
+            DeviceError::Interrupted => Self::Interrupted,
+            error => Self::Device(error),
+        }
+    }
 }
 
 impl TrainError {

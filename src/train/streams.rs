@@ -137,6 +137,7 @@ fn run<D: Device>(
     };
     let mut first = 0;
     while first < end {
+        gradients.check_stop()?;
         let next = first
             .saturating_add(config.segments_per_step.max(1))
             .min(end);

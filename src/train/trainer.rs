@@ -186,9 +186,10 @@ impl<D: Device> Trainer<D> {
         })
     }
 
-    /// Ends steps and validations with [`TrainError::Interrupted`] once `flag` is set, between two batches or
+    /// Ends steps and validations with [`TrainError::Interrupted`] once `flag` is set, between two segments or
     /// sequences. The run is where it was then.
     pub fn interrupt_by(&mut self, flag: &'static AtomicBool) {
+        self.gradients.interrupt_by(flag);
         self.stop = Stop(Some(flag));
     }
 

@@ -1,7 +1,9 @@
 //! Gradients of the weights, and how one segment adds its share.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::Group;
-use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut, SlotSpan};
+use crate::device::{Device, DeviceError, Fold, Kind, Purpose, Result, Rows, RowsMut, SlotSpan};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::model::state::Plan;
@@ -16,6 +18,8 @@ pub struct Gradients<D: Device> {
     /// Whether that share has been added to since it was last brought to the embedding.
     apart: bool,
     head: usize,
+    /// Set from outside to end the work that adds to these.
+    stop: Option<&'static AtomicBool>,
 }
 
 impl<D: Device> Gradients<D> {
@@ -37,7 +41,21 @@ impl<D: Device> Gradients<D> {
                 .transpose()?,
             apart: false,
             head: index::head(model.config.num_hidden_layers),
+            stop: None,
         })
+    }
+
+    /// Ends [`accumulate`](super::accumulate) with [`DeviceError::Interrupted`] between two segments once `flag` is
+    /// set. What has been added until then is no gradient.
+    pub fn interrupt_by(&mut self, flag: &'static AtomicBool) {
+        self.stop = Some(flag);
+    }
+
+    pub(super) fn check_stop(&self) -> Result<()> {
+        match self.stop {
+            Some(flag) if flag.load(Ordering::SeqCst) => Err(DeviceError::Interrupted),
+            _ => Ok(()),
+        }
     }
 
     /// The gradients, complete: what the tied head kept apart is added to the embedding.
