@@ -153,7 +153,7 @@ fn large_texts_are_encoded_once_and_again_when_anything_their_tokens_depend_on_c
         reading.cache = Some(&cache);
         reading.progress = &note;
         change(&mut reading);
-        let corpus = Corpus::read(&[&[text.clone()]], &reading).unwrap();
+        let corpus = Corpus::read(&[std::slice::from_ref(&text)], &reading).unwrap();
         (documents(&corpus), encoded.get() > 0)
     };
     let entries = || {
@@ -207,7 +207,7 @@ fn a_cache_that_cannot_be_used_does_not_keep_texts_from_being_read() {
     let section = DataSection::default();
     let mut reading = reading_of(&section, folder.path());
     reading.cache = Some(&cache);
-    let corpus = Corpus::read(&[&[text.clone()]], &reading).unwrap();
+    let corpus = Corpus::read(&[std::slice::from_ref(&text)], &reading).unwrap();
     let without = read_with(&[text], &section).unwrap();
     assert_eq!(
         fingerprint(corpus.documents()),
