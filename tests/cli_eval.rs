@@ -39,8 +39,18 @@ fn tasks_make_a_table_and_a_file_with_every_answer() {
         "r.json",
     ];
     let shown = printed(dir, &args);
-    let rows: Vec<&str> = shown.lines().collect();
+    let (reasons, rows): (Vec<&str>, Vec<&str>) = shown.lines().partition(|l| l.starts_with("- "));
     assert_eq!(rows.len(), 12, "{shown}");
+    // A cell without a score has its reason below the table.
+    let empty = rows
+        .iter()
+        .flat_map(|row| row.split_whitespace())
+        .filter(|cell| *cell == "-");
+    assert_eq!(reasons.len(), empty.count(), "{shown}");
+    assert!(
+        reasons.iter().all(|reason| reason.contains("at least")),
+        "{shown}"
+    );
     assert!(rows[0].contains("600") && rows[0].contains("2000"));
     assert!(rows[1].starts_with("passkey") && rows[11].starts_with("mean"));
     let first = json(&dir.join("r.json"));

@@ -130,6 +130,7 @@ fn a_batch_decodes_to_the_bits_of_score_and_of_one_alone() {
         let mut session = Session::new(&model, prompts.len(), 1000 + NEW, 1).expect("a session");
         let given: Vec<Prompt<'_>> = (prompts.iter().enumerate())
             .map(|(i, tokens)| Prompt {
+                before: &[],
                 tokens,
                 stream: i as u64,
             })

@@ -43,6 +43,7 @@ fn generate(
     let prompts: Vec<Prompt<'_>> = prompts
         .iter()
         .map(|(tokens, stream)| Prompt {
+            before: &[],
             tokens,
             stream: *stream,
         })
@@ -138,6 +139,7 @@ fn sequences_end_by_themselves_and_others_go_on() {
     ended.end_tokens = vec![ender];
     let mut session = Session::new(&model, 3, 64, 1).unwrap();
     let given = prompts.each_ref().map(|(tokens, stream)| Prompt {
+        before: &[],
         tokens,
         stream: *stream,
     });
@@ -180,7 +182,11 @@ fn a_session_goes_on_from_what_it_has_read() {
     let expected = generate(&model, &[(prompt.clone(), 0)], &greedy, 1).remove(0);
     for cut in [1, 11, 26] {
         let mut session = Session::new(&model, 1, 64, 1).unwrap();
-        let read = |tokens| Prompt { tokens, stream: 0 };
+        let read = |tokens| Prompt {
+            before: &[],
+            tokens,
+            stream: 0,
+        };
         let only_read = GeneratorConfig {
             max_new: 0,
             ..greedy.clone()
@@ -206,7 +212,11 @@ fn bad_prompts_are_typed_errors() {
         let mut session = Session::new(&model, 2, 10, 1).unwrap();
         let prompts: Vec<Prompt<'_>> = prompts
             .iter()
-            .map(|tokens| Prompt { tokens, stream: 0 })
+            .map(|tokens| Prompt {
+                before: &[],
+                tokens,
+                stream: 0,
+            })
             .collect();
         Generator::new(&mut session, &prompts, sampled(max_new)).err()
     };

@@ -70,7 +70,11 @@ fn run(model: &Decoder<Dry>, reading: &Reading) -> Result<(), GenerateError> {
     let count = reading.sequences.len();
     let mut session = Session::new(model, count, longest, reading.segments_per_step)?;
     let tokens: Vec<Vec<u32>> = reading.sequences.iter().map(|s| vec![0; s[1]]).collect();
-    let prompt = |tokens| Prompt { tokens, stream: 0 };
+    let prompt = |tokens| Prompt {
+        before: &[],
+        tokens,
+        stream: 0,
+    };
     let prompts: Vec<Prompt<'_>> = tokens.iter().map(|t| prompt(t)).collect();
     let config = GeneratorConfig {
         sampler: SamplerConfig::greedy(),

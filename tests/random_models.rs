@@ -10,9 +10,10 @@ use segattn::device::Device;
 use segattn::device::cpu::Cpu;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::files::OutputFile;
 use segattn::model::parameters::{Role, index, specs};
 use segattn::model::session::{Feed, Session, score};
-use segattn::model::session_file::{StateFile, save};
+use segattn::model::session_file::{Origin, StateFile, save};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 const VOCAB: usize = 23;
@@ -136,10 +137,15 @@ fn in_pieces(
             all.extend(bits(&more));
         }
         if next() > 0.3 {
-            save(&session, &path).unwrap();
+            save(
+                &session,
+                Origin::default(),
+                &OutputFile::open(&path).unwrap(),
+            )
+            .unwrap();
             session = new(1 + (case.seed % 3) as usize).unwrap();
             let mut file = StateFile::open(&path).unwrap();
-            file.restore(&mut session).unwrap();
+            file.restore(&mut session, "").unwrap();
         }
     }
     scored

@@ -7,8 +7,9 @@ use common::{config, model, random, values};
 use segattn::device::reference::Reference;
 use segattn::model::config::{HeadReads, ModelConfig};
 use segattn::model::decoder::Decoder;
+use segattn::model::files::OutputFile;
 use segattn::model::session::{Feed, Session};
-use segattn::model::session_file::{StateFile, StateFileError, save};
+use segattn::model::session_file::{Origin, StateFile, StateFileError, save};
 use std::path::Path;
 
 fn tokens(seed: u64, len: usize) -> Vec<u32> {
@@ -73,22 +74,87 @@ fn a_restored_session_goes_on_wherever_it_was_saved() {
         for cut in [0, 1, 4, 7, 8, 9, 15, 16, 21, 24, 39] {
             let mut session = Session::new(&model, 2, 39, 2).unwrap();
             read(&mut session, &sequences, 0, cut);
-            save(&session, &path).unwrap();
+            save(
+                &session,
+                Origin::default(),
+                &OutputFile::open(&path).unwrap(),
+            )
+            .unwrap();
             let expected = read(&mut session, &sequences, cut, 39);
             let mut file = StateFile::open(&path).unwrap();
             assert_eq!(file.positions(), [cut, cut]);
             let mut session = Session::new(&model, 2, 39, 1).unwrap();
             // What was there before is gone.
             read(&mut session, &[tokens(8, 40), tokens(9, 40)], 0, 19);
-            file.restore(&mut session).unwrap();
+            file.restore(&mut session, "").unwrap();
             assert_eq!((session.position(0), session.position(1)), (cut, cut));
-            save(&session, &again).unwrap();
+            save(
+                &session,
+                Origin::default(),
+                &OutputFile::open(&again).unwrap(),
+            )
+            .unwrap();
             assert_eq!(
                 std::fs::read(&path).unwrap(),
                 std::fs::read(&again).unwrap()
             );
             assert_close(&read(&mut session, &sequences, cut, 39), &expected);
         }
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_is_found_and_other_weights_or_tokens_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let config = segmented();
+    let model = model(&config, &values(&config, 4));
+    let sequence = tokens(1, 22);
+    let mut session = Session::new(&model, 1, 39, 1).unwrap();
+    read(&mut session, std::slice::from_ref(&sequence), 0, 21);
+    let read = vec![sequence[..21].to_vec()];
+    let origin = Origin {
+        tokens: &read,
+        weights: "these",
+    };
+    let place = OutputFile::open(&path).unwrap();
+    save(&session, origin, &place).unwrap();
+    let mut file = StateFile::open(&path).unwrap();
+    assert_eq!(file.tokens(0).unwrap(), read[0]);
+    file.restore(&mut session, "these").unwrap();
+    let other = file.restore(&mut session, "others");
+    assert!(
+        matches!(other, Err(StateFileError::Mismatch { .. })),
+        "{other:?}"
+    );
+    let fewer = [sequence[..20].to_vec()];
+    let wrong = save(
+        &session,
+        Origin {
+            tokens: &fewer,
+            weights: "",
+        },
+        &place,
+    );
+    assert!(
+        matches!(
+            wrong,
+            Err(StateFileError::Origin {
+                expected: 21,
+                got: 20,
+                ..
+            })
+        ),
+        "{wrong:?}"
+    );
+    let good = std::fs::read(&path).unwrap();
+    // Every bit of the ends, and one of every 97th byte between.
+    let places = (0..good.len()).filter(|i| *i < 64 || *i + 64 > good.len() || i % 97 == 0);
+    for at in places {
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (at % 8);
+        std::fs::write(&path, bad).unwrap();
+        assert!(StateFile::open(&path).is_err(), "byte {at}");
     }
 }
 
@@ -101,12 +167,17 @@ fn one_saved_sequence_begins_many() {
     let sequence = tokens(1, 40);
     let mut session = Session::new(&model, 1, 39, 1).unwrap();
     read(&mut session, std::slice::from_ref(&sequence), 0, 21);
-    save(&session, &path).unwrap();
+    save(
+        &session,
+        Origin::default(),
+        &OutputFile::open(&path).unwrap(),
+    )
+    .unwrap();
     let expected = read(&mut session, std::slice::from_ref(&sequence), 21, 39);
     let mut session = Session::new(&model, 3, 39, 1).unwrap();
     StateFile::open(&path)
         .unwrap()
-        .restore(&mut session)
+        .restore(&mut session, "")
         .unwrap();
     let all = vec![sequence; 3];
     for got in read(&mut session, &all, 21, 39) {
@@ -118,7 +189,12 @@ fn saved(path: &Path, model: &Decoder<Reference>, sequences: usize, len: usize) 
     let mut session = Session::new(model, sequences, 40, 1).unwrap();
     let all: Vec<Vec<u32>> = (0..sequences).map(|s| tokens(s as u64 + 1, 60)).collect();
     read(&mut session, &all, 0, len);
-    save(&session, path).unwrap();
+    save(
+        &session,
+        Origin::default(),
+        &OutputFile::open(path).unwrap(),
+    )
+    .unwrap();
 }
 
 #[test]
@@ -129,7 +205,7 @@ fn files_of_another_model_or_size_are_refused() {
     let trained = model(&config, &values(&config, 4));
     let refused = |model: &Decoder<Reference>, sequences, longest| {
         let mut session = Session::new(model, sequences, longest, 1).unwrap();
-        match StateFile::open(&path).unwrap().restore(&mut session) {
+        match StateFile::open(&path).unwrap().restore(&mut session, "") {
             Err(StateFileError::Mismatch { what, .. }) => what,
             other => panic!("{other:?}"),
         }
@@ -153,6 +229,18 @@ fn files_of_another_model_or_size_are_refused() {
     assert_eq!(refused(&plain, 1, 20), "tokens of a sequence");
 }
 
+/// The bytes with a checksum that holds, so that what it covers is looked at.
+fn sealed(bytes: &[u8]) -> Vec<u8> {
+    use sha2::{Digest, Sha256};
+    let mut sealed = bytes.to_vec();
+    if let Some(before) = bytes.len().checked_sub(32) {
+        sealed.truncate(before);
+        let sum = Sha256::digest(&sealed);
+        sealed.extend_from_slice(&sum);
+    }
+    sealed
+}
+
 #[test]
 fn damaged_files_are_errors_and_never_panics() {
     let dir = tempfile::tempdir().unwrap();
@@ -162,10 +250,10 @@ fn damaged_files_are_errors_and_never_panics() {
     saved(&path, &model, 1, 21);
     let whole = std::fs::read(&path).unwrap();
     let restore = |bytes: &[u8]| {
-        std::fs::write(&path, bytes).unwrap();
+        std::fs::write(&path, sealed(bytes)).unwrap();
         let mut session = Session::new(&model, 1, 40, 1).unwrap();
         let mut file = StateFile::open(&path)?;
-        file.restore(&mut session)?;
+        file.restore(&mut session, "")?;
         let next = tokens(7, 12);
         read(&mut session, &[next], 0, 11);
         Ok::<(), StateFileError>(())
@@ -191,7 +279,7 @@ fn damaged_files_are_errors_and_never_panics() {
         ("[21]", "[13]"),
         ("[21]", "[99999999999]"),
         ("[21]", "[]"),
-        ("session 2", "session 1"),
+        ("session 3", "session 2"),
         ("\"positions\"", "\"position\""),
         ("0.0.prior", "0.9.prior"),
     ] {

@@ -55,6 +55,37 @@ fn broken_characters_pass_in_bounded_time_and_at_the_end() {
 }
 
 #[test]
+fn the_space_before_the_first_word_after_a_prompt_stays_and_can_stop() {
+    let after = |stops: Vec<String>| TextStream::new(stops).unwrap().after(&[7, 8]);
+    let mut stream = after(Vec::new());
+    assert_eq!(stream.push(1, words).unwrap().text, " w1");
+    assert_eq!(stream.finish(words).unwrap(), "");
+    let mut stream = after(vec![" w1".into()]);
+    assert_eq!(stream.push(1, words).unwrap().stopped, Some(0));
+    // Nothing of the prompt is text of the stream.
+    assert_eq!(after(Vec::new()).finish(words).unwrap(), "");
+}
+
+/// As [`words`], where 0 is a special token without text.
+fn words_and_specials(tokens: &[u32]) -> Decoded {
+    let shown: Vec<u32> = tokens.iter().copied().filter(|t| *t != 0).collect();
+    words(&shown)
+}
+
+#[test]
+fn the_space_after_hidden_tokens_stays() {
+    for tokens in [
+        vec![1, 0, 2],
+        vec![0, 0, 1, 0, 0, 0, 2, 3, 0],
+        [vec![1], vec![0; 90], vec![2, 3]].concat(),
+    ] {
+        let (parts, _) = stream(&tokens, &[], words_and_specials);
+        let whole = words_and_specials(&tokens).unwrap();
+        assert_eq!(parts.concat(), whole);
+    }
+}
+
+#[test]
 fn spaces_between_words_stay() {
     let (parts, _) = stream(&[1, 2, 33, 4], &[], words);
     assert_eq!(parts, ["w1", " w2", " w33", " w4", ""]);

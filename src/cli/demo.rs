@@ -20,6 +20,7 @@ use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn::train::trainer::Trainer;
 
 use super::alloc::peak_of;
+use super::out::out;
 
 /// Train a small byte-level model for a minute or two, stream a sample, check that scoring and
 /// generating agree to the bit, and show that memory stays flat as the context grows.
@@ -111,16 +112,16 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let tensors = Tensors::initial(&model, config.training.seed);
     let mut trainer = Trainer::new(Cpu, model, config, &tensors, None)?;
     let weights: usize = trainer.model().specs.iter().map(|s| s.role.len()).sum();
-    println!(
+    out!(
         "1. Train {:.2} million weights on {} kB of text, {} s",
         weights as f64 / 1e6,
         train.tokens() / 1000,
         args.seconds
-    );
+    )?;
     let steps = learn(&mut trainer, &corpus, &train, args.seconds, quiet)?;
     let loss = trainer.validate(&held_out)?.unwrap_or(f64::NAN);
-    println!("   {steps} steps; on held-out files, in nats a byte:");
-    println!("   byte bigrams {bigram:.3}   this model {loss:.3}\n");
+    out!("   {steps} steps; on held-out files, in nats a byte:")?;
+    out!("   byte bigrams {bigram:.3}   this model {loss:.3}\n")?;
     let model = trainer.model();
     agree(model)?;
     flat(model, &held_out)?;
@@ -172,7 +173,7 @@ fn learn(
 
 /// Streams a sample and scores it again in one piece.
 fn agree(model: &Decoder<Cpu>) -> Result<()> {
-    println!("2. A sample, token by token:\n");
+    out!("2. A sample, token by token:\n")?;
     let prompt: Vec<u32> = PROMPT.bytes().map(u32::from).collect();
     let mut session = Session::new(model, 1, prompt.len() + SAMPLE, 1)?;
     let settings = GeneratorConfig {
@@ -184,6 +185,7 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
         end_tokens: Vec::new(),
     };
     let prompts = [Prompt {
+        before: &[],
         tokens: &prompt,
         stream: 0,
     }];
@@ -209,10 +211,10 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
     let scored = &scored[prompt.len() - 1..];
     let pairs = scored.iter().zip(&generated.log_probabilities);
     let equal = pairs.filter(|(a, b)| a.to_bits() == b.to_bits()).count();
-    println!(
+    out!(
         "3. Scored again, all segments at once: {equal} of {} log-probabilities equal to the bit\n",
         generated.tokens.len()
-    );
+    )?;
     ensure!(
         equal == generated.tokens.len(),
         "generating and scoring differ: a defect"
@@ -222,8 +224,8 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
 
 /// Shows the memory of gradients over ever longer contexts.
 fn flat(model: &Decoder<Cpu>, texts: &[Vec<u32>]) -> Result<()> {
-    println!("4. Memory of the exact gradient of one sequence, one segment per step:\n");
-    println!("   context      working memory   pool of the past");
+    out!("4. Memory of the exact gradient of one sequence, one segment per step:\n")?;
+    out!("   context      working memory   pool of the past")?;
     let segment = model.config.segment.as_ref().map_or(1, |s| s.segment_len);
     let streams = StreamConfig {
         tbptt: 1,
@@ -254,16 +256,16 @@ fn flat(model: &Decoder<Cpu>, texts: &[Vec<u32>]) -> Result<()> {
             .map(|l| l.len() * size_of::<f64>())
             .sum::<usize>();
         let pool = inputs * pool_bytes(model);
-        println!(
+        out!(
             "   {inputs:>7}  {:>10.1} MB  {:>15.1} MB",
             peak.saturating_sub(pool + results) as f64 / 1e6,
             pool as f64 / 1e6
-        );
+        )?;
     }
-    println!(
+    out!(
         "\n   The pool holds keys and values of the heads that read the far past ({} here), nothing else.",
         past_heads(model)
-    );
+    )?;
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::out::{out, out_part};
 use anyhow::Result;
 use segattn::device::HostMemory;
 use segattn::isa::Isa;
@@ -82,10 +83,9 @@ pub fn run(args: &Args) -> Result<()> {
     };
     report.advice = advice(&report);
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print(&report),
+        true => Ok(out!("{}", serde_json::to_string_pretty(&report)?)?),
+        false => Ok(out_part!("{}", text(&report))?),
     }
-    Ok(())
 }
 
 fn cpu() -> Cpu {
@@ -261,13 +261,14 @@ fn advice(report: &Report) -> Vec<String> {
     advice
 }
 
-fn print(report: &Report) {
+fn text(report: &Report) -> String {
+    let mut all = String::new();
     let gib = |bytes: Option<u64>| match bytes {
         Some(bytes) => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
         None => "unknown".into(),
     };
     let none = || "none found".to_owned();
-    let line = |name: &str, text: String| println!("{name:<9} {text}");
+    let mut line = |name: &str, text: String| all += &format!("{name:<9} {text}\n");
     line("segattn", format!("{}, {}", report.version, report.system));
     let cpu = &report.cpu;
     let name = cpu.name.as_deref().unwrap_or("unknown");
@@ -321,6 +322,7 @@ fn print(report: &Report) {
     for advice in &report.advice {
         line("->", advice.clone());
     }
+    all
 }
 
 #[cfg(test)]

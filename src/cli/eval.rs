@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::builder::RangedU64ValueParser;
 use indicatif::ProgressBar;
 use segattn::device::Device;
 use segattn::eval::{
@@ -17,9 +18,10 @@ use serde::Serialize;
 
 use super::device::{Planned, on_device};
 use super::documents::read_documents;
-use super::files::write_atomically;
+use super::files::Results as Place;
 use super::generate::progress;
 use super::model::ModelArgs;
+use super::out::out;
 
 /// Runs the tasks one after the other and prints a table of each kind.
 #[derive(Debug, clap::Args)]
@@ -42,7 +44,7 @@ pub struct Args {
     #[arg(short, long, value_name = "N,...", value_delimiter = ',')]
     lengths: Vec<usize>,
     /// Samples of each synthetic task and length
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20, value_parser = count())]
     samples: usize,
     /// Seed of the samples
     #[arg(long, value_name = "S", default_value_t = 0)]
@@ -57,7 +59,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
     /// Samples or windows computed side by side; changes no result
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count())]
     batch: usize,
     /// Segments computed side by side; changes no result
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -67,10 +69,16 @@ pub struct Args {
     out: PathBuf,
 }
 
+/// Samples are kept with their answers, so there is a bound to their number.
+fn count() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=1 << 20)
+}
+
 /// Everything that was found, as it lies in the `--out` file.
 #[derive(Serialize)]
 struct Results {
-    model: PathBuf,
+    /// Its folder; of a name that is not UTF-8 what can be shown.
+    model: String,
     device: String,
     execution: String,
     /// The segments the model ran with.
@@ -95,6 +103,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         args.data.is_empty() != with_perplexity,
         "--data and the task perplexity go together"
     );
+    let place = Place::at(&args.out)?;
     let opened = args.model.open(!tasks.is_empty())?;
     let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
     let documents = match with_perplexity {
@@ -103,7 +112,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     };
     let model = opened.load(device, &args.readings(&documents, &tasks))?;
     let mut results = Results {
-        model: args.model.path().to_owned(),
+        model: args.model.path().to_string_lossy().into_owned(),
         device: model.device.description(),
         execution: args.model.execution().to_string(),
         segment: model.config.to_json().get("segment").cloned(),
@@ -112,19 +121,22 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     };
     if with_perplexity {
         results.perplexity = args.perplexity(&model, &documents, quiet)?;
-        print_perplexity(&results.perplexity);
     }
     if !tasks.is_empty() {
         let text = text.context("the model has no tokenizer, which these tasks need")?;
-        let report = args.tasks(&model, text, tasks, quiet)?;
-        println!("{}", report.table());
-        for cell in report.cells.iter().filter_map(|c| c.skipped.as_ref()) {
-            tracing::warn!("skipped: {cell}");
-        }
-        results.tasks = Some(report);
+        results.tasks = Some(args.tasks(&model, text, tasks, quiet)?);
     }
-    write_atomically(&args.out, &serde_json::to_vec_pretty(&results)?)?;
+    // Before the tables, whose reader may leave.
+    place.write(&serde_json::to_vec_pretty(&results)?)?;
     tracing::info!("every answer: {}", args.out.display());
+    print_perplexity(&results.perplexity)?;
+    if let Some(report) = &results.tasks {
+        out!("{}", report.table())?;
+        ensure!(
+            report.cells.iter().any(|cell| cell.score.is_some()),
+            "every task was skipped, there is no result"
+        );
+    }
     Ok(())
 }
 
@@ -256,19 +268,31 @@ impl Args {
     }
 }
 
-fn print_perplexity(results: &[WindowResult]) {
-    println!(
+fn print_perplexity(results: &[WindowResult]) -> Result<()> {
+    if results.is_empty() {
+        return Ok(());
+    }
+    out!(
         "{:<16}{:>9}{:>12}{:>10}{:>12}{:>12}",
-        "perplexity", "window", "tokens", "loss", "perplexity", "bits/byte"
-    );
+        "perplexity",
+        "window",
+        "tokens",
+        "loss",
+        "perplexity",
+        "bits/byte"
+    )?;
     for WindowResult { config, result } in results {
         let window = config.window.map_or("whole".to_owned(), |w| w.to_string());
         let bits = result
             .bits_per_byte
             .map_or("-".to_owned(), |b| format!("{b:.4}"));
-        println!(
+        out!(
             "{:<16}{window:>9}{:>12}{:>10.4}{:>12.3}{bits:>12}",
-            "", result.tokens, result.loss, result.perplexity
-        );
+            "",
+            result.tokens,
+            result.loss,
+            result.perplexity
+        )?;
     }
+    Ok(())
 }

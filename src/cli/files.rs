@@ -1,9 +1,10 @@
 //! Files that commands exchange: token lists in, results out.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use segattn::model::files::OutputFile;
 
 /// Largest token list that is read, in bytes of JSON.
 const MAX_TOKENS_FILE: u64 = 1 << 30;
@@ -21,7 +22,9 @@ pub fn read_tokens(path: &Path, vocab: usize) -> Result<Vec<u32>> {
         "{}: expected at most {MAX_TOKENS_FILE} bytes",
         path.display()
     );
-    let tokens: Vec<u32> = serde_json::from_str(&text)
+    // A byte order mark is passed over.
+    let json = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let tokens: Vec<u32> = serde_json::from_str(json)
         .with_context(|| format!("{}: expected a JSON array of token ids", path.display()))?;
     for (i, token) in tokens.iter().enumerate() {
         ensure!(
@@ -33,24 +36,31 @@ pub fn read_tokens(path: &Path, vocab: usize) -> Result<Vec<u32>> {
     Ok(tokens)
 }
 
+/// Where results go, found to be writable before the work that makes them.
+pub struct Results(OutputFile);
+
+impl Results {
+    /// The place of that name, unless nothing can be written there.
+    pub fn at(path: &Path) -> Result<Self> {
+        let file = OutputFile::open(path);
+        Ok(Self(file.with_context(|| {
+            format!("cannot write {}", path.display())
+        })?))
+    }
+
+    /// The place, where one is asked for.
+    pub fn maybe(path: Option<&Path>) -> Result<Option<Self>> {
+        path.map(Self::at).transpose()
+    }
+
+    /// Writes the results: whole or not at all where that place is a file.
+    pub fn write(&self, contents: &[u8]) -> Result<()> {
+        let written = self.0.write_all(contents);
+        written.with_context(|| format!("cannot write {}", self.0.path().display()))
+    }
+}
+
 /// Writes a file beside its place and renames it, so that a reader never sees half of it.
 pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let write = || -> std::io::Result<()> {
-        let mut options = tempfile::Builder::new();
-        // Results are for others too; the default of a temporary file is its owner alone.
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            options.permissions(std::fs::Permissions::from_mode(0o644));
-        }
-        let mut file = options.tempfile_in(folder)?;
-        file.write_all(contents)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    Results::at(path)?.write(contents)
 }

@@ -1,6 +1,5 @@
 //! `segattn generate`: continues prompts, one or several in a batch, printing as it goes.
 
-use std::borrow::Cow;
 use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -14,14 +13,16 @@ use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::text::TextStream;
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
+use segattn::model::files::OutputFile;
 use segattn::model::session::Session;
-use segattn::model::session_file::{StateFile, save};
+use segattn::model::session_file::{Origin, StateFile, save};
 use segattn::model::tokenizer::{GenerationSettings, Tokenizer};
 use serde::Serialize;
 
 use super::device::{Planned, on_device};
-use super::files::{read_tokens, write_atomically};
+use super::files::{Results, read_tokens};
 use super::model::ModelArgs;
+use super::out::{harmless, note};
 
 /// Largest prompt file that is read, in bytes.
 const MAX_PROMPT_FILE: u64 = 1 << 30;
@@ -129,6 +130,11 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
 }
 
 fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
+    let log_probabilities = Results::maybe(args.logprobs.as_deref())?;
+    let place = |path: &Path| {
+        OutputFile::open(path).with_context(|| format!("cannot write {}", path.display()))
+    };
+    let state_out = args.state_out.as_deref().map(place).transpose()?;
     let opened = args.model.open(args.tokens.is_empty())?;
     let text = opened.text.as_ref();
     let own = GenerationSettings::load(args.model.path())?;
@@ -141,13 +147,20 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let sampler = args.sampling.over(&own);
     let max_new = args.max_new.or(own.max_new_tokens).unwrap_or(256);
     let mut state = args.state_in.as_deref().map(StateFile::open).transpose()?;
-    let saved = state.as_ref().map_or(&[][..], StateFile::positions);
+    let saved = state
+        .as_ref()
+        .map_or(Vec::new(), |s| s.positions().to_vec());
     let inputs = args.inputs(opened.config.vocab_size, text, saved.len())?;
     let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
     let longest = longest
         .saturating_add(saved.iter().copied().max().unwrap_or(0))
         .saturating_add(max_new);
     let before = |i: usize| saved.get(i).or(saved.first()).copied().unwrap_or(0);
+    // A fingerprint reads all weights, so it is made only where a state needs one.
+    let weights = match state.is_some() || state_out.is_some() {
+        true => opened.weights.fingerprint()?,
+        false => String::new(),
+    };
     let each = inputs.iter().enumerate();
     let reading = Reading {
         sequences: each
@@ -159,13 +172,18 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     };
     let model = opened.load(device, &[reading])?;
     let mut session = Session::new(&model, inputs.len(), longest, args.segments_per_step)?;
+    let mut earlier = vec![Vec::new(); inputs.len()];
     if let Some(state) = &mut state {
-        state.restore(&mut session)?;
+        state.restore(&mut session, &weights)?;
+        for (i, earlier) in earlier.iter_mut().enumerate() {
+            *earlier = state.tokens(if saved.len() == 1 { 0 } else { i })?;
+        }
     }
     let prompts: Vec<Prompt<'_>> = inputs
         .iter()
         .enumerate()
         .map(|(i, input)| Prompt {
+            before: &earlier[i],
             tokens: &input.tokens,
             stream: copies_before(&inputs, i),
         })
@@ -178,12 +196,20 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let started = Instant::now();
     read_prompts(&mut generator, quiet)?;
     let read = started.elapsed();
-    if let Some(path) = &args.state_out {
-        save(generator.session(), path)?;
+    if let Some(place) = &state_out {
+        let all = earlier.iter().zip(&inputs);
+        let tokens: Vec<Vec<u32>> = all
+            .map(|(earlier, input)| [&earlier[..], &input.tokens].concat())
+            .collect();
+        let origin = Origin {
+            tokens: &tokens,
+            weights: &weights,
+        };
+        save(generator.session(), origin, place)?;
     }
     let started = Instant::now();
     let generated = match text.filter(|_| args.tokens.is_empty()) {
-        Some(text) => args.stream(&mut generator, text, &inputs, quiet)?,
+        Some(text) => args.stream(&mut generator, text, &inputs, &earlier, quiet)?,
         None => print_tokens(&mut generator)?,
     };
     if !quiet {
@@ -191,14 +217,14 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         let new: usize = generated.iter().map(|g| g.tokens.len()).sum();
         let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
         let seconds = [read.as_secs_f64(), started.elapsed().as_secs_f64()];
-        eprintln!(
+        note!(
             "prompt: {prompt} tokens, {:.1}/s; new: {new} tokens, {:.1}/s",
             rate(prompt, seconds[0]),
             rate(new, seconds[1])
         );
     }
-    match &args.logprobs {
-        Some(path) => write_log_probabilities(path, &generated),
+    match &log_probabilities {
+        Some(place) => write_log_probabilities(place, &generated),
         None => Ok(()),
     }
 }
@@ -288,11 +314,16 @@ impl Args {
         generator: &mut Generator<'_, '_, D>,
         text: &Tokenizer,
         inputs: &[Input],
+        earlier: &[Vec<u32>],
         quiet: bool,
     ) -> Result<Vec<Generated>> {
         let mut streams = inputs
             .iter()
-            .map(|_| TextStream::new(self.stop.clone()))
+            .zip(earlier)
+            .map(|(input, earlier)| {
+                let before = [&earlier[..], &input.tokens].concat();
+                Ok::<_, anyhow::Error>(TextStream::new(self.stop.clone())?.after(&before))
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let mut texts = vec![String::new(); inputs.len()];
         let alone = inputs.len() == 1;
@@ -342,7 +373,8 @@ impl Args {
             writeln!(out)?;
         } else {
             for (i, (input, text)) in inputs.iter().zip(&texts).enumerate() {
-                writeln!(out, "=== {} of {}: {}", i + 1, inputs.len(), input.title)?;
+                let title = harmless(&input.title);
+                writeln!(out, "=== {} of {}: {title}", i + 1, inputs.len())?;
                 writeln!(out, "{text}\n")?;
             }
         }
@@ -425,18 +457,8 @@ fn print_tokens<D: Device>(generator: &mut Generator<'_, '_, D>) -> Result<Vec<G
     Ok(generated)
 }
 
-/// The text without what would move a terminal's cursor, change its colours, or worse.
-fn harmless(text: &str) -> Cow<'_, str> {
-    let harmful = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if text.contains(harmful) {
-        text.replace(harmful, "\u{fffd}").into()
-    } else {
-        text.into()
-    }
-}
-
 /// One object for one sequence, an array of them for several.
-fn write_log_probabilities(path: &Path, generated: &[Generated]) -> Result<()> {
+fn write_log_probabilities(place: &Results, generated: &[Generated]) -> Result<()> {
     let all: Vec<LogProbs<'_>> = generated
         .iter()
         .map(|g| LogProbs {
@@ -448,5 +470,5 @@ fn write_log_probabilities(path: &Path, generated: &[Generated]) -> Result<()> {
         [one] => serde_json::to_vec(one)?,
         several => serde_json::to_vec(several)?,
     };
-    write_atomically(path, &json)
+    place.write(&json)
 }

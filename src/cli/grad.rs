@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use safetensors::tensor::{Dtype, TensorView};
 use segattn::device::{Device, Purpose};
 use segattn::model::decoder::Decoder;
@@ -11,8 +11,9 @@ use segattn::model::weights::Checkpoint;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 use super::device::{Planned, on_device};
-use super::files::{read_tokens, write_atomically};
+use super::files::{Results, read_tokens};
 use super::model::{ModelArgs, Opened};
+use super::out::out;
 
 /// Writes the exact gradient of every weight under its own name (F32), and the loss in the metadata:
 /// the mean negative log-probability of all tokens but the first. The names are those of the folder's
@@ -43,6 +44,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
+    let results = Results::at(&args.out)?;
     let Opened {
         config, weights, ..
     } = args.model.open(false)?;
@@ -66,7 +68,10 @@ fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
     let model = weights.load(device, config, true)?;
     let (mut gradients, scored) = gradient(&model, &sequences, streams)?;
     let loss = -scored.concat().iter().sum::<f64>() / count as f64;
-    println!("loss {loss:.6}");
+    ensure!(
+        loss.is_finite(),
+        "loss: expected a finite number, got {loss}"
+    );
     let tensors = named(&weights, &model, gradients.finish(&model.device)?)?;
     let views = tensors
         .iter()
@@ -76,7 +81,8 @@ fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
         })
         .collect::<Result<Vec<_>>>()?;
     let metadata = HashMap::from([("loss".to_owned(), loss.to_string())]);
-    write_atomically(&args.out, &safetensors::serialize(views, Some(metadata))?)
+    results.write(&safetensors::serialize(views, Some(metadata))?)?;
+    Ok(out!("loss {loss:.6}")?)
 }
 
 /// The gradient of the mean loss, and the log-probabilities.
@@ -114,6 +120,12 @@ fn named<D: Device>(
             let end = at + shape.iter().product::<usize>();
             if held.contains(name.as_str()) {
                 let values = model.device.read(gradient, at..end)?;
+                if let Some(i) = values.iter().position(|x| !x.is_finite()) {
+                    bail!(
+                        "gradient of `{name}`[{i}]: expected a finite number, got {}",
+                        values[i]
+                    );
+                }
                 let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
                 all.push((name.clone(), shape.clone(), bytes));
             }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::device::{DeviceArgs, DeviceName};
 use super::model::load_config;
+use super::out::{out, out_part};
 use super::plan::{self, Place, Planner};
 
 /// Bytes of a number on the CPU.
@@ -69,7 +70,7 @@ pub fn run(args: &Args) -> Result<()> {
         Err(_) => Ok(()),
     };
     let mut report = json!({
-        "folder": args.model,
+        "folder": args.model.to_string_lossy(),
         "architecture": architecture(&config),
         "parameters": counts(&config),
         "weights": weights.as_ref().map(stored).unwrap_or(Value::Null),
@@ -84,10 +85,10 @@ pub fn run(args: &Args) -> Result<()> {
         report["memory"] = json!({"place": place, "rows": rows});
     }
     match (args.json, &planned) {
-        (true, _) => println!("{report:#}"),
-        (false, None) => print!("{}{}", text(&report), estimated(&rows)),
+        (true, _) => out!("{report:#}")?,
+        (false, None) => out_part!("{}{}", text(&report), estimated(&rows))?,
         (false, Some((place, rows))) => {
-            print!("{}{}", text(&report), planned_text(args, place, rows))
+            out_part!("{}{}", text(&report), planned_text(args, place, rows))?
         }
     }
     fits.and(weights.map(drop))

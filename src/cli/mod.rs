@@ -14,6 +14,7 @@ mod inspect;
 mod metrics;
 mod model;
 mod op;
+mod out;
 mod overrides;
 mod plan;
 mod plot;
@@ -22,12 +23,15 @@ mod run;
 mod score;
 mod signals;
 mod text;
+mod threads;
 mod train;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
+use out::{note, out_part};
 
 /// Segment attention: train and generate over long sequences in memory that does not grow.
 #[derive(Debug, Parser)]
@@ -93,14 +97,26 @@ enum Command {
 /// 2 wrong usage.
 pub fn main() -> ExitCode {
     alloc::keep_freed_memory();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and versions come this way too.
+        Err(shown) => {
+            let code = u8::try_from(shown.exit_code()).unwrap_or(2);
+            return ended(shown.print().map_err(Into::into), code);
+        }
+    };
     start_logging(&cli.global);
-    let done = start_threads(&cli.global).and_then(|()| run(cli.command, cli.global.quiet));
+    let done = threads::start(cli.global.threads);
+    ended(done.and_then(|()| run(cli.command, cli.global.quiet)), 0)
+}
+
+/// The exit code: `code` where all went well, or where the reader of the output has left.
+fn ended(done: Result<()>, code: u8) -> ExitCode {
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::from(code),
         Err(error) if reader_left(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", explain(&error));
+            note!("error: {}", explain(&error));
             ExitCode::FAILURE
         }
     }
@@ -119,13 +135,9 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Cli::command(),
-                "segattn",
-                &mut std::io::stdout(),
-            );
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "segattn", &mut script);
+            Ok(out_part!("{}", String::from_utf8_lossy(&script))?)
         }
         Command::Op(args) => op::run(&args),
     }
@@ -149,15 +161,6 @@ fn reader_left(error: &anyhow::Error) -> bool {
         .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-fn start_threads(global: &Global) -> Result<()> {
-    if let Some(threads) = global.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.get())
-            .build_global()?;
-    }
-    Ok(())
-}
-
 /// Messages go to stderr; `RUST_LOG` overrides the flags.
 fn start_logging(global: &Global) {
     let level = match (global.quiet, global.verbose) {
@@ -171,6 +174,9 @@ fn start_logging(global: &Global) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Colours are for terminals, and nothing is said of messages that nobody can read.
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .log_internal_errors(false)
         .without_time()
         .with_target(false)
         .init();

@@ -12,7 +12,7 @@ use segattn::attention::{
     Gradients, HostGradients, HostProblem, HostSaved, Saved, View, ViewMut, cpu, reference,
 };
 
-use super::files::write_atomically;
+use super::files::Results;
 use case::Case;
 
 /// The case holds q k v prior_k prior_v past_k past_v d_out and past_gate (F32), prior_heads (U8),
@@ -36,6 +36,9 @@ pub struct Args {
     dtype: cuda::OpDtype,
 }
 
+/// Smallest gate above 0 whose gradient f32 can hold.
+const MIN_GATE: f32 = 1e-30;
+
 /// Devices of the operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OpDevice {
@@ -48,9 +51,22 @@ enum OpDevice {
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    let place = Results::at(&args.out)?;
     let bytes = std::fs::read(&args.case)
         .with_context(|| format!("cannot read {}", args.case.display()))?;
     let case = Case::read(&bytes).with_context(|| args.case.display().to_string())?;
+    // The gradient of a gate divides by it, which f32 cannot do with every number of its own.
+    if args.device != OpDevice::Reference
+        && let Some(i) = case
+            .past_gate
+            .iter()
+            .position(|g| *g != 0.0 && *g < MIN_GATE)
+    {
+        bail!(
+            "past_gate[{i}]: expected 0 or at least {MIN_GATE:e} in f32 (--device reference takes any), got {:e}",
+            case.past_gate[i]
+        );
+    }
     let results = match args.device {
         OpDevice::Cpu => case.compute::<f32>()?,
         OpDevice::Reference => case.compute::<f64>()?,
@@ -61,7 +77,7 @@ pub fn run(args: &Args) -> Result<()> {
             "this segattn was built without GPU kernels: build it with --features cuda (needs nvcc, see the README)"
         ),
     };
-    write_atomically(&args.out, &case.serialize(&results)?)
+    place.write(&case.serialize(&results)?)
 }
 
 impl Case {

@@ -18,6 +18,7 @@ use segattn::train::trainer::{StepReport, Trainer};
 
 use super::device::Planned;
 use super::metrics::{Line, Metrics};
+use super::out::note;
 use super::plot;
 use super::signals::{flag, interrupted, note_interrupts};
 use super::text::Text;
@@ -367,7 +368,7 @@ impl<D: Planned> Run<D> {
             .iter()
             .map(|s| s.role.len())
             .sum();
-        eprintln!(
+        note!(
             "{:.2} million weights; {} tokens in {} sequences to train on, {} sequences to validate",
             weights as f64 / 1e6,
             self.data.train.tokens(),
@@ -397,13 +398,13 @@ impl<D: Planned> Run<D> {
                 } else {
                     format!(", {prefix}")
                 };
-                eprintln!("done after {step} steps{loss}{validation}; the model is {model}");
+                note!("done after {step} steps{loss}{validation}; the model is {model}");
             }
             End::Interrupted => {
-                eprintln!("stopped after step {step} and saved; go on with `{resume}`")
+                note!("stopped after step {step} and saved; go on with `{resume}`")
             }
             End::OutOfTime => {
-                eprintln!("time is up after step {step}, saved; go on with `{resume}`")
+                note!("time is up after step {step}, saved; go on with `{resume}`")
             }
         }
         Ok(())

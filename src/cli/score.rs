@@ -8,9 +8,10 @@ use segattn::generate::rehearsal::Reading;
 use serde::Serialize;
 
 use super::device::{Planned, on_device};
-use super::files::{read_tokens, write_atomically};
+use super::files::{Results, read_tokens};
 use super::generate::{progress, read_prompt};
 use super::model::ModelArgs;
+use super::out::out;
 
 /// Prints the mean negative log-probability (natural logarithm) and the perplexity. The first token
 /// has no probability.
@@ -48,6 +49,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
 }
 
 fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
+    let results = Results::maybe(args.out.as_deref())?;
     let opened = args.model.open(args.tokens.is_none())?;
     let tokens = match (&args.tokens, &args.text, &opened.text) {
         (Some(path), ..) => read_tokens(path, opened.config.vocab_size)?,
@@ -79,15 +81,13 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         loss,
         perplexity: loss.exp(),
     };
-    println!(
-        "loss {:.6}  perplexity {:.4}",
-        scores.loss, scores.perplexity
-    );
-    match &args.out {
-        Some(path) => {
-            let json = serde_json::to_vec(&scores).context("scores as JSON")?;
-            write_atomically(path, &json)
-        }
-        None => Ok(()),
+    if let Some(results) = results {
+        results.write(&serde_json::to_vec(&scores).context("scores as JSON")?)?;
     }
+    out!(
+        "loss {:.6}  perplexity {:.4}",
+        scores.loss,
+        scores.perplexity
+    )?;
+    Ok(())
 }

@@ -54,6 +54,16 @@ pub enum EvalError {
         /// Its pieces.
         units: usize,
     },
+    /// A token's log-probability is no number: the model's numbers have overflowed.
+    #[error("sequence {sequence}, token {token}: expected a finite log-probability, got {got}")]
+    NotFinite {
+        /// Which of the sequences read side by side, from 0.
+        sequence: usize,
+        /// Which of its tokens, from 0.
+        token: usize,
+        /// The log-probability.
+        got: f32,
+    },
     /// The model or its tokenizer failed.
     #[error("model: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),

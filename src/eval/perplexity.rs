@@ -179,7 +179,7 @@ pub fn perplexity<D: Device>(
 /// each call has read.
 ///
 /// # Errors
-/// [`EvalError::Model`] if the device fails.
+/// [`EvalError::NotFinite`] for a log-probability that is none, [`EvalError::Model`] if the device fails.
 pub fn log_probabilities<D: Device>(
     model: &Decoder<D>,
     sequences: &[&[u32]],
@@ -209,6 +209,13 @@ pub fn log_probabilities<D: Device>(
             .collect();
         let more = session.feed(&feeds).map_err(EvalError::model)?;
         for (feed, more) in feeds.iter().zip(more) {
+            if let Some(i) = more.iter().position(|x| !x.is_finite()) {
+                return Err(EvalError::NotFinite {
+                    sequence: feed.sequence,
+                    token: at + i + 1,
+                    got: more[i],
+                });
+            }
             scored[feed.sequence].extend(more);
         }
         progress(feeds.iter().map(|f| f.tokens.len()).sum());

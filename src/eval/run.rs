@@ -10,6 +10,7 @@ use crate::model::decoder::Decoder;
 use crate::model::session::Session;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
+use std::ops::Range;
 
 /// What is run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -111,15 +112,16 @@ pub fn run(
 ) -> Result<Report, EvalError> {
     check(config)?;
     let mut cells = Vec::new();
-    let total = config.tasks.len() * config.lengths.len() * config.samples;
+    let cells_of_all = config.tasks.len().saturating_mul(config.lengths.len());
+    let total = cells_of_all.saturating_mul(config.samples);
     for task in &config.tasks {
         for length in &config.lengths {
-            let before = cells.len() * config.samples;
+            let before = cells.len().saturating_mul(config.samples);
             let cell = run_cell(config, *task, *length, model, &mut |done| {
                 progress(Progress {
                     task: *task,
                     length: *length,
-                    done: before + done,
+                    done: before.saturating_add(done),
                     total,
                 });
             })?;
@@ -159,11 +161,13 @@ fn run_cell(
     model: &mut dyn Respond,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Cell, EvalError> {
-    let mut samples = Vec::with_capacity(config.samples);
-    let indices: Vec<usize> = (0..config.samples).collect();
-    for batch in indices.chunks(config.batch) {
+    let mut samples = Vec::new();
+    while samples.len() < config.samples {
         progress(samples.len());
-        let batch = match make(config, task, length, batch, model) {
+        let end = config
+            .samples
+            .min(samples.len().saturating_add(config.batch));
+        let batch = match make(config, task, length, samples.len()..end, model) {
             Ok(batch) => batch,
             Err(error @ EvalError::TooShort { .. }) => return Ok(skipped(task, length, &error)),
             Err(error) => return Err(error),
@@ -191,7 +195,7 @@ fn make(
     config: &RunConfig,
     task: TaskKind,
     length: usize,
-    batch: &[usize],
+    batch: Range<usize>,
     model: &dyn Respond,
 ) -> Result<Vec<Sample>, EvalError> {
     let options = TaskOptions {
@@ -200,8 +204,7 @@ fn make(
     };
     let encode = |text: &str| model.encode(text);
     batch
-        .iter()
-        .map(|i| generate(task, length, *i, config.seed, options, &encode))
+        .map(|i| generate(task, length, i, config.seed, options, &encode))
         .collect()
 }
 
@@ -233,7 +236,8 @@ fn outcome((sample, prediction): (Sample, String)) -> SampleResult {
 }
 
 impl Report {
-    /// A table for people: a row for each task, a column for each length, scores in percent.
+    /// A table for people: a row for each task, a column for each length, scores in percent; below it why there is
+    /// none where there is none.
     pub fn table(&self) -> String {
         let mut table = format!("{:<16}", "task");
         for length in &self.config.lengths {
@@ -254,6 +258,9 @@ impl Report {
         if self.config.tasks.len() > 1 {
             let means: Vec<Option<f64>> = (0..columns).map(|c| self.mean(c, columns)).collect();
             row(&mut table, "mean", &means);
+        }
+        for reason in self.cells.iter().filter_map(|cell| cell.skipped.as_ref()) {
+            let _ = write!(table, "\n- {reason}");
         }
         table
     }
@@ -290,6 +297,7 @@ impl<D: Device> Respond for Greedy<'_, D> {
         let prompts: Vec<Prompt<'_>> = samples
             .iter()
             .map(|s| Prompt {
+                before: &[],
                 tokens: &s.tokens,
                 stream: 0,
             })

@@ -79,6 +79,9 @@ pub struct GeneratorConfig {
 /// What one sequence begins with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prompt<'a> {
+    /// The tokens that the session's sequence has read already, which the repetition penalty sees too; empty where it
+    /// has read none or they are not known.
+    pub before: &'a [u32],
     /// Its tokens, read after what the session's sequence has read already.
     pub tokens: &'a [u32],
     /// Number of the sequence's random stream.
@@ -199,7 +202,11 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
             });
         }
         let streams: Vec<u64> = prompts.iter().map(|p| p.stream).collect();
-        let histories: Vec<&[u32]> = prompts.iter().map(|p| p.tokens).collect();
+        let histories: Vec<Vec<u32>> = prompts
+            .iter()
+            .map(|p| [p.before, p.tokens].concat())
+            .collect();
+        let histories: Vec<&[u32]> = histories.iter().map(Vec::as_slice).collect();
         session.choose_by(&config.sampler, &streams, &histories)?;
         Ok(Self {
             session,

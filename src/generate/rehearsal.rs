@@ -107,6 +107,7 @@ fn generate<D: Device>(
     max_new: usize,
 ) -> Result<(), GenerateError> {
     let prompt = |tokens: &usize| Prompt {
+        before: &[],
         tokens: &[0; 1][..*tokens],
         stream: 0,
     };

@@ -2,13 +2,17 @@
 //!
 //! A token's text depends on the tokens before it (a character's bytes may be spread over several
 //! tokens, and many tokenizers drop a space at the start of a text), so the last tokens are decoded
-//! again with each new one and what is new at the end is released.
+//! again with each new one and what is new at the end is released. The tokens before the stream's first are context
+//! too: without them the space of the first new word would be lost.
 
 use super::stop::{StopError, StopMatcher, StopOutput};
 
 /// Longest run of tokens held back for an unfinished character; a broken one ends here. Literal
 /// replacement characters look unfinished too, so it leaves room for several.
 const MAX_HELD: usize = 32;
+
+/// Most tokens without text at a stream's start that are decoded again with a new one.
+const MAX_CONTEXT: usize = 64;
 
 /// The text of one sequence, token by token.
 #[derive(Debug, Clone)]
@@ -33,6 +37,14 @@ impl TextStream {
             released: 0,
             stop: StopMatcher::new(stops)?,
         })
+    }
+
+    /// The stream of text that follows these tokens, whose own text is not part of it.
+    pub fn after(mut self, tokens: &[u32]) -> Self {
+        let context = &tokens[tokens.len().saturating_sub(MAX_HELD)..];
+        self.tokens = context.to_vec();
+        self.released = context.len();
+        self
     }
 
     /// Takes the next token and releases the text that is certain. `decode` gives the text of some
@@ -84,8 +96,14 @@ impl TextStream {
         while !text.is_char_boundary(at) {
             at += 1;
         }
-        let output = self.stop.push(&text.as_bytes()[at..]);
-        self.context = self.released;
+        let new = &text.as_bytes()[at..];
+        let output = self.stop.push(new);
+        if !new.is_empty() || self.tokens.len() - self.context > MAX_CONTEXT {
+            self.context = self.released;
+        } else if !before.is_empty() {
+            // A hidden token gives the next no context: what has text stays that.
+            self.tokens.truncate(self.released);
+        }
         self.released = self.tokens.len();
         Ok(output)
     }

@@ -103,10 +103,16 @@ pub enum WeightsError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Neither of the two names is there.
-    #[error("{folder}: expected model.safetensors or model.safetensors.index.json, found neither")]
+    #[error(
+        "{folder}: expected model.safetensors or model.safetensors.index.json, found neither; other weights there: \
+         {found}. Files of other kinds than .safetensors are not read: load the model in Python with transformers and \
+         save it again with save_pretrained; shards need their index"
+    )]
     NoWeights {
         /// The model folder.
         folder: PathBuf,
+        /// Files in it that hold weights.
+        found: NameList,
     },
     /// Saving would mix with weights that are already there.
     #[error("{path}: already there; weights are saved only where there are none")]
@@ -169,7 +175,7 @@ pub enum WeightsError {
         got: Vec<usize>,
     },
     /// A tensor in a number format that is not read.
-    #[error("tensor `{name}`: expected F32, F16 or BF16, got {got}")]
+    #[error("tensor `{name}`: expected F64, F32, F16 or BF16, got {got}")]
     NumberFormat {
         /// The tensor.
         name: String,

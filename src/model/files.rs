@@ -1,8 +1,8 @@
 //! Reading and writing the small files of a model folder: bounded reads, writes beside and renamed.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::path::Path;
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
 
 use super::error::FileError;
 
@@ -105,10 +105,126 @@ pub(super) fn is_lfs_pointer(bytes: &[u8]) -> bool {
     bytes.starts_with(b"version https://git-lfs.github.com/spec/")
 }
 
+/// A file that results are written to: beside its place, synced and renamed, so that the name never stands for half of
+/// them, with the mode of the file that was there. A device or a pipe is written to and stays what it is; of a link the
+/// file it leads to is written.
+#[derive(Debug)]
+pub struct OutputFile {
+    path: PathBuf,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// Of a regular file, or of none yet.
+    File(PathBuf),
+    /// A device or a pipe.
+    Through,
+}
+
+impl OutputFile {
+    /// Looks whether a file can be written there, and leaves everything as it is.
+    ///
+    /// # Errors
+    /// [`FileError::Io`] where it cannot, [`FileError::NotAFile`] for a folder.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        let failed = |error| io_error(path, error);
+        let place = match fs::metadata(path) {
+            Ok(found) if found.is_dir() => {
+                return Err(FileError::NotAFile {
+                    path: path.to_owned(),
+                });
+            }
+            // The files of processes must not be replaced, whatever they are.
+            Ok(found) if !found.is_file() || is_of_process(path) => Place::Through,
+            Ok(found) => {
+                let target = fs::canonicalize(path).map_err(failed)?;
+                if found.permissions().readonly() {
+                    return Err(failed(io::ErrorKind::PermissionDenied.into()));
+                }
+                File::options().write(true).open(&target).map_err(failed)?;
+                Place::File(target)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // A link that leads nowhere would be replaced.
+                if fs::symlink_metadata(path).is_ok() || path.file_name().is_none() {
+                    return Err(failed(error));
+                }
+                Place::File(path.to_owned())
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        if let Place::File(target) = &place {
+            drop(new_beside(folder_of(target))?);
+        }
+        let path = path.to_owned();
+        Ok(Self { path, place })
+    }
+
+    /// The name it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes these bytes.
+    ///
+    /// # Errors
+    /// [`FileError::Io`]; a file that was there is then as before.
+    pub fn write_all(&self, bytes: &[u8]) -> Result<(), FileError> {
+        self.write(|out| {
+            out.write_all(bytes)
+                .map_err(|error| io_error(&self.path, error))
+        })
+    }
+
+    /// Writes all that `write` writes.
+    ///
+    /// # Errors
+    /// [`FileError::Io`], and what `write` returns; a file that was there is then as before.
+    pub fn write<E: From<FileError>>(
+        &self,
+        write: impl FnOnce(&mut dyn Write) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let failed = |error| E::from(io_error(&self.path, error));
+        let Place::File(target) = &self.place else {
+            // What else has gone there stays.
+            let file = File::options().append(true).open(&self.path);
+            let mut out = BufWriter::new(file.map_err(failed)?);
+            write(&mut out)?;
+            return out.flush().map_err(failed);
+        };
+        let folder = folder_of(target);
+        let beside = new_beside(folder)?;
+        if let Ok(found) = fs::metadata(target) {
+            let kept = beside.as_file().set_permissions(found.permissions());
+            kept.map_err(failed)?;
+        }
+        let mut out = BufWriter::new(beside);
+        write(&mut out)?;
+        let beside = out.into_inner().map_err(|e| failed(e.into_error()))?;
+        persist(beside, target)?;
+        Ok(sync_folder(folder)?)
+    }
+}
+
+/// The folder that a file of this name lies in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// `/dev/stdout` and the like, which lead to whatever a process has open.
+fn is_of_process(path: &Path) -> bool {
+    let roots = ["/dev", "/proc"];
+    cfg!(unix) && !path.starts_with("/dev/shm") && roots.iter().any(|root| path.starts_with(root))
+}
+
 /// Writes a whole file: beside its place first, synced, then renamed, so that the name never stands
 /// for half a file.
 pub(crate) fn write_renamed(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let failed = |error| io_error(path, error);
     let mut beside = new_beside(folder)?;
     beside.write_all(bytes).map_err(failed)?;
@@ -120,11 +236,11 @@ pub(crate) fn write_renamed(path: &Path, bytes: &[u8]) -> Result<(), FileError> 
 pub(super) fn new_beside(folder: &Path) -> Result<tempfile::NamedTempFile, FileError> {
     let mut options = tempfile::Builder::new();
     options.prefix(".writing-");
-    // Model files are shared between users; the default of a temporary file is its owner alone.
+    // As any new file, by the process's umask; the default of a temporary file is its owner alone.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        options.permissions(fs::Permissions::from_mode(0o644));
+        options.permissions(fs::Permissions::from_mode(0o666));
     }
     options
         .tempfile_in(folder)

@@ -4,7 +4,7 @@ pub mod companions;
 pub mod config;
 pub mod decoder;
 pub mod error;
-pub(crate) mod files;
+pub mod files;
 pub mod flops;
 pub mod memory;
 pub mod parameters;

@@ -1,8 +1,8 @@
 //! Sessions saved to a file and restored: a long prompt is read once and used again.
 //!
-//! The file is a safetensors file. Its metadata hold the format's name, the tokens each sequence has
-//! read, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, and
-//! of each layer `l`, keys (before rotation, but in layers whose heads read nothing of other segments) and values one
+//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has
+//! read, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, where they were
+//! known the tokens read `s.tokens [position]` (U32), and of each layer `l`, keys (before rotation, but in layers whose heads read nothing of other segments) and values one
 //! after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
@@ -11,18 +11,18 @@
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, its queries among those that make probes.
 //!
-//! Numbers are f32, so that on an f32 device a restored session goes on to the same bits.
+//! Its last tensor is `checksum [32]` (U8), the SHA-256 of every byte before it. Numbers are f32, so that on an f32 device a restored session goes on to the same bits.
 
 mod layout;
 mod reader;
 
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
+use sha2::{Digest, Sha256};
 
 use super::error::FileError;
-use super::files::{io_error, new_beside, persist, sync_folder};
+use super::files::{OutputFile, io_error};
 use super::session::Session;
 use super::state::open_segment;
 use crate::device::{Device, DeviceError, Fold, PastPool, Rows, RowsMut, SelectedBlocks};
@@ -30,7 +30,7 @@ use layout::{Part, Shapes, fingerprint};
 use reader::Reader;
 
 /// The format's name in the metadata.
-const FORMAT: &str = "segattn session 2";
+const FORMAT: &str = "segattn session 3";
 
 /// A session that cannot be saved, or a file that cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -62,12 +62,31 @@ pub enum StateFileError {
         /// What the file has.
         got: String,
     },
+    /// The tokens given are not those that a sequence has read.
+    #[error("tokens of sequence {sequence}: expected {expected}, got {got}")]
+    Origin {
+        /// The sequence.
+        sequence: usize,
+        /// Tokens it has read.
+        expected: usize,
+        /// Tokens given.
+        got: usize,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
 
-/// A saved session, checked against its own header.
+/// What a session does not know of itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Origin<'a> {
+    /// The tokens that each sequence has read, as many as it has; empty where they are not known.
+    pub tokens: &'a [Vec<u32>],
+    /// A digest of the model's weights: a state of other weights is not restored.
+    pub weights: &'a str,
+}
+
+/// A saved session, checked against its own header and checksum.
 #[derive(Debug)]
 pub struct StateFile {
     reader: Reader,
@@ -75,7 +94,7 @@ pub struct StateFile {
 }
 
 impl StateFile {
-    /// Opens a file and reads its header.
+    /// Opens a file, reads its header, and compares its checksum.
     ///
     /// # Errors
     /// [`StateFileError::File`] and [`StateFileError::Malformed`].
@@ -88,7 +107,24 @@ impl StateFile {
         let text = reader.metadata("positions")?;
         let positions: Vec<usize> = serde_json::from_str(text)
             .map_err(|_| reader.malformed("metadata `positions`", "an array of numbers", text))?;
-        Ok(Self { reader, positions })
+        let mut file = Self { reader, positions };
+        file.reader.verify(CHECKSUM)?;
+        Ok(file)
+    }
+
+    /// The tokens that a saved sequence has read; none where they were not known.
+    ///
+    /// # Errors
+    /// [`StateFileError::File`] and [`StateFileError::Malformed`].
+    pub fn tokens(&mut self, sequence: usize) -> Result<Vec<u32>, StateFileError> {
+        let name = Part::Tokens.name(sequence);
+        if !self.reader.has(&name) {
+            return Ok(Vec::new());
+        }
+        let shape = [self.positions[sequence]];
+        let bytes = self.reader.read(&name, Dtype::U32, Some(&shape))?;
+        let ids = bytes.as_chunks().0.iter();
+        Ok(ids.map(|b| u32::from_le_bytes(*b)).collect())
     }
 
     /// Tokens that each sequence has read.
@@ -96,15 +132,21 @@ impl StateFile {
         &self.positions
     }
 
-    /// Puts the saved sequences into those of `session`; a single saved one into each. What the
-    /// session has read before is lost, also after an error.
+    /// Puts the saved sequences into those of `session`; a single saved one into each. `weights` is the digest of the
+    /// model's weights that [`Origin`] had. What the session has read before is lost, also after an error.
     ///
     /// # Errors
     /// Every [`StateFileError`].
     pub fn restore<D: Device>(
         &mut self,
         session: &mut Session<'_, D>,
+        weights: &str,
     ) -> Result<(), StateFileError> {
+        let got = self.reader.metadata("weights")?;
+        if got != weights {
+            let got = got.to_owned();
+            return Err(self.reader.mismatch("the model's weights", weights, &got));
+        }
         let wanted = fingerprint(session.model)?;
         let got = self.reader.metadata("model")?;
         if got != wanted {
@@ -296,29 +338,43 @@ impl StateFile {
     }
 }
 
+/// Name of the last tensor.
+const CHECKSUM: &str = "checksum";
+
 /// Saves all sequences of a session; the file appears whole or not at all.
 ///
 /// # Errors
-/// [`StateFileError::File`] and [`StateFileError::Device`].
-pub fn save<D: Device>(session: &Session<'_, D>, path: &Path) -> Result<(), StateFileError> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let parts = layout::parts(session);
-    let header = layout::header(session, &parts, FORMAT)?;
-    let failed = |error| io_error(path, error);
-    let mut beside = new_beside(folder)?;
-    let mut out = BufWriter::new(&mut beside);
-    out.write_all(&(header.len() as u64).to_le_bytes())
-        .and_then(|()| out.write_all(&header))
-        .map_err(failed)?;
-    for (sequence, part, _) in &parts {
-        let bytes = layout::bytes(session, *sequence, *part)?;
-        out.write_all(&bytes).map_err(failed)?;
+/// [`StateFileError::Origin`] for tokens that are not those of the positions; [`StateFileError::File`] and
+/// [`StateFileError::Device`].
+pub fn save<D: Device>(
+    session: &Session<'_, D>,
+    origin: Origin<'_>,
+    place: &OutputFile,
+) -> Result<(), StateFileError> {
+    for (sequence, tokens) in origin.tokens.iter().enumerate() {
+        let expected = session.positions.get(sequence).copied().unwrap_or(0);
+        if !tokens.is_empty() && tokens.len() != expected {
+            return Err(StateFileError::Origin {
+                sequence,
+                expected,
+                got: tokens.len(),
+            });
+        }
     }
-    out.flush().map_err(failed)?;
-    drop(out);
-    persist(beside, path)?;
-    Ok(sync_folder(folder)?)
+    let parts = layout::parts(session, origin);
+    let header = layout::header(session, origin, &parts, FORMAT)?;
+    let failed = |error| StateFileError::from(io_error(place.path(), error));
+    place.write(|out| {
+        let mut digest = Sha256::new();
+        let mut push = |bytes: &[u8]| {
+            digest.update(bytes);
+            out.write_all(bytes).map_err(failed)
+        };
+        push(&(header.len() as u64).to_le_bytes())?;
+        push(&header)?;
+        for (sequence, part, _) in &parts {
+            push(&layout::bytes(session, origin, *sequence, *part)?)?;
+        }
+        out.write_all(&digest.finalize()).map_err(failed)
+    })
 }

@@ -1,5 +1,5 @@
 //! Weights in a Hugging Face model folder: `model.safetensors`, or the shards that
-//! `model.safetensors.index.json` names, in F32, F16 or BF16.
+//! `model.safetensors.index.json` names, in F64, F32, F16 or BF16.
 //!
 //! [`Checkpoint::open`] reads headers only. Tensors are then read one at a time and in pieces, so that
 //! memory is bounded by what is asked for; files are never mapped, since a mapped file that someone cuts
@@ -15,21 +15,24 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::config::{ModelConfig, WeightType};
+use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::{ModelError, NameList, WeightsError};
 use super::files;
 use super::parameters::{Role, TensorSpec, Weights, specs};
 use crate::device::{Device, Kind, Purpose};
-use header::{Entry, Format, Header, malformed, shown};
+use header::{Entry, FloatType, Format, Header, malformed, shown};
 use index::Index;
 pub use initial::{Initial, initial};
 pub use save::{MAX_SHARD_BYTES, SaveOptions, save};
+use sha2::{Digest, Sha256};
 
 /// The only weight file of a small model.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The index of a sharded model.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Beginning of the names of all tensors but the head.
+const MODEL_PREFIX: &str = "model.";
 /// Name of the embedding table.
 const EMBEDDING: &str = "model.embed_tokens.weight";
 /// Name of the head.
@@ -66,11 +69,13 @@ impl Checkpoint {
         };
         if std::fs::symlink_metadata(&single).is_ok() {
             checkpoint.add(single)?;
+            checkpoint.name_in_full();
             return Ok(checkpoint);
         }
         if std::fs::symlink_metadata(&path).is_err() {
             return Err(WeightsError::NoWeights {
                 folder: folder.to_owned(),
+                found: other_weights(folder),
             });
         }
         let index = Index::read(&path)?;
@@ -93,7 +98,45 @@ impl Checkpoint {
                 ));
             }
         }
+        checkpoint.name_in_full();
         Ok(checkpoint)
+    }
+
+    /// Files of the decoder alone, without the head, leave out the names' beginning.
+    fn name_in_full(&mut self) {
+        let part = self.tensors.contains_key("embed_tokens.weight");
+        if !part
+            || self
+                .tensors
+                .keys()
+                .any(|name| name.starts_with(MODEL_PREFIX))
+        {
+            return;
+        }
+        let tensors = std::mem::take(&mut self.tensors).into_iter();
+        let full = |name: String| match name.as_str() {
+            HEAD => name,
+            _ => format!("{MODEL_PREFIX}{name}"),
+        };
+        self.tensors = tensors.map(|(name, tensor)| (full(name), tensor)).collect();
+    }
+
+    /// SHA-256 over every tensor: name, format, shape and bytes, in order of the names. Reads all files.
+    ///
+    /// # Errors
+    /// [`WeightsError::File`], [`WeightsError::Malformed`] where a file changed since it was opened.
+    pub fn fingerprint(&self) -> Result<String, WeightsError> {
+        let mut digest = Sha256::new();
+        for (name, (shard, entry)) in &self.tensors {
+            let described = format!("{name:?} {:?} {:?}", entry.format.name(), entry.shape);
+            digest.update(described.as_bytes());
+            let mut pieces = Pieces::open(&self.shards[*shard], entry, FloatType::F32)?;
+            while pieces.left > 0 {
+                digest.update(pieces.take()?);
+            }
+        }
+        let bytes = digest.finalize();
+        Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
     }
 
     fn add(&mut self, path: PathBuf) -> Result<(), WeightsError> {
@@ -289,8 +332,28 @@ pub fn load<D: Device>(device: D, folder: &Path, training: bool) -> Result<Decod
     Checkpoint::open(folder)?.load(device, config, training)
 }
 
+/// Files in the folder that hold weights of another kind, or parts whose index is missing.
+fn other_weights(folder: &Path) -> NameList {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let ends = [
+        ".safetensors",
+        ".bin",
+        ".pth",
+        ".pt",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+    ];
+    let mut found: Vec<String> = names
+        .filter(|name| ends.iter().any(|end| name.ends_with(end)))
+        .collect();
+    found.sort();
+    NameList(found)
+}
+
 /// The format of a tensor that has the expected shape.
-fn float(name: &str, shape: &[usize], entry: &Entry) -> Result<WeightType, WeightsError> {
+fn float(name: &str, shape: &[usize], entry: &Entry) -> Result<FloatType, WeightsError> {
     if entry.shape != shape {
         return Err(WeightsError::Shape {
             name: name.to_owned(),
@@ -323,13 +386,13 @@ fn check_values(name: &str, values: &[f32], gate: bool) -> Result<(), WeightsErr
 struct Pieces {
     file: std::fs::File,
     path: PathBuf,
-    format: WeightType,
+    format: FloatType,
     left: u64,
     bytes: Vec<u8>,
 }
 
 impl Pieces {
-    fn open(path: &Path, entry: &Entry, format: WeightType) -> Result<Self, WeightsError> {
+    fn open(path: &Path, entry: &Entry, format: FloatType) -> Result<Self, WeightsError> {
         let (mut file, size) = files::open_regular(path)?;
         if entry
             .start
@@ -352,13 +415,19 @@ impl Pieces {
 
     /// Appends the next numbers; false after the last.
     fn next(&mut self, values: &mut Vec<f32>) -> Result<bool, WeightsError> {
+        let format = self.format;
+        numbers::decode(format, self.take()?, values);
+        Ok(self.left > 0)
+    }
+
+    /// The bytes of the next numbers.
+    fn take(&mut self) -> Result<&[u8], WeightsError> {
         let take = self.left.min((PIECE * self.format.size()) as u64) as usize;
         self.bytes.resize(take, 0);
         self.file
             .read_exact(&mut self.bytes)
             .map_err(|error| files::io_error(&self.path, error))?;
-        numbers::decode(self.format, &self.bytes, values);
         self.left -= take as u64;
-        Ok(self.left > 0)
+        Ok(&self.bytes)
     }
 }

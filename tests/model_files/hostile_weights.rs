@@ -63,7 +63,6 @@ fn headers_that_are_no_json_object_of_tensors_are_refused() {
         "{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}",
         "{\"a\":{\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,4]}}",
         "{\"a\":{\"dtype\":\"F32\",\"shape\":[1e3],\"data_offsets\":[0,4]}}",
-        "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"more\":0}}",
         "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}} {}",
         "{\"__metadata__\":{\"a\":1}}",
         "{\"__metadata__\":{},\"__metadata__\":{}}",
@@ -84,6 +83,15 @@ fn headers_that_are_no_json_object_of_tensors_are_refused() {
     );
     not_utf8[10] = 0xff;
     assert_eq!(fault(&not_utf8), "header");
+}
+
+#[test]
+fn null_metadata_and_further_keys_are_passed_over_and_a_pointer_is_named() {
+    let header =
+        r#"{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":[1]}}"#;
+    assert_eq!(parse(&file(header, 4)).unwrap().tensors.len(), 1);
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n";
+    assert!(parse(pointer).unwrap_err().to_string().contains("Git LFS"));
 }
 
 #[test]

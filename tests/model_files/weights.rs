@@ -8,7 +8,7 @@ use segattn::device::reference::Reference;
 use segattn::device::{Device, Kind};
 use segattn::model::config::{ModelConfig, WeightType};
 use segattn::model::error::{ConfigError, ModelError, WeightsError};
-use segattn::model::parameters::{Role, index, specs};
+use segattn::model::parameters::{Role, TensorSpec, index, specs};
 use segattn::model::session::score;
 use segattn::model::weights::{Checkpoint, SaveOptions, initial, load, save};
 use serde_json::json;
@@ -221,6 +221,60 @@ fn rotary_frequencies_of_older_models_are_ignored() {
         all.insert("model.layers.1.self_attn.rotary_emb.inv_freq".into(), norm);
     })
     .unwrap();
+}
+
+#[test]
+fn double_precision_and_names_without_their_beginning_load() {
+    let shorter = |tensors: &mut Tensors| {
+        let names: Vec<String> = tensors.keys().cloned().collect();
+        for name in names {
+            let tensor = tensors.remove(&name).unwrap();
+            let short = name.strip_prefix("model.").unwrap_or(&name).to_owned();
+            tensors.insert(short, tensor);
+        }
+    };
+    after(true, shorter).unwrap();
+    after(false, shorter).unwrap();
+    let numbers = [1.5f64, -0.1, 1e-300, 3.0];
+    let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F64, vec![4], &bytes).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = safetensors::serialize([("x", view)], None).unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let spec = TensorSpec {
+        role: Role::Norm { len: 4 },
+        parts: vec![("x".to_owned(), vec![4])],
+    };
+    assert_eq!(checkpoint.read(&spec).unwrap(), numbers.map(|x| x as f32));
+}
+
+#[test]
+fn weights_of_other_kinds_and_shards_without_an_index_are_named() {
+    for name in ["pytorch_model.bin", "model-00001-of-00002.safetensors"] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(name), "x").unwrap();
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("index"), "{error}");
+    }
+}
+
+#[test]
+fn a_fingerprint_is_that_of_all_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let print = |numbers: [f32; 2]| {
+        let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let view = TensorView::new(Dtype::F32, vec![2], &bytes).unwrap();
+        let file = safetensors::serialize([("x", view)], None).unwrap();
+        std::fs::write(&path, file).unwrap();
+        Checkpoint::open(folder.path())
+            .unwrap()
+            .fingerprint()
+            .unwrap()
+    };
+    assert_eq!(print([1.0, 2.0]), print([1.0, 2.0]));
+    assert_ne!(print([1.0, 2.0]), print([1.0, 3.0]));
 }
 
 #[test]

@@ -67,6 +67,7 @@ pub fn greedy<'s, 'm, D: Device>(
     max_new: usize,
 ) -> Result<Generator<'s, 'm, D>> {
     let prompt = |stream| Prompt {
+        before: &[],
         tokens: &[],
         stream: stream as u64,
     };

@@ -12,8 +12,9 @@ use segattn::device::{
 };
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
+use segattn::model::files::OutputFile;
 use segattn::model::session::{Feed, Session, score};
-use segattn::model::session_file::{StateFile, save};
+use segattn::model::session_file::{Origin, StateFile, save};
 use segattn_sim::{Checks, Driver};
 
 type Model = Decoder<Gpu<Driver>>;
@@ -79,6 +80,7 @@ fn generate(model: &Model, prompts: &[Vec<u32>], settings: &GeneratorConfig) -> 
     let mut session = Session::new(model, prompts.len(), 48, 1).expect("a session");
     let prompts: Vec<Prompt<'_>> = (prompts.iter().enumerate())
         .map(|(i, tokens)| Prompt {
+            before: &[],
             tokens,
             stream: i as u64,
         })
@@ -204,10 +206,11 @@ fn a_session_saved_between_replays_goes_on_to_the_same_bits() {
     steps(&mut one, &mut last, 6);
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("state");
-    save(&one, &path).expect("a file");
+    let place = OutputFile::open(&path).expect("a place");
+    save(&one, Origin::default(), &place).expect("a file");
     let mut again = Session::new(&model, 2, 48, 1).expect("a session");
     StateFile::open(&path)
-        .and_then(|mut file| file.restore(&mut again))
+        .and_then(|mut file| file.restore(&mut again, ""))
         .expect("the state");
     again
         .choose_by(&by, &[0, 1], &[&[], &[]])

@@ -5,8 +5,9 @@ use crate::memory::dry;
 use segattn::device::gpu::{DryRun, Gpu, MemoryUse};
 use segattn::device::{Device, DeviceError, OutOfMemory, Purpose};
 use segattn::model::decoder::Decoder;
+use segattn::model::files::OutputFile;
 use segattn::model::session::{Feed, Session, score};
-use segattn::model::session_file::{StateFile, save};
+use segattn::model::session_file::{Origin, StateFile, save};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn_sim::{Checks, Driver, Kernels};
 
@@ -110,12 +111,17 @@ fn a_session_is_saved_and_restored_wherever_its_pool_lies() {
         let model = limited(from);
         let mut session = Session::new(&model, 1, 64, 1).expect("a session");
         feed(&mut session, &read);
-        save(&session, &path).expect("a file");
+        save(
+            &session,
+            Origin::default(),
+            &OutputFile::open(&path).unwrap(),
+        )
+        .expect("a file");
         for to in [usize::MAX, 0, 3 * CHUNK] {
             let model = limited(to);
             let mut session = Session::new(&model, 1, 64, 1).expect("a session");
             let mut file = StateFile::open(&path).expect("a file");
-            file.restore(&mut session).expect("a session");
+            file.restore(&mut session, "").expect("a session");
             feed(&mut session, &more);
             logits.push(session.logits(0).expect("logits"));
         }

@@ -36,7 +36,7 @@ pub const RESULTS: [&str; 8] = [
 impl Case {
     /// Reads a case's file.
     pub fn read(bytes: &[u8]) -> Result<Self> {
-        let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+        let (_, metadata) = SafeTensors::read_metadata(bytes).context("not a safetensors file")?;
         let scale =
             match metadata.metadata().as_ref().and_then(|m| m.get("scale")) {
                 Some(text) => Some(text.parse().with_context(|| {

@@ -1,5 +1,6 @@
 //! Which tensors a saved session has, their shapes, and their values in the session.
 
+use super::{CHECKSUM, Origin};
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -30,6 +31,8 @@ const MODEL_KEYS: [&str; 12] = [
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Part {
     Logits,
+    /// The tokens read.
+    Tokens,
     Prior(usize),
     /// Of a segment.
     Pool(usize, usize),
@@ -39,9 +42,18 @@ pub(super) enum Part {
 }
 
 impl Part {
+    fn dtype(self) -> (Dtype, &'static str) {
+        match self {
+            Self::Picks(..) => (Dtype::I64, "I64"),
+            Self::Tokens => (Dtype::U32, "U32"),
+            _ => (Dtype::F32, "F32"),
+        }
+    }
+
     pub(super) fn name(self, sequence: usize) -> String {
         match self {
             Self::Logits => format!("{sequence}.logits"),
+            Self::Tokens => format!("{sequence}.tokens"),
             Self::Prior(l) => format!("{sequence}.{l}.prior"),
             Self::Pool(l, segment) => format!("{sequence}.{l}.pool.{segment}"),
             Self::Picks(l, h) => format!("{sequence}.{l}.picks.{h}"),
@@ -124,7 +136,10 @@ impl Shapes {
 }
 
 /// Every tensor that is saved, with its sequence and shape, in the file's order.
-pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Vec<usize>)> {
+pub(super) fn parts<D: Device>(
+    session: &Session<'_, D>,
+    origin: Origin<'_>,
+) -> Vec<(usize, Part, Vec<usize>)> {
     let mut parts = Vec::new();
     for (s, position) in session.positions.iter().enumerate() {
         let shapes = Shapes::new(session, *position);
@@ -134,6 +149,7 @@ pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Ve
             }
         };
         push(Part::Logits, &shapes.logits());
+        push(Part::Tokens, &[origin.tokens.get(s).map_or(0, Vec::len)]);
         for l in 0..session.states[s].layers.len() {
             push(Part::Prior(l), &shapes.prior(l));
             for segment in 0..shapes.segments() {
@@ -158,29 +174,29 @@ pub(super) fn parts<D: Device>(session: &Session<'_, D>) -> Vec<(usize, Part, Ve
 /// The header: tensors in order, metadata, and spaces up to a multiple of 8 bytes.
 pub(super) fn header<D: Device>(
     session: &Session<'_, D>,
+    origin: Origin<'_>,
     parts: &[(usize, Part, Vec<usize>)],
     format: &str,
 ) -> Result<Vec<u8>> {
     let mut header = Map::new();
     let positions = json!(session.positions).to_string();
     let model = fingerprint(session.model)?;
-    let metadata = json!({"format": format, "positions": positions, "model": model});
+    let metadata = json!({"format": format, "positions": positions, "model": model, "weights": origin.weights});
     header.insert("__metadata__".to_owned(), metadata);
     let mut start = 0;
     for (sequence, part, shape) in parts {
-        let dtype = match part {
-            Part::Picks(..) => Dtype::I64,
-            _ => Dtype::F32,
-        };
+        let (dtype, name) = part.dtype();
         let end = start + shape.iter().product::<usize>() * dtype.bitsize() / 8;
         let entry = json!({
-            "dtype": if dtype == Dtype::I64 { "I64" } else { "F32" },
+            "dtype": name,
             "shape": shape,
             "data_offsets": [start, end],
         });
         header.insert(part.name(*sequence), entry);
         start = end;
     }
+    let checksum = json!({"dtype": "U8", "shape": [32], "data_offsets": [start, start + 32]});
+    header.insert(CHECKSUM.to_owned(), checksum);
     let mut text = Value::Object(header).to_string().into_bytes();
     text.resize(text.len().next_multiple_of(8), b' ');
     Ok(text)
@@ -189,6 +205,7 @@ pub(super) fn header<D: Device>(
 /// The values of one tensor, little endian.
 pub(super) fn bytes<D: Device>(
     session: &Session<'_, D>,
+    origin: Origin<'_>,
     sequence: usize,
     part: Part,
 ) -> Result<Vec<u8>> {
@@ -204,6 +221,10 @@ pub(super) fn bytes<D: Device>(
     let width = plan.kv_width();
     let values = match part {
         Part::Logits => session.logits(sequence)?,
+        Part::Tokens => {
+            let tokens = &origin.tokens[sequence];
+            return Ok(tokens.iter().flat_map(|t| t.to_le_bytes()).collect());
+        }
         Part::Prior(l) => {
             let range = 0..carry(l).prior_rows * width;
             let mut values = device.read(&carry(l).prior_k, range.clone())?;

@@ -2,10 +2,11 @@
 //! is taken.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata};
+use sha2::{Digest, Sha256};
 
 use super::StateFileError;
 use crate::model::files::{io_error, open_regular};
@@ -20,6 +21,20 @@ pub(super) struct Reader {
     /// Byte at which the tensors begin.
     start: u64,
     header: Metadata,
+}
+
+/// Bytes that go into a digest.
+struct Hashed<'a>(&'a mut Sha256);
+
+impl io::Write for Hashed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Reader {
@@ -62,6 +77,26 @@ impl Reader {
             start,
             header,
         })
+    }
+
+    /// Compares the last tensor, of this name, with the SHA-256 of every byte before it.
+    pub(super) fn verify(&mut self, name: &str) -> Result<(), StateFileError> {
+        let expected = self.read(name, Dtype::U8, Some(&[32]))?;
+        let before = self.start + self.header.data_len() as u64 - expected.len() as u64;
+        let mut digest = Sha256::new();
+        self.file
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| io::copy(&mut (&self.file).take(before), &mut Hashed(&mut digest)))
+            .map_err(|error| io_error(&self.path, error))?;
+        match digest.finalize()[..] == expected[..] {
+            true => Ok(()),
+            false => Err(self.malformed(name, "that of the bytes before it", "another: damaged")),
+        }
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.header.info(name).is_some()
     }
 
     pub(super) fn metadata(&self, key: &str) -> Result<&str, StateFileError> {

@@ -24,11 +24,45 @@ const PREFIX: u64 = 8;
 const MAX_RANK: usize = 8;
 const METADATA: &str = "__metadata__";
 
+/// A number format that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatType {
+    /// Double precision, rounded when it is read.
+    F64,
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// The upper half of single precision.
+    Bf16,
+}
+
+impl FloatType {
+    /// Bytes of one number.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+impl From<WeightType> for FloatType {
+    fn from(written: WeightType) -> Self {
+        match written {
+            WeightType::F32 => Self::F32,
+            WeightType::F16 => Self::F16,
+            WeightType::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 /// The number format of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Format {
     /// One that is read.
-    Float(WeightType),
+    Float(FloatType),
     /// Any other, by its name in the file.
     Other(String),
 }
@@ -36,9 +70,10 @@ pub enum Format {
 impl Format {
     fn from_name(name: String) -> Self {
         match name.as_str() {
-            "F32" => Self::Float(WeightType::F32),
-            "F16" => Self::Float(WeightType::F16),
-            "BF16" => Self::Float(WeightType::Bf16),
+            "F64" => Self::Float(FloatType::F64),
+            "F32" => Self::Float(FloatType::F32),
+            "F16" => Self::Float(FloatType::F16),
+            "BF16" => Self::Float(FloatType::Bf16),
             _ => Self::Other(name),
         }
     }
@@ -46,9 +81,10 @@ impl Format {
     /// Its name in safetensors files.
     pub fn name(&self) -> &str {
         match self {
-            Self::Float(WeightType::F32) => "F32",
-            Self::Float(WeightType::F16) => "F16",
-            Self::Float(WeightType::Bf16) => "BF16",
+            Self::Float(FloatType::F64) => "F64",
+            Self::Float(FloatType::F32) => "F32",
+            Self::Float(FloatType::F16) => "F16",
+            Self::Float(FloatType::Bf16) => "BF16",
             Self::Other(name) => name,
         }
     }
@@ -105,6 +141,11 @@ impl Header {
         file.read_exact(&mut length).map_err(io)?;
         let length = u64::from_le_bytes(length);
         let most = MAX_HEADER.min(size - PREFIX);
+        // The first bytes of a pointer are text, which makes an absurd length.
+        if length.to_le_bytes() == *b"version " {
+            let expected = "a safetensors file".to_owned();
+            return Err(wrong("file", expected, files::LFS_POINTER.to_owned()));
+        }
         if length == 0 || length > most {
             let expected = format!("1 to {most} bytes");
             return Err(wrong("header length", expected, format!("{length}")));
@@ -136,8 +177,8 @@ pub(super) fn malformed(
 }
 
 /// One tensor's JSON.
+/// Further keys are passed over.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct RawEntry {
     dtype: String,
     shape: Vec<u64>,
@@ -168,7 +209,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                         return Err(A::Error::duplicate_field(METADATA));
                     }
                     // Notes for people; they must be well-formed and are not kept.
-                    map.next_value::<BTreeMap<String, String>>()?;
+                    map.next_value::<Option<BTreeMap<String, String>>>()?;
                     described = true;
                 }
                 Ok(RawHeader(entries))

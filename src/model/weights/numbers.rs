@@ -2,19 +2,24 @@
 
 use half::{bf16, f16};
 
+use super::header::FloatType;
 use crate::model::config::WeightType;
 
-/// Appends the numbers in `bytes`. Every F16 and BF16 number, subnormal ones too, is an f32.
-pub(super) fn decode(format: WeightType, bytes: &[u8], values: &mut Vec<f32>) {
+/// Appends the numbers in `bytes`. Every F16 and BF16 number, subnormal ones too, is an f32; F64 is rounded to nearest.
+pub(super) fn decode(format: FloatType, bytes: &[u8], values: &mut Vec<f32>) {
     match format {
-        WeightType::F32 => {
+        FloatType::F64 => {
+            let numbers = bytes.as_chunks().0.iter();
+            values.extend(numbers.map(|b| f64::from_le_bytes(*b) as f32));
+        }
+        FloatType::F32 => {
             values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
         }
-        WeightType::F16 => {
+        FloatType::F16 => {
             let numbers = bytes.as_chunks().0.iter();
             values.extend(numbers.map(|b| f16::from_le_bytes(*b).to_f32()));
         }
-        WeightType::Bf16 => {
+        FloatType::Bf16 => {
             let numbers = bytes.as_chunks().0.iter();
             values.extend(numbers.map(|b| bf16::from_le_bytes(*b).to_f32()));
         }
@@ -52,7 +57,7 @@ mod tests {
         for format in [WeightType::F16, WeightType::Bf16] {
             for bits in 0..=u16::MAX {
                 let mut values = Vec::new();
-                decode(format, &bits.to_le_bytes(), &mut values);
+                decode(format.into(), &bits.to_le_bytes(), &mut values);
                 let mut bytes = Vec::new();
                 match encode(format, &values, &mut bytes) {
                     Ok(()) => assert_eq!(bytes, bits.to_le_bytes(), "{format:?} {bits:#06x}"),
@@ -70,13 +75,13 @@ mod tests {
         let mut values = Vec::new();
         let bits = [0x0001u16, 0x03ff, 0x8001, 0x7c00, 0x7e00];
         let bytes: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
-        decode(WeightType::F16, &bytes, &mut values);
+        decode(FloatType::F16, &bytes, &mut values);
         let unit = 2f32.powi(-24);
         assert_eq!(values[..3], [unit, 1023.0 * unit, -unit]);
         assert_eq!(values[3], f32::INFINITY);
         assert!(values[4].is_nan());
         values.clear();
-        decode(WeightType::Bf16, &[0x01, 0x00], &mut values);
+        decode(FloatType::Bf16, &[0x01, 0x00], &mut values);
         assert_eq!(values, [f32::from_bits(0x0001_0000)]);
     }
 
@@ -87,7 +92,7 @@ mod tests {
         let ties = [1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8)];
         encode(WeightType::Bf16, &ties, &mut bytes).unwrap();
         let mut values = Vec::new();
-        decode(WeightType::Bf16, &bytes, &mut values);
+        decode(FloatType::Bf16, &bytes, &mut values);
         assert_eq!(values, [1.0, 1.0 + 2f32.powi(-6)]);
         bytes.clear();
         assert_eq!(

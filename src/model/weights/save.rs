@@ -207,7 +207,7 @@ fn header(specs: &[TensorSpec], order: &[usize], dtype: impl Fn(usize) -> Weight
         for (name, shape) in &specs[*i].parts {
             let end = start + shape.iter().product::<usize>() * dtype.size();
             let entry = json!({
-                "dtype": super::Format::Float(dtype).name(),
+                "dtype": super::Format::Float(dtype.into()).name(),
                 "shape": shape,
                 "data_offsets": [start, end],
             });

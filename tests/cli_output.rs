@@ -1,0 +1,283 @@
+//! Where the command's output goes, and its exit status: files, devices, pipes, terminals that are gone.
+
+#![cfg(all(feature = "cli", unix))]
+
+mod cli_model;
+
+use cli_model::{config, fails, json, printed, save, segattn};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), &config());
+    std::fs::write(folder.path().join("t.json"), "[1,2,3,4,5]").unwrap();
+    std::fs::write(folder.path().join("t.txt"), "some text").unwrap();
+    folder
+}
+
+fn score(folder: &Path, out: &str) {
+    printed(
+        folder,
+        &["score", "-m", ".", "--tokens", "t.json", "-o", out],
+    );
+}
+
+#[test]
+fn results_keep_a_files_mode_follow_a_link_and_leave_a_pipe_a_pipe() {
+    let dir = folder();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::write(at("private"), "").unwrap();
+    std::fs::set_permissions(at("private"), PermissionsExt::from_mode(0o600)).unwrap();
+    score(dir.path(), "private");
+    assert_eq!(
+        std::fs::metadata(at("private"))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o600
+    );
+    std::os::unix::fs::symlink("private", at("link")).unwrap();
+    std::fs::write(at("private"), "").unwrap();
+    score(dir.path(), "link");
+    assert!(std::fs::symlink_metadata(at("link")).unwrap().is_symlink());
+    assert!(json(&at("private"))["loss"].is_f64());
+    let made = Command::new("mkfifo").arg(at("pipe")).status().unwrap();
+    assert!(made.success());
+    let reader = Command::new("cat")
+        .arg(at("pipe"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    score(dir.path(), "pipe");
+    assert!(
+        std::fs::symlink_metadata(at("pipe"))
+            .unwrap()
+            .file_type()
+            .is_fifo()
+    );
+    let read = reader.wait_with_output().unwrap().stdout;
+    assert!(serde_json::from_slice::<serde_json::Value>(&read).unwrap()["loss"].is_f64());
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_found_before_the_work() {
+    let dir = folder();
+    // The model is broken: what is said first is what was found first.
+    std::fs::write(dir.path().join("model.safetensors"), "x").unwrap();
+    std::os::unix::fs::symlink("nowhere/file", dir.path().join("dangling")).unwrap();
+    for out in ["no/such/folder/out", ".", "dangling"] {
+        for command in [
+            &["score", "-m", ".", "--tokens", "t.json", "-o", out][..],
+            &["grad", "-m", ".", "--tokens", "t.json", "-o", out],
+            &[
+                "generate",
+                "-m",
+                ".",
+                "--tokens",
+                "t.json",
+                "--logprobs",
+                out,
+            ],
+            &[
+                "generate",
+                "-m",
+                ".",
+                "--tokens",
+                "t.json",
+                "--state-out",
+                out,
+            ],
+            &["eval", "-m", ".", "-t", "passkey", "-o", out],
+            &["op", "--case", "t.json", "--out", out],
+        ] {
+            fails(dir.path(), command, out.rsplit('/').next().unwrap());
+            fails(
+                dir.path(),
+                command,
+                if out == "." {
+                    "regular file"
+                } else {
+                    "No such file"
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_a_reader_that_leaves_is_none() {
+    let dir = folder();
+    for args in [
+        &["inspect", "."][..],
+        &["inspect", ".", "--json"],
+        &["doctor"],
+        &["completions", "bash"],
+        &["--help"],
+        &["score", "-m", ".", "--tokens", "t.json"],
+        &["grad", "-m", ".", "--tokens", "t.json", "-o", "g"],
+        &["eval", "-m", ".", "-t", "perplexity", "--data", "t.txt"],
+        &["generate", "-m", ".", "--tokens", "t.json", "-n", "2"],
+    ] {
+        let run = |out: Stdio| {
+            let program = Command::new(env!("CARGO_BIN_EXE_segattn"))
+                .current_dir(dir.path())
+                .args(args)
+                .stdout(out)
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&program.stderr).into_owned();
+            assert!(!said.contains("panicked"), "{args:?}: {said}");
+            program.status.code()
+        };
+        let full = std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        assert_eq!(run(full.into()), Some(1), "{args:?} to a full disk");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        assert_eq!(run(writer.into()), Some(0), "{args:?} without a reader");
+    }
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let mut program = Command::new(env!("CARGO_BIN_EXE_segattn"));
+    let done = program
+        .args(["inspect", "nothing"])
+        .stderr(full)
+        .status()
+        .unwrap();
+    assert_eq!(done.code(), Some(1));
+}
+
+#[test]
+fn names_send_no_escape_sequences_to_a_terminal() {
+    let dir = folder();
+    let folder = dir.path().join("bad\u{1b}[31mname");
+    std::fs::create_dir(&folder).unwrap();
+    for args in [
+        &["inspect", "bad\u{1b}[31mname"][..],
+        &["score", "-m", "bad\u{1b}[31mname", "--tokens", "t.json"],
+    ] {
+        let done = segattn(dir.path(), args);
+        assert!(!done.status.success());
+        assert!(
+            !done.stderr.contains(&0x1b),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+    }
+    let named = "[2J\u{1b}[31m.json";
+    std::fs::copy(dir.path().join("t.json"), dir.path().join(named)).unwrap();
+    let shown = printed(
+        dir.path(),
+        &[
+            "generate",
+            "-m",
+            ".",
+            "-q",
+            "-n",
+            "1",
+            "-f",
+            "t.txt",
+            "-f",
+            named,
+            "-t",
+            "0",
+            "--ignore-eos",
+        ],
+    );
+    let titles = shown.lines().filter(|line| line.starts_with("==="));
+    assert!(titles.clone().count() == 2 && !titles.clone().any(|line| line.contains('\u{1b}')));
+}
+
+#[test]
+fn results_that_are_no_numbers_are_errors() {
+    let dir = folder();
+    let mut config = config();
+    // Finite weights whose activations overflow.
+    config.rms_norm_eps = 1e-30;
+    save(dir.path(), &config);
+    let path = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut changed = bytes.clone();
+    for name in [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+    ] {
+        let at = |i: usize| header[name]["data_offsets"][i].as_u64().unwrap() as usize + 8 + length;
+        for number in changed[at(0)..at(1)].chunks_exact_mut(4) {
+            number.copy_from_slice(&1e30f32.to_le_bytes());
+        }
+    }
+    std::fs::write(&path, changed).unwrap();
+    for args in [
+        &["score", "-m", ".", "--tokens", "t.json", "-o", "out"][..],
+        &["grad", "-m", ".", "--tokens", "t.json", "-o", "out"],
+        &[
+            "eval",
+            "-m",
+            ".",
+            "-t",
+            "perplexity",
+            "--data",
+            "t.txt",
+            "-o",
+            "out",
+        ],
+    ] {
+        fails(dir.path(), args, "finite");
+        assert!(!dir.path().join("out").exists(), "{args:?}");
+    }
+}
+
+#[test]
+fn an_evaluation_of_which_nothing_was_run_is_an_error_that_says_why() {
+    let dir = folder();
+    let done = segattn(
+        dir.path(),
+        &[
+            "eval", "-q", "-m", ".", "-t", "passkey", "-l", "64", "-n", "1",
+        ],
+    );
+    let shown = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(!done.status.success());
+    assert!(shown.contains("expected a length of at least"), "{shown}");
+}
+
+#[test]
+fn counts_beyond_all_measure_are_refused_by_name() {
+    let dir = folder();
+    let huge = "18446744073709551615";
+    for (args, name) in [
+        (
+            &["eval", "-m", ".", "-t", "passkey", "-n", huge][..],
+            "--samples",
+        ),
+        (
+            &["eval", "-m", ".", "-t", "passkey", "--batch", huge],
+            "--batch",
+        ),
+    ] {
+        fails(dir.path(), args, name);
+    }
+    // Fewer threads than asked for are enough.
+    printed(
+        dir.path(),
+        &[
+            "--threads",
+            "100000",
+            "score",
+            "-m",
+            ".",
+            "--tokens",
+            "t.json",
+        ],
+    );
+}
