@@ -110,7 +110,7 @@ struct ScoreShared {
 
 // Retrieval blocks that a thread block scores: as many as fit into a tile of keys, at least one.
 template <class C>
-SEGATTN_FN int blocks_of_item(int block_len) {
+SEGATTN_FN int blocks_per_tile(int block_len) {
   return max(1, C::kKeys / block_len);
 }
 
@@ -204,10 +204,10 @@ SEGATTN_FN void score_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shar
 template <class C>
 SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
   ScoreShared<C>& shared = *(ScoreShared<C>*)shared_memory();
-  const int item_blocks = blocks_of_item<C>(p.block_len), items = ceil_div(p.blocks, item_blocks);
-  const int head = blockIdx.x / items, first_block = p.first_block + blockIdx.x % items * item_blocks;
+  const int tile_blocks = blocks_per_tile<C>(p.block_len), tiles = ceil_div(p.blocks, tile_blocks);
+  const int head = blockIdx.x / tiles, first_block = p.first_block + blockIdx.x % tiles * tile_blocks;
   const int eligible = p.head[head].eligible / p.block_len;
-  const int end_block = min(min(first_block + item_blocks, p.first_block + p.blocks), eligible);
+  const int end_block = min(min(first_block + tile_blocks, p.first_block + p.blocks), eligible);
   if (first_block >= end_block) return;
   const int64_t end = (int64_t)end_block * p.block_len;
   float block_best = -INFINITY;

@@ -4,9 +4,13 @@
 // the (i / kStages)-th time, and the parity of that number tells the barriers' phases apart:
 //   producer:  wait_empty(i), copy into stage(i), arrive(i)
 //   consumer:  wait_full(i), read stage(i), release(i)
-// A stage may be filled in kParts parts, each with a `full` barrier of its own, and is emptied as a whole.
+// A stage may be filled in kParts parts, each with a `full` barrier of its own, and is emptied as a whole. Consumers
+// release iterations in order. The counter has 32 bits: unless kStages is a power of two, a block must end before it
+// wraps around.
 #pragma once
 #include "ptx.cuh"
+
+__host__ __device__ constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
 
 template <int kStages_, int kParts = 1>
 struct Ring {
@@ -56,7 +60,7 @@ struct Ring {
   SEGATTN_FN int iterations_until_turn(uint32_t first, uint32_t warp) {
     static_assert(kStages >= kWarps,
                   "two producer warps would wait for one stage, and a parity tells only two phases apart");
-    if constexpr ((kWarps & (kWarps - 1)) == 0) return (warp - first) % kWarps;
+    if constexpr (is_power_of_two(kWarps)) return (warp - first) % kWarps;
     else return (warp + kWarps - first % kWarps) % kWarps;
   }
 

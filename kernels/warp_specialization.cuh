@@ -16,7 +16,6 @@ constexpr bool registers_fit(int producer_threads, int producer, int consumer_th
   return producer_threads * producer + consumer_threads * consumer <= threads * each;
 }
 constexpr bool is_register_count(int count) { return count % 8 == 0 && count >= 24 && count <= 256; }
-constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
 
 // What the configurations of Hopper's kernels have in common.
 template <int kHeadDim_, int kConsumerWarpgroups_, int kStages_, int kProducerRegisters_, int kConsumerRegisters_>
@@ -55,14 +54,16 @@ SEGATTN_FN void sync_consumers() {
 }
 template <class C>
 SEGATTN_FN void sync_consumer_warpgroup(int warpgroup) {
-  static_assert(kConsumerWarpgroupBarrier + C::kConsumerWarpgroups <= kConsumerBarrier, "a barrier for each warpgroup");
+  static_assert(kConsumerWarpgroupBarrier + C::kConsumerWarpgroups <= kConsumerBarrier,
+                "each consumer warpgroup needs a barrier of its own");
   barrier_sync<128>(kConsumerWarpgroupBarrier + warpgroup);
 }
 
 // Splits the block into its roles, for good: each ends by returning.
 template <class C, class Shared, class Producer, class Consumer>
 SEGATTN_FN void run_warpgroups(Shared& shared, const Producer& producer, const Consumer& consumer) {
-  static_assert(sizeof(Shared) <= kMaxSharedBytes, "shared memory of a block");
+  static_assert(sizeof(Shared) <= kMaxSharedBytes, "more shared memory than a block can have");
+  static_assert(alignof(Shared) % 1024 == 0, "the 128-byte swizzle of a tile has a period of 1024 bytes");
   if (threadIdx.x == 0) {
     shared.init_barriers();
     fence_mbarrier_init();

@@ -414,7 +414,10 @@ const RETRIEVAL: [Rule; 28] = [
     replace("if (probe > 0) __syncthreads()", ""),
     drop_statement("arrive_and_wait<0>()"),
     replace("int mask = 4; mask < 32", "int mask = 4; mask < 16"),
-    replace("    __syncthreads();\n    // A thread", "    // A thread"),
+    replace(
+        "    __syncthreads();\n    // One thread",
+        "    // One thread",
+    ),
     replace(
         "p.first_block + p.blocks), eligible)",
         "p.first_block + p.blocks), eligible + 1)",
