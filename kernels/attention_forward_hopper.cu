@@ -39,6 +39,7 @@ struct ForwardLaunch {
 
 // The block's n-th work tile and its queries lie in buffer n % 2: one is computed while the next one is copied.
 constexpr int kWorkBuffers = 2;
+static_assert(kWorkBuffers == 2, "~n % kWorkBuffers is the other buffer only if there are two");
 
 struct ForwardWork {
   WorkTile work;

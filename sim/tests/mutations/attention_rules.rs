@@ -503,7 +503,7 @@ const GRADIENTS: [Rule; 15] = [
     replace("sum.w * scale", "sum.z * scale"),
 ];
 
-const QUERY_GRAD_HOPPER: [Rule; 41] = [
+const QUERY_GRAD_HOPPER: [Rule; 40] = [
     drop_statement("cp_async_commit()"),
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),
@@ -547,7 +547,6 @@ const QUERY_GRAD_HOPPER: [Rule; 41] = [
     drop_statement("shared.row_ring.wait_full("),
     drop_statement("shared.kv_ring.wait_full("),
     replace("i += C::kProducerWarps", "i += C::kProducerWarps + 1"),
-    replace("(first_iteration, warp)", "(0, warp)"),
     replace("gate_sums[n % 2]", "gate_sums[0]"),
     replace(
         "min(first + group + 64, work.query_rows) - 1",
@@ -597,7 +596,10 @@ const KEY_GRAD_HOPPER: [Rule; 38] = [
     drop_statement("ring.wait_empty(iteration"),
     drop_statement("shared.kv_ring.wait_full("),
     drop_statement("shared.query_ring.wait_full("),
-    replace("(first_iteration, warp)", "(0, warp)"),
+    replace(
+        "tile += C::kQueryProducerWarps",
+        "tile += C::kQueryProducerWarps + 1",
+    ),
     replace("shared.k[stage]), k_rows", "shared.k[0]), k_rows"),
     replace(
         "shared.k[kv_stage], warp_row",
@@ -626,7 +628,7 @@ pub const WARP_SPECIALIZATION: [Rule; 8] = [
     ),
 ];
 
-pub const RING: [Rule; 12] = [
+pub const RING: [Rule; 11] = [
     drop_statement("cp_async_wait<"),
     drop_statement("fence_proxy_async_shared()"),
     drop_statement("mbarrier_arrive(&full"),
@@ -637,7 +639,6 @@ pub const RING: [Rule; 12] = [
     replace("full_arrivals);", "full_arrivals - 1);"),
     replace("empty_arrivals);", "empty_arrivals - 1);"),
     replace("empty_arrivals);", "empty_arrivals + 1);"),
-    replace("return (warp - first) % kWarps", "return warp % kWarps"),
     replace(
         "&full[part][stage(iteration)], parity",
         "&full[0][stage(iteration)], parity",
