@@ -87,7 +87,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         None => folder::convert(&args.input, &args.out, &config, dtype)?,
     }
     if !quiet {
-        eprintln!("{}: written as {}", args.out.display(), dtype.config_name());
+        super::out::note!("{}: written as {}", args.out.display(), dtype.config_name());
     }
     Ok(())
 }

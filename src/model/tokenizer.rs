@@ -13,6 +13,7 @@ use std::path::Path;
 
 use super::config::ModelConfig;
 use super::error::TokenizerError;
+#[cfg(feature = "tokenizer")]
 use super::files;
 use framing::Framing;
 pub(super) use generation::token_ids;
