@@ -9,19 +9,12 @@ use common::{config, model, random, values};
 use segattn::device::Device;
 use segattn::device::reference::Reference;
 use segattn::model::decoder::{Decoder, Step};
-use segattn::model::state::{Angles, Carry, Plan, SequenceState, Slots};
+use segattn::model::state::{Angles, Plan, SequenceState, Slots};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 fn copy(state: &SequenceState<Reference>) -> SequenceState<Reference> {
-    let layer = |c: &Carry<Reference>| Carry {
-        prior_k: c.prior_k.clone(),
-        prior_v: c.prior_v.clone(),
-        prior_rows: c.prior_rows,
-        selected: c.selected.clone(),
-        pool: c.pool.clone(),
-    };
     SequenceState {
-        layers: state.layers.iter().map(layer).collect(),
+        layers: state.layers.clone(),
     }
 }
 

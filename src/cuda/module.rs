@@ -1,8 +1,8 @@
 //! Compiled kernels in a context, and their launches.
 
 use std::ffi::{CString, c_void};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{
     self, CUfunction, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID,
@@ -43,18 +43,18 @@ impl Drop for Module {
 }
 
 impl Module {
-    /// Loads an image that nvcc or fatbinary wrote. `name` is for errors.
+    /// Loads an image of this build's own kernels: the driver trusts the sizes in its header. `name` is for errors.
     ///
     /// # Errors
     /// [`Error::NoKernelImage`], [`Error::DriverTooOld`], or what the driver says.
-    pub fn load(
+    pub(crate) fn load(
         context: &Arc<CudaContext>,
         name: &'static str,
         image: &'static [u8],
     ) -> Result<Arc<Self>, Error> {
         let doing = || format!("loading {name}");
         bind(context, &doing())?;
-        // SAFETY: the driver reads as far as the image's own header says.
+        // SAFETY: the image is whole, as nvcc wrote it: the driver reads as far as its header says.
         match unsafe { result::module::load_data(image.as_ptr().cast()) } {
             Ok(raw) => Ok(Arc::new(Module {
                 name,
@@ -89,6 +89,7 @@ impl Module {
             raw,
             can_overlap: version.map_err(|error| driver_error(&doing(), error))? >= OVERLAP_VERSION,
             shared_bytes: AtomicU32::new(DEFAULT_SHARED_BYTES),
+            raising: Mutex::default(),
             module: self.clone(),
         })
     }
@@ -168,8 +169,9 @@ pub struct Function {
     raw: CUfunction,
     /// Whether it was compiled with the instructions that wait for the kernel before it.
     can_overlap: bool,
-    /// Dynamic shared memory that it may be launched with.
+    /// Dynamic shared memory that it may be launched with. Only raised, and only under the lock.
     shared_bytes: AtomicU32,
+    raising: Mutex<()>,
     module: Arc<Module>,
 }
 
@@ -184,7 +186,13 @@ impl Function {
     /// # Errors
     /// [`Error::SharedMemory`], or what the driver says.
     pub fn allow_shared_bytes(&self, bytes: u32) -> Result<(), Error> {
-        if bytes <= self.shared_bytes.load(Ordering::Relaxed) {
+        let allowed = || bytes <= self.shared_bytes.load(Ordering::Acquire);
+        if allowed() {
+            return Ok(());
+        }
+        // Without the lock a thread that asks for less could set the limit after one that asks for more.
+        let _raising = self.raising.lock().unwrap_or_else(PoisonError::into_inner);
+        if allowed() {
             return Ok(());
         }
         let doing = format!("shared memory of {}", self.name);
@@ -204,7 +212,7 @@ impl Function {
             }
             return Err(driver_error(&doing, error));
         }
-        self.shared_bytes.fetch_max(bytes, Ordering::Relaxed);
+        self.shared_bytes.store(bytes, Ordering::Release);
         Ok(())
     }
 

@@ -71,6 +71,15 @@ pub struct RowsMut<'a, B> {
 }
 
 impl<'a, B> RowsMut<'a, B> {
+    /// The same rows, to be read.
+    pub fn shared(&self) -> Rows<'_, B> {
+        Rows {
+            buffer: self.buffer,
+            start: self.start,
+            stride: self.stride,
+        }
+    }
+
     /// The same rows, for a call that comes before others.
     pub fn reborrow(&mut self) -> RowsMut<'_, B> {
         RowsMut {

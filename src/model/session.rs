@@ -7,7 +7,7 @@
 mod decode;
 
 use super::decoder::{Decoder, Forward, Span, Step};
-use super::state::{Angles, Plan, SequenceState, Slots, pretend_segment};
+use super::state::{Angles, Carry, Plan, SequenceState, Slots, pretend_segment};
 use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 
@@ -202,8 +202,12 @@ impl<'m, D: Device> Session<'m, D> {
     }
 
     /// Reads tokens; returns the log-probabilities of each feed's targets, in the feeds' order.
-    /// Each sequence may be fed once a call, and not beyond the session's longest length. After an error what the
-    /// fed sequences have read is lost.
+    /// Each sequence may be fed once a call, and not beyond the session's longest length.
+    ///
+    /// # Errors
+    /// What the device says. Every sequence then stands where the last complete step has left it
+    /// ([`Session::position`]), and reading the rest gives the bits that it would have given. [`Session::logits`] are
+    /// undefined until then.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         let device = &self.model.device;
         let fed = device.together(|| self.feed_all(feeds));
@@ -213,48 +217,80 @@ impl<'m, D: Device> Session<'m, D> {
     fn feed_all(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         let mut read = vec![0; feeds.len()];
         let mut scored = vec![Vec::new(); feeds.len()];
-        loop {
-            let (step, owners) = self.next_step(feeds, &mut read);
-            if step.spans.is_empty() {
-                return Ok(scored);
-            }
-            self.decoding.interrupt();
-            let whole = self.is_whole(step.spans[0].rows.rows);
-            let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
-            let (model, plan) = (self.model, &self.plan);
-            let slots = match whole {
-                true => {
-                    let count = self.positions.len() * self.side_by_side;
-                    self.flight.passing(&model.device, plan, count)?
-                }
-                false => self.flight.open(&model.device, plan)?,
-            };
-            let mut placed = model.device.step(step.rows(plan, slots.room))?;
-            let asked = |(span, (feed, first)): (&Span, &(usize, usize))| {
-                let Feed {
-                    tokens, targets, ..
-                } = &feeds[*feed];
-                *first < targets.len() || first + span.rows.rows == tokens.len()
-            };
-            if !step.spans.iter().zip(&owners).any(asked) {
-                model.advance(plan, &step, &mut placed, &mut states, slots)?;
-                continue;
-            }
-            let forward = model.forward(plan, &step, &mut placed, &mut states, slots, |_, _| ())?;
-            let mut ended = Vec::new();
-            for (span, (feed, first)) in step.spans.iter().zip(owners) {
-                let (known, rows) = (&feeds[feed].targets, span.rows.rows);
-                let targets = &known[first.min(known.len())..(first + rows).min(known.len())];
-                let more = self.score(&forward, span.rows.row, targets)?;
-                scored[feed].extend(more);
-                if first + rows == feeds[feed].tokens.len() {
-                    ended.push((span.sequence, span.rows.row + rows - 1));
-                }
-            }
-            for ended in ended.chunks(D::LOGIT_ROWS) {
-                self.take_logits(&forward, ended)?;
+        while self.undone_on_error(|session| session.feed_step(feeds, &mut read, &mut scored))? {}
+        Ok(scored)
+    }
+
+    /// Runs `step`. If it fails, every sequence is where it was before.
+    fn undone_on_error<T>(&mut self, step: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let positions = self.positions.clone();
+        let carries = |session: &mut Self, change: fn(&mut Carry<D>)| {
+            let layers = session
+                .states
+                .iter_mut()
+                .flat_map(|state| &mut state.layers);
+            layers.for_each(change);
+        };
+        carries(self, Carry::begin);
+        let done = step(self);
+        match done {
+            Ok(_) => carries(self, Carry::commit),
+            Err(_) => {
+                carries(self, Carry::roll_back);
+                self.positions = positions;
             }
         }
+        done
+    }
+
+    /// Reads the next rows of every feed; whether there were any.
+    fn feed_step(
+        &mut self,
+        feeds: &[Feed<'_>],
+        read: &mut [usize],
+        scored: &mut [Vec<f32>],
+    ) -> Result<bool> {
+        let (step, owners) = self.next_step(feeds, read);
+        if step.spans.is_empty() {
+            return Ok(false);
+        }
+        self.decoding.interrupt();
+        let whole = self.is_whole(step.spans[0].rows.rows);
+        let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
+        let (model, plan) = (self.model, &self.plan);
+        let slots = match whole {
+            true => {
+                let count = self.positions.len() * self.side_by_side;
+                self.flight.passing(&model.device, plan, count)?
+            }
+            false => self.flight.open(&model.device, plan)?,
+        };
+        let mut placed = model.device.step(step.rows(plan, slots.room))?;
+        let asked = |(span, (feed, first)): (&Span, &(usize, usize))| {
+            let Feed {
+                tokens, targets, ..
+            } = &feeds[*feed];
+            *first < targets.len() || first + span.rows.rows == tokens.len()
+        };
+        if !step.spans.iter().zip(&owners).any(asked) {
+            model.advance(plan, &step, &mut placed, &mut states, slots)?;
+            return Ok(true);
+        }
+        let forward = model.forward(plan, &step, &mut placed, &mut states, slots, |_, _| ())?;
+        let mut ended = Vec::new();
+        for (span, (feed, first)) in step.spans.iter().zip(owners) {
+            let (known, rows) = (&feeds[feed].targets, span.rows.rows);
+            let targets = &known[first.min(known.len())..(first + rows).min(known.len())];
+            let more = self.score(&forward, span.rows.row, targets)?;
+            scored[feed].extend(more);
+            if first + rows == feeds[feed].tokens.len() {
+                ended.push((span.sequence, span.rows.row + rows - 1));
+            }
+        }
+        for ended in ended.chunks(D::LOGIT_ROWS) {
+            self.take_logits(&forward, ended)?;
+        }
+        Ok(true)
     }
 
     /// Whether rows that end in so many are a segment from its beginning to its end, which others follow.

@@ -291,6 +291,83 @@ pub struct Carry<D: Device> {
     pub selected: D::Blocks,
     /// Keys and values of all completed tokens, for the same heads.
     pub pool: Option<D::Pool>,
+    /// What a step that fails has to restore; `None` where steps cannot be undone.
+    undo: Option<Undo<D>>,
+}
+
+/// A carry's parts before the first change in a step.
+#[derive(Debug)]
+struct Undo<D: Device> {
+    /// Keys and values of the tail, and its rows.
+    tail: Option<([D::Buffer; 2], usize)>,
+    selected: Option<D::Blocks>,
+    pool_tokens: Option<usize>,
+}
+
+/// Of devices whose memory is the host's. The copy's changes cannot be undone.
+impl<D: Device> Clone for Carry<D>
+where
+    D::Buffer: Clone,
+    D::Blocks: Clone,
+    D::Pool: Clone,
+{
+    fn clone(&self) -> Self {
+        Self {
+            prior_k: self.prior_k.clone(),
+            prior_v: self.prior_v.clone(),
+            prior_rows: self.prior_rows,
+            selected: self.selected.clone(),
+            pool: self.pool.clone(),
+            undo: None,
+        }
+    }
+}
+
+impl<D: Device> Carry<D> {
+    /// From here on changes can be undone.
+    pub(super) fn begin(&mut self) {
+        self.undo = Some(Undo {
+            tail: None,
+            selected: None,
+            pool_tokens: None,
+        });
+    }
+
+    /// Keeps the changes since [`Carry::begin`].
+    pub(super) fn commit(&mut self) {
+        self.undo = None;
+    }
+
+    /// Undoes the changes since [`Carry::begin`].
+    pub(super) fn roll_back(&mut self) {
+        let Some(undo) = self.undo.take() else {
+            return;
+        };
+        if let Some(([k, v], rows)) = undo.tail {
+            (self.prior_k, self.prior_v, self.prior_rows) = (k, v, rows);
+        }
+        if let Some(selected) = undo.selected {
+            self.selected = selected;
+        }
+        if let (Some(pool), Some(tokens)) = (&mut self.pool, undo.pool_tokens) {
+            pool.truncate(tokens);
+        }
+    }
+
+    /// Sets the tail's buffers aside, so that new ones are written.
+    fn keep_tail(&mut self, device: &D) -> Result<()> {
+        let Some(undo) = self.undo.as_mut().filter(|undo| undo.tail.is_none()) else {
+            return Ok(());
+        };
+        let empty = |old: &D::Buffer| device.empty(Kind::Activation, device.len(old));
+        let (k, v) = (empty(&self.prior_k)?, empty(&self.prior_v)?);
+        let old = [
+            std::mem::replace(&mut self.prior_k, k),
+            std::mem::replace(&mut self.prior_v, v),
+        ];
+        undo.tail = Some((old, self.prior_rows));
+        Ok(())
+    }
 }
 
 /// The state of one sequence between segments.
@@ -317,6 +394,7 @@ impl<D: Device> SequenceState<D> {
                 )?,
                 pool: (past > 0)
                     .then(|| D::Pool::new(device, past, plan.heads.dim, plan.segment_len)),
+                undo: None,
             })
         };
         let layers = plan.reads.iter().map(layer).collect::<Result<_>>();
@@ -394,6 +472,7 @@ pub(super) fn close_segment<D: Device>(
     let first = slot * kv.rows.current;
     let [prior, _] = plan.sources(reads);
     if prior > 0 {
+        carry.keep_tail(device)?;
         let tail = first + plan.segment_len - plan.prior_len;
         for (src, dst) in [(&kv.raw_k, &mut carry.prior_k), (&kv.v, &mut carry.prior_v)] {
             let (src, dst) = (
@@ -411,6 +490,9 @@ pub(super) fn close_segment<D: Device>(
         Rows::packed(&kv.raw_k, first, width),
         Rows::packed(&kv.v, first, width),
     );
+    if let Some(undo) = &mut carry.undo {
+        undo.pool_tokens.get_or_insert(pool.tokens());
+    }
     pool.append(device, &reads.past, [k, v], plan.segment_len)?;
     let [window, stride, block_len] = plan.retrieval;
     let tokens = pool.tokens();
@@ -435,7 +517,11 @@ pub(super) fn close_segment<D: Device>(
         block_len,
         blocks: plan.past_len / block_len,
     };
-    carry.selected = pool.select(device, &probes, &selection)?;
+    let selected = pool.select(device, &probes, &selection)?;
+    let old = std::mem::replace(&mut carry.selected, selected);
+    if let Some(undo) = &mut carry.undo {
+        undo.selected.get_or_insert(old);
+    }
     Ok(())
 }
 
@@ -454,8 +540,9 @@ pub(super) fn pretend_segment<D: Device>(
     };
     let rows = Rows::packed(rows, 0, plan.kv_width());
     pool.append(device, &reads.past, [rows; 2], plan.segment_len)?;
-    let tokens = plan.past_len.min(pool.tokens());
+    let block_len = plan.retrieval[2];
+    let tokens = plan.past_len.min(pool.tokens()) / block_len * block_len;
     let selected = vec![(0..tokens).collect(); reads.past.len()];
-    carry.selected = D::Blocks::new(device, &selected, plan.retrieval[2])?;
+    carry.selected = D::Blocks::new(device, &selected, block_len)?;
     Ok(())
 }

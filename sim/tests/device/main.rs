@@ -3,6 +3,8 @@
 mod buffers;
 mod common;
 mod decode;
+mod faults;
 mod memory;
 mod model;
 mod pool;
+mod safe_calls;

@@ -1,12 +1,13 @@
 //! From the model's spans to plans of the operation: consecutive spans of equal length make one call, so that no
 //! padding is computed.
 
+use super::bounds::{below, equal, int, of_kind, product};
 use super::driver::Stream;
 use super::{Buffer, Driver, Gpu, Step};
 use crate::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Tensor};
-use crate::attention::{Gradients, Layout, Len, Lengths, Problem, Saved};
+use crate::attention::{Gradients, Layout, Len, Lengths, Problem, Saved, Source};
 use crate::device::shared::spans::{Sources, SpanBatch, span_batches};
-use crate::device::{Attention, AttentionGrad, Result, Rows, RowsMut};
+use crate::device::{Attention, AttentionGrad, DeviceError, Kind, Result, Rows, RowsMut};
 
 /// Runs the operation forward over all spans, which are the step's; `number` is the call's.
 pub(super) fn forward<D: Driver>(
@@ -16,12 +17,16 @@ pub(super) fn forward<D: Driver>(
     out: &RowsMut<'_, Buffer<D>>,
     lse: &RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    assert_eq!(call.spans, step.rows.spans, "the step's spans");
+    check_call(call)?;
+    if call.spans != step.rows.spans {
+        let [expected, got] = [&step.rows.spans[..], call.spans].map(|s| format!("{s:?}"));
+        return Err(DeviceError::argument("spans of the step", expected, got));
+    }
     let (heads, reach) = (call.heads, step.rows.reach);
     for (launch, batch) in span_batches(call.spans).iter().enumerate() {
-        let [segment_len, query_start] = step.lengths(batch.spans.start);
+        let [segment_len, query_start] = step.lengths(gpu, batch.spans.start)?;
         let sources = Sources::of(call, batch).reaching(reach.min(call.cache.rows.current));
-        let problem = problem(call, batch, &sources);
+        let problem = problem(gpu, call, batch, &sources)?;
         // Segments grow from step to step, and so their lengths are the device's; the rest changes only with the
         // segment.
         let lengths = problem.lengths.query_start(Len::Device(query_start));
@@ -29,18 +34,13 @@ pub(super) fn forward<D: Driver>(
             segment_len: Some(Len::Device(segment_len)),
             ..lengths
         });
-        let out = tensor(
-            out.buffer,
-            out.start,
-            out.stride,
-            batch,
-            [heads.q, heads.dim],
-        );
-        let lse = log_sums(lse.buffer, lse.start, lse.stride, batch, heads.q);
+        let out = tensor(gpu, &out.shared(), batch, [heads.q, heads.dim])?;
+        let lse = log_sums(gpu, &lse.shared(), batch, heads.q)?;
         let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
         let workspace = gpu.block(plan.workspace_bytes())?;
-        let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
-        let values = step.tell(gpu, [number, launch], plan.values())?;
+        let slice = DeviceSlice::new(workspace.address(), plan.workspace_bytes());
+        let geometry = geometry(gpu, call, batch, &sources)?;
+        let values = step.place_values(gpu, [number, launch], geometry, plan.values())?;
         // SAFETY: the tensors lie in live buffers, which the plan has checked, and the step's lengths are those of its
         // spans; the workspace is nobody else's, and whoever gets it next uses it after this call.
         unsafe { plan.launch_with(&mut Stream(gpu.driver()), values, slice)? };
@@ -54,100 +54,147 @@ pub(super) fn backward<D: Driver>(
     call: &Attention<'_, Buffer<D>>,
     grad: &AttentionGrad<'_, Buffer<D>>,
 ) -> Result<()> {
+    check_call(call)?;
     let (heads, prior) = (call.heads, call.cache.rows.prior);
     let (q, kv) = ([heads.q, heads.dim], [heads.kv, heads.dim]);
     for batch in &span_batches(call.spans) {
         let sources = Sources::of(call, batch);
-        let problem = &problem(call, batch, &sources);
-        let read = |rows: &Rows<'_, _>| tensor(rows.buffer, rows.start, rows.stride, batch, q);
-        let write = |rows: &RowsMut<'_, _>, heads| {
-            tensor(rows.buffer, rows.start, rows.stride, batch, heads)
-        };
+        let problem = &problem(gpu, call, batch, &sources)?;
+        let read = |rows: &Rows<'_, _>| tensor(gpu, rows, batch, q);
+        let write = |rows: &RowsMut<'_, _>, heads| tensor(gpu, &rows.shared(), batch, heads);
         let tail = |buffer: &Buffer<D>| {
-            let start = batch.spans.start * prior * heads.kv * heads.dim;
+            let sizes = [batch.spans.start, prior, heads.kv, heads.dim];
+            let start = product("prior gradients", &sizes)?;
             let shape = [batch.spans.len(), prior, heads.kv, heads.dim];
-            strided(buffer, start, Layout::packed(shape))
+            strided(gpu, buffer, start, Layout::packed(shape))
         };
         let (first, count) = (batch.spans.start * heads.q, batch.spans.len() * heads.q);
         let saved = Saved {
-            out: read(&grad.out),
-            lse: log_sums(
-                grad.lse.buffer,
-                grad.lse.start,
-                grad.lse.stride,
-                batch,
-                heads.q,
-            ),
-            d_out: read(&grad.d_out),
+            out: read(&grad.out)?,
+            lse: log_sums(gpu, &grad.lse, batch, heads.q)?,
+            d_out: read(&grad.d_out)?,
             d_lse: None,
         };
         let gradients = Gradients {
-            d_q: write(&grad.d_q, q),
-            d_k: write(&grad.d_k, kv),
-            d_v: write(&grad.d_v, kv),
-            d_prior: grad.d_prior.as_ref().map(|(k, v)| (tail(k), tail(v))),
-            d_past_gate: DeviceSlice::new(grad.d_past_gate.address(first), count),
+            d_q: write(&grad.d_q, q)?,
+            d_k: write(&grad.d_k, kv)?,
+            d_v: write(&grad.d_v, kv)?,
+            d_prior: match &grad.d_prior {
+                Some((k, v)) => Some((tail(k)?, tail(v)?)),
+                None => None,
+            },
+            d_past_gate: DeviceSlice::new(gpu.exact(grad.d_past_gate, first, count)? as u64, count),
         };
         let plan = BackwardPlan::new(problem, &saved, &gradients, gpu.driver().kernels())?;
         let workspace = gpu.block(plan.workspace_bytes())?;
-        let slice = DeviceSlice::new(workspace.address, plan.workspace_bytes());
+        let slice = DeviceSlice::new(workspace.address(), plan.workspace_bytes());
         // SAFETY: as in the forward.
         unsafe { plan.run(&mut Stream(gpu.driver()), slice)? };
     }
     Ok(())
 }
 
+/// Refuses spans of slots that the cache does not have.
+fn check_call<D: Driver>(call: &Attention<'_, Buffer<D>>) -> Result<()> {
+    let (heads, cache) = (call.heads, call.cache);
+    let count = cache.prior_len.len();
+    let past_lengths = product("slots and KV heads", &[count, heads.kv])?;
+    equal(
+        "past lengths of the slots",
+        past_lengths,
+        cache.past_len.len(),
+    )?;
+    below("slot", call.spans.iter().map(|span| span.slot).max(), count)?;
+    for source in Source::ALL {
+        let sizes = [count, cache.rows[source], heads.kv, heads.dim];
+        product("rows of slots", &sizes)?;
+    }
+    for span in call.spans {
+        int("rows of a segment", span.start.saturating_add(span.rows))?;
+    }
+    Ok(())
+}
+
+/// What the host's values of a launch are checked against: where the slots lie and how large they are.
+fn geometry<D: Driver>(
+    gpu: &Gpu<D>,
+    call: &Attention<'_, Buffer<D>>,
+    batch: &SpanBatch,
+    sources: &Sources,
+) -> Result<Vec<u64>> {
+    let (heads, cache) = (call.heads, call.cache);
+    let buffers = [
+        &cache.k,
+        &cache.v,
+        &cache.prior_k,
+        &cache.prior_v,
+        &cache.past_k,
+        &cache.past_v,
+    ];
+    let mut geometry = Vec::with_capacity(2 * buffers.len() + 8);
+    for buffer in buffers {
+        geometry.extend([gpu.range(buffer, 0, 0)?, buffer.len as u64]);
+    }
+    let rows = Source::ALL.map(|source| sources.layout(source).rows);
+    let sizes = [batch.spans.len(), batch.rows, heads.q, heads.kv, heads.dim];
+    geometry.extend(rows.into_iter().chain(sizes).map(|size| size as u64));
+    Ok(geometry)
+}
+
 /// A batch's rows of heads.
 fn tensor<D: Driver>(
-    buffer: &Buffer<D>,
-    start: usize,
-    stride: usize,
+    gpu: &Gpu<D>,
+    rows: &Rows<'_, Buffer<D>>,
     batch: &SpanBatch,
     heads: [usize; 2],
-) -> Tensor<'static> {
-    strided(
-        buffer,
-        start + batch.row * stride,
-        batch.layout(stride, heads),
-    )
+) -> Result<Tensor<'static>> {
+    let start = batch.row.saturating_mul(rows.stride);
+    let layout = batch.layout(rows.stride, heads);
+    strided(gpu, rows.buffer, rows.start.saturating_add(start), layout)
 }
 
 /// The rows of a buffer of activations from an element on.
-fn strided<'a, D: Driver>(buffer: &Buffer<D>, start: usize, layout: Layout<'a>) -> Tensor<'a> {
-    let DeviceSlice { data, len } = buffer.slice(start);
-    Tensor {
+fn strided<'a, D: Driver>(
+    gpu: &Gpu<D>,
+    buffer: &Buffer<D>,
+    start: usize,
+    layout: Layout<'a>,
+) -> Result<Tensor<'a>> {
+    of_kind(buffer, Kind::Activation)?;
+    let DeviceSlice { data, len } = gpu.slice(buffer, start)?;
+    Ok(Tensor {
         data,
         len,
         dtype: Dtype::Bf16,
         layout,
-    }
+    })
 }
 
 /// A batch's log-sum-exp.
 fn log_sums<D: Driver>(
-    buffer: &Buffer<D>,
-    start: usize,
-    stride: usize,
+    gpu: &Gpu<D>,
+    rows: &Rows<'_, Buffer<D>>,
     batch: &SpanBatch,
     heads: usize,
-) -> DeviceSlice {
-    let count = batch.spans.len() * batch.rows * heads;
-    DeviceSlice::new(buffer.address(start + batch.row * stride), count)
+) -> Result<DeviceSlice> {
+    let count = product("log-sum-exp", &[batch.spans.len(), batch.rows, heads])?;
+    let start = batch
+        .row
+        .saturating_mul(rows.stride)
+        .saturating_add(rows.start);
+    Ok(DeviceSlice::new(
+        gpu.exact(rows.buffer, start, count)? as u64,
+        count,
+    ))
 }
 
 /// The problem of a batch.
 fn problem<'a, D: Driver>(
+    gpu: &Gpu<D>,
     call: &Attention<'a, Buffer<D>>,
     batch: &SpanBatch,
     sources: &'a Sources,
-) -> Problem<'a, Tensor<'a>> {
-    let (rows, heads) = (call.q, call.heads);
-    let q = tensor(
-        rows.buffer,
-        rows.start,
-        rows.stride,
-        batch,
-        [heads.q, heads.dim],
-    );
-    sources.problem(call, q, |buffer, layout| strided(buffer, 0, layout))
+) -> Result<Problem<'a, Tensor<'a>>> {
+    let q = tensor(gpu, &call.q, batch, [call.heads.q, call.heads.dim])?;
+    sources.problem(call, q, |buffer, layout| strided(gpu, buffer, 0, layout))
 }

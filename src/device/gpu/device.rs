@@ -6,11 +6,11 @@ use half::bf16;
 
 use super::{
     Blocks, Buffer, Driver, Gpu, Matrix, Operand, Plus, Pool, Product, Recording, Samplers, Step,
-    attend, bytes_of, optimizer, record, rows,
+    attend, bounds, bytes_of, optimizer, record, rows,
 };
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, Heads, KeyStore, Kind, Result, Rows,
-    RowsMut, StepRows, Update,
+    AdamW, Attention, AttentionGrad, Device, DeviceError, Fold, GradTensor, Heads, KeyStore, Kind,
+    OutOfMemory, Result, Rows, RowsMut, StepRows, Update,
 };
 
 impl<D: Driver> Gpu<D> {
@@ -26,14 +26,16 @@ impl<D: Driver> Gpu<D> {
             stride,
             transposed: false,
         };
+        let address = self.rows(&x, rows, width)?;
         if x.buffer.kind == Kind::Activation {
-            return Ok((None, operand(x.address(rows, width), x.stride)));
+            return Ok((None, operand(address, x.stride)));
         }
         if x.buffer.half_rows {
             // The gradient of logits lies in the first halves of their rows.
-            return Ok((None, operand(x.address(rows, width), 2 * x.stride)));
+            return Ok((None, operand(address, 2 * x.stride)));
         }
-        let mut narrow = self.empty(Kind::Activation, rows * width)?;
+        let len = bounds::product("rows to be narrowed", &[rows, width])?;
+        let mut narrow = self.empty(Kind::Activation, len)?;
         self.copy(
             x,
             RowsMut::packed(&mut narrow, 0, width),
@@ -41,8 +43,29 @@ impl<D: Driver> Gpu<D> {
             width,
             Fold::Set,
         )?;
-        let address = narrow.address(0);
+        let address = self.range(&narrow, 0, len)?;
         Ok((Some(narrow), operand(address, width)))
+    }
+
+    /// Puts a product of matrices that lie in buffers, as their addresses' bounds checks have seen, on the stream.
+    fn multiply(&self, product: &Product) -> Result<()> {
+        let Product { a, b, c, .. } = *product;
+        check_alignment(a.address, a.stride, bytes_of(Kind::Activation))?;
+        check_alignment(b.address, b.stride, bytes_of(Kind::Activation))?;
+        check_alignment(c, product.c_stride, bytes_of(product.c_kind))?;
+        if let Plus::Rows { address, stride } = product.plus {
+            check_alignment(address, stride, bytes_of(product.c_kind))?;
+        }
+        if product.k == 0 {
+            return Err(DeviceError::argument(
+                "summed index of a product",
+                "1 or more",
+                0,
+            ));
+        }
+        // SAFETY: all of them lie in buffers of this device; the result is borrowed mutably, so it is none of the
+        // others.
+        unsafe { self.driver().product(product) }.map_err(Into::into)
     }
 
     /// `y = x b` plus what is said, `b [inner, out]` as it lies in memory or transposed.
@@ -54,25 +77,42 @@ impl<D: Driver> Gpu<D> {
         y: RowsMut<'_, Buffer<D>>,
         plus: Plus,
     ) -> Result<()> {
-        if rows == 0 {
+        if rows == 0 || out == 0 {
             return Ok(());
         }
         let (_held, a) = self.operand(x, rows, inner)?;
-        y.buffer.half_rows = false;
         let product = Product {
             m: rows,
             n: out,
             k: inner,
             a,
             b,
-            c: y.address(rows, out),
+            c: self.rows(&y.shared(), rows, out)?,
             c_stride: y.stride,
             c_kind: y.buffer.kind,
             plus,
         };
-        // SAFETY: all of them lie in live buffers, as the addresses' bounds checks have seen; the borrow of `y` says
-        // that it is not `x`.
-        unsafe { self.driver().product(&product) }.map_err(Into::into)
+        self.multiply(&product)?;
+        y.buffer.half_rows = false;
+        Ok(())
+    }
+}
+
+/// Refuses a matrix that does not begin at a multiple of what its stride is one of, up to 16 bytes: algorithms of
+/// products are chosen by strides.
+fn check_alignment(address: u64, stride: usize, element: usize) -> Result<()> {
+    let bytes = stride.saturating_mul(element);
+    let alignment = 1u64 << bytes.trailing_zeros().min(4);
+    match address.is_multiple_of(alignment) {
+        true => Ok(()),
+        false => {
+            let expected = format!("a start at a multiple of {alignment} bytes");
+            Err(DeviceError::argument(
+                "matrix",
+                expected,
+                format!("{address:#x}"),
+            ))
+        }
     }
 }
 
@@ -84,12 +124,12 @@ fn plus(fold: Fold) -> Plus {
 }
 
 impl<D: Driver> Matrix<D> {
-    fn operand(&self, transposed: bool) -> Operand {
-        Operand {
-            address: self.block.address,
+    fn operand(&self, gpu: &Gpu<D>, transposed: bool) -> Result<Operand> {
+        Ok(Operand {
+            address: gpu.at(&self.block)?,
             stride: self.inner,
             transposed,
-        }
+        })
     }
 }
 
@@ -133,7 +173,11 @@ impl<D: Driver> Device for Gpu<D> {
     fn empty(&self, kind: Kind, len: usize) -> Result<Buffer<D>> {
         let block = match len {
             0 => None,
-            len => Some(self.block(len * bytes_of(kind))?),
+            len => {
+                let bytes = len.checked_mul(bytes_of(kind));
+                let bytes = bytes.ok_or_else(|| OutOfMemory::device(usize::MAX))?;
+                Some(self.block(bytes)?)
+            }
         };
         Ok(Buffer {
             block,
@@ -147,18 +191,17 @@ impl<D: Driver> Device for Gpu<D> {
         if values.is_empty() {
             return Ok(());
         }
-        assert!(start + values.len() <= buffer.len, "the values fit");
+        let at = self.range(buffer, start, values.len())?;
         let bytes = encode(buffer.kind, values);
         // SAFETY: the range is the buffer's.
-        unsafe { self.driver().upload(buffer.address(start), &bytes) }.map_err(Into::into)
+        unsafe { self.driver().upload(at, &bytes) }.map_err(Into::into)
     }
 
     fn read(&self, buffer: &Buffer<D>, range: Range<usize>) -> Result<Vec<f32>> {
-        assert!(range.end <= buffer.len, "the range is the buffer's");
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        let from = buffer.address(range.start);
+        let from = self.range(buffer, range.start, range.len())?;
         match buffer.kind {
             Kind::Exact => {
                 let mut values = vec![0f32; range.len()];
@@ -186,13 +229,14 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn clear(&self, buffer: &mut Buffer<D>) -> Result<()> {
-        buffer.half_rows = false;
         let Some(block) = &buffer.block else {
             return Ok(());
         };
         let bytes = buffer.len * bytes_of(buffer.kind);
         // SAFETY: the block is the buffer's.
-        unsafe { self.driver().zero(block.address, bytes) }.map_err(Into::into)
+        unsafe { self.driver().zero(self.at(block)?, bytes)? };
+        buffer.half_rows = false;
+        Ok(())
     }
 
     fn copy(
@@ -209,8 +253,11 @@ impl<D: Driver> Device for Gpu<D> {
         let packed = |stride| rows == 1 || stride == width;
         let same_kind = src.buffer.kind == dst.buffer.kind;
         if fold == Fold::Set && same_kind && packed(src.stride) && packed(dst.stride) {
+            let (from, to) = (
+                self.rows(&src, rows, width)?,
+                self.rows(&dst.shared(), rows, width)?,
+            );
             let bytes = rows * width * bytes_of(src.buffer.kind);
-            let (from, to) = (src.address(rows, width), dst.address(rows, width));
             // SAFETY: both ranges are their buffers', and `dst` is borrowed mutably: they are two.
             return unsafe { self.driver().copy(from, to, bytes) }.map_err(Into::into);
         }
@@ -225,7 +272,10 @@ impl<D: Driver> Device for Gpu<D> {
         _training: bool,
     ) -> Result<Matrix<D>> {
         let mut matrix = Matrix {
-            block: self.block(out * inner * bytes_of(Kind::Activation))?,
+            block: self.block(bounds::product(
+                "elements of a matrix",
+                &[out, inner, bytes_of(Kind::Activation)],
+            )?)?,
             out,
             inner,
         };
@@ -246,7 +296,7 @@ impl<D: Driver> Device for Gpu<D> {
         fold: Fold,
     ) -> Result<()> {
         let sizes = [rows, weight.out, weight.inner];
-        self.product(x, weight.operand(true), sizes, y, plus(fold))
+        self.product(x, weight.operand(self, true)?, sizes, y, plus(fold))
     }
 
     fn linear_residual(
@@ -258,14 +308,14 @@ impl<D: Driver> Device for Gpu<D> {
         y: RowsMut<'_, Buffer<D>>,
         width: usize,
     ) -> Result<()> {
-        assert_eq!(width, weight.out, "as wide as the product");
-        assert_eq!(residual.buffer.kind, y.buffer.kind, "one kind of rows");
+        bounds::equal("width of the residual's rows", weight.out, width)?;
+        bounds::of_kind(residual.buffer, y.buffer.kind)?;
         let plus = Plus::Rows {
-            address: residual.address(rows, weight.out),
+            address: self.rows(&residual, rows, weight.out)?,
             stride: residual.stride,
         };
         let sizes = [rows, weight.out, weight.inner];
-        self.product(x, weight.operand(true), sizes, y, plus)
+        self.product(x, weight.operand(self, true)?, sizes, y, plus)
     }
 
     fn linear_input_grad(
@@ -277,7 +327,7 @@ impl<D: Driver> Device for Gpu<D> {
         fold: Fold,
     ) -> Result<()> {
         let sizes = [rows, weight.inner, weight.out];
-        self.product(d_y, weight.operand(false), sizes, d_x, plus(fold))
+        self.product(d_y, weight.operand(self, false)?, sizes, d_x, plus(fold))
     }
 
     fn linear_weight_grad(
@@ -302,13 +352,12 @@ impl<D: Driver> Device for Gpu<D> {
                 ..a
             },
             b,
-            c: RowsMut::packed(d_w, 0, inner).address(out, inner),
+            c: self.rows(&Rows::packed(d_w, 0, inner), out, inner)?,
             c_stride: inner,
             c_kind: d_w.kind,
             plus: Plus::Itself,
         };
-        // SAFETY: as in `product`.
-        unsafe { self.driver().product(&product) }.map_err(Into::into)
+        self.multiply(&product)
     }
 
     fn step(&self, rows: StepRows) -> Result<Step<D>> {

@@ -20,6 +20,11 @@ pub trait Driver: Debug + Send + Sync {
     /// The kernels that [`Driver::launch`] launches.
     fn kernels(&self) -> &Self::Kernels;
 
+    /// Whether calls are carried out. If not, as in a dry run, what is read back means nothing.
+    fn computes(&self) -> bool {
+        true
+    }
+
     /// Memory is asked for in pieces of at least this many bytes, which hold many buffers; 0: each buffer
     /// gets a piece of its own.
     fn region_bytes(&self) -> usize;

@@ -61,6 +61,10 @@ impl<K: Kernels + Send + Sync> Driver for DryRun<K> {
         &self.kernels
     }
 
+    fn computes(&self) -> bool {
+        false
+    }
+
     fn region_bytes(&self) -> usize {
         // What is planned is reserved; beyond it nothing is taken in advance.
         self.bytes.map_or(ENDLESS, |_| 1)
@@ -68,12 +72,11 @@ impl<K: Kernels + Send + Sync> Driver for DryRun<K> {
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
         let (taken, address) = &mut *self.taken();
-        if bytes > self.left(*taken) {
-            return Err(OutOfMemory::device(bytes).into());
-        }
+        let end = address.checked_add(bytes as u64);
+        let end = end.filter(|_| bytes <= self.left(*taken));
+        let end = end.ok_or_else(|| OutOfMemory::device(bytes))?;
         *taken += bytes;
-        *address += bytes as u64;
-        Ok(*address - bytes as u64)
+        Ok(std::mem::replace(address, end))
     }
 
     unsafe fn free(&self, _: u64, bytes: usize) {
@@ -82,8 +85,9 @@ impl<K: Kernels + Send + Sync> Driver for DryRun<K> {
 
     fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError> {
         let (_, address) = &mut *self.taken();
-        *address += bytes as u64;
-        Ok(*address - bytes as u64)
+        let end = address.checked_add(bytes as u64);
+        let end = end.ok_or_else(|| OutOfMemory::pinned(bytes))?;
+        Ok(std::mem::replace(address, end))
     }
 
     unsafe fn free_host(&self, _: u64, _: usize) {}

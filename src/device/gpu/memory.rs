@@ -9,10 +9,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::driver::Driver;
-use crate::device::{DeviceError, Result};
+use crate::device::{DeviceError, OutOfMemory, Result};
 
 /// Blocks begin at multiples of this: every vector load and tensor map is content with it.
 const ALIGNMENT: usize = 256;
@@ -37,6 +37,8 @@ pub(super) struct Recorded<D: Driver> {
     regions: Mutex<Regions>,
     /// The regions' memory.
     held: Mutex<Vec<Block<D>>>,
+    /// What else the recorded calls use, by the address of its `Piece`.
+    used: Mutex<BTreeMap<usize, Weak<Piece<D>>>>,
 }
 
 /// Bytes that a recording takes at a time.
@@ -178,17 +180,35 @@ impl<D: Driver> Memory<D> {
         }
     }
 
-    fn rounded(&self, bytes: usize) -> usize {
-        let bytes = bytes.max(1);
-        match self.driver.region_bytes() {
-            // Ends exactly where the buffer ends, so that a byte too far is seen.
-            0 => bytes,
-            _ => bytes.next_multiple_of(ALIGNMENT),
+    /// Notes that a call uses a block. If the call is being recorded, the recording is good for as long as the block
+    /// exists.
+    pub fn note_use(&self, block: &Block<D>) {
+        if let Some(recorded) = &*locked(&self.recorded) {
+            recorded.note_use(block);
         }
     }
 
+    /// Calls `work` if every block that a recording uses still exists.
+    pub fn while_kept<T>(&self, recorded: &Recorded<D>, work: impl FnOnce() -> T) -> Option<T> {
+        // A block is given back under the lock of its arena: whoever drops one now waits until `work` has put its
+        // calls on the stream.
+        let _arenas = PLACES.map(|place| self.lock(place));
+        let kept = |piece: &Weak<_>| piece.strong_count() > 0;
+        let all = locked(&recorded.used).values().all(kept);
+        all.then(work)
+    }
+
+    fn rounded(&self, bytes: usize) -> Result<usize> {
+        let rounded = match self.driver.region_bytes() {
+            // Ends exactly where the buffer ends, so that a byte too far is seen.
+            0 => Some(bytes.max(1)),
+            _ => bytes.max(1).checked_next_multiple_of(ALIGNMENT),
+        };
+        rounded.ok_or_else(|| OutOfMemory::device(bytes).into())
+    }
+
     fn shared_block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
-        let bytes = self.rounded(bytes);
+        let bytes = self.rounded(bytes)?;
         let mut regions = self.lock(place);
         if bytes > regions.budget.saturating_sub(regions.used) {
             return Ok(None);
@@ -206,13 +226,13 @@ impl<D: Driver> Memory<D> {
         };
         regions.used += bytes;
         regions.peak = regions.peak.max(regions.used);
-        Ok(Some(Block {
+        Ok(Some(Block(Arc::new(Piece {
             memory: self.clone(),
             recorded: None,
             place,
             address,
             bytes,
-        }))
+        }))))
     }
 
     /// Bytes to ask for where a block has no place yet. Chunks of a pool are of one size, so they fill their pieces.
@@ -272,13 +292,25 @@ impl<D: Driver> Default for Recorded<D> {
         Self {
             regions: Mutex::default(),
             held: Mutex::default(),
+            used: Mutex::default(),
         }
     }
 }
 
 impl<D: Driver> Recorded<D> {
+    fn note_use(&self, block: &Block<D>) {
+        let own = |of: &Arc<Self>| std::ptr::eq(&**of, self);
+        // The recording's own memory stays as long as it does.
+        if !block.0.recorded.as_ref().is_some_and(own) {
+            let number = Arc::as_ptr(&block.0) as usize;
+            let mut used = locked(&self.used);
+            used.entry(number)
+                .or_insert_with(|| Arc::downgrade(&block.0));
+        }
+    }
+
     fn block(self: &Arc<Self>, memory: &Arc<Memory<D>>, bytes: usize) -> Result<Option<Block<D>>> {
-        let (bytes, mut regions) = (memory.rounded(bytes), locked(&self.regions));
+        let (bytes, mut regions) = (memory.rounded(bytes)?, locked(&self.regions));
         // Where every buffer has a region of its own it has one here too.
         let shared = memory.driver.region_bytes() > 0;
         let found = if shared { regions.take(bytes) } else { None };
@@ -293,7 +325,7 @@ impl<D: Driver> Recorded<D> {
                 let Some(held) = memory.shared_block(Place::Buffers, piece)? else {
                     return Ok(None);
                 };
-                let address = held.address;
+                let address = held.address();
                 regions.add(address, piece);
                 locked(&self.held).push(held);
                 let taken = regions.take_at(address, bytes);
@@ -301,13 +333,13 @@ impl<D: Driver> Recorded<D> {
             }
         };
         regions.used += bytes;
-        Ok(Some(Block {
+        Ok(Some(Block(Arc::new(Piece {
             memory: memory.clone(),
             recorded: Some(self.clone()),
             place: Place::Buffers,
             address,
             bytes,
-        }))
+        }))))
     }
 }
 
@@ -384,23 +416,35 @@ impl Regions {
     }
 }
 
-/// Bytes of memory, given back when dropped.
+/// Memory of one owner, given back when dropped.
 #[derive(Debug)]
-pub(super) struct Block<D: Driver> {
+pub(super) struct Block<D: Driver>(Arc<Piece<D>>);
+
+#[derive(Debug)]
+struct Piece<D: Driver> {
     memory: Arc<Memory<D>>,
+    /// The recording whose memory it lies in.
     recorded: Option<Arc<Recorded<D>>>,
     place: Place,
-    pub address: u64,
+    address: u64,
     bytes: usize,
 }
 
 impl<D: Driver> Block<D> {
     pub fn place(&self) -> Place {
-        self.place
+        self.0.place
+    }
+
+    pub fn address(&self) -> u64 {
+        self.0.address
+    }
+
+    pub fn is_of(&self, memory: &Arc<Memory<D>>) -> bool {
+        Arc::ptr_eq(&self.0.memory, memory)
     }
 }
 
-impl<D: Driver> Drop for Block<D> {
+impl<D: Driver> Drop for Piece<D> {
     fn drop(&mut self) {
         if let Some(recorded) = &self.recorded {
             locked(&recorded.regions).give_back(self.address, self.bytes);

@@ -8,6 +8,7 @@
 //! they run on a GPU, with the simulated one in tests, and nothing here knows which.
 
 mod attend;
+mod bounds;
 #[cfg(feature = "cuda")]
 pub mod cuda_driver;
 mod device;
@@ -15,9 +16,10 @@ mod driver;
 mod dry;
 mod memory;
 mod optimizer;
-mod past;
 mod plan;
+mod pool;
 mod record;
+mod retrieval;
 mod rows;
 mod sample;
 mod step;
@@ -28,14 +30,14 @@ use std::sync::Arc;
 pub use driver::{Driver, Operand, Plus, Product};
 pub use dry::DryRun;
 pub use memory::{Held, MemoryUse};
-pub use past::{Blocks, Pool};
 pub use plan::{MemoryPlan, PoolPlace};
+pub use pool::Pool;
 pub use record::Recording;
+pub use retrieval::Blocks;
 pub use sample::Samplers;
 pub use step::Step;
 
-use super::{Kind, Result, Rows, RowsMut};
-use crate::attention::cuda::DeviceSlice;
+use super::{Kind, OutOfMemory, Result};
 use memory::{Block, Memory, Place};
 
 /// A GPU. Clones are the same device.
@@ -93,7 +95,8 @@ impl<D: Driver> Gpu<D> {
 
     fn block(&self, bytes: usize) -> Result<Block<D>> {
         let block = self.memory.block(Place::Buffers, bytes)?;
-        Ok(block.expect("only pools have a budget"))
+        // Buffers have no budget: it is the number of bytes that is beyond all memory.
+        block.ok_or_else(|| OutOfMemory::device(bytes).into())
     }
 
     /// Memory that holds these values, until it is dropped.
@@ -101,7 +104,7 @@ impl<D: Driver> Gpu<D> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let block = self.block(bytes.len())?;
         // SAFETY: the block is that large and nobody else's.
-        unsafe { self.driver().upload(block.address, bytes)? };
+        unsafe { self.driver().upload(block.address(), bytes)? };
         Ok(block)
     }
 }
@@ -125,21 +128,9 @@ pub struct Buffer<D: Driver> {
 }
 
 impl<D: Driver> Buffer<D> {
-    /// Address of an element, which may be the one past the last.
-    fn address(&self, element: usize) -> u64 {
-        assert!(element <= self.len, "element {element} of {}", self.len);
-        let base = self.block.as_ref().map_or(0, |b| b.address);
-        base + (element * bytes_of(self.kind)) as u64
-    }
-
     /// Which arena it lies in.
     fn place(&self) -> Option<Place> {
         self.block.as_ref().map(Block::place)
-    }
-
-    /// The buffer from an element on.
-    fn slice(&self, element: usize) -> DeviceSlice {
-        DeviceSlice::new(self.address(element), self.len - element)
     }
 }
 
@@ -159,36 +150,5 @@ pub struct Matrix<D: Driver> {
 impl<D: Driver> fmt::Debug for Matrix<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Matrix({} x {})", self.out, self.inner)
-    }
-}
-
-/// Address of row 0, after a check that `rows` rows of `width` elements lie in the buffer: a kernel knows no bounds.
-fn first_row<D: Driver>(
-    buffer: &Buffer<D>,
-    start: usize,
-    stride: usize,
-    rows: usize,
-    width: usize,
-) -> u64 {
-    if rows > 0 {
-        let end = start + (rows - 1) * stride + width;
-        assert!(
-            end <= buffer.len,
-            "rows end at element {end} of {}",
-            buffer.len
-        );
-    }
-    buffer.address(start.min(buffer.len))
-}
-
-impl<D: Driver> Rows<'_, Buffer<D>> {
-    fn address(&self, rows: usize, width: usize) -> u64 {
-        first_row(self.buffer, self.start, self.stride, rows, width)
-    }
-}
-
-impl<D: Driver> RowsMut<'_, Buffer<D>> {
-    fn address(&self, rows: usize, width: usize) -> u64 {
-        first_row(self.buffer, self.start, self.stride, rows, width)
     }
 }

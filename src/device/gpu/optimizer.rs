@@ -1,6 +1,7 @@
-//! AdamW over all tensors: the norm of all gradients, then the update, without the host in between.
+//! AdamW over all tensors: the norm of all gradients, then the update.
 
-use super::rows::{Grid, entry, exact, launch, pointer};
+use super::bounds::pointer;
+use super::rows::{Grid, entry, launch};
 use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::layer_params::{
     SegattnAdamwParams, SegattnAdamwResult, SegattnAdamwTensor,
@@ -22,7 +23,7 @@ pub(super) fn adamw<D: Driver>(
     let bias = |beta: f64| -(update.step as f64 * beta.ln()).exp_m1();
     let [b1, b2] = update.betas;
     let chunk_len = gpu.driver().kernels().info(NORM)?.split_keys as usize;
-    let (table, chunks) = table(tensors, update, bias(b1), chunk_len);
+    let (table, chunks) = table(gpu, tensors, update, bias(b1), chunk_len)?;
     let held = [
         gpu.upload(as_bytes(&table))?,
         gpu.block(chunks * size_of::<f64>())?,
@@ -47,30 +48,32 @@ pub(super) fn adamw<D: Driver>(
     launch(gpu, SCALE, Grid::Blocks(1), &params)?;
     let mut result = [0u8; size_of::<SegattnAdamwResult>()];
     // SAFETY: the block has that size, and the second kernel has written it.
-    unsafe { gpu.driver().download(held[2].address, &mut result)? };
-    // The last call: what fails before it has changed no weight, and may be tried again.
-    if !update.only_measure {
-        launch(gpu, UPDATE, Grid::Blocks(chunks), &params)?;
-    }
+    unsafe { gpu.driver().download(held[2].address(), &mut result)? };
     let norm = result
         .first_chunk()
         .expect("the result begins with the norm");
     let applied = result
         .last_chunk()
         .expect("and ends with whether there was an update");
-    Ok(Update {
+    let result = Update {
         grad_norm: f64::from_ne_bytes(*norm),
         applied: i32::from_ne_bytes(*applied) != 0,
-    })
+    };
+    // The only call that changes anything is the last one that can fail: after an error the tensors are as they were.
+    if result.applied {
+        launch(gpu, UPDATE, Grid::Blocks(chunks), &params)?;
+    }
+    Ok(result)
 }
 
 /// The tensors as the kernels take them, and the number of their chunks.
 fn table<D: Driver>(
+    gpu: &Gpu<D>,
     tensors: &mut [GradTensor<'_, Buffer<D>>],
     update: &AdamW,
     bias: f64,
     chunk_len: usize,
-) -> (Vec<SegattnAdamwTensor>, usize) {
+) -> Result<(Vec<SegattnAdamwTensor>, usize)> {
     let mut chunks = 0;
     let row = |t: &mut GradTensor<'_, Buffer<D>>| {
         let (len, first_chunk) = (t.values.len, chunks);
@@ -81,11 +84,11 @@ fn table<D: Driver>(
         } else {
             0.0
         };
-        SegattnAdamwTensor {
-            values: exact(t.values, 0, len),
-            grads: exact(t.grads, 0, len),
-            m: exact(t.m, 0, len),
-            v: exact(t.v, 0, len),
+        Ok(SegattnAdamwTensor {
+            values: gpu.exact(t.values, 0, len)?,
+            grads: gpu.exact(t.grads, 0, len)?,
+            m: gpu.exact(t.m, 0, len)?,
+            v: gpu.exact(t.v, 0, len)?,
             weights: std::ptr::null_mut(),
             len: len as i64,
             first_chunk: first_chunk as i64,
@@ -93,10 +96,11 @@ fn table<D: Driver>(
             keep: (1.0 - decay) as f32,
             floor: t.floor.map_or(-1.0, |f| f as f32),
             changes: (t.lr_scale != 0.0).into(),
-        }
+        })
     };
     let present = tensors.iter_mut().filter(|t| t.values.len > 0);
-    (present.map(row).collect(), chunks)
+    let rows = present.map(row).collect::<Result<_>>()?;
+    Ok((rows, chunks))
 }
 
 fn as_bytes(table: &[SegattnAdamwTensor]) -> &[u8] {

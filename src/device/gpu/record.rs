@@ -4,21 +4,28 @@ use std::sync::Arc;
 
 use super::memory::Recorded;
 use super::{Driver, Gpu};
-use crate::device::{self, Result};
+use crate::device::{self, DeviceError, Result};
 
 /// Recorded calls, and the memory that was asked for by them: nobody else gets it as long as they can be replayed.
 #[derive(Debug)]
 pub struct Recording<D: Driver> {
     gpu: Gpu<D>,
     graph: D::Graph,
-    _memory: Arc<Recorded<D>>,
+    memory: Arc<Recorded<D>>,
 }
 
 impl<D: Driver> device::Recording for Recording<D> {
     fn replay(&self) -> Result<()> {
-        // SAFETY: the calls were checked when they were recorded; what they ask for themselves is here, and that the
-        // rest is there is the caller's promise.
-        unsafe { self.gpu.driver().replay(&self.graph) }.map_err(Into::into)
+        // SAFETY: the calls were checked when they were recorded; all memory that they use is there, and the tables
+        // that they read have been checked against what they rely on (`Step`).
+        let replay = || unsafe { self.gpu.driver().replay(&self.graph) };
+        match self.gpu.memory.while_kept(&self.memory, replay) {
+            Some(replayed) => Ok(replayed?),
+            None => {
+                let (expected, got) = ("buffers that still exist", "one that was dropped");
+                Err(DeviceError::argument("recorded calls", expected, got))
+            }
+        }
     }
 }
 
@@ -60,7 +67,7 @@ pub(super) fn record<D: Driver, T>(
     let recording = Recording {
         gpu: gpu.clone(),
         graph: graph?,
-        _memory: memory,
+        memory,
     };
     Ok((made, recording))
 }

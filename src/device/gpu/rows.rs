@@ -1,8 +1,7 @@
 //! Functions of rows: which kernel, how many blocks, which params.
 
-use std::ffi::c_void;
-
-use super::memory::Block;
+use super::bounds::{NONE, VECTOR, below, int, of_kind, pointer, product, rows_at};
+use super::step::Column;
 use super::{Buffer, Driver, Gpu, Matrix, Step};
 use crate::cuda::kernels::layer_params::{
     SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnQkvParams,
@@ -11,8 +10,6 @@ use crate::cuda::kernels::layer_params::{
 use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
 use crate::device::{Fold, Heads, KeyStore, Kind, Result, Rows, RowsMut};
 
-/// Elements that a thread of most kernels handles at a time.
-pub(super) const VECTOR: usize = 8;
 /// Columns that a block of `rms_norm_weight_grad` sums.
 const NORM_COLUMNS: usize = 16;
 /// Columns of a token that a warp of `embed_grad` sums.
@@ -52,6 +49,15 @@ pub(super) fn launch<D: Driver, P: Copy>(
         .into());
     }
     let (blocks, threads) = match grid {
+        // Kernels count these threads in 32 bits.
+        Grid::Threads(count) if u32::try_from(count).is_err() => {
+            return Err(Error::TooLarge {
+                what: "threads of a grid",
+                expected: u64::from(u32::MAX),
+                got: count as u64,
+            }
+            .into());
+        }
         Grid::Threads(count) => (count.div_ceil(info.threads as usize), info.threads as usize),
         Grid::Blocks(count) => (count, info.threads as usize),
         Grid::Sized(count, threads) => (count, threads),
@@ -79,44 +85,6 @@ pub(super) const fn entry(file: File, name: &'static str) -> Entry {
     Entry { file, name }
 }
 
-pub(super) const NONE: SegattnRows = SegattnRows {
-    data: std::ptr::null_mut(),
-    stride: 0,
-};
-
-pub(super) fn rows_at(address: u64, stride: usize) -> SegattnRows {
-    SegattnRows {
-        data: address as usize as *mut c_void,
-        stride: stride as i64,
-    }
-}
-
-/// `rows` rows of `width` activations, as a kernel takes them.
-pub(super) fn input<D: Driver>(x: &Rows<'_, Buffer<D>>, rows: usize, width: usize) -> SegattnRows {
-    assert_eq!(x.buffer.kind, Kind::Activation, "rows of activations");
-    rows_at(x.address(rows, width), x.stride)
-}
-
-pub(super) fn output<D: Driver>(
-    x: &RowsMut<'_, Buffer<D>>,
-    rows: usize,
-    width: usize,
-) -> SegattnRows {
-    assert_eq!(x.buffer.kind, Kind::Activation, "rows of activations");
-    rows_at(x.address(rows, width), x.stride)
-}
-
-pub(super) fn pointer<T>(block: &Block<impl Driver>) -> *const T {
-    block.address as usize as *const T
-}
-
-/// Packed f32: `len` of them from `start` on.
-pub(super) fn exact<D: Driver>(buffer: &Buffer<D>, start: usize, len: usize) -> *mut f32 {
-    assert_eq!(buffer.kind, Kind::Exact, "f32");
-    assert!(start + len <= buffer.len, "the range is the buffer's");
-    buffer.address(start) as usize as *mut f32
-}
-
 /// `dst (+)= src`, of either kind.
 pub(super) fn copy<D: Driver>(
     gpu: &Gpu<D>,
@@ -126,7 +94,10 @@ pub(super) fn copy<D: Driver>(
     fold: Fold,
 ) -> Result<()> {
     let kinds = [src.buffer.kind, dst.buffer.kind];
-    let (from, to) = (src.address(rows, width), dst.address(rows, width));
+    let (from, to) = (
+        gpu.rows(&src, rows, width)?,
+        gpu.rows(&dst.shared(), rows, width)?,
+    );
     let rows_of = [rows_at(from, src.stride), rows_at(to, dst.stride)];
     convert(gpu, rows_of, kinds, [rows, width], fold)
 }
@@ -138,8 +109,12 @@ pub(super) fn narrow<D: Driver>(
     matrix: &mut Matrix<D>,
 ) -> Result<()> {
     let shape = [matrix.out, matrix.inner];
-    let from = Rows::packed(values, 0, matrix.inner).address(matrix.out, matrix.inner);
-    let rows_of = [from, matrix.block.address].map(|at| rows_at(at, matrix.inner));
+    let from = gpu.rows(
+        &Rows::packed(values, 0, matrix.inner),
+        matrix.out,
+        matrix.inner,
+    )?;
+    let rows_of = [from, gpu.at(&matrix.block)?].map(|at| rows_at(at, matrix.inner));
     convert(
         gpu,
         rows_of,
@@ -170,20 +145,11 @@ fn convert<D: Driver>(
         src,
         dst,
         rows: rows as i64,
-        width: width as i32,
+        width: int("width", width)?,
         vectors: vectors.into(),
         add: (fold == Fold::Add).into(),
     };
-    let threads = rows * width / if vectors { VECTOR } else { 1 };
-    // The kernel counts its threads in 32 bits.
-    if u32::try_from(threads).is_err() {
-        return Err(Error::TooLarge {
-            what: "elements of a copy",
-            expected: u64::from(u32::MAX),
-            got: threads as u64,
-        }
-        .into());
-    }
+    let threads = product("elements of a copy", &[rows, width])? / if vectors { VECTOR } else { 1 };
     launch(
         gpu,
         entry(File::Copy, name),
@@ -200,16 +166,17 @@ pub(super) fn embed<D: Driver>(
     y: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let (rows, width) = (step.rows.tokens.len(), table.inner);
+    step.relies_on(Column::Tokens, table.out)?;
     let params = SegattnEmbedParams {
-        table: rows_at(table.block.address, width),
-        tokens: step.tokens(),
-        y: output(&y, rows, width),
+        table: rows_at(gpu.at(&table.block)?, width),
+        tokens: step.tokens(gpu)?,
+        y: gpu.output(&y, rows, width)?,
         d_table: NONE,
         order: std::ptr::null(),
         run_start: std::ptr::null(),
         rows: rows as i64,
         runs: 0,
-        width: width as i32,
+        width: int("width", width)?,
     };
     let threads = Grid::Threads(rows * width / VECTOR);
     launch(gpu, entry(File::Embedding, "embed_bf16"), threads, &params)
@@ -224,6 +191,12 @@ pub(super) fn embed_grad<D: Driver>(
     d_table: &mut Buffer<D>,
 ) -> Result<()> {
     let rows = tokens.len();
+    let table_rows = d_table.len.checked_div(width).unwrap_or(0);
+    below(
+        "token",
+        tokens.iter().map(|t| *t as usize).max(),
+        table_rows,
+    )?;
     let mut order: Vec<i32> = (0..rows as i32).collect();
     order.sort_by_key(|r| tokens[*r as usize]);
     let is_new = |i: &usize| *i == 0 || tokens[order[*i] as usize] != tokens[order[i - 1] as usize];
@@ -238,13 +211,13 @@ pub(super) fn embed_grad<D: Driver>(
     let params = SegattnEmbedParams {
         table: NONE,
         tokens: pointer(&held[0]),
-        y: input(&d_y, rows, width),
-        d_table: rows_at(exact(d_table, 0, d_table.len) as u64, width),
+        y: gpu.input(&d_y, rows, width)?,
+        d_table: rows_at(gpu.exact(d_table, 0, d_table.len)? as u64, width),
         order: pointer(&held[1]),
         run_start: pointer(&held[2]),
         rows: rows as i64,
         runs: runs as i32,
-        width: width as i32,
+        width: int("width", width)?,
     };
     let threads = Grid::Threads(runs * width.div_ceil(EMBED_COLUMNS) * WARP);
     launch(
@@ -259,6 +232,15 @@ pub(super) fn embed_grad<D: Driver>(
 pub(super) fn row_threads(width: usize) -> usize {
     let warps = width.div_ceil(2 * VECTOR * WARP).max(1);
     (warps * WARP).min(MOST_THREADS)
+}
+
+/// Elements of the widest rows that the norms' kernels keep in registers.
+const MOST_NORM_WIDTH: usize = 16384;
+
+/// Refuses rows that are too wide for the norms.
+fn norm_width(width: usize) -> Result<usize> {
+    below("width of a norm", Some(width), MOST_NORM_WIDTH + 1)?;
+    Ok(width)
 }
 
 const NORM: SegattnNormParams = SegattnNormParams {
@@ -287,14 +269,14 @@ pub(super) fn rms_norm<D: Driver>(
     y: RowsMut<'_, Buffer<D>>,
     rstd: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    let width = weight.len;
+    let width = norm_width(weight.len)?;
     let params = SegattnNormParams {
-        x: input(&x, rows, width),
-        weight: exact(weight, 0, width),
-        y: output(&y, rows, width),
-        rstd: exact(rstd.buffer, rstd.start, rows),
+        x: gpu.input(&x, rows, width)?,
+        weight: gpu.exact(weight, 0, width)?,
+        y: gpu.output(&y, rows, width)?,
+        rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
         rows: rows as i64,
-        width: width as i32,
+        width: int("width", width)?,
         eps: eps as f32,
         ..NORM
     };
@@ -310,15 +292,15 @@ pub(super) fn rms_norm_grad<D: Driver>(
     weight: &Buffer<D>,
     d_x: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    let width = weight.len;
+    let width = norm_width(weight.len)?;
     let params = SegattnNormParams {
-        x: input(&x, rows, width),
-        weight: exact(weight, 0, width),
-        rstd: exact(rstd.buffer, rstd.start, rows),
-        d_y: input(&d_y, rows, width),
-        d_x: output(&d_x, rows, width),
+        x: gpu.input(&x, rows, width)?,
+        weight: gpu.exact(weight, 0, width)?,
+        rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
+        d_y: gpu.input(&d_y, rows, width)?,
+        d_x: gpu.output(&d_x, rows, width)?,
         rows: rows as i64,
-        width: width as i32,
+        width: int("width", width)?,
         add: 1,
         ..NORM
     };
@@ -333,14 +315,14 @@ pub(super) fn rms_norm_weight_grad<D: Driver>(
     rows: usize,
     d_weight: &mut Buffer<D>,
 ) -> Result<()> {
-    let width = d_weight.len;
+    let width = norm_width(d_weight.len)?;
     let params = SegattnNormParams {
-        x: input(&x, rows, width),
-        rstd: exact(rstd.buffer, rstd.start, rows),
-        d_y: input(&d_y, rows, width),
-        d_weight: exact(d_weight, 0, width),
+        x: gpu.input(&x, rows, width)?,
+        rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
+        d_y: gpu.input(&d_y, rows, width)?,
+        d_weight: gpu.exact(d_weight, 0, width)?,
         rows: rows as i64,
-        width: width as i32,
+        width: int("width", width)?,
         ..NORM
     };
     let grid = Grid::Blocks(width.div_ceil(NORM_COLUMNS));
@@ -359,12 +341,14 @@ pub(super) fn rope<D: Driver>(
     src: Rows<'_, Buffer<D>>,
     dst: RowsMut<'_, Buffer<D>>,
     [heads, head_dim]: [usize; 2],
-    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    tables: (&Buffer<D>, &Buffer<D>),
     angles: &[usize],
     inverse: bool,
     fold: Fold,
 ) -> Result<()> {
-    let (rows, width) = (angles.len(), heads * head_dim);
+    let rows = angles.len();
+    let width = product("heads and head_dim", &[heads, head_dim])?;
+    let [cos, sin] = gpu.angle_tables(tables, head_dim, angles.iter().copied().max())?;
     let Some(first) = angles.first() else {
         return Ok(());
     };
@@ -377,15 +361,15 @@ pub(super) fn rope<D: Driver>(
         false => Some(gpu.upload(&angles.iter().map(|a| *a as i32).collect::<Vec<_>>())?),
     };
     let params = SegattnRopeParams {
-        src: input(&src, rows, width),
-        dst: output(&dst, rows, width),
-        cos: exact(cos, 0, cos.len),
-        sin: exact(sin, 0, sin.len),
+        src: gpu.input(&src, rows, width)?,
+        dst: gpu.output(&dst, rows, width)?,
+        cos,
+        sin,
         angles: held.as_ref().map_or(std::ptr::null(), pointer),
         rows: rows as i64,
-        first_angle: *first as i32,
-        heads: heads as i32,
-        head_dim: head_dim as i32,
+        first_angle: int("angle", *first)?,
+        heads: int("heads", heads)?,
+        head_dim: int("head_dim", head_dim)?,
         inverse: inverse.into(),
         add: (fold == Fold::Add).into(),
     };
@@ -393,50 +377,64 @@ pub(super) fn rope<D: Driver>(
     launch(gpu, entry(File::Rope, "rope_bf16"), threads, &params)
 }
 
+/// Elements of a row of queries, of keys, and of `[q | k | v]`.
+fn qkv_widths(heads: Heads) -> Result<[usize; 3]> {
+    let q = product("query heads and head_dim", &[heads.q, heads.dim])?;
+    let kv = product("KV heads and head_dim", &[heads.kv, heads.dim])?;
+    let all = kv.checked_mul(2).and_then(|kv| kv.checked_add(q));
+    Ok([q, kv, all.unwrap_or(usize::MAX)])
+}
+
 /// Rows `[q | k | v]` to rotated queries, and to their places in the cache and the probes.
 pub(super) fn split_qkv<D: Driver>(
     gpu: &Gpu<D>,
     qkv: Rows<'_, Buffer<D>>,
     heads: Heads,
-    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    tables: (&Buffer<D>, &Buffer<D>),
     step: &Step<D>,
     q: RowsMut<'_, Buffer<D>>,
     store: KeyStore<'_, Buffer<D>>,
 ) -> Result<()> {
-    let (rows, cache, of) = (step.rows.tokens.len(), store.cache, &step.rows);
-    let [q_width, width] = [heads.q * heads.dim, heads.kv * heads.dim];
-    let cached = of.cache_rows.iter().max().map_or(0, |row| row + 1);
-    let probed = of
-        .probe_rows
-        .iter()
-        .flatten()
-        .max()
-        .map_or(0, |row| row + 1);
-    let place = |buffer| output(&RowsMut::packed(buffer, 0, width), cached, width);
+    let (rows, cache) = (step.rows.tokens.len(), store.cache);
+    let [q_width, width, qkv_width] = qkv_widths(heads)?;
+    let [cos, sin] = gpu.angle_tables(tables, heads.dim, None)?;
+    let (half, len) = (heads.dim / 2, tables.0.len.min(tables.1.len));
+    step.relies_on(Column::Angles, len / half)?;
+    // A row of the cache for each row of the step, in `k`, `v` and, where it is there, `raw_k`.
+    let place = |buffer: &mut Buffer<D>| {
+        let room = buffer.len.checked_div(width).unwrap_or(0);
+        step.relies_on(Column::CacheRows, room)?;
+        gpu.output(&RowsMut::packed(buffer, 0, width), room, width)
+    };
+    let probes = match store.probes {
+        Some(probes) => {
+            let room = probes.len.checked_div(q_width).unwrap_or(0);
+            step.relies_on(Column::ProbeRows, room)?;
+            gpu.output(&RowsMut::packed(probes, 0, q_width), room, q_width)?
+        }
+        None => NONE,
+    };
     let params = SegattnQkvParams {
-        qkv: input(&qkv, rows, q_width + 2 * width),
-        q: output(&q, rows, q_width),
-        k: place(&mut cache.k),
+        qkv: gpu.input(&qkv, rows, qkv_width)?,
+        q: gpu.output(&q, rows, q_width)?,
+        k: place(&mut cache.k)?,
         raw_k: match cache.raw_k.len {
             0 => NONE,
-            _ => place(&mut cache.raw_k),
+            _ => place(&mut cache.raw_k)?,
         },
-        v: place(&mut cache.v),
-        probes: match store.probes {
-            Some(probes) => output(&RowsMut::packed(probes, 0, q_width), probed, q_width),
-            None => NONE,
-        },
-        cos: exact(cos, 0, cos.len),
-        sin: exact(sin, 0, sin.len),
-        angles: step.angles(),
-        cache_rows: step.cache_rows(),
-        probe_rows: step.probe_rows(),
+        v: place(&mut cache.v)?,
+        probes,
+        cos,
+        sin,
+        angles: step.angles(gpu)?,
+        cache_rows: step.cache_rows(gpu)?,
+        probe_rows: step.probe_rows(gpu)?,
         rows: rows as i64,
-        q_heads: heads.q as i32,
-        kv_heads: heads.kv as i32,
-        head_dim: heads.dim as i32,
+        q_heads: int("q_heads", heads.q)?,
+        kv_heads: int("kv_heads", heads.kv)?,
+        head_dim: int("head_dim", heads.dim)?,
     };
-    let threads = Grid::Threads(rows * (q_width + 2 * width) / (2 * VECTOR));
+    let threads = Grid::Threads(rows * qkv_width / (2 * VECTOR));
     launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
 }
 
@@ -445,32 +443,33 @@ pub(super) fn join_qkv<D: Driver>(
     gpu: &Gpu<D>,
     [d_q, d_k, d_v]: [Rows<'_, Buffer<D>>; 3],
     heads: Heads,
-    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    tables: (&Buffer<D>, &Buffer<D>),
     angles: &[usize],
     d_qkv: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let rows = angles.len();
-    let [q_width, width] = [heads.q * heads.dim, heads.kv * heads.dim];
+    let [q_width, width, qkv_width] = qkv_widths(heads)?;
+    let [cos, sin] = gpu.angle_tables(tables, heads.dim, angles.iter().copied().max())?;
     let places: Vec<i32> = angles.iter().map(|angle| *angle as i32).collect();
     let held = gpu.upload(&places)?;
     let params = SegattnQkvParams {
-        qkv: output(&d_qkv, rows, q_width + 2 * width),
-        q: input(&d_q, rows, q_width),
-        k: input(&d_k, rows, width),
+        qkv: gpu.output(&d_qkv, rows, qkv_width)?,
+        q: gpu.input(&d_q, rows, q_width)?,
+        k: gpu.input(&d_k, rows, width)?,
         raw_k: NONE,
-        v: input(&d_v, rows, width),
+        v: gpu.input(&d_v, rows, width)?,
         probes: NONE,
-        cos: exact(cos, 0, cos.len),
-        sin: exact(sin, 0, sin.len),
+        cos,
+        sin,
         angles: pointer(&held),
         cache_rows: std::ptr::null(),
         probe_rows: std::ptr::null(),
         rows: rows as i64,
-        q_heads: heads.q as i32,
-        kv_heads: heads.kv as i32,
-        head_dim: heads.dim as i32,
+        q_heads: int("q_heads", heads.q)?,
+        kv_heads: int("kv_heads", heads.kv)?,
+        head_dim: int("head_dim", heads.dim)?,
     };
-    let threads = Grid::Threads(rows * (q_width + 2 * width) / (2 * VECTOR));
+    let threads = Grid::Threads(rows * qkv_width / (2 * VECTOR));
     launch(gpu, entry(File::Rope, "join_qkv_bf16"), threads, &params)
 }
 
@@ -483,12 +482,12 @@ pub(super) fn swiglu<D: Driver>(
     y: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let params = SegattnSwigluParams {
-        gate_up: input(&gate_up, rows, 2 * inner),
-        y: output(&y, rows, inner),
+        gate_up: gpu.input(&gate_up, rows, product("gate and up", &[2, inner])?)?,
+        y: gpu.output(&y, rows, inner)?,
         d_y: NONE,
         d_gate_up: NONE,
         rows: rows as i64,
-        inner: inner as i32,
+        inner: int("inner", inner)?,
     };
     let threads = Grid::Threads(rows * inner / VECTOR);
     launch(gpu, entry(File::Swiglu, "swiglu_bf16"), threads, &params)
@@ -504,12 +503,12 @@ pub(super) fn swiglu_grad<D: Driver>(
     d_gate_up: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let params = SegattnSwigluParams {
-        gate_up: input(&gate_up, rows, 2 * inner),
+        gate_up: gpu.input(&gate_up, rows, product("gate and up", &[2, inner])?)?,
         y: NONE,
-        d_y: input(&d_y, rows, inner),
-        d_gate_up: output(&d_gate_up, rows, 2 * inner),
+        d_y: gpu.input(&d_y, rows, inner)?,
+        d_gate_up: gpu.output(&d_gate_up, rows, product("gate and up", &[2, inner])?)?,
         rows: rows as i64,
-        inner: inner as i32,
+        inner: int("inner", inner)?,
     };
     let threads = Grid::Threads(rows * inner / VECTOR);
     launch(
@@ -530,23 +529,26 @@ pub(super) fn log_probabilities<D: Driver>(
     scores: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let rows = targets.len();
-    assert_eq!(logits.buffer.kind, Kind::Exact, "logits are f32");
-    let at = logits.address(rows, vocab);
+    of_kind(logits.buffer, Kind::Exact)?;
+    let at = gpu.rows(&logits.shared(), rows, vocab)?;
+    below("target", targets.iter().map(|t| *t as usize).max(), vocab)?;
+    let log_probability = gpu.exact(scores.buffer, scores.start, rows)?;
     let ids = gpu.upload(targets)?;
     let params = SegattnLossParams {
         logits: rows_at(at, logits.stride),
         targets: pointer(&ids),
-        log_probability: exact(scores.buffer, scores.start, rows),
+        log_probability,
         d_logits: match scale {
             // The same rows: bf16 elements are half as long, so twice as many lie between two rows.
             Some(_) => rows_at(at, 2 * logits.stride),
             None => NONE,
         },
         rows: rows as i64,
-        vocab: vocab as i32,
+        vocab: int("vocab", vocab)?,
         scale: scale.unwrap_or(0.0) as f32,
     };
-    logits.buffer.half_rows = scale.is_some();
     let grid = Grid::Sized(rows, row_threads(vocab));
-    launch(gpu, entry(File::Loss, "cross_entropy_bf16"), grid, &params)
+    launch(gpu, entry(File::Loss, "cross_entropy_bf16"), grid, &params)?;
+    logits.buffer.half_rows = scale.is_some();
+    Ok(())
 }

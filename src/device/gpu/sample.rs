@@ -1,11 +1,13 @@
 //! Sampling on the device: a block a sequence; the host reads tokens and their log-probabilities back.
 
+use super::bounds::{below, int, of_kind, product, rows_at};
 use super::memory::Block;
-use super::rows::{Grid, entry, launch, pointer, row_threads, rows_at};
+use super::rows::{Grid, entry, launch, row_threads};
 use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::{SegattnSampleParams, SegattnSampler};
 use crate::device::sampler::{SamplerConfig, SamplerError};
+use crate::device::shared::samplers::{check_histories, check_selection};
 use crate::device::{self, Device, Kind, Result, Rows, Sampled};
 
 /// Tokens whose marks share a word.
@@ -23,6 +25,16 @@ pub struct Samplers<D: Driver> {
     sequences: usize,
     selected: Vec<usize>,
     vocab: usize,
+    /// `state` and `seen` after the last choice that the host has read.
+    read: Read,
+    /// Whether the device may have chosen since.
+    unread: bool,
+}
+
+#[derive(Debug)]
+struct Read {
+    state: Vec<u8>,
+    seen: Vec<u32>,
 }
 
 impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
@@ -35,17 +47,18 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
     ) -> Result<Self> {
         config.validate()?;
         let sequences = streams.len();
+        check_histories(histories, sequences, vocab)?;
+        int("vocabulary", vocab)?;
         let state: Vec<u8> = streams
             .iter()
             .flat_map(|stream| bytes(config, *stream))
             .chain(std::iter::repeat_n(0, sequences * RESULT_BYTES))
             .collect();
         let pitch = vocab.div_ceil(WORD_TOKENS);
-        let mut seen = vec![0u32; sequences * pitch];
+        let mut seen = vec![0u32; product("histories", &[sequences, pitch])?];
         for (marks, history) in seen.chunks_mut(pitch.max(1)).zip(histories) {
             for token in *history {
-                let token = *token as usize;
-                marks[token / WORD_TOKENS] |= 1 << (token % WORD_TOKENS);
+                mark(marks, *token);
             }
         }
         Ok(Self {
@@ -55,39 +68,53 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
             sequences,
             selected: Vec::new(),
             vocab,
+            read: Read { state, seen },
+            unread: false,
         })
     }
 
     fn select(&mut self, gpu: &Gpu<D>, sequences: &[usize]) -> Result<()> {
-        if self.selected == sequences || sequences.is_empty() {
-            return Ok(());
+        check_selection(sequences, self.sequences)?;
+        if self.unread {
+            let [state, seen] = [gpu.at(&self.state)?, gpu.at(&self.seen)?];
+            let marks = bytemuck::cast_slice(&self.read.seen);
+            // SAFETY: both blocks were made with as many bytes.
+            unsafe {
+                gpu.driver().upload(state, &self.read.state)?;
+                gpu.driver().upload(seen, marks)?;
+            }
+            self.unread = false;
         }
-        let known = sequences.len() <= self.sequences
-            && sequences.iter().all(|index| *index < self.sequences);
-        assert!(known, "sequences of the batch, once each");
-        let places: Vec<i32> = sequences.iter().map(|index| *index as i32).collect();
-        // SAFETY: the block holds as many numbers.
-        unsafe {
-            gpu.driver()
-                .upload(self.places.address, bytemuck::cast_slice(&places))?
-        };
-        self.selected = sequences.to_vec();
+        if self.selected != sequences {
+            let places: Vec<i32> = sequences.iter().map(|index| *index as i32).collect();
+            let at = gpu.at(&self.places)?;
+            self.selected.clear();
+            // SAFETY: the block holds a number for each sequence, and none is selected twice.
+            unsafe { gpu.driver().upload(at, bytemuck::cast_slice(&places))? };
+            self.selected = sequences.to_vec();
+        }
+        // From here on the device may choose, also by calls that were recorded.
+        self.unread = true;
         Ok(())
     }
 
     fn sample(&mut self, gpu: &Gpu<D>, logits: &mut Buffer<D>) -> Result<()> {
-        assert_eq!(logits.kind, Kind::Exact, "logits are f32");
-        let at = Rows::packed(logits, 0, self.vocab).address(self.sequences, self.vocab);
-        let tokens =
-            pointer::<u8>(&self.state).wrapping_add(self.sequences * size_of::<SegattnSampler>());
+        of_kind(logits, Kind::Exact)?;
+        let at = gpu.rows(
+            &Rows::packed(logits, 0, self.vocab),
+            self.sequences,
+            self.vocab,
+        )?;
+        let state = gpu.at(&self.state)? as usize as *mut u8;
+        let tokens = state.wrapping_add(self.sequences * size_of::<SegattnSampler>());
         let log_probability = tokens.wrapping_add(self.sequences * size_of::<u32>());
         let params = SegattnSampleParams {
             logits: rows_at(at, self.vocab),
-            sampler: pointer::<SegattnSampler>(&self.state).cast_mut(),
-            seen: pointer::<u32>(&self.seen).cast_mut(),
-            tokens: tokens.cast_mut().cast(),
-            log_probability: log_probability.cast_mut().cast(),
-            places: pointer(&self.places),
+            sampler: state.cast(),
+            seen: gpu.at(&self.seen)? as usize as *mut u32,
+            tokens: tokens.cast(),
+            log_probability: log_probability.cast(),
+            places: gpu.at(&self.places)? as usize as *const i32,
             seen_pitch: self.vocab.div_ceil(WORD_TOKENS) as i64,
             rows: self.selected.len() as i64,
             vocab: self.vocab as i32,
@@ -100,7 +127,7 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
         let entry = size_of::<SegattnSampler>();
         let mut state = vec![0; self.sequences * (entry + RESULT_BYTES)];
         // SAFETY: the block has that size, all of it written when it was made.
-        unsafe { gpu.driver().download(self.state.address, &mut state)? };
+        unsafe { gpu.driver().download(gpu.at(&self.state)?, &mut state)? };
         let (samplers, results) = state.split_at(self.sequences * entry);
         let (tokens, scores) = results.split_at(self.sequences * size_of::<u32>());
         let word = |words: &[u8], i: usize| words.as_chunks::<4>().0[i];
@@ -110,12 +137,24 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
             match sampler.failure {
                 1 | 2 => Err(self.failure(gpu, logits, *index)?.into()),
                 _ => Ok(Sampled {
-                    token: u32::from_le_bytes(word(tokens, *index)),
+                    token: match gpu.driver().computes() {
+                        true => u32::from_le_bytes(word(tokens, *index)),
+                        false => 0,
+                    },
                     log_probability: f32::from_le_bytes(word(scores, *index)),
                 }),
             }
         };
-        self.selected.iter().map(one).collect()
+        let chosen: Vec<Sampled> = self.selected.iter().map(one).collect::<Result<_>>()?;
+        let largest = chosen.iter().map(|sampled| sampled.token as usize).max();
+        below("token chosen on the device", largest, self.vocab)?;
+        let pitch = self.vocab.div_ceil(WORD_TOKENS);
+        for (index, sampled) in self.selected.iter().zip(&chosen) {
+            mark(&mut self.read.seen[index * pitch..][..pitch], sampled.token);
+        }
+        self.read.state = state;
+        self.unread = false;
+        Ok(chosen)
     }
 }
 
@@ -132,6 +171,12 @@ impl<D: Driver> Samplers<D> {
             None => SamplerError::NoCandidate { len: logits.len() },
         })
     }
+}
+
+/// Notes a token in a history.
+fn mark(marks: &mut [u32], token: u32) {
+    let token = token as usize;
+    marks[token / WORD_TOKENS] |= 1 << (token % WORD_TOKENS);
 }
 
 /// Bytes of a token and its log-probability.

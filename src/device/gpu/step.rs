@@ -1,11 +1,58 @@
-//! What a step's rows need of the host, in device memory: tables that are written once a step, and the values that
-//! attention calls have been told, which are written again only when they change. So a step that is recorded finds all
-//! of it at the same addresses when it is replayed.
+//! What a step's rows need of the host, in device memory: tables that are written once a step, and the values of
+//! attention calls, which are written again only when they change. A recorded step finds all of it at the same
+//! addresses when it is replayed.
+//!
+//! Kernels trust these numbers, also at a replay, which checks nothing. So each call notes how large its numbers may be
+//! ([`Step::relies_on`]), and no later rows of the step may exceed that.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::bounds::{below, equal, int};
 use super::memory::Block;
-use super::rows::pointer;
 use super::{Driver, Gpu};
-use crate::device::{Result, StepRows};
+use crate::device::{DeviceError, Result, SlotSpan, StepRows};
+
+/// Numbers of a step that index something else.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Column {
+    /// Rows of the embedding table.
+    Tokens,
+    /// Rows of the angle tables.
+    Angles,
+    /// Rows of the slots.
+    CacheRows,
+    /// Rows of the probes.
+    ProbeRows,
+}
+
+const COLUMNS: [Column; 4] = [
+    Column::Tokens,
+    Column::Angles,
+    Column::CacheRows,
+    Column::ProbeRows,
+];
+
+impl Column {
+    fn name(self) -> &'static str {
+        match self {
+            Column::Tokens => "token",
+            Column::Angles => "angle",
+            Column::CacheRows => "cache row",
+            Column::ProbeRows => "probe row",
+        }
+    }
+
+    /// The largest number.
+    fn largest(self, rows: &StepRows) -> Option<usize> {
+        match self {
+            Column::Tokens => rows.tokens.iter().map(|t| *t as usize).max(),
+            Column::Angles => rows.angles.iter().copied().max(),
+            Column::CacheRows => rows.cache_rows.iter().copied().max(),
+            Column::ProbeRows => rows.probe_rows.iter().copied().flatten().max(),
+        }
+    }
+}
 
 /// A step's rows on the device.
 #[derive(Debug)]
@@ -13,96 +60,123 @@ pub struct Step<D: Driver> {
     pub(super) rows: StepRows,
     /// i32: `[rows]` tokens, angles, cache rows and probe rows (-1: none); `[spans]` lengths and starts of segments.
     tables: Block<D>,
-    /// Of each attention call, by number, and of each of its launches.
-    told: Vec<Vec<Told<D>>>,
+    /// Of each column the number that calls so far rely on it to stay below.
+    limits: [AtomicUsize; COLUMNS.len()],
+    /// The host's values of each attention call, by its number and that of the launch.
+    values: BTreeMap<[usize; 2], Values<D>>,
 }
 
 /// The host's values of an attention launch, and where they lie.
 #[derive(Debug)]
-struct Told<D: Driver> {
+struct Values<D: Driver> {
     block: Block<D>,
-    values: Vec<u8>,
+    /// What they have been checked against.
+    geometry: Vec<u64>,
+    bytes: Vec<u8>,
 }
 
 impl<D: Driver> Step<D> {
     pub(super) fn new(gpu: &Gpu<D>, rows: StepRows) -> Result<Self> {
+        check(&rows)?;
         Ok(Self {
             tables: gpu.upload(&tables(&rows))?,
             rows,
-            told: Vec::new(),
+            limits: COLUMNS.map(|_| AtomicUsize::new(usize::MAX)),
+            values: BTreeMap::new(),
         })
     }
 
     pub(super) fn renew(&mut self, gpu: &Gpu<D>, rows: StepRows) -> Result<()> {
-        let counts = |rows: &StepRows| (rows.tokens.len(), rows.spans.len());
-        assert_eq!(
-            counts(&self.rows),
-            counts(&rows),
-            "as many rows and spans as before"
-        );
-        let tables = tables(&rows);
+        check(&rows)?;
+        equal("rows of a step", self.rows.tokens.len(), rows.tokens.len())?;
+        equal("reach of a step", self.rows.reach, rows.reach)?;
+        let shape = |rows: &StepRows| -> Vec<_> {
+            let shape = |span: &SlotSpan| (span.row, span.rows);
+            rows.spans.iter().map(shape).collect()
+        };
+        let (expected, got) = (shape(&self.rows), shape(&rows));
+        if expected != got {
+            let [expected, got] = [expected, got].map(|spans| format!("{spans:?}"));
+            return Err(DeviceError::argument("rows of spans", expected, got));
+        }
+        for column in COLUMNS {
+            let limit = self.limits[column as usize].load(Ordering::Relaxed);
+            below(column.name(), column.largest(&rows), limit)?;
+        }
+        let at = gpu.at(&self.tables)?;
         // SAFETY: the block holds as many numbers, and is the step's.
         unsafe {
             gpu.driver()
-                .upload(self.tables.address, bytemuck::cast_slice(&tables))?
+                .upload(at, bytemuck::cast_slice(&tables(&rows)))?
         };
         self.rows = rows;
         Ok(())
     }
 
-    pub(super) fn tokens(&self) -> *const u32 {
-        pointer(&self.tables)
+    /// Refuses numbers of a column that are not below `end`, now and in later rows of this step.
+    pub(super) fn relies_on(&self, column: Column, end: usize) -> Result<()> {
+        below(column.name(), column.largest(&self.rows), end)?;
+        self.limits[column as usize].fetch_min(end, Ordering::Relaxed);
+        Ok(())
     }
 
-    pub(super) fn angles(&self) -> *const i32 {
-        self.table(1)
+    pub(super) fn tokens(&self, gpu: &Gpu<D>) -> Result<*const u32> {
+        Ok(self.table(gpu, 0)?.cast())
     }
 
-    pub(super) fn cache_rows(&self) -> *const i32 {
-        self.table(2)
+    pub(super) fn angles(&self, gpu: &Gpu<D>) -> Result<*const i32> {
+        self.table(gpu, 1)
     }
 
-    pub(super) fn probe_rows(&self) -> *const i32 {
-        self.table(3)
+    pub(super) fn cache_rows(&self, gpu: &Gpu<D>) -> Result<*const i32> {
+        self.table(gpu, 2)
+    }
+
+    pub(super) fn probe_rows(&self, gpu: &Gpu<D>) -> Result<*const i32> {
+        self.table(gpu, 3)
     }
 
     /// Addresses of the lengths of segments and of the spans' starts, from a span on.
-    pub(super) fn lengths(&self, span: usize) -> [u64; 2] {
-        let first = self.table(4).wrapping_add(span);
-        [first, first.wrapping_add(self.rows.spans.len())].map(|at| at as u64)
+    pub(super) fn lengths(&self, gpu: &Gpu<D>, span: usize) -> Result<[u64; 2]> {
+        let first = self.table(gpu, 4)?.wrapping_add(span);
+        Ok([first, first.wrapping_add(self.rows.spans.len())].map(|at| at as u64))
     }
 
-    fn table(&self, number: usize) -> *const i32 {
-        pointer::<i32>(&self.tables).wrapping_add(number * self.rows.tokens.len())
+    fn table(&self, gpu: &Gpu<D>, number: usize) -> Result<*const i32> {
+        let tables = gpu.at(&self.tables)? as usize as *const i32;
+        Ok(tables.wrapping_add(number * self.rows.tokens.len()))
     }
 
-    /// Where these values of an attention call's launch lie on the device. They go there only if others do.
-    pub(super) fn tell(
+    /// Where the values of an attention call's launch lie on the device. They are written if others are there.
+    ///
+    /// `geometry` is all that they have been checked against. With another geometry they get a place of their own, so
+    /// that a recorded launch never reads values that were checked against other memory than its own.
+    pub(super) fn place_values(
         &mut self,
         gpu: &Gpu<D>,
-        [number, launch]: [usize; 2],
-        values: &[u8],
+        launch: [usize; 2],
+        geometry: Vec<u64>,
+        bytes: &[u8],
     ) -> Result<u64> {
-        if self.told.len() <= number {
-            self.told.resize_with(number + 1, Vec::new);
-        }
-        let told = &mut self.told[number];
-        match told.get_mut(launch) {
-            Some(told) if told.values == values => {}
-            Some(told) if told.values.len() == values.len() => {
+        let fits =
+            |old: &&mut Values<D>| old.geometry == geometry && old.bytes.len() == bytes.len();
+        if let Some(old) = self.values.get_mut(&launch).filter(fits) {
+            let at = gpu.at(&old.block)?;
+            if old.bytes != bytes {
                 // SAFETY: the block holds as many bytes, and is the step's.
-                unsafe { gpu.driver().upload(told.block.address, values)? };
-                told.values.copy_from_slice(values);
+                unsafe { gpu.driver().upload(at, bytes)? };
+                old.bytes.copy_from_slice(bytes);
             }
-            _ => {
-                told.truncate(launch);
-                told.push(Told {
-                    block: gpu.upload(values)?,
-                    values: values.to_vec(),
-                });
-            }
+            return Ok(at);
         }
-        Ok(told[launch].block.address)
+        let new = Values {
+            block: gpu.upload(bytes)?,
+            geometry,
+            bytes: bytes.to_vec(),
+        };
+        let at = gpu.at(&new.block)?;
+        self.values.insert(launch, new);
+        Ok(at)
     }
 }
 
@@ -110,6 +184,28 @@ impl<D: Driver> AsRef<StepRows> for Step<D> {
     fn as_ref(&self) -> &StepRows {
         &self.rows
     }
+}
+
+/// Refuses rows whose lists differ in length, whose numbers do not fit in i32, or whose spans lie outside.
+fn check(rows: &StepRows) -> Result<()> {
+    let count = rows.tokens.len();
+    equal("angles of a step", count, rows.angles.len())?;
+    equal("cache rows of a step", count, rows.cache_rows.len())?;
+    equal("probe rows of a step", count, rows.probe_rows.len())?;
+    for column in [Column::Angles, Column::CacheRows, Column::ProbeRows] {
+        int(column.name(), column.largest(rows).unwrap_or(0))?;
+    }
+    int("reach of a step", rows.reach)?;
+    for span in &rows.spans {
+        let end = |start: usize| start.checked_add(span.rows);
+        let inside = end(span.row).is_some_and(|end| end <= count)
+            && end(span.start).is_some_and(|end| end <= rows.reach);
+        if !inside {
+            let expected = format!("rows below {count}, positions below {}", rows.reach);
+            return Err(DeviceError::argument("span", expected, format!("{span:?}")));
+        }
+    }
+    Ok(())
 }
 
 fn tables(rows: &StepRows) -> Vec<i32> {

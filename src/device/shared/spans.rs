@@ -241,27 +241,22 @@ impl Sources {
     }
 
     /// The problem of a batch, given the tensor of its queries and of a buffer at a source's slots.
-    pub fn problem<'a, B, X>(
+    pub fn problem<'a, B, X, E>(
         &'a self,
         call: &Attention<'a, B>,
         q: X,
-        tensor: impl Fn(&'a B, Layout<'a>) -> X,
-    ) -> Problem<'a, X> {
+        tensor: impl Fn(&'a B, Layout<'a>) -> Result<X, E>,
+    ) -> Result<Problem<'a, X>, E> {
         let cache = call.cache;
         let source = |buffer, source| tensor(buffer, self.layout(source));
-        let (k, v) = (&cache.k, &cache.v);
-        Problem::causal(q, source(k, Source::Current), source(v, Source::Current))
-            .prior(
-                source(&cache.prior_k, Source::Prior),
-                source(&cache.prior_v, Source::Prior),
-                call.prior_heads,
-            )
-            .past(
-                source(&cache.past_k, Source::Past),
-                source(&cache.past_v, Source::Past),
-                call.past_gate,
-            )
-            .lengths(self.lengths())
+        let current = [&cache.k, &cache.v].map(|buffer| source(buffer, Source::Current));
+        let prior = [&cache.prior_k, &cache.prior_v].map(|buffer| source(buffer, Source::Prior));
+        let past = [&cache.past_k, &cache.past_v].map(|buffer| source(buffer, Source::Past));
+        let ([k, v], [prior_k, prior_v], [past_k, past_v]) = (current, prior, past);
+        Ok(Problem::causal(q, k?, v?)
+            .prior(prior_k?, prior_v?, call.prior_heads)
+            .past(past_k?, past_v?, call.past_gate)
+            .lengths(self.lengths()))
     }
 }
 
@@ -273,10 +268,10 @@ fn for_each<T, B: AsRef<[T]>>(
     for batch in span_batches(call.spans) {
         let sources = Sources::of(call, &batch);
         let q = batch.read(call.q, [call.heads.q, call.heads.dim]);
-        let problem = sources.problem(call, q, |buffer, layout| View {
-            data: buffer.as_ref(),
-            layout,
-        });
+        let problem = sources.problem(call, q, |buffer, layout| {
+            let data = buffer.as_ref();
+            Ok::<_, Error>(View { data, layout })
+        })?;
         f(&problem, &batch)?;
     }
     Ok(())

@@ -96,20 +96,34 @@ impl<D: Device> Session<'_, D> {
     /// [`Session::sample`], to the bit.
     ///
     /// # Errors
-    /// As [`Session::sample`].
+    /// As [`Session::sample`]. The sequences and their random streams are where they were then, and the same step can
+    /// be made again. [`Session::logits`] are undefined until then.
     pub fn decode(&mut self, next: &[(usize, u32)]) -> Result<Vec<Sampled>> {
         if next.is_empty() {
             return Ok(Vec::new());
         }
         let sequences: Vec<usize> = next.iter().map(|(sequence, _)| *sequence).collect();
-        if self.is_whole(1) {
-            self.feed(&feeds(next))?;
-            return self.sample(&sequences);
-        }
         let device = &self.model.device;
-        let decoded = device.together(|| self.decode_step(next, sequences));
-        decoded.map_err(|error| error.wanted_for(Purpose::Activations))?;
-        self.decoding.samplers().sampled(device, &self.logits)
+        self.undone_on_error(|session| {
+            let decoded = device.together(|| match session.is_whole(1) {
+                true => session.decode_segment(next, &sequences),
+                false => session.decode_step(next, sequences),
+            });
+            decoded.map_err(|error| error.wanted_for(Purpose::Activations))?;
+            session.decoding.samplers().sampled(device, &session.logits)
+        })
+    }
+
+    /// A step of tokens that are segments of their own.
+    fn decode_segment(&mut self, next: &[(usize, u32)], sequences: &[usize]) -> Result<()> {
+        let (device, count) = (&self.model.device, next.len());
+        self.decoding.samplers().select(device, sequences)?;
+        self.feed_step(
+            &feeds(next),
+            &mut vec![0; count],
+            &mut vec![Vec::new(); count],
+        )?;
+        self.decoding.samplers().sample(device, &mut self.logits)
     }
 
     fn decode_step(&mut self, next: &[(usize, u32)], sequences: Vec<usize>) -> Result<()> {

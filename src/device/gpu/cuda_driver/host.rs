@@ -78,10 +78,11 @@ mod pages {
     pub unsafe fn free(pages: *mut c_void, bytes: usize) -> Result<(), DriverError> {
         // SAFETY: the caller's promise.
         unsafe {
-            sys::cuMemHostUnregister(pages).result()?;
+            let unpinned = sys::cuMemHostUnregister(pages).result();
+            // Also after an error, or the pages would be lost: nobody else knows of them.
             libc::munmap(pages, bytes);
+            unpinned
         }
-        Ok(())
     }
 }
 

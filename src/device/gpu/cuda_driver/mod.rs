@@ -4,8 +4,8 @@ mod host;
 mod peak;
 mod products;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
@@ -35,20 +35,23 @@ pub struct Cuda {
 #[derive(Debug)]
 pub struct Graph {
     stream: Arc<CudaStream>,
-    ready: sys::CUgraphExec,
+    ready: Mutex<Ready>,
 }
 
-// SAFETY: whoever launches it has the driver's stream, one call at a time; destroying it needs no thread of its own.
-unsafe impl Send for Graph {}
-// SAFETY: as above.
-unsafe impl Sync for Graph {}
+/// An executable graph. The driver does not lock it, so only one thread may use it at a time.
+#[derive(Debug)]
+struct Ready(sys::CUgraphExec);
+
+// SAFETY: the driver ties it to a context, not to a thread.
+unsafe impl Send for Ready {}
 
 impl Drop for Graph {
     fn drop(&mut self) {
         let context = self.stream.context();
         context.record_err(context.bind_to_thread());
         // SAFETY: made by `recorded`, and gone after this; the driver keeps it until its last launch has ended.
-        context.record_err(unsafe { result::graph::exec_destroy(self.ready) });
+        let ready = self.ready.get_mut().unwrap_or_else(PoisonError::into_inner);
+        context.record_err(unsafe { result::graph::exec_destroy(ready.0) });
     }
 }
 
@@ -219,7 +222,8 @@ impl Driver for Cuda {
 
     fn recorded(&self) -> Result<Graph, Error> {
         self.recording.store(false, Ordering::Relaxed);
-        self.bind()?;
+        // The capture has to end whatever happens, or every later call would be captured.
+        let bound = self.bind();
         // SAFETY: the stream is of this context; the graph is used by nobody but `instantiate`.
         let ready = unsafe {
             let graph = result::stream::end_capture(self.stream.cu_stream())
@@ -230,17 +234,26 @@ impl Driver for Cuda {
                 .record_err(result::graph::destroy(graph));
             ready.map_err(|error| driver_error("making a graph", error))?
         };
-        Ok(Graph {
+        let graph = Graph {
             stream: self.stream.clone(),
-            ready,
-        })
+            ready: Mutex::new(Ready(ready)),
+        };
+        bound.map(|()| graph)
     }
 
     unsafe fn replay(&self, graph: &Graph) -> Result<(), Error> {
         self.at_once("replay")?;
         self.bind()?;
-        // SAFETY: the caller's promise; both are of this context.
-        unsafe { result::graph::launch(graph.ready, self.stream.cu_stream()) }
+        if !Arc::ptr_eq(&graph.stream, &self.stream) {
+            return Err(Error::Context {
+                argument: "graph",
+                expected: self.stream.context().ordinal(),
+                got: graph.stream.context().ordinal(),
+            });
+        }
+        let ready = graph.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's promise; the graph was recorded on this stream, and no other thread uses it meanwhile.
+        unsafe { result::graph::launch(ready.0, self.stream.cu_stream()) }
             .map_err(|error| driver_error("launching a graph", error).into())
     }
 }

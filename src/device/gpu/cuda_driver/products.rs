@@ -95,16 +95,17 @@ impl Products {
         }
         let handle =
             cudarc::cublaslt::result::create_handle().map_err(|e| said("cublasLtCreate", e.0))?;
-        let workspace = match choice {
-            Choice::SameBits => 0,
-            Choice::Free => allocate(FREE_WORKSPACE)?,
-        };
-        Ok(Self {
+        // From here on the handle is destroyed on every path.
+        let mut products = Self {
             handle,
             choice,
             chosen: Mutex::default(),
-            workspace,
-        })
+            workspace: 0,
+        };
+        if choice == Choice::Free {
+            products.workspace = allocate(FREE_WORKSPACE)?;
+        }
+        Ok(products)
     }
 
     /// Puts a product on a stream of the current context.
