@@ -20,6 +20,7 @@
 //! | [`model`] | a Llama-family decoder in the Hugging Face layout, its state, pool and retrieval, sessions |
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
+//! | [`convert`] | GGUF files of the Llama family made into model folders |
 //! | [`eval`] | perplexity and synthetic long-context tasks |
 //!
 //! # What they run on

@@ -33,7 +33,7 @@ const WRITTEN: [&str; 10] = ["rs", "cu", "cuh", "h", "c", "md", "toml", "py", "s
 const COLUMNS: usize = 120;
 
 /// What each folder of `src/` may use of the others (docs/architecture.md).
-const FLOORS: [(&str, &[&str]); 8] = [
+const FLOORS: [(&str, &[&str]); 9] = [
     ("cuda", &[]),
     ("attention", &["cuda", "isa"]),
     ("device", &["attention", "cuda", "isa"]),
@@ -41,10 +41,12 @@ const FLOORS: [(&str, &[&str]); 8] = [
     ("generate", &["device", "model"]),
     ("eval", &["device", "generate", "model"]),
     ("train", &["device", "model"]),
+    ("convert", &["model"]),
     (
         "cli",
         &[
             "attention",
+            "convert",
             "cuda",
             "device",
             "eval",

@@ -1,9 +1,9 @@
 //! Sessions saved to a file and restored: a long prompt is read once and used again.
 //!
-//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has
-//! read, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, where they were
-//! known the tokens read `s.tokens [position]` (U32), and of each layer `l`, keys (before rotation, but in layers whose heads read nothing of other segments) and values one
-//! after the other:
+//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has read,
+//! and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, where they were known
+//! the tokens read `s.tokens [position]` (U32), and of each layer `l`, keys (before rotation, but in layers whose heads
+//! read nothing of other segments) and values one after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
 //! - `s.l.pool.i [2, segment_len, heads, head_dim]` of each complete segment `i`, of the KV heads that read the past,
@@ -11,7 +11,8 @@
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, its queries among those that make probes.
 //!
-//! Its last tensor is `checksum [32]` (U8), the SHA-256 of every byte before it. Numbers are f32, so that on an f32 device a restored session goes on to the same bits.
+//! Its last tensor is `checksum [32]` (U8), the SHA-256 of every byte before it. Numbers are f32, so that on an f32
+//! device a restored session goes on to the same bits.
 
 mod layout;
 mod reader;

@@ -1,7 +1,7 @@
 //! GGUF files of the Llama family as model folders: configuration, weights, tokenizer and chat template.
 //!
-//! [`Gguf::open`] reads the header and decides whether the model is one that is computed; [`Gguf::save`] writes the folder,
-//! one tensor in memory at a time.
+//! [`Gguf::open`] reads the header and decides whether the model is one that is computed; [`Gguf::save`] writes the
+//! folder, one tensor in memory at a time.
 
 pub mod header;
 mod metadata;
@@ -52,14 +52,15 @@ impl Gguf {
         Ok(gguf)
     }
 
-    /// The model's configuration, without segments. Its `dtype` holds the file's numbers exactly: that of a file without
-    /// quantised tensors, else F32.
+    /// The model's configuration, without segments. Its `dtype` holds the file's numbers exactly: that of a file
+    /// without quantised tensors, else F32.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Writes the model folder: `config`, which is [`Self::config`] with what the caller added to it, weights in `dtype`,
-    /// tokenizer (the file's own, unless `tokenizer` gives the text of another `tokenizer.json`), chat template.
+    /// Writes the model folder: `config`, which is [`Self::config`] with what the caller added to it, weights in
+    /// `dtype`, tokenizer (the file's own, unless `tokenizer` gives the text of another `tokenizer.json`), chat
+    /// template.
     ///
     /// # Errors
     /// [`ConvertError`]: a tokenizer that has no equal in `tokenizer.json`, values that do not fit `dtype`, a

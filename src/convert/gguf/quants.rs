@@ -1,6 +1,7 @@
 //! The number formats of GGUF tensors, widened to f32: blocks of numbers that share scales (ggml's formats).
 //!
-//! Widening is the f32 arithmetic of the formats' definition, in the same order: scale times number, then minus minimum.
+//! Widening is the f32 arithmetic of the formats' definition, in the same order: scale times number, then minus
+//! minimum.
 
 use half::{bf16, f16};
 

@@ -1,7 +1,8 @@
 //! The vocabulary in a GGUF file as `tokenizer.json`, and the small files that stand beside it.
 //!
-//! Two kinds of vocabularies are known: byte-level BPE (`gpt2`), whose merges stand in the file and whose way of cutting
-//! text is named by `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`), whose merges follow from the pieces' scores.
+//! Two kinds of vocabularies are known: byte-level BPE (`gpt2`), whose merges stand in the file and whose way of
+//! cutting text is named by `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`), whose merges follow from the pieces'
+//! scores.
 
 use std::collections::HashMap;
 
@@ -18,7 +19,10 @@ const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 
 /// How Llama 3 cuts text before BPE.
-const LLAMA3_WORDS: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+const LLAMA3_WORDS: &str = concat!(
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}",
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+);
 
 /// The vocabulary of a file.
 struct Vocabulary<'a> {
@@ -196,7 +200,14 @@ impl<'a> Vocabulary<'a> {
     }
 
     fn byte_level(&self) -> Result<Json, ConvertError> {
-        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+        let bytes = |use_regex: bool| {
+            json!({
+                "type": "ByteLevel",
+                "add_prefix_space": false,
+                "trim_offsets": true,
+                "use_regex": use_regex,
+            })
+        };
         let sequence =
             |first: Json, last: Json| json!({"type": "Sequence", "pretokenizers": [first, last]});
         let (cut, whole_words) = match self.header.text("tokenizer.ggml.pre")?.unwrap_or("default")

@@ -42,8 +42,9 @@ def permuted(weight, heads):
 
 def tiny():
     torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=128, rope_theta=50000.0, rms_norm_eps=1e-5,
+    config = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=128, rope_theta=50000.0, rms_norm_eps=1e-5,
                          tie_word_embeddings=False, bos_token_id=256, eos_token_id=257)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
