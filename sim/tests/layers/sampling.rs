@@ -246,6 +246,30 @@ fn a_large_vocabulary_by_all_threads() {
 }
 
 #[test]
+fn draws_from_tokens_of_like_weight_fall_to_every_warp() {
+    let mut batch = batch(1100);
+    let flat = |seed| SamplerConfig {
+        temperature: 100.0,
+        ..config(seed)
+    };
+    batch.configs = (0..12).map(flat).collect();
+    batch.histories = vec![Vec::new(); 12];
+    let chosen = run(1, &batch, false, 1);
+    let all = logits(&batch, 0, false);
+    let mut thirds = [0; 3];
+    for (row, config) in batch.configs.iter().enumerate() {
+        let mut host = Sampler::new(*config, STREAM + row as u64).expect("settings");
+        host.set_position(POSITION);
+        let own = &all[row * batch.vocab..][..batch.vocab];
+        let token = host.sample(own, &batch.histories[row]);
+        let token = token.expect("a token");
+        assert_eq!(chosen[0].tokens[row], token, "row {row}");
+        thirds[token as usize * 3 / batch.vocab] += 1;
+    }
+    assert!(thirds.iter().all(|&count| count > 0), "{thirds:?}");
+}
+
+#[test]
 fn the_log_probability_is_that_of_the_loss_kernel_to_the_bit() {
     let batch = batch(1100);
     let gpu = &mut gpu(1);
