@@ -22,7 +22,10 @@ fn problem<X: Copy>(q: X, kv: X, prior: X) -> Problem<'static, X> {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = match segattn::cuda::open(0) {
-        Err(error) if error.is_absent() => return Ok(println!("nothing to show here: {error}")),
+        Err(error) if error.is_absent() => {
+            println!("nothing to show here: {error}");
+            return Ok(());
+        }
         context => context?,
     };
     let (kernels, stream) = (DriverKernels::new(&context)?, context.new_stream()?);

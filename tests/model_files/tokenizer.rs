@@ -153,7 +153,8 @@ fn the_template_then_tokenizer_config_says_what_stands_around_a_text() {
         special("<end>"),
     ]);
     type Files<'a> = &'a [(&'a str, Value)];
-    let cases: [(Value, Files<'_>, [&[u32]; 2], Option<u32>); 6] = [
+    type Case<'a> = (Value, Files<'a>, [&'a [u32]; 2], Option<u32>);
+    let cases: [Case<'_>; 6] = [
         (both.clone(), &[], [&[0, 0], &[1]], Some(1)),
         // The template goes before the other files.
         (

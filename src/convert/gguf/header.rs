@@ -108,7 +108,7 @@ impl Header {
         let data = reader.at.next_multiple_of(alignment);
         let mut tensors = BTreeMap::new();
         for (name, mut info) in relative {
-            info.start = info.start.checked_add(data).unwrap_or(u64::MAX);
+            info.start = info.start.saturating_add(data);
             let end = info.start.checked_add(info.bytes);
             if end.is_none_or(|end| end > len) {
                 let expected = format!("it inside the file of {len} bytes");

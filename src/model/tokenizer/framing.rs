@@ -126,15 +126,12 @@ impl Framing {
             ("add_eos_token", eos, &mut self.after),
         ] {
             match (wants(key), id) {
-                (Some(wanted), _) if template => {
-                    if wanted != !ids.is_empty() {
-                        tracing::warn!(
-                            "{}: tokenizer_config.json has `{key}` = {wanted}, the template of tokenizer.json says \
-                             otherwise and holds",
-                            folder.display()
-                        );
-                    }
-                }
+                (Some(wanted), _) if template && wanted == ids.is_empty() => tracing::warn!(
+                    "{}: tokenizer_config.json has `{key}` = {wanted}, the template of tokenizer.json says \
+                     otherwise and holds",
+                    folder.display()
+                ),
+                (Some(_), _) if template => {}
                 (Some(true), Some(id)) => ids.push(id),
                 (Some(true), None) => tracing::warn!(
                     "{}: tokenizer_config.json has `{key}` but names no token of the tokenizer; none is added",

@@ -123,7 +123,7 @@ impl GenerationSettings {
             !known.contains(&key.as_str())
                 && !WITHOUT_EFFECT.contains(&key.as_str())
                 && !matches!(value, Value::Null | Value::Bool(false))
-                && !(off.is_some() && value.as_f64() == off)
+                && (off.is_none() || value.as_f64() != off)
         };
         let ignored = file.iter().filter(in_effect).map(|(key, _)| key.clone());
         Ok(Self {
