@@ -2,7 +2,7 @@
 
 use super::fit::{Built, Draft};
 use super::needle::{Filler, Haystack, Placed, interleave};
-use super::task::Seeds;
+use super::seeds::Seeds;
 use super::text::{Random, distinct, letters, number, word};
 use std::collections::HashSet;
 

@@ -4,7 +4,7 @@
 //! stay, the `segment` object of the configuration goes or comes. Without it positions no longer
 //! restart, since the whole sequence is one segment.
 
-use super::EvalError;
+use super::error::EvalError;
 use crate::model::config::{HeadReads, ModelConfig, SegmentConfig};
 use serde::{Deserialize, Serialize};
 use std::fmt;

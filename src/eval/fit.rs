@@ -1,7 +1,7 @@
 //! Fills a prompt with as many units of filler as its length in tokens allows.
 
-use super::EvalError;
-use super::task::TaskKind;
+use super::error::EvalError;
+use super::kind::TaskKind;
 
 /// A prompt under construction.
 #[derive(Debug, Clone)]

@@ -1,7 +1,7 @@
 //! Needles in a haystack: statements with keys and values hidden in filler text.
 
 use super::fit::{Built, Draft};
-use super::task::Seeds;
+use super::seeds::Seeds;
 use super::text::{Random, distinct, key, noise, number, prose, uuid};
 use std::collections::HashSet;
 

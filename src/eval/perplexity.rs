@@ -4,7 +4,7 @@
 //! than the window, windows overlap and each token counts once, in the first window that reaches
 //! it, with the context before it there. The first token of a document is never counted.
 
-use super::EvalError;
+use super::error::EvalError;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
 use crate::model::session::{Feed, Session};

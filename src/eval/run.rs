@@ -1,8 +1,9 @@
 //! Runs synthetic tasks over lengths and samples and reports the scores.
 
-use super::EvalError;
+use super::error::EvalError;
+use super::kind::TaskKind;
 use super::score::{interval, string_match_all, string_match_part};
-use super::task::{Sample, TaskKind, TaskOptions, generate};
+use super::task::{Sample, TaskOptions, generate};
 use crate::device::Device;
 use crate::generate::sampler::SamplerConfig;
 use crate::generate::{Finish, Generator, GeneratorConfig, Prompt};

@@ -1,129 +1,16 @@
-//! The synthetic tasks: their names, parameters, and the making of one sample.
+//! The making of one sample of a synthetic task.
 
-use super::EvalError;
 use super::aggregate::{CommonWords, FrequentWords, VariableTracking};
+use super::error::EvalError;
 use super::fit::{Draft, fit};
+use super::kind::TaskKind;
 use super::needle::{Filler, Needles, Plan, Value};
+use super::seeds::Seeds;
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::str::FromStr;
 
 /// Longest prompt, in tokens, that can be asked for.
 pub const MAX_LENGTH: usize = 1 << 26;
-
-/// A task. Parameters are those of RULER's `synthetic.yaml`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum TaskKind {
-    /// A five-digit passkey in repeated noise (Mohtashami and Jaggi 2023, arXiv:2305.16300).
-    #[serde(rename = "passkey")]
-    Passkey,
-    /// One number in repeated noise.
-    #[serde(rename = "niah_single_1")]
-    NiahSingle1,
-    /// One number in prose.
-    #[serde(rename = "niah_single_2")]
-    NiahSingle2,
-    /// One UUID in prose.
-    #[serde(rename = "niah_single_3")]
-    NiahSingle3,
-    /// One number asked for, three other keys' numbers beside it, in prose.
-    #[serde(rename = "niah_multikey_1")]
-    NiahMultikey1,
-    /// One number among nothing but other keys' numbers.
-    #[serde(rename = "niah_multikey_2")]
-    NiahMultikey2,
-    /// One UUID, whose key is a UUID, among nothing but others of their kind.
-    #[serde(rename = "niah_multikey_3")]
-    NiahMultikey3,
-    /// Four numbers of one key, in prose.
-    #[serde(rename = "niah_multivalue")]
-    NiahMultivalue,
-    /// The numbers of four keys, in prose.
-    #[serde(rename = "niah_multiquery")]
-    NiahMultiquery,
-    /// Variable tracking: one chain of four hops, in repeated noise.
-    #[serde(rename = "vt")]
-    VariableTracking,
-    /// Common words: ten words that occur 30 times among others that occur 3 times.
-    #[serde(rename = "cwe")]
-    CommonWords,
-    /// Frequent words: the three most frequent of words with zeta-distributed counts, alpha 2.
-    #[serde(rename = "fwe")]
-    FrequentWords,
-}
-
-impl TaskKind {
-    /// All tasks.
-    pub const ALL: [Self; 12] = [
-        Self::Passkey,
-        Self::NiahSingle1,
-        Self::NiahSingle2,
-        Self::NiahSingle3,
-        Self::NiahMultikey1,
-        Self::NiahMultikey2,
-        Self::NiahMultikey3,
-        Self::NiahMultivalue,
-        Self::NiahMultiquery,
-        Self::VariableTracking,
-        Self::CommonWords,
-        Self::FrequentWords,
-    ];
-
-    /// RULER's tasks: all but the passkey.
-    pub fn ruler() -> &'static [Self] {
-        &Self::ALL[1..]
-    }
-
-    /// The needle tasks.
-    pub fn niah() -> &'static [Self] {
-        &Self::ALL[1..9]
-    }
-
-    /// The name, as in RULER.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Passkey => "passkey",
-            Self::NiahSingle1 => "niah_single_1",
-            Self::NiahSingle2 => "niah_single_2",
-            Self::NiahSingle3 => "niah_single_3",
-            Self::NiahMultikey1 => "niah_multikey_1",
-            Self::NiahMultikey2 => "niah_multikey_2",
-            Self::NiahMultikey3 => "niah_multikey_3",
-            Self::NiahMultivalue => "niah_multivalue",
-            Self::NiahMultiquery => "niah_multiquery",
-            Self::VariableTracking => "vt",
-            Self::CommonWords => "cwe",
-            Self::FrequentWords => "fwe",
-        }
-    }
-
-    /// Most tokens the answer may have: RULER's, and 16 for the passkey.
-    pub fn max_new(self) -> usize {
-        match self {
-            Self::Passkey => 16,
-            Self::VariableTracking => 30,
-            Self::CommonWords => 120,
-            Self::FrequentWords => 50,
-            _ => 128,
-        }
-    }
-
-    /// Whether the answer lies at a place that [`TaskOptions::depth`] can set.
-    pub fn has_depth(self) -> bool {
-        !matches!(self, Self::CommonWords | Self::FrequentWords)
-    }
-
-    /// The task's number in seeds; it must never change.
-    pub(crate) fn code(self) -> u8 {
-        self as u8
-    }
-}
-
-impl fmt::Display for TaskKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
 
 impl FromStr for TaskKind {
     type Err = EvalError;
@@ -228,27 +115,6 @@ pub(crate) fn check_depth(task: TaskKind, depth: f64) -> Result<(), EvalError> {
         return Err(EvalError::argument("depth", "a number from 0 to 1", depth));
     }
     Ok(())
-}
-
-/// All that a sample's content depends on.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Seeds {
-    pub(crate) seed: u64,
-    pub(crate) task: TaskKind,
-    pub(crate) length: usize,
-    pub(crate) index: usize,
-}
-
-impl Seeds {
-    pub(crate) fn random(&self, purpose: u8) -> super::text::Random {
-        super::text::Random::new(
-            self.seed,
-            self.task.code(),
-            self.length,
-            self.index,
-            purpose,
-        )
-    }
 }
 
 fn draft(seeds: Seeds, depth: Option<f64>) -> Box<dyn Draft> {

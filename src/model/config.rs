@@ -13,6 +13,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use self::fields::Fields;
+pub(super) use self::fields::token_id_list;
 use super::error::ConfigError;
 use super::files;
 pub use rope_keys::RopeScaling;
@@ -364,7 +365,7 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>, ConfigError> {
     let Some(value) = fields.get(key) else {
         return Ok(Vec::new());
     };
-    super::tokenizer::token_ids(value, MAX_TOKEN_IDS).ok_or_else(|| {
+    token_id_list(value, MAX_TOKEN_IDS).ok_or_else(|| {
         let expected = format!("a token id or a list of at most {MAX_TOKEN_IDS}");
         fields.invalid(key, expected, value)
     })

@@ -16,7 +16,6 @@ use super::error::TokenizerError;
 #[cfg(feature = "tokenizer")]
 use super::files;
 use framing::Framing;
-pub(super) use generation::token_ids;
 pub use generation::{GENERATION_FILE, GenerationSettings, end_ids};
 
 /// The file's name in a model folder.

@@ -174,3 +174,17 @@ fn shortened(text: &str) -> String {
     }
     cut
 }
+
+/// One id or a list of at most `most`; negative ones are left out.
+pub(in crate::model) fn token_id_list(value: &Value, most: usize) -> Option<Vec<u32>> {
+    let id = |value: &Value| match value.as_i64()? {
+        negative if negative < 0 => Some(None),
+        id => u32::try_from(id).ok().map(Some),
+    };
+    let ids: Option<Vec<Option<u32>>> = match value {
+        Value::Array(ids) if ids.len() <= most => ids.iter().map(id).collect(),
+        Value::Array(_) => None,
+        one => Some(vec![id(one)?]),
+    };
+    Some(ids?.into_iter().flatten().collect())
+}

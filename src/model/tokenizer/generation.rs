@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::model::config::ModelConfig;
+use crate::model::config::{ModelConfig, token_id_list};
 use crate::model::error::TokenizerError;
 use crate::model::files;
 
@@ -185,21 +185,7 @@ pub fn end_ids(folder: &Path, config: &ModelConfig) -> Result<Vec<u32>, Tokenize
     };
     let expected = format!("a token id or a list of at most {MAX_TOKEN_IDS}");
     let ids = setting(&file, &path, "eos_token_id", &expected, |ids| {
-        token_ids(ids, MAX_TOKEN_IDS)
+        token_id_list(ids, MAX_TOKEN_IDS)
     })?;
     Ok(ids.unwrap_or_else(|| config.eos_token_id.clone()))
-}
-
-/// One id or a list of at most `most`; negative ones are left out.
-pub(in crate::model) fn token_ids(value: &Value, most: usize) -> Option<Vec<u32>> {
-    let id = |value: &Value| match value.as_i64()? {
-        negative if negative < 0 => Some(None),
-        id => u32::try_from(id).ok().map(Some),
-    };
-    let ids: Option<Vec<Option<u32>>> = match value {
-        Value::Array(ids) if ids.len() <= most => ids.iter().map(id).collect(),
-        Value::Array(_) => None,
-        one => Some(vec![id(one)?]),
-    };
-    Some(ids?.into_iter().flatten().collect())
 }
