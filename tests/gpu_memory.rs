@@ -1,4 +1,4 @@
-//! Plans of a GPU's memory, made without one: a rehearsal holds what the run holds, a million tokens take the device
+//! Plans of a GPU's memory, made without one: a dry run holds what the run holds, a million tokens take the device
 //! memory of 32 thousand, and pools go where there is room.
 
 use std::ops::ControlFlow;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use segattn::cuda::kernels::KernelMetadata;
 use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlace};
 use segattn::device::{DeviceError, Purpose};
-use segattn::generate::rehearsal::{Reading, rehearse};
+use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::{GenerateError, Generator, GeneratorConfig, Prompt};
 use segattn::model::config::ModelConfig;
@@ -47,11 +47,11 @@ fn config(layers: usize, heads: usize, segment_len: usize) -> ModelConfig {
     .expect("a config")
 }
 
-fn rehearsed(config: &ModelConfig, reading: &Reading, pool_limit: usize) -> MemoryUse {
+fn dry_run_use(config: &ModelConfig, reading: &Reading, pool_limit: usize) -> MemoryUse {
     let gpu = dry(None);
     gpu.limit_pool(pool_limit);
-    let model = Decoder::blank(gpu.clone(), config.clone(), false).expect("a model");
-    rehearse(&model, reading, || ()).expect("a rehearsal");
+    let model = Decoder::for_dry_run(gpu.clone(), config.clone(), false).expect("a model");
+    dry_run(&model, reading, || ()).expect("a dry run");
     gpu.memory_use()
 }
 
@@ -103,15 +103,15 @@ fn readings() -> [Reading; 6] {
 }
 
 #[test]
-fn a_rehearsal_holds_what_the_run_holds() {
+fn a_dry_run_holds_what_the_run_holds() {
     let config = config(8, 2, 64);
     for reading in readings() {
         for pool_limit in [usize::MAX, 0, 100_000] {
             let gpu = dry(None);
             gpu.limit_pool(pool_limit);
-            let model = Decoder::blank(gpu.clone(), config.clone(), false).expect("a model");
+            let model = Decoder::for_dry_run(gpu.clone(), config.clone(), false).expect("a model");
             run(&model, &reading).expect("a run");
-            let (held, planned) = (gpu.memory_use(), rehearsed(&config, &reading, pool_limit));
+            let (held, planned) = (gpu.memory_use(), dry_run_use(&config, &reading, pool_limit));
             for (held, planned) in [
                 (held.buffers, planned.buffers),
                 (held.pool, planned.pool),
@@ -139,7 +139,7 @@ fn a_million_tokens_take_the_device_memory_of_32_thousand() {
             new: 2,
             segments_per_step: 1,
         };
-        rehearsed(&config, &reading, 0)
+        dry_run_use(&config, &reading, 0)
     };
     let (short, long) = (of(1 << 15), of(1 << 20));
     assert_eq!(short.buffers.high_water, long.buffers.high_water);
@@ -151,8 +151,8 @@ fn a_million_tokens_take_the_device_memory_of_32_thousand() {
 fn planned(gpu: &Dry, pool: PoolPlace, reading: &Reading) -> Result<MemoryPlan, GenerateError> {
     let config = config(8, 2, 64);
     gpu.reserve_for(&kernels(), pool, Purpose::Activations, |dry| {
-        let model = Decoder::blank(dry, config.clone(), false)?;
-        rehearse(&model, reading, || ())
+        let model = Decoder::for_dry_run(dry, config.clone(), false)?;
+        dry_run(&model, reading, || ())
     })
 }
 
@@ -180,7 +180,7 @@ fn a_pool_lies_on_the_device_as_far_as_there_is_room() {
         let before = gpu.memory_use().on_device();
         assert_eq!(before, plan.device_bytes());
         let config = config(8, 2, 64);
-        let model = Decoder::blank(gpu.clone(), config, false).expect("a model");
+        let model = Decoder::for_dry_run(gpu.clone(), config, false).expect("a model");
         run(&model, &reading).expect("a run");
         assert_eq!(gpu.memory_use().on_device(), before);
     }

@@ -12,7 +12,7 @@ use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::gpu::{Driver, Gpu, MemoryPlan, PoolPlace};
 use segattn::device::{Device, DeviceError, Kind, Purpose};
 use segattn::generate::GenerateError;
-use segattn::generate::rehearsal::{Reading, rehearse};
+use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, specs};
@@ -96,8 +96,8 @@ fn a_run_takes_what_its_plan_says() {
         segments_per_step: 1,
     };
     let run = |dry| -> Result<(), GenerateError> {
-        let model = Decoder::blank(dry, config(), false)?;
-        rehearse(&model, &reading, || ())
+        let model = Decoder::for_dry_run(dry, config(), false)?;
+        dry_run(&model, &reading, || ())
     };
     for pool in [PoolPlace::Auto, PoolPlace::AtMost(0)] {
         let device = Gpu::new(Cuda::open(0, Choice::SameBits).expect("a GPU"));

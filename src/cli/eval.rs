@@ -11,7 +11,7 @@ use segattn::eval::{
     Document, EvalError, Greedy, PerplexityConfig, PerplexityReport, Report, RunConfig, TaskKind,
     perplexity, run as run_tasks,
 };
-use segattn::generate::rehearsal::Reading;
+use segattn::generate::dry_run::Reading;
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;

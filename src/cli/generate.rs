@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use segattn::device::Device;
-use segattn::generate::rehearsal::Reading;
+use segattn::generate::dry_run::Reading;
 use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::text::TextStream;
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};

@@ -62,7 +62,7 @@ fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
     };
     let (count, sequences) = (tokens.len() - 1, [tokens]);
     device.plan(args.model.pool(), Purpose::Backward, |dry| {
-        let model = Decoder::blank(dry, config.clone(), true)?;
+        let model = Decoder::for_dry_run(dry, config.clone(), true)?;
         gradient(&model, &sequences, streams).map(|_| ())
     })?;
     let model = weights.load(device, config, true)?;

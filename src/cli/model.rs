@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use segattn::device::Purpose;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
-use segattn::generate::rehearsal::{Reading, rehearse};
+use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::{Tokenizer, end_ids};
@@ -126,9 +126,9 @@ impl Opened {
     /// The model, on a device that has taken the memory for these readings.
     pub fn load<D: Planned>(&self, device: D, readings: &[Reading]) -> Result<Decoder<D>> {
         device.plan(self.pool, Purpose::Activations, |dry| {
-            let model = Decoder::blank(dry, self.config.clone(), false)?;
+            let model = Decoder::for_dry_run(dry, self.config.clone(), false)?;
             let mut each = readings.iter();
-            Ok(each.try_for_each(|reading| rehearse(&model, reading, || ()))?)
+            Ok(each.try_for_each(|reading| dry_run(&model, reading, || ()))?)
         })?;
         Ok(self.weights.load(device, self.config.clone(), false)?)
     }

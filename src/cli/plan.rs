@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use segattn::cuda::kernels::{KernelMetadata, Kernels};
 use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, PoolPlace};
-use segattn::generate::rehearsal::{Reading, rehearse};
+use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::train::config::Config;
@@ -131,9 +131,9 @@ impl Planner<'_> {
         };
         let (weights, opened) = (Cell::new(0), Cell::new(0));
         let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
-            let model = Decoder::blank(dry.clone(), self.config.clone(), false)?;
+            let model = Decoder::for_dry_run(dry.clone(), self.config.clone(), false)?;
             weights.set(used(&dry));
-            Ok(rehearse(&model, &reading, || opened.set(used(&dry)))?)
+            Ok(dry_run(&model, &reading, || opened.set(used(&dry)))?)
         })?;
         let state = opened.get() - weights.get();
         Ok(row(run, tokens, &plan, [weights.get(), 0, state]))
@@ -152,12 +152,12 @@ impl Planner<'_> {
         config.training.tbptt = self.tbptt;
         config.training.recompute = self.recompute;
         let dry = Gpu::new(DryRun::new(kernels.clone(), None));
-        let model = Decoder::blank(dry.clone(), self.config.clone(), true)?;
+        let model = Decoder::for_dry_run(dry.clone(), self.config.clone(), true)?;
         let (weights, made) = (used(&dry), Cell::new(0));
         drop(model);
         let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
             let model = self.config.clone();
-            let mut trainer = Trainer::blank(dry.clone(), model, config.clone())?;
+            let mut trainer = Trainer::for_dry_run(dry.clone(), model, config.clone())?;
             made.set(used(&dry));
             let sequence = vec![0; tokens + 1];
             trainer.step_on(&[vec![sequence.clone(); self.batch]])?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::perplexity::log_probabilities;
-use segattn::generate::rehearsal::Reading;
+use segattn::generate::dry_run::Reading;
 use serde::Serialize;
 
 use super::device::{Planned, on_device};

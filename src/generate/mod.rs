@@ -1,7 +1,7 @@
 //! Generation: the loop over a session, the choice of tokens and the end of a text.
 
+pub mod dry_run;
 pub mod generator;
-pub mod rehearsal;
 pub mod stop;
 pub mod text;
 

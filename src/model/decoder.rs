@@ -143,8 +143,8 @@ impl<D: Device> Decoder<D> {
         })
     }
 
-    /// A model whose weights hold anything, made as others are: for runs that only show what memory they need.
-    pub fn blank(device: D, config: ModelConfig, training: bool) -> Result<Self> {
+    /// A model with arbitrary weights, allocated as a real one is: for dry runs, which only measure memory.
+    pub fn for_dry_run(device: D, config: ModelConfig, training: bool) -> Result<Self> {
         let specs = specs(&config);
         let values = |i: usize| device.empty(Kind::Exact, specs[i].role.len());
         let weights = Weights::prepare(&device, &specs, values, training)?;

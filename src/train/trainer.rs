@@ -125,11 +125,11 @@ impl<D: Device> Trainer<D> {
         Self::made(device, model, config, progress, tensor)
     }
 
-    /// A trainer at the start of a run whose tensors hold anything: for dry runs, which show what memory a run needs.
+    /// A trainer at the start of a run, with arbitrary tensors: for dry runs, which only measure memory.
     ///
     /// # Errors
     /// [`TrainError::Config`], [`TrainError::Device`].
-    pub fn blank(device: D, model: ModelConfig, config: Config) -> Result<Self> {
+    pub fn for_dry_run(device: D, model: ModelConfig, config: Config) -> Result<Self> {
         let lens: Vec<usize> = specs(&model).iter().map(|s| s.role.len()).collect();
         let tensor = |device: &D, _, i: usize| room(device, lens[i]);
         Self::made(device, model, config, None, tensor)

@@ -13,7 +13,7 @@ mod bounds;
 pub mod cuda_driver;
 mod device;
 mod driver;
-mod dry;
+mod dry_run;
 mod memory;
 mod optimizer;
 mod plan;
@@ -28,7 +28,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use driver::{Driver, Operand, Plus, Product};
-pub use dry::DryRun;
+pub use dry_run::DryRun;
 pub use memory::{Held, MemoryUse};
 pub use plan::{MemoryPlan, PoolPlace};
 pub use pool::Pool;

@@ -1,5 +1,4 @@
-//! A driver that does nothing but count memory: what a run will need is known before it starts, from the code that
-//! will make it.
+//! Driver of a dry run: it only counts memory, so a plan of the memory comes from the code of the real run.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,6 @@
-//! A reading and a generation gone through for the memory that they need: on a [`DryRun`](crate::device::gpu::DryRun),
-//! by the code that will do them, and in little time however long they are.
+//! Dry run of reading and generation on a [`DryRun`](crate::device::gpu::DryRun) GPU, to measure the memory they need.
+//!
+//! It calls the code of the real run. Its time does not grow with the length of the text.
 
 use super::generator::{GenerateError, Generator, GeneratorConfig, Prompt};
 use super::sampler::SamplerConfig;
@@ -21,12 +22,13 @@ pub struct Reading {
     pub segments_per_step: usize,
 }
 
-/// Goes through `reading`. Segments of which each leaves as much as the one before are passed over, but for what
-/// they add to the pools. `opened` is called when all that stays is there, but for the pools.
+/// Runs `reading` on a dry-run device. Segments that leave the memory in use unchanged are skipped; only what they add
+/// to the pools is allocated. `opened` is called once everything that lives as long as the session, except the pools,
+/// is allocated.
 ///
 /// # Errors
 /// [`GenerateError::Device`].
-pub fn rehearse<D: Device>(
+pub fn dry_run<D: Device>(
     model: &Decoder<D>,
     reading: &Reading,
     opened: impl FnOnce(),
