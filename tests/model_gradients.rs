@@ -45,11 +45,11 @@ fn segment_loss(
         .unwrap();
     let (rows, width) = (end - start, model.config.vocab_size);
     let mut logits = vec![0.0; rows * width];
-    use segattn::device::{Fold, Rows, RowsMut};
+    use segattn::device::{Accumulate, Rows, RowsMut};
     let x = Rows::packed(&forward.hidden, 0, model.config.hidden_size);
     let y = RowsMut::packed(&mut logits, 0, width);
     Reference
-        .linear(x, rows, model.head(), y, Fold::Set)
+        .linear(x, rows, model.head(), y, Accumulate::No)
         .unwrap();
     let y = RowsMut::packed(&mut logits, 0, width);
     let targets = &tokens[start + 1..end + 1];

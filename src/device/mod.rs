@@ -30,8 +30,8 @@ pub use sampling::{Sampled, Samplers};
 pub use shared::blocks::HostBlocks;
 pub use shared::samplers::HostSamplers;
 pub use types::{
-    AdamW, Attention, AttentionGrad, Fold, GradTensor, Heads, KeyStore, Kind, PastHeads, Probes,
-    Rows, RowsMut, SegmentCache, Selection, SlotSpan, StepRows, Update,
+    Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, PastHeads,
+    Probes, Rows, RowsMut, SegmentCache, Selection, SlotSpan, StepRows, Update,
 };
 
 /// Results of device calls.
@@ -112,7 +112,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         dst: RowsMut<'_, Self::Buffer>,
         rows: usize,
         width: usize,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()>;
 
     /// Prepares rows `[0, out)` of the row-major weight in `values` for products;
@@ -133,7 +133,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         rows: usize,
         weight: &Self::Matrix,
         y: RowsMut<'_, Self::Buffer>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()>;
     /// `y = residual + x wᵀ`, rows of `width`; `residual` and `y` are two buffers.
     fn linear_residual(
@@ -145,8 +145,8 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         mut y: RowsMut<'_, Self::Buffer>,
         width: usize,
     ) -> Result<()> {
-        self.linear(x, rows, weight, y.reborrow(), Fold::Set)?;
-        self.copy(residual, y, rows, width, Fold::Add)
+        self.linear(x, rows, weight, y.reborrow(), Accumulate::No)?;
+        self.copy(residual, y, rows, width, Accumulate::Yes)
     }
     /// `d_x (+)= d_y w`.
     fn linear_input_grad(
@@ -155,7 +155,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         rows: usize,
         weight: &Self::Matrix,
         d_x: RowsMut<'_, Self::Buffer>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()>;
     /// `d_w += d_yᵀ x`, `d_w [out, in]`, rows in ascending order.
     fn linear_weight_grad(
@@ -229,7 +229,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         tables: (&Self::Buffer, &Self::Buffer),
         angles: &[usize],
         inverse: bool,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()>;
     /// Takes the step's rows `[q | k | v]` apart: rotated queries to `q`, and in `store` keys rotated
     /// and not, values, and queries before rotation as probes.

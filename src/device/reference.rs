@@ -5,8 +5,8 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use super::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostBlocks, HostSamplers, Kind,
-    OutOfMemory, Result, Rows, RowsMut, StepRows, Update, shared::spans,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
+    Kind, OutOfMemory, Result, Rows, RowsMut, StepRows, Update, shared::spans,
 };
 
 mod attention;
@@ -42,10 +42,10 @@ impl RowsMut<'_, Buf> {
     }
 }
 
-fn fold_into(dst: &mut f64, value: f64, fold: Fold) {
-    match fold {
-        Fold::Set => *dst = value,
-        Fold::Add => *dst += value,
+fn write(dst: &mut f64, value: f64, accumulate: Accumulate) {
+    match accumulate {
+        Accumulate::No => *dst = value,
+        Accumulate::Yes => *dst += value,
     }
 }
 
@@ -112,11 +112,11 @@ impl Device for Reference {
         mut dst: RowsMut<'_, Buf>,
         rows: usize,
         width: usize,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         for r in 0..rows {
             for (d, s) in dst.row(r, width).iter_mut().zip(src.row(r, width)) {
-                fold_into(d, *s, fold);
+                write(d, *s, accumulate);
             }
         }
         Ok(())
@@ -143,7 +143,7 @@ impl Device for Reference {
         rows: usize,
         weight: &Weight,
         mut y: RowsMut<'_, Buf>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         for r in 0..rows {
             let x = x.row(r, weight.inner);
@@ -152,7 +152,7 @@ impl Device for Reference {
                 .iter_mut()
                 .zip(weight.values.chunks(weight.inner))
             {
-                fold_into(y, dot(x, w), fold);
+                write(y, dot(x, w), accumulate);
             }
         }
         Ok(())
@@ -164,7 +164,7 @@ impl Device for Reference {
         rows: usize,
         weight: &Weight,
         mut d_x: RowsMut<'_, Buf>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         for r in 0..rows {
             let d_y = d_y.row(r, weight.out);
@@ -172,7 +172,7 @@ impl Device for Reference {
                 let sum = (0..weight.out)
                     .map(|o| d_y[o] * weight.values[o * weight.inner + i])
                     .sum();
-                fold_into(d_x, sum, fold);
+                write(d_x, sum, accumulate);
             }
         }
         Ok(())
@@ -300,7 +300,7 @@ impl Device for Reference {
         (cos, sin): (&Buf, &Buf),
         angles: &[usize],
         inverse: bool,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         let half = head_dim / 2;
         for (r, angle) in angles.iter().enumerate() {
@@ -316,8 +316,8 @@ impl Device for Reference {
                         sin[angle * half + i]
                     };
                     let (a, b) = (src[lo], src[hi]);
-                    fold_into(&mut dst[lo], a * c - b * s, fold);
-                    fold_into(&mut dst[hi], b * c + a * s, fold);
+                    write(&mut dst[lo], a * c - b * s, accumulate);
+                    write(&mut dst[hi], b * c + a * s, accumulate);
                 }
             }
         }

@@ -13,13 +13,13 @@ pub enum Kind {
     Exact,
 }
 
-/// Whether a result replaces what is there or is added to it.
+/// Whether a result overwrites its destination or is added to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fold {
+pub enum Accumulate {
     /// `=`
-    Set,
+    No,
     /// `+=`
-    Add,
+    Yes,
 }
 
 /// Rows inside a buffer: row `r` starts at element `start + r * stride`.

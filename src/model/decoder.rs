@@ -10,7 +10,7 @@ use super::config::ModelConfig;
 use super::parameters::{TensorSpec, Weights, index, specs};
 use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
 use crate::device::{
-    Attention, Device, Fold, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan, StepRows,
+    Accumulate, Attention, Device, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan, StepRows,
 };
 
 /// Rows of one segment of one sequence.
@@ -284,7 +284,7 @@ impl<D: Device> Decoder<D> {
                 tables,
                 &angles,
                 false,
-                Fold::Set,
+                Accumulate::No,
             )
         })?;
         self.after_attention(l, tape, rows, (x_normed, x_rstd, q))
@@ -327,7 +327,7 @@ impl<D: Device> Decoder<D> {
         let input = Rows::packed(x_normed, 0, self.config.hidden_size);
         let weight = self.weights.matrix(index::qkv(l));
         let target = RowsMut::packed(&mut qkv, 0, stride);
-        device.linear(input, rows, weight, target, Fold::Set)?;
+        device.linear(input, rows, weight, target, Accumulate::No)?;
         let mut q = device.empty(Kind::Activation, rows * q_width)?;
         take(
             Rows::packed(&qkv, 0, stride),
@@ -448,7 +448,7 @@ impl<D: Device> Decoder<D> {
             rows,
             self.weights.matrix(index::gate_up(l)),
             RowsMut::packed(&mut gate_up, 0, width),
-            Fold::Set,
+            Accumulate::No,
         )?;
         Ok(Derived {
             x_normed,

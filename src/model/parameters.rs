@@ -243,7 +243,7 @@ impl<D: Device> Weights<D> {
                 let len = device.len(vector);
                 let rows = crate::device::Rows::packed(values, 0, len);
                 let target = crate::device::RowsMut::packed(vector, 0, len);
-                device.copy(rows, target, 1, len, crate::device::Fold::Set)
+                device.copy(rows, target, 1, len, crate::device::Accumulate::No)
             }
             Weight::Gate(gate) => {
                 *gate = device.read(values, 0..gate.len())?;

@@ -8,7 +8,7 @@ mod decode;
 
 use super::decoder::{Decoder, Forward, Span, Step};
 use super::state::{Angles, Carry, Plan, SequenceState, Slots, pretend_segment};
-use crate::device::{Device, Fold, Kind, Purpose, Result, Rows, RowsMut};
+use crate::device::{Accumulate, Device, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 
 /// Tokens read in one call where the model has no segments to bound what activations take.
@@ -193,7 +193,7 @@ impl<'m, D: Device> Session<'m, D> {
         let mut logits = device.empty(Kind::Exact, vocab)?;
         let row = RowsMut::packed(&mut logits, 0, vocab);
         let src = Rows::packed(&self.logits, sequence, vocab);
-        device.copy(src, row, 1, vocab, Fold::Set)?;
+        device.copy(src, row, 1, vocab, Accumulate::No)?;
         let row = RowsMut::packed(&mut logits, 0, vocab);
         let mut score = device.empty(Kind::Exact, 1)?;
         let scores = RowsMut::packed(&mut score, 0, 1);
@@ -348,14 +348,14 @@ impl<'m, D: Device> Session<'m, D> {
         if let [(sequence, row, count)] = runs[..] {
             let x = Rows::packed(&forward.hidden, row, hidden);
             let y = RowsMut::packed(&mut self.logits, sequence, vocab);
-            return device.linear(x, count, self.model.head(), y, Fold::Set);
+            return device.linear(x, count, self.model.head(), y, Accumulate::No);
         }
         let mut last = device.empty(Kind::Activation, ended.len() * hidden)?;
         let mut at = 0;
         for (_, row, count) in &runs {
             let src = Rows::packed(&forward.hidden, *row, hidden);
             let dst = RowsMut::packed(&mut last, at, hidden);
-            device.copy(src, dst, *count, hidden, Fold::Set)?;
+            device.copy(src, dst, *count, hidden, Accumulate::No)?;
             at += count;
         }
         let logits = self.head(Rows::packed(&last, 0, hidden), ended.len())?;
@@ -363,7 +363,7 @@ impl<'m, D: Device> Session<'m, D> {
         for (sequence, _, count) in &runs {
             let src = Rows::packed(&logits, at, vocab);
             let dst = RowsMut::packed(&mut self.logits, *sequence, vocab);
-            device.copy(src, dst, *count, vocab, Fold::Set)?;
+            device.copy(src, dst, *count, vocab, Accumulate::No)?;
             at += count;
         }
         Ok(())
@@ -377,7 +377,7 @@ impl<'m, D: Device> Session<'m, D> {
         let (device, vocab) = (&self.model.device, self.model.config.vocab_size);
         let mut logits = device.empty(Kind::Exact, rows * vocab)?;
         let y = RowsMut::packed(&mut logits, 0, vocab);
-        device.linear(x, rows, self.model.head(), y, Fold::Set)?;
+        device.linear(x, rows, self.model.head(), y, Accumulate::No)?;
         Ok(logits)
     }
 }

@@ -26,7 +26,7 @@ use super::error::FileError;
 use super::files::{OutputFile, io_error};
 use super::session::Session;
 use super::state::open_segment;
-use crate::device::{Device, DeviceError, Fold, PastPool, Rows, RowsMut, SelectedBlocks};
+use crate::device::{Accumulate, Device, DeviceError, PastPool, Rows, RowsMut, SelectedBlocks};
 use layout::{Part, Shapes, fingerprint};
 use reader::Reader;
 
@@ -328,7 +328,7 @@ impl StateFile {
                 tables,
                 &angles,
                 false,
-                Fold::Set,
+                Accumulate::No,
             )?;
         }
         if let Some(buffer) = &mut layer.probes {

@@ -7,8 +7,8 @@ use super::config::ModelConfig;
 use super::rope::Rope;
 use crate::attention::PerSource;
 use crate::device::{
-    Device, DeviceError, Fold, Heads, Kind, PastHeads, PastPool, Probes, Purpose, Result, Rows,
-    RowsMut, SegmentCache, SelectedBlocks, Selection,
+    Accumulate, Device, DeviceError, Heads, Kind, PastHeads, PastPool, Probes, Purpose, Result,
+    Rows, RowsMut, SegmentCache, SelectedBlocks, Selection,
 };
 
 /// Which KV heads of a layer read what, and their sizes.
@@ -431,13 +431,13 @@ pub(super) fn open_segment<D: Device>(
             tables,
             &angles,
             false,
-            Fold::Set,
+            Accumulate::No,
         )?;
         let (src, dst) = (
             Rows::packed(&carry.prior_v, 0, width),
             RowsMut::packed(&mut kv.prior_v, first, width),
         );
-        device.copy(src, dst, rows, width, Fold::Set)?;
+        device.copy(src, dst, rows, width, Accumulate::No)?;
     }
     let Some(pool) = &carry.pool else {
         return Ok(());
@@ -479,7 +479,7 @@ pub(super) fn close_segment<D: Device>(
                 Rows::packed(src, tail, width),
                 RowsMut::packed(dst, 0, width),
             );
-            device.copy(src, dst, plan.prior_len, width, Fold::Set)?;
+            device.copy(src, dst, plan.prior_len, width, Accumulate::No)?;
         }
     }
     carry.prior_rows = prior;

@@ -227,13 +227,19 @@ impl<'a, D: Device> Streams<'a, D> {
                 let (row, rows) = (span.rows.row + i * D::LOGIT_ROWS, targets.len());
                 let x = Rows::packed(&forward.hidden, row, hidden);
                 let out = RowsMut::packed(&mut logits, 0, vocab);
-                device.linear(x, rows, head, out, crate::device::Fold::Set)?;
+                device.linear(x, rows, head, out, crate::device::Accumulate::No)?;
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 let to = RowsMut::packed(&mut scores, row, 1);
                 device.log_probabilities(out, vocab, targets, Some(self.scale), to)?;
                 let d_logits = Rows::packed(&logits, 0, vocab);
                 let d_x = RowsMut::packed(&mut d_hidden, row, hidden);
-                device.linear_input_grad(d_logits, rows, head, d_x, crate::device::Fold::Set)?;
+                device.linear_input_grad(
+                    d_logits,
+                    rows,
+                    head,
+                    d_x,
+                    crate::device::Accumulate::No,
+                )?;
                 gradients.add_head(device, d_logits, x, rows, [vocab, hidden])?;
             }
         }

@@ -1,6 +1,6 @@
 //! Random weights of any size in about a second: one block of random numbers on the device, laid out again and again.
 
-use segattn::device::{Device, Fold, Kind, Result, Rows, RowsMut};
+use segattn::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, TensorSpec, index, specs};
@@ -76,7 +76,7 @@ impl<D: Device> Tiles<D> {
                 start: to,
                 stride: count,
             };
-            device.copy(src, dst, 1, count, Fold::Set)?;
+            device.copy(src, dst, 1, count, Accumulate::No)?;
             (from, to) = (0, to + count);
         }
         Ok(values)

@@ -2,7 +2,7 @@
 
 use crate::common::{gpu, random, upload};
 use half::bf16;
-use segattn::device::{Device, Fold, Kind, Rows, RowsMut};
+use segattn::device::{Accumulate, Device, Kind, Rows, RowsMut};
 use segattn_sim::Checks;
 
 fn numbers(seed: u64, len: usize) -> Vec<f32> {
@@ -68,12 +68,12 @@ fn copies_convert_and_add() {
         .flat_map(|a| kinds.map(|b| (a, b)))
         .enumerate()
     {
-        for (fold, [rows, width, gap]) in [
-            (Fold::Set, [5, 16, 8]),
-            (Fold::Add, [5, 16, 8]),
-            (Fold::Set, [3, 7, 2]),
-            (Fold::Add, [3, 7, 2]),
-            (Fold::Set, [4, 8, 0]),
+        for (accumulate, [rows, width, gap]) in [
+            (Accumulate::No, [5, 16, 8]),
+            (Accumulate::Yes, [5, 16, 8]),
+            (Accumulate::No, [3, 7, 2]),
+            (Accumulate::Yes, [3, 7, 2]),
+            (Accumulate::No, [4, 8, 0]),
         ] {
             let (stride, len) = (width + gap, rows * (width + gap));
             let (a, b) = (numbers(i as u64, len), numbers(i as u64 + 9, len));
@@ -81,17 +81,28 @@ fn copies_convert_and_add() {
             let (a, mut expected) = (hold(from, &a), hold(to, &b));
             for r in 0..rows {
                 for c in r * stride..r * stride + width {
-                    expected[c] = a[c] + if fold == Fold::Add { expected[c] } else { 0.0 };
+                    expected[c] = a[c]
+                        + if accumulate == Accumulate::Yes {
+                            expected[c]
+                        } else {
+                            0.0
+                        };
                 }
             }
             let expected = hold(to, &expected);
             let at = Rows::packed(&src, 0, stride);
-            gpu.copy(at, RowsMut::packed(&mut dst, 0, stride), rows, width, fold)
-                .unwrap();
+            gpu.copy(
+                at,
+                RowsMut::packed(&mut dst, 0, stride),
+                rows,
+                width,
+                accumulate,
+            )
+            .unwrap();
             assert_eq!(
                 gpu.read(&dst, 0..len).unwrap(),
                 expected,
-                "{from:?} to {to:?}, {fold:?}"
+                "{from:?} to {to:?}, {accumulate:?}"
             );
         }
     }
@@ -143,7 +154,7 @@ fn products_agree_with_the_formula() {
             rows,
             &weight,
             to,
-            Fold::Set,
+            Accumulate::No,
         )
         .unwrap();
         close(&gpu.read(&y, 0..rows * out).unwrap(), &expected, bound);
@@ -175,8 +186,14 @@ fn products_agree_with_the_formula() {
         .collect();
     let mut d_x = gpu.empty(Kind::Exact, rows * inner).unwrap();
     let to = RowsMut::packed(&mut d_x, 0, inner);
-    gpu.linear_input_grad(Rows::packed(&d_rows, 0, out), rows, &weight, to, Fold::Set)
-        .unwrap();
+    gpu.linear_input_grad(
+        Rows::packed(&d_rows, 0, out),
+        rows,
+        &weight,
+        to,
+        Accumulate::No,
+    )
+    .unwrap();
     close(&gpu.read(&d_x, 0..rows * inner).unwrap(), &expected, 1e-6);
 
     let expected: Vec<f64> = (0..out * inner)

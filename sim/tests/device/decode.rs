@@ -8,7 +8,7 @@ use segattn::cuda::kernels::Error;
 use segattn::device::gpu::Gpu;
 use segattn::device::sampler::{Sampler, SamplerConfig, SamplerError};
 use segattn::device::{
-    Device, DeviceError, Fold, Kind, Recording, Rows, RowsMut, Sampled, Samplers,
+    Accumulate, Device, DeviceError, Kind, Recording, Rows, RowsMut, Sampled, Samplers,
 };
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
@@ -303,14 +303,14 @@ fn a_recording_keeps_its_memory() {
                 RowsMut::packed(&mut between, 0, 64),
                 1,
                 64,
-                Fold::Set,
+                Accumulate::No,
             )?;
             gpu.copy(
                 Rows::packed(&between, 0, 64),
                 RowsMut::packed(&mut to, 0, 64),
                 1,
                 64,
-                Fold::Add,
+                Accumulate::Yes,
             )
         })
         .expect("a recording")

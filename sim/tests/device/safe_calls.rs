@@ -5,9 +5,9 @@ use crate::common::{gpu, upload};
 use segattn::attention::PerSource;
 use segattn::device::gpu::Gpu;
 use segattn::device::{
-    Attention, Device, DeviceError, Fold, Heads, KeyStore, Kind, OutOfMemory, PastHeads, PastPool,
-    Probes, Recording, Result, Rows, RowsMut, SegmentCache, SelectedBlocks, Selection, SlotSpan,
-    StepRows,
+    Accumulate, Attention, Device, DeviceError, Heads, KeyStore, Kind, OutOfMemory, PastHeads,
+    PastPool, Probes, Recording, Result, Rows, RowsMut, SegmentCache, SelectedBlocks, Selection,
+    SlotSpan, StepRows,
 };
 use segattn_sim::{Checks, Driver};
 
@@ -91,21 +91,27 @@ fn ranges_outside_a_buffer_are_errors() {
         (0, 0, usize::MAX, 65),
         (0, 8, 2, usize::MAX),
     ] {
-        for fold in [Fold::Set, Fold::Add] {
+        for accumulate in [Accumulate::No, Accumulate::Yes] {
             let from = Rows {
                 buffer: &a,
                 start,
                 stride,
             };
             let to = RowsMut::packed(&mut b, 0, 8);
-            assert_eq!(refused(gpu.copy(from, to, count, width, fold)), "rows");
+            assert_eq!(
+                refused(gpu.copy(from, to, count, width, accumulate)),
+                "rows"
+            );
             let to = RowsMut {
                 buffer: &mut b,
                 start,
                 stride,
             };
             let from = Rows::packed(&a, 0, 8);
-            assert_eq!(refused(gpu.copy(from, to, count, width, fold)), "rows");
+            assert_eq!(
+                refused(gpu.copy(from, to, count, width, accumulate)),
+                "rows"
+            );
         }
     }
     assert_eq!(gpu.read(&b, 0..64).expect("a read"), [1.0; 64]);
@@ -161,7 +167,7 @@ fn angles_beyond_the_tables_are_errors() {
     for angles in [[0, 2], [2, 0], [0, usize::MAX], [100_000, 100_001]] {
         let mut y = activations(&gpu, 128);
         let (from, to) = (Rows::packed(&x, 0, 64), RowsMut::packed(&mut y, 0, 64));
-        let refusal = gpu.rope(from, to, 2, 32, tables, &angles, false, Fold::Set);
+        let refusal = gpu.rope(from, to, 2, 32, tables, &angles, false, Accumulate::No);
         assert_eq!(refused(refusal), "angle");
         let mut d_qkv = activations(&gpu, 256);
         let (q, kv) = (Rows::packed(&x, 0, 64), Rows::packed(&x, 0, 32));
@@ -171,7 +177,7 @@ fn angles_beyond_the_tables_are_errors() {
     }
     let mut y = activations(&gpu, 128);
     let (from, to) = (Rows::packed(&x, 0, 64), RowsMut::packed(&mut y, 0, 64));
-    let refusal = gpu.rope(from, to, 2, 12, tables, &[0], false, Fold::Set);
+    let refusal = gpu.rope(from, to, 2, 12, tables, &[0], false, Accumulate::No);
     assert_eq!(refused(refusal), "head_dim");
 }
 
@@ -295,7 +301,7 @@ fn a_recording_is_not_replayed_on_memory_that_is_gone() {
         let (_, recording) = gpu
             .record(|| {
                 let (from, to) = (Rows::packed(&from, 0, 64), RowsMut::packed(&mut to, 0, 64));
-                gpu.copy(from, to, 1, 64, Fold::Set)
+                gpu.copy(from, to, 1, 64, Accumulate::No)
             })
             .expect("a recording")
             .expect("a device that records");
@@ -317,7 +323,7 @@ fn memory_of_another_device_is_an_error() {
     let (gpu, other) = (gpu(9, Checks::All), gpu(9, Checks::All));
     let (x, mut y) = (exact(&other, 8), exact(&gpu, 8));
     let (from, to) = (Rows::packed(&x, 0, 8), RowsMut::packed(&mut y, 0, 8));
-    assert_eq!(refused(gpu.copy(from, to, 1, 8, Fold::Set)), "memory");
+    assert_eq!(refused(gpu.copy(from, to, 1, 8, Accumulate::No)), "memory");
     assert_eq!(refused(gpu.read(&x, 0..8)), "memory");
 }
 

@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use super::rows::{self, Angles, HeadRows};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, product};
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, Fold, GradTensor, HostBlocks, HostSamplers, Kind,
-    Result, Rows, RowsMut, StepRows, Update, shared::spans,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
+    Kind, Result, Rows, RowsMut, StepRows, Update, shared::spans,
 };
 use crate::isa::Isa;
 
@@ -100,7 +100,7 @@ impl Device for Cpu {
         mut dst: RowsMut<'_, Buffer>,
         rows: usize,
         width: usize,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         if rows == 0 || width == 0 {
             return Ok(());
@@ -113,9 +113,9 @@ impl Device for Cpu {
             .with_min_len(COPY_TASK.div_ceil(width))
             .for_each(|(r, dst)| {
                 let (dst, src) = (&mut dst[..width], &src.data()[r * src.stride..][..width]);
-                match fold {
-                    Fold::Set => dst.copy_from_slice(src),
-                    Fold::Add => dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
+                match accumulate {
+                    Accumulate::No => dst.copy_from_slice(src),
+                    Accumulate::Yes => dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
                 }
             });
         Ok(())
@@ -143,9 +143,9 @@ impl Device for Cpu {
         rows: usize,
         weight: &PackedMatrix,
         mut y: RowsMut<'_, Buffer>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
-        let (stride, add) = (y.stride, fold == Fold::Add);
+        let (stride, add) = (y.stride, accumulate == Accumulate::Yes);
         product::linear(x.data(), x.stride, rows, weight, y.data(), stride, add);
         Ok(())
     }
@@ -156,9 +156,9 @@ impl Device for Cpu {
         rows: usize,
         weight: &PackedMatrix,
         mut d_x: RowsMut<'_, Buffer>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
-        let (stride, add) = (d_x.stride, fold == Fold::Add);
+        let (stride, add) = (d_x.stride, accumulate == Accumulate::Yes);
         product::linear_input_grad(
             d_y.data(),
             d_y.stride,
@@ -273,14 +273,14 @@ impl Device for Cpu {
         (cos, sin): (&Buffer, &Buffer),
         angles: &[usize],
         inverse: bool,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         let layout = |stride| HeadRows {
             strides: [stride, head_dim],
             ..HeadRows::packed(heads, head_dim)
         };
         let (from, to) = (layout(src.stride), layout(dst.stride));
-        let (tables, add) = (Angles { cos, sin }, fold == Fold::Add);
+        let (tables, add) = (Angles { cos, sin }, accumulate == Accumulate::Yes);
         rows::rope(
             src.data(),
             from,

@@ -9,8 +9,8 @@ use super::{
     attend, bounds, bytes_of, optimizer, record, rows,
 };
 use crate::device::{
-    AdamW, Attention, AttentionGrad, Device, DeviceError, Fold, GradTensor, Heads, KeyStore, Kind,
-    OutOfMemory, Result, Rows, RowsMut, StepRows, Update,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, DeviceError, GradTensor, Heads, KeyStore,
+    Kind, OutOfMemory, Result, Rows, RowsMut, StepRows, Update,
 };
 
 impl<D: Driver> Gpu<D> {
@@ -41,7 +41,7 @@ impl<D: Driver> Gpu<D> {
             RowsMut::packed(&mut narrow, 0, width),
             rows,
             width,
-            Fold::Set,
+            Accumulate::No,
         )?;
         let address = self.range(&narrow, 0, len)?;
         Ok((Some(narrow), operand(address, width)))
@@ -116,10 +116,10 @@ fn check_alignment(address: u64, stride: usize, element: usize) -> Result<()> {
     }
 }
 
-fn plus(fold: Fold) -> Plus {
-    match fold {
-        Fold::Set => Plus::Nothing,
-        Fold::Add => Plus::Itself,
+fn plus(accumulate: Accumulate) -> Plus {
+    match accumulate {
+        Accumulate::No => Plus::Nothing,
+        Accumulate::Yes => Plus::Itself,
     }
 }
 
@@ -245,14 +245,14 @@ impl<D: Driver> Device for Gpu<D> {
         dst: RowsMut<'_, Buffer<D>>,
         rows: usize,
         width: usize,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         if rows == 0 || width == 0 {
             return Ok(());
         }
         let packed = |stride| rows == 1 || stride == width;
         let same_kind = src.buffer.kind == dst.buffer.kind;
-        if fold == Fold::Set && same_kind && packed(src.stride) && packed(dst.stride) {
+        if accumulate == Accumulate::No && same_kind && packed(src.stride) && packed(dst.stride) {
             let (from, to) = (
                 self.rows(&src, rows, width)?,
                 self.rows(&dst.shared(), rows, width)?,
@@ -261,7 +261,7 @@ impl<D: Driver> Device for Gpu<D> {
             // SAFETY: both ranges are their buffers', and `dst` is borrowed mutably: they are two.
             return unsafe { self.driver().copy(from, to, bytes) }.map_err(Into::into);
         }
-        rows::copy(self, src, dst, [rows, width], fold)
+        rows::copy(self, src, dst, [rows, width], accumulate)
     }
 
     fn matrix(
@@ -293,10 +293,10 @@ impl<D: Driver> Device for Gpu<D> {
         rows: usize,
         weight: &Matrix<D>,
         y: RowsMut<'_, Buffer<D>>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         let sizes = [rows, weight.out, weight.inner];
-        self.product(x, weight.operand(self, true)?, sizes, y, plus(fold))
+        self.product(x, weight.operand(self, true)?, sizes, y, plus(accumulate))
     }
 
     fn linear_residual(
@@ -324,10 +324,16 @@ impl<D: Driver> Device for Gpu<D> {
         rows: usize,
         weight: &Matrix<D>,
         d_x: RowsMut<'_, Buffer<D>>,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         let sizes = [rows, weight.inner, weight.out];
-        self.product(d_y, weight.operand(self, false)?, sizes, d_x, plus(fold))
+        self.product(
+            d_y,
+            weight.operand(self, false)?,
+            sizes,
+            d_x,
+            plus(accumulate),
+        )
     }
 
     fn linear_weight_grad(
@@ -426,7 +432,7 @@ impl<D: Driver> Device for Gpu<D> {
         tables: (&Buffer<D>, &Buffer<D>),
         angles: &[usize],
         inverse: bool,
-        fold: Fold,
+        accumulate: Accumulate,
     ) -> Result<()> {
         rows::rope(
             self,
@@ -436,7 +442,7 @@ impl<D: Driver> Device for Gpu<D> {
             tables,
             angles,
             inverse,
-            fold,
+            accumulate,
         )
     }
 

@@ -13,8 +13,8 @@ use super::{Blocks, Buffer, Driver, Gpu, bytes_of};
 use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::SegattnRetrievalParams;
 use crate::device::{
-    Device, DeviceError, Fold, Kind, OutOfMemory, PastHeads, PastPool, Probes, Purpose, Result,
-    Rows, RowsMut, Selection,
+    Accumulate, Device, DeviceError, Kind, OutOfMemory, PastHeads, PastPool, Probes, Purpose,
+    Result, Rows, RowsMut, Selection,
 };
 
 /// Keys and values of one sequence and layer, bf16, before rotation.
@@ -68,7 +68,7 @@ impl<D: Driver> Pool<D> {
                 Rows::packed(oldest, 0, len),
                 RowsMut::packed(&mut moved, 0, len),
             );
-            gpu.copy(from, to, 1, len, Fold::Set)?;
+            gpu.copy(from, to, 1, len, Accumulate::No)?;
             *oldest = moved;
         }
     }

@@ -8,7 +8,7 @@ use crate::cuda::kernels::layer_params::{
     SegattnRopeParams, SegattnRows, SegattnSwigluParams,
 };
 use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
-use crate::device::{Fold, Heads, KeyStore, Kind, Result, Rows, RowsMut};
+use crate::device::{Accumulate, Heads, KeyStore, Kind, Result, Rows, RowsMut};
 
 /// Columns that a block of `rms_norm_weight_grad` sums.
 const NORM_COLUMNS: usize = 16;
@@ -91,7 +91,7 @@ pub(super) fn copy<D: Driver>(
     src: Rows<'_, Buffer<D>>,
     dst: RowsMut<'_, Buffer<D>>,
     [rows, width]: [usize; 2],
-    fold: Fold,
+    accumulate: Accumulate,
 ) -> Result<()> {
     let kinds = [src.buffer.kind, dst.buffer.kind];
     let (from, to) = (
@@ -99,7 +99,7 @@ pub(super) fn copy<D: Driver>(
         gpu.rows(&dst.shared(), rows, width)?,
     );
     let rows_of = [rows_at(from, src.stride), rows_at(to, dst.stride)];
-    convert(gpu, rows_of, kinds, [rows, width], fold)
+    convert(gpu, rows_of, kinds, [rows, width], accumulate)
 }
 
 /// A weight's bf16 copy, from values of either kind.
@@ -120,7 +120,7 @@ pub(super) fn narrow<D: Driver>(
         rows_of,
         [values.kind, Kind::Activation],
         shape,
-        Fold::Set,
+        Accumulate::No,
     )
 }
 
@@ -129,7 +129,7 @@ fn convert<D: Driver>(
     [src, dst]: [SegattnRows; 2],
     kinds: [Kind; 2],
     [rows, width]: [usize; 2],
-    fold: Fold,
+    accumulate: Accumulate,
 ) -> Result<()> {
     let name = match kinds {
         [Kind::Activation, Kind::Activation] => "copy_bf16_bf16",
@@ -147,7 +147,7 @@ fn convert<D: Driver>(
         rows: rows as i64,
         width: int("width", width)?,
         vectors: vectors.into(),
-        add: (fold == Fold::Add).into(),
+        add: (accumulate == Accumulate::Yes).into(),
     };
     let threads = product("elements of a copy", &[rows, width])? / if vectors { VECTOR } else { 1 };
     launch(
@@ -344,7 +344,7 @@ pub(super) fn rope<D: Driver>(
     tables: (&Buffer<D>, &Buffer<D>),
     angles: &[usize],
     inverse: bool,
-    fold: Fold,
+    accumulate: Accumulate,
 ) -> Result<()> {
     let rows = angles.len();
     let width = product("heads and head_dim", &[heads, head_dim])?;
@@ -371,7 +371,7 @@ pub(super) fn rope<D: Driver>(
         heads: int("heads", heads)?,
         head_dim: int("head_dim", head_dim)?,
         inverse: inverse.into(),
-        add: (fold == Fold::Add).into(),
+        add: (accumulate == Accumulate::Yes).into(),
     };
     let threads = Grid::Threads(rows * width / (2 * VECTOR));
     launch(gpu, entry(File::Rope, "rope_bf16"), threads, &params)

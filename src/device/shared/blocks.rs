@@ -1,6 +1,6 @@
 //! Blocks selected from a pool, kept as token numbers in host memory.
 
-use crate::device::{Device, Fold, Kind, PastHeads, Result, Rows, RowsMut, SelectedBlocks};
+use crate::device::{Accumulate, Device, Kind, PastHeads, Result, Rows, RowsMut, SelectedBlocks};
 
 /// The tokens selected by each head of a pool, ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,7 +53,16 @@ where
             start: k.start + column,
             stride: k.stride,
         };
-        device.rope(from, to, 1, head_dim, tables, &angles, false, Fold::Set)?;
+        device.rope(
+            from,
+            to,
+            1,
+            head_dim,
+            tables,
+            &angles,
+            false,
+            Accumulate::No,
+        )?;
     }
     Ok(())
 }

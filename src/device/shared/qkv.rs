@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::device::{Device, Fold, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
+use crate::device::{Accumulate, Device, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
 
 /// Rotated queries to `q`; keys, values and probes to their places in `store`.
 pub(in crate::device) fn split<D: Device>(
@@ -21,17 +21,17 @@ pub(in crate::device) fn split<D: Device>(
     } = heads;
     let (q_width, width) = (q_heads * dim, kv * dim);
     let angles = &step.angles;
-    device.rope(qkv, q, q_heads, dim, tables, angles, false, Fold::Set)?;
+    device.rope(qkv, q, q_heads, dim, tables, angles, false, Accumulate::No)?;
     let (cache, keys) = (store.cache, qkv.column(q_width));
     for run in consecutive(step.cache_rows.iter().copied().map(Some)) {
         let first = step.cache_rows[run.start];
         let (k, angles) = (from_row(keys, run.start), &angles[run.clone()]);
         let to = RowsMut::packed(&mut cache.k, first, width);
-        device.rope(k, to, kv, dim, tables, angles, false, Fold::Set)?;
+        device.rope(k, to, kv, dim, tables, angles, false, Accumulate::No)?;
         for (src, dst) in [(k, &mut cache.raw_k), (k.column(width), &mut cache.v)] {
             if device.len(dst) > 0 {
                 let dst = RowsMut::packed(dst, first, width);
-                device.copy(src, dst, run.len(), width, Fold::Set)?;
+                device.copy(src, dst, run.len(), width, Accumulate::No)?;
             }
         }
     }
@@ -41,7 +41,13 @@ pub(in crate::device) fn split<D: Device>(
     for run in consecutive(step.probe_rows.iter().copied()) {
         if let Some(first) = step.probe_rows[run.start] {
             let dst = RowsMut::packed(&mut *probes, first, q_width);
-            device.copy(from_row(qkv, run.start), dst, run.len(), q_width, Fold::Set)?;
+            device.copy(
+                from_row(qkv, run.start),
+                dst,
+                run.len(),
+                q_width,
+                Accumulate::No,
+            )?;
         }
     }
     Ok(())
@@ -60,10 +66,16 @@ pub(in crate::device) fn join<D: Device>(
     let mut column = 0;
     for (src, heads) in [(d_q, q), (d_k, kv)] {
         let dst = d_qkv.reborrow().column(column);
-        device.rope(src, dst, heads, dim, tables, angles, true, Fold::Set)?;
+        device.rope(src, dst, heads, dim, tables, angles, true, Accumulate::No)?;
         column += heads * dim;
     }
-    device.copy(d_v, d_qkv.column(column), angles.len(), kv * dim, Fold::Set)
+    device.copy(
+        d_v,
+        d_qkv.column(column),
+        angles.len(),
+        kv * dim,
+        Accumulate::No,
+    )
 }
 
 fn from_row<B>(rows: Rows<'_, B>, row: usize) -> Rows<'_, B> {

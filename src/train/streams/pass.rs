@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::Group;
 use crate::device::{
-    Attention, AttentionGrad, Device, Fold, Kind, Result, Rows, RowsMut, SlotSpan,
+    Accumulate, Attention, AttentionGrad, Device, Kind, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
@@ -107,7 +107,7 @@ impl<'a, D: Device> Work<'a, D> {
             let dst = d.insert(device.empty(Kind::Activation, rows * hidden)?);
             let src = Rows::packed(&group.d_top, first, hidden);
             let dst = RowsMut::packed(dst, 0, hidden);
-            device.copy(src, dst, rows, hidden, Fold::Set)?;
+            device.copy(src, dst, rows, hidden, Accumulate::No)?;
         }
         let place = |i: usize| (group.segments[i], group.step.spans[i].sequence);
         Ok(Self {
@@ -169,14 +169,16 @@ impl<'a, D: Device> Work<'a, D> {
     fn add(&self, rows: &D::Buffer, sum: &mut D::Buffer, width: usize) -> Result<()> {
         let dst = RowsMut::packed(sum, self.first, width);
         let src = Rows::packed(rows, 0, width);
-        let fold = self.fold();
-        self.model.device.copy(src, dst, self.rows, width, fold)
+        let accumulate = self.accumulate();
+        self.model
+            .device
+            .copy(src, dst, self.rows, width, accumulate)
     }
 
-    fn fold(&self) -> Fold {
+    fn accumulate(&self) -> Accumulate {
         match self.pass.own_loss {
-            true => Fold::Set,
-            false => Fold::Add,
+            true => Accumulate::No,
+            false => Accumulate::Yes,
         }
     }
 
@@ -226,7 +228,7 @@ impl<'a, D: Device> Work<'a, D> {
         d_x: RowsMut<'_, D::Buffer>,
     ) -> Result<()> {
         let (device, weight) = (&self.model.device, self.model.weights.matrix(tensor));
-        device.linear_input_grad(d_y, self.rows, weight, d_x, Fold::Set)
+        device.linear_input_grad(d_y, self.rows, weight, d_x, Accumulate::No)
     }
 
     /// Adds a norm's input gradient to `d`.
@@ -370,7 +372,7 @@ impl<'a, D: Device> Work<'a, D> {
             to,
             spans.len(),
             heads.q,
-            self.fold(),
+            self.accumulate(),
         )?;
         let stride = q_width + 2 * kv_width;
         let mut own = self.own(stride)?;
@@ -403,7 +405,7 @@ impl<'a, D: Device> Work<'a, D> {
     ) -> Result<()> {
         let (tables, dim) = (group.slots.tables(), self.plan.heads.dim);
         let device = &self.model.device;
-        device.rope(src, dst, heads, dim, tables, angles, true, Fold::Set)
+        device.rope(src, dst, heads, dim, tables, angles, true, Accumulate::No)
     }
 
     /// Leaves each span's prior gradient for the segment before.
@@ -430,7 +432,7 @@ impl<'a, D: Device> Work<'a, D> {
             let dst = RowsMut::packed(&mut k, 0, width);
             self.unrotate(group, from(&d_prior.0), dst, plan.heads.kv, &angles)?;
             let dst = RowsMut::packed(&mut v, 0, width);
-            device.copy(from(&d_prior.1), dst, rows, width, Fold::Set)?;
+            device.copy(from(&d_prior.1), dst, rows, width, Accumulate::No)?;
             arrivals.insert((stream, segment - 1, *sequence), (k, v));
         }
         Ok(())
@@ -458,7 +460,9 @@ impl<'a, D: Device> Work<'a, D> {
                 let dst = self.target(d_qkv, &mut sums.d_qkv, stride);
                 let dst = dst.column(tail * stride + column);
                 let src = Rows::packed(src, 0, width);
-                self.model.device.copy(src, dst, rows, width, Fold::Add)?;
+                self.model
+                    .device
+                    .copy(src, dst, rows, width, Accumulate::Yes)?;
             }
         }
         Ok(())

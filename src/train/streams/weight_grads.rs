@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Group;
-use crate::device::{Device, DeviceError, Fold, Kind, Purpose, Result, Rows, RowsMut, SlotSpan};
+use crate::device::{
+    Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut, SlotSpan,
+};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::model::state::Plan;
@@ -63,7 +65,7 @@ impl<D: Device> Gradients<D> {
         if let (Some(head), true) = (&mut self.tied_head, self.apart) {
             let len = device.len(head);
             let dst = RowsMut::packed(&mut self.tensors[index::EMBEDDING], 0, len);
-            device.copy(Rows::packed(head, 0, len), dst, 1, len, Fold::Add)?;
+            device.copy(Rows::packed(head, 0, len), dst, 1, len, Accumulate::Yes)?;
             device.clear(head)?;
             self.apart = false;
         }
@@ -178,6 +180,6 @@ impl<D: Device> Gradients<D> {
         let heads = plan.heads.q;
         let gates = RowsMut::packed(self.tensor_mut(index::past_gate(l)), 0, heads);
         let src = Rows::packed(&sums.d_past_gate, span, heads);
-        device.copy(src, gates, 1, heads, Fold::Add)
+        device.copy(src, gates, 1, heads, Accumulate::Yes)
     }
 }
