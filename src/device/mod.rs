@@ -1,6 +1,6 @@
 //! What the model needs from a device, as one trait.
 //!
-//! A device knows buffers of numbers, matrix products, row-wise functions, segment attention, the
+//! A device knows buffers of numbers, GEMMs, row-wise functions, segment attention, the
 //! pool of past keys and values, and the optimizer's update. It knows no layer and no model. Three
 //! devices exist: [`cpu`] (f32, fast), [`gpu`] (bf16 activations, over a driver or a simulated GPU),
 //! and [`mod@reference`] (f64, written for reading). The model's own code runs on each, so that the
@@ -44,7 +44,7 @@ pub type Result<T> = std::result::Result<T, DeviceError>;
 pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     /// Memory on the device: a run of numbers, in the device's own precision for their [`Kind`].
     type Buffer: Send + Sync + std::fmt::Debug;
-    /// A weight `[out, in]` prepared for products.
+    /// A weight `[out, in]` packed for GEMMs.
     type Matrix: Send + Sync + std::fmt::Debug;
     /// Keys and values of completed tokens, see [`PastPool`].
     type Pool: PastPool<Self>;
@@ -115,7 +115,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         accumulate: Accumulate,
     ) -> Result<()>;
 
-    /// Prepares rows `[0, out)` of the row-major weight in `values` for products;
+    /// Prepares rows `[0, out)` of the row-major weight in `values` for GEMMs;
     /// `training` also prepares it for gradients of the input.
     fn matrix(
         &self,

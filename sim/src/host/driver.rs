@@ -1,7 +1,7 @@
 //! The simulated GPU as a driver of the crate's GPU device: the model's own code runs on it unchanged.
 //!
 //! Every buffer lies in memory of its own, so whatever reads or writes past one is reported. What is asked is done when
-//! the call returns. Matrix products are done on the host: bf16 in, each element one chain of fused multiply-adds in
+//! the call returns. GEMMs are done on the host: bf16 in, each element one chain of fused multiply-adds in
 //! f32 over the summed index ascending.
 
 use std::fmt;
@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 use segattn::cuda::kernels::{Error, Launch, Launcher};
-use segattn::device::gpu::{self, Operand, Plus, Product};
+use segattn::device::gpu::{self, Epilogue, Gemm, Operand};
 use segattn::device::{DeviceError, Kind, OutOfMemory};
 
 use crate::host::gpu::{Checks, Gpu};
@@ -38,7 +38,7 @@ struct Memory {
 enum Call {
     Zero(u64, usize),
     Copy(u64, u64, usize),
-    Product(Product),
+    Gemm(Gemm),
     Launch {
         launch: Launch,
         /// The params struct, in words so that it is aligned, and the call that knows its type.
@@ -134,7 +134,7 @@ impl Call {
                 let values = read::<u8>(memory, "copy", *from, *bytes)?;
                 write(memory, "copy", *to, &values)
             }
-            Call::Product(product) => multiply(memory, product),
+            Call::Gemm(gemm) => multiply(memory, gemm),
             Call::Launch {
                 launch,
                 params,
@@ -159,11 +159,11 @@ unsafe fn launch_as<P: Copy>(
     unsafe { Stream { gpu, kernels }.launch(launch, &*params.cast::<P>()) }
 }
 
-fn multiply(memory: &mut Memory, product: &Product) -> Result<(), Error> {
-    let Product { m, n, k, .. } = *product;
+fn multiply(memory: &mut Memory, gemm: &Gemm) -> Result<(), Error> {
+    let Gemm { m, n, k, .. } = *gemm;
     let (a, b) = (
-        matrix(memory, &product.a, m, k)?,
-        matrix(memory, &product.b, k, n)?,
+        matrix(memory, &gemm.a, m, k)?,
+        matrix(memory, &gemm.b, k, n)?,
     );
     for row in 0..m {
         let sums: Vec<f32> = (0..n)
@@ -172,7 +172,7 @@ fn multiply(memory: &mut Memory, product: &Product) -> Result<(), Error> {
                 terms.fold(0.0, |sum, (a, b)| a.mul_add(b, sum))
             })
             .collect();
-        store(memory, product, row, sums)?;
+        store(memory, gemm, row, sums)?;
     }
     Ok(())
 }
@@ -277,9 +277,9 @@ impl gpu::Driver for Driver {
         }
     }
 
-    unsafe fn product(&self, product: &Product) -> Result<(), Error> {
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {
         // SAFETY: as above.
-        unsafe { self.call(Call::Product(*product)) }
+        unsafe { self.call(Call::Gemm(*gemm)) }
     }
 
     fn record(&self) -> Result<(), Error> {
@@ -318,7 +318,7 @@ fn matrix(
     };
     let all = Span::find(
         memory,
-        "product",
+        "gemm",
         operand.address,
         2 * ((lines - 1) * operand.stride + width),
     )?;
@@ -339,39 +339,34 @@ fn matrix(
     Ok(values)
 }
 
-/// One row of a product's result.
-fn store(
-    memory: &mut Memory,
-    product: &Product,
-    row: usize,
-    mut sums: Vec<f32>,
-) -> Result<(), Error> {
-    let bytes = match product.c_kind {
+/// One row of a GEMM's result.
+fn store(memory: &mut Memory, gemm: &Gemm, row: usize, mut sums: Vec<f32>) -> Result<(), Error> {
+    let bytes = match gemm.c_kind {
         Kind::Exact => 4,
         Kind::Activation => 2,
     };
     let at = |address: u64, stride: usize| address + (row * stride * bytes) as u64;
-    let to = at(product.c, product.c_stride);
-    let added = match product.plus {
-        Plus::Nothing => None,
-        Plus::Itself => Some(to),
-        Plus::Rows { address, stride } => Some(at(address, stride)),
+    let to = at(gemm.c, gemm.c_stride);
+    let added = match gemm.epilogue {
+        Epilogue::Store => None,
+        Epilogue::Accumulate => Some(to),
+        Epilogue::AddRows { address, stride } => Some(at(address, stride)),
     };
     if let Some(from) = added {
-        let old: Vec<f32> = match product.c_kind {
-            Kind::Exact => read(memory, "product", from, product.n)?,
-            Kind::Activation => read::<bf16>(memory, "product", from, product.n)?
+        let old: Vec<f32> = match gemm.c_kind {
+            Kind::Exact => read(memory, "gemm", from, gemm.n)?,
+            Kind::Activation => read::<bf16>(memory, "gemm", from, gemm.n)?
                 .into_iter()
                 .map(bf16::to_f32)
                 .collect(),
         };
         sums.iter_mut().zip(old).for_each(|(sum, old)| *sum += old);
     }
-    match product.c_kind {
-        Kind::Exact => write(memory, "product", to, &sums),
+    match gemm.c_kind {
+        Kind::Exact => write(memory, "gemm", to, &sums),
         Kind::Activation => {
             let narrow: Vec<bf16> = sums.into_iter().map(bf16::from_f32).collect();
-            write(memory, "product", to, &narrow)
+            write(memory, "gemm", to, &narrow)
         }
     }
 }

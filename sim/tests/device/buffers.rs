@@ -1,4 +1,4 @@
-//! The GPU device on a simulated GPU: memory, copies between precisions, and products.
+//! The GPU device on a simulated GPU: memory, copies between precisions, and GEMMs.
 
 use crate::common::{gpu, random, upload};
 use half::bf16;
@@ -110,7 +110,7 @@ fn copies_convert_and_add() {
 
 /// Against sums in f64: the relative error of bf16 inputs is none, that of the result its rounding.
 #[test]
-fn products_agree_with_the_formula() {
+fn gemms_agree_with_the_formula() {
     let gpu = gpu(1, Checks::All);
     let [rows, out, inner] = [5, 16, 24];
     let (x, w) = (

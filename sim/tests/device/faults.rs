@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::common::{model, tokens, values};
 use segattn::cuda::kernels::{Error, Launch};
-use segattn::device::gpu::{self, Gpu, MemoryUse, Product};
+use segattn::device::gpu::{self, Gemm, Gpu, MemoryUse};
 use segattn::device::sampler::SamplerConfig;
 use segattn::device::{DeviceError, OutOfMemory, Result, Sampled};
 use segattn::model::config::ModelConfig;
@@ -139,10 +139,10 @@ impl gpu::Driver for Faulty {
         unsafe { self.driver.launch(launch, params) }
     }
 
-    unsafe fn product(&self, product: &Product) -> std::result::Result<(), Error> {
-        self.fault.check("product")?;
+    unsafe fn gemm(&self, gemm: &Gemm) -> std::result::Result<(), Error> {
+        self.fault.check("gemm")?;
         // SAFETY: as above.
-        unsafe { self.driver.product(product) }
+        unsafe { self.driver.gemm(gemm) }
     }
 
     fn record(&self) -> std::result::Result<(), Error> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::rows::{self, Angles, HeadRows};
-use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, product};
+use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, gemm};
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
     Kind, Result, Rows, RowsMut, StepRows, Update, shared::spans,
@@ -146,7 +146,7 @@ impl Device for Cpu {
         accumulate: Accumulate,
     ) -> Result<()> {
         let (stride, add) = (y.stride, accumulate == Accumulate::Yes);
-        product::linear(x.data(), x.stride, rows, weight, y.data(), stride, add);
+        gemm::linear(x.data(), x.stride, rows, weight, y.data(), stride, add);
         Ok(())
     }
 
@@ -159,7 +159,7 @@ impl Device for Cpu {
         accumulate: Accumulate,
     ) -> Result<()> {
         let (stride, add) = (d_x.stride, accumulate == Accumulate::Yes);
-        product::linear_input_grad(
+        gemm::linear_input_grad(
             d_y.data(),
             d_y.stride,
             rows,
@@ -179,7 +179,7 @@ impl Device for Cpu {
         shape: [usize; 2],
         d_w: &mut Buffer,
     ) -> Result<()> {
-        product::linear_weight_grad(d_y.data(), d_y.stride, x.data(), x.stride, rows, d_w, shape);
+        gemm::linear_weight_grad(d_y.data(), d_y.stride, x.data(), x.stride, rows, d_w, shape);
         Ok(())
     }
 

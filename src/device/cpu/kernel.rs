@@ -1,4 +1,4 @@
-//! The innermost loops of matrix products: one tile of C against one stretch of k.
+//! The innermost loops of GEMMs: one tile of C against one stretch of k.
 //!
 //! Every kernel does the same to each element of its tile: start from 0 or from what C holds, then
 //! one fused multiply-add per k, ascending. So which kernel computes an element cannot be seen in it.

@@ -121,7 +121,7 @@ pub(super) fn fill_tile(to: &mut [f32], from: Strided, height: usize, k: usize, 
     }
 }
 
-/// A weight matrix w\[out, in\] kept in the order in which products read it.
+/// A weight matrix w\[out, in\] kept in the order in which GEMMs read it.
 ///
 /// Panels \[ceil(out / 32)\]\[in\]\[32\]: one step along `in` is one row of 32 outputs, so y = x wᵀ
 /// streams them once. Optionally also panels \[ceil(in / 32)\]\[out\]\[32\] for dx = dy w.
@@ -146,7 +146,7 @@ impl std::fmt::Debug for PackedMatrix {
 impl PackedMatrix {
     /// Packs row-major w\[outputs, inputs\].
     ///
-    /// `transposed_too` keeps a second copy in the order of dx = dy w; without it that product packs
+    /// `transposed_too` keeps a second copy in the order of dx = dy w; without it that GEMM packs
     /// parts of the first copy again at every call.
     ///
     /// # Panics

@@ -8,7 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Scratch;
-use super::{Buffer, Cpu, PackedMatrix, product};
+use super::{Buffer, Cpu, PackedMatrix, gemm};
 use crate::device::shared::blocks::gather;
 use crate::device::{HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection};
 
@@ -177,7 +177,7 @@ impl Pool {
         order.into_iter().flat_map(tokens).collect()
     }
 
-    /// The means of the windows, as the weight of a product.
+    /// The means of the windows, as the weight of a GEMM.
     fn probes(&self, probes: &Probes<'_, Buffer>, q_heads: Range<usize>) -> PackedMatrix {
         let (dim, q) = (self.head_dim, probes.q);
         let mut means = Vec::new();
@@ -214,7 +214,7 @@ impl Pool {
                 .zip(keys.par_chunks(SCORE_TOKENS * dim))
                 .for_each(|(best, keys)| {
                     let mut scores = Scratch::take(best.len() * width);
-                    product::linear(keys, dim, best.len(), probes, &mut scores, width, false);
+                    gemm::linear(keys, dim, best.len(), probes, &mut scores, width, false);
                     for (best, scores) in best.iter_mut().zip(scores.chunks(width)) {
                         *best = scores.iter().copied().fold(*best, f32::max);
                     }

@@ -1,11 +1,11 @@
-//! [`Device`] for the GPU: memory, copies and products here; the rest in this module's neighbours.
+//! [`Device`] for the GPU: memory, copies and GEMMs here; the rest in this module's neighbours.
 
 use std::ops::Range;
 
 use half::bf16;
 
 use super::{
-    Blocks, Buffer, Driver, Gpu, Matrix, Operand, Plus, Pool, Product, Recording, Samplers, Step,
+    Blocks, Buffer, Driver, Epilogue, Gemm, Gpu, Matrix, Operand, Pool, Recording, Samplers, Step,
     attend, bounds, bytes_of, optimizer, record, rows,
 };
 use crate::device::{
@@ -14,7 +14,7 @@ use crate::device::{
 };
 
 impl<D: Driver> Gpu<D> {
-    /// What a product reads: bf16 rows, narrowed here if they are not yet. The buffer, if any, holds them.
+    /// Input of a GEMM: bf16 rows, narrowed here if they are not yet. The buffer, if any, holds them.
     fn operand(
         &self,
         x: Rows<'_, Buffer<D>>,
@@ -47,41 +47,41 @@ impl<D: Driver> Gpu<D> {
         Ok((Some(narrow), operand(address, width)))
     }
 
-    /// Puts a product of matrices that lie in buffers, as their addresses' bounds checks have seen, on the stream.
-    fn multiply(&self, product: &Product) -> Result<()> {
-        let Product { a, b, c, .. } = *product;
+    /// Puts a GEMM of matrices that lie in buffers, as their addresses' bounds checks have seen, on the stream.
+    fn multiply(&self, gemm: &Gemm) -> Result<()> {
+        let Gemm { a, b, c, .. } = *gemm;
         check_alignment(a.address, a.stride, bytes_of(Kind::Activation))?;
         check_alignment(b.address, b.stride, bytes_of(Kind::Activation))?;
-        check_alignment(c, product.c_stride, bytes_of(product.c_kind))?;
-        if let Plus::Rows { address, stride } = product.plus {
-            check_alignment(address, stride, bytes_of(product.c_kind))?;
+        check_alignment(c, gemm.c_stride, bytes_of(gemm.c_kind))?;
+        if let Epilogue::AddRows { address, stride } = gemm.epilogue {
+            check_alignment(address, stride, bytes_of(gemm.c_kind))?;
         }
-        if product.k == 0 {
+        if gemm.k == 0 {
             return Err(DeviceError::argument(
-                "summed index of a product",
+                "summed index of a GEMM",
                 "1 or more",
                 0,
             ));
         }
         // SAFETY: all of them lie in buffers of this device; the result is borrowed mutably, so it is none of the
         // others.
-        unsafe { self.driver().product(product) }.map_err(Into::into)
+        unsafe { self.driver().gemm(gemm) }.map_err(Into::into)
     }
 
-    /// `y = x b` plus what is said, `b [inner, out]` as it lies in memory or transposed.
-    fn product(
+    /// `y = x b` with this epilogue, `b [inner, out]` as it lies in memory or transposed.
+    fn gemm(
         &self,
         x: Rows<'_, Buffer<D>>,
         b: Operand,
         [rows, out, inner]: [usize; 3],
         y: RowsMut<'_, Buffer<D>>,
-        plus: Plus,
+        epilogue: Epilogue,
     ) -> Result<()> {
         if rows == 0 || out == 0 {
             return Ok(());
         }
         let (_held, a) = self.operand(x, rows, inner)?;
-        let product = Product {
+        let gemm = Gemm {
             m: rows,
             n: out,
             k: inner,
@@ -90,16 +90,16 @@ impl<D: Driver> Gpu<D> {
             c: self.rows(&y.shared(), rows, out)?,
             c_stride: y.stride,
             c_kind: y.buffer.kind,
-            plus,
+            epilogue,
         };
-        self.multiply(&product)?;
+        self.multiply(&gemm)?;
         y.buffer.half_rows = false;
         Ok(())
     }
 }
 
 /// Refuses a matrix that does not begin at a multiple of what its stride is one of, up to 16 bytes: algorithms of
-/// products are chosen by strides.
+/// GEMMs are chosen by strides.
 fn check_alignment(address: u64, stride: usize, element: usize) -> Result<()> {
     let bytes = stride.saturating_mul(element);
     let alignment = 1u64 << bytes.trailing_zeros().min(4);
@@ -116,10 +116,10 @@ fn check_alignment(address: u64, stride: usize, element: usize) -> Result<()> {
     }
 }
 
-fn plus(accumulate: Accumulate) -> Plus {
+fn epilogue(accumulate: Accumulate) -> Epilogue {
     match accumulate {
-        Accumulate::No => Plus::Nothing,
-        Accumulate::Yes => Plus::Itself,
+        Accumulate::No => Epilogue::Store,
+        Accumulate::Yes => Epilogue::Accumulate,
     }
 }
 
@@ -153,7 +153,7 @@ impl<D: Driver> Device for Gpu<D> {
     type Samplers = Samplers<D>;
     type Recording = Recording<D>;
 
-    /// The head's gradient is read and written once for so many rows: 128 would cost as much as the products.
+    /// The head's gradient is read and written once for so many rows: 128 would cost as much as the GEMMs.
     const LOGIT_ROWS: usize = 1024;
 
     fn description(&self) -> String {
@@ -296,7 +296,13 @@ impl<D: Driver> Device for Gpu<D> {
         accumulate: Accumulate,
     ) -> Result<()> {
         let sizes = [rows, weight.out, weight.inner];
-        self.product(x, weight.operand(self, true)?, sizes, y, plus(accumulate))
+        self.gemm(
+            x,
+            weight.operand(self, true)?,
+            sizes,
+            y,
+            epilogue(accumulate),
+        )
     }
 
     fn linear_residual(
@@ -310,12 +316,12 @@ impl<D: Driver> Device for Gpu<D> {
     ) -> Result<()> {
         bounds::equal("width of the residual's rows", weight.out, width)?;
         bounds::of_kind(residual.buffer, y.buffer.kind)?;
-        let plus = Plus::Rows {
+        let epilogue = Epilogue::AddRows {
             address: self.rows(&residual, rows, weight.out)?,
             stride: residual.stride,
         };
         let sizes = [rows, weight.out, weight.inner];
-        self.product(x, weight.operand(self, true)?, sizes, y, plus)
+        self.gemm(x, weight.operand(self, true)?, sizes, y, epilogue)
     }
 
     fn linear_input_grad(
@@ -327,12 +333,12 @@ impl<D: Driver> Device for Gpu<D> {
         accumulate: Accumulate,
     ) -> Result<()> {
         let sizes = [rows, weight.inner, weight.out];
-        self.product(
+        self.gemm(
             d_y,
             weight.operand(self, false)?,
             sizes,
             d_x,
-            plus(accumulate),
+            epilogue(accumulate),
         )
     }
 
@@ -349,7 +355,7 @@ impl<D: Driver> Device for Gpu<D> {
         }
         let (_held_d_y, a) = self.operand(d_y, rows, out)?;
         let (_held_x, b) = self.operand(x, rows, inner)?;
-        let product = Product {
+        let gemm = Gemm {
             m: out,
             n: inner,
             k: rows,
@@ -361,9 +367,9 @@ impl<D: Driver> Device for Gpu<D> {
             c: self.rows(&Rows::packed(d_w, 0, inner), out, inner)?,
             c_stride: inner,
             c_kind: d_w.kind,
-            plus: Plus::Itself,
+            epilogue: Epilogue::Accumulate,
         };
-        self.multiply(&product)
+        self.multiply(&gemm)
     }
 
     fn step(&self, rows: StepRows) -> Result<Step<D>> {

@@ -1,4 +1,4 @@
-//! What the GPU device asks of a driver: memory, copies, launches and matrix products, all on one
+//! What the GPU device asks of a driver: memory, copies, launches and GEMMs, all on one
 //! stream. Two exist: CUDA's (feature `cuda`), and the simulated GPU of the tests.
 
 use std::fmt::Debug;
@@ -105,16 +105,16 @@ pub trait Driver: Debug + Send + Sync {
     /// What the driver says.
     unsafe fn launch<P: Copy>(&self, launch: &Launch, params: &P) -> Result<(), Error>;
 
-    /// A matrix product, see [`Product`].
+    /// Computes a GEMM, see [`Gemm`].
     ///
     /// # Safety
     /// Its matrices are memory of this device, and `c` overlaps neither `a` nor `b`.
     ///
     /// # Errors
     /// What the driver says.
-    unsafe fn product(&self, product: &Product) -> Result<(), Error>;
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), Error>;
 
-    /// From here on zeros, copies, launches and products are recorded instead of done, until [`Driver::recorded`].
+    /// From here on zeros, copies, launches and GEMMs are recorded instead of done, until [`Driver::recorded`].
     /// Uploads and downloads are refused meanwhile.
     ///
     /// # Errors
@@ -137,17 +137,17 @@ pub trait Driver: Debug + Send + Sync {
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), Error>;
 }
 
-/// `c = a b`, or what [`Plus`] says is added, row-major, `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.
+/// `c = a b` with an [`Epilogue`], row-major: `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.
 ///
-/// An element's bits depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and what is added;
+/// An element's bits depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and the epilogue;
 /// never on `m` or on which row it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Product {
+pub struct Gemm {
     /// Rows of `a` and `c`.
     pub m: usize,
     /// Columns of `b` and `c`.
     pub n: usize,
-    /// What is summed over.
+    /// Length of the sums.
     pub k: usize,
     /// The left matrix.
     pub a: Operand,
@@ -159,19 +159,19 @@ pub struct Product {
     pub c_stride: usize,
     /// f32 or bf16.
     pub c_kind: Kind,
-    /// What is added before the sum is rounded.
-    pub plus: Plus,
+    /// Applied to the f32 sums before they are rounded.
+    pub epilogue: Epilogue,
 }
 
-/// What a product is added to.
+/// What a GEMM does with its sums before it stores them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Plus {
-    /// Nothing: `=`.
-    Nothing,
-    /// What is there: `+=`.
-    Itself,
-    /// Rows of the result's kind elsewhere, which do not overlap it: `c = a b + rows`.
-    Rows {
+pub enum Epilogue {
+    /// `c = a b`.
+    Store,
+    /// `c += a b`.
+    Accumulate,
+    /// `c = a b + rows`, where `rows` have the kind of `c` and do not overlap it.
+    AddRows {
         /// Where they begin.
         address: u64,
         /// Elements from one row to the next.
@@ -179,7 +179,7 @@ pub enum Plus {
     },
 }
 
-/// An input of a product.
+/// An input of a GEMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Operand {
     /// Where it begins.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Driver, Product};
+use super::driver::{Driver, Gemm};
 use crate::cuda::kernels::{Error, Kernels, Launch};
 use crate::device::{DeviceError, OutOfMemory};
 
@@ -122,7 +122,7 @@ impl<K: Kernels + Send + Sync> Driver for DryRun<K> {
         Ok(())
     }
 
-    unsafe fn product(&self, _: &Product) -> Result<(), Error> {
+    unsafe fn gemm(&self, _: &Gemm) -> Result<(), Error> {
         Ok(())
     }
 

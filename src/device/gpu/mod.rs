@@ -1,6 +1,6 @@
 //! The GPU device: [`Gpu`], over any [`Driver`].
 //!
-//! Activations and the products' copies of weights are bf16; statistics of rows, logits, gradients of weights and
+//! Activations and the GEMMs' copies of weights are bf16; statistics of rows, logits, gradients of weights and
 //! whatever the optimizer holds are f32 ([`Kind`]). Work is put on one stream, in order; nothing waits but reading back
 //! to the host.
 //!
@@ -27,7 +27,7 @@ mod step;
 use std::fmt;
 use std::sync::Arc;
 
-pub use driver::{Driver, Operand, Plus, Product};
+pub use driver::{Driver, Epilogue, Gemm, Operand};
 pub use dry_run::DryRun;
 pub use memory::{Held, MemoryUse};
 pub use plan::{MemoryPlan, PoolPlace};

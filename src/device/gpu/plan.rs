@@ -6,7 +6,7 @@ use super::{Driver, DryRun, Gpu, MemoryUse};
 use crate::cuda::kernels::{self, Kernels};
 use crate::device::{DeviceError, HostMemory, OutOfMemory, Purpose};
 
-/// Device memory that a plan leaves: for kernels that are loaded while running, and for products that compare
+/// Device memory that a plan leaves: for kernels that are loaded while running, and for GEMMs that compare
 /// algorithms.
 const SPARE_BYTES: usize = 96 << 20;
 

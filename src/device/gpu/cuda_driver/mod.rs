@@ -1,21 +1,21 @@
-//! NVIDIA's driver under the GPU device: kernels loaded at run time, products by cuBLASLt.
+//! NVIDIA's driver under the GPU device: kernels loaded at run time, GEMMs by cuBLASLt.
 
+mod gemm;
 mod host;
 mod peak;
-mod products;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
-use super::driver::{Driver, Product};
+use super::driver::{Driver, Gemm};
 use crate::cuda::kernels::{DriverKernels, DriverStream, Error, Launch, Launcher};
 use crate::cuda::{self, DeviceInfo, driver_error};
 use crate::device::{DeviceError, OutOfMemory};
 
-pub use products::Choice;
-use products::Products;
+pub use gemm::Choice;
+use gemm::CublasLt;
 
 /// Memory is asked of the driver in pieces of this size.
 const REGION_BYTES: usize = 256 << 20;
@@ -25,7 +25,7 @@ const REGION_BYTES: usize = 256 << 20;
 pub struct Cuda {
     kernels: Arc<DriverKernels>,
     stream: Arc<CudaStream>,
-    products: Products,
+    cublas: CublasLt,
     info: DeviceInfo,
     /// Whether calls are recorded.
     recording: AtomicBool,
@@ -67,7 +67,7 @@ impl Cuda {
             .map_err(|error| driver_error("making a stream", error))?;
         Ok(Self {
             info: DeviceInfo::of(&context)?,
-            products: Products::new(choice)?,
+            cublas: CublasLt::new(choice)?,
             kernels: Arc::new(DriverKernels::new(&context)?),
             stream,
             recording: AtomicBool::new(false),
@@ -202,10 +202,10 @@ impl Driver for Cuda {
         unsafe { self.launcher()?.launch(launch, params) }
     }
 
-    unsafe fn product(&self, product: &Product) -> Result<(), Error> {
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {
         self.bind()?;
         // SAFETY: as above; the stream is of the current context.
-        unsafe { self.products.run(self.stream.cu_stream(), product) }.map_err(Into::into)
+        unsafe { self.cublas.run(self.stream.cu_stream(), gemm) }.map_err(Into::into)
     }
 
     fn record(&self) -> Result<(), Error> {

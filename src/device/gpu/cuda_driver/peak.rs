@@ -1,12 +1,12 @@
-//! The speed of products on this GPU, which a run's own speed is held against.
+//! The speed of GEMMs on this GPU, which a run's own speed is held against.
 
 use std::time::Instant;
 
 use super::Cuda;
-use crate::device::gpu::driver::{Driver, Operand, Plus, Product};
+use crate::device::gpu::driver::{Driver, Epilogue, Gemm, Operand};
 use crate::device::{DeviceError, Kind};
 
-/// Rows, columns and summed index of the product that is timed.
+/// Rows, columns and summed index of the GEMM that is timed.
 const SIDE: usize = 8192;
 const REPEATS: u32 = 10;
 /// Bytes of random numbers that the matrices are filled with, again and again.
@@ -29,7 +29,7 @@ impl Drop for Held<'_> {
 }
 
 impl Cuda {
-    /// Operations a second of a large product in bf16, measured now: 2 m n k over the time of one of ten. Takes 384 MiB
+    /// Operations a second of a large GEMM in bf16, measured now: 2 m n k over the time of one of ten. Takes 384 MiB
     /// for some 20 ms.
     ///
     /// # Errors
@@ -53,7 +53,7 @@ impl Cuda {
             stride: SIDE,
             transposed,
         };
-        let product = Product {
+        let gemm = Gemm {
             m: SIDE,
             n: SIDE,
             k: SIDE,
@@ -62,16 +62,16 @@ impl Cuda {
             c: c.1,
             c_stride: SIDE,
             c_kind: Kind::Activation,
-            plus: Plus::Nothing,
+            epilogue: Epilogue::Store,
         };
         let mut some = [0; 2];
         let mut run = |times: u32| -> Result<f64, DeviceError> {
             let begin = Instant::now();
             for _ in 0..times {
                 // SAFETY: three matrices of that size; `c` is not `a` or `b`.
-                unsafe { self.product(&product)? };
+                unsafe { self.gemm(&gemm)? };
             }
-            // SAFETY: the product has written it.
+            // SAFETY: the GEMM has written it.
             unsafe { self.download(c.1, &mut some)? };
             Ok(begin.elapsed().as_secs_f64())
         };
@@ -82,7 +82,7 @@ impl Cuda {
     }
 }
 
-/// bf16 between -1 and 1: the time of a product depends on its numbers.
+/// bf16 between -1 and 1: the time of a GEMM depends on its numbers.
 fn pattern() -> Vec<u8> {
     let mut state = 1u64;
     let next = |_| {

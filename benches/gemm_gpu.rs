@@ -1,7 +1,7 @@
-//! Matrix products on the GPU: whether a row has the same bits in any number of rows, and what that costs against
+//! GEMMs on the GPU: whether a row has the same bits in any number of rows, and what that costs against
 //! cuBLASLt's own choice of algorithm for each number of rows.
 //!
-//! `cargo bench --features cuda --bench products_gpu`. Shapes are those of a Llama-2-7B and a Llama-3.2-1B layer and
+//! `cargo bench --features cuda --bench gemm_gpu`. Shapes are those of a Llama-2-7B and a Llama-3.2-1B layer and
 //! head. Times are the median of events around [`REPEATS`] calls, both choices in turn.
 
 use std::error::Error;
@@ -10,7 +10,7 @@ use std::io::Write;
 use cudarc::driver::sys::CUevent_flags;
 use segattn::device::Kind;
 use segattn::device::gpu::cuda_driver::{Choice, Cuda};
-use segattn::device::gpu::{Driver, Operand, Plus, Product};
+use segattn::device::gpu::{Driver, Epilogue, Gemm, Operand};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     println!("{}", same.description());
     println!(
         "{:14} {:>7} {:>7} {:>6}  rows: same bits us / free us (ratio) ...",
-        "product", "n", "k", "bits"
+        "gemm", "n", "k", "bits"
     );
     for (name, n, k, transposed, kind) in SHAPES {
         let most = ROWS[ROWS.len() - 1];
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
             stride,
             transposed,
         };
-        let product = |m| Product {
+        let gemm = |m| Gemm {
             m,
             n,
             k,
@@ -67,15 +67,15 @@ fn main() -> Result<()> {
             c,
             c_stride: n,
             c_kind: kind,
-            plus: Plus::Nothing,
+            epilogue: Epilogue::Store,
         };
-        let equal = check(&same, product, bytes)?;
+        let equal = check(&same, gemm, bytes)?;
         print!(
             "{name:14} {n:7} {k:7} {:>6} ",
             if equal { "equal" } else { "DIFFER" }
         );
         for m in ROWS {
-            let (ours, theirs) = (time(&same, &product(m))?, time(&free, &product(m))?);
+            let (ours, theirs) = (time(&same, &gemm(m))?, time(&free, &gemm(m))?);
             print!(" {m}: {ours:.1}/{theirs:.1} ({:.2})", ours / theirs);
             std::io::stdout().flush()?;
         }
@@ -89,14 +89,14 @@ fn main() -> Result<()> {
 }
 
 /// Whether the first rows have the bits that they have among all.
-fn check(cuda: &Cuda, product: impl Fn(usize) -> Product, bytes: usize) -> Result<bool> {
+fn check(cuda: &Cuda, gemm: impl Fn(usize) -> Gemm, bytes: usize) -> Result<bool> {
     let read = |m: usize, rows: usize| -> Result<Vec<u8>> {
-        let p = product(m);
+        let p = gemm(m);
         let mut values = vec![0; rows * p.n * bytes];
         // SAFETY: the matrices are allocated for more rows.
         unsafe {
             cuda.zero(p.c, m * p.n * bytes)?;
-            cuda.product(&p)?;
+            cuda.gemm(&p)?;
             cuda.download(p.c, &mut values)?;
         }
         Ok(values)
@@ -113,8 +113,8 @@ fn check(cuda: &Cuda, product: impl Fn(usize) -> Product, bytes: usize) -> Resul
     Ok(true)
 }
 
-/// Microseconds of a product: the median of several measurements.
-fn time(cuda: &Cuda, product: &Product) -> Result<f64> {
+/// Microseconds of a GEMM: the median of several measurements.
+fn time(cuda: &Cuda, gemm: &Gemm) -> Result<f64> {
     let stream = cuda.stream();
     let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
     let mut times = Vec::new();
@@ -122,7 +122,7 @@ fn time(cuda: &Cuda, product: &Product) -> Result<f64> {
         let begin = stream.record_event(flags)?;
         for _ in 0..REPEATS {
             // SAFETY: as above.
-            unsafe { cuda.product(product)? };
+            unsafe { cuda.gemm(gemm)? };
         }
         let end = stream.record_event(flags)?;
         end.synchronize()?;

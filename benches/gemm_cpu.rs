@@ -1,4 +1,4 @@
-//! Matrix products of the CPU device: 256 rows against the `gemm` crate, one row against the
+//! GEMMs of the CPU device: 256 rows against the `gemm` crate, one row against the
 //! bandwidth at which the same weights can be read, both measured in this run on the same threads.
 //!
 //! Criterion reports the times; the ratios are printed first, each from the best of interleaved
@@ -13,8 +13,8 @@ use gemm::Parallelism;
 use measure::{best, read_all};
 use rayon::prelude::*;
 use segattn::device::cpu::PackedMatrix;
-use segattn::device::cpu::product::{
-    Strided, gemm as product, linear, linear_input_grad, linear_weight_grad,
+use segattn::device::cpu::gemm::{
+    Strided, gemm as our_gemm, linear, linear_input_grad, linear_weight_grad,
 };
 
 /// rows, outputs, inputs.
@@ -34,7 +34,7 @@ fn values(len: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Buffers of one layer's three products.
+/// Buffers of one layer's three GEMMs.
 struct Layer {
     shape: [usize; 3],
     x: Vec<f32>,
@@ -100,7 +100,7 @@ impl Layer {
             Strided::rows(&self.x, inputs),
             Strided::columns(&self.w, inputs),
         );
-        product([rows, outputs, inputs], x, w, &mut self.y, outputs, false);
+        our_gemm([rows, outputs, inputs], x, w, &mut self.y, outputs, false);
     }
 
     /// The forward by the `gemm` crate: y = x wᵀ.
@@ -226,8 +226,8 @@ fn ratios() {
     }
 }
 
-fn products(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("products");
+fn gemms(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("gemm");
     for shape in TRAINING {
         let mut layer = Layer::new(shape);
         let name = shape.map(|d| d.to_string()).join("x");
@@ -247,7 +247,7 @@ fn products(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(timed, products);
+criterion_group!(timed, gemms);
 
 fn main() {
     ratios();

@@ -1,9 +1,9 @@
-//! Matrix products of the CPU device: right against f64, and every element the same bits whatever
+//! GEMMs of the CPU device: right against f64, and every element the same bits whatever
 //! surrounds it: other rows, threads, strides, or a sum done in two calls.
 
 use proptest::prelude::*;
 use segattn::device::cpu::PackedMatrix;
-use segattn::device::cpu::product::{Strided, gemm, linear, linear_input_grad, linear_weight_grad};
+use segattn::device::cpu::gemm::{Strided, gemm, linear, linear_input_grad, linear_weight_grad};
 
 /// Reproducible values of mixed sign and size with a mean off zero.
 fn values(len: usize, seed: u64) -> Vec<f32> {

@@ -1,4 +1,4 @@
-//! Matrix products for training and decoding.
+//! GEMMs for training and decoding.
 //!
 //! Every element of every result is one chain of fused multiply-adds over the summed index,
 //! ascending, that starts from 0, or from the value already there when accumulating. Long sums are
@@ -43,7 +43,7 @@ pub fn linear(
 ) {
     let shape = [rows, w.outputs(), w.inputs()];
     let c = Out::new(y, y_stride, shape, accumulate);
-    packed_product(Isa::best(), Strided::rows(x, x_stride), w.panels(), &c);
+    packed_gemm(Isa::best(), Strided::rows(x, x_stride), w.panels(), &c);
 }
 
 /// dx\[rows, in\] (+)= dy\[rows, out\] w, summed over outputs ascending.
@@ -63,10 +63,10 @@ pub fn linear_input_grad(
     let dy = Strided::rows(dy, dy_stride);
     let c = Out::new(dx, dx_stride, shape, accumulate);
     match w.transposed() {
-        Some(panels) => packed_product(Isa::best(), dy, panels, &c),
+        Some(panels) => packed_gemm(Isa::best(), dy, panels, &c),
         None => {
             let fill = |to: &mut [f32], p, j, cols| w.fill_transposed(to, p, j, cols);
-            packing_product(Isa::best(), dy, fill, &c);
+            packing_gemm(Isa::best(), dy, fill, &c);
         }
     }
 }
@@ -121,10 +121,10 @@ fn gemm_on(
         "length of b"
     );
     let fill = |to: &mut [f32], p, j, cols| fill_panel(to, b.from(p, j), cols);
-    packing_product(isa, a, fill, &out);
+    packing_gemm(isa, a, fill, &out);
 }
 
-/// C and the shape of the product that is written to it.
+/// C and the shape of the GEMM that is written to it.
 #[derive(Clone, Copy)]
 struct Out {
     c: *mut f32,
@@ -234,8 +234,8 @@ fn share(len: usize, parts: usize, at: usize) -> Range<usize> {
     len * at / parts..len * (at + 1) / parts
 }
 
-/// The product with a B that is packed block by block: `fill(panel, p, j, cols)` writes B from (p, j).
-fn packing_product(
+/// The GEMM with a B that is packed block by block: `fill(panel, p, j, cols)` writes B from (p, j).
+fn packing_gemm(
     isa: Isa,
     a: Strided,
     fill: impl Fn(&mut [f32], usize, usize, usize) + Sync + Send,
@@ -262,13 +262,13 @@ fn packing_product(
             } else {
                 panels.chunks_mut(part.k * NR).enumerate().for_each(pack);
             }
-            packed_product(isa, a.from(0, p), panels, &part);
+            packed_gemm(isa, a.from(0, p), panels, &part);
         }
     }
 }
 
-/// The product with panels of B that cover all of `out`'s columns and k.
-fn packed_product(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
+/// The GEMM with panels of B that cover all of `out`'s columns and k.
+fn packed_gemm(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
     if out.is_empty() {
         return;
     }

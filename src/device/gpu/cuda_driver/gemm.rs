@@ -1,4 +1,4 @@
-//! Matrix products by cuBLASLt, whose rows have the same bits however many there are.
+//! GEMMs by cuBLASLt, whose rows have the same bits however many there are.
 //!
 //! cuBLASLt chooses an algorithm by the number of rows too, and may split the summed index: both change bits. Here
 //! every shape has a *reference* algorithm, chosen at [`REFERENCE_ROWS`] rows among those that do not split. For few
@@ -16,7 +16,7 @@ use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
 use super::super::bytes_of;
-use super::super::driver::{Operand, Plus, Product};
+use super::super::driver::{Epilogue, Gemm, Operand};
 use super::failed;
 use crate::cuda::{Error, driver_error};
 use crate::device::Kind;
@@ -42,7 +42,7 @@ pub enum Choice {
     Free,
 }
 
-/// A product but for its rows and addresses.
+/// A GEMM but for its rows and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     n: usize,
@@ -54,7 +54,7 @@ struct Shape {
     strides: [usize; 3],
     c_kind: Kind,
     /// Elements between rows of what is added, if anything is.
-    plus: Option<usize>,
+    epilogue: Option<usize>,
 }
 
 /// The algorithm for up to so many rows.
@@ -66,7 +66,7 @@ struct Range {
 }
 
 /// cuBLASLt, and the algorithms it has chosen.
-pub(super) struct Products {
+pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     choice: Choice,
     chosen: Mutex<HashMap<Shape, Vec<Range>>>,
@@ -74,17 +74,17 @@ pub(super) struct Products {
 }
 
 // SAFETY: cuBLASLt's handle may be used from several threads.
-unsafe impl Send for Products {}
+unsafe impl Send for CublasLt {}
 // SAFETY: as above.
-unsafe impl Sync for Products {}
+unsafe impl Sync for CublasLt {}
 
-impl std::fmt::Debug for Products {
+impl std::fmt::Debug for CublasLt {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Products({:?})", self.choice)
+        write!(f, "CublasLt({:?})", self.choice)
     }
 }
 
-impl Products {
+impl CublasLt {
     /// Loads cuBLASLt in the current context.
     pub fn new(choice: Choice) -> Result<Self, Error> {
         // SAFETY: loading the library runs its constructors and nothing else.
@@ -96,63 +96,63 @@ impl Products {
         let handle =
             cudarc::cublaslt::result::create_handle().map_err(|e| said("cublasLtCreate", e.0))?;
         // From here on the handle is destroyed on every path.
-        let mut products = Self {
+        let mut cublas = Self {
             handle,
             choice,
             chosen: Mutex::default(),
             workspace: 0,
         };
         if choice == Choice::Free {
-            products.workspace = allocate(FREE_WORKSPACE)?;
+            cublas.workspace = allocate(FREE_WORKSPACE)?;
         }
-        Ok(products)
+        Ok(cublas)
     }
 
-    /// Puts a product on a stream of the current context.
+    /// Puts a GEMM on a stream of the current context.
     ///
     /// # Safety
-    /// As [`Driver::product`](super::super::Driver::product).
-    pub unsafe fn run(&self, stream: CUstream, product: &Product) -> Result<(), Error> {
-        let range = self.range(stream, product)?;
+    /// As [`Driver::gemm`](super::super::Driver::gemm).
+    pub unsafe fn run(&self, stream: CUstream, gemm: &Gemm) -> Result<(), Error> {
+        let range = self.range(stream, gemm)?;
         // SAFETY: the caller's promise.
-        unsafe { self.multiply(stream, product, &range) }
+        unsafe { self.multiply(stream, gemm, &range) }
     }
 
-    fn range(&self, stream: CUstream, product: &Product) -> Result<Range, Error> {
-        let by_rows = self.choice == Choice::SameBits && !product.a.transposed;
+    fn range(&self, stream: CUstream, gemm: &Gemm) -> Result<Range, Error> {
+        let by_rows = self.choice == Choice::SameBits && !gemm.a.transposed;
         let free = self.choice == Choice::Free;
         let shape = Shape {
-            n: product.n,
-            k: if product.a.transposed && !free {
+            n: gemm.n,
+            k: if gemm.a.transposed && !free {
                 0
             } else {
-                product.k
+                gemm.k
             },
-            m: if by_rows { 0 } else { product.m },
-            transposed: [product.a.transposed, product.b.transposed],
-            strides: [product.a.stride, product.b.stride, product.c_stride],
-            c_kind: product.c_kind,
-            plus: added(product).map(|(_, stride)| stride),
+            m: if by_rows { 0 } else { gemm.m },
+            transposed: [gemm.a.transposed, gemm.b.transposed],
+            strides: [gemm.a.stride, gemm.b.stride, gemm.c_stride],
+            c_kind: gemm.c_kind,
+            epilogue: added(gemm).map(|(_, stride)| stride),
         };
         let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
         let ranges = match chosen.entry(shape) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => unknown.insert(match (self.choice, by_rows) {
-                (Choice::Free, _) => vec![self.first(product)?],
-                (_, true) => self.by_rows(stream, product)?,
-                (_, false) => vec![self.first(&Product {
+                (Choice::Free, _) => vec![self.first(gemm)?],
+                (_, true) => self.by_rows(stream, gemm)?,
+                (_, false) => vec![self.first(&Gemm {
                     k: REFERENCE_ROWS,
-                    ..*product
+                    ..*gemm
                 })?],
             }),
         };
-        let of_rows = ranges.iter().find(|r| product.m <= r.rows);
+        let of_rows = ranges.iter().find(|r| gemm.m <= r.rows);
         Ok(*of_rows.unwrap_or(&ranges[ranges.len() - 1]))
     }
 
     /// What cuBLASLt likes best.
-    fn first(&self, product: &Product) -> Result<Range, Error> {
-        self.candidates(product)?.first().copied().ok_or_else(|| {
+    fn first(&self, gemm: &Gemm) -> Result<Range, Error> {
+        self.candidates(gemm)?.first().copied().ok_or_else(|| {
             said(
                 "cublasLtMatmulAlgoGetHeuristic",
                 sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
@@ -161,19 +161,16 @@ impl Products {
     }
 
     /// An algorithm for each range of rows, all of equal bits.
-    fn by_rows(&self, stream: CUstream, product: &Product) -> Result<Vec<Range>, Error> {
-        let reference = self.first(&Product {
+    fn by_rows(&self, stream: CUstream, gemm: &Gemm) -> Result<Vec<Range>, Error> {
+        let reference = self.first(&Gemm {
             m: REFERENCE_ROWS,
-            ..*product
+            ..*gemm
         })?;
-        let check = Check::new(self, stream, product, &reference)?;
+        let check = Check::new(self, stream, gemm, &reference)?;
         let mut ranges = Vec::with_capacity(RANGES.len() + 1);
         for rows in RANGES {
             let mut algorithm = reference.algorithm;
-            for candidate in self.candidates(&Product {
-                m: rows,
-                ..*product
-            })? {
+            for candidate in self.candidates(&Gemm { m: rows, ..*gemm })? {
                 if candidate.algorithm == reference.algorithm
                     || check.same_bits(self, stream, &candidate)?
                 {
@@ -194,10 +191,10 @@ impl Products {
         Ok(ranges)
     }
 
-    /// Algorithms for a product, best first by cuBLASLt's estimate.
-    fn candidates(&self, product: &Product) -> Result<Vec<Range>, Error> {
+    /// Algorithms for a GEMM, best first by cuBLASLt's estimate.
+    fn candidates(&self, gemm: &Gemm) -> Result<Vec<Range>, Error> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
-        let call = Call::new(product)?;
+        let call = Call::new(gemm)?;
         let preference = Preference::new()?;
         let (workspace, reductions) = match self.choice {
             Choice::SameBits => (
@@ -220,22 +217,22 @@ impl Products {
         for (attribute, alignment) in [
             (
                 Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                alignment(2, product.b.stride),
+                alignment(2, gemm.b.stride),
             ),
             (
                 Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                alignment(2, product.a.stride),
+                alignment(2, gemm.a.stride),
             ),
             (
                 Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
                 alignment(
-                    bytes_of(product.c_kind),
-                    added(product).map_or(product.c_stride, |(_, stride)| stride),
+                    bytes_of(gemm.c_kind),
+                    added(gemm).map_or(gemm.c_stride, |(_, stride)| stride),
                 ),
             ),
             (
                 Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-                alignment(bytes_of(product.c_kind), product.c_stride),
+                alignment(bytes_of(gemm.c_kind), gemm.c_stride),
             ),
         ] {
             preference.set(attribute, &alignment)?;
@@ -246,7 +243,7 @@ impl Products {
         let status = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
-                call.product.0,
+                call.gemm.0,
                 call.a.0,
                 call.b.0,
                 call.c.0,
@@ -275,27 +272,22 @@ impl Products {
     }
 
     /// # Safety
-    /// As [`Products::run`].
-    unsafe fn multiply(
-        &self,
-        stream: CUstream,
-        product: &Product,
-        range: &Range,
-    ) -> Result<(), Error> {
-        let call = Call::new(product)?;
-        let plus = added(product);
-        let (alpha, beta) = (1f32, f32::from(u8::from(plus.is_some())));
-        let d = product.c as *mut c_void;
-        let c = plus.map_or(d, |(address, _)| address as *mut c_void);
+    /// As [`CublasLt::run`].
+    unsafe fn multiply(&self, stream: CUstream, gemm: &Gemm, range: &Range) -> Result<(), Error> {
+        let call = Call::new(gemm)?;
+        let epilogue = added(gemm);
+        let (alpha, beta) = (1f32, f32::from(u8::from(epilogue.is_some())));
+        let d = gemm.c as *mut c_void;
+        let c = epilogue.map_or(d, |(address, _)| address as *mut c_void);
         // SAFETY: the caller's promise; row-major matrices are column-major ones transposed, so b comes first.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.handle,
-                call.product.0,
+                call.gemm.0,
                 std::ptr::from_ref(&alpha).cast(),
-                product.b.address as *const c_void,
+                gemm.b.address as *const c_void,
                 call.a.0,
-                product.a.address as *const c_void,
+                gemm.a.address as *const c_void,
                 call.b.0,
                 std::ptr::from_ref(&beta).cast(),
                 c.cast_const(),
@@ -312,7 +304,7 @@ impl Products {
     }
 }
 
-impl Drop for Products {
+impl Drop for CublasLt {
     fn drop(&mut self) {
         // SAFETY: the handle is valid and used by nobody any more; cuBLASLt waits for nothing of its own.
         let _ = unsafe { cudarc::cublaslt::result::destroy_handle(self.handle) };
@@ -323,9 +315,9 @@ impl Drop for Products {
     }
 }
 
-/// Random inputs of a product's summed index, and what the reference makes of them.
+/// Random inputs of a GEMM's summed index, and what the reference makes of them.
 struct Check {
-    product: Product,
+    gemm: Gemm,
     /// a, b, c.
     memory: [Memory; 3],
     expected: Vec<u8>,
@@ -333,73 +325,73 @@ struct Check {
 
 impl Check {
     fn new(
-        products: &Products,
+        cublas: &CublasLt,
         stream: CUstream,
-        product: &Product,
+        gemm: &Gemm,
         reference: &Range,
     ) -> Result<Self, Error> {
-        let (m, n) = (CHECKED[0], product.n.min(CHECKED[1]));
-        let (b_rows, b_columns) = if product.b.transposed {
-            (n, product.k)
+        let (m, n) = (CHECKED[0], gemm.n.min(CHECKED[1]));
+        let (b_rows, b_columns) = if gemm.b.transposed {
+            (n, gemm.k)
         } else {
-            (product.k, n)
+            (gemm.k, n)
         };
         let memory = [
-            Memory::random(m * product.k, 1)?,
+            Memory::random(m * gemm.k, 1)?,
             Memory::random(b_rows * b_columns, 2)?,
-            Memory::new(m * n * bytes_of(product.c_kind))?,
+            Memory::new(m * n * bytes_of(gemm.c_kind))?,
         ];
         let operand = |i: usize, stride| Operand {
             address: memory[i].0,
             stride,
             transposed: false,
         };
-        let product = Product {
+        let gemm = Gemm {
             m,
             n,
-            a: operand(0, product.k),
+            a: operand(0, gemm.k),
             b: Operand {
-                transposed: product.b.transposed,
+                transposed: gemm.b.transposed,
                 ..operand(1, b_columns)
             },
             c: memory[2].0,
             c_stride: n,
-            plus: match product.plus {
-                Plus::Nothing => Plus::Nothing,
-                Plus::Itself | Plus::Rows { .. } => Plus::Itself,
+            epilogue: match gemm.epilogue {
+                Epilogue::Store => Epilogue::Store,
+                Epilogue::Accumulate | Epilogue::AddRows { .. } => Epilogue::Accumulate,
             },
-            ..*product
+            ..*gemm
         };
         let mut check = Self {
-            product,
+            gemm,
             memory,
             expected: Vec::new(),
         };
-        check.expected = check.run(products, stream, reference)?;
+        check.expected = check.run(cublas, stream, reference)?;
         Ok(check)
     }
 
     fn same_bits(
         &self,
-        products: &Products,
+        cublas: &CublasLt,
         stream: CUstream,
         candidate: &Range,
     ) -> Result<bool, Error> {
-        Ok(self.run(products, stream, candidate)? == self.expected)
+        Ok(self.run(cublas, stream, candidate)? == self.expected)
     }
 
-    fn run(&self, products: &Products, stream: CUstream, range: &Range) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; self.product.m * self.product.n * bytes_of(self.product.c_kind)];
+    fn run(&self, cublas: &CublasLt, stream: CUstream, range: &Range) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; self.gemm.m * self.gemm.n * bytes_of(self.gemm.c_kind)];
         let at = self.memory[2].0;
         // SAFETY: the memory is this check's, of these sizes; the stream is waited for.
         unsafe {
             driver::memset_d8_async(at, 0, bytes.len(), stream)
                 .map_err(|e| driver_error("clearing memory", e))?;
-            products.multiply(stream, &self.product, range)?;
+            cublas.multiply(stream, &self.gemm, range)?;
             driver::memcpy_dtoh_async(&mut bytes, at, stream)
                 .map_err(|e| driver_error("reading back", e))?;
             driver::stream::synchronize(stream)
-                .map_err(|e| driver_error("waiting for a product", e))?;
+                .map_err(|e| driver_error("waiting for a GEMM", e))?;
         }
         Ok(bytes)
     }
@@ -441,15 +433,15 @@ impl Drop for Memory {
 fn allocate(bytes: usize) -> Result<u64, Error> {
     // SAFETY: what is read was written before.
     unsafe { driver::malloc_sync(bytes.max(1)) }
-        .map_err(|e| driver_error("allocating memory for products", e))
+        .map_err(|e| driver_error("allocating memory for GEMMs", e))
 }
 
-/// Address and stride of what a product is added to.
-fn added(product: &Product) -> Option<(u64, usize)> {
-    match product.plus {
-        Plus::Nothing => None,
-        Plus::Itself => Some((product.c, product.c_stride)),
-        Plus::Rows { address, stride } => Some((address, stride)),
+/// Address and stride of what a GEMM is added to.
+fn added(gemm: &Gemm) -> Option<(u64, usize)> {
+    match gemm.epilogue {
+        Epilogue::Store => None,
+        Epilogue::Accumulate => Some((gemm.c, gemm.c_stride)),
+        Epilogue::AddRows { address, stride } => Some((address, stride)),
     }
 }
 
@@ -459,9 +451,9 @@ fn alignment(element: usize, stride: usize) -> u32 {
     (1u32 << bytes.trailing_zeros().min(4)).max(element as u32)
 }
 
-/// cuBLASLt's descriptors of a product: `d = a b + c` in its names.
+/// cuBLASLt's descriptors of a GEMM: `d = a b + c` in its names.
 struct Call {
-    product: Description,
+    gemm: Description,
     a: MatrixLayout,
     b: MatrixLayout,
     c: MatrixLayout,
@@ -469,11 +461,11 @@ struct Call {
 }
 
 impl Call {
-    fn new(product: &Product) -> Result<Self, Error> {
+    fn new(gemm: &Gemm) -> Result<Self, Error> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Product { m, n, k, a, b, .. } = *product;
+        let Gemm { m, n, k, a, b, .. } = *gemm;
         let bf16 = sys::cudaDataType_t::CUDA_R_16BF;
-        let c_type = match product.c_kind {
+        let c_type = match gemm.c_kind {
             Kind::Activation => bf16,
             Kind::Exact => sys::cudaDataType_t::CUDA_R_32F,
         };
@@ -486,7 +478,7 @@ impl Call {
             };
             MatrixLayout::new(kind, rows, columns, stride)
         };
-        let c_stride = added(product).map_or(product.c_stride, |(_, stride)| stride);
+        let c_stride = added(gemm).map_or(gemm.c_stride, |(_, stride)| stride);
         let description = Description::new()?;
         // CUBLAS_OP_N and CUBLAS_OP_T.
         let operation = |transposed: bool| i32::from(transposed);
@@ -499,11 +491,11 @@ impl Call {
             operation(a.transposed),
         )?;
         Ok(Self {
-            product: description,
+            gemm: description,
             a: layout(bf16, b.transposed, k, n, b.stride)?,
             b: layout(bf16, a.transposed, m, k, a.stride)?,
             c: layout(c_type, false, m, n, c_stride)?,
-            d: layout(c_type, false, m, n, product.c_stride)?,
+            d: layout(c_type, false, m, n, gemm.c_stride)?,
         })
     }
 }
