@@ -303,13 +303,13 @@ impl<'m, D: Device> Session<'m, D> {
     fn next_step(&mut self, feeds: &[Feed<'_>], read: &mut [usize]) -> (Step, Vec<(usize, usize)>) {
         let (mut step, mut owners) = (Step::default(), Vec::new());
         let mut kind = None;
-        for turn in 0..self.side_by_side {
+        for iteration in 0..self.side_by_side {
             for (i, feed) in feeds.iter().enumerate() {
                 let (left, position) = (&feed.tokens[read[i]..], self.positions[feed.sequence]);
                 let start = position % self.plan.segment_len;
                 let rows = left.len().min(self.plan.segment_len - start);
                 let whole = self.is_whole(rows);
-                if rows == 0 || *kind.get_or_insert(whole) != whole || (turn > 0 && !whole) {
+                if rows == 0 || *kind.get_or_insert(whole) != whole || (iteration > 0 && !whole) {
                     continue;
                 }
                 let segment = position / self.plan.segment_len;

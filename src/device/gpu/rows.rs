@@ -450,8 +450,8 @@ pub(super) fn join_qkv<D: Driver>(
     let rows = angles.len();
     let [q_width, width, qkv_width] = qkv_widths(heads)?;
     let [cos, sin] = gpu.angle_tables(tables, heads.dim, angles.iter().copied().max())?;
-    let places: Vec<i32> = angles.iter().map(|angle| *angle as i32).collect();
-    let held = gpu.upload(&places)?;
+    let indices: Vec<i32> = angles.iter().map(|angle| *angle as i32).collect();
+    let held = gpu.upload(&indices)?;
     let params = SegattnQkvParams {
         qkv: gpu.output(&d_qkv, rows, qkv_width)?,
         q: gpu.input(&d_q, rows, q_width)?,

@@ -20,8 +20,8 @@ pub struct Samplers<D: Driver> {
     state: Block<D>,
     /// Marks of the tokens in each history, `[sequences, pitch]` words.
     seen: Block<D>,
-    /// i32: the sequences selected, as many as there are or fewer.
-    places: Block<D>,
+    /// i32: indices of the selected sequences, at most as many as there are sequences.
+    row_indices: Block<D>,
     sequences: usize,
     selected: Vec<usize>,
     vocab: usize,
@@ -64,7 +64,7 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
         Ok(Self {
             state: gpu.upload(&state)?,
             seen: gpu.upload(&seen)?,
-            places: gpu.upload(&vec![0i32; sequences])?,
+            row_indices: gpu.upload(&vec![0i32; sequences])?,
             sequences,
             selected: Vec::new(),
             vocab,
@@ -86,11 +86,11 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
             self.unread = false;
         }
         if self.selected != sequences {
-            let places: Vec<i32> = sequences.iter().map(|index| *index as i32).collect();
-            let at = gpu.at(&self.places)?;
+            let indices: Vec<i32> = sequences.iter().map(|index| *index as i32).collect();
+            let at = gpu.at(&self.row_indices)?;
             self.selected.clear();
             // SAFETY: the block holds a number for each sequence, and none is selected twice.
-            unsafe { gpu.driver().upload(at, bytemuck::cast_slice(&places))? };
+            unsafe { gpu.driver().upload(at, bytemuck::cast_slice(&indices))? };
             self.selected = sequences.to_vec();
         }
         // From here on the device may choose, also by calls that were recorded.
@@ -114,7 +114,7 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
             seen: gpu.at(&self.seen)? as usize as *mut u32,
             tokens: tokens.cast(),
             log_probability: log_probability.cast(),
-            places: gpu.at(&self.places)? as usize as *const i32,
+            places: gpu.at(&self.row_indices)? as usize as *const i32,
             seen_pitch: self.vocab.div_ceil(WORD_TOKENS) as i64,
             rows: self.selected.len() as i64,
             vocab: self.vocab as i32,

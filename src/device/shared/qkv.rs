@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::device::{Accumulate, Device, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
 
-/// Rotated queries to `q`; keys, values and probes to their places in `store`.
+/// Rotated queries to `q`; keys, values and probes to their rows in `store`.
 pub(in crate::device) fn split<D: Device>(
     device: &D,
     qkv: Rows<'_, D::Buffer>,
@@ -53,7 +53,7 @@ pub(in crate::device) fn split<D: Device>(
     Ok(())
 }
 
-/// Gradients of queries and keys turned back, and of values, to rows `[q | k | v]`.
+/// Gradients of queries and keys, rotated back, and of values, to rows `[q | k | v]`.
 pub(in crate::device) fn join<D: Device>(
     device: &D,
     [d_q, d_k, d_v]: [Rows<'_, D::Buffer>; 3],
@@ -85,13 +85,13 @@ fn from_row<B>(rows: Rows<'_, B>, row: usize) -> Rows<'_, B> {
     }
 }
 
-/// Runs of places that follow each other, or of none.
-fn consecutive(places: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>> {
+/// Runs of consecutive indices, or of `None`.
+fn consecutive(indices: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let mut before = None;
-    for (i, place) in places.enumerate() {
-        let follows = match (before, place) {
-            (Some(Some(before)), Some(place)) => place == before + 1,
+    for (i, index) in indices.enumerate() {
+        let follows = match (before, index) {
+            (Some(Some(before)), Some(index)) => index == before + 1,
             (Some(None), None) => true,
             _ => false,
         };
@@ -99,7 +99,7 @@ fn consecutive(places: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>>
             Some(run) if follows => run.end = i + 1,
             _ => runs.push(i..i + 1),
         }
-        before = Some(place);
+        before = Some(index);
     }
     runs
 }
@@ -108,8 +108,8 @@ fn consecutive(places: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>>
 mod tests {
     #[test]
     fn runs_end_where_places_do_not_follow() {
-        let places = [Some(4), Some(5), Some(9), None, None, Some(10), Some(11)];
-        let runs = super::consecutive(places.into_iter());
+        let indices = [Some(4), Some(5), Some(9), None, None, Some(10), Some(11)];
+        let runs = super::consecutive(indices.into_iter());
         assert_eq!(runs, [0..2, 2..3, 3..5, 5..7]);
     }
 }

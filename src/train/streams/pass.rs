@@ -82,7 +82,7 @@ pub struct Work<'a, D: Device> {
     pass: Pass,
     spans: Range<usize>,
     /// Segment and sequence of each span.
-    places: Vec<(usize, usize)>,
+    span_indices: Vec<(usize, usize)>,
     first: usize,
     rows: usize,
     /// Gradient of the layers' output so far; `None` as long as it is zero.
@@ -109,13 +109,13 @@ impl<'a, D: Device> Work<'a, D> {
             let dst = RowsMut::packed(dst, 0, hidden);
             device.copy(src, dst, rows, hidden, Accumulate::No)?;
         }
-        let place = |i: usize| (group.segments[i], group.step.spans[i].sequence);
+        let indices = |i: usize| (group.segments[i], group.step.spans[i].sequence);
         Ok(Self {
             group: index,
             model,
             plan,
             pass,
-            places: spans.clone().map(place).collect(),
+            span_indices: spans.clone().map(indices).collect(),
             spans,
             first,
             rows,
@@ -133,7 +133,7 @@ impl<'a, D: Device> Work<'a, D> {
         let arrives = |(segment, sequence): &(usize, usize)| {
             arrivals.contains_key(&(self.pass.stream, *segment, *sequence))
         };
-        let arrived = self.places.iter().any(arrives);
+        let arrived = self.span_indices.iter().any(arrives);
         let (mut d, mut d_qkv) = match self.d.take() {
             Some(mut d) => {
                 group.prepare(self.model, self.plan, l)?;
@@ -422,7 +422,7 @@ impl<'a, D: Device> Work<'a, D> {
             StreamId::Head => StreamId::Head,
             StreamId::Stream(r) => StreamId::Stream(r - 1),
         };
-        for (i, (segment, sequence)) in self.places.iter().enumerate() {
+        for (i, (segment, sequence)) in self.span_indices.iter().enumerate() {
             if *segment == 0 {
                 continue;
             }
@@ -450,7 +450,7 @@ impl<'a, D: Device> Work<'a, D> {
         let (k_column, stride) = (self.plan.q_width(), self.plan.q_width() + 2 * width);
         let (_, _, sums) = group.layers[l].parts();
         let spans = &group.step.spans[self.spans.clone()];
-        for (span, (segment, sequence)) in spans.iter().zip(&self.places) {
+        for (span, (segment, sequence)) in spans.iter().zip(&self.span_indices) {
             let key = (self.pass.stream, *segment, *sequence);
             let Some((k, v)) = arrivals.remove(&key) else {
                 continue;
