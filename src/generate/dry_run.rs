@@ -1,6 +1,6 @@
 //! Dry run of reading and generation on a [`DryRun`](crate::device::gpu::DryRun) GPU, to measure the memory they need.
 //!
-//! It calls the code of the real run. Its time does not grow with the length of the text.
+//! It calls the code of the real run. It takes little time for texts of any length.
 
 use super::generator::{GenerateError, Generator, GeneratorConfig, Prompt};
 use super::sampler::SamplerConfig;

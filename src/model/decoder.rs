@@ -1,10 +1,16 @@
-//! The decoder's only forward. Training, scoring, prefill and decoding all call [`Decoder::forward`]
-//! with a [`Step`]: rows of one or more segments, each in a slot.
+//! The only forward pass of the decoder. Training, scoring, prefill and decoding all call [`Decoder::forward`] with a
+//! [`Step`]: rows of one or more segments, each in a slot.
 //!
-//! Per layer: norm, q/k/v, rotate and store; then every segment that starts takes its prior and past
-//! rows from its sequence's state, and every segment that is complete leaves its own there, in the
-//! spans' order, so that a successor in the same step finds them; then one attention over all slots,
-//! and the MLP. Rows never meet outside attention.
+//! A layer computes, in this order:
+//!
+//! 1. the norm, the q/k/v projection and the rotation; keys and values go to the slots;
+//! 2. the hand-over between segments, in the order of the spans: a segment that begins reads its prior and past rows
+//!    from the state of its sequence, a segment that is complete writes its own to the state. So a segment can follow
+//!    another within one step;
+//! 3. one attention call over all slots;
+//! 4. the MLP.
+//!
+//! Rows interact only in attention.
 
 use super::config::ModelConfig;
 use super::parameters::{TensorSpec, Weights, index, specs};
@@ -18,17 +24,16 @@ use crate::device::{
 pub struct Span {
     /// Index of the sequence among the step's states.
     pub sequence: usize,
-    /// Where the rows lie and which segment they belong to.
+    /// Range of rows, and the slot of their segment.
     pub rows: SlotSpan,
 }
 
-/// Rows to be computed together: spans in order of segment, then sequence, their rows one after
-/// the other from row 0 on.
+/// Rows that are computed together. Spans are sorted by segment, then by sequence. Their rows are packed from row 0 on.
 #[derive(Debug, Clone, Default)]
 pub struct Step {
     /// The spans.
     pub spans: Vec<Span>,
-    /// One token a row.
+    /// The token of each row.
     pub tokens: Vec<u32>,
 }
 
@@ -45,7 +50,7 @@ impl Step {
         self.tokens.extend_from_slice(tokens);
     }
 
-    /// For each row, the row of the angle tables with its position.
+    /// Row of the angle tables for the position of each row.
     pub fn angles(&self, plan: &Plan) -> Vec<usize> {
         let rows = self.spans.iter().map(|s| s.rows);
         rows.flat_map(|s| s.start..s.start + s.rows)
@@ -53,7 +58,7 @@ impl Step {
             .collect()
     }
 
-    /// What a device needs to know of the rows, whose slots have room for `room` rows.
+    /// Description of the rows for [`Device::step`]. A slot has room for `room` rows.
     pub fn rows(&self, plan: &Plan, room: usize) -> StepRows {
         let spans: Vec<SlotSpan> = self.spans.iter().map(|s| s.rows).collect();
         let (cache_rows, probe_rows) = (spans.iter())
@@ -71,18 +76,18 @@ impl Step {
     }
 }
 
-/// What a layer's backward needs of its forward and cannot have without running attention again.
+/// Activations of a layer that its backward pass needs and that cannot be recomputed without attention.
 #[derive(Debug)]
 pub struct LayerTape<D: Device> {
     /// The layer's input `[rows, hidden]`.
     pub x: D::Buffer,
     /// Attention's output `[rows, q_heads * head_dim]`.
     pub attended: D::Buffer,
-    /// Its log-sum-exp, of each span `[q_heads, rows]`.
+    /// Attention's log-sum-exp, `[q_heads, rows]` for each span, spans packed.
     pub lse: D::Buffer,
 }
 
-/// The rest of what a layer's backward needs: [`Decoder::derive`] computes it from the tape.
+/// The other activations that the backward pass needs. [`Decoder::derive`] recomputes them from the tape.
 #[derive(Debug)]
 pub struct Derived<D: Device> {
     /// The norm of the layer's input.
@@ -104,13 +109,13 @@ pub struct Derived<D: Device> {
 /// A model on a device.
 #[derive(Debug)]
 pub struct Decoder<D: Device> {
-    /// Where it runs.
+    /// The device it runs on.
     pub device: D,
-    /// Its shape.
+    /// Sizes and settings of the model.
     pub config: ModelConfig,
-    /// Its tensors.
+    /// Names and shapes of its tensors.
     pub specs: Vec<TensorSpec>,
-    /// Their values, prepared.
+    /// The tensors on the device, packed for GEMMs.
     pub weights: Weights<D>,
 }
 
@@ -156,7 +161,7 @@ impl<D: Device> Decoder<D> {
         })
     }
 
-    /// The head's matrix: its own, or the embedding's.
+    /// Matrix of the LM head: its own, or that of a tied embedding.
     pub fn head(&self) -> &D::Matrix {
         let i = if self.config.tie_word_embeddings {
             index::EMBEDDING
@@ -166,8 +171,8 @@ impl<D: Device> Decoder<D> {
         self.weights.matrix(i)
     }
 
-    /// Runs the step's rows through all layers. `placed` is what the device has of them
-    /// ([`Step::rows`]); `keep` receives each layer's tape and what is derived from it.
+    /// Runs the rows of a step through all layers. `placed` is [`Step::rows`] on the device. `keep` receives the tape
+    /// and the derived activations of each layer.
     pub fn forward(
         &self,
         plan: &Plan,
@@ -190,8 +195,7 @@ impl<D: Device> Decoder<D> {
         Ok(Forward { x, hidden, rstd })
     }
 
-    /// [`Decoder::forward`] as far as later rows need it, where nobody asks what these rows give: it ends with the keys
-    /// and values of the last layer.
+    /// [`Decoder::forward`] for rows whose output is not needed: it stops after the keys and values of the last layer.
     pub fn advance(
         &self,
         plan: &Plan,
@@ -235,8 +239,8 @@ impl<D: Device> Decoder<D> {
         Ok((tape, derived, next))
     }
 
-    /// A layer up to its attention: keys and values go to the slots, segments are opened and closed. Returns the normed
-    /// input, its reciprocal root mean square, and the queries.
+    /// A layer up to its attention, including the hand-over between segments. Returns the normed input, its reciprocal
+    /// root mean square, and the rotated queries.
     fn read(
         &self,
         plan: &Plan,
@@ -261,7 +265,7 @@ impl<D: Device> Decoder<D> {
         Ok((x_normed, x_rstd, q))
     }
 
-    /// Computes again, to the bit, what [`Decoder::forward`] derived from a layer's tape.
+    /// Recomputes the activations that [`Decoder::forward`] derived from a layer's tape, with the same bits.
     pub fn derive(
         &self,
         plan: &Plan,
@@ -312,7 +316,7 @@ impl<D: Device> Decoder<D> {
         Ok((y, rstd))
     }
 
-    /// The rotated queries of all rows, which `take` takes out of the rows `[q | k | v]`.
+    /// Rotated queries of all rows. `take` extracts them from the rows `[q | k | v]`.
     fn queries(
         &self,
         plan: &Plan,
@@ -336,7 +340,7 @@ impl<D: Device> Decoder<D> {
         Ok(q)
     }
 
-    /// Opens the segments that start and closes those that are complete, in the spans' order.
+    /// Opens the segments that begin and closes those that are complete, in the order of the spans.
     fn pass_on(
         &self,
         plan: &Plan,
@@ -388,7 +392,7 @@ impl<D: Device> Decoder<D> {
         Ok((out, lse))
     }
 
-    /// What each query head of a layer reads: the gate of the past, and whether the prior tail.
+    /// For each query head of a layer: the gate of the past, and whether it reads the prior tail.
     pub fn reads(&self, plan: &Plan, l: usize) -> (Vec<f32>, Vec<bool>) {
         let (reads, group) = (&plan.reads[l], plan.heads.q / plan.heads.kv);
         let gates = self.weights.gate(index::past_gate(l)).iter().enumerate();

@@ -1,8 +1,7 @@
-//! Sequences being read: prefill, scoring and decoding, through [`Decoder::forward`] alone.
+//! Prefill, scoring and decoding of sequences, all through [`Decoder::forward`].
 //!
-//! A session holds a state for each of its sequences, and slots for their segments in flight. [`Session::feed`] takes
-//! any number of tokens for any of them, a whole prompt or one token; how they are cut into calls
-//! never changes a bit of what comes out.
+//! A session holds the state of each sequence, and slots for the segments in flight. [`Session::feed`] takes any number
+//! of tokens for any of the sequences. The bits of the results do not depend on how tokens are split into calls.
 
 mod decode;
 
@@ -11,53 +10,53 @@ use super::state::{Angles, Carry, Plan, SequenceState, Slots, pretend_segment};
 use crate::device::{Accumulate, Device, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 
-/// Tokens read in one call where the model has no segments to bound what activations take.
+/// Tokens per step of a model without segments; it bounds the memory of activations.
 const PLAIN_CHUNK: usize = 1024;
 
 /// Tokens for one sequence of a session.
 #[derive(Debug, Clone, Copy)]
 pub struct Feed<'a> {
-    /// Which sequence.
+    /// Index of the sequence.
     pub sequence: usize,
     /// Its next tokens.
     pub tokens: &'a [u32],
-    /// The token that follows each, up to the last known one: its log-probability is computed.
-    /// Shorter than `tokens` or empty where it is not known or not wanted.
+    /// Targets: the next token after each of `tokens`. Their log-probabilities are computed. May be shorter than
+    /// `tokens`, or empty.
     pub targets: &'a [u32],
 }
 
-/// Sequences in flight on a model.
+/// Sequences that a model reads and continues.
 #[derive(Debug)]
 pub struct Session<'m, D: Device> {
     pub(super) model: &'m Decoder<D>,
     pub(super) plan: Plan,
     pub(super) flight: Flight<D>,
     pub(super) states: Vec<SequenceState<D>>,
-    /// Tokens each sequence has read.
+    /// Number of tokens that each sequence has read.
     pub(super) positions: Vec<usize>,
     /// Logits after the last token of each sequence `[sequences, vocab]`, where it has read any.
     pub(super) logits: D::Buffer,
-    /// Whole segments of a sequence that run side by side.
+    /// Whole segments of a sequence in one step.
     side_by_side: usize,
-    /// How the sequences choose tokens of their own, and the steps in which they do.
+    /// Samplers of the sequences, and the recorded decoding steps.
     pub(super) decoding: Decoding<D>,
 }
 
-/// The slots of a session's segments in flight. They exist from when they are first needed.
+/// Slots of a session's segments in flight, allocated on first use.
 #[derive(Debug)]
 pub(super) struct Flight<D: Device> {
     angles: Angles<D>,
     sequences: usize,
-    /// Rows that a segment can have.
+    /// Capacity of a slot, in rows.
     room: usize,
     open: Option<Slots<D>>,
     passing: Option<Slots<D>>,
 }
 
 impl<D: Device> Flight<D> {
-    /// A slot for each sequence, which keeps its segment from step to step.
+    /// One slot for each sequence, which keeps its segment across steps.
     pub(super) fn open(&mut self, device: &D, plan: &Plan) -> Result<&mut Slots<D>> {
-        // Its place is free for them: a prompt's whole segments are behind it.
+        // The slots for whole segments are not needed any more: free them first.
         self.passing = None;
         if self.open.is_none() {
             let slots = Slots::new(device, plan, &self.angles, self.sequences, self.room)?;
@@ -131,12 +130,12 @@ impl<'m, D: Device> Session<'m, D> {
         self.side_by_side
     }
 
-    /// The model that reads.
+    /// The model.
     pub fn model(&self) -> &'m Decoder<D> {
         self.model
     }
 
-    /// Most tokens that a sequence can read; `usize::MAX` where only memory for the pool bounds it.
+    /// Largest number of tokens of a sequence; `usize::MAX` where only the memory of the pool bounds it.
     pub fn capacity(&self) -> usize {
         if self.model.config.segment.is_none() || self.flight.room < self.plan.segment_len {
             self.flight.room
@@ -145,8 +144,8 @@ impl<'m, D: Device> Session<'m, D> {
         }
     }
 
-    /// Tokens that a sequence best reads at a time where many come: whole segments, and of a model without segments so
-    /// many that activations stay bounded.
+    /// Preferred number of tokens per call for long inputs: whole segments, or a fixed number for a model without
+    /// segments, so that the memory of activations is bounded.
     pub fn chunk(&self) -> usize {
         match &self.model.config.segment {
             Some(segment) => segment.segment_len.saturating_mul(self.side_by_side),
@@ -154,8 +153,8 @@ impl<'m, D: Device> Session<'m, D> {
         }
     }
 
-    /// Moves a sequence ahead as if it had read `tokens` tokens: its pool and state take the memory that they would
-    /// then, and hold anything. For dry runs.
+    /// Allocates the pool and the state as if the sequence had read `tokens` more tokens, with arbitrary contents. For
+    /// dry runs.
     pub(crate) fn pretend(&mut self, sequence: usize, tokens: usize) -> Result<()> {
         let (device, plan) = (&self.model.device, &self.plan);
         let before = self.positions[sequence];
@@ -205,9 +204,8 @@ impl<'m, D: Device> Session<'m, D> {
     /// Each sequence may be fed once a call, and not beyond the session's longest length.
     ///
     /// # Errors
-    /// What the device says. Every sequence then stands where the last complete step has left it
-    /// ([`Session::position`]), and reading the rest gives the bits that it would have given. [`Session::logits`] are
-    /// undefined until then.
+    /// Errors of the device. Every sequence is then where the last complete step left it ([`Session::position`]).
+    /// Reading the rest gives the same bits as without the error. [`Session::logits`] are undefined until then.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         let device = &self.model.device;
         let fed = device.together(|| self.feed_all(feeds));
@@ -221,7 +219,7 @@ impl<'m, D: Device> Session<'m, D> {
         Ok(scored)
     }
 
-    /// Runs `step`. If it fails, every sequence is where it was before.
+    /// Runs `step` as a transaction: if it fails, the state of every sequence is rolled back.
     fn undone_on_error<T>(&mut self, step: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let positions = self.positions.clone();
         let carries = |session: &mut Self, change: fn(&mut Carry<D>)| {
@@ -243,7 +241,7 @@ impl<'m, D: Device> Session<'m, D> {
         done
     }
 
-    /// Reads the next rows of every feed; whether there were any.
+    /// Reads the next rows of every feed. Returns whether there were any.
     fn feed_step(
         &mut self,
         feeds: &[Feed<'_>],
@@ -293,7 +291,7 @@ impl<'m, D: Device> Session<'m, D> {
         Ok(true)
     }
 
-    /// Whether rows that end in so many are a segment from its beginning to its end, which others follow.
+    /// Whether these rows are a whole segment, and other segments may follow.
     fn is_whole(&self, rows: usize) -> bool {
         self.model.config.segment.is_some() && rows == self.plan.segment_len
     }
@@ -340,7 +338,7 @@ impl<'m, D: Device> Session<'m, D> {
         device.read(&scores, 0..targets.len())
     }
 
-    /// The logits of each sequence's row, in one product: the head's weights are read once.
+    /// Computes the logits of one row of each sequence in one GEMM, so that the head's weights are read once.
     fn take_logits(&mut self, forward: &Forward<D>, ended: &[(usize, usize)]) -> Result<()> {
         let (device, hidden) = (&self.model.device, self.hidden());
         let vocab = self.model.config.vocab_size;
@@ -382,7 +380,7 @@ impl<'m, D: Device> Session<'m, D> {
     }
 }
 
-/// Runs of sequences that follow each other and whose rows do: the first sequence, its row, and how many.
+/// Runs of consecutive sequences with consecutive rows: first sequence, its row, and the length.
 fn runs(ended: &[(usize, usize)]) -> Vec<(usize, usize, usize)> {
     let mut runs: Vec<(usize, usize, usize)> = Vec::new();
     for (sequence, row) in ended {
@@ -398,7 +396,7 @@ fn runs(ended: &[(usize, usize)]) -> Vec<(usize, usize, usize)> {
     runs
 }
 
-/// Log-probability of each token but the first, `segments_per_step` segments at a time.
+/// Log-probability of each token but the first. `segments_per_step` segments run in one step.
 pub fn score<D: Device>(
     model: &Decoder<D>,
     tokens: &[u32],

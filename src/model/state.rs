@@ -1,5 +1,6 @@
-//! What a sequence carries from segment to segment: per layer the prior tail, the choice of past
-//! blocks, and the pool; and the slots that hold the segments in flight.
+//! State that a sequence carries from segment to segment, and the slots that hold segments in flight.
+//!
+//! The state of a layer is the prior tail, the selected blocks of the past, and the pool.
 
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use crate::device::{
     Rows, RowsMut, SegmentCache, SelectedBlocks, Selection,
 };
 
-/// Which KV heads of a layer read what, and their sizes.
+/// The sources that the KV heads of a layer read.
 #[derive(Debug, Clone)]
 pub struct LayerReads {
     /// Whether each KV head reads the prior tail.
@@ -20,18 +21,18 @@ pub struct LayerReads {
     pub past: Vec<usize>,
 }
 
-/// Sizes of one run of a model: segments, sources, and who reads them.
+/// Sizes of one run of a model: segments, sources, and the heads that read each source.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// Head counts.
     pub heads: Heads,
-    /// Tokens of a segment; as long as the sequence where the model is plain.
+    /// Tokens of a segment; the length of the sequence in a model without segments.
     pub segment_len: usize,
     /// Rows of the prior tail.
     pub prior_len: usize,
-    /// Most past rows.
+    /// Largest number of past rows.
     pub past_len: usize,
-    /// Rows whose queries make probes.
+    /// Last rows of a segment, whose queries are averaged into probes.
     pub probe_rows: usize,
     /// Tokens of a probe window, stride of the windows, tokens of a block.
     pub retrieval: [usize; 3],
@@ -49,7 +50,7 @@ impl Plan {
         };
         let segment = config.segment.as_ref();
         let [prior_len, past_len] = segment.map_or([0, 0], |s| [s.prior_len, s.past_len]);
-        // A source without rows is read by nobody: it has no pool, no probes, no slots.
+        // No head reads a source without rows: it needs no pool, no probes and no slots.
         let prior = |l, g| prior_len > 0 && config.reads_prior(l, g);
         let past = |l, g| past_len > 0 && config.reads_past(l, g);
         let layer = |l: usize| LayerReads {
@@ -86,7 +87,7 @@ impl Plan {
         }
     }
 
-    /// Rows of the prior tail, and past rows, that a layer with these readers needs.
+    /// Number of prior rows and of past rows that a layer with these reads needs.
     pub fn sources(&self, reads: &LayerReads) -> [usize; 2] {
         let prior = reads.prior.contains(&true);
         let past = !reads.past.is_empty();
@@ -106,7 +107,7 @@ impl Plan {
         self.heads.q * self.heads.dim
     }
 
-    /// Row of the probes that a position of a slot's segment is kept in: the last `probe_rows` are.
+    /// Row of the probes for a position of a segment; only the last `probe_rows` positions have one.
     pub fn probe_row(&self, slot: usize, position: usize) -> Option<usize> {
         let first = self.segment_len - self.probe_rows;
         (position >= first).then(|| slot * self.probe_rows + position - first)
@@ -129,7 +130,7 @@ pub struct LayerSlots<D: Device> {
 }
 
 impl<D: Device> LayerSlots<D> {
-    /// `count` empty slots for so many rows of each source, for heads that read anything of other segments or none.
+    /// `count` empty slots with room for `rows` of each source. `handed_on`: whether later segments read their keys.
     fn new(
         device: &D,
         plan: &Plan,
@@ -168,7 +169,7 @@ impl<D: Device> LayerSlots<D> {
     }
 }
 
-/// Cosines and sines of every position that a row can have, row [`Plan::origin`] + position.
+/// Cosines and sines of every position that a row can have. Position `p` is row [`Plan::origin`] + `p`.
 #[derive(Debug)]
 pub struct Angles<D: Device> {
     cos: Arc<D::Buffer>,
@@ -183,7 +184,7 @@ impl<D: Device> Clone for Angles<D> {
 }
 
 impl<D: Device> Angles<D> {
-    /// For segments of at most `room` rows.
+    /// Tables for segments of at most `room` rows.
     pub fn new(device: &D, config: &ModelConfig, plan: &Plan, room: usize) -> Result<Self> {
         let origin = plan.origin() as i64;
         let tables = Rope::new(config).tables(-origin..room as i64);
@@ -200,22 +201,22 @@ impl<D: Device> Angles<D> {
     }
 }
 
-/// Slots for segments in flight, and the angle tables they share.
+/// Slots for segments in flight, and their angle tables.
 #[derive(Debug)]
 pub struct Slots<D: Device> {
-    /// Per layer; one for all where the slots are [`Slots::passing`].
+    /// One entry per layer; a single one for all layers of [`Slots::passing`].
     pub layers: Vec<LayerSlots<D>>,
     passing: bool,
     /// Number of slots.
     pub count: usize,
-    /// Rows each slot has room for.
+    /// Capacity of a slot, in rows.
     pub room: usize,
     angles: Angles<D>,
 }
 
 impl<D: Device> Slots<D> {
-    /// `count` empty slots with room for `room` rows (a whole segment, if segments follow), which keep every layer's
-    /// rows.
+    /// `count` empty slots with room for `room` rows, which keep the rows of every layer. `room` is a whole segment if
+    /// other segments follow.
     pub fn new(
         device: &D,
         plan: &Plan,
@@ -241,8 +242,8 @@ impl<D: Device> Slots<D> {
         })
     }
 
-    /// `count` empty slots for segments that begin and end within a step whose rows need not be kept: nobody reads a
-    /// layer's keys and values once the layer is done, so the next layer takes their place.
+    /// `count` empty slots for segments that begin and end within one step without a backward pass. The keys and values
+    /// of a layer are not read after that layer, so all layers share one buffer.
     pub fn passing(device: &D, plan: &Plan, angles: &Angles<D>, count: usize) -> Result<Self> {
         let sources = plan.reads.iter().map(|reads| plan.sources(reads));
         let [prior, past] = sources.fold([0; 2], |a, b| [a[0].max(b[0]), a[1].max(b[1])]);
@@ -278,24 +279,24 @@ impl<D: Device> Slots<D> {
     }
 }
 
-/// What one layer hands from a completed segment to the next.
+/// State of one layer that a complete segment hands to the next.
 #[derive(Debug)]
 pub struct Carry<D: Device> {
     /// The last `prior_len` keys before rotation.
     pub prior_k: D::Buffer,
     /// Their values.
     pub prior_v: D::Buffer,
-    /// Rows of the tail: 0 before the first segment is complete.
+    /// Number of rows of the tail; 0 before the first segment is complete.
     pub prior_rows: usize,
     /// Blocks selected for the next segment, for each KV head in [`LayerReads::past`].
     pub selected: D::Blocks,
     /// Keys and values of all completed tokens, for the same heads.
     pub pool: Option<D::Pool>,
-    /// What a step that fails has to restore; `None` where steps cannot be undone.
+    /// Backup for a step that fails; `None` outside a transaction.
     undo: Option<Undo<D>>,
 }
 
-/// A carry's parts before the first change in a step.
+/// Parts of a [`Carry`] as they were before their first change in a step.
 #[derive(Debug)]
 struct Undo<D: Device> {
     /// Keys and values of the tail, and its rows.
@@ -304,7 +305,7 @@ struct Undo<D: Device> {
     pool_tokens: Option<usize>,
 }
 
-/// Of devices whose memory is the host's. The copy's changes cannot be undone.
+/// For devices on host memory. Changes of the copy cannot be undone.
 impl<D: Device> Clone for Carry<D>
 where
     D::Buffer: Clone,
@@ -324,7 +325,7 @@ where
 }
 
 impl<D: Device> Carry<D> {
-    /// From here on changes can be undone.
+    /// Begins a transaction: changes from here on can be undone.
     pub(super) fn begin(&mut self) {
         self.undo = Some(Undo {
             tail: None,
@@ -333,12 +334,12 @@ impl<D: Device> Carry<D> {
         });
     }
 
-    /// Keeps the changes since [`Carry::begin`].
+    /// Commits the changes since [`Carry::begin`].
     pub(super) fn commit(&mut self) {
         self.undo = None;
     }
 
-    /// Undoes the changes since [`Carry::begin`].
+    /// Rolls back the changes since [`Carry::begin`].
     pub(super) fn roll_back(&mut self) {
         let Some(undo) = self.undo.take() else {
             return;
@@ -354,7 +355,7 @@ impl<D: Device> Carry<D> {
         }
     }
 
-    /// Sets the tail's buffers aside, so that new ones are written.
+    /// Moves the buffers of the tail to the backup, so that the next write allocates new ones.
     fn keep_tail(&mut self, device: &D) -> Result<()> {
         let Some(undo) = self.undo.as_mut().filter(|undo| undo.tail.is_none()) else {
             return Ok(());
@@ -404,7 +405,7 @@ impl<D: Device> SequenceState<D> {
     }
 }
 
-/// Fills a slot's prior and past rows for the segment that begins in it.
+/// Writes the prior and past rows of a slot for the segment that begins in it.
 pub(super) fn open_segment<D: Device>(
     device: &D,
     plan: &Plan,
@@ -457,8 +458,8 @@ pub(super) fn open_segment<D: Device>(
     pool.gather(device, &carry.selected, &past, tables, [k, v])
 }
 
-/// Keeps what a completed segment leaves to the next: its tail, its tokens in the pool, and the past
-/// blocks that its last queries choose.
+/// Updates the state after a complete segment: its tail, its tokens in the pool, and the past blocks that its probes
+/// select.
 pub(super) fn close_segment<D: Device>(
     device: &D,
     plan: &Plan,
@@ -525,7 +526,7 @@ pub(super) fn close_segment<D: Device>(
     Ok(())
 }
 
-/// Leaves a carry as a completed segment of these keys and values would, but for what is in it.
+/// Allocates what [`close_segment`] would allocate, with arbitrary contents. For dry runs.
 pub(super) fn pretend_segment<D: Device>(
     device: &D,
     plan: &Plan,

@@ -1,17 +1,19 @@
-//! Exact TBPTT(K) by gradient streams (docs/contract.md, section 3): one forward per segment, any number of
-//! segments per step, and the same gradient, to the bit, whatever that number is.
+//! Exact TBPTT(K) by gradient streams (docs/contract.md, section 3).
 //!
-//! After the forward of segments up to `t`, the losses that are due run backward in *passes*, each
-//! through all layers for the segments it covers. A loss beyond the first K+1 runs as stream K
-//! through its own segment, K-1 through the one before, ... and ends in stream 0, which reads the
-//! prior tail as a constant. The losses of segments 0..=K are never cut, so they share one pass that
-//! hands its prior gradients down to itself. Upstream gradients of every product are summed over
-//! passes; a segment's weight gradients are taken once, after its last pass, in an order that does
-//! not depend on the number of segments per step.
+//! Every segment runs forward once. A step computes any number of segments; the gradient has the same bits for every
+//! number.
 //!
-//! The passes that are due go down together, layer by layer, and a segment that had its last pass
-//! lets go of a layer as soon as that layer's weight gradients are taken: sums of all layers exist
-//! only for segments that wait for another pass.
+//! After the forward of segments up to `t`, the losses that are due run backward in *passes*. A pass goes through all
+//! layers for the segments it covers. The loss of a segment beyond the first K+1 is stream K in its own segment, stream
+//! K-1 in the segment before, and so on. Stream 0 treats the prior tail as a constant, which truncates the gradient.
+//! The losses of segments 0..=K are never truncated. They share one pass, which receives its own prior gradients.
+//!
+//! Upstream gradients of every GEMM are summed over passes. The weight gradients of a segment are computed once, after
+//! its last pass. Their order does not depend on the number of segments per step.
+//!
+//! All passes that are due advance together, layer by layer. Once all segments of a group are at their last pass, the
+//! group frees the tape and the sums of each layer as soon as the layer's weight gradients are computed. So sums of all
+//! layers exist only for groups that wait for another pass.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -30,26 +32,26 @@ use crate::model::state::{Angles, Plan, SequenceState, Slots};
 /// How a gradient is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamConfig {
-    /// Segments that a loss reaches back; 0 detaches the state.
+    /// K: number of earlier segments that a loss sends gradients to; 0 detaches the state.
     pub tbptt: usize,
-    /// Segments computed side by side; `usize::MAX` for all.
+    /// Segments of a sequence in one step; `usize::MAX` for all.
     pub segments_per_step: usize,
-    /// Keeps only each layer's input and attention's output between forward and backward, and
-    /// computes the rest again, to the same bits.
+    /// Activation checkpointing: keeps only each layer's input and attention's output between forward and backward,
+    /// and recomputes the rest with the same bits.
     pub recompute: bool,
 }
 
-/// Segments in flight: the forward's tape and the sums of the passes so far.
+/// Spans of one forward step, with its tape and the sums over the passes so far.
 struct Group<D: Device> {
     step: Step,
     /// Segment number of each span.
     segments: Vec<usize>,
     slots: Slots<D>,
-    /// Of the layers whose weight gradients have not been taken.
+    /// Layers whose weight gradients are not computed yet.
     layers: Vec<Layer<D>>,
-    /// Gradient of the own losses at the top of the residual stream.
+    /// Gradient of the segments' own losses with respect to the output of the last layer.
     d_top: D::Buffer,
-    /// Gradient of the embeddings.
+    /// Gradient of the embedded tokens.
     d_embedded: D::Buffer,
     /// Whether each span has had its last pass.
     finished: Vec<bool>,
@@ -58,7 +60,7 @@ struct Group<D: Device> {
 /// A layer of a group.
 struct Layer<D: Device> {
     tape: LayerTape<D>,
-    /// `None` while it is not needed, if it is computed again.
+    /// `None` under `recompute` while no pass needs it.
     derived: Option<Derived<D>>,
     /// `None` before the first pass.
     sums: Option<LayerSums<D>>,
@@ -85,14 +87,16 @@ struct Streams<'a, D: Device> {
     scale: f64,
     alive: VecDeque<Group<D>>,
     head_done: bool,
-    /// Log-probabilities of each step's rows, and which sequence the rows of each span belong to.
-    /// They stay on the device to the end: reading them would wait for it.
+    /// The spans of each step and the log-probabilities of their rows. They stay on the device until the end, because a
+    /// read synchronizes with the device.
     scores: Vec<(Vec<Span>, D::Buffer)>,
 }
 
-/// Adds to `gradients` the gradient of `scale * sum of negative log-probabilities` of every token
-/// but the first of each sequence, and returns the log-probabilities. `scale = 1 / tokens` gives
-/// the mean. Sequences need at least two tokens each, and ids below the vocabulary's size.
+/// Adds to `gradients` the gradient of `scale * sum of negative log-probabilities` over all targets. Targets are all
+/// tokens but the first of each sequence. `scale = 1 / targets` gives the mean loss.
+///
+/// Returns the log-probabilities of each sequence's targets. Each sequence needs at least two tokens, with ids below
+/// the size of the vocabulary.
 pub fn accumulate<D: Device>(
     model: &Decoder<D>,
     sequences: &[Vec<u32>],
@@ -105,7 +109,7 @@ pub fn accumulate<D: Device>(
     scored.map_err(|error| error.wanted_for(Purpose::Backward))
 }
 
-/// [`accumulate`], call by call.
+/// Body of [`accumulate`], inside [`Device::together`].
 fn run<D: Device>(
     model: &Decoder<D>,
     sequences: &[Vec<u32>],
@@ -149,7 +153,7 @@ fn run<D: Device>(
 }
 
 impl<'a, D: Device> Streams<'a, D> {
-    /// Runs segments `[first, next)` of every sequence and takes their losses' gradients.
+    /// Runs segments `[first, next)` of every sequence forward and computes the gradients of their losses.
     fn forward(
         &mut self,
         first: usize,
@@ -205,7 +209,8 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(())
     }
 
-    /// Log-probabilities of the step's targets, and the losses' gradient before the last norm.
+    /// Computes the log-probabilities of the step's targets. Returns the gradient of the losses with respect to the
+    /// input of the last norm.
     fn losses(
         &mut self,
         step: &Step,
@@ -259,7 +264,7 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(d_top)
     }
 
-    /// Of every sequence's targets, in order.
+    /// Log-probabilities of every sequence's targets, in order.
     fn log_probabilities(&self) -> Result<Vec<Vec<f64>>> {
         let mut all = vec![Vec::new(); self.sequences.len()];
         for (spans, scores) in &self.scores {
@@ -272,8 +277,8 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(all)
     }
 
-    /// Runs every pass that segments `[first, next)` make due, then takes the weight gradients of the
-    /// segments that had their last, both layer by layer.
+    /// Runs every pass that segments `[first, next)` make due. Layer by layer, it then computes the weight gradients of
+    /// the segments whose last pass this was.
     fn backward(
         &mut self,
         first: usize,
@@ -291,7 +296,7 @@ impl<'a, D: Device> Streams<'a, D> {
             }
             for due in &due {
                 let group = &mut self.alive[due.group];
-                // A last pass that nothing came down in has left that to this place.
+                // A pass with zero upstream gradient does not prepare the layer.
                 group.prepare(self.model, self.plan, l)?;
                 gradients.add_layer(self.model, self.plan, group, due.span, l)?;
             }
@@ -311,7 +316,7 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(())
     }
 
-    /// The passes that are due, in an order in which each finds what the one before sent.
+    /// The passes that are due. A pass that sends prior gradients comes before the pass that receives them.
     fn due_passes(&mut self, first: usize, next: usize, end: usize) -> Result<Vec<Work<'a, D>>> {
         let depth = self.config.tbptt;
         let mut passes = Vec::new();
@@ -363,8 +368,7 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(())
     }
 
-    /// The spans whose last pass is due, in the order in which their weight gradients are added;
-    /// they count as finished from here on.
+    /// The spans whose last pass is due, in the order in which their weight gradients are added. Marks them finished.
     fn due_spans(&mut self, next: usize, end: usize) -> Vec<Due> {
         let mut due = Vec::new();
         if !self.head_done {
@@ -394,7 +398,7 @@ impl<'a, D: Device> Streams<'a, D> {
 }
 
 impl<D: Device> Layer<D> {
-    /// What a pass works on, once [`Group::prepare`] has made it ready.
+    /// Tape, derived activations and sums, which [`Group::prepare`] has made available.
     fn parts(&mut self) -> (&LayerTape<D>, &Derived<D>, &mut LayerSums<D>) {
         match (&self.derived, &mut self.sums) {
             (Some(derived), Some(sums)) => (&self.tape, derived, sums),
@@ -404,7 +408,7 @@ impl<D: Device> Layer<D> {
 }
 
 impl<D: Device> Group<D> {
-    /// Makes layer `l` ready for a pass.
+    /// Recomputes the derived activations and allocates the sums of layer `l` where they are missing.
     fn prepare(&mut self, model: &Decoder<D>, plan: &Plan, l: usize) -> Result<()> {
         let layer = &mut self.layers[l];
         if layer.derived.is_none() {
@@ -418,7 +422,7 @@ impl<D: Device> Group<D> {
         Ok(())
     }
 
-    /// Lets go of what layer `l` does not need any more, layers above it being done.
+    /// Frees what no later pass needs of layer `l`. All layers above are done.
     fn release(&mut self, l: usize, recompute: bool) {
         if self.is_finished() {
             self.layers.truncate(l);

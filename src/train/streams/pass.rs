@@ -1,4 +1,4 @@
-//! One backward pass of one gradient stream, layer by layer, for a run of segments side by side.
+//! One backward pass of one gradient stream, layer by layer, for consecutive segments of a group.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,16 +14,16 @@ use crate::model::state::Plan;
 /// Which stream a prior gradient belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StreamId {
-    /// The losses that are never cut, together.
+    /// The losses of segments 0..=K, which are never truncated, together.
     Head,
-    /// Stream `r`: may go back `r` more segments.
+    /// Stream `r`: its gradient goes back `r` more segments.
     Stream(usize),
 }
 
 /// Gradients of the prior keys (before rotation) and values of one layer, `[prior, kv width]`.
 pub type Priors<D> = (<D as Device>::Buffer, <D as Device>::Buffer);
 
-/// Prior gradients on their way within a layer: by stream, segment and sequence they arrive at.
+/// Prior gradients of the layer that no pass has received yet, by receiving stream, segment and sequence.
 pub type Arrivals<D> = HashMap<(StreamId, usize, usize), Priors<D>>;
 
 /// What a pass does.
@@ -31,14 +31,14 @@ pub type Arrivals<D> = HashMap<(StreamId, usize, usize), Priors<D>>;
 pub struct Pass {
     /// Its stream.
     pub stream: StreamId,
-    /// Whether the segments' own losses enter at the top.
+    /// Whether the pass starts from the segments' own losses.
     pub own_loss: bool,
-    /// Whether prior gradients go on to the segment before.
+    /// Whether prior gradients are sent to the segment before.
     pub hand_down: bool,
 }
 
-/// Upstream gradients of a layer's products, summed over passes, for the weight gradients. The first
-/// pass over a span is the one of its own loss: it sets them.
+/// Upstream gradients of a layer's GEMMs, summed over passes, for the weight gradients. The first pass over a span is
+/// the one of its own loss. It overwrites the sums; later passes add to them.
 pub struct LayerSums<D: Device> {
     /// Of q, k, v before rotation.
     pub d_qkv: D::Buffer,
@@ -73,7 +73,7 @@ impl<D: Device> LayerSums<D> {
     }
 }
 
-/// A pass at work on some spans of a group: `first` is the group's row of its row 0.
+/// State of a pass over some spans of a group. Row 0 of the pass is row `first` of the group.
 pub struct Work<'a, D: Device> {
     /// Index of the group.
     pub group: usize,
@@ -85,12 +85,12 @@ pub struct Work<'a, D: Device> {
     span_indices: Vec<(usize, usize)>,
     first: usize,
     rows: usize,
-    /// Gradient of the layers' output so far; `None` as long as it is zero.
+    /// Gradient of the output of the layer that comes next; `None` while it is zero.
     d: Option<D::Buffer>,
 }
 
 impl<'a, D: Device> Work<'a, D> {
-    /// A pass at the top of the group with this index, for these of its spans.
+    /// A pass before the last layer, over `spans` of the group with this index.
     pub(super) fn new(
         model: &'a Decoder<D>,
         plan: &'a Plan,
@@ -123,7 +123,7 @@ impl<'a, D: Device> Work<'a, D> {
         })
     }
 
-    /// From layer `l`'s output to its input.
+    /// Backward of layer `l`: from its output to its input.
     pub(super) fn layer(
         &mut self,
         l: usize,
@@ -141,7 +141,7 @@ impl<'a, D: Device> Work<'a, D> {
                 let d_qkv = self.attention(l, group, arrivals, &d)?;
                 (d, d_qkv)
             }
-            // Nothing has come from above: what arrives from the next segment is the first.
+            // The upstream gradient is zero: the first gradient arrives from the next segment in this layer.
             None if arrived => {
                 group.prepare(self.model, self.plan, l)?;
                 let device = &self.model.device;
@@ -157,7 +157,7 @@ impl<'a, D: Device> Work<'a, D> {
         Ok(())
     }
 
-    /// The end of the pass: the embedded tokens.
+    /// Ends the pass: adds its gradient to that of the embedded tokens.
     pub(super) fn embedding(&self, group: &mut Group<D>) -> Result<()> {
         match &self.d {
             Some(d) => self.add(d, &mut group.d_embedded, self.model.config.hidden_size),
@@ -165,7 +165,7 @@ impl<'a, D: Device> Work<'a, D> {
         }
     }
 
-    /// Adds this pass's rows to a sum, which the first pass sets.
+    /// Adds the rows of this pass to a sum. The first pass overwrites it.
     fn add(&self, rows: &D::Buffer, sum: &mut D::Buffer, width: usize) -> Result<()> {
         let dst = RowsMut::packed(sum, self.first, width);
         let src = Rows::packed(rows, 0, width);
@@ -182,7 +182,7 @@ impl<'a, D: Device> Work<'a, D> {
         }
     }
 
-    /// Rows of this pass's own, to be added to a sum; none where it is the first: it writes the sum.
+    /// Temporary rows that are added to a sum later; `None` for the first pass, which writes to the sum itself.
     fn own(&self, width: usize) -> Result<Option<D::Buffer>> {
         let own = (!self.pass.own_loss).then(|| {
             let device = &self.model.device;
@@ -191,7 +191,7 @@ impl<'a, D: Device> Work<'a, D> {
         own.transpose()
     }
 
-    /// Where rows go that are [`Work::own`] or the sum's.
+    /// Destination of rows: the temporary of [`Work::own`], or else the sum.
     fn target<'b>(
         &self,
         own: &'b mut Option<D::Buffer>,
@@ -204,7 +204,7 @@ impl<'a, D: Device> Work<'a, D> {
         }
     }
 
-    /// The rows written to [`Work::target`], after the sum has them.
+    /// Adds the rows written to [`Work::target`] to the sum, and returns them.
     fn summed<'b>(
         &self,
         own: &'b Option<D::Buffer>,
@@ -220,7 +220,7 @@ impl<'a, D: Device> Work<'a, D> {
         }
     }
 
-    /// A product's input gradient.
+    /// Input gradient of a GEMM.
     fn input_grad(
         &self,
         d_y: Rows<'_, D::Buffer>,
@@ -231,7 +231,7 @@ impl<'a, D: Device> Work<'a, D> {
         device.linear_input_grad(d_y, self.rows, weight, d_x, Accumulate::No)
     }
 
-    /// Adds a norm's input gradient to `d`.
+    /// Adds the input gradient of a norm to `d`.
     fn norm_grad(
         &self,
         d_y: Rows<'_, D::Buffer>,
@@ -251,7 +251,7 @@ impl<'a, D: Device> Work<'a, D> {
         )
     }
 
-    /// From the layer's output to the residual stream before the MLP.
+    /// Backward of the MLP: from the layer's output to the residual stream before the MLP.
     fn mlp(&self, l: usize, group: &mut Group<D>, d: &mut D::Buffer) -> Result<()> {
         let (device, config) = (&self.model.device, &self.model.config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
@@ -278,7 +278,7 @@ impl<'a, D: Device> Work<'a, D> {
         self.add(d, &mut sums.d_mid, hidden)
     }
 
-    /// From the residual stream after attention to q, k, v before rotation, as in [`Work::own`].
+    /// Backward of attention: from the residual stream after it to q, k, v before rotation, as in [`Work::own`].
     fn attention(
         &self,
         l: usize,
@@ -294,7 +294,7 @@ impl<'a, D: Device> Work<'a, D> {
         self.attention_op(l, group, &d_attended, arrivals)
     }
 
-    /// From q, k, v before rotation to the layer's input.
+    /// Backward of the q, k, v projection and its norm: from q, k, v before rotation to the layer's input.
     fn qkv(
         &self,
         l: usize,
@@ -314,8 +314,8 @@ impl<'a, D: Device> Work<'a, D> {
         self.norm_grad(d_normed, x, rstd, index::attention_norm(l), d)
     }
 
-    /// The operation's backward; returns the gradient of q, k, v before rotation, as in [`Work::own`],
-    /// and sends the prior's on.
+    /// Backward of the segment attention operation. Returns the gradient of q, k, v before rotation, as in
+    /// [`Work::own`], and sends the prior gradients to the segment before.
     fn attention_op(
         &self,
         l: usize,
@@ -394,7 +394,7 @@ impl<'a, D: Device> Work<'a, D> {
         Ok(own)
     }
 
-    /// Writes the rows of `src`, rotated back by `angles`, to `dst`.
+    /// Writes the rows of `src` to `dst`, with the rotation by `angles` undone.
     fn unrotate(
         &self,
         group: &Group<D>,
@@ -408,7 +408,7 @@ impl<'a, D: Device> Work<'a, D> {
         device.rope(src, dst, heads, dim, tables, angles, true, Accumulate::No)
     }
 
-    /// Leaves each span's prior gradient for the segment before.
+    /// Sends the prior gradient of each span to the segment before.
     fn send(
         &self,
         group: &Group<D>,
@@ -438,7 +438,7 @@ impl<'a, D: Device> Work<'a, D> {
         Ok(())
     }
 
-    /// Adds what arrived from the next segment to the tail's keys and values.
+    /// Adds the prior gradients of the next segment to the gradients of this segment's last keys and values.
     fn receive(
         &self,
         l: usize,

@@ -1,4 +1,4 @@
-//! Gradients of the weights, and how one segment adds its share.
+//! Gradients of the weights, and the contribution of one segment to them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,17 +10,17 @@ use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::model::state::Plan;
 
-/// Gradients of every tensor of a model, in the order of its specs. Added to, never set.
+/// Gradients of every tensor of a model, in the order of its specs. They accumulate until [`Gradients::clear`].
 #[derive(Debug)]
 pub struct Gradients<D: Device> {
     tensors: Vec<D::Buffer>,
-    /// The head's share of a tied embedding, kept apart so that the order of additions, and so the
-    /// bits, do not depend on how many segments ran side by side.
+    /// Gradient of a tied embedding from its use as the head. It is kept apart so that the order of additions, and with
+    /// it the bits, do not depend on the number of segments per step.
     tied_head: Option<D::Buffer>,
-    /// Whether that share has been added to since it was last brought to the embedding.
+    /// Whether `tied_head` has changed since it was last added to the embedding's gradient.
     apart: bool,
     head: usize,
-    /// Set from outside to end the work that adds to these.
+    /// Interrupts [`accumulate`](super::accumulate) when it is set.
     stop: Option<&'static AtomicBool>,
 }
 
@@ -48,7 +48,7 @@ impl<D: Device> Gradients<D> {
     }
 
     /// Ends [`accumulate`](super::accumulate) with [`DeviceError::Interrupted`] between two segments once `flag` is
-    /// set. What has been added until then is no gradient.
+    /// set. The gradients are then incomplete and must not be used.
     pub fn interrupt_by(&mut self, flag: &'static AtomicBool) {
         self.stop = Some(flag);
     }
@@ -60,7 +60,7 @@ impl<D: Device> Gradients<D> {
         }
     }
 
-    /// The gradients, complete: what the tied head kept apart is added to the embedding.
+    /// The complete gradients: adds the part of the tied head to the embedding first.
     pub fn finish(&mut self, device: &D) -> Result<&[D::Buffer]> {
         if let (Some(head), true) = (&mut self.tied_head, self.apart) {
             let len = device.len(head);
@@ -103,7 +103,7 @@ impl<D: Device> Gradients<D> {
         device.linear_weight_grad(d_logits, hidden, rows, shape, target)
     }
 
-    /// Adds a span's share to the embedding's gradient, after its last pass.
+    /// Adds the contribution of a span to the gradient of the embedding, after its last pass.
     pub(super) fn add_embedding(
         &mut self,
         model: &Decoder<D>,
@@ -118,7 +118,7 @@ impl<D: Device> Gradients<D> {
         model.device.embed_grad(d_y, hidden, tokens, d_table)
     }
 
-    /// Adds a span's share to the gradients of layer `l`, after its last pass through that layer.
+    /// Adds the contribution of a span to the gradients of layer `l`, after its last pass through that layer.
     pub(super) fn add_layer(
         &mut self,
         model: &Decoder<D>,
