@@ -1,4 +1,4 @@
-//! Errors of device calls, and which setting helps where memory is short.
+//! Errors of device calls, and the setting that reduces memory when there is too little.
 
 use std::fmt;
 
@@ -8,18 +8,18 @@ use super::sampler::SamplerError;
 use crate::attention;
 use crate::cuda::kernels;
 
-/// A device call that could not be carried out.
+/// Why a device call failed.
 #[derive(Debug, Error)]
 pub enum DeviceError {
-    /// Memory could not be had.
+    /// An allocation failed.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
-    /// A size, a range or an index that does not fit. Nothing has been read or written.
+    /// An invalid size, range or index. Nothing has been read or written.
     #[error("{argument}: expected {expected}, got {got}")]
     Argument {
-        /// The offending argument.
+        /// Name of the argument.
         argument: &'static str,
-        /// What would have been accepted.
+        /// What is accepted.
         expected: String,
         /// What was passed.
         got: String,
@@ -27,16 +27,16 @@ pub enum DeviceError {
     /// The GPU's driver or kernels failed.
     #[error(transparent)]
     Gpu(#[from] kernels::Error),
-    /// The attention call does not fit the GPU.
+    /// The GPU kernels do not support the attention call.
     #[error(transparent)]
     GpuAttention(attention::cuda::Error),
-    /// The attention call was refused.
+    /// The arguments of the attention call are invalid.
     #[error(transparent)]
     Attention(#[from] attention::Error),
-    /// The caller asked for the work to end before it was done.
+    /// The caller interrupted the work.
     #[error("interrupted")]
     Interrupted,
-    /// A token could not be chosen.
+    /// Sampling a token failed.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
 }
@@ -52,7 +52,7 @@ impl From<attention::cuda::Error> for DeviceError {
 }
 
 impl DeviceError {
-    /// An argument that does not fit.
+    /// An invalid argument.
     pub(crate) fn argument(
         argument: &'static str,
         expected: impl Into<String>,
@@ -80,18 +80,18 @@ impl DeviceError {
     }
 }
 
-/// Memory that could not be had. Nothing is lost but what the call was about: the next one works.
+/// A failed allocation. Only the call that asked for it fails; later calls work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub struct OutOfMemory {
     /// Bytes asked for.
     pub bytes: usize,
-    /// Whether of the host's pinned memory; else of the device's own.
+    /// Whether pinned host memory was asked for, instead of device memory.
     pub pinned: bool,
-    /// Bytes that the device holds of this memory already.
+    /// Bytes of this memory that the device already holds.
     pub held: usize,
-    /// Bytes that nobody has taken, where that is known.
+    /// Free bytes, if known.
     pub free: Option<usize>,
-    /// What it was wanted for.
+    /// Purpose of the allocation, if known.
     pub purpose: Option<Purpose>,
 }
 
@@ -142,7 +142,7 @@ impl fmt::Display for OutOfMemory {
     }
 }
 
-/// Bytes for people.
+/// Formats bytes with a unit.
 struct Size(usize);
 
 impl fmt::Display for Size {
@@ -155,10 +155,10 @@ impl fmt::Display for Size {
     }
 }
 
-/// What memory is for, which decides the setting that changes how much.
+/// Purpose of an allocation. It decides which setting reduces it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Prepared weights.
+    /// Packed weights.
     Weights,
     /// What the optimizer holds: weights in f32, gradients, moments.
     Optimizer,
@@ -166,9 +166,9 @@ pub enum Purpose {
     Segments,
     /// Keys and values of completed tokens, for the heads that read the past.
     Pool,
-    /// Results between a segment's products.
+    /// Activations between the GEMMs of a segment.
     Activations,
-    /// Activations that wait for their backward, and gradients of rows.
+    /// Activations kept for the backward pass, and gradients of activations.
     Backward,
 }
 

@@ -1,14 +1,17 @@
 //! What the model needs from a device, as one trait.
 //!
-//! A device knows buffers of numbers, GEMMs, row-wise functions, segment attention, the
-//! pool of past keys and values, and the optimizer's update. It knows no layer and no model. Three
-//! devices exist: [`cpu`] (f32, fast), [`gpu`] (bf16 activations, over a driver or a simulated GPU),
-//! and [`mod@reference`] (f64, written for reading). The model's own code runs on each, so that the
-//! model is checked in f64, the CPU against the reference, and the GPU against the CPU.
+//! A device provides buffers, GEMMs, row-wise functions, segment attention, the pool of past keys and values, and the
+//! update of the optimizer. It knows no layer and no model. There are three devices:
 //!
-//! **Bits.** Whatever a device computes for a row depends on that row's own inputs only: never on
-//! how many rows there are, which rows stand beside it, or how many threads work
-//! (docs/contract.md, section 4).
+//! - [`cpu`]: f32, optimized;
+//! - [`gpu`]: bf16 activations, on a GPU, a simulated GPU or a dry run;
+//! - [`mod@reference`]: f64, written for readability.
+//!
+//! The same model code runs on each. Tests check the gradients of the model in f64, the CPU against the reference, and
+//! the GPU against the CPU.
+//!
+//! **Bits.** The result of a row depends only on the inputs of that row. It does not depend on the number of rows, on
+//! the other rows, or on the number of threads (docs/contract.md, section 4).
 
 pub mod cpu;
 mod error;
@@ -39,10 +42,10 @@ pub type Result<T> = std::result::Result<T, DeviceError>;
 
 /// A device that can run the model: see the module's documentation.
 ///
-/// Shapes are the caller's promise: every method may panic on a range outside its buffer, since the
-/// model has validated its inputs once.
+/// The caller guarantees shapes: a method may panic on a range outside its buffer. The model validates its inputs
+/// before it calls a device.
 pub trait Device: Sized + Send + Sync + std::fmt::Debug {
-    /// Memory on the device: a run of numbers, in the device's own precision for their [`Kind`].
+    /// A one-dimensional array in device memory, in the device's precision for its [`Kind`].
     type Buffer: Send + Sync + std::fmt::Debug;
     /// A weight `[out, in]` packed for GEMMs.
     type Matrix: Send + Sync + std::fmt::Debug;
@@ -50,26 +53,26 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     type Pool: PastPool<Self>;
     /// Blocks that retrieval has selected, see [`SelectedBlocks`].
     type Blocks: SelectedBlocks<Self>;
-    /// What a step's rows need of the host, where the device's calls read it.
+    /// The host's description of the rows of a step ([`StepRows`]), in device memory.
     type Step: Send + Sync + std::fmt::Debug + AsRef<StepRows>;
     /// Samplers for the sequences of a batch, see [`Samplers`].
     type Samplers: Samplers<Self>;
     /// Recorded calls, see [`Device::record`].
     type Recording: Recording;
 
-    /// Rows of logits that exist at a time.
+    /// Largest number of rows of logits in memory at a time.
     const LOGIT_ROWS: usize = 128;
 
-    /// One line for people: what this device is.
+    /// One-line description of the device, for display.
     fn description(&self) -> String;
 
-    /// Runs `work`, which makes many calls: where a device can make them cheaper together, it does.
+    /// Runs `work`, which makes many calls. A device may use this to lower the cost of a call.
     fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         work()
     }
 
-    /// Records the calls that `work` makes, without making them; [`Recording::replay`] makes them, as often as asked.
-    /// `None`, and `work` is not called, on a device that gains nothing by it.
+    /// Records the calls of `work` without executing them. [`Recording::replay`] executes them, any number of times. A
+    /// device without recordings returns `None` and does not call `work`.
     ///
     /// Calls that exchange data with the host are refused while recording: reads, writes, and calls that upload tables.
     /// A decoding step between [`Device::renew`] and [`Samplers::sampled`] has none after a first step with the same
@@ -83,17 +86,17 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
 
     /// A buffer of `len` zeros.
     fn zeros(&self, kind: Kind, len: usize) -> Result<Self::Buffer>;
-    /// A buffer of `len` numbers that may be anything: whoever asks for it writes before they read.
+    /// A buffer of `len` elements with arbitrary contents, which the caller writes before it reads.
     fn empty(&self, kind: Kind, len: usize) -> Result<Self::Buffer> {
         self.zeros(kind, len)
     }
-    /// Writes `values` from element `start` on.
+    /// Writes `values` to the elements from `start` on.
     fn write(&self, buffer: &mut Self::Buffer, start: usize, values: &[f32]) -> Result<()>;
     /// Reads a range back to the host.
     fn read(&self, buffer: &Self::Buffer, range: Range<usize>) -> Result<Vec<f32>>;
     /// Elements in the buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
-    /// Reads a range back in all the precision that it was computed in.
+    /// Reads a range back to the host in the precision in which it was computed.
     fn read_wide(&self, buffer: &Self::Buffer, range: Range<usize>) -> Result<Vec<f64>> {
         Ok(self
             .read(buffer, range)?
@@ -101,7 +104,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
             .map(f64::from)
             .collect())
     }
-    /// Bytes that an element of this kind takes on this device.
+    /// Bytes of an element of this kind on this device.
     fn element_bytes(&self, kind: Kind) -> usize;
     /// Sets every element to zero.
     fn clear(&self, buffer: &mut Self::Buffer) -> Result<()>;
@@ -124,7 +127,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         inner: usize,
         training: bool,
     ) -> Result<Self::Matrix>;
-    /// Takes over changed values.
+    /// Packs changed values again.
     fn refresh(&self, matrix: &mut Self::Matrix, values: &Self::Buffer) -> Result<()>;
     /// `y (+)= x wᵀ`: `x [rows, in]`, `y [rows, out]`.
     fn linear(
@@ -167,9 +170,9 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         d_w: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Puts what the host knows of a step's rows on the device, in one go.
+    /// Uploads the description of the rows of a step.
     fn step(&self, rows: StepRows) -> Result<Self::Step>;
-    /// The same for the next step, in the same place: as many spans, of as many rows each.
+    /// Uploads the description of the next step to the same memory. It must have as many spans, of as many rows each.
     fn renew(&self, step: &mut Self::Step, rows: StepRows) -> Result<()>;
 
     /// `y[r] = table[tokens[r]]`, rows and tokens of the step.
@@ -231,8 +234,8 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         inverse: bool,
         accumulate: Accumulate,
     ) -> Result<()>;
-    /// Takes the step's rows `[q | k | v]` apart: rotated queries to `q`, and in `store` keys rotated
-    /// and not, values, and queries before rotation as probes.
+    /// Splits the step's rows `[q | k | v]`. Rotated queries go to `q`. `store` receives keys before and after
+    /// rotation, values, and the queries before rotation that probes are made of.
     fn split_qkv(
         &self,
         qkv: Rows<'_, Self::Buffer>,
@@ -244,7 +247,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     ) -> Result<()> {
         shared::qkv::split(self, qkv, heads, tables, step.as_ref(), q, store)
     }
-    /// The way back of [`Device::split_qkv`] for gradients: `d_qkv = [d_q | d_k | d_v]`, the first two turned back.
+    /// Backward of [`Device::split_qkv`]: `d_qkv = [d_q | d_k | d_v]`, with the rotation of the first two undone.
     fn join_qkv(
         &self,
         d: [Rows<'_, Self::Buffer>; 3],
@@ -274,7 +277,7 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     ) -> Result<()>;
     /// Log-probability of each row's target under `softmax(logits[r])`, into `scores`. With `scale`,
     /// the logits are replaced by `scale * (softmax - onehot)`, the gradient of
-    /// `-scale * log-probability`. Nobody waits: the host reads the scores when it needs them.
+    /// `-scale * log-probability`. The call does not synchronize with the host.
     fn log_probabilities(
         &self,
         logits: RowsMut<'_, Self::Buffer>,
@@ -284,9 +287,8 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         scores: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
 
-    /// Segment attention, forward: `out [rows, q_heads * head_dim]`, and of each span `lse [q_heads, rows]`, the spans'
-    /// blocks of `lse` one after the other. The spans are the step's. `number` tells the step's calls of attention
-    /// apart.
+    /// Segment attention, forward. Writes `out [rows, q_heads * head_dim]`, and `lse [q_heads, rows]` for each span,
+    /// spans packed. The spans are those of the step. `number` is the index of this attention call within the step.
     fn attention(
         &self,
         call: &Attention<'_, Self::Buffer>,
@@ -302,22 +304,22 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         grad: AttentionGrad<'_, Self::Buffer>,
     ) -> Result<()>;
 
-    /// The norm of all gradients, and one AdamW update of every tensor unless the norm is not
-    /// finite or `update.only_measure` is set; nothing is touched then.
+    /// Computes the norm of all gradients, then one AdamW update of every tensor. If the norm is not finite, or if
+    /// `update.only_measure` is set, no tensor changes.
     fn adamw(&self, tensors: &mut [GradTensor<'_, Self::Buffer>], update: &AdamW)
     -> Result<Update>;
 }
 
 /// Calls of a device that were recorded, see [`Device::record`].
 pub trait Recording: Send + Sync + std::fmt::Debug {
-    /// Makes the recorded calls.
+    /// Executes the recorded calls.
     ///
     /// # Errors
-    /// [`DeviceError::Argument`] where a buffer of theirs has been dropped, or what the device says.
+    /// [`DeviceError::Argument`] if a buffer of the calls was dropped, or an error of the device.
     fn replay(&self) -> Result<()>;
 }
 
-/// Of devices that record nothing.
+/// For devices without recordings.
 impl Recording for std::convert::Infallible {
     fn replay(&self) -> Result<()> {
         match *self {}

@@ -1,5 +1,6 @@
-//! The f64 device: every function written out plainly, for checking the model's code by finite
-//! differences and the fast devices by comparison. One thread, no cleverness.
+//! The f64 device: every function as its formula says, on one thread.
+//!
+//! Tests check the model's gradients on it by finite differences, and compare the other devices with it.
 
 use std::convert::Infallible;
 use std::ops::Range;

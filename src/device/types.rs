@@ -2,14 +2,14 @@
 
 use crate::attention::PerSource;
 
-/// What a buffer's numbers are for, which decides their precision on devices that have several.
+/// Role of a buffer's elements. It decides their precision on devices with mixed precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// What flows between products: rows of the residual stream, queries, keys, values, and their
-    /// gradients. 16 bits on a GPU.
+    /// Inputs and outputs of GEMMs: rows of the residual stream, queries, keys, values, and their gradients. bf16 on a
+    /// GPU.
     Activation,
-    /// What sums are kept in: weights as the optimizer holds them, their gradients and moments,
-    /// statistics of rows, logits, log-probabilities, angle tables. At least f32 everywhere.
+    /// Accumulators and statistics: the optimizer's weights, their gradients and moments, statistics of rows, logits,
+    /// log-probabilities, angle tables. At least f32 on every device.
     Exact,
 }
 
@@ -59,7 +59,7 @@ impl<'a, B> Rows<'a, B> {
     }
 }
 
-/// [`Rows`] to be written.
+/// Writable [`Rows`].
 #[derive(Debug)]
 pub struct RowsMut<'a, B> {
     /// Where the rows lie.
@@ -71,7 +71,7 @@ pub struct RowsMut<'a, B> {
 }
 
 impl<'a, B> RowsMut<'a, B> {
-    /// The same rows, to be read.
+    /// The same rows, read-only.
     pub fn shared(&self) -> Rows<'_, B> {
         Rows {
             buffer: self.buffer,
@@ -80,7 +80,7 @@ impl<'a, B> RowsMut<'a, B> {
         }
     }
 
-    /// The same rows, for a call that comes before others.
+    /// Reborrows the rows for one call.
     pub fn reborrow(&mut self) -> RowsMut<'_, B> {
         RowsMut {
             buffer: self.buffer,
@@ -152,8 +152,8 @@ pub struct KeyStore<'a, B> {
     pub probes: Option<&'a mut B>,
 }
 
-/// Rows that are computed together, and all that the host has to say of them: what a
-/// [`Device::Step`](super::Device::Step) is made of.
+/// Rows that are computed together, with the indices that the calls of a step need. A
+/// [`Device::Step`](super::Device::Step) is made from it.
 #[derive(Debug, Clone, Default)]
 pub struct StepRows {
     /// The token of each row.
@@ -166,7 +166,7 @@ pub struct StepRows {
     pub probe_rows: Vec<Option<usize>>,
     /// The segments that the rows belong to, in the rows' order.
     pub spans: Vec<SlotSpan>,
-    /// Rows of a segment that a recorded attention call is good for: no span ends later.
+    /// Largest end of a span that a recorded attention call supports, in rows of the segment.
     pub reach: usize,
 }
 
@@ -194,7 +194,7 @@ pub struct SlotSpan {
 pub struct Attention<'a, B> {
     /// Head counts.
     pub heads: Heads,
-    /// Weight of the past of each query head, 0 where it is not read.
+    /// Past gate of each query head; 0 for a head that does not read the past.
     pub past_gate: &'a [f32],
     /// Whether each query head reads the prior rows.
     pub prior_heads: &'a [bool],
@@ -212,7 +212,7 @@ pub struct Attention<'a, B> {
 pub struct AttentionGrad<'a, B> {
     /// The forward's output.
     pub out: Rows<'a, B>,
-    /// The forward's log-sum-exp, of each span `[q_heads, rows]`.
+    /// The forward's log-sum-exp, `[q_heads, rows]` for each span, spans packed.
     pub lse: Rows<'a, B>,
     /// Upstream gradient `[rows, q_heads * head_dim]`.
     pub d_out: Rows<'a, B>,
@@ -304,11 +304,11 @@ pub struct AdamW {
     pub only_measure: bool,
 }
 
-/// What an update did.
+/// Result of an update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Update {
     /// Norm of all gradients before clipping.
     pub grad_norm: f64,
-    /// Whether the tensors were changed.
+    /// Whether the tensors changed.
     pub applied: bool,
 }

@@ -1,8 +1,8 @@
-//! Backward: five products for each pair of a query tile and a key tile (S, dP, dV, dK, dQ), three
-//! where the keys get no gradient (past, read-only prior), and no more: nothing is computed twice.
+//! Backward pass. A pair of a query tile and a key tile takes five GEMMs (S, dP, dV, dK, dQ), or three where keys get
+//! no gradient (past, read-only prior). Nothing is computed twice.
 //!
-//! Gradients are summed in place, in the order of [`super::schedule`]. A cell goes through its query
-//! heads one after another, so that a key tile is transposed once for all heads of the group.
+//! Gradients are summed in place, in the order of [`super::schedule`]. A cell, such a pair, processes its query heads
+//! one after another, so that a key tile is transposed once for all heads of the group.
 
 use std::cell::RefCell;
 
@@ -18,10 +18,10 @@ use super::{past_bias, scale, source_rows};
 use crate::attention::problem::{Gradients, HostGradients, HostProblem, HostSaved};
 use crate::attention::source::Source;
 
-/// Query rows whose scores are in memory at a time.
+/// Query rows of a chunk, whose scores are in memory at a time.
 const CHUNK: usize = 64;
 
-/// Rows of a query tile and keys of a cell: enough products for the transposition of its keys.
+/// Rows of a query tile and keys of a cell: enough arithmetic to amortize the transposition of the keys.
 fn tile_rows(group: usize) -> usize {
     if group == 1 { 2 * CHUNK } else { CHUNK }
 }
@@ -115,7 +115,7 @@ fn deltas(
     delta
 }
 
-/// What all tasks of a backward pass share.
+/// State shared by all tasks of a backward pass.
 struct Pass<'a> {
     problem: &'a HostProblem<'a, f32>,
     saved: &'a HostSaved<'a, f32>,
@@ -193,7 +193,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Takes the steps of a query tile until the tile before it is in the way.
+    /// Runs the steps of a query tile until it has to wait for the tile before it.
     fn walk<'s>(&'s self, scope: &Scope<'s>, head: &'s Head, walk: usize) {
         while let Some(step) = head.walks.next(walk) {
             self.with_cell(head, walk, |cell| cell.step(step));
@@ -224,7 +224,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Memory of one cell, reused by the next of the same thread.
+/// Scratch memory of a cell, reused by the next cell of the thread.
 #[derive(Default)]
 struct Scratch {
     /// Keys and values of a tile, transposed.
@@ -246,7 +246,7 @@ impl Scratch {
     }
 }
 
-/// A query tile at one step of its walk.
+/// A query tile at one step.
 struct Cell<'a> {
     pass: &'a Pass<'a>,
     head: &'a Head,
@@ -255,7 +255,7 @@ struct Cell<'a> {
 }
 
 impl Cell<'_> {
-    /// The keys of one step, the last first.
+    /// The keys of one step, in descending order of tiles.
     fn step(&mut self, step: usize) {
         let tile = tile_rows(self.pass.problem.group());
         if step <= self.walk {
@@ -324,7 +324,7 @@ impl Cell<'_> {
         }
     }
 
-    /// Keys that a row of the chunk sees.
+    /// Number of keys that a row of the chunk sees.
     fn seen(keys: KeyTile, chunk: Chunk, row: usize) -> usize {
         match keys.source {
             Source::Current => (chunk.first + row + 1)

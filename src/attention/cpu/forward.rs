@@ -1,12 +1,12 @@
-//! Forward: one task per batch element, KV head and tile of query rows.
+//! Forward pass: one task per batch element, KV head and tile of query rows.
 //!
-//! A task holds the rows of all query heads of its group, so that a tile of keys is read and transposed
-//! once for all of them, and one row of decoding still fills the registers. It walks the tiles of the
-//! past, the prior and the current source in this order with an online softmax; there is no score
-//! matrix. How many rows a task holds changes no bit (see [`super::tile`]).
+//! A task holds the rows of all query heads of its group. So a key tile is read and transposed once for all of them,
+//! and even one row of decoding fills the registers. The task processes the tiles of the past, the prior and the
+//! current source in this order, with an online softmax and without a score matrix. The number of rows of a task does
+//! not change bits (see [`super::tile`]).
 //!
-//! Decoding waits for memory, where the heads of a row lie side by side: there a task takes several KV
-//! heads, tile of keys by tile of keys, and so reads memory in its order.
+//! Decoding is bound by memory, where the heads of a row are adjacent. So a decoding task takes several KV heads, key
+//! tile by key tile, and reads memory in order.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -22,12 +22,12 @@ use super::{head_runs, past_bias, scale, source_rows};
 use crate::attention::problem::HostProblem;
 use crate::attention::source::Source;
 
-/// Rows of a task over all heads of the group: scores, queries and outputs stay in the second-level
-/// cache, and the transposition of a key tile costs a thirtieth of its products.
+/// Rows of a task over all heads of the group. Scores, queries and outputs stay in the L2 cache, and the transposition
+/// of a key tile costs a thirtieth of its GEMMs.
 const TASK_ROWS: usize = 128;
-/// What a task is cut down to where there are too few for all threads.
+/// Smallest rows of a task, used when there are too few tasks for all threads.
 const LEAST_TASK_ROWS: usize = 16;
-/// Tasks per thread that even out their different lengths.
+/// Tasks per thread, for load balance among tasks of different lengths.
 const TASKS_PER_THREAD: usize = 4;
 
 /// Writes `out` and `lse` of a validated problem.
@@ -78,13 +78,13 @@ fn run_task(heads: &mut [Head<'_>], rows: usize, out: &SharedRows<'_>, lse: &Sha
     heads.iter().for_each(|head| head.write(rows, out, lse));
 }
 
-/// The query rows of a problem cut into tasks: batch element, KV heads, range of rows.
+/// Division of a problem's query rows into tasks: batch element, KV heads, range of rows.
 struct Tasks {
     rows: usize,
     tile: usize,
     tiles: usize,
     kv_heads: usize,
-    /// Parts that the KV heads are cut into.
+    /// Number of groups of KV heads.
     parts: usize,
     batch: usize,
 }
@@ -122,7 +122,7 @@ impl Tasks {
         self.batch * self.parts * self.tiles
     }
 
-    /// The last rows of a head first: they see the most keys.
+    /// The last rows of a head come first, because they see the most keys.
     fn get(&self, idx: usize) -> (usize, Range<usize>, Range<usize>) {
         let first = (self.tiles - 1 - idx % self.tiles) * self.tile;
         let (batch_index, part) = (idx / self.tiles / self.parts, idx / self.tiles % self.parts);
@@ -139,7 +139,7 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Scratch>> = RefCell::default();
 }
 
-/// Memory of one head of a task, reused by the next of the same thread.
+/// Scratch memory of one KV head of a task, reused by the next task of the thread.
 #[derive(Default)]
 struct Scratch {
     q: Vec<f32>,
@@ -152,7 +152,7 @@ struct Scratch {
     bias: Vec<f32>,
     counts: Vec<usize>,
     spans: Vec<[usize; 2]>,
-    /// Of the source that is read: its keys, and the heads of the group that see it.
+    /// For the current source: its keys, and the heads of the group that read it.
     len: usize,
     runs: Vec<Range<usize>>,
 }
@@ -191,7 +191,7 @@ struct Head<'a> {
 }
 
 impl Head<'_> {
-    /// The queries side by side, and the state before any key.
+    /// Packs the queries, and initializes the state of the softmax.
     fn load(&mut self, rows: usize) {
         let (group, head_dim) = (self.problem.group(), self.problem.head_dim());
         self.scratch.reserve(rows * group, head_dim);
@@ -211,7 +211,7 @@ impl Head<'_> {
         self.scratch.sum[..slots].fill([0.0; LANES]);
     }
 
-    /// Begins a source; returns how many of its keys are seen.
+    /// Begins a source. Returns the number of its keys that any row sees.
     fn open(&mut self, source: Source) -> usize {
         let problem = self.problem;
         let runs = head_runs(problem, source, self.kv_head);
@@ -236,7 +236,7 @@ impl Head<'_> {
         self.problem.query_start(self.batch_index) + self.first
     }
 
-    /// The keys of the open source from `first_key` on, one tile.
+    /// Processes one tile of keys of the current source, from `first_key` on.
     fn read(&mut self, source: Source, first_key: usize) {
         let (problem, position) = (self.problem, self.position());
         let count = KEYS.min(self.scratch.len.saturating_sub(first_key));
@@ -265,7 +265,7 @@ impl Head<'_> {
         }
     }
 
-    /// One tile of keys, transposed in the scratch, for some of the head's rows.
+    /// Processes one tile of keys, transposed in the scratch memory, for some rows of the head.
     fn tile(&mut self, slots: Range<usize>, v: Rows<'_>) {
         let head_dim = self.problem.head_dim();
         let Scratch {

@@ -8,7 +8,7 @@ use crate::isa::Isa;
 
 /// One instruction set's steps.
 ///
-/// A table is only handed out where its instruction set is there, so its methods are safe to call.
+/// A table exists only if the machine has its instruction set, so its methods are safe to call.
 pub(super) struct Kernels {
     transpose: unsafe fn(Rows<'_>, usize, usize, &mut [f32]),
     scores: unsafe fn(Scores<'_>),
@@ -130,7 +130,7 @@ impl Kernels {
     /// See [`Accumulate`].
     ///
     /// # Safety
-    /// The rows of `c` are valid, and nobody else's for the call.
+    /// The rows of `c` are valid, and no other thread uses them during the call.
     pub(super) unsafe fn accumulate(&self, args: Accumulate<'_>) {
         // SAFETY: as above; the rows are the caller's promise.
         unsafe { (self.accumulate)(args) }

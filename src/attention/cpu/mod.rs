@@ -1,9 +1,9 @@
 //! Segment attention on the CPU in f32: tiled, with an online softmax, on all cores, with the widest vectors of the
 //! machine.
 //!
-//! The bits of a query row depend on that row and the keys it sees only (docs/contract.md,
-//! section 4): the module `tile` says how. They are the same on any number of threads and for any
-//! instruction set; gradients have a fixed order, which the module `schedule` explains.
+//! The bits of a query row depend only on that row and the keys it sees (docs/contract.md, section 4); see the module
+//! `tile`. They do not depend on the number of threads or on the instruction set. Sums of gradients have a fixed order;
+//! see the module `schedule`.
 
 mod backward;
 mod forward;
@@ -26,7 +26,7 @@ use super::problem::{HostGradients, HostProblem, HostSaved};
 use super::source::Source;
 use crate::isa::Isa;
 
-/// Where lengths and gates must be.
+/// Memory space of lengths and gates.
 const HOST: &str = "host values on the CPU";
 
 /// Computes `out` (like `q`) and `lse` `[batch, q_heads, rows]`; padding rows are 0 and -inf.
@@ -42,8 +42,8 @@ pub fn forward(
     forward_on(Isa::best(), problem, out, lse)
 }
 
-/// [`forward`] with a given instruction set: the bits are the same for all. One that this machine
-/// lacks gives way to [`Isa::Portable`].
+/// [`forward`] with a given instruction set. The bits are the same for all. If the machine lacks it,
+/// [`Isa::Portable`] is used.
 ///
 /// # Errors
 /// Those of [`forward`].
@@ -63,7 +63,7 @@ pub fn forward_on(
 
 /// Computes the gradients of a loss from those with respect to `out` and `lse`.
 ///
-/// The bits of a batch element's gradients depend on that batch element only.
+/// The bits of the gradients of a batch element depend only on that batch element.
 ///
 /// # Errors
 /// See [`Problem::validate`](super::Problem::validate); likewise for every other argument. `query_start` must be 0,
@@ -111,7 +111,7 @@ fn scale(problem: &HostProblem<'_, f32>) -> f32 {
         .unwrap_or_else(|| 1.0 / (problem.head_dim() as f32).sqrt())
 }
 
-/// What a head adds to the scores of a source that it reads.
+/// Bias of a head on the scores of a source that it reads.
 fn past_bias(problem: &HostProblem<'_, f32>, source: Source, q_head: usize) -> f32 {
     match source {
         Source::Past => problem.gate(q_head).ln(),
@@ -119,7 +119,7 @@ fn past_bias(problem: &HostProblem<'_, f32>, source: Source, q_head: usize) -> f
     }
 }
 
-/// The group's heads that read a source, as runs of neighbours, counted from the group's first.
+/// The heads of a group that read a source, as ranges of indices within the group.
 fn head_runs(problem: &HostProblem<'_, f32>, source: Source, kv_head: usize) -> Vec<Range<usize>> {
     let group = problem.group();
     let mut runs: Vec<Range<usize>> = Vec::new();

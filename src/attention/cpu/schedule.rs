@@ -1,23 +1,23 @@
-//! The order of backward's cells: each adds to one tile of query gradients and one tile of key
-//! gradients, and both sums must have a fixed order whatever the threads do.
+//! Order of the cells of the backward pass. A cell adds to one tile of query gradients and one tile of key gradients.
+//! Both sums have a fixed order, independent of the threads.
 //!
-//! The keys of prior and current lie on one line, in tiles as long as the query tiles. The query tile
-//! `t` walks along it from its diagonal to the left: step `p` is column `t - p`. It may begin when tile
-//! `t - 1` has done `p` steps, the last of them in the same column. So a column is always added to by
-//! ascending `t`, a query tile by descending column, and all walks can run side by side.
+//! The keys of prior and current form one axis, in tiles as long as the query tiles. Query tile `t` starts at its
+//! diagonal and goes left: step `p` is column `t - p`. It may begin when tile `t - 1` has done `p` steps, of which the
+//! last was in the same column. So a column is summed in ascending order of `t`, a query tile in descending order of
+//! columns. The *walks* of all query tiles can run in parallel.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What one head of one batch element has done so far.
+/// Progress of one head of one batch element.
 pub(super) struct Walks {
     state: Mutex<State>,
     steps_before_diagonal: usize,
 }
 
 struct State {
-    /// Steps done by each walk.
+    /// Number of steps done by each walk.
     done: Vec<usize>,
-    /// Walks that wait for their neighbour.
+    /// Walks that wait for the walk before them.
     parked: Vec<bool>,
 }
 
@@ -33,17 +33,17 @@ impl Walks {
         }
     }
 
-    /// Steps of a walk.
+    /// Number of steps of a walk.
     pub(super) fn steps(&self, walk: usize) -> usize {
         walk + self.steps_before_diagonal
     }
 
-    /// The walk's next step if it may begin now; otherwise the walk is parked until its neighbour
+    /// The next step of the walk if it may begin now. Otherwise the walk is parked until the walk before it
     /// [finishes](Self::finish) a step.
     pub(super) fn next(&self, walk: usize) -> Option<usize> {
         let mut state = self.lock();
         let step = state.done[walk];
-        // The diagonal is the first to its column, and the leftmost walk has nobody before it.
+        // The diagonal is the first cell of its column, and no walk is before the leftmost one.
         if step == 0 || walk == 0 || state.done[walk - 1] >= step {
             return Some(step);
         }
@@ -51,7 +51,7 @@ impl Walks {
         None
     }
 
-    /// Marks a step as done; returns the walk that may go on again.
+    /// Marks a step as done. Returns the walk that may continue, if any.
     pub(super) fn finish(&self, walk: usize) -> Option<usize> {
         let mut state = self.lock();
         state.done[walk] += 1;

@@ -1,10 +1,10 @@
-//! Output tensors that several threads write, each its own rows.
+//! Output tensors that several threads write, in disjoint rows.
 
 use std::marker::PhantomData;
 
 use crate::attention::layout::{Layout, ViewMut};
 
-/// A slice of which each thread takes its own parts.
+/// A slice that threads access in disjoint parts.
 pub(super) struct SharedSlice<'a, T> {
     start: *mut T,
     len: usize,
@@ -28,7 +28,7 @@ impl<'a, T> SharedSlice<'a, T> {
     /// Elements `[start, start + len)`.
     ///
     /// # Safety
-    /// No other part that is alive shares an element with it.
+    /// No other live part shares an element with it.
     #[allow(clippy::mut_from_ref)]
     pub(super) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
         assert!(len <= self.len && start <= self.len - len);
@@ -37,7 +37,7 @@ impl<'a, T> SharedSlice<'a, T> {
     }
 }
 
-/// An output view of which each thread takes its own rows.
+/// An output view that threads access in disjoint rows.
 pub(super) struct SharedRows<'a> {
     data: SharedSlice<'a, f32>,
     layout: Layout<'a>,
@@ -64,7 +64,7 @@ impl<'a> SharedRows<'a> {
         self.layout.row_stride
     }
 
-    /// Where a row begins; `count` rows from it on are in bounds.
+    /// Offset of a row; `count` rows from it on are in bounds.
     pub(super) fn pointer(&self, [batch_index, row, head]: [usize; 3], count: usize) -> *mut f32 {
         assert!(row + count <= self.layout.rows);
         let start = self.layout.offset(batch_index, row, head);
@@ -79,7 +79,7 @@ impl<'a> SharedRows<'a> {
     /// One row.
     ///
     /// # Safety
-    /// The same row is not alive elsewhere.
+    /// There is no other live reference to the row.
     #[allow(clippy::mut_from_ref)]
     pub(super) unsafe fn row(&self, [batch_index, row, head]: [usize; 3]) -> &mut [f32] {
         let start = self.layout.offset(batch_index, row, head);

@@ -1,13 +1,13 @@
 //! The softmax of one tile of keys, forward and backward, for any instruction set.
 //!
-//! **Bits.** A row's sum is sixteen chains, key `j` of a tile in chain `j % 16`; the factor on what was
-//! accumulated before is a matter of the row alone. Forward and backward round `scale * s + ln gate`
-//! alike, so that backward's probabilities are those of forward.
+//! **Bits.** The sum of a row is sixteen chains, with key `j` of a tile in chain `j % 16`. The rescale factor depends
+//! only on the row. Forward and backward round `scale * s + ln gate` in the same way, so that both have the same
+//! probabilities.
 
 use super::simd::{LANES, Lanes, exp};
 use super::tile::KEYS;
 
-/// How products become scores: `scale * product + bias[row]`.
+/// Scores from dot products: `scale * dot + bias[row]`.
 #[derive(Clone, Copy)]
 pub(super) struct Affine<'a> {
     pub scale: f32,
@@ -21,11 +21,11 @@ pub(super) struct Softmax<'a> {
     pub max: &'a mut [f32],
     /// Sixteen partial sums of `exp(score - max)` per row.
     pub sum: &'a mut [[f32; LANES]],
-    /// Set by each tile: the factor on what was accumulated before it.
+    /// Rescale factor of the accumulators, set by each tile.
     pub alpha: &'a mut [f32],
 }
 
-/// What [`score_gradients`] knows of each row.
+/// Per-row inputs of [`score_gradients`].
 #[derive(Clone, Copy)]
 pub(super) struct BackwardRows<'a> {
     pub scale: f32,
@@ -38,8 +38,8 @@ pub(super) struct BackwardRows<'a> {
     pub delta: &'a [f32],
 }
 
-/// One step of the online softmax: products `s[row, j]` for `j < counts[row]` become
-/// `exp(scale * s[row, j] + bias[row] - max[row])`, and the state moves on.
+/// One step of the online softmax: dot products `s[row, j]` for `j < counts[row]` become
+/// `exp(scale * s[row, j] + bias[row] - max[row])`, and the state is updated.
 ///
 /// A row with count 0 keeps its state, with `alpha` 1.
 ///
@@ -130,8 +130,8 @@ unsafe fn probabilities<L: Lanes>(s: *const f32, count: usize, (scale, bias): (L
     }
 }
 
-/// Backward: products `s` become `p = exp(scale * s + bias - lse)` and `dp` becomes
-/// `scale * p * (dp - delta)`, the gradient of the products, at the keys each row sees. Returns the
+/// Backward: dot products `s` become `p = exp(scale * s + bias - lse)` and `dp` becomes
+/// `scale * p * (dp - delta)`, the gradient of the dot products, at the keys each row sees. Returns the
 /// sum of `p * (dp - delta)`, the gradient of the bias, or 0 if that is not wanted.
 ///
 /// # Safety

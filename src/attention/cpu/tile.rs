@@ -1,17 +1,16 @@
-//! The matrix products of attention on one tile of keys, for any instruction set.
+//! The GEMMs of attention on one tile of keys, for any instruction set.
 //!
-//! **Bits.** Whatever a step computes for a row of its tile is the same sequence of roundings however
-//! many rows and keys there are: a score is one chain of multiply-adds over `head_dim`, an output
-//! element one chain over the keys a row sees. Keys it does not see are left out, not multiplied by
-//! zero, so that nothing they hold can get in.
+//! **Bits.** The roundings of a row do not depend on the number of rows or keys of the tile. A score is one chain of
+//! multiply-adds over `head_dim`; an output element is one chain over the keys that the row sees. Keys that it does not
+//! see are skipped, not multiplied by zero, so that a NaN in them has no effect.
 
 use super::simd::{LANES, Lanes};
 
 /// Keys of a tile, counted from the first row of their source.
 pub(super) const KEYS: usize = 64;
-/// Rows of values that are asked for ahead of their use.
+/// Prefetch distance in rows of values.
 const KEYS_AHEAD: usize = 16;
-/// Vectors of a row of scores.
+/// Number of vectors in a row of scores.
 pub(super) const KEY_VECTORS: usize = KEYS / LANES;
 
 /// Rows of `head_dim` elements, `stride` apart, somewhere in a tensor.
@@ -22,7 +21,7 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// Asserts that `count` rows of `len` elements are there, for unchecked reads after it.
+    /// Asserts that `count` rows of `len` elements are in bounds, for unchecked reads afterwards.
     #[inline(always)]
     fn assert_holds(&self, count: usize, len: usize) {
         assert!(count == 0 || (count - 1) * self.stride + len <= self.data.len());
@@ -88,8 +87,8 @@ pub(super) unsafe fn transpose<L: Lanes>(
     }
 }
 
-/// The transpose of `count` rows of `width` elements, at most 16 of each; zeros for the rest. The rows of the
-/// next tile are asked for: they are too far apart for the machine to see them coming.
+/// The transpose of `count` rows of `width` elements, at most 16 of each; zeros for the rest. Prefetches the rows
+/// of the next tile, which are too far apart for the hardware prefetcher.
 #[inline(always)]
 unsafe fn load_block<L: Lanes>(
     rows: *const f32,
@@ -211,8 +210,7 @@ unsafe fn score_block<L: Lanes, const ROWS: usize, const N: usize>(
     }
 }
 
-/// `to[row] = a[row] . b[row]`, the chain that [`scores`] has: where `b` is the very row that was
-/// scored, so is the result.
+/// `to[row] = a[row] . b[row]`, with the chain of [`scores`]: for the same rows both give the same bits.
 ///
 /// # Safety
 /// The instruction set of the caller's features.
@@ -230,7 +228,7 @@ pub(super) unsafe fn dots(a: Rows<'_>, b: Rows<'_>, head_dim: usize, to: &mut [f
 /// See [`Accumulate`].
 ///
 /// # Safety
-/// The instruction set of `L`; the rows of `c` are valid and no other thread's.
+/// The instruction set of `L`; the rows of `c` are valid and no other thread uses them.
 #[inline(always)]
 pub(super) unsafe fn accumulate<L: Lanes>(args: Accumulate<'_>) {
     let rows = args.spans.len();
@@ -296,7 +294,7 @@ impl Chains {
     }
 }
 
-/// The keys that all ROWS rows see together; before and after them what is left of each.
+/// The keys that all ROWS rows see; the remaining keys of each row come before and after them.
 #[inline(always)]
 unsafe fn accumulate_rows<L: Lanes, const ROWS: usize>(
     chains: Chains,

@@ -1,7 +1,7 @@
 //! AdamW on the CPU, with a global gradient norm whose bits do not depend on the number of threads.
 //!
-//! Decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), where the learning rate multiplies
-//! the decay too. For gradient `g` after clipping and update number `t` = 1, 2, ...:
+//! Decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2). The learning rate multiplies the decay too.
+//! For gradient `g` after clipping and update number `t` = 1, 2, ...:
 //!
 //! ```text
 //! m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
@@ -9,16 +9,16 @@
 //! w <- w - lr (m^ / (sqrt(v^) + eps) + weight_decay w)
 //! ```
 //!
-//! Every element is computed alone, in f32 with scalars prepared in f64.
+//! Elements are independent. They are computed in f32, with scalars computed in f64.
 
 use rayon::prelude::*;
 
 use super::Buffer;
 use crate::device::{AdamW, GradTensor, Update};
 
-/// Elements in one partial sum of the norm. Part of the result's definition: another number, other bits.
+/// Elements of one partial sum of the norm. It defines the order of the sum, and with it the bits.
 const NORM_CHUNK: usize = 4096;
-/// Elements one task updates; of no influence on the result.
+/// Elements that one task updates; does not affect the result.
 const UPDATE_CHUNK: usize = 1 << 15;
 
 pub(super) fn step(tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Update {
@@ -35,7 +35,7 @@ pub(super) fn step(tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Up
     Update { grad_norm, applied }
 }
 
-/// `sqrt(sum g^2)` in f64, where squares of f32 cannot overflow: finite exactly if every gradient is.
+/// `sqrt(sum g^2)` in f64, where squares of f32 cannot overflow. It is finite if and only if every gradient is.
 fn norm(tensors: &[GradTensor<'_, Buffer>]) -> f64 {
     let sums = |t: &GradTensor<'_, Buffer>| -> Vec<f64> {
         t.grads.par_chunks(NORM_CHUNK).map(squares).collect()
@@ -44,7 +44,7 @@ fn norm(tensors: &[GradTensor<'_, Buffer>]) -> f64 {
     sums.iter().flatten().sum::<f64>().sqrt()
 }
 
-/// Eight interleaved sums so that the loop vectorises, added up in fixed order.
+/// Eight interleaved sums, so that the loop is vectorized, added in a fixed order.
 fn squares(chunk: &[f32]) -> f64 {
     let mut lanes = [0f64; 8];
     let (rows, rest) = chunk.as_chunks::<8>();
@@ -56,7 +56,7 @@ fn squares(chunk: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// The update's numbers for one tensor.
+/// Scalars of the update of one tensor.
 struct Scalars {
     clip: f32,
     betas: [f32; 2],

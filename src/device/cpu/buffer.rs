@@ -8,7 +8,7 @@ use bytemuck::Zeroable;
 use super::idle::{self, Line};
 use crate::device::{DeviceError, OutOfMemory};
 
-/// A zeroed `f32` buffer whose first element is 128-byte aligned.
+/// A zeroed `f32` buffer aligned to 128 bytes.
 #[derive(Clone, Default)]
 pub(super) struct Aligned {
     lines: Vec<Line>,
@@ -24,20 +24,20 @@ impl Aligned {
     }
 }
 
-/// Memory of the CPU device. Large buffers come from freed ones of about their size where there are any:
-/// a step frees what the next one needs again, and pages fresh from the system are slow.
+/// Memory of the CPU device. Large buffers reuse freed ones of about their size: a step frees what the next one needs,
+/// and new pages from the system are slow.
 #[derive(Default)]
 pub struct Buffer(Aligned);
 
 impl Buffer {
-    /// `len` zeros, or an error where memory cannot be had.
+    /// `len` zeros, or an error if the allocation fails.
     pub(super) fn zeros(len: usize) -> Result<Buffer, DeviceError> {
         let mut buffer = Buffer::empty(len)?;
         buffer.fill(0.0);
         Ok(buffer)
     }
 
-    /// `len` numbers, whatever they are, or an error where memory cannot be had.
+    /// `len` elements with arbitrary contents, or an error if the allocation fails.
     pub(super) fn empty(len: usize) -> Result<Buffer, DeviceError> {
         let count = len.div_ceil(32);
         if let Some(lines) = idle::take(count) {
@@ -112,7 +112,7 @@ thread_local! {
 /// meanwhile, so there can be more than one in use.
 const KEPT: usize = 4;
 
-/// Scratch taken from this thread's free list and given back when dropped. Contents are arbitrary.
+/// Scratch memory from this thread's free list, returned on drop. Contents are arbitrary.
 pub(super) struct Scratch(Aligned);
 
 impl Scratch {
@@ -130,7 +130,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.0);
-        // While the thread ends its list may be gone already; then the buffer is simply freed.
+        // At the end of a thread its list may already be dropped; then the buffer is freed.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
             free.push(buffer);

@@ -1,4 +1,4 @@
-//! [`Device`] for the CPU: hands each call to the functions of this module's neighbours.
+//! [`Device`] for the CPU. Each call goes to a function of a sibling module.
 
 use std::convert::Infallible;
 use std::ops::Range;
@@ -22,7 +22,7 @@ impl<'a> Rows<'a, Buffer> {
         &self.buffer[self.start..]
     }
 
-    /// `rows` rows of `width` that lie packed.
+    /// `rows` packed rows of `width` elements.
     fn block(&self, rows: usize, width: usize) -> &'a [f32] {
         assert!(rows <= 1 || self.stride == width, "rows are packed");
         &self.buffer[self.start..self.start + rows * width]
@@ -60,7 +60,7 @@ impl Device for Cpu {
     }
 
     fn together<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        // On a thread of the pool: to start parallel work from outside costs a wake-up and a wait each time.
+        // Run on a thread of the pool: parallel work started from outside costs a wake-up and a wait each time.
         rayon::scope(|_| work())
     }
 

@@ -1,9 +1,8 @@
 //! GEMMs for training and decoding.
 //!
-//! Every element of every result is one chain of fused multiply-adds over the summed index,
-//! ascending, that starts from 0, or from the value already there when accumulating. Long sums are
-//! cut into blocks whose partial result is stored to C and read back unchanged, so a sum done in two
-//! calls, a single row, many rows, and any split over threads give the same bits.
+//! Every element of a result is one chain of fused multiply-adds over k, ascending. It starts from 0, or from the old
+//! value when accumulating. Long sums are split into blocks, whose partial result is stored to C and loaded unchanged.
+//! So the bits do not depend on the number of calls, of rows, or of threads.
 
 use std::ops::Range;
 
@@ -17,15 +16,15 @@ use crate::isa::Isa;
 
 /// Row tiles of A that a task keeps packed (14 rows of `A_STRIDE` each: 240 KiB).
 const TILES_PER_TASK: usize = 16;
-/// Panels of B that a task walks at most; more tasks balance better, fewer repeat less packing of A.
+/// Largest number of panels of B per task. More tasks balance better; fewer tasks pack A less often.
 const PANELS_PER_TASK: usize = 16;
-/// Panels packed at a time when B comes unpacked.
+/// Panels packed at a time when B is not packed.
 const PANELS_AT_ONCE: usize = 64;
-/// Length of k packed at a time when B comes unpacked: with the above 8 MiB of scratch.
+/// Length of k packed at a time when B is not packed; together with the above 8 MiB of scratch.
 const K_AT_ONCE: usize = 4 * KC;
-/// Multiply-adds below which handing work to other threads costs more than it gains.
+/// Multiply-adds below which parallel work costs more than it gains.
 const PARALLEL_WORK: usize = 1 << 20;
-/// Weights below which one row is done by one thread (512 KiB).
+/// Weights below which one thread computes a single row (512 KiB).
 const PARALLEL_WEIGHTS: usize = 1 << 17;
 
 /// y\[rows, out\] (+)= x\[rows, in\] wᵀ; rows of x and y are `x_stride` and `y_stride` apart.
@@ -174,7 +173,7 @@ impl Out {
         large && rayon::current_num_threads() > 1
     }
 
-    /// The part with columns `cols` and stretch `ks` of k; all but the first stretch accumulate.
+    /// The part with columns `cols` and range `ks` of k. All ranges but the first accumulate.
     fn part(&self, cols: Range<usize>, ks: Range<usize>) -> Out {
         Out {
             c: self.c.wrapping_add(cols.start),
@@ -201,7 +200,7 @@ impl Out {
                     ..tile
                 });
             }
-            // The last panel is narrower: its tile goes through a full one.
+            // The last panel is narrower: compute its tile in a full one.
             let mut full = [[0f32; NR]; 16];
             for (r, row) in full[..rows].iter_mut().enumerate() {
                 c.add(r * self.stride)
@@ -267,7 +266,7 @@ fn packing_gemm(
     }
 }
 
-/// The GEMM with panels of B that cover all of `out`'s columns and k.
+/// The GEMM with packed panels of B for all columns and all of k.
 fn packed_gemm(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
     if out.is_empty() {
         return;
@@ -291,7 +290,7 @@ fn packed_gemm(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
     }
 }
 
-/// One row: the panels are streamed once, [`WIDE`] side by side.
+/// One row: streams the panels once, [`WIDE`] at a time.
 fn one_row(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     let mut gathered;
     let x = if a.col == 1 {
@@ -341,7 +340,7 @@ impl Out {
     }
 }
 
-/// A few rows: A is packed once for all threads and the panels are streamed once.
+/// Few rows: packs A once for all threads and streams the panels once.
 fn one_tile(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     let block = out.m * A_STRIDE;
     let blocks = out.k.div_ceil(KC);
@@ -368,13 +367,13 @@ fn one_tile(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     });
 }
 
-/// Many rows: a grid of tasks, each some tiles high and some panels wide.
+/// Many rows: a grid of tasks, each of several tiles by several panels.
 fn many_tiles(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     let tiles = out.m.div_ceil(kernels.max_rows());
     let count = out.n.div_ceil(NR);
     let parallel = out.parallel();
     let [down, across] = grid(tiles, count, parallel);
-    // Tasks that follow one another read the same panels.
+    // Consecutive tasks read the same panels.
     each(parallel, down * across, |task| {
         let (row_tiles, cols) = (
             share(tiles, down, task % down),
@@ -384,7 +383,7 @@ fn many_tiles(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     });
 }
 
-/// How many tasks down and across.
+/// Number of tasks along rows and along panels.
 fn grid(tiles: usize, panels: usize, parallel: bool) -> [usize; 2] {
     let mut grid = [
         tiles.div_ceil(TILES_PER_TASK),
@@ -395,8 +394,7 @@ fn grid(tiles: usize, panels: usize, parallel: bool) -> [usize; 2] {
     } else {
         1
     };
-    // Halving the panels repeats packing of A, halving the rows repeats reading of B: both are
-    // cheap down to these sizes.
+    // Fewer panels per task repeat packing of A, fewer rows repeat reading of B. Both are cheap down to these sizes.
     while grid[0] * grid[1] < wanted {
         if panels / grid[1] >= 8 {
             grid[1] *= 2;

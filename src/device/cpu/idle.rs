@@ -1,7 +1,6 @@
-//! Memory of freed buffers, kept for the next ones that ask for about as much.
+//! Cache of freed buffers, reused by later buffers of about the same size.
 //!
-//! What is kept and what is in use together never exceed what was in use at its highest: keeping memory
-//! does not raise the peak.
+//! Cached memory plus memory in use never exceeds the peak of memory in use, so the cache does not raise the peak.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,19 +17,19 @@ const SMALL: usize = 128;
 
 static IDLE: Mutex<Idle> = Mutex::new(Idle::new());
 
-/// Gives memory that the CPU device keeps for later buffers back to the allocator.
+/// Returns the cached memory of the CPU device to the allocator.
 pub fn release_memory() {
     let released = lock().release();
     drop(released);
 }
 
-/// Memory of at least this many lines, with anything in it. `None`: there is none, and the caller who
-/// allocates is counted already.
+/// Cached memory of at least this many lines, contents arbitrary. `None` if there is none; the caller's own
+/// allocation is then already counted as in use.
 pub(super) fn take(lines: usize) -> Option<Vec<Line>> {
     if lines < SMALL {
         return None;
     }
-    // Memory goes back to the allocator when the lock is free again.
+    // Memory returns to the allocator after the lock is released.
     let (found, _released) = lock().take(lines);
     found
 }
@@ -42,7 +41,7 @@ pub(super) fn failed(lines: usize) {
     }
 }
 
-/// Takes freed memory back.
+/// Puts freed memory into the cache.
 pub(super) fn give(lines: Vec<Line>) {
     if lines.len() >= SMALL {
         lock().give(lines);
@@ -72,7 +71,7 @@ impl Idle {
         }
     }
 
-    /// The closest fit that wastes at most an eighth, and what must be released.
+    /// The closest fit that wastes at most an eighth, and the buffers to release.
     fn take(&mut self, lines: usize) -> (Option<Vec<Line>>, Vec<Vec<Line>>) {
         let fit = self.kept.range(lines..=lines + lines / 8).next();
         let found = fit.map(|(size, _)| *size).map(|size| self.remove(size));
@@ -92,7 +91,7 @@ impl Idle {
         self.kept.entry(lines.len()).or_default().push(lines);
     }
 
-    /// One of the kept ones of this size, which there are.
+    /// A cached buffer of this size, of which there is at least one.
     fn remove(&mut self, size: usize) -> Vec<Line> {
         let same = self.kept.get_mut(&size).expect("a size that is kept");
         let lines = same.pop().expect("no empty lists are kept");
@@ -116,7 +115,7 @@ mod tests {
 
     use super::*;
 
-    /// A buffer of `size` lines by way of `idle`, and where it lies.
+    /// A buffer of `size` lines from `idle` or new, and its address.
     fn buffer(idle: &mut Idle, size: usize) -> Vec<Line> {
         let (found, _) = idle.take(size);
         found.unwrap_or_else(|| vec![Line::zeroed(); size])

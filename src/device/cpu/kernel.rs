@@ -1,21 +1,20 @@
-//! The innermost loops of GEMMs: one tile of C against one stretch of k.
+//! GEMM microkernels: one tile of C over one block of k.
 //!
-//! Every kernel does the same to each element of its tile: start from 0 or from what C holds, then
-//! one fused multiply-add per k, ascending. So which kernel computes an element cannot be seen in it.
+//! Every kernel computes an element of its tile in the same way: it starts from 0 or from C, then does one fused
+//! multiply-add per k, ascending. So all kernels give the same bits.
 
 use crate::isa::Isa;
 
 /// Columns of C in a panel of B, the same for every instruction set.
 pub(super) const NR: usize = 32;
-/// Longest stretch of k a kernel is given: a B panel of it (32 KiB) stays in the first-level cache.
+/// Longest block of k of a kernel call: a panel of B of this length (32 KiB) stays in the L1 cache.
 pub(super) const KC: usize = 256;
-/// Row stride of a packed A tile kept by rows: `KC` and one cache line, so that rows do not meet in
-/// the same cache set.
+/// Row stride of a packed row-major tile of A: `KC` plus one cache line, so that rows do not share a cache set.
 pub(super) const A_STRIDE: usize = KC + 16;
-/// Panels a one-row kernel takes side by side.
+/// Panels that a one-row kernel reads at a time.
 pub(super) const WIDE: usize = 4;
 
-/// How a packed tile of A lies in memory.
+/// Memory layout of a packed tile of A.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     /// Element (i, p) at `i * A_STRIDE + p`.
@@ -150,12 +149,12 @@ mod x86 {
         wide: avx2::<1, WIDE, true>,
     };
 
-    /// Tiles of at most so many rows wait for memory: their panels are read once.
+    /// Tiles of at most this many rows are bound by memory: their panels are read once.
     const FEW_ROWS: usize = 8;
-    /// How far ahead a panel is asked for, 2 KiB: the machine itself does not look beyond a page of memory.
+    /// Prefetch distance in a panel, 2 KiB: the hardware prefetcher stops at the end of a page.
     const AHEAD: usize = 16 * NR;
 
-    /// Asks for one row of a panel, two cache lines, at any address, valid or not.
+    /// Prefetches one row of a panel, two cache lines. The address may be invalid.
     #[inline(always)]
     fn ask_for(row: *const f32) {
         // SAFETY: a prefetch reads nothing that the program can see.

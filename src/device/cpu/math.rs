@@ -1,5 +1,5 @@
-//! Arithmetic shared by row-wise functions: an exponential without calls, sums in a fixed number of
-//! lanes, and one source compiled for every instruction set.
+//! Arithmetic of row-wise functions: an inlined exponential, sums in a fixed number of lanes, and one source compiled
+//! for every instruction set.
 
 /// Lanes of a reduction: element i belongs to lane i % 16 on every instruction set.
 pub(super) const LANES: usize = 16;
@@ -7,8 +7,8 @@ pub(super) const LANES: usize = 16;
 /// Defines `fn name(isa, ...)`: the body compiled once per instruction set and chosen by `isa`,
 /// which the CPU must have.
 ///
-/// Rust never reorders or fuses floating-point operations by itself, so all versions give the same
-/// bits; the wider ones only do more lanes at once.
+/// Rust does not reorder or fuse floating-point operations, so all versions give the same bits. Wider instruction sets
+/// only compute more lanes at a time.
 macro_rules! for_each_isa {
     ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$doc])*
@@ -48,7 +48,7 @@ pub(super) use for_each_isa;
 /// 6e-9. 2^n is multiplied in two halves so that subnormal results are rounded once.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    /// 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
+    /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;
     /// ln 2 in two parts; the first has few bits, so that n times it is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;

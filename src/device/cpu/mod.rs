@@ -1,12 +1,10 @@
 //! The CPU device: [`Cpu`], and its arithmetic as plain `f32` functions on slices.
 //!
-//! The contract of everything here: an output element never depends on how many rows there are, on
-//! its neighbours, on the number of threads or on the instruction set. GEMMs
-//! ([`gemm`]) compute each element as one chain of fused multiply-adds in ascending order of the
-//! summed index; row-wise reductions use a fixed number of lanes added up in a fixed order.
+//! **Bits.** An output element does not depend on the number of rows, on other rows, on the number of threads or on the
+//! instruction set (docs/contract.md, section 4). GEMMs ([`gemm`]) compute each element as one chain of fused
+//! multiply-adds in ascending order of k. Row-wise reductions use a fixed number of lanes, added in a fixed order.
 //!
-//! Slices shorter than the shape given with them are a caller's bug and panic; whoever owns the
-//! tensors validates once before it calls in here.
+//! A slice shorter than its shape is a bug of the caller and panics. The owner of the tensors validates them once.
 
 mod adamw;
 mod attend;

@@ -1,12 +1,12 @@
-//! Operands brought into the order the kernels read: panels of B, tiles of A, and weights that stay
-//! packed ([`PackedMatrix`]).
+//! Packing of operands into the layout of the kernels: panels of B, tiles of A, and weights that stay packed
+//! ([`PackedMatrix`]).
 
 use rayon::prelude::*;
 
 use super::buffer::Aligned;
 use super::kernel::{A_STRIDE, NR, Order};
 
-/// A matrix seen through two strides: element (i, j) is `data[i * row + j * col]`.
+/// A matrix with two strides: element (i, j) is `data[i * row + j * col]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Strided<'a> {
     /// The elements.
@@ -121,7 +121,7 @@ pub(super) fn fill_tile(to: &mut [f32], from: Strided, height: usize, k: usize, 
     }
 }
 
-/// A weight matrix w\[out, in\] kept in the order in which GEMMs read it.
+/// A weight matrix w\[out, in\] in the packed layout of the GEMMs.
 ///
 /// Panels \[ceil(out / 32)\]\[in\]\[32\]: one step along `in` is one row of 32 outputs, so y = x wᵀ
 /// streams them once. Optionally also panels \[ceil(in / 32)\]\[out\]\[32\] for dx = dy w.
@@ -146,8 +146,8 @@ impl std::fmt::Debug for PackedMatrix {
 impl PackedMatrix {
     /// Packs row-major w\[outputs, inputs\].
     ///
-    /// `transposed_too` keeps a second copy in the order of dx = dy w; without it that GEMM packs
-    /// parts of the first copy again at every call.
+    /// `transposed_too` keeps a second copy for dx = dy w. Without it that GEMM packs parts of the first copy in every
+    /// call.
     ///
     /// # Panics
     /// If `w` is not `outputs * inputs` long.

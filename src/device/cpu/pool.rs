@@ -1,7 +1,7 @@
 //! The pool of past keys and values of one sequence and layer, and retrieval from it.
 //!
-//! Tokens come in chunks, one for each completed segment, so that growing never copies what is
-//! there; within a chunk a head's keys lie together, so that scoring streams them.
+//! Each complete segment adds a chunk, so growth copies nothing. Within a chunk the keys of a head are contiguous, so
+//! that scoring streams them.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
-//! From the model's spans to plans of the operation: consecutive spans of equal length make one call, so that no
-//! padding is computed.
+//! Plans of the attention operation for the spans of a step. Consecutive spans of equal length form one call, so that
+//! no padding is computed.
 
 use super::bounds::{below, equal, int, of_kind, product};
 use super::driver::Stream;
@@ -9,7 +9,7 @@ use crate::attention::{Gradients, Layout, Len, Lengths, Problem, Saved, Source};
 use crate::device::shared::spans::{Sources, SpanBatch, span_batches};
 use crate::device::{Attention, AttentionGrad, DeviceError, Kind, Result, Rows, RowsMut};
 
-/// Runs the operation forward over all spans, which are the step's; `number` is the call's.
+/// Runs the operation forward over all spans of the step. `number` is the index of the call within the step.
 pub(super) fn forward<D: Driver>(
     gpu: &Gpu<D>,
     call: &Attention<'_, Buffer<D>>,
@@ -94,7 +94,7 @@ pub(super) fn backward<D: Driver>(
     Ok(())
 }
 
-/// Refuses spans of slots that the cache does not have.
+/// Checks that the cache has the slots of all spans.
 fn check_call<D: Driver>(call: &Attention<'_, Buffer<D>>) -> Result<()> {
     let (heads, cache) = (call.heads, call.cache);
     let count = cache.prior_len.len();
@@ -115,7 +115,7 @@ fn check_call<D: Driver>(call: &Attention<'_, Buffer<D>>) -> Result<()> {
     Ok(())
 }
 
-/// What the host's values of a launch are checked against: where the slots lie and how large they are.
+/// Addresses and sizes of the slots, against which the uploaded values of a launch are checked.
 fn geometry<D: Driver>(
     gpu: &Gpu<D>,
     call: &Attention<'_, Buffer<D>>,
@@ -153,7 +153,7 @@ fn tensor<D: Driver>(
     strided(gpu, rows.buffer, rows.start.saturating_add(start), layout)
 }
 
-/// The rows of a buffer of activations from an element on.
+/// Rows of a buffer of activations from an element on.
 fn strided<'a, D: Driver>(
     gpu: &Gpu<D>,
     buffer: &Buffer<D>,

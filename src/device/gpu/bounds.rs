@@ -1,4 +1,4 @@
-//! From buffers to the addresses that kernels are given. A kernel knows no bounds, so every range is checked here.
+//! Addresses of buffers for kernels. Kernels do not check bounds, so every range is checked here.
 
 use std::ffi::c_void;
 
@@ -10,7 +10,7 @@ use crate::device::{DeviceError, Kind, Result, Rows, RowsMut};
 
 /// Elements that most kernels load and store at a time.
 pub(super) const VECTOR: usize = 8;
-/// Bytes of a vector of activations, which lies at a multiple of as many.
+/// Size and alignment of a vector of activations, in bytes.
 const VECTOR_BYTES: u64 = 16;
 
 /// Rows that a kernel does not use.
@@ -26,13 +26,13 @@ pub(super) fn rows_at(address: u64, stride: usize) -> SegattnRows {
     }
 }
 
-/// The numbers in a block that its owner has just made: no call that is recorded uses it.
+/// Elements of a block that its owner has just allocated, so that no recorded call uses it.
 pub(super) fn pointer<T>(block: &Block<impl Driver>) -> *const T {
     block.address() as usize as *const T
 }
 
 impl<D: Driver> Gpu<D> {
-    /// Where a block lies. A block of another device is refused: its addresses mean nothing here.
+    /// Address of a block. A block of another device is an error.
     pub(super) fn at(&self, block: &Block<D>) -> Result<u64> {
         if !block.is_of(&self.memory) {
             let (expected, got) = ("one of this device", "one of another");
@@ -42,7 +42,7 @@ impl<D: Driver> Gpu<D> {
         Ok(block.address())
     }
 
-    /// Where elements `[start, start + len)` of a buffer begin.
+    /// Address of elements `[start, start + len)` of a buffer.
     pub(super) fn range(&self, buffer: &Buffer<D>, start: usize, len: usize) -> Result<u64> {
         let fits = start.checked_add(len).is_some_and(|end| end <= buffer.len);
         if !fits {
@@ -63,7 +63,7 @@ impl<D: Driver> Gpu<D> {
         Ok(DeviceSlice::new(self.range(buffer, start, len)?, len))
     }
 
-    /// Where `rows` rows of `width` elements begin.
+    /// Address of `rows` rows of `width` elements.
     pub(super) fn rows(&self, x: &Rows<'_, Buffer<D>>, rows: usize, width: usize) -> Result<u64> {
         let end = match rows.checked_sub(1) {
             None => Some(0),
@@ -138,7 +138,7 @@ impl<D: Driver> Gpu<D> {
     }
 }
 
-/// Refuses a buffer of the other kind.
+/// Checks the kind of a buffer.
 pub(super) fn of_kind<D: Driver>(buffer: &Buffer<D>, kind: Kind) -> Result<()> {
     match buffer.kind == kind {
         true => Ok(()),
@@ -149,7 +149,7 @@ pub(super) fn of_kind<D: Driver>(buffer: &Buffer<D>, kind: Kind) -> Result<()> {
     }
 }
 
-/// Refuses an index that is not below `end`.
+/// Checks that an index is below `end`.
 pub(super) fn below(what: &'static str, index: Option<usize>, end: usize) -> Result<()> {
     match index.filter(|index| *index >= end) {
         None => Ok(()),
@@ -157,7 +157,7 @@ pub(super) fn below(what: &'static str, index: Option<usize>, end: usize) -> Res
     }
 }
 
-/// Refuses two numbers that differ.
+/// Checks that two numbers are equal.
 pub(super) fn equal(what: &'static str, expected: usize, got: usize) -> Result<()> {
     match expected == got {
         true => Ok(()),
@@ -165,7 +165,7 @@ pub(super) fn equal(what: &'static str, expected: usize, got: usize) -> Result<(
     }
 }
 
-/// A product of sizes.
+/// The product of sizes, checked for overflow.
 pub(super) fn product(what: &'static str, sizes: &[usize]) -> Result<usize> {
     let product = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b));
     product.ok_or_else(|| {
@@ -174,7 +174,7 @@ pub(super) fn product(what: &'static str, sizes: &[usize]) -> Result<usize> {
     })
 }
 
-/// A number as kernels take it.
+/// A number as i32, the type of kernel parameters.
 pub(super) fn int(what: &'static str, n: usize) -> Result<i32> {
     let expected = format!("at most {}", i32::MAX);
     i32::try_from(n).map_err(|_| DeviceError::argument(what, expected, n))

@@ -14,7 +14,7 @@ use crate::device::{
 };
 
 impl<D: Driver> Gpu<D> {
-    /// Input of a GEMM: bf16 rows, narrowed here if they are not yet. The buffer, if any, holds them.
+    /// Input of a GEMM: bf16 rows. f32 rows are converted to a temporary buffer, which is returned too.
     fn operand(
         &self,
         x: Rows<'_, Buffer<D>>,
@@ -47,7 +47,7 @@ impl<D: Driver> Gpu<D> {
         Ok((Some(narrow), operand(address, width)))
     }
 
-    /// Puts a GEMM of matrices that lie in buffers, as their addresses' bounds checks have seen, on the stream.
+    /// Enqueues a GEMM. Its addresses come from bounds checks of live buffers.
     fn multiply(&self, gemm: &Gemm) -> Result<()> {
         let Gemm { a, b, c, .. } = *gemm;
         check_alignment(a.address, a.stride, bytes_of(Kind::Activation))?;
@@ -68,7 +68,7 @@ impl<D: Driver> Gpu<D> {
         unsafe { self.driver().gemm(gemm) }.map_err(Into::into)
     }
 
-    /// `y = x b` with this epilogue, `b [inner, out]` as it lies in memory or transposed.
+    /// `y = x b` with this epilogue. `b [inner, out]` may be stored transposed.
     fn gemm(
         &self,
         x: Rows<'_, Buffer<D>>,
@@ -98,8 +98,8 @@ impl<D: Driver> Gpu<D> {
     }
 }
 
-/// Refuses a matrix that does not begin at a multiple of what its stride is one of, up to 16 bytes: algorithms of
-/// GEMMs are chosen by strides.
+/// Checks that the address of a matrix is aligned as its stride is, up to 16 bytes: algorithms of GEMMs are chosen by
+/// strides.
 fn check_alignment(address: u64, stride: usize, element: usize) -> Result<()> {
     let bytes = stride.saturating_mul(element);
     let alignment = 1u64 << bytes.trailing_zeros().min(4);
@@ -153,7 +153,8 @@ impl<D: Driver> Device for Gpu<D> {
     type Samplers = Samplers<D>;
     type Recording = Recording<D>;
 
-    /// The head's gradient is read and written once for so many rows: 128 would cost as much as the GEMMs.
+    /// The gradient of the LM head is read and written once for this many rows. At 128 rows that would take as long as
+    /// the GEMMs.
     const LOGIT_ROWS: usize = 1024;
 
     fn description(&self) -> String {

@@ -1,81 +1,81 @@
-//! What the GPU device asks of a driver: memory, copies, launches and GEMMs, all on one
-//! stream. Two exist: CUDA's (feature `cuda`), and the simulated GPU of the tests.
+//! Interface of the GPU device to a driver: memory, copies, launches and GEMMs, all on one stream.
+//!
+//! Implementations are CUDA's driver (feature `cuda`), the dry run, and the simulated GPU of the tests.
 
 use std::fmt::Debug;
 
 use crate::cuda::kernels::{Error, Kernels, Launch, Launcher};
 use crate::device::{DeviceError, Kind};
 
-/// A GPU and one stream on it: what is asked happens in order, later; only [`Driver::download`]
-/// waits. A failed call leaves the next ones working unless its error says otherwise.
+/// A GPU and one stream on it. Calls are asynchronous, in stream order; only [`Driver::download`] waits. After a failed
+/// call later calls work, unless its error says otherwise.
 pub trait Driver: Debug + Send + Sync {
     /// The compiled kernels.
     type Kernels: Kernels;
-    /// Calls that were recorded.
+    /// Recorded calls.
     type Graph: Debug + Send + Sync;
 
-    /// One line for people.
+    /// One-line description of the GPU, for display.
     fn description(&self) -> String;
 
     /// The kernels that [`Driver::launch`] launches.
     fn kernels(&self) -> &Self::Kernels;
 
-    /// Whether calls are carried out. If not, as in a dry run, what is read back means nothing.
+    /// Whether calls are executed. If not, as in a dry run, downloaded values are meaningless.
     fn computes(&self) -> bool {
         true
     }
 
-    /// Memory is asked for in pieces of at least this many bytes, which hold many buffers; 0: each buffer
-    /// gets a piece of its own.
+    /// Smallest size of an allocation, in bytes; many buffers share one. 0: every buffer has its own allocation.
     fn region_bytes(&self) -> usize;
 
     /// Device memory, at a multiple of 256 bytes; contents arbitrary.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`], or what the driver says.
+    /// [`DeviceError::OutOfMemory`], or an error of the driver.
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError>;
 
-    /// Gives memory back, once the stream has passed.
+    /// Frees memory, in stream order.
     ///
     /// # Safety
-    /// `address` came from [`Driver::allocate`] with the same `bytes`, and nothing asked from now on uses it.
+    /// `address` came from [`Driver::allocate`] with the same `bytes`, and no later call uses it.
     unsafe fn free(&self, address: u64, bytes: usize);
 
-    /// Host memory that kernels and copies use as they use the device's, at the same address, over the bus: at a
-    /// multiple of 256 bytes; contents arbitrary.
+    /// Pinned host memory that kernels and copies access over the bus at the same address. It begins at a multiple of
+    /// 256 bytes; contents arbitrary.
     ///
     /// # Errors
     /// As [`Driver::allocate`].
     fn allocate_host(&self, bytes: usize) -> Result<u64, DeviceError>;
 
-    /// Gives host memory back, once the stream has passed.
+    /// Frees pinned host memory, in stream order.
     ///
     /// # Safety
     /// As [`Driver::free`], of [`Driver::allocate_host`].
     unsafe fn free_host(&self, address: u64, bytes: usize);
 
-    /// Bytes of device memory that nobody has taken.
+    /// Bytes of free device memory.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     fn free_memory(&self) -> Result<usize, Error>;
 
-    /// Writes `bytes` to device memory. They are not read after the call returns.
+    /// Writes `bytes` to device memory. `bytes` are not read after the call returns.
     ///
     /// # Safety
     /// `[to, to + bytes.len())` is memory that this driver allocated.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error>;
 
-    /// Reads device memory, after everything asked before.
+    /// Reads device memory after all earlier calls on the stream.
     ///
     /// # Safety
     /// `[from, from + bytes.len())` is memory that this driver allocated, and has been written.
     ///
     /// # Errors
-    /// What the driver says; also of work asked before.
+    /// Errors of the driver, also of earlier asynchronous calls.
     unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error>;
 
     /// Sets bytes to zero.
@@ -84,25 +84,25 @@ pub trait Driver: Debug + Send + Sync {
     /// `[at, at + bytes)` is memory of this device.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), Error>;
 
-    /// Copies bytes on the device, to its host memory or from there; the ranges do not overlap.
+    /// Copies bytes between device memory and pinned host memory, or within either. The ranges do not overlap.
     ///
     /// # Safety
     /// Both ranges are memory that this driver allocated.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
 
     /// Launches a kernel.
     ///
     /// # Safety
-    /// `P` is the entry's params struct, its addresses are memory of this device as the kernel's contract says.
+    /// `P` is the params struct of the kernel's entry. Its addresses are memory of this device, as the kernel requires.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     unsafe fn launch<P: Copy>(&self, launch: &Launch, params: &P) -> Result<(), Error>;
 
     /// Computes a GEMM, see [`Gemm`].
@@ -111,36 +111,36 @@ pub trait Driver: Debug + Send + Sync {
     /// Its matrices are memory of this device, and `c` overlaps neither `a` nor `b`.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), Error>;
 
-    /// From here on zeros, copies, launches and GEMMs are recorded instead of done, until [`Driver::recorded`].
+    /// Begins recording. Until [`Driver::recorded`], zeros, copies, launches and GEMMs are recorded, not executed.
     /// Uploads and downloads are refused meanwhile.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     fn record(&self) -> Result<(), Error>;
 
     /// Ends recording, also after an error.
     ///
     /// # Errors
-    /// What the driver says, also of what was recorded.
+    /// Errors of the driver, also of recorded calls.
     fn recorded(&self) -> Result<Self::Graph, Error>;
 
-    /// Does what was recorded.
+    /// Executes the recorded calls.
     ///
     /// # Safety
     /// As for the calls that were recorded.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), Error>;
 }
 
 /// `c = a b` with an [`Epilogue`], row-major: `a [m, k]` and `b [k, n]` in bf16, `c [m, n]`, sums in f32.
 ///
-/// An element's bits depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and the epilogue;
-/// never on `m` or on which row it is.
+/// The bits of an element depend on its row of `a`, its column of `b`, `n`, the layouts, the kind of `c` and the
+/// epilogue. They do not depend on `m` or on the index of the row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gemm {
     /// Rows of `a` and `c`.
@@ -172,7 +172,7 @@ pub enum Epilogue {
     Accumulate,
     /// `c = a b + rows`, where `rows` have the kind of `c` and do not overlap it.
     AddRows {
-        /// Where they begin.
+        /// Address of their first element.
         address: u64,
         /// Elements from one row to the next.
         stride: usize,
@@ -182,11 +182,11 @@ pub enum Epilogue {
 /// An input of a GEMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Operand {
-    /// Where it begins.
+    /// Address of its first element.
     pub address: u64,
     /// Elements from one row in memory to the next.
     pub stride: usize,
-    /// Whether memory holds it transposed.
+    /// Whether it is stored transposed.
     pub transposed: bool,
 }
 

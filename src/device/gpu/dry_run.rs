@@ -7,24 +7,24 @@ use super::driver::{Driver, Gemm};
 use crate::cuda::kernels::{Error, Kernels, Launch};
 use crate::device::{DeviceError, OutOfMemory};
 
-/// Where its memory begins: no address is null.
+/// First address, so that no address is null.
 const BASE: u64 = 1 << 20;
-/// A piece of memory where there is no end of it.
+/// Size of an allocation when memory is unlimited.
 const ENDLESS: usize = 1 << 50;
 
-/// A GPU of some memory on which every call succeeds at once and every number read back as f32 is 1.
+/// A GPU on which every call succeeds without work, and every downloaded f32 is 1.
 ///
-/// [`Gpu::memory_use`](super::Gpu::memory_use) after a run is what [`Gpu::reserve`](super::Gpu::reserve) needs for the
-/// same run on a real one.
+/// [`Gpu::memory_use`](super::Gpu::memory_use) after a run is the argument of [`Gpu::reserve`](super::Gpu::reserve) for
+/// the same run on a real GPU.
 pub struct DryRun<K> {
     kernels: Arc<K>,
     bytes: Option<usize>,
-    /// Device memory, and addresses, that have been handed out.
+    /// Bytes of device memory in use, and the next free address.
     taken: Mutex<(usize, u64)>,
 }
 
 impl<K> DryRun<K> {
-    /// A GPU of `bytes` bytes that would launch these kernels; `None`: of as much as there are addresses.
+    /// A GPU with `bytes` bytes of memory and these kernels; `None`: unlimited memory.
     pub fn new(kernels: Arc<K>, bytes: Option<usize>) -> Self {
         Self {
             kernels,

@@ -1,11 +1,12 @@
-//! Memory: regions asked of the driver, cut into blocks by the lowest address that fits.
+//! Memory allocator: regions come from the driver and are divided into blocks, lowest fitting address first.
 //!
-//! There are three arenas: device memory for all buffers but the pools', device memory for pools, which has a budget,
-//! and pinned host memory for what of the pools does not fit there.
+//! There are three arenas: device memory for all buffers except pools, device memory for pools, with a budget, and
+//! pinned host memory for the rest of the pools.
 //!
-//! Work on one stream is in order, so a block that is given back can be handed out at once: whoever gets it uses it
-//! after its last user. By the lowest address the same requests lead to the same places in every region that is large
-//! enough; so the highest address of a dry run is how large a region has to be, see [`Held::high_water`].
+//! Work on the stream is in order. So a freed block can be reused at once: its next user runs after its last one.
+//!
+//! With lowest-address-first allocation, equal requests get equal offsets in every region that is large enough. So the
+//! highest offset of a dry run is the size that a region needs, see [`Held::high_water`].
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::driver::Driver;
 use crate::device::{DeviceError, OutOfMemory, Result};
 
-/// Blocks begin at multiples of this: every vector load and tensor map is content with it.
+/// Alignment of blocks. It suffices for every vector load and tensor map.
 const ALIGNMENT: usize = 256;
 
-/// Most bytes asked for at a time for chunks of pools, which are smaller.
+/// Largest region for chunks of pools, which are smaller.
 const POOL_PIECE: usize = 64 << 20;
 
 /// A driver's memory.
@@ -25,23 +26,23 @@ const POOL_PIECE: usize = 64 << 20;
 pub(super) struct Memory<D: Driver> {
     pub driver: D,
     arenas: [Mutex<Regions>; 3],
-    /// Whether what is needed has been reserved.
+    /// Whether all memory of the run was reserved before it.
     planned: AtomicBool,
-    /// Where buffers come from while calls are recorded.
+    /// Source of buffers while calls are recorded.
     recorded: Mutex<Option<Arc<Recorded<D>>>>,
 }
 
-/// Memory that serves the calls of a recording and nobody else: what they give back comes here again.
+/// Memory for the calls of a recording only. Blocks that they free return to it.
 #[derive(Debug)]
 pub(super) struct Recorded<D: Driver> {
     regions: Mutex<Regions>,
     /// The regions' memory.
     held: Mutex<Vec<Block<D>>>,
-    /// What else the recorded calls use, by the address of its `Piece`.
+    /// Other blocks that the recorded calls use, by the address of their `Piece`.
     used: Mutex<BTreeMap<usize, Weak<Piece<D>>>>,
 }
 
-/// Bytes that a recording takes at a time.
+/// Bytes of one allocation for a recording.
 const RECORDED_BYTES: usize = 4 << 20;
 
 /// The arenas.
@@ -59,20 +60,20 @@ const PLACES: [Place; 3] = [Place::Buffers, Place::Pool, Place::Host];
 
 #[derive(Debug)]
 struct Regions {
-    /// By address: bytes, and the free ranges in them by offset.
+    /// Regions by address: size, and free ranges by offset.
     all: BTreeMap<u64, Region>,
     used: usize,
     peak: usize,
-    /// The most that may be used.
+    /// Budget in bytes.
     budget: usize,
 }
 
 #[derive(Debug)]
 struct Region {
     bytes: usize,
-    /// Offset and length of what is free; neighbours are merged.
+    /// Offset and length of free ranges; adjacent ranges are merged.
     free: BTreeMap<usize, usize>,
-    /// End of the highest block there ever was.
+    /// Largest end of a block so far.
     high: usize,
 }
 
@@ -89,7 +90,7 @@ impl Region {
     }
 }
 
-/// What a device holds, bytes.
+/// Memory use of a device, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MemoryUse {
     /// Device memory of everything but pools.
@@ -100,21 +101,21 @@ pub struct MemoryUse {
     pub host: Held,
 }
 
-/// What an arena of memory holds, bytes.
+/// Memory use of an arena, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Held {
-    /// In buffers now.
+    /// In use by buffers.
     pub used: usize,
-    /// The most there ever were, or since [`Gpu::reset_peaks`](super::Gpu::reset_peaks).
+    /// Largest use so far, or since [`Gpu::reset_peaks`](super::Gpu::reset_peaks).
     pub peak: usize,
-    /// Taken from the driver.
+    /// Allocated from the driver.
     pub reserved: usize,
-    /// The most there ever were, with what lies unused between buffers: the size a single region needs.
+    /// Largest use so far including free ranges between buffers: the size that a single region needs.
     pub high_water: usize,
 }
 
 impl MemoryUse {
-    /// Device memory taken from the driver.
+    /// Device memory allocated from the driver.
     pub fn on_device(&self) -> usize {
         self.buffers.reserved + self.pool.reserved
     }
@@ -130,7 +131,7 @@ impl<D: Driver> Memory<D> {
         }
     }
 
-    /// Takes device memory from the driver before any is needed: for buffers and for pools, as much as `planned` held.
+    /// Allocates device memory for buffers and for pools in advance, as much as `planned` held.
     pub fn reserve(self: &Arc<Self>, planned: &MemoryUse) -> Result<()> {
         for (place, held) in [
             (Place::Buffers, planned.buffers),
@@ -166,12 +167,12 @@ impl<D: Driver> Memory<D> {
         }
     }
 
-    /// Lets later buffers come from a recording's memory, or from everywhere again.
+    /// Sets the source of later buffers: the memory of a recording, or the arenas.
     pub fn set_recorded(&self, recorded: Option<Arc<Recorded<D>>>) {
         *locked(&self.recorded) = recorded;
     }
 
-    /// A block of at least `bytes` bytes, contents arbitrary; `None` where the arena's budget does not allow it.
+    /// A block of at least `bytes` bytes, contents arbitrary; `None` if it would exceed the arena's budget.
     pub fn block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
         let recorded = locked(&self.recorded).clone();
         match recorded.filter(|_| place == Place::Buffers) {
@@ -180,8 +181,7 @@ impl<D: Driver> Memory<D> {
         }
     }
 
-    /// Notes that a call uses a block. If the call is being recorded, the recording is good for as long as the block
-    /// exists.
+    /// Notes that a call uses a block. A recording of the call is valid only as long as the block exists.
     pub fn note_use(&self, block: &Block<D>) {
         if let Some(recorded) = &*locked(&self.recorded) {
             recorded.note_use(block);
@@ -235,7 +235,7 @@ impl<D: Driver> Memory<D> {
         }))))
     }
 
-    /// Bytes to ask for where a block has no place yet. Chunks of a pool are of one size, so they fill their pieces.
+    /// Bytes to allocate when no region has room for a block. Chunks of a pool have one size, so they fill a region.
     fn piece(&self, place: Place, block: usize) -> usize {
         let region = self.driver.region_bytes();
         match place {
@@ -263,10 +263,10 @@ impl<D: Driver> Memory<D> {
         Ok(())
     }
 
-    /// Gives a region to the driver.
+    /// Returns a region to the driver.
     ///
     /// # Safety
-    /// It was of the arena, and there are no blocks in it.
+    /// It belonged to the arena, and no block in it is in use.
     unsafe fn release(&self, place: Place, address: u64, bytes: usize) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -397,7 +397,7 @@ impl Regions {
         Some(address + self.all.get_mut(&address)?.take(bytes)? as u64)
     }
 
-    /// Takes a block back; the region's address and size if it is empty now.
+    /// Frees a block. Returns the region's address and size if it is empty now.
     fn give_back(&mut self, address: u64, bytes: usize) -> Option<(u64, usize)> {
         self.used -= bytes;
         let (&base, region) = self.all.range_mut(..=address).next_back()?;
@@ -416,14 +416,14 @@ impl Regions {
     }
 }
 
-/// Memory of one owner, given back when dropped.
+/// Memory of one owner, freed on drop.
 #[derive(Debug)]
 pub(super) struct Block<D: Driver>(Arc<Piece<D>>);
 
 #[derive(Debug)]
 struct Piece<D: Driver> {
     memory: Arc<Memory<D>>,
-    /// The recording whose memory it lies in.
+    /// The recording that owns its memory, if any.
     recorded: Option<Arc<Recorded<D>>>,
     place: Place,
     address: u64,

@@ -1,11 +1,10 @@
 //! The GPU device: [`Gpu`], over any [`Driver`].
 //!
-//! Activations and the GEMMs' copies of weights are bf16; statistics of rows, logits, gradients of weights and
-//! whatever the optimizer holds are f32 ([`Kind`]). Work is put on one stream, in order; nothing waits but reading back
-//! to the host.
+//! Activations and the weights that GEMMs read are bf16. Statistics of rows, logits, gradients of weights and the state
+//! of the optimizer are f32 ([`Kind`]). Calls are asynchronous, in order, on one stream. Only reads to the host wait.
 //!
-//! The kernels are those of `kernels/`, the attention calls the plans of [`crate::attention::cuda`]. With CUDA's driver
-//! they run on a GPU, with the simulated one in tests, and nothing here knows which.
+//! The kernels are those of `kernels/`. Attention calls use the plans of [`crate::attention::cuda`]. The driver decides
+//! whether they run on a GPU or on the simulated GPU of the tests.
 
 mod attend;
 mod bounds;
@@ -55,15 +54,15 @@ impl<D: Driver> Clone for Gpu<D> {
 }
 
 impl<D: Driver> Gpu<D> {
-    /// A device on this driver, which takes memory as it is needed.
+    /// A device on this driver. It allocates memory on demand.
     pub fn new(driver: D) -> Self {
         Self {
             memory: Arc::new(Memory::new(driver)),
         }
     }
 
-    /// Takes device memory at once, which later buffers and pools lie in: as much as `planned`, the use of a
-    /// [`DryRun`], says that they need. Pinned host memory is taken as pools grow.
+    /// Allocates device memory for later buffers and pools at once: as much as `planned`, the memory use of a
+    /// [`DryRun`]. Pinned host memory is allocated as pools grow.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`](super::DeviceError::OutOfMemory), or what the driver says.
@@ -71,19 +70,19 @@ impl<D: Driver> Gpu<D> {
         self.memory.reserve(planned)
     }
 
-    /// From now on pools take at most `bytes` bytes of device memory, all sequences and layers together; at first, as
-    /// much as there is. What does not fit lies in pinned host memory, which kernels read over the bus: each
-    /// retrieval reads all keys but only the chosen values, so keys come first. No bit depends on where anything lies.
+    /// Limits the device memory of all pools together to `bytes` bytes. By default pools use all there is. The rest of
+    /// the pools is in pinned host memory, which kernels read over the bus. Retrieval reads all keys but only the
+    /// selected values, so keys have priority on the device. Results do not depend on where the memory is.
     pub fn limit_pool(&self, bytes: usize) {
         self.memory.limit_pool(bytes);
     }
 
-    /// Counts [`Held::peak`] from now on.
+    /// Resets [`Held::peak`] to the current use.
     pub fn reset_peaks(&self) {
         self.memory.reset_peaks();
     }
 
-    /// What its memory holds.
+    /// Memory use of the device.
     pub fn memory_use(&self) -> MemoryUse {
         self.memory.memory_use()
     }
@@ -99,7 +98,7 @@ impl<D: Driver> Gpu<D> {
         block.ok_or_else(|| OutOfMemory::device(bytes).into())
     }
 
-    /// Memory that holds these values, until it is dropped.
+    /// A block of device memory with these values.
     fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Block<D>> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let block = self.block(bytes.len())?;
@@ -117,18 +116,18 @@ const fn bytes_of(kind: Kind) -> usize {
     }
 }
 
-/// Numbers on the device: bf16 for activations, f32 otherwise.
+/// An array on the device: bf16 for activations, f32 otherwise.
 pub struct Buffer<D: Driver> {
-    /// None where there are no elements.
+    /// `None` for an empty buffer.
     block: Option<Block<D>>,
     kind: Kind,
     len: usize,
-    /// Rows of f32 logits whose gradient has taken their place: bf16, in the first half of each row.
+    /// Whether its rows of f32 logits were overwritten by their gradient: bf16, in the first half of each row.
     half_rows: bool,
 }
 
 impl<D: Driver> Buffer<D> {
-    /// Which arena it lies in.
+    /// Arena of its memory.
     fn place(&self) -> Option<Place> {
         self.block.as_ref().map(Block::place)
     }

@@ -13,7 +13,7 @@ const NORM: Entry = entry(File::Adamw, "adamw_norm_f32");
 const SCALE: Entry = entry(File::Adamw, "adamw_scale_f32");
 const UPDATE: Entry = entry(File::Adamw, "adamw_update_f32");
 
-/// The norm of all gradients; updates every tensor unless it is not finite or only asked for.
+/// Computes the norm of all gradients, and updates every tensor unless the norm is not finite or only it is asked for.
 pub(super) fn adamw<D: Driver>(
     gpu: &Gpu<D>,
     tensors: &mut [GradTensor<'_, Buffer<D>>],
@@ -66,7 +66,7 @@ pub(super) fn adamw<D: Driver>(
     Ok(result)
 }
 
-/// The tensors as the kernels take them, and the number of their chunks.
+/// Kernel parameters of the tensors, and the number of their chunks.
 fn table<D: Driver>(
     gpu: &Gpu<D>,
     tensors: &mut [GradTensor<'_, Buffer<D>>],

@@ -1,4 +1,4 @@
-//! Memory planned before a run, from a dry run of the run's own code.
+//! Plan of a run's memory, made by a dry run of the same code.
 
 use std::sync::Arc;
 
@@ -6,31 +6,31 @@ use super::{Driver, DryRun, Gpu, MemoryUse};
 use crate::cuda::kernels::{self, Kernels};
 use crate::device::{DeviceError, HostMemory, OutOfMemory, Purpose};
 
-/// Device memory that a plan leaves: for kernels that are loaded while running, and for GEMMs that compare
+/// Device memory that a plan leaves free: for kernels that are loaded during the run, and for the comparison of GEMM
 /// algorithms.
 const SPARE_BYTES: usize = 96 << 20;
 
-/// How much of the pools lies on the device; the rest lies in pinned host memory. No bit depends on it.
+/// Part of the pools that is in device memory. The rest is in pinned host memory. Results do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PoolPlace {
-    /// What the run's other needs leave room for: all of it if it fits.
+    /// As much as the rest of the run leaves free.
     #[default]
     Auto,
-    /// At most so many bytes: 0 for none, `usize::MAX` for all.
+    /// At most this many bytes: 0 for none, `usize::MAX` for all.
     AtMost(usize),
 }
 
-/// What a run will hold.
+/// Memory that a run needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// The use of its dry run.
+    /// Memory use of the dry run.
     pub planned: MemoryUse,
-    /// What [`Gpu::limit_pool`] has to be told.
+    /// Argument of [`Gpu::limit_pool`].
     pub pool_limit: usize,
 }
 
 impl MemoryPlan {
-    /// The plan of `run` on a GPU with these kernels and `free` bytes of device memory; `None`: of as much as it needs.
+    /// Plans `run` on a GPU with these kernels and `free` bytes of device memory; `None`: unlimited memory.
     ///
     /// # Errors
     /// Those of the run.
@@ -61,23 +61,23 @@ impl MemoryPlan {
         Ok(plan)
     }
 
-    /// Device memory that the run takes.
+    /// Device memory of the run, in bytes.
     pub fn device_bytes(&self) -> usize {
         self.planned.buffers.high_water + self.planned.pool.high_water
     }
 
-    /// Pinned host memory that it takes, at most.
+    /// Largest pinned host memory of the run, in bytes.
     pub fn host_bytes(&self) -> usize {
         self.planned.host.high_water
     }
 }
 
 impl<D: Driver> Gpu<D> {
-    /// Makes `run` without doing it, then takes at once the device memory that it needs. `purpose` is what most of it
-    /// beside weights and pools is for. `kernels`: those of the driver.
+    /// Makes a dry run of `run`, then allocates the device memory that it needs at once. `purpose` is the main purpose
+    /// of that memory besides weights and pools. `kernels` are those of the driver.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] where device or host have not as much, and what the run or the driver says.
+    /// [`DeviceError::OutOfMemory`] if device or host have too little memory, and errors of the run or the driver.
     pub fn reserve_for<K: Kernels + Send + Sync, E: From<DeviceError>>(
         &self,
         kernels: &Arc<K>,

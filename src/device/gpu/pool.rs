@@ -1,7 +1,7 @@
-//! The pool of past keys and values: a chunk of memory for each segment that was appended.
+//! The pool of past keys and values, with one chunk of memory for each appended segment.
 //!
-//! Chunks lie in device memory as far as its budget goes, keys before values, else in host memory that kernels read
-//! over the bus. Kernels find them by address and know no difference.
+//! Chunks are in device memory up to its budget, keys before values. The others are in pinned host memory, which
+//! kernels read over the bus. Kernels address both in the same way.
 
 use std::ops::Range;
 
@@ -53,7 +53,7 @@ impl<D: Driver> Pool<D> {
         })
     }
 
-    /// Memory for the keys of a chunk. Where none is left on the device, the oldest values there make room.
+    /// Memory for the keys of a chunk. If the device has none left, the oldest values move to host memory.
     fn keys(&mut self, gpu: &Gpu<D>, len: usize) -> Result<Buffer<D>> {
         loop {
             if let Some(keys) = lying(gpu, Place::Pool, len)? {
@@ -73,7 +73,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Adds a chunk that `fill` fills; none where that fails.
+    /// Adds a chunk that `fill` writes. If `fill` fails, no chunk is added.
     fn push(&mut self, gpu: &Gpu<D>, fill: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let chunk = self.chunk(gpu)?;
         self.chunks.push(chunk);

@@ -1,4 +1,4 @@
-//! Calls recorded once and made again by one call of the driver: a decoding step.
+//! Recordings of calls, which one call of the driver replays. Decoding steps use them.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::memory::Recorded;
 use super::{Driver, Gpu};
 use crate::device::{self, DeviceError, Result};
 
-/// Recorded calls, and the memory that was asked for by them: nobody else gets it as long as they can be replayed.
+/// Recorded calls, and the memory that they allocated. It is reserved for them as long as the recording exists.
 #[derive(Debug)]
 pub struct Recording<D: Driver> {
     gpu: Gpu<D>,
@@ -29,7 +29,7 @@ impl<D: Driver> device::Recording for Recording<D> {
     }
 }
 
-/// Ends what it has begun, also where `work` panics.
+/// Ends the recording on drop, also if `work` panics.
 struct Recorder<'a, D: Driver> {
     gpu: &'a Gpu<D>,
     open: bool,

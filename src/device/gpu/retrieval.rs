@@ -13,7 +13,7 @@ use crate::device::{
     DeviceError, PastHeads, PastPool, Probes, Result, RowsMut, SelectedBlocks, Selection,
 };
 
-/// Bytes that an element of a probe takes: three bf16 that add up to it.
+/// Bytes of an element of a probe: three bf16, whose sum it is.
 const PROBE_BYTES: usize = 6;
 /// Keys that a block of `pool_scores` takes at a time; whole blocks of the pool's.
 const SCORED_KEYS: usize = 128;
@@ -24,11 +24,11 @@ pub struct Blocks<D: Driver> {
     /// i32 `[head, most]`, ascending, and `[head]`: how many.
     blocks: Block<D>,
     counts: Block<D>,
-    /// The counts again, which follow from lengths alone: the host need not ask.
+    /// The counts on the host. They follow from lengths, so the host does not read them back.
     known: Vec<usize>,
     most: usize,
     block_len: usize,
-    /// All tokens lie below this one.
+    /// Exclusive upper bound of all tokens.
     end: usize,
 }
 
@@ -76,7 +76,7 @@ impl<D: Driver> SelectedBlocks<Gpu<D>> for Blocks<D> {
     }
 }
 
-/// Refuses tokens that are no whole blocks in ascending order.
+/// Checks that tokens are whole blocks in ascending order.
 fn check_blocks(tokens: &[Vec<usize>], block_len: usize) -> Result<()> {
     if block_len == 0 {
         return Err(DeviceError::argument("block_len", "1 or more", 0));
@@ -104,7 +104,7 @@ fn check_blocks(tokens: &[Vec<usize>], block_len: usize) -> Result<()> {
     Ok(())
 }
 
-/// The best blocks of every head. The host does not wait: how many they are follows from lengths.
+/// Selects the best blocks of every head. The host does not wait, because their number follows from lengths.
 pub(super) fn select<D: Driver>(
     gpu: &Gpu<D>,
     pool: &Pool<D>,
@@ -191,7 +191,7 @@ fn windows<B>(probes: &Probes<'_, B>) -> Result<usize> {
     Ok((rows - window) / stride + 1)
 }
 
-/// The selected tokens of every head, to rows: keys rotated.
+/// Copies the selected tokens of every head to rows, keys rotated.
 pub(super) fn gather<D: Driver>(
     gpu: &Gpu<D>,
     pool: &Pool<D>,
@@ -266,7 +266,7 @@ fn scores_entry(head_dim: usize) -> Result<&'static str> {
     }
 }
 
-/// The tables that a call reads: where the chunks lie, and what is said of each head.
+/// Tables of a call: addresses of the chunks, and the parameters of each head.
 pub(super) struct Tables<D: Driver> {
     chunks: Block<D>,
     heads: Block<D>,

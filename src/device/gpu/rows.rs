@@ -1,4 +1,4 @@
-//! Functions of rows: which kernel, how many blocks, which params.
+//! Row-wise functions: choice of kernel, grid and parameters.
 
 use super::bounds::{NONE, VECTOR, below, int, of_kind, pointer, product, rows_at};
 use super::step::Column;
@@ -18,19 +18,19 @@ const WARP: usize = 32;
 /// Most threads of a block.
 const MOST_THREADS: usize = 1024;
 
-/// How a kernel's grid follows from its work.
+/// Size of a kernel's grid.
 pub(super) enum Grid {
-    /// So many threads, in blocks of as many as the kernel's constant says.
+    /// This many threads, in blocks of the size of the kernel's constant.
     Threads(usize),
-    /// So many blocks, of as many threads as the kernel's constant says.
+    /// This many blocks, of the size of the kernel's constant.
     Blocks(usize),
-    /// So many blocks of so many threads.
+    /// This many blocks of this many threads.
     Sized(usize, usize),
 }
 
-/// Launches an entry, or nothing where there is no work.
+/// Launches an entry; does nothing if there is no work.
 ///
-/// The addresses in `params` are those of live buffers, which the callers' bounds checks have seen.
+/// The addresses in `params` come from the caller's bounds checks of live buffers.
 pub(super) fn launch<D: Driver, P: Copy>(
     gpu: &Gpu<D>,
     entry: Entry,
@@ -228,7 +228,7 @@ pub(super) fn embed_grad<D: Driver>(
     )
 }
 
-/// Threads of a row that is summed up: part of the sum's definition, see `kernels/norm.cu` and `kernels/loss.cu`.
+/// Threads that sum a row. They define the order of the sum, see `kernels/norm.cu` and `kernels/loss.cu`.
 pub(super) fn row_threads(width: usize) -> usize {
     let warps = width.div_ceil(2 * VECTOR * WARP).max(1);
     (warps * WARP).min(MOST_THREADS)
@@ -237,7 +237,7 @@ pub(super) fn row_threads(width: usize) -> usize {
 /// Elements of the widest rows that the norms' kernels keep in registers.
 const MOST_NORM_WIDTH: usize = 16384;
 
-/// Refuses rows that are too wide for the norms.
+/// Checks that rows are not too wide for the norms' kernels.
 fn norm_width(width: usize) -> Result<usize> {
     below("width of a norm", Some(width), MOST_NORM_WIDTH + 1)?;
     Ok(width)
@@ -334,7 +334,7 @@ pub(super) fn rms_norm_weight_grad<D: Driver>(
     )
 }
 
-/// Heads of rows turned by their angles.
+/// Rotates the heads of rows by their angles.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn rope<D: Driver>(
     gpu: &Gpu<D>,
@@ -385,7 +385,7 @@ fn qkv_widths(heads: Heads) -> Result<[usize; 3]> {
     Ok([q, kv, all.unwrap_or(usize::MAX)])
 }
 
-/// Rows `[q | k | v]` to rotated queries, and to their places in the cache and the probes.
+/// Splits rows `[q | k | v]` into rotated queries, rows of the cache and rows of the probes.
 pub(super) fn split_qkv<D: Driver>(
     gpu: &Gpu<D>,
     qkv: Rows<'_, Buffer<D>>,
@@ -438,7 +438,7 @@ pub(super) fn split_qkv<D: Driver>(
     launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
 }
 
-/// Gradients of rotated queries and keys, turned back, and of values, to rows `[q | k | v]`.
+/// Joins gradients of queries and keys, rotated back, and of values to rows `[q | k | v]`.
 pub(super) fn join_qkv<D: Driver>(
     gpu: &Gpu<D>,
     [d_q, d_k, d_v]: [Rows<'_, Buffer<D>>; 3],
@@ -493,7 +493,7 @@ pub(super) fn swiglu<D: Driver>(
     launch(gpu, entry(File::Swiglu, "swiglu_bf16"), threads, &params)
 }
 
-/// Its gradient.
+/// Gradient of [`swiglu`].
 pub(super) fn swiglu_grad<D: Driver>(
     gpu: &Gpu<D>,
     d_y: Rows<'_, Buffer<D>>,
@@ -519,7 +519,7 @@ pub(super) fn swiglu_grad<D: Driver>(
     )
 }
 
-/// Log-probabilities of targets into `scores`; with `scale`, the gradient takes the logits' place.
+/// Writes log-probabilities of targets to `scores`. With `scale`, the gradient overwrites the logits.
 pub(super) fn log_probabilities<D: Driver>(
     gpu: &Gpu<D>,
     logits: RowsMut<'_, Buffer<D>>,

@@ -1,4 +1,4 @@
-//! Sampling on the device: a block a sequence; the host reads tokens and their log-probabilities back.
+//! Sampling on the device, with one thread block per sequence. The host reads back tokens and log-probabilities.
 
 use super::bounds::{below, int, of_kind, product, rows_at};
 use super::memory::Block;
@@ -13,7 +13,7 @@ use crate::device::{self, Device, Kind, Result, Rows, Sampled};
 /// Tokens whose marks share a word.
 const WORD_TOKENS: usize = 32;
 
-/// Settings, random streams and histories of a batch's sequences, and what they have chosen last.
+/// Settings, random streams, histories and last choices of a batch's sequences.
 #[derive(Debug)]
 pub struct Samplers<D: Driver> {
     /// [`SegattnSampler`] `[sequences]`, tokens `[sequences]`, log-probabilities `[sequences]`.
@@ -25,9 +25,9 @@ pub struct Samplers<D: Driver> {
     sequences: usize,
     selected: Vec<usize>,
     vocab: usize,
-    /// `state` and `seen` after the last choice that the host has read.
+    /// Copy of `state` and `seen` after the last choice that the host has read.
     read: Read,
-    /// Whether the device may have chosen since.
+    /// Whether the device may have chosen a token since then.
     unread: bool,
 }
 
@@ -159,7 +159,7 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
 }
 
 impl<D: Driver> Samplers<D> {
-    /// What is wrong with the logits of a sequence.
+    /// Error in the logits of a sequence.
     fn failure(&self, gpu: &Gpu<D>, logits: &Buffer<D>, index: usize) -> Result<SamplerError> {
         let logits = gpu.read(logits, index * self.vocab..(index + 1) * self.vocab)?;
         let wrong = |x: &f32| x.is_nan() || *x == f32::INFINITY;
@@ -173,7 +173,7 @@ impl<D: Driver> Samplers<D> {
     }
 }
 
-/// Notes a token in a history.
+/// Marks a token in a history.
 fn mark(marks: &mut [u32], token: u32) {
     let token = token as usize;
     marks[token / WORD_TOKENS] |= 1 << (token % WORD_TOKENS);

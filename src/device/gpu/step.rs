@@ -1,9 +1,8 @@
-//! What a step's rows need of the host, in device memory: tables that are written once a step, and the values of
-//! attention calls, which are written again only when they change. A recorded step finds all of it at the same
-//! addresses when it is replayed.
+//! The host's description of a step's rows in device memory. Tables are uploaded once per step. The values of attention
+//! calls are uploaded only when they change. Addresses stay the same, so that a recorded step can be replayed.
 //!
-//! Kernels trust these numbers, also at a replay, which checks nothing. So each call notes how large its numbers may be
-//! ([`Step::relies_on`]), and no later rows of the step may exceed that.
+//! Kernels use these indices without checks, and so does a replay. So each call notes the bound of its indices
+//! ([`Step::relies_on`]), and later rows of the step must stay below it.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,7 +12,7 @@ use super::memory::Block;
 use super::{Driver, Gpu};
 use crate::device::{DeviceError, Result, SlotSpan, StepRows};
 
-/// Numbers of a step that index something else.
+/// Columns of indices of a step, by the table that they index.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Column {
     /// Rows of the embedding table.
@@ -60,17 +59,17 @@ pub struct Step<D: Driver> {
     pub(super) rows: StepRows,
     /// i32: `[rows]` tokens, angles, cache rows and probe rows (-1: none); `[spans]` lengths and starts of segments.
     tables: Block<D>,
-    /// Of each column the number that calls so far rely on it to stay below.
+    /// For each column, the bound that earlier calls rely on.
     limits: [AtomicUsize; COLUMNS.len()],
-    /// The host's values of each attention call, by its number and that of the launch.
+    /// Values of each attention launch, by the number of the call and of the launch.
     values: BTreeMap<[usize; 2], Values<D>>,
 }
 
-/// The host's values of an attention launch, and where they lie.
+/// The values of an attention launch, and their device memory.
 #[derive(Debug)]
 struct Values<D: Driver> {
     block: Block<D>,
-    /// What they have been checked against.
+    /// The geometry they were checked against.
     geometry: Vec<u64>,
     bytes: Vec<u8>,
 }
@@ -113,7 +112,7 @@ impl<D: Driver> Step<D> {
         Ok(())
     }
 
-    /// Refuses numbers of a column that are not below `end`, now and in later rows of this step.
+    /// Checks that the indices of a column are below `end`, now and in later rows of this step.
     pub(super) fn relies_on(&self, column: Column, end: usize) -> Result<()> {
         below(column.name(), column.largest(&self.rows), end)?;
         self.limits[column as usize].fetch_min(end, Ordering::Relaxed);
@@ -147,10 +146,10 @@ impl<D: Driver> Step<D> {
         Ok(tables.wrapping_add(number * self.rows.tokens.len()))
     }
 
-    /// Where the values of an attention call's launch lie on the device. They are written if others are there.
+    /// Address of the values of an attention launch. They are uploaded if they have changed.
     ///
-    /// `geometry` is all that they have been checked against. With another geometry they get a place of their own, so
-    /// that a recorded launch never reads values that were checked against other memory than its own.
+    /// `geometry` is what they were checked against. Values with another geometry get memory of their own, so that a
+    /// recorded launch never reads values that were checked against other memory.
     pub(super) fn place_values(
         &mut self,
         gpu: &Gpu<D>,
@@ -186,7 +185,7 @@ impl<D: Driver> AsRef<StepRows> for Step<D> {
     }
 }
 
-/// Refuses rows whose lists differ in length, whose numbers do not fit in i32, or whose spans lie outside.
+/// Checks that all columns have one length, that indices fit in i32, and that spans are in range.
 fn check(rows: &StepRows) -> Result<()> {
     let count = rows.tokens.len();
     equal("angles of a step", count, rows.angles.len())?;

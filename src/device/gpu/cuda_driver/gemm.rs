@@ -1,10 +1,11 @@
-//! GEMMs by cuBLASLt, whose rows have the same bits however many there are.
+//! GEMMs by cuBLASLt. The bits of a row do not depend on the number of rows.
 //!
-//! cuBLASLt chooses an algorithm by the number of rows too, and may split the summed index: both change bits. Here
-//! every shape has a *reference* algorithm, chosen at [`REFERENCE_ROWS`] rows among those that do not split. For few
-//! rows it would leave most of the GPU idle, so each range of rows may have its own, on one condition: on random
-//! inputs it gives the reference's bits, element by element. That is seen on the device before it is used, once a
-//! shape. (Algorithms differ in tiles and stages; those that run through the summed index in the same steps pass.)
+//! By default cuBLASLt chooses an algorithm by the number of rows too, and may use split-K. Both change bits. Here
+//! every shape has a *reference* algorithm without split-K, chosen for [`REFERENCE_ROWS`] rows.
+//!
+//! With few rows the reference would leave most of the GPU idle. So a range of rows may have an algorithm of its own,
+//! if that gives the bits of the reference on random inputs. The comparison runs on the device, once for each shape,
+//! before the first use. Algorithms differ in tiles and stages; those that sum over k in the same steps pass.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -23,26 +24,26 @@ use crate::device::Kind;
 
 /// Rows at which the reference algorithm is chosen.
 const REFERENCE_ROWS: usize = 2048;
-/// Largest number of rows of each range; above the last the reference serves.
+/// Largest number of rows of each range. Above the last one the reference is used.
 const RANGES: [usize; 6] = [16, 64, 128, 256, 512, 1024];
-/// Algorithms looked at in a range.
+/// Largest number of algorithms tried for a range.
 const CANDIDATES: usize = 16;
 /// Rows and columns of the comparison with the reference.
 const CHECKED: [usize; 2] = [8, 1024];
-/// What cuBLASLt may use to split sums, where it may.
+/// Bytes of workspace for split-K in [`Choice::Free`].
 const FREE_WORKSPACE: usize = 32 << 20;
 
 /// How algorithms are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Choice {
-    /// Bits of a row do not depend on the number of rows.
+    /// The bits of a row do not depend on the number of rows.
     #[default]
     SameBits,
-    /// cuBLASLt's own for each number of rows. Equal bits between prefill and decoding are lost.
+    /// cuBLASLt's choice for each number of rows. Prefill and decoding may then differ in bits.
     Free,
 }
 
-/// A GEMM but for its rows and addresses.
+/// Key of the chosen algorithms: a GEMM without its rows and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     n: usize,
@@ -53,11 +54,11 @@ struct Shape {
     transposed: [bool; 2],
     strides: [usize; 3],
     c_kind: Kind,
-    /// Elements between rows of what is added, if anything is.
+    /// Stride of the matrix that the epilogue adds, if any.
     epilogue: Option<usize>,
 }
 
-/// The algorithm for up to so many rows.
+/// The algorithm for up to `rows` rows.
 #[derive(Clone, Copy)]
 struct Range {
     rows: usize,
@@ -65,7 +66,7 @@ struct Range {
     workspace: usize,
 }
 
-/// cuBLASLt, and the algorithms it has chosen.
+/// cuBLASLt, and the algorithms chosen so far.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     choice: Choice,
@@ -108,7 +109,7 @@ impl CublasLt {
         Ok(cublas)
     }
 
-    /// Puts a GEMM on a stream of the current context.
+    /// Enqueues a GEMM on a stream of the current context.
     ///
     /// # Safety
     /// As [`Driver::gemm`](super::super::Driver::gemm).
@@ -150,7 +151,7 @@ impl CublasLt {
         Ok(*of_rows.unwrap_or(&ranges[ranges.len() - 1]))
     }
 
-    /// What cuBLASLt likes best.
+    /// The first algorithm of cuBLASLt's heuristic.
     fn first(&self, gemm: &Gemm) -> Result<Range, Error> {
         self.candidates(gemm)?.first().copied().ok_or_else(|| {
             said(
@@ -315,7 +316,7 @@ impl Drop for CublasLt {
     }
 }
 
-/// Random inputs of a GEMM's summed index, and what the reference makes of them.
+/// Random inputs for the k of a GEMM, and the reference's result on them.
 struct Check {
     gemm: Gemm,
     /// a, b, c.
@@ -436,7 +437,7 @@ fn allocate(bytes: usize) -> Result<u64, Error> {
         .map_err(|e| driver_error("allocating memory for GEMMs", e))
 }
 
-/// Address and stride of what a GEMM is added to.
+/// Address and stride of the matrix that the epilogue adds, if any.
 fn added(gemm: &Gemm) -> Option<(u64, usize)> {
     match gemm.epilogue {
         Epilogue::Store => None,

@@ -1,7 +1,7 @@
 //! Pinned host memory, which the GPU reads over the bus.
 //!
-//! The driver's own allocation fills pages on one thread: 1.8 GiB/s were measured. Where the system lets us, all
-//! threads fill large pages first (28 GiB/s with eight), and the driver pins what is there (40 GiB/s).
+//! The driver's own allocation touches pages on one thread: 1.8 GiB/s were measured. Where the system allows it, all
+//! threads touch huge pages first (28 GiB/s with eight), and the driver then pins them (40 GiB/s).
 
 use std::ffi::c_void;
 
@@ -9,9 +9,9 @@ use cudarc::driver::{DriverError, sys};
 
 use crate::device::HostMemory;
 
-/// Why memory was not had.
+/// Why an allocation failed.
 pub(super) enum Refused {
-    /// The host has no more.
+    /// The host has too little memory.
     Full,
     /// What the driver says.
     Driver(DriverError),
@@ -26,7 +26,7 @@ pub(super) fn allocate(bytes: usize) -> Result<u64, Refused> {
     pages::allocate(bytes)
 }
 
-/// Gives memory back.
+/// Frees memory.
 ///
 /// # Safety
 /// `address` came from [`allocate`] with the same `bytes`, and nothing uses it any more.

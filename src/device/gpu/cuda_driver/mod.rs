@@ -1,4 +1,4 @@
-//! NVIDIA's driver under the GPU device: kernels loaded at run time, GEMMs by cuBLASLt.
+//! [`Driver`] on NVIDIA's CUDA driver: kernels loaded at run time, GEMMs by cuBLASLt.
 
 mod gemm;
 mod host;
@@ -17,7 +17,7 @@ use crate::device::{DeviceError, OutOfMemory};
 pub use gemm::Choice;
 use gemm::CublasLt;
 
-/// Memory is asked of the driver in pieces of this size.
+/// Smallest size of an allocation from the driver.
 const REGION_BYTES: usize = 256 << 20;
 
 /// A GPU of this machine and one stream on it.
@@ -93,7 +93,7 @@ impl Cuda {
         self.kernels.on(&self.stream)
     }
 
-    /// Refuses what cannot be recorded.
+    /// Checks that no recording is active.
     fn at_once(&self, call: &'static str) -> Result<(), Error> {
         match self.recording.load(Ordering::Relaxed) {
             false => Ok(()),

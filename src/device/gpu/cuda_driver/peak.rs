@@ -1,4 +1,4 @@
-//! The speed of GEMMs on this GPU, which a run's own speed is held against.
+//! Measured GEMM throughput of this GPU, the reference for a run's utilization.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use crate::device::{DeviceError, Kind};
 /// Rows, columns and summed index of the GEMM that is timed.
 const SIDE: usize = 8192;
 const REPEATS: u32 = 10;
-/// Bytes of random numbers that the matrices are filled with, again and again.
+/// Bytes of random numbers, repeated to fill the matrices.
 const PATTERN: usize = 1 << 20;
 
 /// Device memory until it is dropped.
@@ -82,7 +82,7 @@ impl Cuda {
     }
 }
 
-/// bf16 between -1 and 1: the time of a GEMM depends on its numbers.
+/// Random bf16 between -1 and 1, because the time of a GEMM depends on its values.
 fn pattern() -> Vec<u8> {
     let mut state = 1u64;
     let next = |_| {
