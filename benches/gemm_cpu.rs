@@ -199,7 +199,7 @@ fn ratios() {
             f / e
         );
     }
-    println!("one row, out x in    GB/s: read   memcpy   product (ratio to read)");
+    println!("one row, out x in    GB/s: read   memcpy   gemm    (ratio to read)");
     for [outputs, inputs] in DECODING {
         let mut layer = Layer::new([1, outputs, inputs]);
         let weights = values(outputs * inputs);
@@ -218,10 +218,10 @@ fn ratios() {
                 &mut || layer.forward(),
             ],
         );
-        let [read, copy, product] = times.map(|t| 4e-9 * weights.len() as f64 / t);
+        let [read, copy, gemm] = times.map(|t| 4e-9 * weights.len() as f64 / t);
         println!(
-            "{outputs} x {inputs} {read:7.1} {copy:7.1} {product:7.1} ({:.2})",
-            product / read
+            "{outputs} x {inputs} {read:7.1} {copy:7.1} {gemm:7.1} ({:.2})",
+            gemm / read
         );
     }
 }

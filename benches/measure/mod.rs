@@ -26,7 +26,7 @@ pub fn best<const N: usize>(
     best
 }
 
-/// Reads every element on all threads, the way a product must, and does as little else as possible.
+/// Reads every element on all threads, as a GEMM must, and does as little else as possible.
 pub fn read_all(x: &[f32]) {
     let parts = 4 * rayon::current_num_threads();
     let part = x.len().div_ceil(parts).next_multiple_of(128).max(128);

@@ -219,7 +219,7 @@ fn decoder(model: &ModelConfig) -> Decoder<Cpu> {
     Decoder::new(Cpu, model.clone(), values, false).expect("enough memory")
 }
 
-/// Every product's weights once, and the keys and values that each sequence's next token sees.
+/// The weights of every GEMM once, and the keys and values that each sequence's next token sees.
 fn bytes_read(model: &ModelConfig, batch: usize) -> usize {
     let matrices = specs(model)
         .into_iter()

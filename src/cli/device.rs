@@ -117,7 +117,7 @@ pub trait Planned: Device {
         run: impl Fn(Self::Dry) -> Result<()>,
     ) -> Result<()>;
 
-    /// The device's measured speed of products, operations a second. Asked for before memory is planned.
+    /// The device's measured GEMM throughput, in operations per second. Asked for before memory is planned.
     ///
     /// # Errors
     /// What the device says.

@@ -200,7 +200,7 @@ pub struct Run<D: Planned> {
 }
 
 impl<D: Planned> Run<D> {
-    /// A run in the folder `output` that goes on where `trainer` is, on a device whose products have this measured
+    /// A run in the folder `output` that goes on where `trainer` is, on a device whose GEMMs have this measured
     /// speed.
     pub fn new(
         output: &Path,

@@ -421,7 +421,7 @@ impl<D: Device> Decoder<D> {
         let mut sum = self.device.empty(Kind::Activation, rows * hidden)?;
         let weight_width = match self.specs[weight].role {
             super::parameters::Role::Matrix { inner, .. } => inner,
-            _ => unreachable!("products have matrices"),
+            _ => unreachable!("GEMMs have matrices"),
         };
         self.device.linear_residual(
             Rows::packed(y, 0, weight_width),

@@ -5,12 +5,12 @@ use super::parameters::{Role, index, specs};
 use super::state::Plan;
 
 /// Floating-point operations that training needs for a token of a sequence of `tokens`, on average: 6 for each weight
-/// of a product and 12 for each element of a query and key that it sees (Chowdhery et al. 2022, PaLM, appendix B;
+/// of a GEMM and 12 for each element of a query and key that it sees (Chowdhery et al. 2022, PaLM, appendix B;
 /// forward a third of both). What is computed again, or a second time for another gradient stream, does not count.
 pub fn training_flops(config: &ModelConfig, tokens: usize) -> f64 {
     let plan = Plan::new(config, tokens);
     let matrices = specs(config).into_iter().enumerate().map(|(i, spec)| {
-        // The embedding is a product only where it is the head too.
+        // The embedding is a GEMM only where it is the head too.
         let counts = i != index::EMBEDDING || config.tie_word_embeddings;
         match spec.role {
             Role::Matrix { .. } if counts => spec.role.len(),

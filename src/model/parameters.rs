@@ -10,7 +10,7 @@ use crate::device::{Device, Purpose, Result};
 /// What a tensor is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// A weight `[out, in]` of a product, or the embedding table.
+    /// A weight `[out, in]` of a GEMM, or the embedding table.
     Matrix {
         /// Rows.
         out: usize,
@@ -193,7 +193,7 @@ pub fn parameters(config: &ModelConfig) -> Vec<Parameter> {
 /// A weight as the forward uses it.
 #[derive(Debug)]
 pub enum Weight<D: Device> {
-    /// Prepared for products.
+    /// Packed for GEMMs.
     Matrix(D::Matrix),
     /// A norm's weight.
     Vector(D::Buffer),

@@ -99,7 +99,7 @@ fn ours(shape: &Shape, who: &str, context: usize) -> Result<Value> {
     let model = weights::decoder(&gpu, config)?;
     wait(&gpu)?;
     let weights = gpu.memory_use().buffers.used;
-    // The first call loads kernels and chooses products' algorithms.
+    // The first call loads kernels and chooses algorithms of GEMMs.
     read(&model, &prompt[..PART.min(context)], 2, || ())?;
     let (mut figures, mut best, mut more) = (Value::Null, f64::INFINITY, Vec::new());
     for _ in 0..2 {

@@ -136,7 +136,7 @@ impl<D: Device> Gradients<D> {
         let mut act = device.empty(Kind::Activation, rows * inner)?;
         let dst = RowsMut::packed(&mut act, 0, inner);
         device.swiglu(at(&derived.gate_up, 2 * inner), rows, inner, dst)?;
-        let products = [
+        let gemms = [
             (
                 index::qkv(l),
                 at(&sums.d_qkv, qkv),
@@ -162,7 +162,7 @@ impl<D: Device> Gradients<D> {
                 [hidden, inner],
             ),
         ];
-        for (tensor, d_y, x, shape) in products {
+        for (tensor, d_y, x, shape) in gemms {
             device.linear_weight_grad(d_y, x, rows, shape, self.tensor_mut(tensor))?;
         }
         let (x, mid) = (
