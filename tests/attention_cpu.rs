@@ -426,6 +426,21 @@ fn entries_and_batches_without_rows_are_written_and_do_not_hang() {
 }
 
 #[test]
+fn gradients_of_gates_keep_their_bound_in_groups_of_eight_with_scores_far_apart() {
+    for seed in 1..=4 {
+        // Scores with a standard deviation of 4.
+        let mut shape = Shape::plain(1, 8, 64, [128, 64, 512]);
+        (shape.scale, shape.seed) = (Some(0.5), seed);
+        let case = Case::new(&shape);
+        let expected = reference_backward(&case, &reference_forward(&case), true, false);
+        let case = case.to_f32();
+        let got = cpu_backward(&case, &cpu_forward(&case), true).d_past_gate;
+        let (difference, norm) = error("d_past_gate", &got, &expected.d_past_gate);
+        assert!(difference <= 1e-5 * norm, "{difference:e} of {norm:e}");
+    }
+}
+
+#[test]
 fn unusual_head_dims_have_the_right_gradients() {
     for head_dim in [8, 40, 80, 88, 96, 112, 136, 192, 256] {
         check(&Shape::plain(1, 2, head_dim, [70, 65, 66]), true, false);

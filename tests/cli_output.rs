@@ -5,6 +5,7 @@
 mod cli_model;
 
 use cli_model::{config, fails, json, printed, save, segattn};
+use safetensors::tensor::{Dtype, TensorView};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -280,4 +281,47 @@ fn counts_beyond_all_measure_are_refused_by_name() {
             "t.json",
         ],
     );
+}
+
+/// A case of `op` with one row of each source, its one gate given.
+fn op_case(gate: f32) -> Vec<u8> {
+    let row: Vec<u8> = (1..=8u8).flat_map(|x| f32::from(x).to_le_bytes()).collect();
+    let rows = [
+        "q", "k", "v", "prior_k", "prior_v", "past_k", "past_v", "d_out",
+    ];
+    let mut tensors: Vec<_> = rows
+        .map(|name| (name, Dtype::F32, vec![1, 1, 1, 8], row.clone()))
+        .into();
+    for name in ["segment_len", "prior_len", "past_len"] {
+        tensors.push((name, Dtype::I32, vec![1], 1i32.to_le_bytes().into()));
+    }
+    tensors.push(("past_gate", Dtype::F32, vec![1], gate.to_le_bytes().into()));
+    tensors.push(("prior_heads", Dtype::U8, vec![1], vec![1]));
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        let view = TensorView::new(*dtype, shape.clone(), data);
+        (*name, view.unwrap())
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+#[test]
+fn gates_too_small_for_f32_are_refused_by_name_and_computed_by_the_reference() {
+    let dir = folder();
+    let op = |device| ["op", "--case", "case", "--out", "out", "--device", device];
+    for gate in [1e-37, 1e-42, 0.99e-30] {
+        std::fs::write(dir.path().join("case"), op_case(gate)).unwrap();
+        fails(
+            dir.path(),
+            &op("cpu"),
+            "past_gate[0]: expected 0 or at least 1e-30",
+        );
+        fails(dir.path(), &op("cpu"), &format!("got {gate:e}"));
+        assert!(!dir.path().join("out").exists());
+        printed(dir.path(), &op("reference"));
+        std::fs::remove_file(dir.path().join("out")).unwrap();
+    }
+    for gate in [0.0, 1e-30] {
+        std::fs::write(dir.path().join("case"), op_case(gate)).unwrap();
+        printed(dir.path(), &op("cpu"));
+    }
 }
