@@ -427,14 +427,16 @@ fn entries_and_batches_without_rows_are_written_and_do_not_hang() {
 
 #[test]
 fn gradients_of_gates_keep_their_bound_in_groups_of_eight_with_scores_far_apart() {
-    for seed in 1..=4 {
+    // In the second case the past has nearly all the weight.
+    let lens = [[128, 64, 512], [16, 0, 1024]];
+    for (seed, lens) in (1..=5).flat_map(|seed| lens.map(|lens| (seed, lens))) {
         // Scores with a standard deviation of 4.
-        let mut shape = Shape::plain(1, 8, 64, [128, 64, 512]);
+        let mut shape = Shape::plain(1, 8, 64, lens);
         (shape.scale, shape.seed) = (Some(0.5), seed);
         let case = Case::new(&shape);
-        let expected = reference_backward(&case, &reference_forward(&case), true, false);
+        let expected = reference_backward(&case, &reference_forward(&case), false, false);
         let case = case.to_f32();
-        let got = cpu_backward(&case, &cpu_forward(&case), true).d_past_gate;
+        let got = cpu_backward(&case, &cpu_forward(&case), false).d_past_gate;
         let (difference, norm) = error("d_past_gate", &got, &expected.d_past_gate);
         assert!(difference <= 1e-5 * norm, "{difference:e} of {norm:e}");
     }

@@ -45,9 +45,11 @@ pub(super) fn run(
     let prior = d_prior.map(|(d_k, d_v)| [d_k, d_v].map(SharedRows::new));
     clear(&d_q);
     current.iter().chain(prior.iter().flatten()).for_each(clear);
-    let tiles = problem.rows().div_ceil(tile_rows(problem.group())).max(1);
-    let q_heads = problem.q_heads();
-    let mut gates = vec![0.0; problem.batch() * q_heads * tiles];
+    let (rows, q_heads) = (problem.rows(), problem.q_heads());
+    let any_past = (0..q_heads).any(|head| problem.reads(Source::Past, head));
+    let summed = if any_past { rows } else { 0 };
+    let mut sums = [(); 2].map(|()| vec![[0.0; 2]; problem.batch() * q_heads * summed]);
+    let [others, past] = &mut sums;
     let delta = deltas(problem, saved, kernels);
     let pass = Pass {
         problem,
@@ -57,19 +59,33 @@ pub(super) fn run(
         d_q: &d_q,
         current: &current,
         prior: prior.as_ref(),
-        gates: &SharedSlice::new(&mut gates),
-        tiles,
+        sums: [SharedSlice::new(others), SharedSlice::new(past)],
     };
     pass.run();
     for (idx, d_gate) in d_past_gate.iter_mut().enumerate() {
         let gate = problem.gate(idx % q_heads);
-        let sum: f64 = gates[idx * tiles..][..tiles].iter().sum();
+        let sum: f64 = (idx * summed..(idx + 1) * summed)
+            .map(|row| {
+                let d_lse = saved.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[row]));
+                past_gradient(sums[0][row], sums[1][row], d_lse)
+            })
+            .sum();
         *d_gate = if gate > 0.0 {
             (sum / f64::from(gate)) as f32
         } else {
             0.0
         };
     }
+}
+
+/// The sum of a row's score gradients over past keys, from the sums of `p` and `p * dp` over the other keys and over
+/// the past. `sum of p * (dp - delta)` cancels where the past has nearly all the weight; here what cancels is left out.
+fn past_gradient([p0, pd0]: [f64; 2], [p1, pd1]: [f64; 2], d_lse: f64) -> f64 {
+    if p1 == 0.0 {
+        return 0.0;
+    }
+    let all = p0 + p1;
+    (pd1 * p0 - pd0 * p1) / (all * all) + p1 / all * d_lse
 }
 
 fn clear(view: &SharedRows<'_>) {
@@ -126,9 +142,8 @@ struct Pass<'a> {
     /// Gradients of keys and values.
     current: &'a [SharedRows<'a>; 2],
     prior: Option<&'a [SharedRows<'a>; 2]>,
-    /// `[batch, q_heads, tiles]`: sums of score gradients over past keys.
-    gates: &'a SharedSlice<'a, f64>,
-    tiles: usize,
+    /// `[batch, q_heads, rows]`, over keys that are not past, and over past keys: sums of `p` and `p * dp`.
+    sums: [SharedSlice<'a, [f64; 2]>; 2],
 }
 
 /// One KV head of one batch element.
@@ -364,21 +379,21 @@ impl Cell<'_> {
         }
         let lse = (batch_index * problem.q_heads() + chunk.q_head) * problem.rows() + chunk.first;
         let past = keys.source == Source::Past;
+        let (first, count) = match problem.reads(Source::Past, chunk.q_head) {
+            true => (lse, chunk.rows),
+            false => (0, 0),
+        };
+        // SAFETY: these rows of this head are this walk's only.
+        let sums = unsafe { self.pass.sums[usize::from(past)].part(first, count) };
         let rows = BackwardRows {
             scale: scale(problem),
             bias: past_bias(problem, keys.source, chunk.q_head),
-            bias_grad: past,
             counts,
             lse: &saved.lse[lse..][..chunk.rows],
             delta: &self.pass.delta[lse..][..chunk.rows],
+            sums,
         };
-        let sum = kernels.score_gradients(s, ds, rows);
-        if past {
-            let gate =
-                (batch_index * problem.q_heads() + chunk.q_head) * self.pass.tiles + self.walk;
-            // SAFETY: this tile of this head is this walk's only.
-            unsafe { self.pass.gates.part(gate, 1)[0] += sum };
-        }
+        kernels.score_gradients(s, ds, rows);
         if key_grads {
             self.key_grads(keys, chunk, q, d_out);
         }

@@ -14,7 +14,7 @@ pub(super) struct Kernels {
     scores: unsafe fn(Scores<'_>),
     dots: unsafe fn(Rows<'_>, Rows<'_>, usize, &mut [f32]),
     softmax: unsafe fn(&mut [f32], &[usize], Affine<'_>, Softmax<'_>),
-    score_gradients: unsafe fn(&mut [f32], &mut [f32], BackwardRows<'_>) -> f64,
+    score_gradients: unsafe fn(&mut [f32], &mut [f32], BackwardRows<'_>),
     accumulate: unsafe fn(Accumulate<'_>),
 }
 
@@ -51,7 +51,7 @@ macro_rules! kernels {
                 s: &mut [f32],
                 dp: &mut [f32],
                 rows: BackwardRows<'_>,
-            ) -> f64 {
+            ) {
                 // SAFETY: as above.
                 unsafe { softmax::score_gradients::<$lanes>(s, dp, rows) }
             }
@@ -117,12 +117,7 @@ impl Kernels {
     }
 
     /// See [`softmax::score_gradients`].
-    pub(super) fn score_gradients(
-        &self,
-        s: &mut [f32],
-        dp: &mut [f32],
-        rows: BackwardRows<'_>,
-    ) -> f64 {
+    pub(super) fn score_gradients(&self, s: &mut [f32], dp: &mut [f32], rows: BackwardRows<'_>) {
         // SAFETY: as above.
         unsafe { (self.score_gradients)(s, dp, rows) }
     }

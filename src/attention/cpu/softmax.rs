@@ -25,17 +25,16 @@ pub(super) struct Softmax<'a> {
     pub alpha: &'a mut [f32],
 }
 
-/// Per-row inputs of [`score_gradients`].
-#[derive(Clone, Copy)]
+/// Per-row inputs of [`score_gradients`], and the sums it adds to.
 pub(super) struct BackwardRows<'a> {
     pub scale: f32,
     pub bias: f32,
-    /// Whether the gradient of the bias is wanted.
-    pub bias_grad: bool,
     /// Keys seen, a prefix.
     pub counts: &'a [usize],
     pub lse: &'a [f32],
     pub delta: &'a [f32],
+    /// Sums of `p` and of `p * dp` over the keys so far; empty if they are not wanted.
+    pub sums: &'a mut [[f64; 2]],
 }
 
 /// One step of the online softmax: dot products `s[row, j]` for `j < counts[row]` become
@@ -131,8 +130,8 @@ unsafe fn probabilities<L: Lanes>(s: *const f32, count: usize, (scale, bias): (L
 }
 
 /// Backward: dot products `s` become `p = exp(scale * s + bias - lse)` and `dp` becomes
-/// `scale * p * (dp - delta)`, the gradient of the dot products, at the keys each row sees. Returns the
-/// sum of `p * (dp - delta)`, the gradient of the bias, or 0 if that is not wanted.
+/// `scale * p * (dp - delta)`, the gradient of the dot products, at the keys each row sees. Adds to
+/// each row's sums.
 ///
 /// # Safety
 /// The instruction set of `L`.
@@ -141,46 +140,47 @@ pub(super) unsafe fn score_gradients<L: Lanes>(
     s: &mut [f32],
     dp: &mut [f32],
     rows: BackwardRows<'_>,
-) -> f64 {
+) {
     let BackwardRows {
         scale,
         bias,
-        bias_grad,
         counts,
         lse,
         delta,
+        sums,
     } = rows;
     let count = counts.len();
     assert!(s.len() >= count * KEYS && dp.len() >= count * KEYS);
     assert!(lse.len() >= count && delta.len() >= count);
     assert!(counts.iter().all(|&count| count <= KEYS));
-    let mut total = 0.0;
     // SAFETY: rows below `count`, vectors that begin below a count <= KEYS.
     unsafe {
-        let (scale, bias) = (L::splat(scale), L::splat(bias));
+        let (scale, bias, zero) = (L::splat(scale), L::splat(bias), L::splat(0.0));
         for row in 0..count {
             let (lse, delta) = (L::splat(lse[row]), L::splat(delta[row]));
-            let mut row_sum = L::splat(0.0);
+            let mut row_sums = [zero; 2];
             for key in (0..counts[row]).step_by(LANES) {
                 let s = s.as_mut_ptr().add(row * KEYS + key);
                 let dp = dp.as_mut_ptr().add(row * KEYS + key);
                 let visible = counts[row] - key;
                 let p = probabilities::<L>(s, visible, (scale, bias), lse);
                 p.store(s);
-                let ds = p.mul(L::load(dp).sub(delta));
-                ds.mul(scale).store(dp);
-                if bias_grad {
-                    row_sum = row_sum.add(ds.first(visible, L::splat(0.0)));
+                let d = L::load(dp);
+                p.mul(d.sub(delta)).mul(scale).store(dp);
+                if !sums.is_empty() {
+                    row_sums[0] = row_sums[0].add(p);
+                    row_sums[1] = row_sums[1].add(p.mul(d).first(visible, zero));
                 }
             }
-            if bias_grad {
-                let mut lanes = [0.0; LANES];
-                row_sum.store(lanes.as_mut_ptr());
-                total += f64::from(pairwise_sum(lanes));
+            if let Some(sums) = sums.get_mut(row) {
+                for (sum, row_sum) in sums.iter_mut().zip(row_sums) {
+                    let mut lanes = [0.0; LANES];
+                    row_sum.store(lanes.as_mut_ptr());
+                    *sum += f64::from(pairwise_sum(lanes));
+                }
             }
         }
     }
-    total
 }
 
 /// The sum of the lanes, halves first.
