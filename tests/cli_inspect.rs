@@ -50,7 +50,11 @@ fn inspect_plans_the_memory_of_a_gpu_that_is_not_there() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     save(folder, &config());
-    fails(folder, &["inspect", ".", "--device", "cuda"], "head_dim 8");
+    fails(
+        folder,
+        &["inspect", ".", "--device", "cuda"],
+        "head_dim: expected a multiple of 16, got 8",
+    );
     let mut config = config();
     config.head_dim = 32;
     save(folder, &config);
