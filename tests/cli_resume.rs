@@ -149,6 +149,6 @@ fn a_signal_ends_a_long_step_between_its_segments_and_the_step_was_not() {
     wait_for_lines(&folder.path().join("run"), 1);
     std::thread::sleep(std::time::Duration::from_millis(300));
     send("-TERM", &child);
-    assert!(wait(&mut child).success());
+    assert_eq!(wait(&mut child).code(), Some(1));
     assert_eq!(newest(&folder.path().join("run")).progress.step, 0);
 }

@@ -133,10 +133,11 @@ fn an_interrupt_saves_the_step_it_was_at_and_stops() {
     let run = folder.path().join("run");
     let mut command = train(folder.path(), "run");
     command.args(["--training.steps", "100000", "--checkpoint.every", "0"]);
+    training::heed_interrupts(&mut command);
     let mut child = command.spawn().unwrap();
     training::wait_for_lines(&run, 10);
     training::send("-INT", &child);
-    assert!(training::wait(&mut child).success());
+    assert_eq!(training::wait(&mut child).code(), Some(1));
     let (found, last) = (newest(&run), losses(&run).last().unwrap().0);
     assert!(found.progress.step > 0 && found.progress.step == last);
 }

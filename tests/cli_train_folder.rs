@@ -133,6 +133,6 @@ fn a_signal_that_was_ignored_at_the_start_stays_ignored_and_another_ends_the_run
     wait_for_lines(&run, lines + 20);
     assert!(child.try_wait().unwrap().is_none(), "stopped at SIGHUP");
     training::send("-TERM", &child);
-    assert!(training::wait(&mut child).success());
+    assert_eq!(training::wait(&mut child).code(), Some(1));
     assert_eq!(newest(&run).progress.step, losses(&run).last().unwrap().0);
 }

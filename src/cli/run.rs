@@ -400,8 +400,9 @@ impl<D: Planned> Run<D> {
                 };
                 note!("done after {step} steps{loss}{validation}; the model is {model}");
             }
+            // A script that waits for the run's end must not take this for it.
             End::Interrupted => {
-                note!("stopped after step {step} and saved; go on with `{resume}`")
+                bail!("stopped by a signal after step {step} and saved; go on with `{resume}`")
             }
             End::OutOfTime => {
                 note!("time is up after step {step}, saved; go on with `{resume}`")

@@ -147,7 +147,19 @@ pub fn wait(child: &mut Child) -> std::process::ExitStatus {
     }
 }
 
+/// The command heeds SIGINT even where the tests run in the background of a shell, which lets its children ignore it.
 #[cfg(unix)]
+pub fn heed_interrupts(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    let heed = || {
+        // SAFETY: SIG_DFL is a valid disposition, and signal() may be called between fork and exec.
+        unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+        Ok(())
+    };
+    // SAFETY: the closure makes one async-signal-safe call and takes no memory.
+    unsafe { command.pre_exec(heed) };
+}
+
 pub fn send(signal: &str, child: &Child) {
     let sent = Command::new("kill")
         .args([signal, &child.id().to_string()])

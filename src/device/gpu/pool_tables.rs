@@ -1,0 +1,84 @@
+//! What a kernel is told of a pool: where its chunks lie, and the parameters of each head.
+
+use super::bounds::{NONE, equal, int, pointer, product};
+use super::memory::Block;
+use super::pool::Pool;
+use super::{Driver, Gpu};
+use crate::cuda::kernels::layer_params::{
+    SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams,
+};
+use crate::device::Result;
+
+/// Elements of the KV heads up to the last one named, of which there is one for each head of the pool.
+pub(super) fn kv_width<D: Driver>(pool: &Pool<D>, kv_heads: &[usize]) -> Result<usize> {
+    equal("KV heads of a pool", pool.heads, kv_heads.len())?;
+    let last = kv_heads.iter().copied().max();
+    let count = last.map_or(0, |head| head.saturating_add(1));
+    product("KV heads and head_dim", &[count, pool.head_dim])
+}
+
+/// Tables of a call: addresses of the chunks, and the parameters of each head.
+pub(super) struct Tables<D: Driver> {
+    chunks: Block<D>,
+    heads: Block<D>,
+}
+
+impl<D: Driver> Tables<D> {
+    pub(super) fn new(
+        gpu: &Gpu<D>,
+        pool: &Pool<D>,
+        kv_heads: &[usize],
+        eligible: &[usize],
+        ends: &[usize],
+    ) -> Result<Self> {
+        let mut chunks: Vec<[u64; 2]> = Vec::with_capacity(pool.chunks.len());
+        for chunk in &pool.chunks {
+            chunks.push([gpu.range(&chunk.k, 0, 0)?, gpu.range(&chunk.v, 0, 0)?]);
+        }
+        let mut heads: Vec<[i32; 3]> = Vec::with_capacity(kv_heads.len());
+        for ((head, eligible), end) in kv_heads.iter().zip(eligible).zip(ends) {
+            let (head, eligible) = (int("KV head", *head)?, int("eligible tokens", *eligible)?);
+            heads.push([head, eligible, int("end of a head", *end)?]);
+        }
+        const {
+            assert!(size_of::<SegattnPoolChunk>() == size_of::<[u64; 2]>());
+            assert!(size_of::<SegattnPoolHead>() == size_of::<[i32; 3]>());
+        }
+        Ok(Self {
+            chunks: gpu.upload(&chunks)?,
+            heads: gpu.upload(&heads)?,
+        })
+    }
+
+    pub(super) fn params(&self, pool: &Pool<D>) -> Result<SegattnRetrievalParams> {
+        Ok(SegattnRetrievalParams {
+            chunks: pointer(&self.chunks),
+            head: pointer(&self.heads),
+            q: NONE,
+            k: NONE,
+            v: NONE,
+            probes: std::ptr::null_mut(),
+            scores: std::ptr::null_mut(),
+            picks: std::ptr::null_mut(),
+            pick_count: std::ptr::null_mut(),
+            past_len: std::ptr::null_mut(),
+            cos: std::ptr::null(),
+            sin: std::ptr::null(),
+            first_token: 0,
+            chunk_tokens: pool.run as i64,
+            token: 0,
+            rows: 0,
+            score_pitch: 0,
+            heads: int("heads", pool.heads)?,
+            head_dim: int("head_dim", pool.head_dim)?,
+            group: 0,
+            windows: 0,
+            window: 0,
+            stride: 0,
+            block_len: 0,
+            first_block: 0,
+            blocks: 0,
+            max_picks: 0,
+        })
+    }
+}
