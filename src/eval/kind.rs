@@ -100,7 +100,7 @@ impl TaskKind {
         }
     }
 
-    /// Whether the answer lies at a place that [`TaskOptions::depth`] can set.
+    /// Whether the answer lies at a place that [`TaskOptions::depth`](super::task::TaskOptions::depth) can set.
     pub fn has_depth(self) -> bool {
         !matches!(self, Self::CommonWords | Self::FrequentWords)
     }

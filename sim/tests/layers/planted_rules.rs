@@ -97,11 +97,16 @@ pub const TARGETS: [Target; 13] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 5] = [
+pub const SURVIVORS: [[&str; 3]; 6] = [
     [
         "sampling.cu",
         "__syncthreads()",
         "three of them: the functions that follow begin with barriers of their own, or find_thread runs a second time",
+    ],
+    [
+        "sampling.cu",
+        "first + i < count ? rank_key(x[i]) : 0",
+        "load_logits gives -inf beyond the end: the least key, behind every token of the row, and of weight 0",
     ],
     [
         "retrieval.cu",

@@ -73,25 +73,34 @@ impl Batch {
 
     /// The next token of every sequence.
     fn step(&self, gpu: &mut Gpu, at: &OnGpu, logits: &Matrix) {
-        let params = SegattnSampleParams {
-            logits: logits.view(),
-            sampler: at.sampler.ptr(),
-            seen: at.seen.ptr(),
-            tokens: at.tokens.ptr(),
-            log_probability: at.log_probability.ptr(),
-            places: std::ptr::null(),
-            seen_pitch: at.seen_pitch as i64,
-            rows: self.configs.len() as i64,
-            vocab: self.vocab as i32,
-        };
-        launch(
-            gpu,
-            sampling(),
-            "sample_f32",
-            self.configs.len(),
-            threads(self.vocab),
-            &params,
-        );
+        // In two launches, so that a row's place in the launch is not its index.
+        for parity in 0..2 {
+            let rows = 0..self.configs.len() as i32;
+            let places: Vec<i32> = rows.filter(|row| row % 2 == parity).collect();
+            if places.is_empty() {
+                continue;
+            }
+            let of_launch = gpu.upload("places", &places).expect("memory");
+            let params = SegattnSampleParams {
+                logits: logits.view(),
+                sampler: at.sampler.ptr(),
+                seen: at.seen.ptr(),
+                tokens: at.tokens.ptr(),
+                log_probability: at.log_probability.ptr(),
+                places: of_launch.ptr(),
+                seen_pitch: at.seen_pitch as i64,
+                rows: places.len() as i64,
+                vocab: self.vocab as i32,
+            };
+            launch(
+                gpu,
+                sampling(),
+                "sample_f32",
+                places.len(),
+                threads(self.vocab),
+                &params,
+            );
+        }
     }
 }
 

@@ -13,7 +13,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 18] = [
+pub static TARGETS: [Target; 18] = [
     Target {
         file: "attention_forward.cu",
         instance: "bf16_d32",

@@ -16,7 +16,7 @@ const fn target(file: &'static str, instance: &'static str, rules: &'static [Rul
 }
 
 /// At D 128 tiles have two panels, and a block fewer warpgroups and stages.
-pub const TARGETS: [Target; 6] = [
+pub static TARGETS: [Target; 6] = [
     target("attention_forward_hopper.cu", "bf16_d64", &FORWARD),
     target("attention_forward_hopper.cu", "bf16_d128", &TWO_PANELS),
     target("warpgroups.cuh", "bf16_d128", &ROWS),
