@@ -7,7 +7,7 @@
 // warpgroups take turns, whether key tiles are copied, whether queries are operands in registers, whether `out` is
 // rescaled without a branch.
 //
-// Every block works through query tiles of kConsumers * 64 rows; each reads kTiles key tiles. Nothing is masked and
+// Every block works through query tiles of kConsumers * 64 rows; each reads the same key tiles. Nothing is masked and
 // there are no chunk totals, so TFLOP/s are of all pairs. Without copies the key tiles stay in shared memory.
 // `clock` is the multiprocessor's mean clock (cycles over nanoseconds), `tensor` the share of cycles in which the
 // tensor cores must multiply (64 x N x 16 takes N / 2 cycles).
@@ -15,7 +15,6 @@
 #include <cstdlib>
 #include <cmath>
 #include <vector>
-#include <string>
 #include <algorithm>
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
@@ -69,8 +68,8 @@ struct Shared {
 
 struct Params {
   const unsigned char *q, *k, *v;  // images of tiles, as they lie in shared memory
-  __nv_bfloat16* out;              // [block][item][rows][128]
-  int items, tiles, key_images;
+  __nv_bfloat16* out;              // [block][item][rows][DIM]
+  int items, tiles;
   float scale_log2;
   unsigned long long* clocks;  // [block][2]: cycles, nanoseconds
 };
