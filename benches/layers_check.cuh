@@ -204,12 +204,13 @@ static void check_loss(int rows, int vocab) {
   auto logits = values((size_t)rows * vocab, 1);
   for (float& x : logits) x = x * 4 + 30;
   vector<uint32_t> targets(rows);
-  for (int r = 0; r < rows; r++) targets[r] = (uint32_t)(r * 131 + 7) % vocab;
+  vector<float> scales(rows);
+  for (int r = 0; r < rows; r++) targets[r] = (uint32_t)(r * 131 + 7) % vocab, scales[r] = r % 3 * 0.25f;
   SegattnLossParams p = {};
   auto* g_logits = device<float>(logits.size());
   auto* g_scores = device<float>(rows);
   p.logits = rows_of(g_logits, vocab), p.targets = upload(targets), p.log_probability = g_scores;
-  p.d_logits = rows_of((uint16_t*)g_logits, 2 * vocab), p.rows = rows, p.vocab = vocab, p.scale = 0.25f;
+  p.d_logits = rows_of((uint16_t*)g_logits, 2 * vocab), p.rows = rows, p.vocab = vocab, p.scales = upload(scales);
   repeat("cross_entropy",
          [&] {
            put(g_logits, logits);
@@ -225,7 +226,7 @@ static void check_loss(int rows, int vocab) {
     for (int i = 0; i < vocab; i++) sum += std::exp(row[i] - max);
     scores[r] = row[targets[r]] - max - std::log(sum);
     for (int i = 0; i < vocab; i++)
-      d[(size_t)r * vocab + i] = p.scale * (std::exp(row[i] - max) / sum - (i == (int)targets[r]));
+      d[(size_t)r * vocab + i] = scales[r] * (std::exp(row[i] - max) / sum - (i == (int)targets[r]));
     const auto low = download((uint16_t*)(g_logits + (size_t)r * vocab), vocab);
     std::copy(low.begin(), low.end(), got.begin() + (size_t)r * vocab);
   }

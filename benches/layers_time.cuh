@@ -105,7 +105,7 @@ static void time_loss(int rows, int vocab) {
   const size_t n = (size_t)rows * vocab;
   SegattnLossParams p = {};
   p.logits = rows_of(zeros<float>(n), vocab), p.targets = zeros<uint32_t>(rows), p.log_probability = zeros<float>(rows);
-  p.rows = rows, p.vocab = vocab, p.scale = 1;
+  p.rows = rows, p.vocab = vocab, p.scales = zeros<float>(rows);
   const int threads = row_threads_of(vocab);
   time_of("cross_entropy", n * 4., [&] { cross_entropy_bf16<<<rows, threads, sizeof(RowSoftmaxShared)>>>(p); });
   p.d_logits = rows_of(zeros<uint16_t>(n), vocab);

@@ -99,12 +99,12 @@ typedef struct SegattnEmbedParams {
 typedef struct SegattnLossParams {
   SegattnRows logits;      /* f32 [rows, vocab], any alignment */
   const uint32_t* targets; /* [rows] */
+  const float* scales;     /* [rows], finite: d_logits = scale * (softmax - onehot); null where d_logits is none */
   float* log_probability;  /* [rows] */
   SegattnRows d_logits;    /* bf16 [rows, vocab], any alignment; data null: none. A row may begin where the logits' row
                                begins: it then takes the place of the row's first half */
   int64_t rows;
   int32_t vocab;
-  float scale; /* d_logits = scale * (softmax - onehot) */
 } SegattnLossParams;
 
 /* One tensor of the optimizer. */

@@ -1,7 +1,8 @@
 // Cross entropy of rows of logits [rows, vocab]. The host calls it for a few rows of the LM head's product at a time:
 //   log_probability[r] = ln softmax(logits[r])[target[r]]
-//   d_logits[r]        = scale (softmax(logits[r]) - onehot(target[r]))          set, where asked
-// With scale = 1 / tokens the latter is the gradient of the mean negative log-probability. At the target, p - 1 is
+//   d_logits[r]        = scale[r] (softmax(logits[r]) - onehot(target[r]))       set, where asked
+// With scale[r] = weight[r] / sum of weights the latter is the gradient of the weighted mean of negative
+// log-probabilities; a scale of 0 gives zeros. At the target, p - 1 is
 // expm1(log_probability), which is as accurate as the sum. d_logits may overlap the first half of the logits. Bytes a
 // logit: 4, with the gradient 10.
 #include "row_softmax.cuh"
@@ -27,7 +28,8 @@ SEGATTN_FN void cross_entropy(const SegattnLossParams& p) {
   const float log_probability = softmax.log_probability(g_logits[target]);
   if (threadIdx.x == 0) p.log_probability[row] = log_probability;
   if (!p.d_logits.data) return;
-  const float factor = p.scale / softmax.sum, of_target = p.scale * expm1f(log_probability);
+  const float scale = p.scales[row];
+  const float factor = scale / softmax.sum, of_target = scale * expm1f(log_probability);
   Bf16* g_d_logits = row_of<Bf16>(p.d_logits, row);
   const int step = blockDim.x * kVector;
   float x[kVector], next[kVector];

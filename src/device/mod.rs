@@ -275,15 +275,16 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         inner: usize,
         d_gate_up: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
-    /// Log-probability of each row's target under `softmax(logits[r])`, into `scores`. With `scale`,
-    /// the logits are replaced by `scale * (softmax - onehot)`, the gradient of
-    /// `-scale * log-probability`. The call does not synchronize with the host.
+    /// Log-probability of each row's target under `softmax(logits[r])`, into `scores`. With `scales`, one finite
+    /// number a row, the logits are replaced by `scales[r] * (softmax - onehot)`, the gradient of `-scales[r] *
+    /// log-probability`; a scale of 0 gives zeros. A row's bits depend on its own scale alone. The call does not
+    /// synchronize with the host.
     fn log_probabilities(
         &self,
         logits: RowsMut<'_, Self::Buffer>,
         vocab: usize,
         targets: &[u32],
-        scale: Option<f64>,
+        scales: Option<&[f64]>,
         scores: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
 

@@ -367,7 +367,7 @@ impl Device for Reference {
         mut logits: RowsMut<'_, Buf>,
         vocab: usize,
         targets: &[u32],
-        scale: Option<f64>,
+        scales: Option<&[f64]>,
         mut scores: RowsMut<'_, Buf>,
     ) -> Result<()> {
         for (r, target) in targets.iter().enumerate() {
@@ -375,7 +375,7 @@ impl Device for Reference {
             let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
             scores.row(r, 1)[0] = row[*target as usize] - log_sum;
-            if let Some(scale) = scale {
+            if let Some(scale) = scales.map(|scales| scales[r]) {
                 row.iter_mut()
                     .for_each(|x| *x = scale * (*x - log_sum).exp());
                 row[*target as usize] -= scale;

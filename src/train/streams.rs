@@ -235,7 +235,8 @@ impl<'a, D: Device> Streams<'a, D> {
                 device.linear(x, rows, head, out, crate::device::Accumulate::No)?;
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 let to = RowsMut::packed(&mut scores, row, 1);
-                device.log_probabilities(out, vocab, targets, Some(self.scale), to)?;
+                let scales = vec![self.scale; rows];
+                device.log_probabilities(out, vocab, targets, Some(&scales), to)?;
                 let d_logits = Rows::packed(&logits, 0, vocab);
                 let d_x = RowsMut::packed(&mut d_hidden, row, hidden);
                 device.linear_input_grad(

@@ -138,10 +138,18 @@ fn ids_beyond_a_table_are_errors() {
             RowsMut::packed(&mut logits, 0, 27),
             27,
             &[token],
-            Some(1.0),
+            Some(&[1.0]),
             RowsMut::packed(&mut scores, 0, 1),
         );
         assert_eq!(refused(refusal), "target");
+        let refusal = gpu.log_probabilities(
+            RowsMut::packed(&mut logits, 0, 27),
+            27,
+            &[1],
+            Some(&[1.0, 1.0]),
+            RowsMut::packed(&mut scores, 0, 1),
+        );
+        assert_eq!(refused(refusal), "scales");
     }
     let (mut logits, mut scores) = (exact(&gpu, 54), exact(&gpu, 1));
     let refusal = gpu.log_probabilities(

@@ -6,7 +6,8 @@ use segattn_sim::Buffer;
 
 use super::common::*;
 
-const SCALE: f32 = 0.01;
+/// Scales of the rows in turn.
+const SCALES: [f32; 3] = [0.01, 0.0, 0.5];
 
 struct Case {
     rows: usize,
@@ -41,21 +42,38 @@ fn targets(case: &Case) -> Vec<u32> {
         .collect()
 }
 
+fn scales(rows: usize) -> Vec<f32> {
+    SCALES.into_iter().cycle().take(rows).collect()
+}
+
 fn threads(vocab: usize) -> Option<u32> {
     Some((vocab.div_ceil(512).max(1) * 32).min(1024) as u32)
 }
 
 fn run(seed: u64, case: &Case) -> (Vec<f32>, Vec<bf16>) {
-    run_on(seed, case, &logits(case), &targets(case))
+    run_on(
+        seed,
+        case,
+        &logits(case),
+        &targets(case),
+        &scales(case.rows),
+    )
 }
 
 /// Log-probabilities, with the gradient and without.
-fn run_on(seed: u64, case: &Case, logits: &[f32], targets: &[u32]) -> (Vec<f32>, Vec<bf16>) {
+fn run_on(
+    seed: u64,
+    case: &Case,
+    logits: &[f32],
+    targets: &[u32],
+    scales: &[f32],
+) -> (Vec<f32>, Vec<bf16>) {
     let gpu = &mut gpu(seed);
     let (rows, vocab) = (case.rows, case.vocab);
     let matrix = Matrix::of(gpu, "logits", logits, vocab, case.gap);
     let own = Matrix::poisoned::<bf16>(gpu, "d_logits", [rows, vocab], case.gap);
     let targets = gpu.input("targets", targets).expect("memory");
+    let scales = gpu.input("scales", scales).expect("memory");
     let [scored, scored_alone]: [Buffer; 2] =
         ["scored", "scored_alone"].map(|name| gpu.alloc(name, rows * 4).expect("memory"));
     let view = matrix.view();
@@ -66,16 +84,17 @@ fn run_on(seed: u64, case: &Case, logits: &[f32], targets: &[u32]) -> (Vec<f32>,
     let mut params = SegattnLossParams {
         logits: view,
         targets: targets.ptr(),
+        scales: std::ptr::null(),
         log_probability: scored_alone.ptr(),
         d_logits: NO_ROWS,
         rows: rows as i64,
         vocab: vocab as i32,
-        scale: SCALE,
     };
     let module = module("loss.cu");
     let threads = threads(vocab);
     launch(gpu, &module, "cross_entropy_bf16", rows, threads, &params);
     params.log_probability = scored.ptr();
+    params.scales = scales.ptr();
     params.d_logits = if case.in_place { in_place } else { own.view() };
     launch(gpu, &module, "cross_entropy_bf16", rows, threads, &params);
     let gradient = if case.in_place {
@@ -114,12 +133,12 @@ fn log_probabilities_and_gradient_agree_with_the_formula() {
             gap,
         };
         let (scored, gradient) = run(1, &case);
-        let (logits, targets) = (logits(&case), targets(&case));
+        let (logits, targets, scales) = (logits(&case), targets(&case), scales(rows));
         let (mut exact, mut plain, mut exact_scored) = (Vec::new(), Vec::new(), Vec::new());
-        for (row, target) in logits.chunks(vocab).zip(&targets) {
+        for ((row, target), scale) in logits.chunks(vocab).zip(&targets).zip(&scales) {
             let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let sum: f64 = row.iter().map(|x| (f64::from(*x) - max).exp()).sum();
-            let scale = f64::from(SCALE);
+            let scale = f64::from(*scale);
             exact_scored.push(f64::from(row[*target as usize]) - max - sum.ln());
             for (i, x) in row.iter().enumerate() {
                 let (p, one) = (
@@ -161,7 +180,7 @@ fn nothing_beyond_the_vocabulary_is_counted() {
             gap: 1,
         };
         let logits = vec![-40.0; 2 * vocab];
-        let (scored, _) = run_on(1, &case, &logits, &[0, vocab as u32 - 1]);
+        let (scored, _) = run_on(1, &case, &logits, &[0, vocab as u32 - 1], &scales(2));
         for score in scored {
             let exact = -(vocab as f64).ln();
             assert!((f64::from(score) - exact).abs() < 1e-5, "{score}, {exact}");
@@ -177,18 +196,40 @@ fn twenty_schedules_and_any_neighbours_give_the_same_bits() {
         in_place: true,
         gap: 0,
     };
-    let (logits, targets) = (logits(&case), targets(&case));
-    let first = run_on(0, &case, &logits, &targets);
+    let (logits, targets, scales) = (logits(&case), targets(&case), [0.01, 0.5, 0.0]);
+    let first = run_on(0, &case, &logits, &targets, &scales);
     for seed in 1..20 {
-        let again = run_on(seed, &case, &logits, &targets);
+        let again = run_on(seed, &case, &logits, &targets, &scales);
         assert_eq!(again.0, first.0);
         assert_eq!(bits(&again.1), bits(&first.1));
     }
     let alone = Case { rows: 1, ..case };
     let row = 1500..3000;
-    let alone = run_on(1, &alone, &logits[row.clone()], &targets[1..2]);
+    let alone = run_on(
+        1,
+        &alone,
+        &logits[row.clone()],
+        &targets[1..2],
+        &scales[1..2],
+    );
     assert_eq!(alone.0[0], first.0[1]);
     assert_eq!(bits(&alone.1), bits(&first.1[row]));
+}
+
+#[test]
+fn a_scale_of_zero_gives_zeros() {
+    for in_place in [true, false] {
+        let case = Case {
+            rows: 3,
+            vocab: 1500,
+            in_place,
+            gap: 0,
+        };
+        let (_, gradient) = run_on(1, &case, &logits(&case), &targets(&case), &[0.5, 0.0, 0.0]);
+        let zero = |x: &bf16| x.to_f32() == 0.0;
+        assert!(gradient[1500..].iter().all(zero));
+        assert!(!gradient[..1500].iter().all(zero));
+    }
 }
 
 #[test]
@@ -202,11 +243,11 @@ fn a_logit_that_is_no_number_makes_the_log_probability_none() {
     let params = SegattnLossParams {
         logits: matrix.view(),
         targets: targets.ptr(),
+        scales: std::ptr::null(),
         log_probability: scored.ptr(),
         d_logits: NO_ROWS,
         rows: 1,
         vocab: 300,
-        scale: 1.0,
     };
     launch(
         gpu,

@@ -288,7 +288,7 @@ const ROW_SOFTMAX: [Rule; 7] = [
     replace("mul_rn(sum, exp_of(max - finite_max(row_max)))", "sum"),
 ];
 
-const LOSS: [Rule; 8] = [
+const LOSS: [Rule; 9] = [
     replace(
         "column + kVector <= vocab && ((uintptr_t)g_row & 15) == 0",
         "((uintptr_t)g_row & 15) == 0",
@@ -302,9 +302,10 @@ const LOSS: [Rule; 8] = [
         "softmax.log_probability(g_logits[0])",
     ),
     replace("if (!p.d_logits.data) return", ""),
-    replace("p.scale / softmax.sum", "1.f / softmax.sum"),
+    replace("p.scales[row]", "p.scales[0]"),
+    replace("= scale / softmax.sum", "= 1.f / softmax.sum"),
     replace(
-        "p.scale * expm1f(log_probability)",
+        "scale * expm1f(log_probability)",
         "expm1f(log_probability)",
     ),
     replace("next[e] - softmax.max", "next[e]"),

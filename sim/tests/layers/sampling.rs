@@ -291,11 +291,11 @@ fn the_log_probability_is_that_of_the_loss_kernel_to_the_bit() {
     let params = SegattnLossParams {
         logits: matrix.view(),
         targets: at.tokens.ptr(),
+        scales: std::ptr::null(),
         log_probability: scored.ptr(),
         d_logits: NO_ROWS,
         rows: rows as i64,
         vocab: batch.vocab as i32,
-        scale: 0.0,
     };
     launch(
         gpu,

@@ -254,30 +254,30 @@ const _: () = {
 pub struct SegattnLossParams {
     pub logits: SegattnRows,
     pub targets: *const u32,
+    pub scales: *const f32,
     pub log_probability: *mut f32,
     pub d_logits: SegattnRows,
     pub rows: i64,
     pub vocab: i32,
-    pub scale: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnLossParams"][::core::mem::size_of::<SegattnLossParams>() - 64usize];
+    ["Size of SegattnLossParams"][::core::mem::size_of::<SegattnLossParams>() - 72usize];
     ["Alignment of SegattnLossParams"][::core::mem::align_of::<SegattnLossParams>() - 8usize];
     ["Offset of field: SegattnLossParams::logits"]
         [::core::mem::offset_of!(SegattnLossParams, logits) - 0usize];
     ["Offset of field: SegattnLossParams::targets"]
         [::core::mem::offset_of!(SegattnLossParams, targets) - 16usize];
+    ["Offset of field: SegattnLossParams::scales"]
+        [::core::mem::offset_of!(SegattnLossParams, scales) - 24usize];
     ["Offset of field: SegattnLossParams::log_probability"]
-        [::core::mem::offset_of!(SegattnLossParams, log_probability) - 24usize];
+        [::core::mem::offset_of!(SegattnLossParams, log_probability) - 32usize];
     ["Offset of field: SegattnLossParams::d_logits"]
-        [::core::mem::offset_of!(SegattnLossParams, d_logits) - 32usize];
+        [::core::mem::offset_of!(SegattnLossParams, d_logits) - 40usize];
     ["Offset of field: SegattnLossParams::rows"]
-        [::core::mem::offset_of!(SegattnLossParams, rows) - 48usize];
+        [::core::mem::offset_of!(SegattnLossParams, rows) - 56usize];
     ["Offset of field: SegattnLossParams::vocab"]
-        [::core::mem::offset_of!(SegattnLossParams, vocab) - 56usize];
-    ["Offset of field: SegattnLossParams::scale"]
-        [::core::mem::offset_of!(SegattnLossParams, scale) - 60usize];
+        [::core::mem::offset_of!(SegattnLossParams, vocab) - 64usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

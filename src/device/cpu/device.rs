@@ -324,19 +324,19 @@ impl Device for Cpu {
         mut logits: RowsMut<'_, Buffer>,
         vocab: usize,
         targets: &[u32],
-        scale: Option<f64>,
+        scales: Option<&[f64]>,
         mut scores: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        let score = |((row, target), score): ((&mut [f32], &u32), &mut f32)| {
+        let score = |(r, ((row, target), score)): (usize, ((&mut [f32], &u32), &mut f32))| {
             let found = rows::cross_entropy_row(row, *target as usize);
-            if let Some(scale) = scale {
-                rows::cross_entropy_grad_row(row, *target as usize, &found, scale as f32);
+            if let Some(scales) = scales {
+                rows::cross_entropy_grad_row(row, *target as usize, &found, scales[r] as f32);
             }
             *score = found.logprob;
         };
         let rows = logits.block(targets.len(), vocab).par_chunks_mut(vocab);
         let scores = scores.block(targets.len(), 1);
-        rows.zip(targets).zip(scores).for_each(score);
+        rows.zip(targets).zip(scores).enumerate().for_each(score);
         Ok(())
     }
 

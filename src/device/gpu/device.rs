@@ -502,10 +502,10 @@ impl<D: Driver> Device for Gpu<D> {
         logits: RowsMut<'_, Buffer<D>>,
         vocab: usize,
         targets: &[u32],
-        scale: Option<f64>,
+        scales: Option<&[f64]>,
         scores: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rows::log_probabilities(self, logits, vocab, targets, scale, scores)
+        rows::log_probabilities(self, logits, vocab, targets, scales, scores)
     }
 
     fn attention(
