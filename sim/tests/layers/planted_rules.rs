@@ -304,10 +304,7 @@ const LOSS: [Rule; 9] = [
     replace("if (!p.d_logits.data) return", ""),
     replace("p.scales[row]", "p.scales[0]"),
     replace("= scale / softmax.sum", "= 1.f / softmax.sum"),
-    replace(
-        "scale * expm1f(log_probability)",
-        "expm1f(log_probability)",
-    ),
+    replace("scale * expm1f(log_probability)", "expm1f(log_probability)"),
     replace("next[e] - softmax.max", "next[e]"),
     drop_statement("__syncthreads()"),
 ];
