@@ -153,15 +153,16 @@ typedef struct SegattnPoolChunk {
 /* One KV head that reads the past. */
 typedef struct SegattnPoolHead {
   int32_t kv_head;
-  int32_t eligible;  /* scores: tokens [0, eligible) may be picked */
-  int32_t end_angle; /* gather: row of the tables after the last picked token's */
+  int32_t eligible_begin, eligible_end; /* scores: tokens [begin, end) may be picked */
+  int32_t end_angle;                    /* gather: row of the tables after the last picked token's */
 } SegattnPoolHead;
 
 /* Retrieval: append, probes, scores, pick, gather. The pool holds keys before rotation. */
 typedef struct SegattnRetrievalParams {
   const SegattnPoolChunk* chunks; /* tokens from first_token on, chunk_tokens each */
   const SegattnPoolHead* head;    /* [heads] */
-  SegattnRows q;                  /* probes: bf16 [probe rows, q_heads * head_dim], before rotation */
+  SegattnRows q; /* probes: bf16 [query_capacity, q_heads * head_dim], before rotation: a ring, whose query t is row
+                    (first_query + t) % query_capacity */
   SegattnRows k,
       v;          /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
   void* probes;   /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
@@ -180,8 +181,10 @@ typedef struct SegattnRetrievalParams {
   int32_t head_dim; /* a multiple of 16 */
   int32_t group;    /* query heads of a KV head */
   int32_t windows;  /* of a query head */
-  int32_t window;   /* probe rows of a window */
-  int32_t stride;   /* probe rows between the starts of two windows */
+  int32_t window;   /* queries of a window */
+  int32_t stride;   /* queries between the starts of two windows */
+  int32_t first_query;
+  int32_t query_capacity;
   int32_t block_len;
   int32_t first_block; /* scores: of this launch */
   int32_t blocks;      /* scores: of this launch; pick: all */

@@ -28,6 +28,18 @@ struct PoolConfig {
   static constexpr int kThreads = 256, kBlocks = 5;
 };
 
+// Row of the ring that holds query t.
+SEGATTN_FN int query_row(const SegattnRetrievalParams& p, int t) { return (p.first_query + t) % p.query_capacity; }
+
+// The blocks that lie wholly inside the eligible tokens of a head.
+struct Blocks {
+  int begin, end;
+};
+SEGATTN_FN Blocks eligible_blocks(const SegattnRetrievalParams& p, int head) {
+  const SegattnPoolHead info = p.head[head];
+  return {ceil_div(info.eligible_begin, p.block_len), info.eligible_end / p.block_len};
+}
+
 SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
   const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
   const int64_t row = index / row_units;
@@ -48,9 +60,9 @@ SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
   const int64_t q_head = (int64_t)p.head[head].kv_head * p.group + within / p.windows;
   const int first = within % p.windows * p.stride;
   float r_sum[kVector] = {};
-  for (int row = first; row < first + p.window; row++) {
+  for (int query = first; query < first + p.window; query++) {
     float r_q[kVector];
-    load_vector(r_q, row_of<const Bf16>(p.q, row) + q_head * p.head_dim + column);
+    load_vector(r_q, row_of<const Bf16>(p.q, query_row(p, query)) + q_head * p.head_dim + column);
 #pragma unroll
     for (int e = 0; e < kVector; e++) r_sum[e] += r_q[e];
   }
@@ -206,8 +218,8 @@ SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
   ScoreShared<C>& shared = *(ScoreShared<C>*)shared_memory();
   const int tile_blocks = blocks_per_tile<C>(p.block_len), tiles = ceil_div(p.blocks, tile_blocks);
   const int head = blockIdx.x / tiles, first_block = p.first_block + blockIdx.x % tiles * tile_blocks;
-  const int eligible = p.head[head].eligible / p.block_len;
-  const int end_block = min(min(first_block + tile_blocks, p.first_block + p.blocks), eligible);
+  const int eligible_end = eligible_blocks(p, head).end;
+  const int end_block = min(min(first_block + tile_blocks, p.first_block + p.blocks), eligible_end);
   if (first_block >= end_block) return;
   const int64_t end = (int64_t)end_block * p.block_len;
   float block_best = -INFINITY;
@@ -250,9 +262,10 @@ SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
   using C = PickConfig;
   PickShared& shared = *(PickShared*)shared_memory();
   const int head = blockIdx.x;
-  const float* g_scores = p.scores + head * p.score_pitch;
+  const Blocks eligible = eligible_blocks(p, head);
+  const float* g_scores = p.scores + head * p.score_pitch + eligible.begin;
   int32_t* g_picks = p.picks + (int64_t)head * p.max_picks;
-  const int count = min(p.blocks, p.head[head].eligible / p.block_len), picks = min(count, p.max_picks);
+  const int count = max(0, eligible.end - eligible.begin), picks = min(count, p.max_picks);
   if (threadIdx.x == 0) p.pick_count[head] = picks;
   if (picks == 0) return;
   constexpr int kStep = C::kThreads * C::kOwn;
@@ -271,7 +284,8 @@ SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
     const int first = step + threadIdx.x * C::kOwn;
     uint32_t keys[C::kOwn];
     load_score_keys(keys, g_scores, first, count);
-    compaction.next(keys, threshold, shared.compaction, [&](int i, uint32_t place) { g_picks[place] = first + i; });
+    compaction.next(keys, threshold, shared.compaction,
+                    [&](int i, uint32_t place) { g_picks[place] = eligible.begin + first + i; });
   }
 }
 

@@ -34,7 +34,7 @@ pub use shared::blocks::HostBlocks;
 pub use shared::samplers::HostSamplers;
 pub use types::{
     Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, PastHeads,
-    Probes, Rows, RowsMut, SegmentCache, Selection, SlotSpan, StepRows, Update,
+    Probes, Rows, RowsMut, SegmentCache, Selection, SelectionRule, SlotSpan, StepRows, Update,
 };
 
 /// Results of device calls.

@@ -10,7 +10,7 @@ use super::{Device, PastHeads, Probes, Result, Rows, RowsMut, Selection};
 ///
 /// A call that fails leaves the pool as it was.
 pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
-    /// An empty pool for `heads` heads of `head_dim` elements, which is appended to `run` tokens at a time.
+    /// An empty pool for `heads` heads of `head_dim` elements. Memory is taken for `run` tokens at a time.
     fn new(device: &D, heads: usize, head_dim: usize, run: usize) -> Self;
 
     /// Number of tokens.
@@ -20,7 +20,7 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
     /// head of the pool.
     ///
     /// # Errors
-    /// Rows of another number than a run's, heads of another number than the pool's, or what the device says.
+    /// Heads of another number than the pool's, or what the device says.
     fn append(
         &mut self,
         device: &D,
@@ -29,26 +29,26 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
         rows: usize,
     ) -> Result<()>;
 
-    /// Drops all tokens but the first `tokens`, which are whole runs.
+    /// Drops all tokens but the first `tokens`.
     fn truncate(&mut self, tokens: usize);
 
-    /// Keys, then values, each `[tokens, heads, head_dim]`, of whole runs: for saving.
+    /// Keys, then values, each `[tokens, heads, head_dim]`: for saving.
     ///
     /// # Errors
-    /// What the device says.
+    /// Tokens that it does not have, or what the device says.
     fn read(&self, device: &D, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)>;
 
-    /// Appends a run that [`read`](Self::read) gave.
+    /// Appends tokens that [`read`](Self::read) gave.
     ///
     /// # Errors
-    /// As [`append`](Self::append).
+    /// Numbers of keys and values that are no whole tokens or differ, or what the device says.
     fn write(&mut self, device: &D, k: &[f32], v: &[f32]) -> Result<()>;
 
-    /// Retrieval (docs/contract.md, section 2): for every head the blocks with the highest scores, in order of
-    /// position.
+    /// Retrieval (docs/contract.md, section 2): the tokens that the rule selects for every head, in order of position.
     ///
     /// # Errors
-    /// Heads of another number than the pool's, tokens that it does not have, or what the device says.
+    /// Heads of another number than the pool's, tokens that it does not have, probes outside their ring, or what the
+    /// device says.
     fn select(
         &self,
         device: &D,

@@ -1,5 +1,7 @@
 //! Arguments of [`Device`](super::Device) calls: views, the attention call, retrieval, the update.
 
+use std::ops::Range;
+
 use crate::attention::PerSource;
 
 /// Role of a buffer's elements. It decides their precision on devices with mixed precision.
@@ -229,32 +231,72 @@ pub struct AttentionGrad<'a, B> {
     pub d_past_gate: &'a mut B,
 }
 
-/// Query rows that probes are made of: of each query head, the mean over windows.
+/// The last queries of a segment, which probes are made of. They lie in a ring: query `t`, counted from the earliest
+/// one, is row `(first + t) % capacity`.
 #[derive(Debug)]
 pub struct Probes<'a, B> {
-    /// Queries before rotation `[rows, q_heads * head_dim]`; row 0 is the first of `rows`.
+    /// Queries before rotation `[capacity, q_heads * head_dim]`.
     pub q: Rows<'a, B>,
-    /// Rows: `min(probe_len, segment_len)`.
+    /// Number of queries, from 1 to `capacity`.
     pub rows: usize,
+    /// Row of the earliest query, below `capacity`.
+    pub first: usize,
+    /// Rows of the ring.
+    pub capacity: usize,
     /// Query heads of a KV head.
     pub group: usize,
-    /// Tokens of a window.
-    pub window: usize,
-    /// Tokens between the starts of two windows.
-    pub stride: usize,
 }
 
-/// Which blocks the heads of a pool may select, and how many.
+impl<B> Probes<'_, B> {
+    /// Row of `q` that holds query `t`.
+    pub fn row(&self, t: usize) -> usize {
+        (self.first + t) % self.capacity
+    }
+}
+
+/// How the tokens of a pool are scored and selected (docs/contract.md, section 2). Lengths in tokens, all at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SelectionRule {
+    /// Whole blocks with the highest product of a probe and a key. A probe is the mean over a window of queries.
+    Blocks {
+        /// Tokens of a block; blocks are counted from the start of the sequence.
+        block_len: usize,
+        /// Queries of a window; all queries where there are fewer.
+        probe_window: usize,
+        /// Queries between the starts of two windows.
+        probe_stride: usize,
+    },
+}
+
+impl SelectionRule {
+    /// Selected tokens come in whole blocks of so many tokens, counted from the start of the sequence.
+    pub fn block_len(&self) -> usize {
+        match self {
+            Self::Blocks { block_len, .. } => *block_len,
+        }
+    }
+}
+
+/// Which tokens the heads of a pool may select, how many, and by which rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Selection<'a> {
     /// The KV head of each head of the pool.
     pub kv_heads: &'a [usize],
-    /// Each may select blocks of tokens `[0, eligible)` of the pool.
-    pub eligible: &'a [usize],
-    /// Tokens of a block.
-    pub block_len: usize,
-    /// Blocks that each head selects, at most.
-    pub blocks: usize,
+    /// The tokens of the pool that each may select.
+    pub eligible: &'a [Range<usize>],
+    /// Tokens that each head selects, at most.
+    pub rows: usize,
+    /// How they are chosen.
+    pub rule: SelectionRule,
+}
+
+impl Selection<'_> {
+    /// The blocks of `block_len` tokens that lie wholly inside the eligible tokens of a head.
+    pub(in crate::device) fn blocks(&self, head: usize, block_len: usize) -> Range<usize> {
+        let Range { start, end } = self.eligible[head];
+        let (first, end) = (start.div_ceil(block_len), end / block_len);
+        first..end.max(first)
+    }
 }
 
 /// Where the selected tokens of a pool's heads go.

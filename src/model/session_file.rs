@@ -243,7 +243,7 @@ impl StateFile {
             let (k, v) = values.split_at(values.len() / 2);
             pool.write(device, k, v)?;
         }
-        let block_len = session.plan.retrieval[2];
+        let block_len = session.plan.rule.block_len();
         let picks: Vec<Vec<usize>> = (0..shapes.past_heads(l))
             .map(|h| self.picks(from, l, h, shapes, block_len))
             .collect::<Result<_, _>>()?;

@@ -4,12 +4,12 @@
 
 use std::sync::Arc;
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, RetrievalConfig};
 use super::rope::Rope;
 use crate::attention::PerSource;
 use crate::device::{
     Accumulate, Device, DeviceError, Heads, Kind, PastHeads, PastPool, Probes, Purpose, Result,
-    Rows, RowsMut, SegmentCache, SelectedBlocks, Selection,
+    Rows, RowsMut, SegmentCache, SelectedBlocks, Selection, SelectionRule,
 };
 
 /// The sources that the KV heads of a layer read.
@@ -34,8 +34,8 @@ pub struct Plan {
     pub past_len: usize,
     /// Last rows of a segment, whose queries are averaged into probes.
     pub probe_rows: usize,
-    /// Tokens of a probe window, stride of the windows, tokens of a block.
-    pub retrieval: [usize; 3],
+    /// How past rows are selected.
+    pub rule: SelectionRule,
     /// Per layer.
     pub reads: Vec<LayerReads>,
 }
@@ -60,29 +60,23 @@ impl Plan {
         let reads = (0..config.num_hidden_layers).map(layer).collect();
         let Some(segment) = &config.segment else {
             let segment_len = longest.max(1);
-            let sizes = [0; 3];
             return Self {
                 heads,
                 segment_len,
                 prior_len: 0,
                 past_len: 0,
                 probe_rows: 0,
-                retrieval: sizes,
+                rule: RetrievalConfig::default().rule(),
                 reads,
             };
         };
-        let probe_rows = segment.retrieval.probe_len.min(segment.segment_len);
         Self {
             heads,
             segment_len: segment.segment_len,
             prior_len,
             past_len,
-            probe_rows,
-            retrieval: [
-                segment.retrieval.probe_window.min(probe_rows),
-                segment.retrieval.probe_stride,
-                segment.retrieval.block_len,
-            ],
+            probe_rows: segment.retrieval.queries().min(segment.segment_len),
+            rule: segment.retrieval.rule(),
             reads,
         }
     }
@@ -388,11 +382,7 @@ impl<D: Device> SequenceState<D> {
                 prior_k: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_v: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_rows: 0,
-                selected: D::Blocks::new(
-                    device,
-                    &vec![Vec::new(); past],
-                    plan.retrieval[2].max(1),
-                )?,
+                selected: D::Blocks::new(device, &vec![Vec::new(); past], plan.rule.block_len())?,
                 pool: (past > 0)
                     .then(|| D::Pool::new(device, past, plan.heads.dim, plan.segment_len)),
                 undo: None,
@@ -495,7 +485,6 @@ pub(super) fn close_segment<D: Device>(
         undo.pool_tokens.get_or_insert(pool.tokens());
     }
     pool.append(device, &reads.past, [k, v], plan.segment_len)?;
-    let [window, stride, block_len] = plan.retrieval;
     let tokens = pool.tokens();
     let tail = |head: &usize| {
         if reads.prior[*head] {
@@ -504,19 +493,19 @@ pub(super) fn close_segment<D: Device>(
             0
         }
     };
-    let eligible: Vec<usize> = reads.past.iter().map(|h| tokens - tail(h)).collect();
+    let eligible: Vec<_> = reads.past.iter().map(|h| 0..tokens - tail(h)).collect();
     let probes = Probes {
         q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
         rows: plan.probe_rows,
+        first: 0,
+        capacity: plan.probe_rows,
         group: plan.heads.q / plan.heads.kv,
-        window,
-        stride,
     };
     let selection = Selection {
         kv_heads: &reads.past,
         eligible: &eligible,
-        block_len,
-        blocks: plan.past_len / block_len,
+        rows: plan.past_len,
+        rule: plan.rule,
     };
     let selected = pool.select(device, &probes, &selection)?;
     let old = std::mem::replace(&mut carry.selected, selected);
@@ -541,7 +530,7 @@ pub(super) fn pretend_segment<D: Device>(
     };
     let rows = Rows::packed(rows, 0, plan.kv_width());
     pool.append(device, &reads.past, [rows; 2], plan.segment_len)?;
-    let block_len = plan.retrieval[2];
+    let block_len = plan.rule.block_len();
     let tokens = plan.past_len.min(pool.tokens()) / block_len * block_len;
     let selected = vec![(0..tokens).collect(); reads.past.len()];
     carry.selected = D::Blocks::new(device, &selected, block_len)?;

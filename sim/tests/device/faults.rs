@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::common::{model, tokens, values};
+use crate::retrieval_cases::{self, Tokens};
 use segattn::cuda::kernels::{Error, Launch};
 use segattn::device::gpu::{self, Gemm, Gpu, MemoryUse};
 use segattn::device::sampler::SamplerConfig;
-use segattn::device::{DeviceError, OutOfMemory, Result, Sampled};
+use segattn::device::{Device, DeviceError, OutOfMemory, PastPool, Result, Sampled};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::session::{Feed, Session};
@@ -347,4 +348,40 @@ fn a_decoding_step_whose_call_failed_can_be_made_again() {
     drop((faulty, reference));
     assert_eq!(used(gpu.memory_use()), before);
     assert!(failures > 100, "{failures}");
+}
+
+#[test]
+fn tokens_whose_append_failed_are_not_in_the_pool() {
+    let tokens = Tokens::new(32, 30, 1, 5);
+    let (gpu, fault) = faulty();
+    gpu.limit_pool(5 * 8 * 2 * 32 * 2);
+    let mut pool = retrieval_cases::pool(&gpu, &Tokens::new(32, 21, 1, 5), 8, &[21]);
+    let contents = |pool: &<Gpu<Faulty> as Device>::Pool| pool.read(&gpu, 0..21).expect("a read");
+    let before = contents(&pool);
+    let held = || used(gpu.memory_use()).iter().sum::<usize>();
+    let values = vec![1.0; 9 * 2 * 32];
+    let mut failed = 0;
+    loop {
+        let memory = held();
+        fault.after(failed);
+        let written = pool.write(&gpu, &values, &values);
+        let has_failed = fault.end();
+        assert_eq!(written.is_err(), has_failed, "call {failed}");
+        if !has_failed {
+            break;
+        }
+        assert_eq!(pool.tokens(), 21, "call {failed}");
+        assert!(contents(&pool) == before, "call {failed}");
+        assert_eq!(held(), memory, "call {failed}");
+        pool.read(&gpu, 0..22)
+            .expect_err("a token that is not there");
+        failed += 1;
+    }
+    // Memory of a chunk, and writes to the chunk that had room and to the new one.
+    assert!(failed >= 4, "{failed} failures");
+    assert_eq!(pool.tokens(), tokens.count);
+    assert_eq!(
+        pool.read(&gpu, 21..30).expect("a read"),
+        (values.clone(), values)
+    );
 }

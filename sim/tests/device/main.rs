@@ -7,4 +7,7 @@ mod faults;
 mod memory;
 mod model;
 mod pool;
+mod retrieval;
+#[path = "../../../tests/retrieval_cases/mod.rs"]
+mod retrieval_cases;
 mod safe_calls;

@@ -7,7 +7,7 @@ use segattn::device::gpu::Gpu;
 use segattn::device::{
     Accumulate, Attention, Device, DeviceError, Heads, KeyStore, Kind, OutOfMemory, PastHeads,
     PastPool, Probes, Recording, Result, Rows, RowsMut, SegmentCache, SelectedBlocks, Selection,
-    SlotSpan, StepRows,
+    SelectionRule, SlotSpan, StepRows,
 };
 use segattn_sim::{Checks, Driver};
 
@@ -355,13 +355,16 @@ fn heads_and_rows_that_a_pool_does_not_have_are_errors() {
     refused(pool.append(&gpu, &[2], kv, 8));
     refused(pool.append(&gpu, &[usize::MAX], kv, 8));
     refused(pool.append(&gpu, &[1], kv, 9));
-    refused(pool.write(&gpu, &[1.0; 255], &[1.0; 256]));
+    refused(pool.append(&gpu, &[1], kv, usize::MAX));
+    refused(pool.write(&gpu, &[1.0; 255], &[1.0; 255]));
+    refused(pool.write(&gpu, &[1.0; 256], &[1.0; 224]));
     refused(pool.write(&gpu, &[1.0; 256], &[]));
-    refused(pool.read(&gpu, 0..24));
-    refused(pool.read(&gpu, 1..8));
+    refused(pool.read(&gpu, 0..17));
+    refused(pool.read(&gpu, usize::MAX..1));
     assert_eq!(pool.tokens(), 16);
-    pool.append(&gpu, &[1], kv, 8).expect("a run");
-    assert_eq!(pool.read(&gpu, 16..24).expect("a read").0, [1.0; 256]);
+    pool.append(&gpu, &[1], kv, 3).expect("three tokens");
+    refused(pool.read(&gpu, 0..20));
+    assert_eq!(pool.read(&gpu, 16..19).expect("a read").0, [1.0; 96]);
 }
 
 #[test]
@@ -403,32 +406,59 @@ fn selections_that_a_pool_does_not_allow_are_errors() {
     let gpu = gpu(12, Checks::All);
     let pool = pool(&gpu);
     let queries = activations(&gpu, 4 * 64);
-    let probes = |rows, window, stride| Probes {
+    let probes = |rows, first, capacity| Probes {
         q: Rows::packed(&queries, 0, 64),
         rows,
+        first,
+        capacity,
         group: 2,
-        window,
-        stride,
     };
-    let of = |kv_heads, eligible, block_len| Selection {
-        kv_heads,
-        eligible,
+    let blocks = |block_len, probe_window, probe_stride| SelectionRule::Blocks {
         block_len,
-        blocks: 2,
+        probe_window,
+        probe_stride,
     };
-    let select = |probes: Probes<'_, Buffer>, of: Selection<'_>| pool.select(&gpu, &probes, &of);
-    let good = of(&[0], &[16], 2);
-    let selected = select(probes(4, 2, 2), good).expect("a selection");
-    assert_eq!(selected.count(0), 4);
-    refused(select(probes(5, 2, 2), good));
-    refused(select(probes(4, 5, 2), good));
-    refused(select(probes(4, 0, 2), good));
-    refused(select(probes(4, 2, 0), good));
-    refused(select(probes(4, 2, 2), of(&[0], &[18], 2)));
-    refused(select(probes(4, 2, 2), of(&[1], &[16], 2)));
-    refused(select(probes(4, 2, 2), of(&[], &[16], 2)));
-    refused(select(probes(4, 2, 2), of(&[0], &[], 2)));
-    refused(select(probes(4, 2, 2), of(&[0], &[16], 0)));
+    let select = |probes: Probes<'_, Buffer>, kv_heads: &[usize], eligible: &[_], rule| {
+        let (rows, of) = (4, eligible);
+        let selection = Selection {
+            kv_heads,
+            eligible: of,
+            rows,
+            rule,
+        };
+        pool.select(&gpu, &probes, &selection)
+    };
+    let good = blocks(2, 2, 2);
+    for (queries, rule) in [
+        (probes(4, 0, 4), good),
+        (probes(3, 3, 4), good),
+        // A window is cut to the queries that there are.
+        (probes(4, 0, 4), blocks(2, 5, 2)),
+    ] {
+        let selected = select(queries, &[0], &[0..16], rule).expect("a selection");
+        assert_eq!(selected.count(0), 4);
+    }
+    for queries in [
+        probes(5, 0, 5),
+        probes(5, 0, 4),
+        probes(4, 4, 4),
+        probes(0, 0, 4),
+        probes(0, 0, 0),
+    ] {
+        refused(select(queries, &[0], &[0..16], good));
+    }
+    for rule in [blocks(0, 2, 2), blocks(2, 0, 2), blocks(2, 2, 0)] {
+        refused(select(probes(4, 0, 4), &[0], &[0..16], rule));
+    }
+    for (kv_heads, eligible) in [
+        (&[0][..], &[0..18][..]),
+        (&[0], &[usize::MAX..1]),
+        (&[1], &[0..16]),
+        (&[], &[0..16]),
+        (&[0], &[]),
+    ] {
+        refused(select(probes(4, 0, 4), kv_heads, eligible, good));
+    }
 }
 
 #[test]

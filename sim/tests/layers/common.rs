@@ -122,9 +122,14 @@ impl Matrix {
         let rows = values.len() / width.max(1);
         let matrix = Matrix::poisoned::<T>(gpu, name, [rows, width], gap);
         for (r, row) in values.chunks(width.max(1)).enumerate() {
-            gpu.write(matrix.buffer, matrix.byte(r), row);
+            matrix.write(gpu, r, row);
         }
         matrix
+    }
+
+    /// Writes one of the rows.
+    pub fn write<T: Pod>(&self, gpu: &mut Gpu, row: usize, values: &[T]) {
+        gpu.write(self.buffer, self.byte(row), values);
     }
 
     fn byte(&self, row: usize) -> usize {

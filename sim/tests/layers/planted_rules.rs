@@ -110,7 +110,7 @@ pub const SURVIVORS: [[&str; 3]; 6] = [
     ],
     [
         "retrieval.cu",
-        "p.first_block + p.blocks), eligible)",
+        "p.first_block + p.blocks), eligible_end)",
         "a block too many is scored and not picked",
     ],
     [
@@ -359,7 +359,7 @@ const ADAMW: [Rule; 23] = [
     replace("if (tensor.weights) ", ""),
 ];
 
-const RETRIEVAL: [Rule; 28] = [
+const RETRIEVAL: [Rule; 31] = [
     replace(
         "(token - p.first_token) / p.chunk_tokens];",
         "token / p.chunk_tokens];",
@@ -382,7 +382,13 @@ const RETRIEVAL: [Rule; 28] = [
         "within % p.windows * p.stride",
         "within % p.windows * p.window",
     ),
-    replace("row < first + p.window", "row < first + p.window - 1"),
+    replace("query < first + p.window", "query < first + p.window - 1"),
+    replace("(p.first_query + t) % p.query_capacity", "t"),
+    replace(
+        "ceil_div(info.eligible_begin, p.block_len)",
+        "info.eligible_begin / p.block_len",
+    ),
+    replace("eligible.begin + first + i", "first + i"),
     replace("r_sum[e] / (float)p.window", "r_sum[e]"),
     replace("r_sum[e] -= r_rounded[e]", "r_sum[e] -= 0.f"),
     replace("p.past_len[info.kv_head] = rows", "p.past_len[head] = rows"),
@@ -422,12 +428,12 @@ const RETRIEVAL: [Rule; 28] = [
         "    // One thread",
     ),
     replace(
-        "p.first_block + p.blocks), eligible)",
-        "p.first_block + p.blocks), eligible + 1)",
+        "p.first_block + p.blocks), eligible_end)",
+        "p.first_block + p.blocks), eligible_end + 1)",
     ),
     replace(
         "if (threadIdx.x == 0) p.pick_count[head] = picks",
         "if (threadIdx.x == 0) p.pick_count[head] = count",
     ),
-    replace("g_picks[place] = first + i", "g_picks[place] = first"),
+    replace("eligible.begin + first + i", "eligible.begin + first"),
 ];

@@ -1,5 +1,7 @@
 //! `kernels/retrieval.cu` under every check, against the contract's retrieval in f64.
 
+use std::ops::Range;
+
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -24,8 +26,12 @@ struct Case {
     probe_rows: usize,
     window: usize,
     stride: usize,
-    /// Tokens at the end that each of the heads may not pick.
+    /// Tokens at the beginning, and at the end, that each of the heads may not pick.
+    sinks: [usize; 2],
     prior: [usize; 2],
+    /// Row of the ring that has the first query, and rows of the ring beyond those of queries.
+    first_query: usize,
+    spare_rows: usize,
     max_picks: usize,
     /// Small integers, so that every score is exact and many are equal.
     whole: bool,
@@ -41,7 +47,10 @@ const CASE: Case = Case {
     probe_rows: 20,
     window: 8,
     stride: 4,
+    sinks: [0, 9],
     prior: [0, 24],
+    first_query: 17,
+    spare_rows: 2,
     max_picks: 5,
     whole: false,
     negative: false,
@@ -98,8 +107,28 @@ impl Case {
         &inputs.q[(row * KV_HEADS * GROUP + head) * self.dim..][..self.dim]
     }
 
-    fn eligible(&self, head: usize) -> usize {
-        self.tokens - self.prior[head]
+    fn eligible(&self, head: usize) -> Range<usize> {
+        self.sinks[head]..self.tokens - self.prior[head]
+    }
+
+    /// The blocks that lie wholly inside the eligible tokens.
+    fn blocks(&self, head: usize) -> Range<usize> {
+        let Range { start, end } = self.eligible(head);
+        start.div_ceil(self.block_len)..end / self.block_len
+    }
+
+    fn query_capacity(&self) -> usize {
+        self.probe_rows + self.spare_rows
+    }
+
+    /// The queries where the ring has them; the rows between are not to be read.
+    fn ring(&self, gpu: &mut Gpu, inputs: &Inputs) -> Matrix {
+        let width = KV_HEADS * GROUP * self.dim;
+        let ring = Matrix::poisoned::<bf16>(gpu, "q", [self.query_capacity(), width], 8);
+        for (t, row) in inputs.q.chunks(width).enumerate() {
+            ring.write(gpu, (self.first_query + t) % self.query_capacity(), row);
+        }
+        ring
     }
 
     /// Scores of the eligible blocks of a head, `round` after every operation.
@@ -123,8 +152,9 @@ impl Case {
                 .map(|p| p.iter().zip(k).map(|(p, k)| p * k.to_f64()).sum::<f64>());
             dots.fold(f64::NEG_INFINITY, f64::max)
         };
-        let blocks = 0..self.eligible(head) / self.block_len;
-        let tokens = blocks.map(|b| b * self.block_len..(b + 1) * self.block_len);
+        let tokens = self
+            .blocks(head)
+            .map(|b| b * self.block_len..(b + 1) * self.block_len);
         tokens
             .map(|t| t.map(score).fold(f64::NEG_INFINITY, f64::max))
             .collect()
@@ -178,7 +208,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
     let module = module("retrieval.cu");
     let width = KV_HEADS * case.dim;
     let [k, v] = [&inputs.k, &inputs.v].map(|x| Matrix::of(gpu, "rows", x, width, 8));
-    let q = Matrix::of(gpu, "q", &inputs.q, width * GROUP, 0);
+    let q = case.ring(gpu, &inputs);
     let (_chunks, chunk_table) = pool(gpu, case);
     let blocks = case.tokens / case.block_len;
     let probe_count = HEADS.len() * GROUP * case.windows();
@@ -198,7 +228,8 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         .flat_map(|h| {
             [
                 HEADS[h] as i32,
-                case.eligible(h) as i32,
+                case.eligible(h).start as i32,
+                case.eligible(h).end as i32,
                 ORIGIN - case.prior[h] as i32,
             ]
         })
@@ -229,6 +260,8 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         windows: case.windows() as i32,
         window: case.window as i32,
         stride: case.stride as i32,
+        first_query: (case.first_query % case.query_capacity()) as i32,
+        query_capacity: case.query_capacity() as i32,
         block_len: case.block_len as i32,
         first_block: 0,
         blocks: blocks as i32,
@@ -285,11 +318,8 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
     let counts: Vec<i32> = gpu.download(pick_count);
     Outputs {
         scores: [0, 1].map(|h| {
-            gpu.download_range(
-                scores,
-                h * (blocks + 3) * 4,
-                case.eligible(h) / case.block_len,
-            )
+            let of = case.blocks(h);
+            gpu.download_range(scores, (h * (blocks + 3) + of.start) * 4, of.len())
         }),
         picks: [0, 1]
             .map(|h| gpu.download_range(picks, h * case.max_picks * 4, counts[h] as usize)),
@@ -299,8 +329,8 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
     }
 }
 
-/// The contract: the best blocks, ties to the earlier, in order of position.
-fn best(scores: &[f64], count: usize) -> Vec<i32> {
+/// The contract: the best blocks from `first` on, ties to the earlier, in order of position.
+fn best(scores: &[f64], first: usize, count: usize) -> Vec<i32> {
     let mut order: Vec<i32> = (0..scores.len() as i32).collect();
     order.sort_by(|a, b| {
         scores[*b as usize]
@@ -310,6 +340,9 @@ fn best(scores: &[f64], count: usize) -> Vec<i32> {
     order.truncate(count);
     order.sort_unstable();
     order
+        .into_iter()
+        .map(|block| block + first as i32)
+        .collect()
 }
 
 fn check(case: &Case) {
@@ -324,7 +357,10 @@ fn check(case: &Case) {
             assert_close("scores", &got, &plain, &exact);
             assert!(error(&got, &exact) < 1e-6, "f32: {}", error(&got, &exact));
         }
-        assert_eq!(outputs.picks[h], best(&got, case.max_picks));
+        assert_eq!(
+            outputs.picks[h],
+            best(&got, case.blocks(h).start, case.max_picks)
+        );
         check_rows(case, &inputs, &outputs, h);
     }
 }
@@ -391,6 +427,7 @@ fn picks_follow_the_contract() {
         block_len: 150,
         negative: true,
         tokens: 470,
+        sinks: [0, 0],
         prior: [0, 150],
         max_picks: 2,
         chunk_tokens: 300,
@@ -403,7 +440,17 @@ fn picks_follow_the_contract() {
         max_picks: 1,
         ..CASE
     });
-    check(&Case { tokens: 24, ..CASE });
+    check(&Case {
+        tokens: 24,
+        sinks: [0, 0],
+        ..CASE
+    });
+    // Every eligible token is a sink's neighbour: no whole block is left to the second head.
+    check(&Case {
+        tokens: 40,
+        sinks: [1, 9],
+        ..CASE
+    });
 }
 
 #[test]

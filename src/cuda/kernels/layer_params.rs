@@ -404,19 +404,22 @@ const _: () = {
 #[derive(Debug, Copy, Clone)]
 pub struct SegattnPoolHead {
     pub kv_head: i32,
-    pub eligible: i32,
+    pub eligible_begin: i32,
+    pub eligible_end: i32,
     pub end_angle: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnPoolHead"][::core::mem::size_of::<SegattnPoolHead>() - 12usize];
+    ["Size of SegattnPoolHead"][::core::mem::size_of::<SegattnPoolHead>() - 16usize];
     ["Alignment of SegattnPoolHead"][::core::mem::align_of::<SegattnPoolHead>() - 4usize];
     ["Offset of field: SegattnPoolHead::kv_head"]
         [::core::mem::offset_of!(SegattnPoolHead, kv_head) - 0usize];
-    ["Offset of field: SegattnPoolHead::eligible"]
-        [::core::mem::offset_of!(SegattnPoolHead, eligible) - 4usize];
+    ["Offset of field: SegattnPoolHead::eligible_begin"]
+        [::core::mem::offset_of!(SegattnPoolHead, eligible_begin) - 4usize];
+    ["Offset of field: SegattnPoolHead::eligible_end"]
+        [::core::mem::offset_of!(SegattnPoolHead, eligible_end) - 8usize];
     ["Offset of field: SegattnPoolHead::end_angle"]
-        [::core::mem::offset_of!(SegattnPoolHead, end_angle) - 8usize];
+        [::core::mem::offset_of!(SegattnPoolHead, end_angle) - 12usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -444,6 +447,8 @@ pub struct SegattnRetrievalParams {
     pub windows: i32,
     pub window: i32,
     pub stride: i32,
+    pub first_query: i32,
+    pub query_capacity: i32,
     pub block_len: i32,
     pub first_block: i32,
     pub blocks: i32,
@@ -451,7 +456,7 @@ pub struct SegattnRetrievalParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 200usize];
+    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 208usize];
     ["Alignment of SegattnRetrievalParams"]
         [::core::mem::align_of::<SegattnRetrievalParams>() - 8usize];
     ["Offset of field: SegattnRetrievalParams::chunks"]
@@ -500,14 +505,18 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, window) - 176usize];
     ["Offset of field: SegattnRetrievalParams::stride"]
         [::core::mem::offset_of!(SegattnRetrievalParams, stride) - 180usize];
+    ["Offset of field: SegattnRetrievalParams::first_query"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_query) - 184usize];
+    ["Offset of field: SegattnRetrievalParams::query_capacity"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, query_capacity) - 188usize];
     ["Offset of field: SegattnRetrievalParams::block_len"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 184usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 192usize];
     ["Offset of field: SegattnRetrievalParams::first_block"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 188usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 196usize];
     ["Offset of field: SegattnRetrievalParams::blocks"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 192usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 200usize];
     ["Offset of field: SegattnRetrievalParams::max_picks"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, max_picks) - 196usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, max_picks) - 204usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::bounds::{VECTOR, equal};
+use super::bounds::{VECTOR, equal, product};
 use super::pool::Pool;
 use super::pool_tables::{Tables, kv_width};
 use super::rows::{Grid, entry, launch};
@@ -18,13 +18,14 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         Self {
             heads,
             head_dim,
-            run,
+            run: run.max(1),
+            tokens: 0,
             chunks: Vec::new(),
         }
     }
 
     fn tokens(&self) -> usize {
-        self.chunks.len() * self.run
+        self.tokens
     }
 
     fn append(
@@ -34,13 +35,16 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         [k, v]: [Rows<'_, Buffer<D>>; 2],
         rows: usize,
     ) -> Result<()> {
-        equal("tokens of a run", self.run, rows)?;
         let width = kv_width(self, heads)?;
         let (k, v) = (gpu.input(&k, rows, width)?, gpu.input(&v, rows, width)?);
-        let token = self.tokens() as i64;
-        self.push(gpu, |pool| {
-            let none = vec![0; heads.len()];
-            let tables = Tables::new(gpu, pool, heads, &none, &none)?;
+        let units = product("elements of rows", &[rows, heads.len(), self.head_dim])? / VECTOR;
+        if rows == 0 {
+            return Ok(());
+        }
+        let token = self.tokens as i64;
+        self.extend(gpu, rows, |pool| {
+            let none = vec![0..0; heads.len()];
+            let tables = Tables::new(gpu, pool, heads, &none, &vec![0; heads.len()])?;
             let params = SegattnRetrievalParams {
                 k,
                 v,
@@ -48,51 +52,50 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
                 rows: rows as i64,
                 ..tables.params(pool)?
             };
-            let threads = Grid::Threads(pool.chunk_len()? / VECTOR);
-            launch(
-                gpu,
-                entry(File::Retrieval, "pool_append_bf16"),
-                threads,
-                &params,
-            )
+            let append = entry(File::Retrieval, "pool_append_bf16");
+            launch(gpu, append, Grid::Threads(units), &params)
         })
     }
 
     fn truncate(&mut self, tokens: usize) {
-        self.chunks
-            .truncate(tokens.checked_div(self.run).unwrap_or(0));
+        self.keep(tokens);
     }
 
     fn read(&self, gpu: &Gpu<D>, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
-        let run = self.run.max(1);
-        let chunks = self.chunks.get(tokens.start / run..tokens.end / run);
-        let whole = tokens.start.is_multiple_of(run) && tokens.end.is_multiple_of(run);
-        let Some(chunks) = chunks.filter(|_| whole) else {
-            let expected = format!("whole runs of {run} tokens below {}", self.tokens());
-            return Err(DeviceError::argument(
-                "tokens of a pool",
-                expected,
-                format!("{tokens:?}"),
-            ));
-        };
+        if tokens.start > tokens.end || tokens.end > self.tokens {
+            let expected = format!("a range within {} tokens", self.tokens);
+            let got = format!("{tokens:?}");
+            return Err(DeviceError::argument("tokens of a pool", expected, got));
+        }
+        let width = self.heads * self.head_dim;
         let (mut k, mut v) = (Vec::new(), Vec::new());
-        for chunk in chunks {
-            k.extend(gpu.read(&chunk.k, 0..chunk.k.len)?);
-            v.extend(gpu.read(&chunk.v, 0..chunk.v.len)?);
+        for (chunk, rows) in self.pieces(tokens) {
+            let (chunk, range) = (&self.chunks[chunk], rows.start * width..rows.end * width);
+            k.extend(gpu.read(&chunk.k, range.clone())?);
+            v.extend(gpu.read(&chunk.v, range)?);
         }
         Ok((k, v))
     }
 
     fn write(&mut self, gpu: &Gpu<D>, k: &[f32], v: &[f32]) -> Result<()> {
-        let len = self.chunk_len()?;
-        equal("keys of a run", len, k.len())?;
-        equal("values of a run", len, v.len())?;
-        self.push(gpu, |pool| match pool.chunks.last_mut() {
-            Some(chunk) => {
-                gpu.write(&mut chunk.k, 0, k)?;
-                gpu.write(&mut chunk.v, 0, v)
+        let width = product("heads and head_dim of a pool", &[self.heads, self.head_dim])?.max(1);
+        equal("values of tokens", k.len(), v.len())?;
+        if !k.len().is_multiple_of(width) {
+            let expected = format!("whole tokens of {width} elements");
+            return Err(DeviceError::argument("keys of tokens", expected, k.len()));
+        }
+        let (first, rows) = (self.tokens, k.len() / width);
+        self.extend(gpu, rows, |pool| {
+            let (mut k, mut v) = (k, v);
+            for (chunk, rows) in pool.pieces(first..first + rows) {
+                let (own_k, later_k) = k.split_at(rows.len() * width);
+                let (own_v, later_v) = v.split_at(rows.len() * width);
+                let chunk = &mut pool.chunks[chunk];
+                gpu.write(&mut chunk.k, rows.start * width, own_k)?;
+                gpu.write(&mut chunk.v, rows.start * width, own_v)?;
+                (k, v) = (later_k, later_v);
             }
-            None => Ok(()),
+            Ok(())
         })
     }
 

@@ -1,7 +1,9 @@
-//! The pool of past keys and values, with one chunk of memory for each appended segment.
+//! The pool of past keys and values, in chunks of memory that are filled one after the other.
 //!
 //! Chunks are in device memory up to its budget, keys before values. The others are in pinned host memory, which
 //! kernels read over the bus. Kernels address both in the same way.
+
+use std::ops::Range;
 
 use super::bounds::product;
 use super::memory::Place;
@@ -15,12 +17,14 @@ use crate::device::{
 pub struct Pool<D: Driver> {
     pub(super) heads: usize,
     pub(super) head_dim: usize,
-    /// Tokens of a chunk.
+    /// Tokens that a chunk has memory for, at least 1.
     pub(super) run: usize,
+    /// Tokens of the pool. Only the last chunk may have fewer than `run`.
+    pub(super) tokens: usize,
     pub(super) chunks: Vec<Chunk<D>>,
 }
 
-/// Keys and values `[token, head, head_dim]` of `run` tokens.
+/// Keys and values `[token, head, head_dim]` of at most `run` tokens.
 #[derive(Debug)]
 pub(super) struct Chunk<D: Driver> {
     pub k: Buffer<D>,
@@ -66,19 +70,49 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Adds a chunk that `fill` writes. If `fill` fails, no chunk is added.
-    pub(super) fn push(
+    /// Adds `rows` tokens, which `fill` writes. If that fails, none are added.
+    pub(super) fn extend(
         &mut self,
         gpu: &Gpu<D>,
+        rows: usize,
         fill: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let chunk = self.chunk(gpu)?;
-        self.chunks.push(chunk);
-        let filled = fill(self);
-        if filled.is_err() {
-            self.chunks.pop();
+        let before = self.tokens;
+        let Some(tokens) = before.checked_add(rows) else {
+            return Err(DeviceError::argument("tokens", "a number in usize", rows));
+        };
+        let add = || {
+            while self.chunks.len() < tokens.div_ceil(self.run) {
+                let chunk = self.chunk(gpu)?;
+                self.chunks.push(chunk);
+            }
+            self.tokens = tokens;
+            fill(self)
+        };
+        let added = add();
+        if added.is_err() {
+            self.keep(before);
         }
-        filled
+        added
+    }
+
+    /// Drops all tokens but the first ones, and the memory of chunks without any.
+    pub(super) fn keep(&mut self, tokens: usize) {
+        self.tokens = self.tokens.min(tokens);
+        self.chunks.truncate(self.tokens.div_ceil(self.run));
+    }
+
+    /// The parts of chunks that hold these tokens: number of the chunk, and which of its tokens.
+    pub(super) fn pieces(
+        &self,
+        tokens: Range<usize>,
+    ) -> impl Iterator<Item = (usize, Range<usize>)> + use<D> {
+        let run = self.run;
+        let chunks = tokens.start / run..tokens.end.div_ceil(run);
+        chunks.map(move |chunk| {
+            let within = |token: usize| token.saturating_sub(chunk * run).min(run);
+            (chunk, within(tokens.start)..within(tokens.end))
+        })
     }
 }
 

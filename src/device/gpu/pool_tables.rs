@@ -1,5 +1,7 @@
 //! What a kernel is told of a pool: where its chunks lie, and the parameters of each head.
 
+use std::ops::Range;
+
 use super::bounds::{NONE, equal, int, pointer, product};
 use super::memory::Block;
 use super::pool::Pool;
@@ -28,21 +30,26 @@ impl<D: Driver> Tables<D> {
         gpu: &Gpu<D>,
         pool: &Pool<D>,
         kv_heads: &[usize],
-        eligible: &[usize],
+        eligible: &[Range<usize>],
         ends: &[usize],
     ) -> Result<Self> {
         let mut chunks: Vec<[u64; 2]> = Vec::with_capacity(pool.chunks.len());
         for chunk in &pool.chunks {
             chunks.push([gpu.range(&chunk.k, 0, 0)?, gpu.range(&chunk.v, 0, 0)?]);
         }
-        let mut heads: Vec<[i32; 3]> = Vec::with_capacity(kv_heads.len());
+        let mut heads: Vec<[i32; 4]> = Vec::with_capacity(kv_heads.len());
         for ((head, eligible), end) in kv_heads.iter().zip(eligible).zip(ends) {
-            let (head, eligible) = (int("KV head", *head)?, int("eligible tokens", *eligible)?);
-            heads.push([head, eligible, int("end of a head", *end)?]);
+            let token = |n: usize| int("eligible tokens", n);
+            heads.push([
+                int("KV head", *head)?,
+                token(eligible.start)?,
+                token(eligible.end)?,
+                int("end of a head", *end)?,
+            ]);
         }
         const {
             assert!(size_of::<SegattnPoolChunk>() == size_of::<[u64; 2]>());
-            assert!(size_of::<SegattnPoolHead>() == size_of::<[i32; 3]>());
+            assert!(size_of::<SegattnPoolHead>() == size_of::<[i32; 4]>());
         }
         Ok(Self {
             chunks: gpu.upload(&chunks)?,
@@ -75,6 +82,8 @@ impl<D: Driver> Tables<D> {
             windows: 0,
             window: 0,
             stride: 0,
+            first_query: 0,
+            query_capacity: 1,
             block_len: 0,
             first_block: 0,
             blocks: 0,

@@ -8,8 +8,10 @@ use super::rows::{Grid, entry, launch};
 use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::layer_params::SegattnRetrievalParams;
 use crate::cuda::kernels::{Error, File};
+use crate::device::shared::selection::check;
 use crate::device::{
     DeviceError, PastHeads, PastPool, Probes, Result, RowsMut, SelectedBlocks, Selection,
+    SelectionRule,
 };
 
 /// Bytes of an element of a probe: three bf16, whose sum it is.
@@ -111,20 +113,17 @@ pub(super) fn select<D: Driver>(
     selection: &Selection<'_>,
 ) -> Result<Blocks<D>> {
     let (heads, dim) = (pool.heads, pool.head_dim);
-    let Selection {
-        eligible,
-        block_len,
-        blocks: most,
-        ..
-    } = *selection;
+    check(probes, selection, [heads, pool.tokens()])?;
     let last_q = kv_width(pool, selection.kv_heads)?;
-    equal("eligible tokens of heads", heads, eligible.len())?;
-    let end = eligible.iter().copied().max().unwrap_or(0);
-    below("eligible tokens", Some(end), pool.tokens() + 1)?;
-    let windows = windows(probes)?;
-    if block_len == 0 {
-        return Err(DeviceError::argument("block_len", "1 or more", 0));
-    }
+    let SelectionRule::Blocks {
+        block_len,
+        probe_window,
+        probe_stride,
+    } = selection.rule;
+    let window = probe_window.min(probes.rows);
+    let windows = (probes.rows - window) / probe_stride + 1;
+    let (most, eligible) = (selection.rows / block_len, selection.eligible);
+    let end = eligible.iter().map(|range| range.end).max().unwrap_or(0);
     let blocks = end / block_len;
     let elements = |what, sizes: &[usize], bytes| product(what, &[sizes, &[bytes]].concat());
     let selected = Blocks {
@@ -134,18 +133,20 @@ pub(super) fn select<D: Driver>(
             size_of::<i32>(),
         )?)?,
         counts: gpu.block(elements("heads", &[heads], size_of::<i32>())?)?,
-        known: eligible.iter().map(|n| most.min(n / block_len)).collect(),
+        known: (0..heads)
+            .map(|head| most.min(selection.blocks(head, block_len).len()))
+            .collect(),
         most,
         block_len,
         end,
     };
     let q = gpu.input(
         &probes.q,
-        probes.rows,
+        probes.capacity,
         product("query heads", &[last_q, probes.group])?,
     )?;
     let probe_units = product("probes", &[heads, probes.group, windows, dim])?;
-    let tables = Tables::new(gpu, pool, selection.kv_heads, eligible, eligible)?;
+    let tables = Tables::new(gpu, pool, selection.kv_heads, eligible, &vec![0; heads])?;
     let means = gpu.block(elements("probes", &[probe_units], PROBE_BYTES)?)?;
     let scores = gpu.block(elements("scores", &[heads, blocks], size_of::<f32>())?)?;
     let params = SegattnRetrievalParams {
@@ -157,8 +158,10 @@ pub(super) fn select<D: Driver>(
         score_pitch: blocks as i64,
         group: int("query heads of a KV head", probes.group)?,
         windows: int("probe windows", windows)?,
-        window: int("tokens of a probe window", probes.window)?,
-        stride: int("stride of probe windows", probes.stride)?,
+        window: int("queries of a probe window", window)?,
+        stride: int("stride of probe windows", probe_stride)?,
+        first_query: int("first query", probes.first)?,
+        query_capacity: int("rows of queries", probes.capacity)?,
         block_len: int("block_len", block_len)?,
         blocks: int("blocks of a pool", blocks)?,
         max_picks: int("selected blocks", most)?,
@@ -172,22 +175,6 @@ pub(super) fn select<D: Driver>(
     launch(gpu, kernel(scores_entry(dim)?), grid, &params)?;
     launch(gpu, kernel("pool_pick_f32"), Grid::Blocks(heads), &params)?;
     Ok(selected)
-}
-
-/// Number of windows whose means are probes.
-fn windows<B>(probes: &Probes<'_, B>) -> Result<usize> {
-    let Probes {
-        rows,
-        window,
-        stride,
-        ..
-    } = *probes;
-    if window == 0 || stride == 0 || window > rows {
-        let expected = format!("a window of 1 to {rows} rows and a stride of 1 or more");
-        let got = format!("{window} and {stride}");
-        return Err(DeviceError::argument("probes", expected, got));
-    }
-    Ok((rows - window) / stride + 1)
 }
 
 /// Copies the selected tokens of every head to rows, keys rotated.
@@ -219,7 +206,7 @@ pub(super) fn gather<D: Driver>(
     if rows == 0 {
         return Ok(());
     }
-    let held = Tables::new(gpu, pool, past.kv_heads, past.ends, past.ends)?;
+    let held = Tables::new(gpu, pool, past.kv_heads, &vec![0..0; heads], past.ends)?;
     let params = SegattnRetrievalParams {
         k: gpu.output(&k, rows, width)?,
         v: gpu.output(&v, rows, width)?,

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use super::{Buf, Reference, dot};
 use crate::device::shared::blocks::gather;
-use crate::device::{HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection};
+use crate::device::shared::selection;
+use crate::device::{
+    HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection, SelectionRule,
+};
 
 /// Keys and values `[token, head, head_dim]`.
 #[derive(Debug, Clone)]
@@ -81,8 +84,18 @@ impl PastPool<Reference> for Pool {
         probes: &Probes<'_, Buf>,
         selection: &Selection<'_>,
     ) -> Result<HostBlocks> {
-        let heads = 0..selection.kv_heads.len();
-        let best = heads.map(|head| best_blocks(self, head, probes, selection));
+        selection::check(probes, selection, [self.heads, self.tokens()])?;
+        let heads = 0..self.heads;
+        let best = heads.map(|head| match selection.rule {
+            SelectionRule::Blocks {
+                block_len,
+                probe_window,
+                probe_stride,
+            } => {
+                let queries = means(self, head, probes, selection, [probe_window, probe_stride]);
+                best_blocks(self, head, &queries, selection, block_len)
+            }
+        });
         Ok(HostBlocks(best.collect()))
     }
 
@@ -99,51 +112,73 @@ impl PastPool<Reference> for Pool {
     }
 }
 
-/// The tokens of the best blocks of one head of a pool.
-fn best_blocks(
+/// The queries of a KV head's group, `[query, head_dim]` of each query head.
+fn queries(
     pool: &Pool,
     head: usize,
     probes: &Probes<'_, Buf>,
     selection: &Selection<'_>,
-) -> Vec<usize> {
+) -> Vec<Vec<Vec<f64>>> {
     let dim = pool.head_dim;
-    let mut queries: Vec<Vec<f64>> = Vec::new();
-    let first_q = selection.kv_heads[head] * probes.group;
-    for q_head in first_q..first_q + probes.group {
-        let mut first = 0;
-        while first + probes.window <= probes.rows {
-            let mut mean = vec![0.0; dim];
-            for r in first..first + probes.window {
-                let q = probes.q.column(q_head * dim).row(r, dim);
-                mean.iter_mut()
-                    .zip(q)
-                    .for_each(|(m, q)| *m += q / probes.window as f64);
+    let first = selection.kv_heads[head] * probes.group;
+    let query = |q_head: usize, t| {
+        probes
+            .q
+            .column(q_head * dim)
+            .row(probes.row(t), dim)
+            .to_vec()
+    };
+    let q_heads = first..first + probes.group;
+    q_heads
+        .map(|q_head| (0..probes.rows).map(|t| query(q_head, t)).collect())
+        .collect()
+}
+
+/// The probes of the first rule: means over windows of queries.
+fn means(
+    pool: &Pool,
+    head: usize,
+    probes: &Probes<'_, Buf>,
+    selection: &Selection<'_>,
+    [window, stride]: [usize; 2],
+) -> Vec<Vec<f64>> {
+    let window = window.min(probes.rows);
+    let mut means = Vec::new();
+    for queries in queries(pool, head, probes, selection) {
+        for queries in queries.windows(window).step_by(stride) {
+            let mut mean = vec![0.0; pool.head_dim];
+            for q in queries {
+                let terms = mean.iter_mut().zip(q);
+                terms.for_each(|(m, q)| *m += q / window as f64);
             }
-            queries.push(mean);
-            first += probes.stride;
+            means.push(mean);
         }
     }
+    means
+}
+
+/// The tokens of the best blocks of one head of a pool.
+fn best_blocks(
+    pool: &Pool,
+    head: usize,
+    probes: &[Vec<f64>],
+    selection: &Selection<'_>,
+    block_len: usize,
+) -> Vec<usize> {
+    let largest = |scores: &mut dyn Iterator<Item = f64>| scores.fold(f64::NEG_INFINITY, f64::max);
     let score = |token: usize| {
-        let k = &pool.k[(token * pool.heads + head) * dim..][..dim];
-        queries
-            .iter()
-            .map(|q| dot(q, k))
-            .fold(f64::NEG_INFINITY, f64::max)
+        let [k, _] = pool.token(head, token);
+        largest(&mut probes.iter().map(|q| dot(q, k)))
     };
-    let blocks = selection.eligible[head] / selection.block_len;
-    let scores: Vec<f64> = (0..blocks)
-        .map(|b| {
-            (b * selection.block_len..(b + 1) * selection.block_len)
-                .map(score)
-                .fold(f64::NEG_INFINITY, f64::max)
-        })
-        .collect();
-    let mut order: Vec<usize> = (0..blocks).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
-    order.truncate(selection.blocks);
-    order.sort_unstable();
+    let tokens = |block: usize| block * block_len..(block + 1) * block_len;
+    let blocks = selection.blocks(head, block_len);
+    let scored = blocks.map(|block| (block, largest(&mut tokens(block).map(score))));
+    let mut order: Vec<(usize, f64)> = scored.collect();
+    order.sort_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
+    order.truncate(selection.rows / block_len);
+    order.sort_by_key(|(block, _)| *block);
     order
-        .iter()
-        .flat_map(|b| b * selection.block_len..(b + 1) * selection.block_len)
+        .into_iter()
+        .flat_map(|(block, _)| tokens(block))
         .collect()
 }

@@ -4,6 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::fields::{Fields, shown};
+use crate::device::SelectionRule;
 use crate::model::error::ConfigError;
 
 /// Longest segment, prior tail or past selection accepted, in tokens.
@@ -61,6 +62,22 @@ impl Default for RetrievalConfig {
             probe_len: 64,
             probe_window: 8,
             probe_stride: 4,
+        }
+    }
+}
+
+impl RetrievalConfig {
+    /// Last queries of a segment that the rule uses.
+    pub fn queries(&self) -> usize {
+        self.probe_len
+    }
+
+    /// The rule, as a device takes it.
+    pub fn rule(&self) -> SelectionRule {
+        SelectionRule::Blocks {
+            block_len: self.block_len,
+            probe_window: self.probe_window,
+            probe_stride: self.probe_stride,
         }
     }
 }

@@ -1,0 +1,223 @@
+//! Pools and retrieval on any device: tokens, pools filled in any way, and selections from them.
+
+use std::ops::Range;
+
+use half::bf16;
+use segattn::device::{
+    Device, Kind, PastPool, Probes, Rows, SelectedBlocks, Selection, SelectionRule,
+};
+
+const KV_HEADS: usize = 3;
+const GROUP: usize = 2;
+/// KV heads that read the past.
+pub const HEADS: [usize; 2] = [0, 2];
+
+/// Keys and values of a sequence, and its last queries, numbers that bf16 holds.
+pub struct Tokens {
+    pub dim: usize,
+    pub count: usize,
+    pub queries: usize,
+    /// `[count, KV_HEADS * dim]`.
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+    /// `[queries, KV_HEADS * GROUP * dim]`.
+    pub q: Vec<f32>,
+}
+
+/// Numbers between -1 and 1 that bf16 holds.
+fn random(seed: u64, count: usize) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        bf16::from_f32((s >> 40) as f32 / (1u64 << 23) as f32 - 1.0).to_f32()
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+impl Tokens {
+    pub fn new(dim: usize, count: usize, queries: usize, seed: u64) -> Self {
+        let kv = count * KV_HEADS * dim;
+        Self {
+            dim,
+            count,
+            queries,
+            k: random(seed, kv),
+            v: random(seed + 1, kv),
+            q: random(seed + 2, queries * KV_HEADS * GROUP * dim),
+        }
+    }
+
+    /// What a pool holds of some tokens, of `k` or `v`.
+    fn of_heads(&self, kv: &[f32], tokens: Range<usize>) -> Vec<f32> {
+        let head =
+            |token: usize, head: usize| &kv[(token * KV_HEADS + head) * self.dim..][..self.dim];
+        tokens
+            .flat_map(|token| HEADS.map(|h| head(token, h)).concat())
+            .collect()
+    }
+}
+
+fn upload<D: Device>(device: &D, values: &[f32]) -> D::Buffer {
+    let mut buffer = device
+        .empty(Kind::Activation, values.len())
+        .expect("memory");
+    device.write(&mut buffer, 0, values).expect("a write");
+    buffer
+}
+
+/// Appends tokens from the pool's last one on, so many at a time, up to token `end`.
+pub fn append<D: Device>(
+    device: &D,
+    pool: &mut D::Pool,
+    tokens: &Tokens,
+    end: usize,
+    runs: &[usize],
+) {
+    let width = KV_HEADS * tokens.dim;
+    let [k, v] = [&tokens.k, &tokens.v].map(|x| upload(device, x));
+    for run in runs.iter().cycle() {
+        let first = pool.tokens();
+        let rows = (*run).min(end - first);
+        let kv = [&k, &v].map(|x| Rows::packed(x, first, width));
+        pool.append(device, &HEADS, kv, rows).expect("tokens");
+        if pool.tokens() == end {
+            return;
+        }
+    }
+}
+
+/// A pool of all tokens, with memory for `chunk` tokens at a time, appended so many at a time.
+pub fn pool<D: Device>(device: &D, tokens: &Tokens, chunk: usize, runs: &[usize]) -> D::Pool {
+    let mut pool = D::Pool::new(device, HEADS.len(), tokens.dim, chunk);
+    append(device, &mut pool, tokens, tokens.count, runs);
+    pool
+}
+
+/// The tokens that each head selects. The queries begin at row `ring.0` of a ring that has `ring.1` rows to spare.
+pub fn select<D: Device>(
+    device: &D,
+    pool: &D::Pool,
+    tokens: &Tokens,
+    ring: (usize, usize),
+    eligible: &[Range<usize>],
+    (rows, rule): (usize, SelectionRule),
+) -> Vec<Vec<usize>> {
+    let width = KV_HEADS * GROUP * tokens.dim;
+    let capacity = tokens.queries + ring.1;
+    let mut q = vec![f32::NAN; capacity * width];
+    for (t, query) in tokens.q.chunks(width).enumerate() {
+        q[(ring.0 + t) % capacity * width..][..width].copy_from_slice(query);
+    }
+    let q = upload(device, &q);
+    let probes = Probes {
+        q: Rows::packed(&q, 0, width),
+        rows: tokens.queries,
+        first: ring.0 % capacity,
+        capacity,
+        group: GROUP,
+    };
+    let selection = Selection {
+        kv_heads: &HEADS,
+        eligible,
+        rows,
+        rule,
+    };
+    let selected = pool
+        .select(device, &probes, &selection)
+        .expect("a selection");
+    let of_heads = selected.tokens(device).expect("tokens");
+    for (head, tokens) in of_heads.iter().enumerate() {
+        assert_eq!(selected.count(head), tokens.len());
+    }
+    of_heads
+}
+
+/// The rules that are tried, and how many rows each selects.
+pub const RULES: [(usize, SelectionRule); 2] = [
+    (
+        24,
+        SelectionRule::Blocks {
+            block_len: 8,
+            probe_window: 3,
+            probe_stride: 2,
+        },
+    ),
+    (
+        7,
+        SelectionRule::Blocks {
+            block_len: 3,
+            probe_window: 100,
+            probe_stride: 1,
+        },
+    ),
+];
+
+/// A pool holds the same tokens however it was filled, cut and read.
+pub fn pools_take_any_runs<D: Device>(device: &D) {
+    let tokens = Tokens::new(32, 45, 1, 3);
+    let all =
+        |range: Range<usize>| [&tokens.k, &tokens.v].map(|x| tokens.of_heads(x, range.clone()));
+    for (chunk, runs) in [
+        (8, &[45][..]),
+        (8, &[8]),
+        (8, &[1, 7, 9, 3, 17]),
+        (64, &[5]),
+        (1, &[2]),
+    ] {
+        let mut pool = pool(device, &tokens, chunk, runs);
+        for range in [0..45, 0..0, 7..8, 3..30, 44..45, 45..45] {
+            let (k, v) = pool.read(device, range.clone()).expect("a read");
+            assert_eq!([k, v], all(range));
+        }
+        for (keep, then) in [(60, 45), (45, 45), (31, 37), (8, 9), (9, 45), (0, 5)] {
+            pool.truncate(keep);
+            assert_eq!(pool.tokens(), keep.min(45));
+            if keep < then {
+                append(device, &mut pool, &tokens, then, &[2, 11]);
+            }
+            let (k, v) = pool.read(device, 0..then).expect("a read");
+            assert_eq!([k, v], all(0..then));
+        }
+        for end in [5, 6, 29, 45] {
+            let [k, v] = all(pool.tokens()..end);
+            pool.write(device, &k, &v).expect("a write");
+        }
+        let (k, v) = pool.read(device, 0..45).expect("a read");
+        assert_eq!([k, v], all(0..45));
+    }
+}
+
+/// What is selected does not depend on how the pool was filled, nor on where the ring begins.
+pub fn selections_do_not_depend_on_chunks_and_rings<D: Device>(device: &D) {
+    for (seed, (dim, count, queries)) in [(32, 300, 5), (64, 70, 1), (32, 150, 9)]
+        .into_iter()
+        .enumerate()
+    {
+        let tokens = Tokens::new(dim, count, queries, 100 + seed as u64);
+        let eligible = [0..count, 5..count - 13];
+        for rule in RULES {
+            let whole = pool(device, &tokens, count, &[count]);
+            let expected = select(device, &whole, &tokens, (0, 0), &eligible, rule);
+            assert!(
+                expected
+                    .iter()
+                    .all(|head| head.is_sorted() && !head.is_empty())
+            );
+            for (chunk, runs, ring) in [
+                (7, &[1, 30, 4][..], (2, 0)),
+                (64, &[64], (3, 4)),
+                (count, &[9], (1, 1)),
+            ] {
+                let mut pool = pool(device, &tokens, chunk, runs);
+                pool.truncate(count - 3);
+                append(device, &mut pool, &tokens, count, &[2]);
+                assert_eq!(
+                    select(device, &pool, &tokens, ring, &eligible, rule),
+                    expected
+                );
+            }
+        }
+    }
+}
