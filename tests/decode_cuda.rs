@@ -175,6 +175,7 @@ fn unrecorded(
             sequence: 0,
             tokens: &next,
             targets: &[],
+            breaks: &[],
         };
         session.feed(&[feed]).expect("a step");
         let sampled = session.sample(&[0]).expect("a token")[0];
@@ -198,6 +199,7 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
         sequence: 0,
         tokens: &history,
         targets: &[],
+        breaks: &[],
     };
     session.feed(&[feed]).expect("a step");
     let mut host = Sampler::new(by, 9).expect("settings");

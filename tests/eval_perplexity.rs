@@ -12,6 +12,7 @@ use segattn::eval::{
 };
 use segattn::model::config::HeadReads;
 use segattn::model::decoder::Decoder;
+use segattn::model::segmentation::Sequence;
 use segattn::model::session::score;
 
 fn document(seed: u64, len: usize) -> Document {
@@ -116,10 +117,10 @@ fn batches_and_segments_side_by_side_change_no_bit() {
         let expected = with(1, 1);
         assert_eq!(with(3, 2), expected);
         assert_eq!(with(100, usize::MAX), expected);
-        let all: Vec<&[u32]> = documents.iter().map(|d| &d.tokens[..]).collect();
+        let all: Vec<Sequence<'_>> = documents.iter().map(|d| (&d.tokens).into()).collect();
         let scored = log_probabilities(&model, &all, 1, |_| ()).unwrap();
         for (tokens, got) in all.iter().zip(scored) {
-            assert_eq!(got, score(&model, tokens, 1).unwrap());
+            assert_eq!(got, score(&model, *tokens, 1).unwrap());
         }
     }
 }

@@ -58,6 +58,7 @@ fn only_results_and_pool_grow_with_the_sequence() {
                 sequence: 0,
                 tokens: &sequence,
                 targets: &[],
+                breaks: &[],
             };
             session.feed(&[feed]).unwrap();
         })

@@ -74,6 +74,7 @@ fn state() -> Vec<u8> {
         sequence: 0,
         tokens: &tokens[0],
         targets: &[],
+        breaks: &[],
     };
     session.feed(&[feed]).unwrap();
     let path = folder.path().join("state");

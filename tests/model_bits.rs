@@ -32,6 +32,7 @@ fn in_pieces<D: Device>(model: &Decoder<D>, sequences: &[Vec<u32>], seed: u64) -
                 sequence: b,
                 tokens,
                 targets,
+                breaks: &[],
             });
         }
         for (all, more) in scored.iter_mut().zip(session.feed(&feeds).unwrap()) {
@@ -97,6 +98,7 @@ fn token_by_token<D: Device>(model: &Decoder<D>, sequence: &[u32]) -> Vec<f32> {
             sequence: 0,
             tokens: &pair[..1],
             targets: &[],
+            breaks: &[],
         };
         session.feed(&[feed]).unwrap();
         session.log_probability(0, pair[1]).unwrap()

@@ -6,9 +6,13 @@
 mod common;
 
 use common::{config, model, random, values};
+use std::ops::Range;
+
 use segattn::device::Device;
 use segattn::device::reference::Reference;
+use segattn::model::config::ModelConfig;
 use segattn::model::decoder::{Decoder, Step};
+use segattn::model::segmentation::{Segment, Sequence, Tokens};
 use segattn::model::state::{Angles, Plan, SequenceState, Slots};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
@@ -18,18 +22,20 @@ fn copy(state: &SequenceState<Reference>) -> SequenceState<Reference> {
     }
 }
 
-/// Sum of the negative log-probabilities of segment `i`, leaving the state after it.
+/// Sum of the negative log-probabilities of a segment, leaving the state after it.
 fn segment_loss(
     model: &Decoder<Reference>,
     plan: &Plan,
     tokens: &[u32],
-    i: usize,
+    segment: &Segment,
     state: &mut SequenceState<Reference>,
 ) -> f64 {
-    let (start, inputs) = (i * plan.segment_len, &tokens[..tokens.len() - 1]);
-    let end = inputs.len().min(start + plan.segment_len);
+    let Segment {
+        tokens: Range { start, end },
+        closes,
+    } = *segment;
     let mut step = Step::default();
-    step.push(0, 0, 0, &inputs[start..end]);
+    step.push(0, 0, 0, &tokens[start..end], closes);
     let angles = Angles::new(&Reference, &model.config, plan, plan.segment_len).unwrap();
     let mut slots = Slots::new(&Reference, plan, &angles, 1, plan.segment_len).unwrap();
     let mut placed = step.rows(plan, plan.segment_len);
@@ -66,20 +72,21 @@ fn segment_loss(
 fn truncated_loss(
     base: &Decoder<Reference>,
     moved: &Decoder<Reference>,
-    sequences: &[Vec<u32>],
+    sequences: &[Tokens],
     k: usize,
 ) -> f64 {
     let mut total = 0.0;
-    for tokens in sequences {
-        let plan = Plan::new(&base.config, tokens.len() - 1);
-        let count = (tokens.len() - 2) / plan.segment_len + 1;
+    for sequence in sequences {
+        let (inputs, tokens) = (Sequence::from(sequence).inputs(), &sequence.ids);
+        let plan = Plan::new(&base.config, inputs.tokens.len());
+        let segments = plan.segments(inputs);
         let mut states = vec![SequenceState::new(&Reference, &plan).unwrap()];
-        for i in 0..count {
+        for (i, segment) in segments.iter().enumerate() {
             let mut state = copy(&states[i]);
-            segment_loss(base, &plan, tokens, i, &mut state);
+            segment_loss(base, &plan, tokens, segment, &mut state);
             states.push(state);
         }
-        for i in 0..count {
+        for i in 0..segments.len() {
             let first = i.saturating_sub(k);
             let mut state = copy(&states[first]);
             for (j, constants) in states.iter().enumerate().take(i + 1).skip(first) {
@@ -87,7 +94,7 @@ fn truncated_loss(
                     layer.selected = constant.selected.clone();
                     layer.pool = constant.pool.clone();
                 }
-                let loss = segment_loss(moved, &plan, tokens, j, &mut state);
+                let loss = segment_loss(moved, &plan, tokens, &segments[j], &mut state);
                 total += if j == i { loss } else { 0.0 };
             }
         }
@@ -95,14 +102,41 @@ fn truncated_loss(
     total
 }
 
-fn sequences() -> Vec<Vec<u32>> {
+fn sequences() -> Vec<Tokens> {
     let mut next = random(5);
-    let mut tokens = |n: usize| (0..n).map(|_| ((next() + 0.5) * 11.0) as u32).collect();
+    let mut tokens = |n: usize| {
+        let ids = (0..n).map(|_| ((next() + 0.5) * 11.0) as u32).collect();
+        Tokens {
+            ids,
+            breaks: Vec::new(),
+        }
+    };
     vec![tokens(38), tokens(14), tokens(2)]
+}
+
+/// The same with breaks: segments of one row one after another, tails over one to four segments, full segments between,
+/// and breaks where segments begin or end anyway.
+fn broken() -> Vec<Tokens> {
+    let breaks = [
+        vec![0, 3, 4, 5, 6, 7, 15, 17, 18, 26, 28, 36, 37],
+        vec![1, 2, 4, 5, 14],
+        vec![1],
+    ];
+    let broken = sequences().into_iter().zip(breaks);
+    let broken = broken.map(|(sequence, breaks)| Tokens { breaks, ..sequence });
+    broken.collect()
+}
+
+/// A config in which a token ends its segment too.
+fn config_with_break(tied: bool) -> ModelConfig {
+    let mut config = config(tied);
+    config.segment.as_mut().unwrap().break_ids = vec![7];
+    config
 }
 
 fn gradients(
     model: &Decoder<Reference>,
+    sequences: &[Tokens],
     k: usize,
     n: usize,
     recompute: bool,
@@ -113,56 +147,77 @@ fn gradients(
         recompute,
     };
     let mut gradients = Gradients::new(model).unwrap();
-    let scored = accumulate(model, &sequences(), config, 1.0, &mut gradients).unwrap();
+    let scored = accumulate(model, sequences, config, 1.0, &mut gradients).unwrap();
     (gradients.finish(&Reference).unwrap().to_vec(), scored)
+}
+
+/// Compares the gradient with finite differences of L_K, both in a random direction of each tensor.
+fn check_gradient(config: &ModelConfig, sequences: &[Tokens], k: usize, recompute: bool) {
+    let base_values = values(config, 1);
+    let base = model(config, &base_values);
+    let (gradients, _) = gradients(&base, sequences, k, 2, recompute);
+    let mut next = random(9);
+    for (i, gradient) in gradients.iter().enumerate() {
+        let direction: Vec<f64> = gradient
+            .iter()
+            .map(|_| (64.0 * next()).round() / 64.0)
+            .collect();
+        let at = |step: f64| {
+            let mut moved = base_values.clone();
+            moved[i]
+                .iter_mut()
+                .zip(&direction)
+                .for_each(|(v, d)| *v += step * d);
+            truncated_loss(&base, &model(config, &moved), sequences, k.min(99))
+        };
+        // Two step sizes, extrapolated: the error is of fourth order in the step.
+        let step = 1.0 / 1024.0;
+        let slope = |step: f64| (at(step) - at(-step)) / (2.0 * step);
+        let expected = (4.0 * slope(step / 2.0) - slope(step)) / 3.0;
+        let got: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
+        assert!(
+            (expected - got).abs() <= 1e-6 * (1.0 + expected.abs()),
+            "K {k}, tensor {i}: expected {expected}, got {got}"
+        );
+    }
 }
 
 #[test]
 fn gradient_is_the_exact_gradient_of_the_truncated_loss() {
     for (k, tied) in [(0, false), (1, true), (2, false), (usize::MAX, true)] {
-        let config = config(tied);
-        let base_values = values(&config, 1);
-        let base = model(&config, &base_values);
-        let (gradients, _) = gradients(&base, k, 2, tied);
-        let mut next = random(9);
-        for (i, gradient) in gradients.iter().enumerate() {
-            let direction: Vec<f64> = gradient
-                .iter()
-                .map(|_| (64.0 * next()).round() / 64.0)
-                .collect();
-            let at = |step: f64| {
-                let mut moved = base_values.clone();
-                moved[i]
-                    .iter_mut()
-                    .zip(&direction)
-                    .for_each(|(v, d)| *v += step * d);
-                truncated_loss(&base, &model(&config, &moved), &sequences(), k.min(9))
-            };
-            // Two step sizes, extrapolated: the error is of fourth order in the step.
-            let step = 1.0 / 1024.0;
-            let slope = |step: f64| (at(step) - at(-step)) / (2.0 * step);
-            let expected = (4.0 * slope(step / 2.0) - slope(step)) / 3.0;
-            let got: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
-            assert!(
-                (expected - got).abs() <= 1e-6 * (1.0 + expected.abs()),
-                "K {k}, tensor {i}: expected {expected}, got {got}"
-            );
-        }
+        check_gradient(&config(tied), &sequences(), k, tied);
+    }
+}
+
+#[test]
+fn gradient_is_exact_through_breaks_and_tails_over_several_segments() {
+    for (k, tied) in [
+        (0, true),
+        (1, false),
+        (2, true),
+        (3, false),
+        (usize::MAX, false),
+    ] {
+        check_gradient(&config_with_break(tied), &broken(), k, tied);
     }
 }
 
 #[test]
 fn any_number_of_segments_per_step_and_recomputation_give_the_same_bits() {
-    let config = config(true);
-    let model = model(&config, &values(&config, 3));
-    for k in [0, 1, 2, 4, usize::MAX] {
-        let expected = gradients(&model, k, 1, false);
-        for n in [1, 2, 3, 5, usize::MAX] {
-            for recompute in [false, true] {
-                assert!(
-                    gradients(&model, k, n, recompute) == expected,
-                    "K {k}, {n} segments per step, recompute {recompute}"
-                );
+    for (config, sequences) in [
+        (config(true), sequences()),
+        (config_with_break(false), broken()),
+    ] {
+        let model = model(&config, &values(&config, 3));
+        for k in [0, 1, 2, 4, usize::MAX] {
+            let expected = gradients(&model, &sequences, k, 1, false);
+            for n in [1, 2, 3, 5, usize::MAX] {
+                for recompute in [false, true] {
+                    assert!(
+                        gradients(&model, &sequences, k, n, recompute) == expected,
+                        "K {k}, {n} segments per step, recompute {recompute}"
+                    );
+                }
             }
         }
     }

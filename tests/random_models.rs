@@ -1,5 +1,6 @@
 //! Equal bits (docs/contract.md, section 4) on the CPU over random models: every role in every model, gates that are
-//! closed, open or between, several group sizes, tied and untied heads, sequences of different lengths.
+//! closed, open or between, several group sizes, tied and untied heads, sequences of different lengths, and breaks from
+//! none to nearly everywhere.
 
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
@@ -12,6 +13,7 @@ use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::files::OutputFile;
 use segattn::model::parameters::{Role, index, specs};
+use segattn::model::segmentation::{Sequence, Tokens};
 use segattn::model::session::{Feed, Session, score};
 use segattn::model::session_file::{Origin, StateFile, save};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
@@ -22,7 +24,7 @@ const VOCAB: usize = 23;
 #[derive(Debug, Clone)]
 struct Case {
     config: ModelConfig,
-    sequences: Vec<Vec<u32>>,
+    sequences: Vec<Tokens>,
     seed: u64,
 }
 
@@ -42,7 +44,7 @@ impl Case {
     }
 
     fn longest(&self) -> usize {
-        self.sequences.iter().map(Vec::len).max().unwrap()
+        self.sequences.iter().map(|s| s.ids.len()).max().unwrap()
     }
 }
 
@@ -65,7 +67,13 @@ fn cases() -> impl Strategy<Value = Case> {
         1usize..20,
     );
     let lengths = prop::collection::vec(2usize..70, 1..4);
-    (shape, segment, lengths, any::<u64>()).prop_map(|(shape, segment, lengths, seed)| {
+    // Of a hundred tokens, how many have a break behind them; and how many ids are breaks.
+    let breaks = (
+        prop::sample::select(vec![0usize, 8, 30, 90]),
+        prop::sample::select(vec![0usize, 0, 1, 3]),
+    );
+    let sequences = (lengths, breaks, any::<u64>());
+    (shape, segment, sequences).prop_map(|(shape, segment, (lengths, breaks, seed))| {
         let ((layers, kv_heads), group, head_dim, hidden, tied) = shape;
         let (block, blocks, prior, past, probes) = segment;
         let (segment_len, seed) = (4 * blocks.max(block), seed >> 8);
@@ -80,11 +88,19 @@ fn cases() -> impl Strategy<Value = Case> {
                 "segment_len": segment_len, "prior_len": whole(prior), "past_len": whole(past),
                 "retrieval": {"block_len": block, "probe_len": probes, "probe_window": 3, "probe_stride": 2},
                 "head_reads": roles(layers, kv_heads, seed),
+                "break_ids": (0..breaks.1).collect::<Vec<_>>(),
             },
         });
         let mut next = random(seed + 2);
-        let mut token = |_| ((next() + 0.5) * VOCAB as f64) as u32;
-        let sequences = lengths.iter().map(|n| (0..*n).map(&mut token).collect());
+        let sequence = |n: &usize| Tokens {
+            ids: (0..*n)
+                .map(|_| ((next() + 0.5) * VOCAB as f64) as u32)
+                .collect(),
+            breaks: (0..=*n)
+                .filter(|_| (next() + 0.5) * 100.0 < breaks.0 as f64)
+                .collect(),
+        };
+        let sequences = lengths.iter().map(sequence);
         Case {
             sequences: sequences.collect(),
             config: ModelConfig::from_json(json).unwrap(),
@@ -122,17 +138,24 @@ fn in_pieces(
     let new = |side_by_side| Session::new(model, sequences.len(), case.longest(), side_by_side);
     let mut session = new(2).unwrap();
     let mut scored = vec![Vec::new(); sequences.len()];
-    while (0..sequences.len()).any(|b| session.position(b) + 1 < sequences[b].len()) {
-        let mut feeds = Vec::new();
+    while (0..sequences.len()).any(|b| session.position(b) + 1 < sequences[b].ids.len()) {
+        let mut pieces = Vec::new();
         for (b, sequence) in sequences.iter().enumerate() {
-            let (at, end) = (session.position(b), sequence.len() - 1);
+            let (at, end) = (session.position(b), sequence.ids.len() - 1);
             let until = end.min(at + ((next() + 0.5) * (most + 1.0)) as usize);
-            feeds.push(Feed {
-                sequence: b,
-                tokens: &sequence[at..until],
-                targets: &sequence[at + 1..until + 1],
-            });
+            let breaks = Sequence::from(sequence).breaks_within(at..until);
+            pieces.push((&sequence.ids, at..until, breaks));
         }
+        let feeds: Vec<Feed<'_>> = pieces
+            .iter()
+            .enumerate()
+            .map(|(sequence, (ids, piece, breaks))| Feed {
+                sequence,
+                tokens: &ids[piece.clone()],
+                targets: &ids[piece.start + 1..=piece.end],
+                breaks,
+            })
+            .collect();
         for (all, more) in scored.iter_mut().zip(session.feed(&feeds).unwrap()) {
             all.extend(bits(&more));
         }
@@ -154,7 +177,7 @@ fn in_pieces(
 /// Log-probabilities of the training forward, and every gradient.
 fn trained(
     model: &Decoder<Cpu>,
-    sequences: &[Vec<u32>],
+    sequences: &[Tokens],
     config: StreamConfig,
 ) -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
     let mut gradients = Gradients::new(model).unwrap();
@@ -175,7 +198,7 @@ proptest! {
     fn scoring_training_prefill_decoding_and_a_saved_state_agree_to_the_bit(case in cases()) {
         let (model, folder) = (case.model(), tempfile::tempdir().unwrap());
         let score_all = |n| -> Vec<Vec<u32>> {
-            let one = |s: &Vec<u32>| bits(&score(&model, s, n).unwrap());
+            let one = |s: &Tokens| bits(&score(&model, s, n).unwrap());
             case.sequences.iter().map(one).collect()
         };
         let expected = score_all(1);
@@ -205,15 +228,21 @@ proptest! {
         let model = case.model();
         let half = VOCAB as u32 / 2;
         let mut next = random(case.seed + 3);
-        let document: Vec<u32> = (0..own).map(|_| ((next() + 0.5) * f64::from(half)) as u32).collect();
+        let document = Tokens {
+            ids: (0..own).map(|_| ((next() + 0.5) * f64::from(half)) as u32).collect(),
+            breaks: (1..own).filter(|_| next() > 0.3).collect(),
+        };
         let config = StreamConfig {
             tbptt: (case.seed % 3) as usize,
             segments_per_step: 1 + (case.seed % 2) as usize,
             recompute: false,
         };
         let (alone, gradient) = trained(&model, std::slice::from_ref(&document), config);
-        let others = case.sequences.iter().map(|s| s.iter().map(|t| half + t / 2).collect());
-        let mut batch: Vec<Vec<u32>> = others.collect();
+        let others = case.sequences.iter().map(|s| Tokens {
+            ids: s.ids.iter().map(|t| half + t / 2).collect(),
+            breaks: s.breaks.clone(),
+        });
+        let mut batch: Vec<Tokens> = others.collect();
         let place = (case.seed % (batch.len() as u64 + 1)) as usize;
         batch.insert(place, document);
         let (scored, mixed) = trained(&model, &batch, config);

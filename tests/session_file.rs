@@ -51,6 +51,7 @@ fn read(
             sequence,
             tokens: &s[from.min(s.len() - 1)..to.min(s.len() - 1)],
             targets: &s[(from + 1).min(s.len())..(to + 1).min(s.len())],
+            breaks: &[],
         })
         .collect();
     session.feed(&feeds).unwrap()
@@ -279,7 +280,11 @@ fn damaged_files_are_errors_and_never_panics() {
         ("[21]", "[13]"),
         ("[21]", "[99999999999]"),
         ("[21]", "[]"),
-        ("session 3", "session 2"),
+        ("session 4", "session 3"),
+        ("\"rows\"", "\"row\""),
+        ("[5]", "[8]"),
+        ("[5]", "[22]"),
+        ("[5]", "[5, 5]"),
         ("\"positions\"", "\"position\""),
         ("0.0.prior", "0.9.prior"),
     ] {

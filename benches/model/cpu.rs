@@ -241,6 +241,7 @@ fn decoding(criterion: &mut Criterion, name: &str, model: &Decoder<Cpu>, batch: 
         sequence,
         tokens,
         targets: &[],
+        breaks: &[],
     };
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let prompts: Vec<Feed<'_>> = prompts.into_iter().enumerate().map(feed).collect();
@@ -277,6 +278,7 @@ fn prefill(criterion: &mut Criterion, name: &str, model: &Decoder<Cpu>) -> Value
             sequence: 0,
             tokens: &prompt,
             targets: &[],
+            breaks: &[],
         };
         session.feed(&[feed]).expect("a valid feed")
     };

@@ -70,9 +70,14 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     };
     let model = opened.load(device, &[reading])?;
     let bar = progress(!quiet, tokens.len() as u64 - 1, "tokens");
-    let scored = log_probabilities(&model, &[&tokens], args.segments_per_step, |read| {
-        bar.inc(read as u64);
-    })?;
+    let scored = log_probabilities(
+        &model,
+        &[(&tokens).into()],
+        args.segments_per_step,
+        |read| {
+            bar.inc(read as u64);
+        },
+    )?;
     bar.finish_and_clear();
     let logprobs: Vec<f64> = scored.concat().into_iter().map(f64::from).collect();
     let loss = -logprobs.iter().sum::<f64>() / logprobs.len() as f64;

@@ -7,6 +7,7 @@
 use super::error::EvalError;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
+use crate::model::segmentation::Sequence;
 use crate::model::session::{Feed, Session};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -153,11 +154,11 @@ pub fn perplexity<D: Device>(
     let mut done = 0;
     let mut sums = Sums::default();
     for group in windows.chunks(config.batch.max(1)) {
-        let tokens: Vec<&[u32]> = group
+        let sequences: Vec<Sequence<'_>> = group
             .iter()
-            .map(|w| &documents[w.document].tokens[w.tokens.clone()])
+            .map(|w| Sequence::from(&documents[w.document].tokens[w.tokens.clone()]))
             .collect();
-        let scored = log_probabilities(model, &tokens, config.segments_per_step, |read| {
+        let scored = log_probabilities(model, &sequences, config.segments_per_step, |read| {
             done += read as u64;
             progress(done, total);
         })?;
@@ -182,29 +183,33 @@ pub fn perplexity<D: Device>(
 /// [`EvalError::NotFinite`] for a log-probability that is none, [`EvalError::Model`] if the device fails.
 pub fn log_probabilities<D: Device>(
     model: &Decoder<D>,
-    sequences: &[&[u32]],
+    sequences: &[Sequence<'_>],
     segments_per_step: usize,
     mut progress: impl FnMut(usize),
 ) -> Result<Vec<Vec<f32>>, EvalError> {
-    let inputs = |s: &[u32]| s.len().saturating_sub(1);
-    let longest = sequences.iter().map(|s| inputs(s)).max().unwrap_or(0);
+    for sequence in sequences {
+        sequence.check().map_err(EvalError::model)?;
+    }
+    let inputs: Vec<Sequence<'_>> = sequences.iter().map(Sequence::inputs).collect();
+    let longest = inputs.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
     let mut session = Session::new(model, sequences.len(), longest, segments_per_step)
         .map_err(EvalError::model)?;
     let chunk = session.chunk();
     let mut scored = vec![Vec::new(); sequences.len()];
     let mut at = 0;
     while at < longest {
-        let feeds: Vec<Feed<'_>> = sequences
+        let piece = |s: &Sequence<'_>| at..s.tokens.len().min(at.saturating_add(chunk)).max(at);
+        let breaks = inputs.iter().map(|s| s.breaks_within(piece(s)));
+        let breaks: Vec<Vec<usize>> = breaks.collect();
+        let feeds: Vec<Feed<'_>> = inputs
             .iter()
             .enumerate()
-            .filter(|(_, s)| at < inputs(s))
-            .map(|(sequence, s)| {
-                let end = inputs(s).min(at.saturating_add(chunk));
-                Feed {
-                    sequence,
-                    tokens: &s[at..end],
-                    targets: &s[at + 1..=end],
-                }
+            .filter(|(_, s)| at < s.tokens.len())
+            .map(|(sequence, s)| Feed {
+                sequence,
+                tokens: &s.tokens[piece(s)],
+                targets: &sequences[sequence].tokens[at + 1..=piece(s).end],
+                breaks: &breaks[sequence],
             })
             .collect();
         let more = session.feed(&feeds).map_err(EvalError::model)?;

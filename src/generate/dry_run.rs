@@ -94,6 +94,7 @@ fn read<D: Device>(
                 sequence,
                 tokens,
                 targets: if scored { tokens } else { &[] },
+                breaks: &[],
             }
         };
         let feeds: Vec<Feed<'_>> = tokens.iter().enumerate().map(feed).collect();

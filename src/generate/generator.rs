@@ -223,6 +223,10 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     pub fn read_prompts(&mut self) -> Result<usize, GenerateError> {
         let chunk = self.session.chunk();
         let end = |s: &Sequence| s.prompt.min(s.read.saturating_add(chunk));
+        let segment = self.session.model().config.segment.as_ref();
+        let break_after = segment.is_some_and(|segment| segment.break_after_prompt);
+        let unread = |s: &Sequence| end(s).saturating_sub(s.read);
+        let lengths: Vec<usize> = self.sequences.iter().map(unread).collect();
         let feeds: Vec<Feed<'_>> = self
             .sequences
             .iter()
@@ -232,6 +236,10 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
                 sequence,
                 tokens: &s.history[s.read..end(s)],
                 targets: &[],
+                breaks: match break_after && end(s) == s.prompt {
+                    true => std::slice::from_ref(&lengths[sequence]),
+                    false => &[],
+                },
             })
             .collect();
         self.session.feed(&feeds)?;

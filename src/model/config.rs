@@ -294,7 +294,7 @@ impl ModelConfig {
         }
         rope_keys::validate(self.rope_theta, &self.rope_scaling)?;
         match &self.segment {
-            Some(segment) => segment.validate(self.num_hidden_layers, kv_heads),
+            Some(segment) => segment.validate([self.num_hidden_layers, kv_heads], self.vocab_size),
             None => Ok(()),
         }
     }

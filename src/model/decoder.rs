@@ -26,6 +26,8 @@ pub struct Span {
     pub sequence: usize,
     /// Range of rows, and the slot of their segment.
     pub rows: SlotSpan,
+    /// Whether the segment is complete after these rows.
+    pub closes: bool,
 }
 
 /// Rows that are computed together. Spans are sorted by segment, then by sequence. Their rows are packed from row 0 on.
@@ -38,15 +40,26 @@ pub struct Step {
 }
 
 impl Step {
-    /// Adds rows at position `start` of the segment in `slot`.
-    pub fn push(&mut self, sequence: usize, slot: usize, start: usize, tokens: &[u32]) {
+    /// Adds rows at position `start` of the segment in `slot`, which `closes` after them or goes on.
+    pub fn push(
+        &mut self,
+        sequence: usize,
+        slot: usize,
+        start: usize,
+        tokens: &[u32],
+        closes: bool,
+    ) {
         let rows = SlotSpan {
             row: self.tokens.len(),
             rows: tokens.len(),
             start,
             slot,
         };
-        self.spans.push(Span { sequence, rows });
+        self.spans.push(Span {
+            sequence,
+            rows,
+            closes,
+        });
         self.tokens.extend_from_slice(tokens);
     }
 
@@ -61,9 +74,12 @@ impl Step {
     /// Description of the rows for [`Device::step`]. A slot has room for `room` rows.
     pub fn rows(&self, plan: &Plan, room: usize) -> StepRows {
         let spans: Vec<SlotSpan> = self.spans.iter().map(|s| s.rows).collect();
+        let row = |s: &SlotSpan, position| {
+            let probe = plan.probe_row(s.slot, position, s.start + s.rows);
+            (s.slot * room + position, probe)
+        };
         let (cache_rows, probe_rows) = (spans.iter())
-            .flat_map(|s| (s.start..s.start + s.rows).map(move |position| (s.slot, position)))
-            .map(|(slot, position)| (slot * room + position, plan.probe_row(slot, position)))
+            .flat_map(|s| (s.start..s.start + s.rows).map(move |position| row(s, position)))
             .unzip();
         StepRows {
             tokens: self.tokens.clone(),
@@ -349,16 +365,21 @@ impl<D: Device> Decoder<D> {
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
     ) -> Result<()> {
-        for Span { sequence, rows } in &step.spans {
+        for Span {
+            sequence,
+            rows,
+            closes,
+        } in &step.spans
+        {
             let carry = &mut states[*sequence].layers[l];
             if rows.start == 0 {
                 let (layer, tables) = slots.layer_mut(l);
                 open_segment(&self.device, plan, l, carry, layer, rows.slot, tables)?;
             }
-            let complete = rows.start + rows.rows == plan.segment_len;
-            if complete && self.config.segment.is_some() {
+            if *closes {
                 let (layer, _) = slots.layer_mut(l);
-                close_segment(&self.device, plan, l, layer, rows.slot, carry)?;
+                let complete = (rows.slot, rows.start + rows.rows);
+                close_segment(&self.device, plan, l, layer, complete, carry)?;
             }
         }
         Ok(())

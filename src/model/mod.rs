@@ -9,6 +9,7 @@ pub mod flops;
 pub mod memory;
 pub mod parameters;
 pub mod rope;
+pub mod segmentation;
 pub mod session;
 pub mod session_file;
 pub mod state;

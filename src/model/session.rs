@@ -6,8 +6,9 @@
 mod decode;
 
 use super::decoder::{Decoder, Forward, Span, Step};
+use super::segmentation::{Cursor, Sequence};
 use super::state::{Angles, Carry, Plan, SequenceState, Slots, pretend_segment};
-use crate::device::{Accumulate, Device, Kind, Purpose, Result, Rows, RowsMut};
+use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 
 /// Tokens per step of a model without segments; it bounds the memory of activations.
@@ -23,7 +24,28 @@ pub struct Feed<'a> {
     /// Targets: the next token after each of `tokens`. Their log-probabilities are computed. May be shorter than
     /// `tokens`, or empty.
     pub targets: &'a [u32],
+    /// Breaks: the segment ends after so many of `tokens`, each from 1 to all of them, strictly ascending. A break after
+    /// the last one ends the segment at once.
+    pub breaks: &'a [usize],
 }
+
+impl<'a> Feed<'a> {
+    fn sequence(&self) -> Sequence<'a> {
+        let (tokens, breaks) = (self.tokens, self.breaks);
+        Sequence { tokens, breaks }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.breaks.first() == Some(&0) {
+            let expected = "positions from 1 on: a break goes with the token before it";
+            return Err(DeviceError::argument("breaks", expected, 0));
+        }
+        self.sequence().check()
+    }
+}
+
+/// A step, the feed and the place in it where each span starts, and whether the spans are whole segments.
+type NextStep = (Step, Vec<(usize, usize)>, bool);
 
 /// Sequences that a model reads and continues.
 #[derive(Debug)]
@@ -32,8 +54,8 @@ pub struct Session<'m, D: Device> {
     pub(super) plan: Plan,
     pub(super) flight: Flight<D>,
     pub(super) states: Vec<SequenceState<D>>,
-    /// Number of tokens that each sequence has read.
-    pub(super) positions: Vec<usize>,
+    /// How far each sequence has been read.
+    pub(super) cursors: Vec<Cursor>,
     /// Logits after the last token of each sequence `[sequences, vocab]`, where it has read any.
     pub(super) logits: D::Buffer,
     /// Whole segments of a sequence in one step.
@@ -73,7 +95,8 @@ impl<D: Device> Flight<D> {
     /// `count` slots for whole segments.
     fn passing(&mut self, device: &D, plan: &Plan, count: usize) -> Result<&mut Slots<D>> {
         if self.passing.is_none() {
-            self.passing = Some(Slots::passing(device, plan, &self.angles, count)?);
+            let slots = Slots::passing(device, plan, &self.angles, count, self.room)?;
+            self.passing = Some(slots);
         }
         Ok(self.passing.as_mut().expect("just made"))
     }
@@ -89,6 +112,7 @@ impl<'m, D: Device> Session<'m, D> {
         segments_per_step: usize,
     ) -> Result<Self> {
         let plan = Plan::new(&model.config, longest);
+        // Breaks can make more segments, of fewer rows: those follow in other steps.
         let needed = longest.div_ceil(plan.segment_len).max(1);
         let side_by_side = segments_per_step.clamp(1, needed);
         let room = plan.segment_len.min(longest.max(1));
@@ -108,7 +132,7 @@ impl<'m, D: Device> Session<'m, D> {
             plan,
             flight,
             states,
-            positions: vec![0; sequences],
+            cursors: vec![Cursor::default(); sequences],
             logits: model.device.empty(Kind::Exact, logits)?,
             side_by_side,
             decoding: Decoding::default(),
@@ -117,12 +141,12 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// Tokens that a sequence has read.
     pub fn position(&self, sequence: usize) -> usize {
-        self.positions[sequence]
+        self.cursors[sequence].position
     }
 
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
-        self.positions.len()
+        self.cursors.len()
     }
 
     /// Segments of a sequence computed side by side.
@@ -157,15 +181,17 @@ impl<'m, D: Device> Session<'m, D> {
     /// dry runs.
     pub(crate) fn pretend(&mut self, sequence: usize, tokens: usize) -> Result<()> {
         let (device, plan) = (&self.model.device, &self.plan);
-        let before = self.positions[sequence];
         if tokens == 0 {
             return Ok(());
         }
-        self.positions[sequence] = before + tokens;
-        if self.model.config.segment.is_none() {
+        let cursor = &mut self.cursors[sequence];
+        let (open, room) = (cursor.rows + tokens, plan.segment_len);
+        let segments = if plan.segmented { open / room } else { 0 };
+        cursor.position += tokens;
+        cursor.rows = open - segments * room;
+        if segments == 0 {
             return Ok(());
         }
-        let segments = (before + tokens) / plan.segment_len - before / plan.segment_len;
         let rows = device.empty(Kind::Activation, plan.segment_len * plan.kv_width())?;
         for _ in 0..segments {
             for (l, carry) in self.states[sequence].layers.iter_mut().enumerate() {
@@ -177,7 +203,7 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// Logits for the token after the last one read; empty before the first.
     pub fn logits(&self, sequence: usize) -> Result<Vec<f32>> {
-        if self.positions[sequence] == 0 {
+        if self.position(sequence) == 0 {
             return Ok(Vec::new());
         }
         let vocab = self.model.config.vocab_size;
@@ -204,9 +230,10 @@ impl<'m, D: Device> Session<'m, D> {
     /// Each sequence may be fed once a call, and not beyond the session's longest length.
     ///
     /// # Errors
-    /// Errors of the device. Every sequence is then where the last complete step left it ([`Session::position`]).
+    /// Breaks that a feed cannot have, or errors of the device. Every sequence is then where the last complete step left it ([`Session::position`]).
     /// Reading the rest gives the same bits as without the error. [`Session::logits`] are undefined until then.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
+        feeds.iter().try_for_each(Feed::check)?;
         let device = &self.model.device;
         let fed = device.together(|| self.feed_all(feeds));
         fed.map_err(|error| error.wanted_for(Purpose::Activations))
@@ -221,7 +248,7 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// Runs `step` as a transaction: if it fails, the state of every sequence is rolled back.
     fn undone_on_error<T>(&mut self, step: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let positions = self.positions.clone();
+        let cursors = self.cursors.clone();
         let carries = |session: &mut Self, change: fn(&mut Carry<D>)| {
             let layers = session
                 .states
@@ -235,7 +262,7 @@ impl<'m, D: Device> Session<'m, D> {
             Ok(_) => carries(self, Carry::commit),
             Err(_) => {
                 carries(self, Carry::roll_back);
-                self.positions = positions;
+                self.cursors = cursors;
             }
         }
         done
@@ -248,17 +275,16 @@ impl<'m, D: Device> Session<'m, D> {
         read: &mut [usize],
         scored: &mut [Vec<f32>],
     ) -> Result<bool> {
-        let (step, owners) = self.next_step(feeds, read);
+        let (step, owners, whole) = self.next_step(feeds, read);
         if step.spans.is_empty() {
             return Ok(false);
         }
         self.decoding.interrupt();
-        let whole = self.is_whole(step.spans[0].rows.rows);
         let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
         let (model, plan) = (self.model, &self.plan);
         let slots = match whole {
             true => {
-                let count = self.positions.len() * self.side_by_side;
+                let count = self.cursors.len() * self.side_by_side;
                 self.flight.passing(&model.device, plan, count)?
             }
             false => self.flight.open(&model.device, plan)?,
@@ -291,37 +317,35 @@ impl<'m, D: Device> Session<'m, D> {
         Ok(true)
     }
 
-    /// Whether these rows are a whole segment, and other segments may follow.
-    fn is_whole(&self, rows: usize) -> bool {
-        self.model.config.segment.is_some() && rows == self.plan.segment_len
-    }
-
     /// The next rows of every feed, ordered by segment: either whole segments, at most `side_by_side` of each feed, or
-    /// parts, one of each feed. Also the feed of each span and how far into the feed it starts.
-    fn next_step(&mut self, feeds: &[Feed<'_>], read: &mut [usize]) -> (Step, Vec<(usize, usize)>) {
+    /// parts, one of each feed. Also the feed of each span, how far into the feed it starts, and whether they are whole
+    /// segments.
+    fn next_step(&mut self, feeds: &[Feed<'_>], read: &mut [usize]) -> NextStep {
         let (mut step, mut owners) = (Step::default(), Vec::new());
         let mut kind = None;
         for iteration in 0..self.side_by_side {
             for (i, feed) in feeds.iter().enumerate() {
-                let (left, position) = (&feed.tokens[read[i]..], self.positions[feed.sequence]);
-                let start = position % self.plan.segment_len;
-                let rows = left.len().min(self.plan.segment_len - start);
-                let whole = self.is_whole(rows);
-                if rows == 0 || *kind.get_or_insert(whole) != whole || (iteration > 0 && !whole) {
+                let cursor = &mut self.cursors[feed.sequence];
+                let part = self.plan.next_part(cursor.rows, feed.sequence(), read[i]);
+                let whole = cursor.rows == 0 && part.closes;
+                if part.rows == 0
+                    || *kind.get_or_insert(whole) != whole
+                    || (iteration > 0 && !whole)
+                {
                     continue;
                 }
-                let segment = position / self.plan.segment_len;
                 let slot = match whole {
-                    true => feed.sequence * self.side_by_side + segment % self.side_by_side,
+                    true => feed.sequence * self.side_by_side + iteration,
                     false => feed.sequence,
                 };
-                step.push(feed.sequence, slot, start, &left[..rows]);
+                let tokens = &feed.tokens[read[i]..read[i] + part.rows];
+                step.push(feed.sequence, slot, cursor.rows, tokens, part.closes);
                 owners.push((i, read[i]));
-                read[i] += rows;
-                self.positions[feed.sequence] += rows;
+                read[i] += part.rows;
+                cursor.advance(part);
             }
         }
-        (step, owners)
+        (step, owners, kind == Some(true))
     }
 
     fn score(&self, forward: &Forward<D>, row: usize, targets: &[u32]) -> Result<Vec<f32>> {
@@ -397,19 +421,27 @@ fn runs(ended: &[(usize, usize)]) -> Vec<(usize, usize, usize)> {
 }
 
 /// Log-probability of each token but the first. `segments_per_step` segments run in one step.
-pub fn score<D: Device>(
+///
+/// # Errors
+/// As [`Session::feed`].
+pub fn score<'a, D: Device>(
     model: &Decoder<D>,
-    tokens: &[u32],
+    sequence: impl Into<Sequence<'a>>,
     segments_per_step: usize,
 ) -> Result<Vec<f32>> {
-    let Some(inputs) = tokens.len().checked_sub(1) else {
+    let sequence = sequence.into();
+    sequence.check()?;
+    let inputs = sequence.inputs();
+    if inputs.tokens.is_empty() {
         return Ok(Vec::new());
-    };
-    let mut session = Session::new(model, 1, inputs, segments_per_step)?;
+    }
+    let mut session = Session::new(model, 1, inputs.tokens.len(), segments_per_step)?;
+    let breaks = inputs.breaks_within(0..inputs.tokens.len());
     let feed = Feed {
         sequence: 0,
-        tokens: &tokens[..inputs],
-        targets: &tokens[1..],
+        tokens: inputs.tokens,
+        targets: &sequence.tokens[1..],
+        breaks: &breaks,
     };
     Ok(session.feed(&[feed])?.remove(0))
 }

@@ -1,15 +1,15 @@
 //! Sessions saved to a file and restored: a long prompt is read once and used again.
 //!
-//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has read,
-//! and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, where they were known
+//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has read, how
+//! many of them belong to its current segment, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, where they were known
 //! the tokens read `s.tokens [position]` (U32), and of each layer `l`, keys (before rotation, but in layers whose heads
 //! read nothing of other segments) and values one after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
-//! - `s.l.pool.i [2, segment_len, heads, head_dim]` of each complete segment `i`, of the KV heads that read the past,
-//!   and of each of them `s.l.picks.h [rows]` (I64), the tokens chosen for the current segment;
+//! - `s.l.pool.i [2, rows, heads, head_dim]`, the tokens of complete segments in parts of `segment_len`, of which the
+//!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.picks.h [rows]` (I64), the tokens chosen for the current segment;
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
-//!   `s.l.probes [rows, q_heads, head_dim]`, its queries among those that make probes.
+//!   `s.l.probes [rows, q_heads, head_dim]`, the last queries of it: that of position `p` is row `p % probe_rows`.
 //!
 //! Its last tensor is `checksum [32]` (U8), the SHA-256 of every byte before it. Numbers are f32, so that on an f32
 //! device a restored session goes on to the same bits.
@@ -24,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::FileError;
 use super::files::{OutputFile, io_error};
+use super::segmentation::Cursor;
 use super::session::Session;
 use super::state::open_segment;
 use crate::device::{Accumulate, Device, DeviceError, PastPool, Rows, RowsMut, SelectedBlocks};
@@ -31,7 +32,7 @@ use layout::{Part, Shapes, fingerprint};
 use reader::Reader;
 
 /// The format's name in the metadata.
-const FORMAT: &str = "segattn session 3";
+const FORMAT: &str = "segattn session 4";
 
 /// A session that cannot be saved, or a file that cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +93,8 @@ pub struct Origin<'a> {
 pub struct StateFile {
     reader: Reader,
     positions: Vec<usize>,
+    /// Rows of each sequence's current segment.
+    rows: Vec<usize>,
 }
 
 impl StateFile {
@@ -103,12 +106,25 @@ impl StateFile {
         let reader = Reader::open(path)?;
         let format = reader.metadata("format")?;
         if format != FORMAT {
-            return Err(reader.malformed("metadata `format`", FORMAT, format));
+            let expected = format!("{FORMAT}; other versions cannot be read: save the state again");
+            return Err(reader.malformed("metadata `format`", &expected, format));
         }
-        let text = reader.metadata("positions")?;
-        let positions: Vec<usize> = serde_json::from_str(text)
-            .map_err(|_| reader.malformed("metadata `positions`", "an array of numbers", text))?;
-        let mut file = Self { reader, positions };
+        let numbers = |key, what| -> Result<Vec<usize>, StateFileError> {
+            let text = reader.metadata(key)?;
+            let malformed = |_| reader.malformed(what, "an array of numbers", text);
+            serde_json::from_str(text).map_err(malformed)
+        };
+        let positions = numbers("positions", "metadata `positions`")?;
+        let rows = numbers("rows", "metadata `rows`")?;
+        if rows.len() != positions.len() || rows.iter().zip(&positions).any(|(r, p)| r > p) {
+            let expected = format!("numbers of at most the positions {positions:?}");
+            return Err(reader.malformed("metadata `rows`", &expected, &format!("{rows:?}")));
+        }
+        let mut file = Self {
+            reader,
+            positions,
+            rows,
+        };
         file.reader.verify(CHECKSUM)?;
         Ok(file)
     }
@@ -163,7 +179,7 @@ impl StateFile {
         }
         for to in 0..sequences {
             let from = if saved == 1 { 0 } else { to };
-            let position = self.positions[from];
+            let (position, rows) = (self.positions[from], self.rows[from]);
             if position > session.capacity() {
                 let expected = format!("at most {}", session.capacity());
                 let got = position.to_string();
@@ -171,7 +187,16 @@ impl StateFile {
                     .reader
                     .mismatch("tokens of a sequence", &expected, &got));
             }
-            self.restore_sequence(from, to, position, session)?;
+            let plan = &session.plan;
+            if plan.segmented && rows >= plan.segment_len || !plan.segmented && rows != position {
+                let expected = match plan.segmented {
+                    true => format!("fewer than segment_len = {}", plan.segment_len),
+                    false => format!("all {position} tokens, since the model has no segments"),
+                };
+                let what = "metadata `rows`";
+                return Err(self.reader.malformed(what, &expected, &rows.to_string()));
+            }
+            self.restore_sequence(from, to, Cursor { position, rows }, session)?;
         }
         Ok(())
     }
@@ -180,11 +205,11 @@ impl StateFile {
         &mut self,
         from: usize,
         to: usize,
-        position: usize,
+        cursor: Cursor,
         session: &mut Session<'_, D>,
     ) -> Result<(), StateFileError> {
-        let shapes = Shapes::new(session, position);
-        session.positions[to] = position;
+        let shapes = Shapes::new(session, cursor);
+        session.cursors[to] = cursor;
         session.decoding = Default::default();
         let logits = self.floats(from, Part::Logits, &shapes.logits())?;
         let first = to * session.model.config.vocab_size;
@@ -238,8 +263,8 @@ impl StateFile {
         };
         let (heads, plan) = (shapes.past_heads(l), &session.plan);
         *pool = D::Pool::new(device, heads, plan.heads.dim, plan.segment_len);
-        for segment in 0..shapes.segments() {
-            let values = self.floats(from, Part::Pool(l, segment), &shapes.pool(l))?;
+        for part in 0..shapes.pool_parts() {
+            let values = self.floats(from, Part::Pool(l, part), &shapes.pool(l, part))?;
             let (k, v) = values.split_at(values.len() / 2);
             pool.write(device, k, v)?;
         }
@@ -353,7 +378,7 @@ pub fn save<D: Device>(
     place: &OutputFile,
 ) -> Result<(), StateFileError> {
     for (sequence, tokens) in origin.tokens.iter().enumerate() {
-        let expected = session.positions.get(sequence).copied().unwrap_or(0);
+        let expected = session.cursors.get(sequence).map_or(0, |c| c.position);
         if !tokens.is_empty() && tokens.len() != expected {
             return Err(StateFileError::Origin {
                 sequence,

@@ -18,15 +18,18 @@
 use std::collections::{HashMap, VecDeque};
 
 mod pass;
+mod tail;
 mod weight_grads;
 
 pub use weight_grads::Gradients;
 
-use pass::{Arrivals, LayerSums, Pass, StreamId, Work};
+use pass::{LayerSums, Pass, Work};
+use tail::{Arrivals, StreamId};
 
-use crate::device::{Device, Kind, Purpose, Result, Rows, RowsMut};
+use crate::device::{Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
+use crate::model::segmentation::{Segment, Sequence};
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
 
 /// How a gradient is computed.
@@ -81,9 +84,9 @@ struct Streams<'a, D: Device> {
     model: &'a Decoder<D>,
     plan: &'a Plan,
     config: StreamConfig,
-    sequences: &'a [Vec<u32>],
-    /// Last segment of each sequence.
-    last: Vec<usize>,
+    sequences: &'a [Sequence<'a>],
+    /// The segments of each sequence's inputs, at least one.
+    segments: &'a [Vec<Segment>],
     scale: f64,
     alive: VecDeque<Group<D>>,
     head_done: bool,
@@ -95,45 +98,58 @@ struct Streams<'a, D: Device> {
 /// Adds to `gradients` the gradient of `scale * sum of negative log-probabilities` over all targets. Targets are all
 /// tokens but the first of each sequence. `scale = 1 / targets` gives the mean loss.
 ///
-/// Returns the log-probabilities of each sequence's targets. Each sequence needs at least two tokens, with ids below
-/// the size of the vocabulary.
-pub fn accumulate<D: Device>(
+/// Returns the log-probabilities of each sequence's targets. Sequences may have breaks; each has at least two tokens,
+/// with ids below the size of the vocabulary.
+///
+/// # Errors
+/// [`DeviceError::Argument`] for fewer tokens, breaks that a sequence cannot have, and token ids that the model does not
+/// have; or what the device says.
+pub fn accumulate<D: Device, S>(
     model: &Decoder<D>,
-    sequences: &[Vec<u32>],
+    sequences: &[S],
     config: StreamConfig,
     scale: f64,
     gradients: &mut Gradients<D>,
-) -> Result<Vec<Vec<f64>>> {
+) -> Result<Vec<Vec<f64>>>
+where
+    for<'s> Sequence<'s>: From<&'s S>,
+{
+    let sequences: Vec<Sequence<'_>> = sequences.iter().map(Sequence::from).collect();
+    for sequence in &sequences {
+        sequence.check()?;
+        if sequence.tokens.len() < 2 {
+            let (expected, got) = ("at least two tokens each", sequence.tokens.len());
+            return Err(DeviceError::argument("sequences", expected, got));
+        }
+    }
     let device = &model.device;
-    let scored = device.together(|| run(model, sequences, config, scale, gradients));
+    let scored = device.together(|| run(model, &sequences, config, scale, gradients));
     scored.map_err(|error| error.wanted_for(Purpose::Backward))
 }
 
 /// Body of [`accumulate`], inside [`Device::together`].
 fn run<D: Device>(
     model: &Decoder<D>,
-    sequences: &[Vec<u32>],
+    sequences: &[Sequence<'_>],
     config: StreamConfig,
     scale: f64,
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
-    let longest = sequences.iter().map(|s| s.len() - 1).max().unwrap_or(0);
+    let inputs = sequences.iter().map(|s| s.inputs());
+    let longest = inputs.clone().map(|s| s.tokens.len()).max().unwrap_or(0);
     let plan = Plan::new(&model.config, longest);
-    let last: Vec<usize> = sequences
-        .iter()
-        .map(|s| (s.len() - 2) / plan.segment_len)
-        .collect();
+    let segments: Vec<Vec<Segment>> = inputs.map(|s| plan.segments(s)).collect();
     let mut states = sequences
         .iter()
         .map(|_| SequenceState::new(&model.device, &plan))
         .collect::<Result<Vec<_>>>()?;
-    let end = last.iter().copied().max().map_or(0, |l| l + 1);
+    let end = segments.iter().map(Vec::len).max().unwrap_or(0);
     let mut streams = Streams {
         model,
         plan: &plan,
         config,
         sequences,
-        last,
+        segments: &segments,
         scale,
         alive: VecDeque::new(),
         head_done: false,
@@ -164,13 +180,12 @@ impl<'a, D: Device> Streams<'a, D> {
         let (mut step, mut segments) = (Step::default(), Vec::new());
         for segment in first..next {
             for (b, sequence) in self.sequences.iter().enumerate() {
-                let inputs = &sequence[..sequence.len() - 1];
-                let start = segment * self.plan.segment_len;
-                if start < inputs.len() {
-                    let end = inputs.len().min(start + self.plan.segment_len);
-                    step.push(b, segments.len(), 0, &inputs[start..end]);
-                    segments.push(segment);
-                }
+                let Some(Segment { tokens, closes }) = self.segments[b].get(segment) else {
+                    continue;
+                };
+                let tokens = &sequence.tokens[tokens.clone()];
+                step.push(b, segments.len(), 0, tokens, *closes);
+                segments.push(segment);
             }
         }
         let device = &self.model.device;
@@ -226,8 +241,8 @@ impl<'a, D: Device> Streams<'a, D> {
         let mut logits = device.empty(Kind::Exact, longest.min(D::LOGIT_ROWS) * vocab)?;
         let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
         for (span, segment) in step.spans.iter().zip(segments) {
-            let at = segment * self.plan.segment_len + 1;
-            let targets = &self.sequences[span.sequence][at..at + span.rows.rows];
+            let inputs = &self.segments[span.sequence][*segment].tokens;
+            let targets = &self.sequences[span.sequence].tokens[inputs.start + 1..=inputs.end];
             for (i, targets) in targets.chunks(D::LOGIT_ROWS).enumerate() {
                 let (row, rows) = (span.rows.row + i * D::LOGIT_ROWS, targets.len());
                 let x = Rows::packed(&forward.hidden, row, hidden);
@@ -271,7 +286,7 @@ impl<'a, D: Device> Streams<'a, D> {
         for (spans, scores) in &self.scores {
             let rows = spans.iter().map(|s| s.rows.rows).sum();
             let scores = self.model.device.read_wide(scores, 0..rows)?;
-            for Span { sequence, rows } in spans {
+            for Span { sequence, rows, .. } in spans {
                 all[*sequence].extend_from_slice(&scores[rows.row..rows.row + rows.rows]);
             }
         }
@@ -360,6 +375,7 @@ impl<'a, D: Device> Streams<'a, D> {
                 passes.push(Work::new(
                     self.model,
                     self.plan,
+                    self.segments,
                     pass,
                     (g, group),
                     from..to,
@@ -380,7 +396,7 @@ impl<'a, D: Device> Streams<'a, D> {
                 let sequence = group.step.spans[i].sequence;
                 let time = segment
                     .saturating_add(self.config.tbptt)
-                    .min(self.last[sequence]);
+                    .min(self.segments[sequence].len() - 1);
                 if !group.finished[i] && (time < next || next == end) {
                     group.finished[i] = true;
                     due.push(Due {

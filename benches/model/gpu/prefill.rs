@@ -56,6 +56,7 @@ pub fn read_prompt<D: Device>(
             sequence,
             tokens,
             targets,
+            breaks: &[],
         }])?;
     }
     Ok(())

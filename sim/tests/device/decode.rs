@@ -57,6 +57,7 @@ fn feed(session: &mut Session<'_, Gpu<Driver>>, sequence: usize, tokens: &[u32])
         sequence,
         tokens,
         targets: &[],
+        breaks: &[],
     };
     session.feed(&[feed]).expect("a step");
 }
@@ -69,6 +70,7 @@ fn unrecorded(session: &mut Session<'_, Gpu<Driver>>, next: &[(usize, u32)]) -> 
             sequence: *sequence,
             tokens,
             targets: &[],
+            breaks: &[],
         })
         .collect();
     session.feed(&feeds).expect("a step");

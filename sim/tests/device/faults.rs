@@ -257,6 +257,7 @@ fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32]) -> Result<()> {
         sequence: 0,
         tokens,
         targets: &[],
+        breaks: &[],
     };
     session.feed(&[feed]).map(|_| ())
 }

@@ -32,6 +32,7 @@ fn decoded<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
             sequence: 0,
             tokens: &pair[..1],
             targets: &pair[1..],
+            breaks: &[],
         };
         scores.extend(session.feed(&[feed]).expect("a step").remove(0));
     }

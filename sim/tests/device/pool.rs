@@ -36,6 +36,7 @@ fn feed(session: &mut Session<'_, Gpu<Driver>>, tokens: &[u32]) {
         sequence: 0,
         tokens,
         targets: &[],
+        breaks: &[],
     };
     session.feed(&[feed]).expect("a feed");
 }

@@ -13,7 +13,7 @@ pub const MAX_SEGMENT_LEN: usize = 1 << 24;
 /// Segments of one model, from the `segment` object of `config.json`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentConfig {
-    /// Tokens in a segment; only the last of a sequence may be shorter.
+    /// Most tokens of a segment. It is shorter where a break ends it, or the sequence.
     pub segment_len: usize,
     /// Rows of K and V carried over from the segment before. At most `segment_len`.
     pub prior_len: usize,
@@ -23,6 +23,10 @@ pub struct SegmentConfig {
     pub head_reads: Vec<Vec<HeadReads>>,
     /// How past rows are chosen.
     pub retrieval: RetrievalConfig,
+    /// Tokens that end their segment.
+    pub break_ids: Vec<u32>,
+    /// Whether the end of a prompt is a break, in generation and in the tasks of `eval`.
+    pub break_after_prompt: bool,
 }
 
 /// What a KV head, with all query heads of its group, reads besides the current segment.
@@ -97,6 +101,8 @@ impl SegmentConfig {
             past_len,
             head_reads: vec![vec![HeadReads::PRIOR; kv_heads]; layers],
             retrieval: RetrievalConfig::default(),
+            break_ids: Vec::new(),
+            break_after_prompt: false,
         }
     }
 
@@ -112,6 +118,8 @@ impl SegmentConfig {
             "past_len",
             "head_reads",
             "retrieval",
+            "break_ids",
+            "break_after_prompt",
         ])?;
         let mut segment = Self::new(
             fields.required_size("segment_len", 1..=MAX_SEGMENT_LEN)?,
@@ -123,6 +131,8 @@ impl SegmentConfig {
         if let Some(retrieval) = fields.object("retrieval")? {
             segment.retrieval = RetrievalConfig::from_json(retrieval)?;
         }
+        segment.break_ids = break_ids(&fields)?;
+        segment.break_after_prompt = fields.flag("break_after_prompt")?.unwrap_or(false);
         if let Some(by_layer) = fields.list("head_reads")? {
             segment.head_reads = by_layer
                 .iter()
@@ -149,7 +159,7 @@ impl SegmentConfig {
             .iter()
             .map(|heads| heads.iter().map(head).collect())
             .collect();
-        json!({
+        let mut object = json!({
             "segment_len": self.segment_len,
             "prior_len": self.prior_len,
             "past_len": self.past_len,
@@ -160,11 +170,22 @@ impl SegmentConfig {
                 "probe_window": self.retrieval.probe_window,
                 "probe_stride": self.retrieval.probe_stride,
             },
-        })
+        });
+        if !self.break_ids.is_empty() {
+            object["break_ids"] = json!(self.break_ids);
+        }
+        if self.break_after_prompt {
+            object["break_after_prompt"] = json!(true);
+        }
+        object
     }
 
-    /// Checks the limits that tie the lengths, the heads and the retrieval to each other.
-    pub(super) fn validate(&self, layers: usize, kv_heads: usize) -> Result<(), ConfigError> {
+    /// Checks the limits that tie the lengths, the heads and the retrieval to each other and to the model.
+    pub(super) fn validate(
+        &self,
+        [layers, kv_heads]: [usize; 2],
+        vocab_size: usize,
+    ) -> Result<(), ConfigError> {
         let fail = |key: &str, expected: String, got: String| {
             Err(ConfigError::Invalid {
                 key: format!("segment.{key}"),
@@ -189,6 +210,10 @@ impl SegmentConfig {
         if self.prior_len > self.segment_len {
             let expected = format!("at most segment_len = {}", self.segment_len);
             return fail("prior_len", expected, self.prior_len.to_string());
+        }
+        if let Some(id) = self.break_ids.iter().find(|id| **id as usize >= vocab_size) {
+            let expected = format!("ids below vocab_size = {vocab_size}");
+            return fail("break_ids", expected, id.to_string());
         }
         if self.head_reads.len() != layers {
             let expected = format!("one entry for each of {layers} layers");
@@ -238,6 +263,15 @@ impl RetrievalConfig {
         }
         Ok(())
     }
+}
+
+fn break_ids(fields: &Fields<'_>) -> Result<Vec<u32>, ConfigError> {
+    let id = |value: &Value| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| fields.invalid("break_ids", "a list of token ids", value))
+    };
+    let ids = fields.list("break_ids")?.unwrap_or_default();
+    ids.iter().map(id).collect()
 }
 
 fn layer_reads(layer: usize, heads: &Value) -> Result<Vec<HeadReads>, ConfigError> {

@@ -5,7 +5,7 @@
 //! which a segment begins or is complete run as usual in between; what was recorded stays good, since everything it
 //! touches stays where it is.
 
-use super::{Feed, Session, Step};
+use super::{Session, Step};
 use crate::device::sampler::SamplerConfig;
 use crate::device::{Device, Purpose, Recording, Result, Sampled, Samplers};
 use crate::model::state::SequenceState;
@@ -105,30 +105,15 @@ impl<D: Device> Session<'_, D> {
         let sequences: Vec<usize> = next.iter().map(|(sequence, _)| *sequence).collect();
         let device = &self.model.device;
         self.undone_on_error(|session| {
-            let decoded = device.together(|| match session.is_whole(1) {
-                true => session.decode_segment(next, &sequences),
-                false => session.decode_step(next, sequences),
-            });
+            let decoded = device.together(|| session.decode_step(next, sequences));
             decoded.map_err(|error| error.wanted_for(Purpose::Activations))?;
             session.decoding.samplers().sampled(device, &session.logits)
         })
     }
 
-    /// A step of tokens that are segments of their own.
-    fn decode_segment(&mut self, next: &[(usize, u32)], sequences: &[usize]) -> Result<()> {
-        let (device, count) = (&self.model.device, next.len());
-        self.decoding.samplers().select(device, sequences)?;
-        self.feed_step(
-            &feeds(next),
-            &mut vec![0; count],
-            &mut vec![Vec::new(); count],
-        )?;
-        self.decoding.samplers().sample(device, &mut self.logits)
-    }
-
     fn decode_step(&mut self, next: &[(usize, u32)], sequences: Vec<usize>) -> Result<()> {
         let device = &self.model.device;
-        let (step, _) = self.next_step(&feeds(next), &mut vec![0; next.len()]);
+        let step = self.next_rows(next);
         self.decoding.samplers().select(device, &sequences)?;
         let mut steps = self.placed(&step, sequences)?;
         if steps.warm && !self.hands_over(&step) {
@@ -147,6 +132,19 @@ impl<D: Device> Session<'_, D> {
         steps.warm = true;
         self.decoding.steps = Some(steps);
         Ok(())
+    }
+
+    /// The next row of each sequence, in the slots of their open segments also where a row is a segment of its own.
+    fn next_rows(&mut self, next: &[(usize, u32)]) -> Step {
+        let mut step = Step::default();
+        for (sequence, token) in next {
+            let (cursor, token) = (&mut self.cursors[*sequence], std::slice::from_ref(token));
+            let part = self.plan.next_part(cursor.rows, token.into(), 0);
+            let rows = &token[..part.rows];
+            step.push(*sequence, *sequence, cursor.rows, rows, part.closes);
+            cursor.advance(part);
+        }
+        step
     }
 
     /// Puts the step where the last one of the same sequences was, if it may stay there.
@@ -174,8 +172,7 @@ impl<D: Device> Session<'_, D> {
 
     /// Whether a segment begins in the step, or is complete after it.
     fn hands_over(&self, step: &Step) -> bool {
-        let ends = |start| start == 0 || start + 1 == self.plan.segment_len;
-        step.spans.iter().any(|s| ends(s.rows.start))
+        step.spans.iter().any(|s| s.rows.start == 0 || s.closes)
     }
 
     /// The step's calls. All that they use and that stays is where it was in the step before.
@@ -192,14 +189,4 @@ impl<D: Device> Session<'_, D> {
         let samplers = self.decoding.samplers();
         samplers.sample(&model.device, &mut self.logits)
     }
-}
-
-/// A token of each sequence to be read.
-fn feeds(next: &[(usize, u32)]) -> Vec<Feed<'_>> {
-    let feeds = next.iter().map(|(sequence, token)| Feed {
-        sequence: *sequence,
-        tokens: std::slice::from_ref(token),
-        targets: &[],
-    });
-    feeds.collect()
 }

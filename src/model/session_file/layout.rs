@@ -1,5 +1,7 @@
 //! Which tensors a saved session has, their shapes, and their values in the session.
 
+use std::ops::Range;
+
 use super::{CHECKSUM, Origin};
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
@@ -8,6 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::device::{Device, PastPool, Result, SelectedBlocks};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
+use crate::model::segmentation::Cursor;
 use crate::model::session::Session;
 use crate::model::state::Plan;
 
@@ -34,7 +37,7 @@ pub(super) enum Part {
     /// The tokens read.
     Tokens,
     Prior(usize),
-    /// Of a segment.
+    /// Of a layer, the part with this number.
     Pool(usize, usize),
     Picks(usize, usize),
     Segment(usize),
@@ -55,7 +58,7 @@ impl Part {
             Self::Logits => format!("{sequence}.logits"),
             Self::Tokens => format!("{sequence}.tokens"),
             Self::Prior(l) => format!("{sequence}.{l}.prior"),
-            Self::Pool(l, segment) => format!("{sequence}.{l}.pool.{segment}"),
+            Self::Pool(l, part) => format!("{sequence}.{l}.pool.{part}"),
             Self::Picks(l, h) => format!("{sequence}.{l}.picks.{h}"),
             Self::Segment(l) => format!("{sequence}.{l}.segment"),
             Self::Probes(l) => format!("{sequence}.{l}.probes"),
@@ -63,7 +66,7 @@ impl Part {
     }
 }
 
-/// The shapes that a sequence's parts have after so many tokens; those with a zero are left out.
+/// The shapes that a sequence's parts have where it has been read so far; those with a zero are left out.
 #[derive(Debug)]
 pub(super) struct Shapes {
     /// Tokens of completed segments.
@@ -77,19 +80,14 @@ pub(super) struct Shapes {
 }
 
 impl Shapes {
-    pub(super) fn new<D: Device>(session: &Session<'_, D>, position: usize) -> Self {
-        let (plan, config) = (&session.plan, &session.model.config);
-        // A plain model's only segment is never closed.
-        let rows = match config.segment {
-            Some(_) => position % plan.segment_len,
-            None => position,
-        };
+    pub(super) fn new<D: Device>(session: &Session<'_, D>, cursor: Cursor) -> Self {
+        let plan = &session.plan;
         Self {
-            completed: position - rows,
-            rows,
+            completed: cursor.completed(),
+            rows: cursor.rows,
             past_len: plan.past_len,
-            position,
-            vocab: config.vocab_size,
+            position: cursor.position,
+            vocab: session.model.config.vocab_size,
             plan: plan.clone(),
         }
     }
@@ -103,20 +101,27 @@ impl Shapes {
     }
 
     pub(super) fn prior(&self, l: usize) -> [usize; 4] {
-        let read = self.completed > 0 && self.plan.reads[l].prior.contains(&true);
-        let rows = if read { self.plan.prior_len } else { 0 };
+        let rows = match self.plan.reads[l].prior.contains(&true) {
+            true => self.plan.prior_len.min(self.completed),
+            false => 0,
+        };
         [2, rows, self.plan.heads.kv, self.plan.heads.dim]
     }
 
-    /// Segments that are complete.
-    pub(super) fn segments(&self) -> usize {
-        self.completed / self.plan.segment_len
+    /// Parts in which the tokens of complete segments are saved.
+    pub(super) fn pool_parts(&self) -> usize {
+        self.completed.div_ceil(self.plan.segment_len)
     }
 
-    /// Of a segment.
-    pub(super) fn pool(&self, l: usize) -> [usize; 4] {
-        let len = self.plan.segment_len;
-        [2, len, self.past_heads(l), self.plan.heads.dim]
+    /// The tokens of a part.
+    pub(super) fn pool_part(&self, part: usize) -> Range<usize> {
+        let first = part * self.plan.segment_len;
+        first..self.completed.min(first + self.plan.segment_len)
+    }
+
+    pub(super) fn pool(&self, l: usize, part: usize) -> [usize; 4] {
+        let rows = self.pool_part(part).len();
+        [2, rows, self.past_heads(l), self.plan.heads.dim]
     }
 
     pub(super) fn segment(&self) -> [usize; 4] {
@@ -124,12 +129,9 @@ impl Shapes {
     }
 
     pub(super) fn probes(&self, l: usize) -> [usize; 3] {
-        let before = self.plan.segment_len - self.plan.probe_rows;
-        let read = self.past_heads(l) > 0 && self.past_len > 0;
-        let rows = if read {
-            self.rows.saturating_sub(before)
-        } else {
-            0
+        let rows = match self.past_heads(l) > 0 {
+            true => self.plan.probe_rows.min(self.rows),
+            false => 0,
         };
         [rows, self.plan.heads.q, self.plan.heads.dim]
     }
@@ -141,8 +143,8 @@ pub(super) fn parts<D: Device>(
     origin: Origin<'_>,
 ) -> Vec<(usize, Part, Vec<usize>)> {
     let mut parts = Vec::new();
-    for (s, position) in session.positions.iter().enumerate() {
-        let shapes = Shapes::new(session, *position);
+    for (s, cursor) in session.cursors.iter().enumerate() {
+        let shapes = Shapes::new(session, *cursor);
         let mut push = |part, shape: &[usize]| {
             if !shape.contains(&0) {
                 parts.push((s, part, shape.to_vec()));
@@ -152,8 +154,8 @@ pub(super) fn parts<D: Device>(
         push(Part::Tokens, &[origin.tokens.get(s).map_or(0, Vec::len)]);
         for l in 0..session.states[s].layers.len() {
             push(Part::Prior(l), &shapes.prior(l));
-            for segment in 0..shapes.segments() {
-                push(Part::Pool(l, segment), &shapes.pool(l));
+            for part in 0..shapes.pool_parts() {
+                push(Part::Pool(l, part), &shapes.pool(l, part));
             }
             push(Part::Segment(l), &shapes.segment());
             push(Part::Probes(l), &shapes.probes(l));
@@ -179,9 +181,17 @@ pub(super) fn header<D: Device>(
     format: &str,
 ) -> Result<Vec<u8>> {
     let mut header = Map::new();
-    let positions = json!(session.positions).to_string();
-    let model = fingerprint(session.model)?;
-    let metadata = json!({"format": format, "positions": positions, "model": model, "weights": origin.weights});
+    let of_each = |f: fn(&Cursor) -> usize| {
+        let numbers: Vec<usize> = session.cursors.iter().map(f).collect();
+        json!(numbers).to_string()
+    };
+    let metadata = json!({
+        "format": format,
+        "positions": of_each(|cursor| cursor.position),
+        "rows": of_each(|cursor| cursor.rows),
+        "model": fingerprint(session.model)?,
+        "weights": origin.weights,
+    });
     header.insert("__metadata__".to_owned(), metadata);
     let mut start = 0;
     for (sequence, part, shape) in parts {
@@ -211,7 +221,7 @@ pub(super) fn bytes<D: Device>(
 ) -> Result<Vec<u8>> {
     let (device, plan) = (&session.model.device, &session.plan);
     let carry = |l: usize| &session.states[sequence].layers[l];
-    let shapes = Shapes::new(session, session.positions[sequence]);
+    let shapes = Shapes::new(session, session.cursors[sequence]);
     let layer = |l: usize| {
         session
             .flight
@@ -231,10 +241,9 @@ pub(super) fn bytes<D: Device>(
             values.extend(device.read(&carry(l).prior_v, range)?);
             values
         }
-        Part::Pool(l, segment) => match &carry(l).pool {
+        Part::Pool(l, part) => match &carry(l).pool {
             Some(pool) => {
-                let first = segment * plan.segment_len;
-                let (mut values, v) = pool.read(device, first..first + plan.segment_len)?;
+                let (mut values, v) = pool.read(device, shapes.pool_part(part))?;
                 values.extend(v);
                 values
             }

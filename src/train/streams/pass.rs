@@ -1,30 +1,16 @@
 //! One backward pass of one gradient stream, layer by layer, for consecutive segments of a group.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use super::Group;
+use super::tail::{Arrivals, Piece, StreamId, tail_pieces};
 use crate::device::{
     Accumulate, Attention, AttentionGrad, Device, Kind, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
+use crate::model::segmentation::Segment;
 use crate::model::state::Plan;
-
-/// Which stream a prior gradient belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum StreamId {
-    /// The losses of segments 0..=K, which are never truncated, together.
-    Head,
-    /// Stream `r`: its gradient goes back `r` more segments.
-    Stream(usize),
-}
-
-/// Gradients of the prior keys (before rotation) and values of one layer, `[prior, kv width]`.
-pub type Priors<D> = (<D as Device>::Buffer, <D as Device>::Buffer);
-
-/// Prior gradients of the layer that no pass has received yet, by receiving stream, segment and sequence.
-pub type Arrivals<D> = HashMap<(StreamId, usize, usize), Priors<D>>;
 
 /// What a pass does.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +19,7 @@ pub struct Pass {
     pub stream: StreamId,
     /// Whether the pass starts from the segments' own losses.
     pub own_loss: bool,
-    /// Whether prior gradients are sent to the segment before.
+    /// Whether prior gradients are sent to the segments before.
     pub hand_down: bool,
 }
 
@@ -79,6 +65,8 @@ pub struct Work<'a, D: Device> {
     pub group: usize,
     model: &'a Decoder<D>,
     plan: &'a Plan,
+    /// Of each sequence.
+    segments: &'a [Vec<Segment>],
     pass: Pass,
     spans: Range<usize>,
     /// Segment and sequence of each span.
@@ -94,6 +82,7 @@ impl<'a, D: Device> Work<'a, D> {
     pub(super) fn new(
         model: &'a Decoder<D>,
         plan: &'a Plan,
+        segments: &'a [Vec<Segment>],
         pass: Pass,
         (index, group): (usize, &Group<D>),
         spans: Range<usize>,
@@ -114,6 +103,7 @@ impl<'a, D: Device> Work<'a, D> {
             group: index,
             model,
             plan,
+            segments,
             pass,
             span_indices: spans.clone().map(indices).collect(),
             spans,
@@ -141,7 +131,7 @@ impl<'a, D: Device> Work<'a, D> {
                 let d_qkv = self.attention(l, group, arrivals, &d)?;
                 (d, d_qkv)
             }
-            // The upstream gradient is zero: the first gradient arrives from the next segment in this layer.
+            // The upstream gradient is zero: the first gradient arrives from a later segment in this layer.
             None if arrived => {
                 group.prepare(self.model, self.plan, l)?;
                 let device = &self.model.device;
@@ -315,7 +305,7 @@ impl<'a, D: Device> Work<'a, D> {
     }
 
     /// Backward of the segment attention operation. Returns the gradient of q, k, v before rotation, as in
-    /// [`Work::own`], and sends the prior gradients to the segment before.
+    /// [`Work::own`], and sends the prior gradients to the segments before.
     fn attention_op(
         &self,
         l: usize,
@@ -408,7 +398,7 @@ impl<'a, D: Device> Work<'a, D> {
         device.rope(src, dst, heads, dim, tables, angles, true, Accumulate::No)
     }
 
-    /// Sends the prior gradient of each span to the segment before.
+    /// Sends the prior gradient of each span to the segments that computed the rows, as far as its stream goes back.
     fn send(
         &self,
         group: &Group<D>,
@@ -416,29 +406,33 @@ impl<'a, D: Device> Work<'a, D> {
         arrivals: &mut Arrivals<D>,
     ) -> Result<()> {
         let (device, plan) = (&self.model.device, self.plan);
-        let (rows, width) = (plan.prior_len, plan.kv_width());
-        let angles: Vec<usize> = (plan.origin() - rows..plan.origin()).collect();
-        let stream = match self.pass.stream {
-            StreamId::Head => StreamId::Head,
-            StreamId::Stream(r) => StreamId::Stream(r - 1),
-        };
+        let (heads, width) = (plan.heads.kv, plan.kv_width());
         for (i, (segment, sequence)) in self.span_indices.iter().enumerate() {
-            if *segment == 0 {
-                continue;
+            let segments = &self.segments[*sequence][..=*segment];
+            let tail = plan.prior_len.min(segments[*segment].tokens.start);
+            for (back, rows) in tail_pieces(segments, plan.prior_len) {
+                let Some(stream) = self.pass.stream.back(back) else {
+                    break;
+                };
+                let empty = || device.empty(Kind::Activation, rows.len() * width);
+                let (mut k, mut v) = (empty()?, empty()?);
+                let from = |buffer| Rows::packed(buffer, i * plan.prior_len + rows.start, width);
+                let position = plan.origin() - tail;
+                let angles: Vec<usize> = rows.clone().map(|row| position + row).collect();
+                let dst = RowsMut::packed(&mut k, 0, width);
+                self.unrotate(group, from(&d_prior.0), dst, heads, &angles)?;
+                let dst = RowsMut::packed(&mut v, 0, width);
+                device.copy(from(&d_prior.1), dst, rows.len(), width, Accumulate::No)?;
+                let rows = rows.len();
+                let pieces = arrivals.entry((stream, segment - back, *sequence));
+                pieces.or_default().push(Piece { back, rows, k, v });
             }
-            let empty = || device.empty(Kind::Activation, rows * width);
-            let (mut k, mut v) = (empty()?, empty()?);
-            let from = |buffer| Rows::packed(buffer, i * rows, width);
-            let dst = RowsMut::packed(&mut k, 0, width);
-            self.unrotate(group, from(&d_prior.0), dst, plan.heads.kv, &angles)?;
-            let dst = RowsMut::packed(&mut v, 0, width);
-            device.copy(from(&d_prior.1), dst, rows, width, Accumulate::No)?;
-            arrivals.insert((stream, segment - 1, *sequence), (k, v));
         }
         Ok(())
     }
 
-    /// Adds the prior gradients of the next segment to the gradients of this segment's last keys and values.
+    /// Adds the prior gradients of later segments to the gradients of this segment's last keys and values, that of the
+    /// next segment first.
     fn receive(
         &self,
         l: usize,
@@ -446,23 +440,22 @@ impl<'a, D: Device> Work<'a, D> {
         arrivals: &mut Arrivals<D>,
         d_qkv: &mut Option<D::Buffer>,
     ) -> Result<()> {
-        let (rows, width) = (self.plan.prior_len, self.plan.kv_width());
+        let (device, width) = (&self.model.device, self.plan.kv_width());
         let (k_column, stride) = (self.plan.q_width(), self.plan.q_width() + 2 * width);
         let (_, _, sums) = group.layers[l].parts();
         let spans = &group.step.spans[self.spans.clone()];
         for (span, (segment, sequence)) in spans.iter().zip(&self.span_indices) {
             let key = (self.pass.stream, *segment, *sequence);
-            let Some((k, v)) = arrivals.remove(&key) else {
-                continue;
-            };
-            let tail = span.rows.row - self.first + span.rows.rows - rows;
-            for (src, column) in [(&k, k_column), (&v, k_column + width)] {
-                let dst = self.target(d_qkv, &mut sums.d_qkv, stride);
-                let dst = dst.column(tail * stride + column);
-                let src = Rows::packed(src, 0, width);
-                self.model
-                    .device
-                    .copy(src, dst, rows, width, Accumulate::Yes)?;
+            let mut pieces = arrivals.remove(&key).unwrap_or_default();
+            pieces.sort_unstable_by_key(|piece| piece.back);
+            for piece in &pieces {
+                let first = span.rows.row - self.first + span.rows.rows - piece.rows;
+                for (src, column) in [(&piece.k, k_column), (&piece.v, k_column + width)] {
+                    let dst = self.target(d_qkv, &mut sums.d_qkv, stride);
+                    let dst = dst.column(first * stride + column);
+                    let src = Rows::packed(src, 0, width);
+                    device.copy(src, dst, piece.rows, width, Accumulate::Yes)?;
+                }
             }
         }
         Ok(())
