@@ -136,9 +136,9 @@ struct KvRange {
   int work_end;                    // end of the work tile: the warpgroup releases the stages up to here
   uint32_t first_iteration;        // the ring's iteration of first_kv_tile
   int work_buffer, first_row;      // buffer of the queries, and the warpgroup's first row in it
-  int past_tiles;                  // key tiles of the past, whose scores get the gate
-  // Tiles of which some row of the warp does not see all keys: the last one of past and prior if it is not full (else
-  // -1), and all from first_masked on.
+  int sink_tiles, past_end;        // key tiles [sink_tiles, past_end) are of the past and get the gate
+  // Tiles of which some row of the warp may not see all keys: the last one of the sinks, that of past and prior if it
+  // is not full (else -1), and all from first_masked on.
   int partial_past_tile, partial_prior_tile, first_masked;
 
   SEGATTN_FN KvRange of(const ForwardWork& buffer, int work_buffer, int warp) {
@@ -147,7 +147,8 @@ struct KvRange {
     const int first_row = warp / 4 * 64, first = work.query_tile * C::kRows + first_row;
     const int last = min(first + 64, work.query_rows) - 1;
     const int position = keys.query_start + work.query_tile * C::kRows + warp * 16;  // of the warp's first row
-    const int past = ceil_div(keys.past_len, C::kKeys), prior = ceil_div(keys.prior_len, C::kKeys);
+    const int sinks = keys.template sink_tiles<C::kKeys>(), past = sinks + keys.template past_tiles<C::kKeys>(),
+              prior = past + keys.template prior_tiles<C::kKeys>();
     const int visible = keys.template tiles_of<C::kKeys>(keys.query_start + last);
     const int end = first <= last ? min(work.end_kv_tile, visible) : 0;
     return {uniform(work.first_kv_tile),
@@ -156,13 +157,15 @@ struct KvRange {
             (uint32_t)uniform(buffer.first_iteration),
             uniform(work_buffer),
             uniform(first_row),
+            sinks,
             past,
-            keys.past_len % C::kKeys ? past - 1 : -1,
-            keys.prior_len % C::kKeys ? past + prior - 1 : -1,
-            past + prior + min(position + 1, keys.segment_len) / C::kKeys};
+            (keys.past_len - keys.sinks) % C::kKeys ? past - 1 : -1,
+            keys.prior_len % C::kKeys ? prior - 1 : -1,
+            prior + min(position + 1, keys.segment_len) / C::kKeys};
   }
   __device__ __forceinline__ bool masked(int kv_tile) const {
-    return kv_tile == partial_past_tile || kv_tile == partial_prior_tile || kv_tile >= first_masked;
+    return kv_tile == sink_tiles - 1 || kv_tile == partial_past_tile || kv_tile == partial_prior_tile ||
+           kv_tile >= first_masked;
   }
   __device__ __forceinline__ uint32_t iteration(int kv_tile) const {
     return first_iteration + (kv_tile - first_kv_tile);
@@ -197,7 +200,7 @@ SEGATTN_FN void mask_and_softmax(float (&s)[C::kColTiles][4], float (&factor)[2]
                                  const WorkTile& work, const KvRange<C>& range, int kv_tile, int first_row, float gate,
                                  float scale, int lane) {
   if (range.masked(kv_tile)) mask_rows<C>(s, work, work.keys.template tile<C::kKeys>(kv_tile), first_row, 1, lane);
-  const float bias = kv_tile < range.past_tiles ? gate : 0.f;
+  const float bias = kv_tile >= range.sink_tiles && kv_tile < range.past_end ? gate : 0.f;
 #pragma unroll
   for (int half = 0; half < 2; half++) factor[half] = softmax_row(s, half, rows[half], scale, bias);
 }

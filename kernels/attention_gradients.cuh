@@ -106,7 +106,7 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   if (query != 0 || lane != 0) return;
   float sum = 0.f;
   const float gate = p.problem.past_gate[head];
-  for (int tile = 0; keys.past_len > 0 && tile < p.tiles; tile++) {
+  for (int tile = 0; keys.past_len > keys.sinks && tile < p.tiles; tile++) {
     const int parts = max(1, ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
     for (int split = 0; split < parts; split++)
       sum += p.partial_gate[(((int64_t)split * p.problem.batch + batch_index) * p.problem.q_heads + head) * p.tiles +

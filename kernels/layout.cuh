@@ -26,11 +26,14 @@
                                                          offsetof(SegattnProblem, segment_len),                  \
                                                          offsetof(SegattnProblem, prior_len),                    \
                                                          offsetof(SegattnProblem, past_len),                     \
+                                                         offsetof(SegattnProblem, sink_len),                     \
                                                          offsetof(SegattnProblem, query_start),                  \
                                                          offsetof(SegattnProblem, past_gate),                    \
                                                          offsetof(SegattnProblem, prior_heads),                  \
                                                          offsetof(SegattnProblem, past_len_batch_stride),        \
                                                          offsetof(SegattnProblem, past_len_head_stride),         \
+                                                         offsetof(SegattnProblem, sink_len_batch_stride),        \
+                                                         offsetof(SegattnProblem, sink_len_head_stride),         \
                                                          offsetof(SegattnProblem, batch),                        \
                                                          offsetof(SegattnProblem, q_heads),                      \
                                                          offsetof(SegattnProblem, kv_heads),                     \

@@ -25,11 +25,14 @@ typedef struct SegattnProblem {
   const int32_t* segment_len; /* [batch]: valid rows of k and v */
   const int32_t* prior_len;   /* [batch]: valid rows of prior_k and prior_v */
   const int32_t* past_len;    /* [batch] or [batch, kv_heads], see the two strides */
+  const int32_t* sink_len;    /* like past_len, with strides of its own, or null: 0; at most past_len */
   const int32_t* query_start; /* [batch] or null: 0 */
-  const float* past_gate;     /* [q_heads], 0: the past is not read */
+  const float* past_gate;     /* [q_heads], 0: of the past only the sinks are read */
   const uint8_t* prior_heads; /* [q_heads], whether the prior rows are read */
   int32_t past_len_batch_stride;
   int32_t past_len_head_stride; /* 0: one length for all KV heads */
+  int32_t sink_len_batch_stride;
+  int32_t sink_len_head_stride;
   int32_t batch;
   int32_t q_heads;
   int32_t kv_heads;

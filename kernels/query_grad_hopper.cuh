@@ -297,7 +297,7 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
     first_iteration = iterator.end;
     if constexpr (!C::kRegisterA) shared.row_ring.release(n, lane);
     store_query_grad<C>(p, d_q, work, first + row, lane);
-    if (work.keys.past_len > 0) store_gate_sum<C>(p, shared.gate_sums[n % 2], work, gate_sum, thread);
+    if (work.keys.past_len > work.keys.sinks) store_gate_sum<C>(p, shared.gate_sums[n % 2], work, gate_sum, thread);
   }
 }
 

@@ -77,12 +77,12 @@ SEGATTN_FN int64_t partial_row(const SegattnProblem& p, int split, int batch_ind
   return (((int64_t)split * p.batch + batch_index) * p.q_heads + head) * p.q.rows + query;
 }
 
-// K and V of the three sources, of one KV head and element of the batch.
+// K and V of every source, of one KV head and element of the batch. Sinks are rows of the past tensors.
 template <class T>
 struct SourceRows {
-  Rows<const T> k[3], v[3];
+  Rows<const T> k[4], v[4];
 
-  // Called by all threads; the first six write.
+  // Called by all threads; the first eight write.
   __device__ __forceinline__ void fill(const SegattnProblem& p, int batch_index, int kv_head, int thread) {
     if (thread == 0) k[kPast] = Rows<const T>::of(p.past_k, batch_index, kv_head);
     if (thread == 1) v[kPast] = Rows<const T>::of(p.past_v, batch_index, kv_head);
@@ -90,6 +90,8 @@ struct SourceRows {
     if (thread == 3) v[kPrior] = Rows<const T>::of(p.prior_v, batch_index, kv_head);
     if (thread == 4) k[kCurrent] = Rows<const T>::of(p.k, batch_index, kv_head);
     if (thread == 5) v[kCurrent] = Rows<const T>::of(p.v, batch_index, kv_head);
+    if (thread == 6) k[kSinks] = Rows<const T>::of(p.past_k, batch_index, kv_head);
+    if (thread == 7) v[kSinks] = Rows<const T>::of(p.past_v, batch_index, kv_head);
   }
 };
 

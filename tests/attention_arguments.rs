@@ -47,6 +47,7 @@ fn what_is_well_formed_is_computed() {
     let lengths = Lengths::segment(&[5, 3])
         .prior(&[3, 0])
         .past_per_head(&[3, 2, 1, 0])
+        .sinks_per_head(&[0, 2, 1, 0])
         .query_start(&[4, 0]);
     forward(&problem().lengths(lengths).scale(0.5)).expect("lengths");
 }
@@ -120,6 +121,30 @@ fn lengths_are_checked_against_their_tensors() {
     assert_eq!(
         with(Lengths::default().past_per_head(&[0, 0])),
         "past_len: expected batch * kv_heads = 4 elements, got 2"
+    );
+    assert_eq!(
+        with(Lengths::default().past(&[3, 1]).sinks(&[3, 2])),
+        "sink_len[1]: expected 0 to past_len = 1, got 2"
+    );
+    assert_eq!(
+        with(
+            Lengths::default()
+                .past_per_head(&[3, 1, 2, 0])
+                .sinks_per_head(&[3, 1, 2, 1])
+        ),
+        "sink_len[3]: expected 0 to past_len = 0, got 1"
+    );
+    assert_eq!(
+        with(Lengths::default().sinks(&[-1, 0])),
+        "sink_len[0]: expected 0 to past_len = 3, got -1"
+    );
+    assert_eq!(
+        with(Lengths::default().sinks(&[0; 4])),
+        "sink_len: expected batch = 2 elements, got 4"
+    );
+    assert_eq!(
+        refused(causal().lengths(Lengths::default().sinks(&[0, 0]))),
+        "sink_len: expected none, as the source is not there, got lengths"
     );
     assert_eq!(
         with(Lengths::segment(&[5, 3]).query_start(&[0, 4])),

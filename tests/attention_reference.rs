@@ -212,3 +212,53 @@ fn a_backward_pass_of_part_of_the_rows_is_refused() {
         "nothing may be written"
     );
 }
+
+/// Sinks are past rows that every head reads like any other key: as if they were prior rows of all heads.
+#[test]
+fn sinks_are_read_by_every_head_without_its_gate() {
+    let gates = vec![0.0, 0.25, 1.0];
+    let with_sinks = Shape {
+        past_gate: gates.clone(),
+        sink_len: vec![2],
+        ..Shape::plain(1, 3, 4, [3, 0, 5])
+    };
+    let as_prior = Shape {
+        past_gate: gates,
+        ..Shape::plain(1, 3, 4, [3, 2, 3])
+    };
+    let (sinks, mut prior) = (Case::new(&with_sinks), Case::new(&as_prior));
+    (prior.q, prior.k, prior.v) = (sinks.q.clone(), sinks.k.clone(), sinks.v.clone());
+    (prior.d_out, prior.d_lse) = (sinks.d_out.clone(), sinks.d_lse.clone());
+    for (from, past, rest) in [
+        (&sinks.past_k, &mut prior.past_k, &mut prior.prior_k),
+        (&sinks.past_v, &mut prior.past_v, &mut prior.prior_v),
+    ] {
+        for row in 0..5 {
+            let (to, at) = if row < 2 {
+                (&mut *rest, row)
+            } else {
+                (&mut *past, row - 2)
+            };
+            to.row_mut(0, at, 0).copy_from_slice(from.row(0, row, 0));
+        }
+    }
+    let [of_sinks, of_prior] = [&sinks, &prior].map(|case| {
+        let forward = reference_forward(case);
+        let grads = reference_backward(case, &forward, true, true);
+        (forward, grads)
+    });
+    let close = |name: &str, a: &[f64], b: &[f64]| {
+        for (a, b) in a.iter().zip(b) {
+            assert!((a - b).abs() < 1e-12 * (1.0 + b.abs()), "{name}: {a}, {b}");
+        }
+    };
+    close(
+        "out",
+        &of_sinks.0.out.elements(),
+        &of_prior.0.out.elements(),
+    );
+    close("lse", &of_sinks.0.lse, &of_prior.0.lse);
+    for ((name, a), (_, b)) in of_sinks.1.parts().iter().zip(of_prior.1.parts()) {
+        close(name, a, &b);
+    }
+}

@@ -4,7 +4,7 @@
 //! For query row `i` and head `h`, over the keys `j` the row sees:
 //!
 //! ```text
-//! s_j   = scale * q_i . k_j  (+ ln past_gate[h] for past rows)
+//! s_j   = scale * q_i . k_j  (+ ln past_gate[h] for past rows that are no sinks)
 //! out_i = sum_j softmax(s)_j v_j        lse_i = ln sum_j exp(s_j)
 //! ```
 //!
@@ -36,6 +36,7 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 mod layout;
+mod lengths;
 mod problem;
 pub mod reference;
 mod source;
@@ -43,8 +44,8 @@ mod validate;
 
 pub use error::Error;
 pub use layout::{Batch, Elements, Layout, Strided, View, ViewMut};
+pub use lengths::{Len, Lengths, PastLen};
 pub use problem::{
-    Gates, Gradients, HostGradients, HostProblem, HostSaved, Len, Lengths, Past, PastLen, Prior,
-    Problem, Saved,
+    Gates, Gradients, HostGradients, HostProblem, HostSaved, Past, Prior, Problem, Saved,
 };
 pub use source::{PerSource, Source};

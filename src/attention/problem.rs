@@ -1,7 +1,10 @@
 //! The arguments of one attention call, for every backend.
 
+use std::ops::Range;
+
 use super::layout::{Strided, View, ViewMut};
-use super::source::Source;
+use super::lengths::{Len, Lengths, PastLen};
+use super::source::{Part, Source};
 
 /// Queries of one segment and the sources they read. `X` is a tensor `[batch, rows, heads, head_dim]`: a [`View`] of
 /// host memory, a [`cuda::Tensor`](super::cuda::Tensor) of device memory, or a slice of cudarc's
@@ -61,127 +64,6 @@ pub enum Gates<'a> {
         /// `[q_heads]`: whether the gate is above 0.
         reads_past: &'a [bool],
     },
-}
-
-/// `[batch]` numbers of rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Len<'a> {
-    /// Host values; validated, and copied with the call to a GPU.
-    Host(&'a [i32]),
-    /// The device address of i32. The host does not read them: they must be values that validation would accept, and
-    /// every row of the tensors must lie inside its memory. Work is planned for all rows of the tensors, so that a plan
-    /// stays valid while the lengths change.
-    Device(u64),
-}
-
-/// Numbers of valid past rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PastLen<'a> {
-    /// `[batch]`: the same for every KV head.
-    PerBatch(Len<'a>),
-    /// `[batch, kv_heads]`: each KV head retrieved its own number of rows.
-    PerHead(Len<'a>),
-}
-
-/// How many rows of each batch element are valid. The default is all rows of every tensor.
-///
-/// ```
-/// use segattn::attention::Lengths;
-///
-/// // Decoding: the last token of each of two segments of 5 and 3 tokens is the query.
-/// let lengths = Lengths::segment(&[5, 3]).query_start(&[4, 2]);
-/// ```
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Lengths<'a> {
-    /// `[batch]`: valid rows of `k` and `v`.
-    pub segment_len: Option<Len<'a>>,
-    /// `[batch]`: valid rows of the prior.
-    pub prior_len: Option<Len<'a>>,
-    /// Valid rows of the past.
-    pub past_len: Option<PastLen<'a>>,
-    /// `[batch]`: the position of each batch element's first query row in its segment; `None` is 0. Query rows are
-    /// those from there to `segment_len`. Decoding passes one query row at position `segment_len - 1`.
-    pub query_start: Option<Len<'a>>,
-}
-
-impl<'a> Lengths<'a> {
-    /// `[batch]` valid rows of the segment.
-    pub fn segment(len: impl Into<Len<'a>>) -> Self {
-        Lengths {
-            segment_len: Some(len.into()),
-            ..Lengths::default()
-        }
-    }
-
-    /// `[batch]` valid rows of the prior.
-    pub fn prior(self, len: impl Into<Len<'a>>) -> Self {
-        Lengths {
-            prior_len: Some(len.into()),
-            ..self
-        }
-    }
-
-    /// `[batch]` valid rows of the past.
-    pub fn past(self, len: impl Into<Len<'a>>) -> Self {
-        Lengths {
-            past_len: Some(PastLen::PerBatch(len.into())),
-            ..self
-        }
-    }
-
-    /// `[batch, kv_heads]` valid rows of the past.
-    pub fn past_per_head(self, len: impl Into<Len<'a>>) -> Self {
-        Lengths {
-            past_len: Some(PastLen::PerHead(len.into())),
-            ..self
-        }
-    }
-
-    /// `[batch]` positions of the first query row.
-    pub fn query_start(self, start: impl Into<Len<'a>>) -> Self {
-        Lengths {
-            query_start: Some(start.into()),
-            ..self
-        }
-    }
-
-    /// The lengths that are given, by name.
-    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, Len<'a>)> {
-        let past_len = self.past_len.map(PastLen::values);
-        [
-            ("segment_len", self.segment_len),
-            ("prior_len", self.prior_len),
-            ("past_len", past_len),
-            ("query_start", self.query_start),
-        ]
-        .into_iter()
-        .filter_map(|(name, len)| Some((name, len?)))
-    }
-}
-
-impl<'a> PastLen<'a> {
-    pub(super) fn values(self) -> Len<'a> {
-        let (PastLen::PerBatch(len) | PastLen::PerHead(len)) = self;
-        len
-    }
-}
-
-impl<'a> From<&'a [i32]> for Len<'a> {
-    fn from(values: &'a [i32]) -> Self {
-        Len::Host(values)
-    }
-}
-
-impl<'a> From<&'a Vec<i32>> for Len<'a> {
-    fn from(values: &'a Vec<i32>) -> Self {
-        Len::Host(values)
-    }
-}
-
-impl<'a, const N: usize> From<&'a [i32; N]> for Len<'a> {
-    fn from(values: &'a [i32; N]) -> Self {
-        Len::Host(values)
-    }
 }
 
 impl<'a> From<&'a [f32]> for Gates<'a> {
@@ -265,7 +147,8 @@ impl<'a, X> Problem<'a, X> {
         }
     }
 
-    /// Whether a query head reads a source.
+    /// Whether a query head reads a source. It reads the sinks of the past in any case; for the past this says whether
+    /// it reads the other rows too.
     pub fn reads(&self, source: Source, head: usize) -> bool {
         match source {
             Source::Past => self
@@ -274,6 +157,14 @@ impl<'a, X> Problem<'a, X> {
                 .is_some_and(|past| past.gates.reads(head)),
             Source::Prior => self.prior.as_ref().is_some_and(|prior| prior.heads[head]),
             Source::Current => true,
+        }
+    }
+
+    /// Whether a query head reads a part of the keys.
+    pub(super) fn reads_part(&self, part: Part, head: usize) -> bool {
+        match part {
+            Part::Sinks => self.past.is_some(),
+            Part::Gated | Part::Prior | Part::Current => self.reads(part.source(), head),
         }
     }
 
@@ -374,22 +265,55 @@ impl<X: Strided> Problem<'_, X> {
 
     /// Valid rows of a source.
     pub fn source_rows(&self, source: Source, batch_index: usize, kv_head: usize) -> usize {
-        let (len, at) = match (source, self.lengths.past_len) {
-            (Source::Current, _) => (self.lengths.segment_len, batch_index),
-            (Source::Prior, _) => (self.lengths.prior_len, batch_index),
-            (Source::Past, Some(PastLen::PerHead(len))) => {
-                (Some(len), batch_index * self.kv_heads() + kv_head)
-            }
-            (Source::Past, len) => (len.map(PastLen::values), batch_index),
+        let len = match source {
+            Source::Current => self.lengths.segment_len.map(PastLen::PerBatch),
+            Source::Prior => self.lengths.prior_len.map(PastLen::PerBatch),
+            Source::Past => self.lengths.past_len,
         };
-        match (len, source) {
-            (Some(Len::Host(len)), _) => len[at] as usize,
+        match (self.host_len(len, batch_index, kv_head), source) {
+            (Some(rows), _) => rows,
             // No more than there are query rows for.
-            (Some(Len::Device(_)), Source::Current) => {
+            (None, Source::Current) if len.is_some() => {
                 let end = self.query_start(batch_index) + self.rows();
                 end.min(self.capacity(source))
             }
             _ => self.capacity(source),
+        }
+    }
+
+    /// First rows of the past that are sinks.
+    pub fn sink_rows(&self, batch_index: usize, kv_head: usize) -> usize {
+        match self.lengths.sink_len {
+            None => 0,
+            len => self
+                .host_len(len, batch_index, kv_head)
+                .unwrap_or_else(|| self.source_rows(Source::Past, batch_index, kv_head)),
+        }
+    }
+
+    /// A length, if it is in host memory.
+    fn host_len(
+        &self,
+        len: Option<PastLen<'_>>,
+        batch_index: usize,
+        kv_head: usize,
+    ) -> Option<usize> {
+        let len = len?;
+        match len.values() {
+            Len::Host(values) => {
+                Some(values[len.index(batch_index, kv_head, self.kv_heads())] as usize)
+            }
+            Len::Device(_) => None,
+        }
+    }
+
+    /// The rows of a part of the keys, within its source.
+    pub(super) fn part_rows(&self, part: Part, batch_index: usize, kv_head: usize) -> Range<usize> {
+        let end = self.source_rows(part.source(), batch_index, kv_head);
+        match part {
+            Part::Sinks => 0..self.sink_rows(batch_index, kv_head),
+            Part::Gated => self.sink_rows(batch_index, kv_head)..end,
+            Part::Prior | Part::Current => 0..end,
         }
     }
 }

@@ -4,11 +4,11 @@
 use super::error::Error;
 use super::layout::ViewMut;
 use super::problem::{HostGradients, HostProblem, HostSaved};
-use super::source::Source;
+use super::source::Part;
 
 /// A key that a query row sees.
 struct Key<'a> {
-    source: Source,
+    part: Part,
     row: usize,
     k: &'a [f64],
     v: &'a [f64],
@@ -70,17 +70,17 @@ pub fn backward(
             let d_score = scale(problem) * ds;
             add_scaled(grads.d_q.row(at), d_score, key.k);
             let key_at = [batch_index, key.row, head / problem.group()];
-            match (key.source, &mut grads.d_prior) {
-                (Source::Current, _) => {
+            match (key.part, &mut grads.d_prior) {
+                (Part::Current, _) => {
                     add_scaled(grads.d_k.row(key_at), d_score, q);
                     add_scaled(grads.d_v.row(key_at), p, d_out);
                 }
-                (Source::Prior, Some((d_k, d_v))) => {
+                (Part::Prior, Some((d_k, d_v))) => {
                     add_scaled(d_k.row(key_at), d_score, q);
                     add_scaled(d_v.row(key_at), p, d_out);
                 }
-                (Source::Prior, None) => {}
-                (Source::Past, _) => {
+                (Part::Prior, None) | (Part::Sinks, _) => {}
+                (Part::Gated, _) => {
                     let gate = f64::from(problem.gate(head));
                     grads.d_past_gate[batch_index * q_heads + head] += ds / gate;
                 }
@@ -117,25 +117,25 @@ fn visible_keys<'a>(
     let q = problem.q.row([batch_index, row, head]);
     let kv_head = head / problem.group();
     let mut keys = Vec::new();
-    for source in Source::ALL {
+    for part in Part::ALL {
         let Some([k, v]) = problem
-            .source(source)
-            .filter(|_| problem.reads(source, head))
+            .source(part.source())
+            .filter(|_| problem.reads_part(part, head))
         else {
             continue;
         };
-        let (rows, bias) = match source {
-            Source::Current => (problem.query_start(batch_index) + row + 1, 0.0),
-            Source::Prior => (problem.source_rows(source, batch_index, kv_head), 0.0),
-            Source::Past => (
-                problem.source_rows(source, batch_index, kv_head),
+        let (rows, bias) = match part {
+            Part::Current => (0..problem.query_start(batch_index) + row + 1, 0.0),
+            Part::Gated => (
+                problem.part_rows(part, batch_index, kv_head),
                 f64::from(problem.gate(head)).ln(),
             ),
+            Part::Sinks | Part::Prior => (problem.part_rows(part, batch_index, kv_head), 0.0),
         };
-        keys.extend((0..rows).map(|row| {
+        keys.extend(rows.map(|row| {
             let k = k.row([batch_index, row, kv_head]);
             Key {
-                source,
+                part,
                 row,
                 k,
                 v: v.row([batch_index, row, kv_head]),

@@ -18,6 +18,32 @@ impl Source {
     pub const ALL: [Source; 3] = [Source::Past, Source::Prior, Source::Current];
 }
 
+/// The keys of a query head in the order in which it reads them: the sources, the past in two parts. Key tiles are
+/// counted from the first row of a part (docs/contract.md, section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// The first rows of the past, which every head reads with weight 1.
+    Sinks,
+    /// The other rows of the past, weighted by the head's gate.
+    Gated,
+    Prior,
+    Current,
+}
+
+impl Part {
+    /// All parts, in reading order.
+    pub const ALL: [Part; 4] = [Part::Sinks, Part::Gated, Part::Prior, Part::Current];
+
+    /// Where the rows lie.
+    pub fn source(self) -> Source {
+        match self {
+            Part::Sinks | Part::Gated => Source::Past,
+            Part::Prior => Source::Prior,
+            Part::Current => Source::Current,
+        }
+    }
+}
+
 /// One value for each source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PerSource<T> {

@@ -2,7 +2,8 @@
 
 use super::error::Error;
 use super::layout::{Elements, Layout, Strided};
-use super::problem::{Gates, Gradients, Len, PastLen, Problem, Saved};
+use super::lengths::{Len, PastLen};
+use super::problem::{Gates, Gradients, Problem, Saved};
 use super::source::{PerSource, Source};
 
 /// Names of a source's keys, values and lengths.
@@ -158,11 +159,18 @@ impl<X: Strided> Problem<'_, X> {
     /// Whether there are as many lengths as batch elements (or KV heads), and none of a source that is not there.
     fn check_counts(&self) -> Result<(), Error> {
         let (batch, heads) = (self.batch(), self.kv_heads());
-        let per_head = matches!(self.lengths.past_len, Some(PastLen::PerHead(_)));
+        let is_per_head = |name| {
+            let len = match name {
+                "past_len" => self.lengths.past_len,
+                "sink_len" => self.lengths.sink_len,
+                _ => None,
+            };
+            matches!(len, Some(PastLen::PerHead(_)))
+        };
         for (name, len) in self.lengths.named() {
             let absent = match name {
                 "prior_len" => self.prior.is_none(),
-                "past_len" => self.past.is_none(),
+                "past_len" | "sink_len" => self.past.is_none(),
                 _ => false,
             };
             if absent {
@@ -170,7 +178,7 @@ impl<X: Strided> Problem<'_, X> {
             }
             match len {
                 Len::Device(_) => {}
-                Len::Host(len) if name == "past_len" && per_head => {
+                Len::Host(len) if is_per_head(name) => {
                     let expected = batch.saturating_mul(heads);
                     check_count(name, len.len(), expected, "batch * kv_heads")?;
                 }
@@ -199,7 +207,33 @@ impl<X: Strided> Problem<'_, X> {
                 _ => {}
             }
         }
+        self.check_sinks()?;
         (0..self.batch()).try_for_each(|batch_index| self.check_query_rows(batch_index))
+    }
+
+    /// Sinks are rows of the past.
+    fn check_sinks(&self) -> Result<(), Error> {
+        let Some((len, Len::Host(values))) = self.lengths.sink_len.map(|len| (len, len.values()))
+        else {
+            return Ok(());
+        };
+        let kv_heads = self.kv_heads();
+        for (batch_index, kv_head) in
+            (0..self.batch()).flat_map(|b| (0..kv_heads).map(move |head| (b, head)))
+        {
+            let index = len.index(batch_index, kv_head, kv_heads);
+            let rows = self.source_rows(Source::Past, batch_index, kv_head);
+            if usize::try_from(values[index]).is_ok_and(|sinks| sinks <= rows) {
+                continue;
+            }
+            return Err(Error::Length {
+                argument: "sink_len",
+                index,
+                expected: format!("0 to past_len = {rows}"),
+                got: values[index].into(),
+            });
+        }
+        Ok(())
     }
 
     /// The query rows of a batch element, which end with its segment.

@@ -16,9 +16,9 @@ use super::files::Results;
 use case::Case;
 
 /// The case holds q k v prior_k prior_v past_k past_v d_out and past_gate (F32), prior_heads (U8),
-/// segment_len prior_len past_len (I32), optionally d_lse (F32) and the metadata key `scale`. A
-/// source of zero rows is a tensor with a zero in its shape. The result holds out lse d_q d_k d_v
-/// d_prior_k d_prior_v d_past_gate (F32).
+/// segment_len prior_len past_len (I32), optionally sink_len (I32), d_lse (F32) and the metadata key
+/// `scale`. A source of zero rows is a tensor with a zero in its shape. The result holds out lse d_q
+/// d_k d_v d_prior_k d_prior_v d_past_gate (F32).
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Tensors of the case, safetensors

@@ -143,6 +143,8 @@ pub struct SegmentCache<B> {
     pub prior_len: Vec<usize>,
     /// Valid past rows, `[slot, kv_head]`.
     pub past_len: Vec<usize>,
+    /// How many of them, the first ones, are sinks, `[slot, kv_head]`; empty where no slot ever has one.
+    pub sink_len: Vec<usize>,
 }
 
 /// Where the keys and values of a step's rows go.
@@ -196,7 +198,7 @@ pub struct SlotSpan {
 pub struct Attention<'a, B> {
     /// Head counts.
     pub heads: Heads,
-    /// Past gate of each query head; 0 for a head that does not read the past.
+    /// Past gate of each query head; 0 for a head that reads no more of the past than its sinks.
     pub past_gate: &'a [f32],
     /// Whether each query head reads the prior rows.
     pub prior_heads: &'a [bool],

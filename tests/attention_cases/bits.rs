@@ -43,6 +43,7 @@ fn mixed(head_dim: usize) -> Shape {
         segment_len: vec![131, 9],
         prior_len: vec![40, 0],
         past_len: vec![1100, 30],
+        sink_len: vec![4, 0],
         past_gate: vec![0.5, 0.25, 0.0, 0.0],
         prior_heads: vec![true, true, true, true],
         spare_rows: 1,
@@ -100,6 +101,7 @@ pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim:
         segment_len: vec![1, 70, 0],
         prior_len: vec![33, 3, 8],
         past_len: vec![0, 40, 5],
+        sink_len: vec![0, 3, 5],
         past_gate: vec![0.5, 1.0, 0.0],
         ..Shape::plain(1, 3, head_dim, [0; 3])
     };

@@ -22,6 +22,7 @@ pub struct Low {
 struct Key<'a> {
     source: Source,
     row: usize,
+    gated: bool,
     k: &'a [f64],
     v: &'a [f64],
     score: f64,
@@ -61,22 +62,30 @@ fn visible<'a>(
     let scale = f64::from(p.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
     let mut keys = Vec::new();
     for source in Source::ALL {
-        let Some([k_rows, v_rows]) = p.source(source).filter(|_| p.reads(source, head)) else {
+        let Some([k_rows, v_rows]) = p.source(source) else {
             continue;
         };
-        let (count, bias) = match source {
-            Source::Current => (position + 1, 0.0),
-            Source::Prior => (p.source_rows(source, batch_index, kv_head), 0.0),
-            Source::Past => (
-                p.source_rows(source, batch_index, kv_head),
-                f64::from(p.gate(head)).ln(),
-            ),
+        let sinks = match source {
+            Source::Past => p.sink_rows(batch_index, kv_head),
+            Source::Prior | Source::Current => 0,
+        };
+        let count = match source {
+            Source::Current => position + 1,
+            _ if p.reads(source, head) => p.source_rows(source, batch_index, kv_head),
+            _ => sinks,
         };
         keys.extend((0..count).map(|r| {
+            let gated = source == Source::Past && r >= sinks;
+            let bias = if gated {
+                f64::from(p.gate(head)).ln()
+            } else {
+                0.0
+            };
             let k = row(k_rows, [batch_index, r, kv_head], dim);
             Key {
                 source,
                 row: r,
+                gated,
                 k,
                 v: row(v_rows, [batch_index, r, kv_head], dim),
                 score: scale * dot(q, k) + bias,
@@ -137,8 +146,10 @@ fn group(
             let weight = (key.score - max).exp() / sum;
             let ds = weight * (dot(d_out, key.v) - delta);
             add(&mut result.d_q[at..at + dim], scale * round(ds), key.k);
-            if key.source == Source::Past {
+            if key.gated {
                 result.d_gate[h] += ds / f64::from(p.gate(head));
+            }
+            if key.source == Source::Past {
                 continue;
             }
             let [d_k, d_v] = &mut result.d_kv[key.source];

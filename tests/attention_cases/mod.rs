@@ -48,6 +48,8 @@ pub struct Shape {
     pub prior_len: Vec<i32>,
     /// `[batch]` or `[batch, kv_heads]`.
     pub past_len: Vec<i32>,
+    /// `[batch]` or `[batch, kv_heads]`; empty: no sinks are given.
+    pub sink_len: Vec<i32>,
     pub past_gate: Vec<f32>,
     pub prior_heads: Vec<bool>,
     pub scale: Option<f32>,
@@ -75,6 +77,7 @@ impl Shape {
             segment_len: vec![lens[0]],
             prior_len: vec![lens[1]],
             past_len: vec![lens[2]],
+            sink_len: Vec::new(),
             past_gate: vec![1.0; kv_heads * group],
             prior_heads: vec![true; kv_heads * group],
             scale: None,
@@ -192,8 +195,7 @@ impl Case<f64> {
     /// row of padding in every tensor.
     pub fn excerpt(&self, parts: &[(usize, Range<usize>)]) -> Case<f64> {
         let shape = &self.shape;
-        let per_head = shape.past_len.len() != shape.batch();
-        let past_width = if per_head { shape.kv_heads } else { 1 };
+        let width = |all: &[i32]| all.len() / shape.batch().max(1);
         let pick = |all: &[i32], width: usize| -> Vec<i32> {
             let of = |(batch_index, _): &(usize, _)| {
                 all[batch_index * width..(batch_index + 1) * width].to_vec()
@@ -204,7 +206,8 @@ impl Case<f64> {
             // As when the last row asked for is the newest there is.
             segment_len: parts.iter().map(|(_, rows)| rows.end as i32).collect(),
             prior_len: pick(&shape.prior_len, 1),
-            past_len: pick(&shape.past_len, past_width),
+            past_len: pick(&shape.past_len, width(&shape.past_len)),
+            sink_len: pick(&shape.sink_len, width(&shape.sink_len)),
             arrangement: Arrangement::Packed,
             spare_rows: 1,
             ..shape.clone()
@@ -293,6 +296,11 @@ impl<T: Copy> Case<T> {
         let lengths = match shape.past_len.len() {
             len if len == shape.batch() => lengths.past(&shape.past_len),
             _ => lengths.past_per_head(&shape.past_len),
+        };
+        let lengths = match shape.sink_len.len() {
+            0 => lengths,
+            len if len == shape.batch() => lengths.sinks(&shape.sink_len),
+            _ => lengths.sinks_per_head(&shape.sink_len),
         };
         Problem::causal(q, k, v)
             .prior(prior_k, prior_v, &shape.prior_heads)
@@ -435,13 +443,16 @@ pub fn shapes(
             let q_heads = kv_heads * group;
             let source = prop_oneof![1 => Just(0), 3 => lengths.clone()];
             let past = if per_head { batch * kv_heads } else { batch };
+            // Of each past length: none of it, all of it, or as many rows as there are up to a few.
+            let sinks = prop_oneof![1 => Just(0), 1 => Just(i32::MAX), 3 => 1..=5i32];
+            let sinks = proptest::option::of(vec(sinks, past));
             (
                 vec(prop_oneof![1 => Just(0), 9 => lengths.clone()], batch),
                 vec(source.clone(), batch),
                 vec(source, past),
                 vec(select(vec![0.0, 1.0, 0.25, 3.5, 1e-3]), q_heads),
                 vec(any::<bool>(), q_heads),
-                select(vec![None, None, Some(0.25)]),
+                (select(vec![None, None, Some(0.25)]), sinks),
                 select(vec![
                     Arrangement::Packed,
                     Arrangement::HeadsOutside,
@@ -454,7 +465,11 @@ pub fn shapes(
                 .prop_map(move |drawn| {
                     let (segment_len, prior_len, past_len, past_gate, prior_heads, ..) =
                         drawn.clone();
-                    let (.., scale, arrangement, values, seed) = drawn;
+                    let (.., (scale, sinks), arrangement, values, seed) = drawn;
+                    let sink_len = sinks.map_or_else(Vec::new, |sinks| {
+                        let least = |(sinks, rows): (&i32, &i32)| *sinks.min(rows);
+                        sinks.iter().zip(&past_len).map(least).collect()
+                    });
                     Shape {
                         kv_heads,
                         group,
@@ -463,6 +478,7 @@ pub fn shapes(
                         segment_len,
                         prior_len,
                         past_len,
+                        sink_len,
                         past_gate,
                         prior_heads,
                         scale,

@@ -25,6 +25,7 @@ pub struct Upstream<'a> {
 struct Key<'a> {
     source: Source,
     row: usize,
+    gated: bool,
     k: &'a [f32],
     v: &'a [f32],
 }
@@ -62,18 +63,25 @@ fn head(
     let (d, kv_head) = (p.head_dim(), head / p.group());
     let own = p.source_rows(Source::Current, batch_index, kv_head);
     let mut keys = Vec::new();
-    for source in Source::ALL.into_iter().filter(|s| p.reads(*s, head)) {
+    for source in Source::ALL {
         let Some([k_rows, v_rows]) = p.source(source) else {
             continue;
         };
-        keys.extend(
-            (0..p.source_rows(source, batch_index, kv_head)).map(|r| Key {
-                source,
-                row: r,
-                k: row(k_rows, [batch_index, r, kv_head], d),
-                v: row(v_rows, [batch_index, r, kv_head], d),
-            }),
-        );
+        let sinks = match source {
+            Source::Past => p.sink_rows(batch_index, kv_head),
+            Source::Prior | Source::Current => 0,
+        };
+        let rows = match p.reads(source, head) {
+            true => p.source_rows(source, batch_index, kv_head),
+            false => sinks,
+        };
+        keys.extend((0..rows).map(|r| Key {
+            source,
+            row: r,
+            gated: source == Source::Past && r >= sinks,
+            k: row(k_rows, [batch_index, r, kv_head], d),
+            v: row(v_rows, [batch_index, r, kv_head], d),
+        }));
     }
     let rows = p.rows();
     let scale = p.scale.unwrap_or(1.0 / (d as f32).sqrt());
@@ -95,7 +103,7 @@ fn head(
         let q = row(&p.q, [batch_index, i, head], d);
         for (s, key) in scores[..visible].iter_mut().zip(&keys) {
             *s = scale * dot(q, key.k);
-            if key.source == Source::Past {
+            if key.gated {
                 *s += p.gate(head).ln();
             }
         }
@@ -119,7 +127,7 @@ fn head(
                 let [d_k, d_v] = &mut result.d_kv[key.source];
                 add(&mut d_k[key.row * d..][..d], scale * ds, q);
                 add(&mut d_v[key.row * d..][..d], *prob, d_out);
-                if key.source == Source::Past {
+                if key.gated {
                     result.d_gate += ds / p.gate(head);
                 }
             }

@@ -90,12 +90,42 @@ fn decode(dtype: Dtype, head_dim: usize) -> Named {
     }
 }
 
+/// Sinks of every number around a tile's keys, alone and before other rows of the past; heads of gate 0 read no more.
+fn sinks(dtype: Dtype, head_dim: usize) -> Named {
+    let [rows, keys] = tile(head_dim);
+    let shape = Shape {
+        segment_len: vec![rows + 1, 5, 1, 40, 3, 17],
+        prior_len: vec![3, 0, keys, 9, 0, 1],
+        past_len: vec![keys + 9, 4, 2 * keys + 1, keys + 1, keys, 7],
+        sink_len: vec![4, 4, keys, keys + 1, keys - 1, 0],
+        past_gate: vec![0.25, 0.0, 3.5],
+        prior_heads: vec![true, true, false],
+        ..Shape::plain(1, 3, head_dim, [0; 3])
+    };
+    let options = Options {
+        with_d_lse: dtype == Dtype::Bf16,
+        phase: Some(Phase::Prefill),
+        ..Options::new(dtype)
+    };
+    named("sinks of every number around a tile's keys", shape, options)
+}
+
+/// As [`decode`], with sinks of each KV head.
+fn decode_sinks(dtype: Dtype, head_dim: usize) -> Named {
+    let mut case = decode(dtype, head_dim);
+    case.name = "decoding over chunks with sinks".into();
+    case.shape.sink_len = vec![4, 3, 0, 63, 1, 0];
+    case
+}
+
 /// What runs every entry point of an element type and a head size.
 pub fn of(dtype: Dtype, head_dim: usize) -> Vec<Named> {
     vec![
         lengths(dtype, head_dim),
         split_past(dtype, head_dim),
         decode(dtype, head_dim),
+        sinks(dtype, head_dim),
+        decode_sinks(dtype, head_dim),
     ]
 }
 
@@ -121,7 +151,23 @@ pub fn roles() -> Vec<Named> {
         let name = format!("every role in groups of {group}");
         named(name, shape, Options::new(Dtype::Bf16))
     };
-    vec![of(8, 1), of(3, 3), of(1, 8)]
+    let with_sinks = |mut case: Named| {
+        case.name += ", with sinks";
+        case.shape.sink_len = case
+            .shape
+            .past_len
+            .iter()
+            .map(|&rows| rows.min(4))
+            .collect();
+        case
+    };
+    vec![
+        of(8, 1),
+        of(3, 3),
+        of(1, 8),
+        with_sinks(of(8, 1)),
+        with_sinks(of(1, 8)),
+    ]
 }
 
 /// Each source there and not there, as rows of a tensor that are all padding and as a tensor of no rows.

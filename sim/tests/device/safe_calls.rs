@@ -207,6 +207,7 @@ fn cache(gpu: &Sim, slots: usize, rows: usize) -> SegmentCache<Buffer> {
         past_v: empty(),
         prior_len: vec![0; slots],
         past_len: vec![0; slots],
+        sink_len: Vec::new(),
     }
 }
 

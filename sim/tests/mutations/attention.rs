@@ -79,6 +79,7 @@ fn lengths(head_dim: usize) -> Shape {
         segment_len: vec![129, 0, 35],
         prior_len: vec![40, 6, 65],
         past_len: vec![66, 9, 0, 3, 31, 64],
+        sink_len: vec![3, 9, 0, 2, 31, 33],
         past_gate: vec![0.25, 0.0, 1.0, 3.0],
         prior_heads: vec![true, true, false, true],
         spare_rows: 2,
@@ -93,6 +94,7 @@ fn split(head_dim: usize) -> Shape {
         segment_len: vec![3, 1],
         prior_len: vec![0, 5],
         past_len: vec![8192 + 1030, 7],
+        sink_len: vec![4, 1],
         past_gate: vec![2.0],
         ..Shape::plain(1, 1, head_dim, [0; 3])
     }
@@ -185,6 +187,7 @@ fn hopper_suite(kernels: &Kernels, head_dim: usize) {
         segment_len: vec![3, 1, 2, 1, 1],
         prior_len: vec![0, 5, 0, 1, 0],
         past_len: vec![8192 + 1030, 7, 0, 3, 0],
+        sink_len: vec![66, 0, 0, 2, 0],
         ..split(head_dim)
     };
     check(&split, vec![0; 5]);

@@ -213,7 +213,7 @@ pub const SURVIVORS: [[&str; 3]; 17] = [
     ],
 ];
 
-const FORWARD: [Rule; 29] = [
+const FORWARD: [Rule; 30] = [
     drop_statement("__syncthreads()"),
     drop_statement("cp_async_commit()"),
     drop_statement("arrive_and_wait<"),
@@ -254,6 +254,10 @@ const FORWARD: [Rule; 29] = [
         "tile.source == kPrior ? 1.f : 0.f",
     ),
     replace("tile.source == kPast ? 1.f : 0.f", "1.f"),
+    replace(
+        "tile.source == kPast ? 1.f : 0.f",
+        "tile.source <= kPast ? 1.f : 0.f",
+    ),
     replace("gridDim.x + atomic_add", "gridDim.x + 1 + atomic_add"),
     replace(
         "first ? blockIdx.x : gridDim.x",
@@ -284,7 +288,7 @@ const FORWARD: [Rule; 29] = [
     replace("rows.first_row + m * 16, 1", "rows.first_row, 1"),
 ];
 
-const DECODE: [Rule; 42] = [
+const DECODE: [Rule; 43] = [
     drop_statement("__syncthreads()"),
     drop_statement("cp_async_commit()"),
     drop_statement("arrive_and_wait<"),
@@ -324,6 +328,7 @@ const DECODE: [Rule; 42] = [
     ),
     replace("== kPast ? 1.f : 0.f", "== kPrior ? 1.f : 0.f"),
     replace("== kPast ? 1.f : 0.f", ">= kPast ? 1.f : 0.f"),
+    replace("== kPast ? 1.f : 0.f", "<= kPast ? 1.f : 0.f"),
     replace("mul_rn(gate_bias[1], past)", "mul_rn(gate_bias[0], past)"),
     replace("lane / 4 + 8, packed_heads", "lane / 4, packed_heads"),
     replace("? log2_approx(gate)", "? gate"),
@@ -397,7 +402,7 @@ const PREPARE: [Rule; 7] = [
     ),
 ];
 
-const QUERY_GRAD: [Rule; 23] = [
+const QUERY_GRAD: [Rule; 24] = [
     drop_statement("__syncthreads()"),
     drop_statement("arrive_and_wait<"),
     drop_statement("cp_async_wait<"),
@@ -422,6 +427,7 @@ const QUERY_GRAD: [Rule; 23] = [
     replace("n * 8 + e >= limit", "n * 8 + e > limit"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
     replace("past ? work.keys.gate_log2 : 0.f", "work.keys.gate_log2"),
+    replace("past = tile.source == kPast", "past = tile.source <= kPast"),
     replace("if (past) shared.gate_sums", "shared.gate_sums"),
     drop_statement("shared.gate_sums[thread] = 0.f"),
     replace(
@@ -503,7 +509,7 @@ const GRADIENTS: [Rule; 15] = [
     replace("sum.w * scale", "sum.z * scale"),
 ];
 
-const QUERY_GRAD_HOPPER: [Rule; 40] = [
+const QUERY_GRAD_HOPPER: [Rule; 41] = [
     drop_statement("cp_async_commit()"),
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),
@@ -525,6 +531,7 @@ const QUERY_GRAD_HOPPER: [Rule; 40] = [
     ),
     replace("row + 1 : tile.end", "row : tile.end"),
     replace("past ? keys.gate_log2 : 0.f", "keys.gate_log2"),
+    replace("past = tile.source == kPast", "past = tile.source <= kPast"),
     replace("bias - fragments.lse[e / 2]", "bias - fragments.lse[0]"),
     replace("- fragments.delta[e / 2]", "- fragments.delta[0]"),
     replace("if (past)\n", "if (true)\n"),
@@ -662,7 +669,7 @@ const WARPGROUPS: [Rule; 11] = [
     replace("(n + lane % 4) * 8", "n * 8"),
 ];
 
-const WORK_TILES: [Rule; 11] = [
+const WORK_TILES: [Rule; 13] = [
     drop_statement("__syncwarp()"),
     replace("query < work.query_rows ?", "query <= work.query_rows ?"),
     replace("index % packed_heads)", "index / packed_heads)"),
@@ -676,13 +683,21 @@ const WORK_TILES: [Rule; 11] = [
         "(int64_t)split * p.batch + batch_index",
         "(int64_t)split * p.batch",
     ),
+    replace(
+        "k[kSinks] = Rows<const T>::of(p.past_k",
+        "k[kSinks] = Rows<const T>::of(p.prior_k",
+    ),
+    replace(
+        "v[kSinks] = Rows<const T>::of(p.past_v",
+        "v[kSinks] = Rows<const T>::of(p.past_k",
+    ),
     replace("(p.prior_k, batch_index", "(p.past_k, batch_index"),
     replace("(p.prior_v, batch_index", "(p.v, batch_index"),
     replace("q.query >= tensor.rows", "q.query > tensor.rows"),
     replace("q.position >= 0 ? value : make_uint4(0, 0, 0, 0)", "value"),
 ];
 
-const VISIBILITY: [Rule; 11] = [
+const VISIBILITY: [Rule; 16] = [
     replace(
         "min(position + 1, segment_len)",
         "min(position, segment_len)",
@@ -694,6 +709,20 @@ const VISIBILITY: [Rule; 11] = [
         "kv_head * p.past_len_head_stride",
         "0 * p.past_len_head_stride",
     ),
+    replace(
+        "gate > 0.f ? past_len : list.sinks",
+        "gate > 0.f ? past_len : 0",
+    ),
+    replace(
+        "kv_head * p.sink_len_head_stride",
+        "0 * p.sink_len_head_stride",
+    ),
+    replace(
+        "batch_index * p.sink_len_batch_stride",
+        "0 * p.sink_len_batch_stride",
+    ),
+    replace("index * kKeys, sinks}", "index * kKeys, past_len}"),
+    replace("{kPast, sinks + index * kKeys", "{kPast, index * kKeys"),
     replace("index < past_tiles", "index <= past_tiles"),
     drop_statement("index -= past_tiles"),
     replace("position / kKeys + 1", "position / kKeys"),
@@ -701,8 +730,8 @@ const VISIBILITY: [Rule; 11] = [
     replace("segment_len - query_start", "segment_len"),
     // The order of the sources, in one of the places that must agree.
     replace(
-        "return {kPast, index * kKeys, past_len}",
-        "return {kPrior, index * kKeys, past_len}",
+        "return {kPast, sinks + index * kKeys, past_len}",
+        "return {kPrior, sinks + index * kKeys, past_len}",
     ),
 ];
 

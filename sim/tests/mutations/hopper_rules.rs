@@ -25,7 +25,7 @@ pub static TARGETS: [Target; 6] = [
     target("tile.cuh", "bf16_d128", &OPERANDS),
 ];
 
-const FORWARD: [Rule; 77] = [
+const FORWARD: [Rule; 79] = [
     // What the producer warps copy.
     replace(
         "before.first_iteration + before.kv_tiles()",
@@ -54,12 +54,13 @@ const FORWARD: [Rule; 77] = [
         "min(first + 64, work.query_rows) - 2",
     ),
     replace("first <= last ?", "first < last ?"),
-    replace("keys.past_len % C::kKeys ?", "false ?"),
+    replace("(keys.past_len - keys.sinks) % C::kKeys ?", "false ?"),
     replace("keys.prior_len % C::kKeys ?", "false ?"),
-    replace("past + prior + min(", "past + prior + 1 + min("),
+    replace("prior + min(", "prior + 1 + min("),
     replace("min(position + 1,", "min(position + 2,"),
     replace("C::kRows + warp * 16;", "C::kRows + warp * 16 + 15;"),
     replace("kv_tile >= first_masked", "kv_tile > first_masked"),
+    replace("kv_tile == sink_tiles - 1 ||", ""),
     replace(
         "kv_tile == partial_past_tile ||",
         "kv_tile + 1 == partial_past_tile ||",
@@ -75,10 +76,8 @@ const FORWARD: [Rule; 77] = [
         "if (range.masked(kv_tile)) mask_rows",
         "if (false) mask_rows",
     ),
-    replace(
-        "kv_tile < range.past_tiles ?",
-        "kv_tile <= range.past_tiles ?",
-    ),
+    replace("kv_tile < range.past_end ?", "kv_tile <= range.past_end ?"),
+    replace("kv_tile >= range.sink_tiles && kv_tile", "kv_tile"),
     // Products and their order.
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),

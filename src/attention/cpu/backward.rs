@@ -16,7 +16,7 @@ use super::softmax::BackwardRows;
 use super::tile::{Accumulate, KEYS, Rows, Scores};
 use super::{past_bias, scale, source_rows};
 use crate::attention::problem::{Gradients, HostGradients, HostProblem, HostSaved};
-use crate::attention::source::Source;
+use crate::attention::source::{Part, Source};
 
 /// Query rows of a chunk, whose scores are in memory at a time.
 const CHUNK: usize = 64;
@@ -78,8 +78,8 @@ pub(super) fn run(
     }
 }
 
-/// The sum of a row's score gradients over past keys, from the sums of `p` and `p * dp` over the other keys and over
-/// the past. `sum of p * (dp - delta)` cancels where the past has nearly all the weight; here what cancels is left out.
+/// The sum of a row's score gradients over gated keys, from the sums of `p` and `p * dp` over the other keys and over
+/// these. `sum of p * (dp - delta)` cancels where the past has nearly all the weight; here what cancels is left out.
 fn past_gradient([p0, pd0]: [f64; 2], [p1, pd1]: [f64; 2], d_lse: f64) -> f64 {
     if p1 == 0.0 {
         return 0.0;
@@ -154,10 +154,11 @@ struct Head {
     prior_tiles: usize,
 }
 
-/// Up to [`KEYS`] keys of a source.
+/// Up to [`KEYS`] keys of a part of the keys.
 #[derive(Clone, Copy)]
 struct KeyTile {
-    source: Source,
+    part: Part,
+    /// In the rows of its source.
     first: usize,
     count: usize,
 }
@@ -274,34 +275,36 @@ impl Cell<'_> {
     fn step(&mut self, step: usize) {
         let tile = tile_rows(self.pass.problem.group());
         if step <= self.walk {
-            self.keys(Source::Current, (self.walk - step) * tile, tile, true);
+            self.keys(Part::Current, (self.walk - step) * tile, tile, true);
         } else {
             let column = self.head.prior_tiles - (step - self.walk);
-            self.keys(Source::Prior, column * tile, tile, true);
+            self.keys(Part::Prior, column * tile, tile, true);
         }
     }
 
-    /// The sources that get no gradient.
+    /// The keys that get no gradient.
     fn read_only(&mut self) {
         if self.pass.prior.is_none() {
-            self.keys(Source::Prior, 0, usize::MAX, false);
+            self.keys(Part::Prior, 0, usize::MAX, false);
         }
-        self.keys(Source::Past, 0, usize::MAX, false);
+        self.keys(Part::Gated, 0, usize::MAX, false);
+        self.keys(Part::Sinks, 0, usize::MAX, false);
     }
 
-    /// At most `most` keys of a source from `first` on.
-    fn keys(&mut self, source: Source, first: usize, most: usize, key_grads: bool) {
+    /// At most `most` keys of a part from its row `first` on.
+    fn keys(&mut self, part: Part, first: usize, most: usize, key_grads: bool) {
         let (problem, group) = (self.pass.problem, self.pass.problem.group());
         let (batch_index, kv_head) = (self.head.batch_index, self.head.kv_head);
-        let is_read = (0..group).any(|h| problem.reads(source, kv_head * group + h));
-        let Some([k, v]) = problem.source(source).filter(|_| is_read) else {
+        let is_read = (0..group).any(|h| problem.reads_part(part, kv_head * group + h));
+        let Some([k, v]) = problem.source(part.source()).filter(|_| is_read) else {
             return;
         };
-        let len = problem.source_rows(source, batch_index, kv_head);
-        let end = first.saturating_add(most).min(len);
+        let rows = problem.part_rows(part, batch_index, kv_head);
+        let first = rows.start + first;
+        let end = first.saturating_add(most).min(rows.end);
         for first in (first..end).step_by(KEYS).rev() {
             let keys = KeyTile {
-                source,
+                part,
                 first,
                 count: KEYS.min(end - first),
             };
@@ -321,13 +324,13 @@ impl Cell<'_> {
         let tile = self.walk * tile..((self.walk + 1) * tile).min(valid);
         for h in 0..problem.group() {
             let q_head = self.head.kv_head * problem.group() + h;
-            if !problem.reads(keys.source, q_head) {
+            if !problem.reads_part(keys.part, q_head) {
                 continue;
             }
             for first in tile.clone().step_by(CHUNK) {
                 let rows = CHUNK.min(tile.end - first);
                 // Rows before the first key see none of them.
-                if keys.source != Source::Current || first + rows > keys.first {
+                if keys.part != Part::Current || first + rows > keys.first {
                     let chunk = Chunk {
                         q_head,
                         first,
@@ -341,11 +344,11 @@ impl Cell<'_> {
 
     /// Number of keys that a row of the chunk sees.
     fn seen(keys: KeyTile, chunk: Chunk, row: usize) -> usize {
-        match keys.source {
-            Source::Current => (chunk.first + row + 1)
+        match keys.part {
+            Part::Current => (chunk.first + row + 1)
                 .saturating_sub(keys.first)
                 .min(keys.count),
-            Source::Past | Source::Prior => keys.count,
+            Part::Sinks | Part::Gated | Part::Prior => keys.count,
         }
     }
 
@@ -378,7 +381,7 @@ impl Cell<'_> {
             });
         }
         let lse = (batch_index * problem.q_heads() + chunk.q_head) * problem.rows() + chunk.first;
-        let past = keys.source == Source::Past;
+        let past = keys.part == Part::Gated;
         let (first, count) = match problem.reads(Source::Past, chunk.q_head) {
             true => (lse, chunk.rows),
             false => (0, 0),
@@ -387,7 +390,7 @@ impl Cell<'_> {
         let sums = unsafe { self.pass.sums[usize::from(past)].part(first, count) };
         let rows = BackwardRows {
             scale: scale(problem),
-            bias: past_bias(problem, keys.source, chunk.q_head),
+            bias: past_bias(problem, keys.part, chunk.q_head),
             counts,
             lse: &saved.lse[lse..][..chunk.rows],
             delta: &self.pass.delta[lse..][..chunk.rows],
@@ -415,13 +418,13 @@ impl Cell<'_> {
     /// `d_k += ds^T q`, `d_v += p^T d_out`.
     fn key_grads(&mut self, keys: KeyTile, chunk: Chunk, q: Rows<'_>, d_out: Rows<'_>) {
         let pass = self.pass;
-        let grads = match (keys.source, pass.prior) {
-            (Source::Current, _) => pass.current,
-            (Source::Prior, Some(prior)) => prior,
-            (Source::Prior, None) | (Source::Past, _) => return,
+        let grads = match (keys.part, pass.prior) {
+            (Part::Current, _) => pass.current,
+            (Part::Prior, Some(prior)) => prior,
+            (Part::Prior, None) | (Part::Sinks | Part::Gated, _) => return,
         };
         let mut spans = [[0, chunk.rows]; KEYS];
-        if keys.source == Source::Current {
+        if keys.part == Part::Current {
             for (key, span) in spans.iter_mut().enumerate() {
                 span[0] = (keys.first + key)
                     .saturating_sub(chunk.first)

@@ -20,7 +20,7 @@ use super::softmax::{Affine, Softmax, pairwise_sum};
 use super::tile::{Accumulate, KEYS, Rows, Scores};
 use super::{head_runs, past_bias, scale, source_rows};
 use crate::attention::problem::HostProblem;
-use crate::attention::source::Source;
+use crate::attention::source::Part;
 
 /// Rows of a task over all heads of the group. Scores, queries and outputs stay in the L2 cache, and the transposition
 /// of a key tile costs a thirtieth of its GEMMs.
@@ -66,12 +66,12 @@ pub(super) fn run(
 /// All keys of the task's heads, tile by tile.
 fn run_task(heads: &mut [Head<'_>], rows: usize, out: &SharedRows<'_>, lse: &SharedSlice<'_, f32>) {
     heads.iter_mut().for_each(|head| head.load(rows));
-    for source in Source::ALL {
-        let lens = heads.iter_mut().map(|head| head.open(source));
+    for part in Part::ALL {
+        let lens = heads.iter_mut().map(|head| head.open(part));
         let longest = lens.max().unwrap_or(0);
         for first_key in (0..longest).step_by(KEYS) {
             for head in &mut *heads {
-                head.read(source, first_key);
+                head.read(part, first_key);
             }
         }
     }
@@ -152,7 +152,9 @@ struct Scratch {
     bias: Vec<f32>,
     counts: Vec<usize>,
     spans: Vec<[usize; 2]>,
-    /// For the current source: its keys, and the heads of the group that read it.
+    /// For the current part of the keys: its first row in its source, its rows, and the heads of the group that read
+    /// it.
+    first: usize,
     len: usize,
     runs: Vec<Range<usize>>,
 }
@@ -211,22 +213,24 @@ impl Head<'_> {
         self.scratch.sum[..slots].fill([0.0; LANES]);
     }
 
-    /// Begins a source. Returns the number of its keys that any row sees.
-    fn open(&mut self, source: Source) -> usize {
+    /// Begins a part of the keys. Returns the number of its keys that any row sees.
+    fn open(&mut self, part: Part) -> usize {
         let problem = self.problem;
-        let runs = head_runs(problem, source, self.kv_head);
-        let mut len = problem.source_rows(source, self.batch_index, self.kv_head);
-        if source == Source::Current {
+        let runs = head_runs(problem, part, self.kv_head);
+        let rows = problem.part_rows(part, self.batch_index, self.kv_head);
+        let mut len = rows.len();
+        if part == Part::Current {
             len = len.min(self.position() + self.valid);
         }
         if self.valid == 0 || runs.is_empty() {
             len = 0;
         }
         for head in runs.iter().cloned().flatten() {
-            let bias = past_bias(problem, source, self.kv_head * problem.group() + head);
+            let bias = past_bias(problem, part, self.kv_head * problem.group() + head);
             self.scratch.bias[head * self.valid..][..self.valid].fill(bias);
         }
         self.scratch.runs = runs;
+        self.scratch.first = rows.start;
         self.scratch.len = len;
         len
     }
@@ -236,14 +240,18 @@ impl Head<'_> {
         self.problem.query_start(self.batch_index) + self.first
     }
 
-    /// Processes one tile of keys of the current source, from `first_key` on.
-    fn read(&mut self, source: Source, first_key: usize) {
+    /// Processes one tile of keys of the current part, from its `first_key` on.
+    fn read(&mut self, part: Part, first_key: usize) {
         let (problem, position) = (self.problem, self.position());
         let count = KEYS.min(self.scratch.len.saturating_sub(first_key));
-        let Some([k, v]) = problem.source(source).filter(|_| count > 0) else {
+        let Some([k, v]) = problem.source(part.source()).filter(|_| count > 0) else {
             return;
         };
-        let at = [self.batch_index, first_key, self.kv_head];
+        let at = [
+            self.batch_index,
+            self.scratch.first + first_key,
+            self.kv_head,
+        ];
         let k = source_rows(k, at);
         self.kernels
             .transpose(k, count, problem.head_dim(), &mut self.scratch.keys);
@@ -252,11 +260,11 @@ impl Head<'_> {
             let run = self.scratch.runs[run].clone();
             let slots = run.start * self.valid..run.end * self.valid;
             for slot in slots.clone() {
-                let seen = match source {
-                    Source::Current => (position + slot % self.valid + 1)
+                let seen = match part {
+                    Part::Current => (position + slot % self.valid + 1)
                         .saturating_sub(first_key)
                         .min(count),
-                    Source::Past | Source::Prior => count,
+                    Part::Sinks | Part::Gated | Part::Prior => count,
                 };
                 self.scratch.counts[slot] = seen;
                 self.scratch.spans[slot] = [0, seen];

@@ -23,7 +23,7 @@ use tile::Rows;
 use super::error::Error;
 use super::layout::{View, ViewMut};
 use super::problem::{HostGradients, HostProblem, HostSaved};
-use super::source::Source;
+use super::source::Part;
 use crate::isa::Isa;
 
 /// Memory space of lengths and gates.
@@ -111,19 +111,19 @@ fn scale(problem: &HostProblem<'_, f32>) -> f32 {
         .unwrap_or_else(|| 1.0 / (problem.head_dim() as f32).sqrt())
 }
 
-/// Bias of a head on the scores of a source that it reads.
-fn past_bias(problem: &HostProblem<'_, f32>, source: Source, q_head: usize) -> f32 {
-    match source {
-        Source::Past => problem.gate(q_head).ln(),
-        Source::Prior | Source::Current => 0.0,
+/// Bias of a head on the scores of a part of the keys that it reads.
+fn past_bias(problem: &HostProblem<'_, f32>, part: Part, q_head: usize) -> f32 {
+    match part {
+        Part::Gated => problem.gate(q_head).ln(),
+        Part::Sinks | Part::Prior | Part::Current => 0.0,
     }
 }
 
-/// The heads of a group that read a source, as ranges of indices within the group.
-fn head_runs(problem: &HostProblem<'_, f32>, source: Source, kv_head: usize) -> Vec<Range<usize>> {
+/// The heads of a group that read a part of the keys, as ranges of indices within the group.
+fn head_runs(problem: &HostProblem<'_, f32>, part: Part, kv_head: usize) -> Vec<Range<usize>> {
     let group = problem.group();
     let mut runs: Vec<Range<usize>> = Vec::new();
-    for head in (0..group).filter(|head| problem.reads(source, kv_head * group + head)) {
+    for head in (0..group).filter(|head| problem.reads_part(part, kv_head * group + head)) {
         match runs.last_mut() {
             Some(run) if run.end == head => run.end = head + 1,
             _ => runs.push(head..head + 1),

@@ -3,8 +3,9 @@
 use super::tensor::Tensor;
 use super::workspace::{Bases, Place, Workspace};
 use crate::attention::layout::Batch;
-use crate::attention::problem::{Gates, Len, PastLen, Problem};
-use crate::attention::source::{PerSource, Source};
+use crate::attention::lengths::{Len, PastLen};
+use crate::attention::problem::{Gates, Problem};
+use crate::attention::source::{Part, Source};
 use crate::cuda::kernels;
 use crate::cuda::kernels::params::{SegattnKernelInfo, SegattnProblem, SegattnTensor};
 
@@ -80,6 +81,8 @@ pub(super) struct ProblemParams {
     prior_len: Place,
     past_len: Place,
     past_len_strides: [i32; 2],
+    sink_len: Place,
+    sink_len_strides: [i32; 2],
     query_start: Place,
     past_gate: Place,
     prior_heads: Place,
@@ -109,7 +112,10 @@ impl ProblemParams {
         // The kernels index lengths in 32 bits.
         count("batch * kv_heads", batch.saturating_mul(kv_heads))?;
         let lengths = &problem.lengths;
-        let per_head = matches!(lengths.past_len, Some(PastLen::PerHead(_)));
+        let strides = |len| match len {
+            Some(PastLen::PerHead(_)) => [counts[2], 1],
+            Some(PastLen::PerBatch(_)) | None => [1, 0],
+        };
         let mut place = |source, len| match len {
             Some(Len::Host(len)) => workspace.upload(len),
             Some(Len::Device(address)) => Place::Device(address),
@@ -121,7 +127,13 @@ impl ProblemParams {
             segment_len: place(Source::Current, lengths.segment_len),
             prior_len: place(Source::Prior, lengths.prior_len),
             past_len: place(Source::Past, lengths.past_len.map(PastLen::values)),
-            past_len_strides: if per_head { [counts[2], 1] } else { [1, 0] },
+            past_len_strides: strides(lengths.past_len),
+            sink_len: match lengths.sink_len.map(PastLen::values) {
+                Some(Len::Host(len)) => workspace.upload(len),
+                Some(Len::Device(address)) => Place::Device(address),
+                None => Place::NULL,
+            },
+            sink_len_strides: strides(lengths.sink_len),
             query_start: match lengths.query_start {
                 Some(Len::Host(start)) if start.iter().any(|&x| x != 0) => workspace.upload(start),
                 Some(Len::Device(address)) => Place::Device(address),
@@ -154,6 +166,7 @@ impl ProblemParams {
             self.tensors.map(|tensor| tensor.fill(bases));
         let [batch, q_heads, kv_heads] = self.counts;
         let [past_len_batch_stride, past_len_head_stride] = self.past_len_strides;
+        let [sink_len_batch_stride, sink_len_head_stride] = self.sink_len_strides;
         SegattnProblem {
             q,
             k,
@@ -165,11 +178,14 @@ impl ProblemParams {
             segment_len: self.segment_len.at(bases),
             prior_len: self.prior_len.at(bases),
             past_len: self.past_len.at(bases),
+            sink_len: self.sink_len.at(bases),
             query_start: self.query_start.at(bases),
             past_gate: self.past_gate.at(bases),
             prior_heads: self.prior_heads.at(bases),
             past_len_batch_stride,
             past_len_head_stride,
+            sink_len_batch_stride,
+            sink_len_head_stride,
             batch,
             q_heads,
             kv_heads,
@@ -193,22 +209,32 @@ pub(super) fn most_splits(problem: &Problem<'_, Tensor<'_>>, info: &SegattnKerne
 
 /// Most key tiles of `key_rows` rows that a query of the problem sees, over batch elements and heads.
 fn most_key_tiles(problem: &Problem<'_, Tensor<'_>>, key_rows: usize) -> usize {
-    let is_read =
-        PerSource::from_fn(|source| (0..problem.q_heads()).any(|head| problem.reads(source, head)));
+    let is_read = |part| (0..problem.q_heads()).any(|head| problem.reads_part(part, head));
+    let parts = Part::ALL.into_iter().filter(|&part| is_read(part));
     // With a length in device memory the plan must hold for any lengths that fit the tensors.
     let on_device = |len| matches!(len, Len::Device(_));
-    let on_device = problem.lengths.named().any(|(_, len)| on_device(len));
-    let rows = |source, batch_index| match on_device {
-        true => problem.capacity(source),
-        false => {
-            let rows = |head| problem.source_rows(source, batch_index, head);
-            (0..problem.kv_heads()).map(rows).max().unwrap_or(0)
-        }
+    if problem.lengths.named().any(|(_, len)| on_device(len)) {
+        let tiles = |source| problem.capacity(source).div_ceil(key_rows);
+        let sources = Source::ALL.into_iter().map(|source| match source {
+            // Two parts of a tensor fill at most one tile more than the tensor.
+            Source::Past if problem.lengths.sink_len.is_some() => tiles(source) + 1,
+            Source::Past if !is_read(Part::Gated) => 0,
+            Source::Prior if !is_read(Part::Prior) => 0,
+            source => tiles(source),
+        });
+        return if problem.batch() > 0 {
+            sources.sum()
+        } else {
+            0
+        };
+    }
+    let rows = |part, batch_index| {
+        let rows = |head| problem.part_rows(part, batch_index, head).len();
+        (0..problem.kv_heads()).map(rows).max().unwrap_or(0)
     };
     let tiles = |batch_index| {
-        let read = Source::ALL.into_iter().filter(|&source| is_read[source]);
-        read.map(|source| rows(source, batch_index).div_ceil(key_rows))
-            .sum()
+        let tiles = |part| rows(part, batch_index).div_ceil(key_rows);
+        parts.clone().map(tiles).sum()
     };
     (0..problem.batch()).map(tiles).max().unwrap_or(0)
 }

@@ -18,6 +18,7 @@ pub struct Case {
     pub segment_len: Vec<i32>,
     pub prior_len: Vec<i32>,
     pub past_len: Vec<i32>,
+    pub sink_len: Option<Vec<i32>>,
     pub scale: Option<f32>,
 }
 
@@ -83,6 +84,10 @@ impl Case {
             segment_len: i32s("segment_len")?,
             prior_len: i32s("prior_len")?,
             past_len: i32s("past_len")?,
+            sink_len: match file.tensor("sink_len") {
+                Ok(_) => Some(i32s("sink_len")?),
+                Err(_) => None,
+            },
             scale,
         })
     }
@@ -103,6 +108,10 @@ impl Case {
         let lengths = Lengths::segment(&self.segment_len)
             .prior(&self.prior_len)
             .past(&self.past_len);
+        let lengths = match &self.sink_len {
+            Some(len) => lengths.sinks(len),
+            None => lengths,
+        };
         Ok(Problem::causal(q, k, v)
             .prior(prior_k, prior_v, &self.prior_heads)
             .past(past_k, past_v, &self.past_gate)

@@ -24,8 +24,9 @@ macro_rules! layout {
 const HOST: &[Item] = layout! {
     SegattnTensor { data, batch_offsets, batch_stride, row_stride, head_stride, rows }
     SegattnProblem {
-        q, k, v, prior_k, prior_v, past_k, past_v, segment_len, prior_len, past_len, query_start, past_gate,
-        prior_heads, past_len_batch_stride, past_len_head_stride, batch, q_heads, kv_heads, scale,
+        q, k, v, prior_k, prior_v, past_k, past_v, segment_len, prior_len, past_len, sink_len, query_start,
+        past_gate, prior_heads, past_len_batch_stride, past_len_head_stride, sink_len_batch_stride,
+        sink_len_head_stride, batch, q_heads, kv_heads, scale,
     }
     SegattnForwardParams {
         problem, out, lse, partial_out, partial_state, chunk_totals, work_counter, packed_heads, tiles, max_splits,

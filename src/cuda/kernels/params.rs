@@ -41,11 +41,14 @@ pub struct SegattnProblem {
     pub segment_len: *const i32,
     pub prior_len: *const i32,
     pub past_len: *const i32,
+    pub sink_len: *const i32,
     pub query_start: *const i32,
     pub past_gate: *const f32,
     pub prior_heads: *const u8,
     pub past_len_batch_stride: i32,
     pub past_len_head_stride: i32,
+    pub sink_len_batch_stride: i32,
+    pub sink_len_head_stride: i32,
     pub batch: i32,
     pub q_heads: i32,
     pub kv_heads: i32,
@@ -53,7 +56,7 @@ pub struct SegattnProblem {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnProblem"][::core::mem::size_of::<SegattnProblem>() - 408usize];
+    ["Size of SegattnProblem"][::core::mem::size_of::<SegattnProblem>() - 424usize];
     ["Alignment of SegattnProblem"][::core::mem::align_of::<SegattnProblem>() - 8usize];
     ["Offset of field: SegattnProblem::q"][::core::mem::offset_of!(SegattnProblem, q) - 0usize];
     ["Offset of field: SegattnProblem::k"][::core::mem::offset_of!(SegattnProblem, k) - 48usize];
@@ -72,24 +75,30 @@ const _: () = {
         [::core::mem::offset_of!(SegattnProblem, prior_len) - 344usize];
     ["Offset of field: SegattnProblem::past_len"]
         [::core::mem::offset_of!(SegattnProblem, past_len) - 352usize];
+    ["Offset of field: SegattnProblem::sink_len"]
+        [::core::mem::offset_of!(SegattnProblem, sink_len) - 360usize];
     ["Offset of field: SegattnProblem::query_start"]
-        [::core::mem::offset_of!(SegattnProblem, query_start) - 360usize];
+        [::core::mem::offset_of!(SegattnProblem, query_start) - 368usize];
     ["Offset of field: SegattnProblem::past_gate"]
-        [::core::mem::offset_of!(SegattnProblem, past_gate) - 368usize];
+        [::core::mem::offset_of!(SegattnProblem, past_gate) - 376usize];
     ["Offset of field: SegattnProblem::prior_heads"]
-        [::core::mem::offset_of!(SegattnProblem, prior_heads) - 376usize];
+        [::core::mem::offset_of!(SegattnProblem, prior_heads) - 384usize];
     ["Offset of field: SegattnProblem::past_len_batch_stride"]
-        [::core::mem::offset_of!(SegattnProblem, past_len_batch_stride) - 384usize];
+        [::core::mem::offset_of!(SegattnProblem, past_len_batch_stride) - 392usize];
     ["Offset of field: SegattnProblem::past_len_head_stride"]
-        [::core::mem::offset_of!(SegattnProblem, past_len_head_stride) - 388usize];
+        [::core::mem::offset_of!(SegattnProblem, past_len_head_stride) - 396usize];
+    ["Offset of field: SegattnProblem::sink_len_batch_stride"]
+        [::core::mem::offset_of!(SegattnProblem, sink_len_batch_stride) - 400usize];
+    ["Offset of field: SegattnProblem::sink_len_head_stride"]
+        [::core::mem::offset_of!(SegattnProblem, sink_len_head_stride) - 404usize];
     ["Offset of field: SegattnProblem::batch"]
-        [::core::mem::offset_of!(SegattnProblem, batch) - 392usize];
+        [::core::mem::offset_of!(SegattnProblem, batch) - 408usize];
     ["Offset of field: SegattnProblem::q_heads"]
-        [::core::mem::offset_of!(SegattnProblem, q_heads) - 396usize];
+        [::core::mem::offset_of!(SegattnProblem, q_heads) - 412usize];
     ["Offset of field: SegattnProblem::kv_heads"]
-        [::core::mem::offset_of!(SegattnProblem, kv_heads) - 400usize];
+        [::core::mem::offset_of!(SegattnProblem, kv_heads) - 416usize];
     ["Offset of field: SegattnProblem::scale"]
-        [::core::mem::offset_of!(SegattnProblem, scale) - 404usize];
+        [::core::mem::offset_of!(SegattnProblem, scale) - 420usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -107,28 +116,28 @@ pub struct SegattnForwardParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnForwardParams"][::core::mem::size_of::<SegattnForwardParams>() - 512usize];
+    ["Size of SegattnForwardParams"][::core::mem::size_of::<SegattnForwardParams>() - 528usize];
     ["Alignment of SegattnForwardParams"][::core::mem::align_of::<SegattnForwardParams>() - 8usize];
     ["Offset of field: SegattnForwardParams::problem"]
         [::core::mem::offset_of!(SegattnForwardParams, problem) - 0usize];
     ["Offset of field: SegattnForwardParams::out"]
-        [::core::mem::offset_of!(SegattnForwardParams, out) - 408usize];
+        [::core::mem::offset_of!(SegattnForwardParams, out) - 424usize];
     ["Offset of field: SegattnForwardParams::lse"]
-        [::core::mem::offset_of!(SegattnForwardParams, lse) - 456usize];
+        [::core::mem::offset_of!(SegattnForwardParams, lse) - 472usize];
     ["Offset of field: SegattnForwardParams::partial_out"]
-        [::core::mem::offset_of!(SegattnForwardParams, partial_out) - 464usize];
+        [::core::mem::offset_of!(SegattnForwardParams, partial_out) - 480usize];
     ["Offset of field: SegattnForwardParams::partial_state"]
-        [::core::mem::offset_of!(SegattnForwardParams, partial_state) - 472usize];
+        [::core::mem::offset_of!(SegattnForwardParams, partial_state) - 488usize];
     ["Offset of field: SegattnForwardParams::chunk_totals"]
-        [::core::mem::offset_of!(SegattnForwardParams, chunk_totals) - 480usize];
+        [::core::mem::offset_of!(SegattnForwardParams, chunk_totals) - 496usize];
     ["Offset of field: SegattnForwardParams::work_counter"]
-        [::core::mem::offset_of!(SegattnForwardParams, work_counter) - 488usize];
+        [::core::mem::offset_of!(SegattnForwardParams, work_counter) - 504usize];
     ["Offset of field: SegattnForwardParams::packed_heads"]
-        [::core::mem::offset_of!(SegattnForwardParams, packed_heads) - 496usize];
+        [::core::mem::offset_of!(SegattnForwardParams, packed_heads) - 512usize];
     ["Offset of field: SegattnForwardParams::tiles"]
-        [::core::mem::offset_of!(SegattnForwardParams, tiles) - 500usize];
+        [::core::mem::offset_of!(SegattnForwardParams, tiles) - 516usize];
     ["Offset of field: SegattnForwardParams::max_splits"]
-        [::core::mem::offset_of!(SegattnForwardParams, max_splits) - 504usize];
+        [::core::mem::offset_of!(SegattnForwardParams, max_splits) - 520usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -155,47 +164,47 @@ pub struct SegattnBackwardParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 824usize];
+    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 840usize];
     ["Alignment of SegattnBackwardParams"]
         [::core::mem::align_of::<SegattnBackwardParams>() - 8usize];
     ["Offset of field: SegattnBackwardParams::problem"]
         [::core::mem::offset_of!(SegattnBackwardParams, problem) - 0usize];
     ["Offset of field: SegattnBackwardParams::out"]
-        [::core::mem::offset_of!(SegattnBackwardParams, out) - 408usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, out) - 424usize];
     ["Offset of field: SegattnBackwardParams::d_out"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_out) - 456usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_out) - 472usize];
     ["Offset of field: SegattnBackwardParams::lse"]
-        [::core::mem::offset_of!(SegattnBackwardParams, lse) - 504usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, lse) - 520usize];
     ["Offset of field: SegattnBackwardParams::d_lse"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_lse) - 512usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_lse) - 528usize];
     ["Offset of field: SegattnBackwardParams::d_q"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_q) - 520usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_q) - 536usize];
     ["Offset of field: SegattnBackwardParams::d_k"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_k) - 568usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_k) - 584usize];
     ["Offset of field: SegattnBackwardParams::d_v"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_v) - 616usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_v) - 632usize];
     ["Offset of field: SegattnBackwardParams::d_prior_k"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_k) - 664usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_k) - 680usize];
     ["Offset of field: SegattnBackwardParams::d_prior_v"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_v) - 712usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_v) - 728usize];
     ["Offset of field: SegattnBackwardParams::d_past_gate"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_past_gate) - 760usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_past_gate) - 776usize];
     ["Offset of field: SegattnBackwardParams::row_lse"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_lse) - 768usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_lse) - 784usize];
     ["Offset of field: SegattnBackwardParams::row_delta"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_delta) - 776usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_delta) - 792usize];
     ["Offset of field: SegattnBackwardParams::partial_d_q"]
-        [::core::mem::offset_of!(SegattnBackwardParams, partial_d_q) - 784usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, partial_d_q) - 800usize];
     ["Offset of field: SegattnBackwardParams::partial_gate"]
-        [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 792usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 808usize];
     ["Offset of field: SegattnBackwardParams::work_counter"]
-        [::core::mem::offset_of!(SegattnBackwardParams, work_counter) - 800usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, work_counter) - 816usize];
     ["Offset of field: SegattnBackwardParams::row_pitch"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 808usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 824usize];
     ["Offset of field: SegattnBackwardParams::tiles"]
-        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 812usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 828usize];
     ["Offset of field: SegattnBackwardParams::max_splits"]
-        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 816usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 832usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -104,6 +104,10 @@ fn check_call<D: Driver>(call: &Attention<'_, Buffer<D>>) -> Result<()> {
         past_lengths,
         cache.past_len.len(),
     )?;
+    if !cache.sink_len.is_empty() {
+        let count = cache.sink_len.len();
+        equal("sink lengths of the slots", past_lengths, count)?;
+    }
     below("slot", call.spans.iter().map(|span| span.slot).max(), count)?;
     for source in Source::ALL {
         let sizes = [count, cache.rows[source], heads.kv, heads.dim];

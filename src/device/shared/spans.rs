@@ -178,6 +178,8 @@ pub(in crate::device) struct Sources {
     pub segment_len: Vec<i32>,
     pub prior_len: Vec<i32>,
     past_len: Vec<i32>,
+    /// Empty where no slot ever has sinks.
+    sink_len: Vec<i32>,
 }
 
 impl Sources {
@@ -187,6 +189,11 @@ impl Sources {
         let width = heads.kv * heads.dim;
         let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
             spans.iter().map(|s| f(s) as i32).collect()
+        };
+        let per_head = |lens: &[usize]| -> Vec<i32> {
+            let of = |s: &SlotSpan| s.slot * heads.kv..(s.slot + 1) * heads.kv;
+            let lens = spans.iter().flat_map(|s| &lens[of(s)]);
+            lens.map(|n| *n as i32).collect()
         };
         // Exactly the rows in use, so that gradients of keys need no more.
         let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
@@ -202,11 +209,11 @@ impl Sources {
             start: ints(&|s| s.start),
             segment_len: ints(&|s| s.start + s.rows),
             prior_len: ints(&|s| cache.prior_len[s.slot]),
-            past_len: spans
-                .iter()
-                .flat_map(|s| &cache.past_len[s.slot * heads.kv..(s.slot + 1) * heads.kv])
-                .map(|n| *n as i32)
-                .collect(),
+            past_len: per_head(&cache.past_len),
+            sink_len: match cache.sink_len.is_empty() {
+                true => Vec::new(),
+                false => per_head(&cache.sink_len),
+            },
         }
     }
 
@@ -234,6 +241,10 @@ impl Sources {
         let lengths = Lengths::segment(&self.segment_len)
             .prior(&self.prior_len)
             .past_per_head(&self.past_len);
+        let lengths = match self.sink_len.is_empty() {
+            true => lengths,
+            false => lengths.sinks_per_head(&self.sink_len),
+        };
         match self.start.iter().any(|start| *start > 0) {
             true => lengths.query_start(&self.start),
             false => lengths,

@@ -49,6 +49,7 @@ impl<D: Device> LayerSlots<D> {
             past_v: empty(past)?,
             prior_len: vec![0; count],
             past_len: vec![0; count * plan.heads.kv],
+            sink_len: Vec::new(),
         };
         let probes = (past > 0)
             .then(|| device.empty(Kind::Activation, count * plan.probe_rows * plan.q_width()))
