@@ -14,6 +14,7 @@ use segattn::device::sampler::SamplerConfig;
 use segattn::device::{Device, DeviceError, OutOfMemory, PastPool, Result, Sampled};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::segmentation::Sequence;
 use segattn::model::session::{Feed, Session};
 use segattn::train::config::Config;
 use segattn::train::progress::Tensors;
@@ -252,16 +253,17 @@ fn made(gpu: Gpu<Faulty>) -> Model {
     model(gpu, &config, &values(&config, 5))
 }
 
-fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32]) -> Result<()> {
+fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32], breaks: &[usize]) -> Result<()> {
     let feed = Feed {
         sequence: 0,
         tokens,
         targets: &[],
-        breaks: &[],
+        breaks,
     };
     session.feed(&[feed]).map(|_| ())
 }
 
+/// Over whole segments, short ones, and tails that reach over several.
 #[test]
 fn a_prefill_whose_call_failed_goes_on_from_its_last_complete_step() {
     let (gpu, fault) = faulty();
@@ -271,15 +273,20 @@ fn a_prefill_whose_call_failed_goes_on_from_its_last_complete_step() {
     let read = |failing: usize| {
         let mut session = Session::new(&model, 1, 40, 2).expect("a session");
         fault.after(failing);
-        let fed = feed(&mut session, &prompt);
+        let whole = Sequence {
+            tokens: &prompt,
+            breaks: &[9, 10, 13],
+        };
+        let fed = feed(&mut session, &prompt, whole.breaks);
         let has_failed = fault.end();
         assert_eq!(fed.is_err(), has_failed, "call {failing}");
-        let rest = &prompt[session.position(0)..];
+        let rest = session.position(0)..prompt.len();
         assert!(has_failed || rest.is_empty());
-        feed(&mut session, rest).expect("the rest");
+        let breaks = whole.breaks_within(rest.clone());
+        feed(&mut session, &prompt[rest], &breaks).expect("the rest");
         // What is carried to later segments shows in the next ones.
         let logits = session.logits(0).expect("logits");
-        feed(&mut session, &prompt).expect("more");
+        feed(&mut session, &prompt, &[]).expect("more");
         (has_failed, [logits, session.logits(0).expect("logits")])
     };
     let (_, expected) = read(usize::MAX / 4);
@@ -318,7 +325,7 @@ fn a_decoding_step_whose_call_failed_can_be_made_again() {
         session
             .choose_by(&settings, &[1], &[&prompt])
             .expect("settings");
-        feed(&mut session, &prompt).expect("a prompt");
+        feed(&mut session, &prompt, &[3]).expect("a prompt");
         let first = session.sample(&[0]).expect("a token")[0];
         (session, first)
     };

@@ -1,5 +1,6 @@
 //! The crate's GPU device on a simulated GPU.
 
+mod breaks;
 mod buffers;
 mod common;
 mod decode;

@@ -5,17 +5,18 @@ use crate::common::{config, gpu, model, tokens, values};
 use segattn::device::Device;
 use segattn::device::cpu::Cpu;
 use segattn::model::decoder::Decoder;
+use segattn::model::segmentation::Sequence;
 use segattn::model::session::{Feed, Session, score};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn_sim::Checks;
 
 /// Log-probabilities differ from the CPU's by this at most: bf16 keeps 8 bits, and some ten roundings lie on a
 /// row's way through two layers.
-const SCORE_BOUND: f32 = 0.05;
+pub const SCORE_BOUND: f32 = 0.05;
 /// Relative error (norm of the difference over norm) of each tensor's gradient.
 const GRADIENT_BOUND: f64 = 0.05;
 
-fn streams(tbptt: usize, segments_per_step: usize) -> StreamConfig {
+pub fn streams(tbptt: usize, segments_per_step: usize) -> StreamConfig {
     StreamConfig {
         tbptt,
         segments_per_step,
@@ -24,28 +25,35 @@ fn streams(tbptt: usize, segments_per_step: usize) -> StreamConfig {
 }
 
 /// Scores by reading token by token, as generation does.
-fn decoded<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
+pub fn decoded<'a, D: Device>(model: &Decoder<D>, sequence: impl Into<Sequence<'a>>) -> Vec<f32> {
+    let sequence = sequence.into();
+    let tokens = sequence.tokens;
     let mut session = Session::new(model, 1, tokens.len(), 1).expect("a session");
     let mut scores = Vec::new();
-    for pair in tokens.windows(2) {
+    for (i, pair) in tokens.windows(2).enumerate() {
         let feed = Feed {
             sequence: 0,
             tokens: &pair[..1],
             targets: &pair[1..],
-            breaks: &[],
+            breaks: &sequence.breaks_within(i..i + 1),
         };
         scores.extend(session.feed(&[feed]).expect("a step").remove(0));
     }
     scores
 }
 
-fn gradients<D: Device>(
+/// Log-probabilities of the training forward, and the gradient of each tensor.
+pub fn gradients<D: Device, S>(
     model: &Decoder<D>,
-    sequences: &[Vec<u32>],
+    sequences: &[S],
     config: StreamConfig,
-) -> (Vec<Vec<f64>>, Vec<Vec<f32>>) {
+) -> (Vec<Vec<f64>>, Vec<Vec<f32>>)
+where
+    for<'s> Sequence<'s>: From<&'s S>,
+{
     let mut gradients = Gradients::new(model).expect("memory");
-    let count: usize = sequences.iter().map(|s| s.len() - 1).sum();
+    let targets = |s: &S| Sequence::from(s).tokens.len() - 1;
+    let count: usize = sequences.iter().map(targets).sum();
     let scores = accumulate(model, sequences, config, 1.0 / count as f64, &mut gradients)
         .expect("gradients");
     let device = &model.device;
@@ -59,6 +67,21 @@ fn gradients<D: Device>(
             .map(read)
             .collect(),
     )
+}
+
+/// Each tensor's gradient is within the bound of the expected one.
+pub fn assert_close<D: Device>(model: &Decoder<D>, got: &[Vec<f32>], expected: &[Vec<f32>]) {
+    let norm =
+        |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    for ((spec, expected), got) in model.specs.iter().zip(expected).zip(got) {
+        let difference = norm(&mut expected.iter().zip(got).map(|(a, b)| a - b));
+        let norm = norm(&mut expected.iter().copied());
+        assert!(
+            difference <= GRADIENT_BOUND * norm,
+            "{}: {difference} of {norm}",
+            spec.parts[0].0
+        );
+    }
 }
 
 #[test]
@@ -121,24 +144,7 @@ fn gradients_agree_with_the_cpu_and_do_not_depend_on_segments_per_step() {
     for tbptt in [0, 1] {
         let (_, expected) = gradients(&on_cpu, &sequences, streams(tbptt, 1));
         let (_, got) = gradients(&on_gpu, &sequences, streams(tbptt, 1));
-        for ((spec, expected), got) in on_cpu.specs.iter().zip(&expected).zip(&got) {
-            let difference = expected
-                .iter()
-                .zip(got)
-                .map(|(a, b)| f64::from(a - b).powi(2))
-                .sum::<f64>()
-                .sqrt();
-            let norm = expected
-                .iter()
-                .map(|a| f64::from(*a).powi(2))
-                .sum::<f64>()
-                .sqrt();
-            assert!(
-                difference <= GRADIENT_BOUND * norm,
-                "{}: {difference} of {norm}",
-                spec.parts[0].0
-            );
-        }
+        assert_close(&on_cpu, &got, &expected);
         let (_, all) = gradients(&on_gpu, &sequences, streams(tbptt, 9));
         assert!(got == all, "segments per step");
     }
