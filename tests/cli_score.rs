@@ -93,6 +93,61 @@ fn a_text_is_scored_as_its_tokens() {
     );
 }
 
+/// The same breaks as a flag, beside the tokens, and half and half; others are others.
+#[test]
+fn breaks_are_given_as_a_flag_or_beside_the_tokens() {
+    let dir = folder();
+    let dir = dir.path();
+    let object = |name: &str, breaks: &[usize]| {
+        let object = serde_json::json!({"tokens": tokens(1, 200), "breaks": breaks});
+        std::fs::write(dir.join(name), object.to_string()).unwrap();
+    };
+    object("o.json", &[10, 20, 100]);
+    object("half.json", &[20]);
+    let expected = score(dir, &["--tokens", "t.json", "--breaks", "10,20,100"]);
+    assert_eq!(score(dir, &["--tokens", "o.json"]), expected);
+    let half = score(dir, &["--tokens", "half.json", "--breaks", "100,10,20"]);
+    assert_eq!(half, expected);
+    assert_ne!(score(dir, &["--tokens", "t.json"]), expected);
+    let with = gradients(dir, &["--breaks", "10,20,100"]);
+    assert_ne!(gradients(dir, &[]), with);
+    let data = [
+        "eval",
+        "-m",
+        ".",
+        "--task",
+        "perplexity",
+        "--out",
+        "r.json",
+        "--data",
+    ];
+    let perplexity = |args: &[&str]| {
+        printed(dir, &[&data[..], args].concat());
+        json(&dir.join("r.json"))["perplexity"][0]["result"].clone()
+    };
+    let as_flag = perplexity(&["t.json", "--breaks", "10,20,100"]);
+    assert_eq!(perplexity(&["o.json"]), as_flag);
+    assert_ne!(perplexity(&["t.json"]), as_flag);
+    let loss = |value: &serde_json::Value| value["loss"].as_f64().unwrap();
+    assert!((loss(&as_flag) - loss(&expected)).abs() < 1e-9);
+    for (args, part) in [
+        (
+            &["score", "-m", ".", "--tokens", "t.json", "--breaks", "201"][..],
+            "up to the 200 tokens",
+        ),
+        (
+            &["score", "-m", ".", "--tokens", "t.json", "--breaks", "x"],
+            "--breaks",
+        ),
+        (
+            &[&data[..], &["t.json", "--data", "o.json", "--breaks", "1"]].concat(),
+            "one document",
+        ),
+    ] {
+        fails(dir, args, part);
+    }
+}
+
 fn gradients(dir: &Path, args: &[&str]) -> Vec<u8> {
     let fixed = [
         "grad",

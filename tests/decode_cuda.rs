@@ -131,6 +131,7 @@ fn a_batch_decodes_to_the_bits_of_score_and_of_one_alone() {
         let given: Vec<Prompt<'_>> = (prompts.iter().enumerate())
             .map(|(i, tokens)| Prompt {
                 before: &[],
+                breaks: &[],
                 tokens,
                 stream: i as u64,
             })

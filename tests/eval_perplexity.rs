@@ -19,7 +19,12 @@ fn document(seed: u64, len: usize) -> Document {
     let mut next = random(seed);
     let tokens = (0..len).map(|_| ((next() + 0.5) * 11.0) as u32).collect();
     let bytes = Some(3 * len as u64);
-    Document { tokens, bytes }
+    let breaks = Vec::new();
+    Document {
+        tokens,
+        breaks,
+        bytes,
+    }
 }
 
 fn a_model() -> Decoder<Reference> {
@@ -148,6 +153,7 @@ fn bad_settings_are_typed_errors() {
     assert_eq!(fails(&[], None, None), "documents");
     let outside = Document {
         tokens: vec![1, 11],
+        breaks: Vec::new(),
         bytes: None,
     };
     assert_eq!(fails(&[outside], None, None), "tokens");

@@ -44,6 +44,7 @@ fn generate(
         .iter()
         .map(|(tokens, stream)| Prompt {
             before: &[],
+            breaks: &[],
             tokens,
             stream: *stream,
         })
@@ -140,6 +141,7 @@ fn sequences_end_by_themselves_and_others_go_on() {
     let mut session = Session::new(&model, 3, 64, 1).unwrap();
     let given = prompts.each_ref().map(|(tokens, stream)| Prompt {
         before: &[],
+        breaks: &[],
         tokens,
         stream: *stream,
     });
@@ -184,6 +186,7 @@ fn a_session_goes_on_from_what_it_has_read() {
         let mut session = Session::new(&model, 1, 64, 1).unwrap();
         let read = |tokens| Prompt {
             before: &[],
+            breaks: &[],
             tokens,
             stream: 0,
         };
@@ -214,6 +217,7 @@ fn bad_prompts_are_typed_errors() {
             .iter()
             .map(|tokens| Prompt {
                 before: &[],
+                breaks: &[],
                 tokens,
                 stream: 0,
             })

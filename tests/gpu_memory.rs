@@ -12,6 +12,7 @@ use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::{GenerateError, Generator, GeneratorConfig, Prompt};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
 
 type Dry = Gpu<DryRun<KernelMetadata>>;
@@ -72,6 +73,7 @@ fn run(model: &Decoder<Dry>, reading: &Reading) -> Result<(), GenerateError> {
     let tokens: Vec<Vec<u32>> = reading.sequences.iter().map(|s| vec![0; s[1]]).collect();
     let prompt = |tokens| Prompt {
         before: &[],
+        breaks: &[],
         tokens,
         stream: 0,
     };
@@ -124,6 +126,37 @@ fn a_dry_run_holds_what_the_run_holds() {
                 );
             }
         }
+    }
+}
+
+/// Tokens of a dry run are arbitrary, and must not end segments early; a run with breaks holds no more than planned.
+#[test]
+fn breaks_take_no_more_memory_than_a_dry_run_without() {
+    let config = config(8, 2, 64);
+    let mut broken = config.clone();
+    broken.segment.as_mut().expect("segments").break_ids = vec![0];
+    for reading in &readings()[..2] {
+        let planned = dry_run_use(&config, reading, 100_000);
+        assert_eq!(dry_run_use(&broken, reading, 100_000), planned);
+        let gpu = dry(None);
+        gpu.limit_pool(100_000);
+        let model = Decoder::for_dry_run(gpu.clone(), config.clone(), false).expect("a model");
+        let len = reading.sequences[0][1] + 1;
+        let sequence = Tokens {
+            ids: vec![0; len],
+            breaks: (1..len).filter(|i| i % 7 == 0 || i % 50 < 3).collect(),
+        };
+        score(&model, &sequence, reading.segments_per_step).expect("scores");
+        let held = gpu.memory_use();
+        assert!(
+            held.buffers.high_water <= planned.buffers.high_water,
+            "{held:?} {planned:?}"
+        );
+        let pools = |used: &MemoryUse| used.pool.high_water + used.host.high_water;
+        assert!(
+            pools(&held) <= pools(&planned) * 104 / 100,
+            "{held:?} {planned:?}"
+        );
     }
 }
 

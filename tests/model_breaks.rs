@@ -12,7 +12,7 @@ use common::{config, model, model_on, tokens, values};
 use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 use segattn::device::sampler::SamplerConfig;
-use segattn::device::{Device, PastPool, SelectedBlocks};
+use segattn::device::{PastPool, SelectedBlocks};
 use segattn::generate::{Generator, GeneratorConfig, Prompt};
 use segattn::model::config::{HeadReads, ModelConfig};
 use segattn::model::decoder::{Decoder, Step};
@@ -207,6 +207,7 @@ fn generation_has_the_breaks_of_scoring() {
             .iter()
             .map(|tokens| Prompt {
                 before: &[],
+                breaks: &[],
                 tokens,
                 stream: seed,
             })

@@ -234,4 +234,12 @@ fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_the
         (512, kept.prior_len)
     );
     assert_eq!(longer.head_reads, kept.head_reads);
+    let broken = lay(&[
+        ("model.segment.segment_len", "512"),
+        ("model.segment.break_ids", "[10, 3]"),
+        ("model.segment.break_after_prompt", "true"),
+    ]);
+    let broken = broken.unwrap();
+    assert_eq!(broken.break_ids, [10, 3]);
+    assert!(broken.break_after_prompt);
 }

@@ -144,7 +144,7 @@ proptest! {
         for document in documents(&corpus).into_iter().filter(|d| d.len() > 1) {
             let mut whole = vec![document[0]];
             while whole.len() < document.len() {
-                let s = sequences.get(&corpus, i).unwrap();
+                let s = sequences.get(&corpus, i).unwrap().ids;
                 prop_assert!(s.len() >= 2 && (sequence_len == 0 || s.len() <= sequence_len + 1));
                 prop_assert_eq!(s[0], whole[whole.len() - 1]);
                 whole.extend(&s[1..]);
@@ -203,8 +203,8 @@ fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
         .map(|i| sequences.get(&corpus, i).unwrap())
         .collect();
     assert_ne!(epoch, all);
-    epoch.sort();
-    all.sort();
+    epoch.sort_by(|a, b| a.ids.cmp(&b.ids));
+    all.sort_by(|a, b| a.ids.cmp(&b.ids));
     assert_eq!(epoch, all);
 
     let mut position = Position::default();
@@ -223,6 +223,117 @@ fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
     assert!(sequences.next_batch(&corpus, 5, &mut beyond, 1).is_err());
     assert_eq!(Permutation::new(5, 1, 0).at(5), None);
     assert!(sequences.same_cut(4) && !sequences.same_cut(5));
+}
+
+/// Breaks beside ids in JSON, in JSONL and beside a `.bin` file go with their tokens into every sequence.
+#[test]
+fn breaks_beside_tokens_reach_the_sequences_of_their_documents() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let bin: Vec<u8> = (10u16..18).flat_map(u16::to_le_bytes).collect();
+    let breaks: Vec<u8> = [0u64, 2, 5, 8]
+        .iter()
+        .flat_map(|b| b.to_le_bytes())
+        .collect();
+    std::fs::write(at("a.bin"), bin).unwrap();
+    std::fs::write(at("a.bin.breaks"), breaks).unwrap();
+    std::fs::write(
+        at("b.json"),
+        r#"{"breaks": [0, 3, 4], "tokens": [1, 2, 3, 4]}"#,
+    )
+    .unwrap();
+    let nested = r#"[[1, 2], {"tokens": [3, 4, 5], "breaks": [2]}, {"tokens": [6]}]"#;
+    std::fs::write(at("c.json"), nested).unwrap();
+    std::fs::write(at("d.jsonl"), "{\"text\": [7, 8, 9], \"breaks\": [1, 2]}\n").unwrap();
+    let section = DataSection {
+        document_end: Some(13),
+        extensions: ["bin", "json", "jsonl"].map(str::to_owned).to_vec(),
+        ..DataSection::default()
+    };
+    let corpus = read_with(&[folder.path().into()], &section).unwrap();
+    let whole = |d| {
+        let tokens = corpus.tokens(d, 0..d.len).unwrap();
+        (tokens.ids, tokens.breaks)
+    };
+    let all: Vec<_> = corpus.documents().iter().map(whole).collect();
+    assert_eq!(
+        all,
+        [
+            (vec![10, 11, 12, 13], vec![2]),
+            (vec![14, 15, 16, 17], vec![1, 4]),
+            (vec![1, 2, 3, 4], vec![3, 4]),
+            (vec![1, 2], vec![]),
+            (vec![3, 4, 5], vec![2]),
+            (vec![6], vec![]),
+            (vec![7, 8, 9], vec![1, 2]),
+        ]
+    );
+    let sequences = Sequences::new(corpus.documents()[2..3].to_vec(), 2);
+    let cut: Vec<_> = (0..2).map(|i| sequences.get(&corpus, i).unwrap()).collect();
+    assert_eq!(cut[0].ids, [1, 2, 3]);
+    assert_eq!(cut[0].breaks, [3]);
+    assert_eq!(cut[1].ids, [3, 4]);
+    assert_eq!(cut[1].breaks, [1, 2]);
+    // Other breaks are other data.
+    let before = fingerprint(corpus.documents());
+    std::fs::write(at("a.bin.breaks"), 3u64.to_le_bytes()).unwrap();
+    let corpus = read_with(&[folder.path().into()], &section).unwrap();
+    assert_ne!(fingerprint(corpus.documents()), before);
+}
+
+#[test]
+fn breaks_that_do_not_fit_are_named_with_what_was_expected() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let positions = |all: &[u64]| {
+        all.iter()
+            .flat_map(|b| b.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    std::fs::write(at("a.bin"), [1, 0, 2, 0, 3, 0]).unwrap();
+    for (name, content, part) in [
+        ("a.bin.breaks", positions(&[4]), "up to the 3 tokens"),
+        ("a.bin.breaks", positions(&[2, 2]), "2 before 2"),
+        ("a.bin.breaks", b"abc".to_vec(), "8 bytes"),
+        (
+            "b.json",
+            br#"{"tokens": [1, 2], "breaks": [3]}"#.to_vec(),
+            "up to the 2 tokens",
+        ),
+        (
+            "b.json",
+            br#"{"tokens": [1, 2], "breaks": [2, 1]}"#.to_vec(),
+            "2 before 1",
+        ),
+        (
+            "b.json",
+            br#"{"tokens": [1, 2], "break": [1]}"#.to_vec(),
+            "unknown field",
+        ),
+        ("b.json", br#"{"breaks": [1]}"#.to_vec(), "missing field"),
+        (
+            "b.json",
+            br#"[1, {"tokens": [2]}]"#.to_vec(),
+            "beside each other",
+        ),
+        ("b.json", br#"{"tokens": [300]}"#.to_vec(), "vocab_size"),
+        (
+            "c.jsonl",
+            br#"{"text": [1, 2], "breaks": [3]}"#.to_vec(),
+            "up to the 2 tokens",
+        ),
+        (
+            "c.jsonl",
+            br#"{"text": [1, 2], "breaks": 1}"#.to_vec(),
+            "breaks",
+        ),
+    ] {
+        std::fs::write(at(name), content).unwrap();
+        let read = at(name.strip_suffix(".breaks").unwrap_or(name));
+        let error = read_with(&[read], &DataSection::default()).unwrap_err();
+        assert!(matches!(error, TrainError::Data { .. }), "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    }
 }
 
 #[test]
@@ -247,8 +358,11 @@ fn a_single_document_is_split_by_its_tail() {
     let (train, validation) = split(corpus.documents(), Split::Auto, 0.1);
     assert_eq!((train[0].len, validation[0].len), (90, 10));
     let whole = documents(&corpus).remove(0);
-    assert_eq!(corpus.tokens(&train[0], 0..90).unwrap(), whole[..90]);
-    assert_eq!(corpus.tokens(&validation[0], 0..10).unwrap(), whole[90..]);
+    assert_eq!(corpus.tokens(&train[0], 0..90).unwrap().ids, whole[..90]);
+    assert_eq!(
+        corpus.tokens(&validation[0], 0..10).unwrap().ids,
+        whole[90..]
+    );
     let (all, none) = split(corpus.documents(), Split::Auto, 0.0);
     assert_eq!((all[0].len, none.len()), (100, 0));
 }

@@ -227,7 +227,8 @@ fn groups_keep_their_documents_apart_whatever_their_formats() {
     let corpus = Corpus::read(&[&first, &second], &reading_of(&section, folder.path())).unwrap();
     let tokens = |group: usize| -> Vec<Vec<u32>> {
         let group = corpus.group(group).iter();
-        group.map(|d| corpus.tokens(d, 0..d.len).unwrap()).collect()
+        let ids = |d| corpus.tokens(d, 0..d.len).unwrap().ids;
+        group.map(ids).collect()
     };
     assert_eq!(tokens(0), [vec![5, 6], ids("one")]);
     assert_eq!(tokens(1), [vec![1, 2], vec![3], vec![5, 6]]);

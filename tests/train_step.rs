@@ -68,7 +68,7 @@ fn a_batch_is_learned_by_heart() {
     let validated = trainer.validate(&batches[0]).unwrap().unwrap();
     let again = trainer.step_on(&batches).unwrap().loss;
     assert!((validated - again).abs() < 1e-5, "{validated} {again}");
-    assert_eq!(trainer.validate(&[]).unwrap(), None);
+    assert_eq!(trainer.validate::<Vec<u32>>(&[]).unwrap(), None);
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn gates_move_only_if_learned_and_stay_above_the_floor() {
 #[test]
 fn sequences_without_a_prediction_and_tensors_of_another_model_are_typed_errors() {
     let mut trainer = trainer(&[]);
-    assert!(trainer.step_on(&[]).is_err());
+    assert!(trainer.step_on::<Vec<u32>>(&[]).is_err());
     assert!(trainer.step_on(&[vec![vec![1]]]).is_err());
     let model = model_config(true);
     let mut wrong = tensors(&model);

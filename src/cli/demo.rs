@@ -12,6 +12,7 @@ use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::text::TextStream;
 use segattn::generate::{Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
+use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
 use segattn::train::config::Config;
 use segattn::train::data::{Bytes, Corpus, Reading, Sequences, split};
@@ -132,7 +133,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     Ok(())
 }
 
-fn sequences(corpus: &Corpus, of: &Sequences, most: u64) -> Result<Vec<Vec<u32>>> {
+fn sequences(corpus: &Corpus, of: &Sequences, most: u64) -> Result<Vec<Tokens>> {
     let get = |i| Ok(of.get(corpus, i)?);
     (0..of.len().min(most)).map(get).collect()
 }
@@ -187,6 +188,7 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
     let prompts = [Prompt {
         before: &[],
         tokens: &prompt,
+        breaks: &[],
         stream: 0,
     }];
     let mut generator = Generator::new(&mut session, &prompts, settings)?;
@@ -223,7 +225,7 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
 }
 
 /// Shows the memory of gradients over ever longer contexts.
-fn flat(model: &Decoder<Cpu>, texts: &[Vec<u32>]) -> Result<()> {
+fn flat(model: &Decoder<Cpu>, texts: &[Tokens]) -> Result<()> {
     out!("4. Memory of the exact gradient of one sequence, one segment per step:\n")?;
     out!("   context      working memory   pool of the past")?;
     let segment = model.config.segment.as_ref().map_or(1, |s| s.segment_len);
@@ -236,7 +238,7 @@ fn flat(model: &Decoder<Cpu>, texts: &[Vec<u32>]) -> Result<()> {
         let inputs = segments * segment;
         let tokens: Vec<u32> = texts
             .iter()
-            .flatten()
+            .flat_map(|text| &text.ids)
             .copied()
             .cycle()
             .take(inputs + 1)
@@ -291,12 +293,12 @@ impl Bigram {
     /// What each pair is counted as before the first is seen.
     const PRIOR: f64 = 0.02;
 
-    fn new(sequences: &[Vec<u32>]) -> Self {
+    fn new(sequences: &[Tokens]) -> Self {
         let mut counts = Self {
             pairs: vec![Self::PRIOR; 256 * 256],
             firsts: vec![256.0 * Self::PRIOR; 256],
         };
-        for pair in sequences.iter().flat_map(|s| s.windows(2)) {
+        for pair in sequences.iter().flat_map(|s| s.ids.windows(2)) {
             counts.pairs[pair[0] as usize * 256 + pair[1] as usize] += 1.0;
             counts.firsts[pair[0] as usize] += 1.0;
         }
@@ -304,8 +306,8 @@ impl Bigram {
     }
 
     /// Mean negative log-probability, in nats.
-    fn loss(&self, sequences: &[Vec<u32>]) -> f64 {
-        let pairs = || sequences.iter().flat_map(|s| s.windows(2));
+    fn loss(&self, sequences: &[Tokens]) -> f64 {
+        let pairs = || sequences.iter().flat_map(|s| s.ids.windows(2));
         let nats = |p: &[u32]| {
             let (a, b) = (p[0] as usize, p[1] as usize);
             (self.firsts[a] / self.pairs[a * 256 + b]).ln()

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::Document;
+use segattn::model::segmentation::Tokens;
 use segattn::model::tokenizer::Tokenizer;
 use segattn::train::data::{Format, list_files};
 use serde::Deserialize;
@@ -22,7 +23,7 @@ struct Line {
 }
 
 /// Reads every file that [`list_files`] finds: JSONL has one document a line in its field `text`, `.json` is an array
-/// of token ids, everything else is one document of text.
+/// of token ids or an object with `tokens` and `breaks`, everything else is one document of text.
 pub fn read_documents(
     paths: &[PathBuf],
     text: Option<&Tokenizer>,
@@ -45,8 +46,10 @@ fn read_file(
     let format = Format::of(path);
     match format {
         Format::Ids => {
+            let Tokens { ids, breaks } = read_tokens(path, vocab)?;
             documents.push(Document {
-                tokens: read_tokens(path, vocab)?,
+                tokens: ids,
+                breaks,
                 bytes: None,
             });
             return Ok(());
@@ -69,6 +72,7 @@ fn read_file(
     let mut push = |content: &str| -> Result<()> {
         documents.push(Document {
             tokens: text.encode(content, true)?,
+            breaks: Vec::new(),
             bytes: Some(content.len() as u64),
         });
         Ok(())

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::device::{Planned, on_device};
 use super::documents::read_documents;
-use super::files::Results as Place;
+use super::files::{BreakArgs, Results as Place};
 use super::generate::progress;
 use super::model::ModelArgs;
 use super::out::out;
@@ -52,9 +52,12 @@ pub struct Args {
     /// Where needles lie, from 0 at the start to 1 at the end [default: anywhere]
     #[arg(long, value_name = "SHARE")]
     depth: Option<f64>,
-    /// Text files or folders, JSONL with a `text` field, or JSON arrays of token ids
+    /// Text files or folders, JSONL with a `text` field, or token ids in JSON (an array, or an object with `tokens`
+    /// and `breaks`)
     #[arg(long, value_name = "PATH")]
     data: Vec<PathBuf>,
+    #[command(flatten)]
+    breaks: BreakArgs,
     /// Tokens between the starts of two windows of perplexity [default: windows share one token]
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
@@ -106,10 +109,11 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let place = Place::at(&args.out)?;
     let opened = args.model.open(!tasks.is_empty())?;
     let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
-    let documents = match with_perplexity {
+    let mut documents = match with_perplexity {
         true => read_documents(&args.data, text, vocab_size)?,
         false => Vec::new(),
     };
+    args.breaks.over_only(&mut documents)?;
     let model = opened.load(device, &args.readings(&documents, &tasks))?;
     let mut results = Results {
         model: args.model.path().to_string_lossy().into_owned(),

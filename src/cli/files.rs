@@ -3,14 +3,58 @@
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use segattn::eval::Document;
 use segattn::model::files::OutputFile;
+use segattn::model::segmentation::Tokens;
+use segattn::train::data::parse_ids;
 
 /// Largest token list that is read, in bytes of JSON.
 const MAX_TOKENS_FILE: u64 = 1 << 30;
 
-/// Reads a JSON array of token ids, each below `vocab`.
-pub fn read_tokens(path: &Path, vocab: usize) -> Result<Vec<u32>> {
+/// Breaks given as a flag.
+#[derive(Debug, clap::Args)]
+pub struct BreakArgs {
+    /// Ends segments early, each after so many tokens; besides the breaks that the tokens have
+    #[arg(long, value_name = "P,...", value_delimiter = ',')]
+    breaks: Vec<usize>,
+}
+
+impl BreakArgs {
+    /// The tokens with these breaks too.
+    pub fn over(&self, mut tokens: Tokens) -> Result<Tokens> {
+        self.add(&mut tokens.breaks, tokens.ids.len())?;
+        Ok(tokens)
+    }
+
+    /// The only document with these breaks too.
+    pub fn over_only(&self, documents: &mut [Document]) -> Result<()> {
+        match documents {
+            _ if self.breaks.is_empty() => Ok(()),
+            [document] => self.add(&mut document.breaks, document.tokens.len()),
+            _ => Err(anyhow!(
+                "--breaks: expected one document, got {}; give several their breaks in .json files, {}",
+                documents.len(),
+                r#"{"tokens": [...], "breaks": [...]}"#
+            )),
+        }
+    }
+
+    fn add(&self, breaks: &mut Vec<usize>, tokens: usize) -> Result<()> {
+        if let Some(behind) = self.breaks.iter().find(|position| **position > tokens) {
+            return Err(anyhow!(
+                "--breaks: expected positions up to the {tokens} tokens, got {behind}"
+            ));
+        }
+        breaks.extend(&self.breaks);
+        breaks.sort_unstable();
+        breaks.dedup();
+        Ok(())
+    }
+}
+
+/// Reads token ids, each below `vocab`: a JSON array of them, or an object with `tokens` and `breaks`.
+pub fn read_tokens(path: &Path, vocab: usize) -> Result<Tokens> {
     let file =
         std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut text = String::new();
@@ -24,9 +68,8 @@ pub fn read_tokens(path: &Path, vocab: usize) -> Result<Vec<u32>> {
     );
     // A byte order mark is passed over.
     let json = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let tokens: Vec<u32> = serde_json::from_str(json)
-        .with_context(|| format!("{}: expected a JSON array of token ids", path.display()))?;
-    for (i, token) in tokens.iter().enumerate() {
+    let tokens = parse_ids(json).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    for (i, token) in tokens.ids.iter().enumerate() {
         ensure!(
             (*token as usize) < vocab,
             "{}: token {i} is {token}, expected below vocab_size = {vocab}",

@@ -14,6 +14,7 @@ use segattn::generate::text::TextStream;
 use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::files::OutputFile;
+use segattn::model::segmentation::Tokens;
 use segattn::model::session::Session;
 use segattn::model::session_file::{Origin, StateFile, save};
 use segattn::model::tokenizer::{GenerationSettings, Tokenizer};
@@ -38,7 +39,8 @@ pub struct Args {
     /// File with a text to continue, `-` for standard input; several make a batch
     #[arg(short = 'f', long, value_name = "FILE")]
     prompt_file: Vec<PathBuf>,
-    /// JSON array of token ids to continue; no tokenizer is needed, ids are printed
+    /// JSON array of token ids to continue, or an object with `tokens` and `breaks`; no tokenizer is needed, ids are
+    /// printed
     #[arg(long, value_name = "FILE")]
     tokens: Vec<PathBuf>,
     /// Most new tokens of each prompt [default: that of generation_config.json, else 256]
@@ -114,7 +116,7 @@ impl SamplingArgs {
 /// One prompt: how it is shown, and its tokens.
 struct Input {
     title: String,
-    tokens: Vec<u32>,
+    tokens: Tokens,
 }
 
 /// New tokens of one sequence as they lie in the `--logprobs` file.
@@ -151,7 +153,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         .as_ref()
         .map_or(Vec::new(), |s| s.positions().to_vec());
     let inputs = args.inputs(opened.config.vocab_size, text, saved.len())?;
-    let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
+    let longest = inputs.iter().map(|i| i.tokens.ids.len()).max().unwrap_or(0);
     let longest = longest
         .saturating_add(saved.iter().copied().max().unwrap_or(0))
         .saturating_add(max_new);
@@ -164,7 +166,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let each = inputs.iter().enumerate();
     let reading = Reading {
         sequences: each
-            .map(|(i, input)| [before(i), input.tokens.len()])
+            .map(|(i, input)| [before(i), input.tokens.ids.len()])
             .collect(),
         scored: false,
         new: max_new,
@@ -184,7 +186,8 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         .enumerate()
         .map(|(i, input)| Prompt {
             before: &earlier[i],
-            tokens: &input.tokens,
+            tokens: &input.tokens.ids,
+            breaks: &input.tokens.breaks,
             stream: copies_before(&inputs, i),
         })
         .collect();
@@ -199,7 +202,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     if let Some(place) = &state_out {
         let all = earlier.iter().zip(&inputs);
         let tokens: Vec<Vec<u32>> = all
-            .map(|(earlier, input)| [&earlier[..], &input.tokens].concat())
+            .map(|(earlier, input)| [&earlier[..], &input.tokens.ids].concat())
             .collect();
         let origin = Origin {
             tokens: &tokens,
@@ -213,7 +216,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         None => print_tokens(&mut generator)?,
     };
     if !quiet {
-        let prompt: usize = inputs.iter().map(|i| i.tokens.len()).sum();
+        let prompt: usize = inputs.iter().map(|i| i.tokens.ids.len()).sum();
         let new: usize = generated.iter().map(|g| g.tokens.len()).sum();
         let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
         let seconds = [read.as_secs_f64(), started.elapsed().as_secs_f64()];
@@ -281,7 +284,7 @@ impl Args {
         if texts.is_empty() && saved > 0 {
             let one = |i| Input {
                 title: format!("saved sequence {i}"),
-                tokens: Vec::new(),
+                tokens: Tokens::default(),
             };
             return Ok((1..=saved).map(one).collect());
         }
@@ -294,7 +297,9 @@ impl Args {
         };
         let encode = |(title, text): (String, String)| {
             // What goes on from a saved state has its beginning there.
-            let tokens = tokenizer.encode(&text, saved == 0)?;
+            let ids = tokenizer.encode(&text, saved == 0)?;
+            let breaks = Vec::new();
+            let tokens = Tokens { ids, breaks };
             Ok(Input { title, tokens })
         };
         let inputs = texts
@@ -321,7 +326,7 @@ impl Args {
             .iter()
             .zip(earlier)
             .map(|(input, earlier)| {
-                let before = [&earlier[..], &input.tokens].concat();
+                let before = [&earlier[..], &input.tokens.ids].concat();
                 Ok::<_, anyhow::Error>(TextStream::new(self.stop.clone())?.after(&before))
             })
             .collect::<Result<Vec<_>, _>>()?;

@@ -7,11 +7,12 @@ use anyhow::{Result, bail, ensure};
 use safetensors::tensor::{Dtype, TensorView};
 use segattn::device::{Device, Purpose};
 use segattn::model::decoder::Decoder;
+use segattn::model::segmentation::Tokens;
 use segattn::model::weights::Checkpoint;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 use super::device::{Planned, on_device};
-use super::files::{Results, read_tokens};
+use super::files::{BreakArgs, Results, read_tokens};
 use super::model::{ModelArgs, Opened};
 use super::out::out;
 
@@ -22,9 +23,11 @@ use super::out::out;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSON array of token ids
+    /// JSON array of token ids, or an object with `tokens` and `breaks`
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
+    #[command(flatten)]
+    breaks: BreakArgs,
     /// Segments that a loss reaches back through the prior tail
     #[arg(long, value_name = "K", default_value_t = 1)]
     tbptt: usize,
@@ -49,18 +52,19 @@ fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
         config, weights, ..
     } = args.model.open(false)?;
     let tokens = read_tokens(&args.tokens, config.vocab_size)?;
+    let tokens = args.breaks.over(tokens)?;
     ensure!(
-        tokens.len() >= 2,
+        tokens.ids.len() >= 2,
         "{}: expected at least 2 tokens, got {}",
         args.tokens.display(),
-        tokens.len()
+        tokens.ids.len()
     );
     let streams = StreamConfig {
         tbptt: args.tbptt,
         segments_per_step: args.segments_per_step,
         recompute: args.recompute,
     };
-    let (count, sequences) = (tokens.len() - 1, [tokens]);
+    let (count, sequences) = (tokens.ids.len() - 1, [tokens]);
     device.plan(args.model.pool(), Purpose::Backward, |dry| {
         let model = Decoder::for_dry_run(dry, config.clone(), true)?;
         gradient(&model, &sequences, streams).map(|_| ())
@@ -88,11 +92,11 @@ fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
 /// The gradient of the mean loss, and the log-probabilities.
 fn gradient<D: Device>(
     model: &Decoder<D>,
-    sequences: &[Vec<u32>],
+    sequences: &[Tokens],
     streams: StreamConfig,
 ) -> Result<(Gradients<D>, Vec<Vec<f64>>)> {
     let mut gradients = Gradients::new(model)?;
-    let count: usize = sequences.iter().map(|s| s.len() - 1).sum();
+    let count: usize = sequences.iter().map(|s| s.ids.len() - 1).sum();
     let scored = accumulate(
         model,
         sequences,

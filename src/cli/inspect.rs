@@ -187,6 +187,8 @@ fn segment(config: &ModelConfig) -> Value {
         "prior_len": segment.prior_len,
         "past_len": segment.past_len,
         "block_len": segment.retrieval.block_len,
+        "break_ids": segment.break_ids,
+        "break_after_prompt": segment.break_after_prompt,
         "layers": (0..config.num_hidden_layers).map(roles).collect::<Vec<_>>(),
     })
 }
@@ -284,6 +286,12 @@ fn text(report: &Value) -> String {
                 s["segment_len"], s["prior_len"], s["past_len"], s["block_len"],
             );
             line("segments", lens);
+            if s["break_ids"] != json!([]) {
+                line("", format!("end early after the tokens {}", s["break_ids"]));
+            }
+            if s["break_after_prompt"] == true {
+                line("", "end early after a prompt".into());
+            }
             let roles = s["layers"]
                 .as_array()
                 .map(Vec::as_slice)

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use segattn::model::config::ModelConfig;
 use segattn::model::flops::training_flops;
+use segattn::model::segmentation::Tokens;
 use segattn::train::TrainError;
 use segattn::train::checkpoint::{Disk, Fingerprints, create_folder, remove_leftovers, save};
 use segattn::train::config::{Config, DataSection, TrainingSection};
@@ -162,7 +163,7 @@ impl Data {
     }
 
     /// The first sequences for validation.
-    fn validation(&self, most: usize) -> Result<Vec<Vec<u32>>> {
+    fn validation(&self, most: usize) -> Result<Vec<Tokens>> {
         let count = match most {
             0 => self.validation.len(),
             most => self.validation.len().min(most as u64),
@@ -188,7 +189,7 @@ pub struct Run<D: Planned> {
     trainer: Trainer<D>,
     data: Data,
     extra: Vec<(String, Vec<u8>)>,
-    validation: Vec<Vec<u32>>,
+    validation: Vec<Tokens>,
     metrics: Metrics,
     bar: ProgressBar,
     quiet: bool,

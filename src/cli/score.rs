@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::perplexity::log_probabilities;
 use segattn::generate::dry_run::Reading;
+use segattn::model::segmentation::Tokens;
 use serde::Serialize;
 
 use super::device::{Planned, on_device};
-use super::files::{Results, read_tokens};
+use super::files::{BreakArgs, Results, read_tokens};
 use super::generate::{progress, read_prompt};
 use super::model::ModelArgs;
 use super::out::out;
@@ -19,9 +20,11 @@ use super::out::out;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSON array of token ids; no tokenizer is needed
+    /// JSON array of token ids, or an object with `tokens` and `breaks`; no tokenizer is needed
     #[arg(long, value_name = "FILE", required_unless_present = "text")]
     tokens: Option<PathBuf>,
+    #[command(flatten)]
+    breaks: BreakArgs,
     /// File with a text, `-` for standard input
     #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
     text: Option<PathBuf>,
@@ -53,23 +56,27 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let opened = args.model.open(args.tokens.is_none())?;
     let tokens = match (&args.tokens, &args.text, &opened.text) {
         (Some(path), ..) => read_tokens(path, opened.config.vocab_size)?,
-        (None, Some(path), Some(text)) => text.encode(&read_prompt(path)?, true)?,
+        (None, Some(path), Some(text)) => Tokens {
+            ids: text.encode(&read_prompt(path)?, true)?,
+            breaks: Vec::new(),
+        },
         (None, Some(_), None) => bail!("the model has no tokenizer; give --tokens"),
         (None, None, _) => bail!("nothing to score; give --tokens or --text"),
     };
+    let tokens = args.breaks.over(tokens)?;
+    let count = tokens.ids.len();
     ensure!(
-        tokens.len() >= 2,
-        "expected at least 2 tokens to score, got {}",
-        tokens.len()
+        count >= 2,
+        "expected at least 2 tokens to score, got {count}"
     );
     let reading = Reading {
-        sequences: vec![[0, tokens.len() - 1]],
+        sequences: vec![[0, count - 1]],
         scored: true,
         new: 0,
         segments_per_step: args.segments_per_step,
     };
     let model = opened.load(device, &[reading])?;
-    let bar = progress(!quiet, tokens.len() as u64 - 1, "tokens");
+    let bar = progress(!quiet, count as u64 - 1, "tokens");
     let scored = log_probabilities(
         &model,
         &[(&tokens).into()],

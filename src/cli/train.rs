@@ -63,7 +63,7 @@ pub fn dry_run<D: Device>(
     data: &Data,
 ) -> Result<()> {
     let training = &config.training;
-    let sequence = vec![0; data.longest(training.sequence_len) + 1];
+    let sequence = vec![0u32; data.longest(training.sequence_len) + 1];
     let mut trainer = Trainer::for_dry_run(device, model.clone(), config.clone())?;
     trainer.step_on(&[vec![sequence.clone(); training.batch]])?;
     trainer.validate(&[sequence])?;

@@ -75,8 +75,17 @@ pub struct PerplexityReport {
 pub struct Document {
     /// Its tokens.
     pub tokens: Vec<u32>,
+    /// Its breaks, as [`Sequence::breaks`].
+    pub breaks: Vec<usize>,
     /// Bytes of its text.
     pub bytes: Option<u64>,
+}
+
+impl Document {
+    fn sequence(&self) -> Sequence<'_> {
+        let (tokens, breaks) = (&self.tokens, &self.breaks);
+        Sequence { tokens, breaks }
+    }
 }
 
 /// A window of a document and the part of it that counts.
@@ -123,6 +132,9 @@ fn check<D: Device>(
             return Err(EvalError::argument("stride", expected, stride));
         }
     }
+    for document in documents {
+        document.sequence().check().map_err(EvalError::model)?;
+    }
     let vocab = model.config.vocab_size;
     let ids = documents.iter().flat_map(|d| &d.tokens);
     if let Some(id) = ids.into_iter().find(|t| **t as usize >= vocab) {
@@ -154,9 +166,19 @@ pub fn perplexity<D: Device>(
     let mut done = 0;
     let mut sums = Sums::default();
     for group in windows.chunks(config.batch.max(1)) {
+        let breaks = |w: &Window| {
+            documents[w.document]
+                .sequence()
+                .breaks_within(w.tokens.clone())
+        };
+        let breaks: Vec<Vec<usize>> = group.iter().map(breaks).collect();
         let sequences: Vec<Sequence<'_>> = group
             .iter()
-            .map(|w| Sequence::from(&documents[w.document].tokens[w.tokens.clone()]))
+            .zip(&breaks)
+            .map(|(w, breaks)| Sequence {
+                tokens: &documents[w.document].tokens[w.tokens.clone()],
+                breaks,
+            })
             .collect();
         let scored = log_probabilities(model, &sequences, config.segments_per_step, |read| {
             done += read as u64;

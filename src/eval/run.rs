@@ -300,6 +300,7 @@ impl<D: Device> Respond for Greedy<'_, D> {
             .map(|s| Prompt {
                 before: &[],
                 tokens: &s.tokens,
+                breaks: &[],
                 stream: 0,
             })
             .collect();

@@ -112,6 +112,7 @@ fn generate<D: Device>(
     let prompt = |tokens: &usize| Prompt {
         before: &[],
         tokens: &[0; 1][..*tokens],
+        breaks: &[],
         stream: 0,
     };
     let prompts: Vec<Prompt<'_>> = prompts.iter().map(prompt).collect();

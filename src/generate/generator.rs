@@ -6,6 +6,7 @@
 
 use super::sampler::{SamplerConfig, SamplerError};
 use crate::device::{Device, DeviceError, Sampled};
+use crate::model::segmentation;
 use crate::model::session::{Feed, Session};
 use std::ops::ControlFlow;
 
@@ -84,8 +85,27 @@ pub struct Prompt<'a> {
     pub before: &'a [u32],
     /// Its tokens, read after what the session's sequence has read already.
     pub tokens: &'a [u32],
+    /// Breaks: a segment ends after so many of `tokens`, strictly ascending. A break at 0 changes nothing.
+    pub breaks: &'a [usize],
     /// Number of the sequence's random stream.
     pub stream: u64,
+}
+
+impl<'a> Prompt<'a> {
+    fn sequence(&self) -> segmentation::Sequence<'a> {
+        let (tokens, breaks) = (self.tokens, self.breaks);
+        segmentation::Sequence { tokens, breaks }
+    }
+}
+
+/// The breaks of a prompt, with one at its end if `after_prompt`.
+fn breaks(prompt: &Prompt<'_>, after_prompt: bool) -> Vec<usize> {
+    let mut breaks = prompt.breaks.to_vec();
+    let end = prompt.tokens.len();
+    if after_prompt && breaks.last() != Some(&end) {
+        breaks.push(end);
+    }
+    breaks
 }
 
 /// Why a sequence ended.
@@ -128,6 +148,8 @@ pub struct Generated {
 struct Sequence {
     /// The prompt and what came after it.
     history: Vec<u32>,
+    /// Breaks of the prompt.
+    breaks: Vec<usize>,
     /// Where the new tokens begin.
     prompt: usize,
     /// Tokens of the history that the session has read.
@@ -137,6 +159,13 @@ struct Sequence {
 }
 
 impl Sequence {
+    fn prompt(&self) -> segmentation::Sequence<'_> {
+        segmentation::Sequence {
+            tokens: &self.history[..self.prompt],
+            breaks: &self.breaks,
+        }
+    }
+
     fn new_tokens(&self) -> usize {
         self.history.len() - self.prompt
     }
@@ -190,11 +219,14 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
                 got: prompts.len(),
             });
         }
+        let segment = session.model().config.segment.as_ref();
+        let after_prompt = segment.is_some_and(|segment| segment.break_after_prompt);
         let mut sequences = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.iter().enumerate() {
-            check(session, i, prompt.tokens, config.max_new)?;
+            check(session, i, prompt, config.max_new)?;
             sequences.push(Sequence {
                 history: prompt.tokens.to_vec(),
+                breaks: breaks(prompt, after_prompt),
                 prompt: prompt.tokens.len(),
                 read: 0,
                 log_probabilities: Vec::new(),
@@ -223,10 +255,9 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     pub fn read_prompts(&mut self) -> Result<usize, GenerateError> {
         let chunk = self.session.chunk();
         let end = |s: &Sequence| s.prompt.min(s.read.saturating_add(chunk));
-        let segment = self.session.model().config.segment.as_ref();
-        let break_after = segment.is_some_and(|segment| segment.break_after_prompt);
-        let unread = |s: &Sequence| end(s).saturating_sub(s.read);
-        let lengths: Vec<usize> = self.sequences.iter().map(unread).collect();
+        let piece = |s: &Sequence| s.read..end(s).max(s.read);
+        let breaks = |s: &Sequence| s.prompt().breaks_within(piece(s));
+        let breaks: Vec<Vec<usize>> = self.sequences.iter().map(breaks).collect();
         let feeds: Vec<Feed<'_>> = self
             .sequences
             .iter()
@@ -234,12 +265,9 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
             .filter(|(_, s)| s.read < s.prompt)
             .map(|(sequence, s)| Feed {
                 sequence,
-                tokens: &s.history[s.read..end(s)],
+                tokens: &s.history[piece(s)],
                 targets: &[],
-                breaks: match break_after && end(s) == s.prompt {
-                    true => std::slice::from_ref(&lengths[sequence]),
-                    false => &[],
-                },
+                breaks: &breaks[sequence],
             })
             .collect();
         self.session.feed(&feeds)?;
@@ -332,10 +360,11 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
 fn check<D: Device>(
     session: &Session<'_, D>,
     prompt: usize,
-    tokens: &[u32],
+    given: &Prompt<'_>,
     max_new: usize,
 ) -> Result<(), GenerateError> {
-    let read = session.position(prompt);
+    let (read, tokens) = (session.position(prompt), given.tokens);
+    given.sequence().check()?;
     if tokens.is_empty() && read == 0 {
         return Err(GenerateError::EmptyPrompt { prompt });
     }

@@ -299,6 +299,15 @@ impl ModelConfig {
         }
     }
 
+    /// The same model for dry runs, whose tokens are arbitrary: none of them ends a segment, since full segments take the
+    /// most memory.
+    pub(crate) fn for_dry_run(mut self) -> Self {
+        if let Some(segment) = &mut self.segment {
+            segment.break_ids.clear();
+        }
+        self
+    }
+
     /// Whether training computes what it does in other libraries: dropout is refused by name.
     ///
     /// # Errors

@@ -164,8 +164,10 @@ impl<D: Device> Decoder<D> {
         })
     }
 
-    /// A model with arbitrary weights, allocated as a real one is: for dry runs, which only measure memory.
+    /// A model with arbitrary weights, allocated as a real one is: for dry runs, which only measure memory. Their tokens
+    /// end no segment.
     pub fn for_dry_run(device: D, config: ModelConfig, training: bool) -> Result<Self> {
+        let config = config.for_dry_run();
         let specs = specs(&config);
         let values = |i: usize| device.empty(Kind::Exact, specs[i].role.len());
         let weights = Weights::prepare(&device, &specs, values, training)?;

@@ -3,7 +3,8 @@
 //! A sequence lies inside one document and starts with a fresh state, so documents never see each other;
 //! short documents are short sequences of a ragged batch and are never joined. A document longer than
 //! `sequence_len` becomes several sequences, each beginning with the last token of the one before, so that
-//! every token but a document's first is predicted exactly once. Nothing but the index of documents is in
+//! every token but a document's first is predicted exactly once. Breaks given beside the tokens go with the token
+//! before them (docs/contract.md, section 2). Nothing but the index of documents is in
 //! memory: tokens stay in files.
 
 mod cache;
@@ -12,6 +13,7 @@ mod encoded;
 mod error;
 mod ids;
 mod listing;
+mod marks;
 mod permutation;
 mod pieces;
 mod reading;
@@ -22,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use corpus::{Corpus, Document, fingerprint};
 pub use encoded::hash_file;
+pub use ids::parse_ids;
 pub use listing::{Format, list_files};
 pub use permutation::Permutation;
 pub use pieces::{Bytes, Encode};
@@ -29,6 +32,7 @@ pub use reading::Reading;
 
 use super::config::Split;
 use super::error::{Result, TrainError};
+use crate::model::segmentation::Tokens;
 
 /// Where in the data a run is. Serialisable: with the seed, all that a resumed run needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,7 +93,7 @@ impl Sequences {
     ///
     /// # Errors
     /// [`TrainError::Argument`] beyond the last, [`TrainError::Io`] if its file cannot be read.
-    pub fn get(&self, corpus: &Corpus, i: u64) -> Result<Vec<u32>> {
+    pub fn get(&self, corpus: &Corpus, i: u64) -> Result<Tokens> {
         let d = self.ends.partition_point(|end| *end <= i);
         let Some(document) = self.documents.get(d) else {
             let expected = format!("a number below {}", self.len());
@@ -122,7 +126,7 @@ impl Sequences {
         seed: u64,
         position: &mut Position,
         count: usize,
-    ) -> Result<Vec<Vec<u32>>> {
+    ) -> Result<Vec<Tokens>> {
         if self.is_empty() {
             let expected = "at least one document of two tokens";
             return Err(TrainError::argument("data.train", expected, "none"));

@@ -23,6 +23,7 @@ use crate::device::{AdamW, Device, GradTensor, Kind, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, TensorSpec, Weights, specs};
+use crate::model::segmentation::{Sequence, Tokens};
 use crate::model::session::score;
 
 /// What a step did.
@@ -48,7 +49,7 @@ pub struct StepReport {
 #[derive(Debug)]
 struct Ahead {
     from: Position,
-    batches: Vec<Vec<Vec<u32>>>,
+    batches: Vec<Vec<Tokens>>,
     to: Position,
 }
 
@@ -132,7 +133,7 @@ impl<D: Device> Trainer<D> {
     pub fn for_dry_run(device: D, model: ModelConfig, config: Config) -> Result<Self> {
         let lens: Vec<usize> = specs(&model).iter().map(|s| s.role.len()).collect();
         let tensor = |device: &D, _, i: usize| room(device, lens[i]);
-        Self::made(device, model, config, None, tensor)
+        Self::made(device, model.for_dry_run(), config, None, tensor)
     }
 
     fn made(
@@ -292,8 +293,11 @@ impl<D: Device> Trainer<D> {
     ///
     /// # Errors
     /// [`TrainError::Device`], or [`TrainError::Argument`] for a sequence without a prediction.
-    pub fn step_on(&mut self, batches: &[Vec<Vec<u32>>]) -> Result<StepReport> {
-        let sequences = batches.iter().flatten();
+    pub fn step_on<S>(&mut self, batches: &[Vec<S>]) -> Result<StepReport>
+    where
+        for<'s> Sequence<'s>: From<&'s S>,
+    {
+        let sequences = batches.iter().flatten().map(|s| Sequence::from(s).tokens);
         if sequences.clone().any(|s| s.len() < 2) || sequences.clone().next().is_none() {
             let expected = "sequences of at least two tokens";
             return Err(TrainError::argument(
@@ -342,7 +346,10 @@ impl<D: Device> Trainer<D> {
     ///
     /// # Errors
     /// [`TrainError::Device`]; [`TrainError::Interrupted`] as [`Trainer::interrupt_by`] says.
-    pub fn validate(&mut self, sequences: &[Vec<u32>]) -> Result<Option<f64>> {
+    pub fn validate<S>(&mut self, sequences: &[S]) -> Result<Option<f64>>
+    where
+        for<'s> Sequence<'s>: From<&'s S>,
+    {
         self.settle()?;
         let (mut sum, mut tokens) = (0.0, 0usize);
         for sequence in sequences {
@@ -367,7 +374,10 @@ impl<D: Device> Trainer<D> {
     }
 
     /// Leaves the gradient of the mean loss in `gradients` and returns the loss.
-    fn gradient(&mut self, batches: &[Vec<Vec<u32>>], scale: f64) -> Result<f64> {
+    fn gradient<S>(&mut self, batches: &[Vec<S>], scale: f64) -> Result<f64>
+    where
+        for<'s> Sequence<'s>: From<&'s S>,
+    {
         self.gradients.clear(&self.model.device)?;
         let (streams, mut sum) = (self.streams(), 0.0);
         for batch in batches {

@@ -30,7 +30,7 @@ pub fn read_with(paths: &[PathBuf], section: &DataSection) -> Result<Corpus, Tra
 }
 
 pub fn documents(corpus: &Corpus) -> Vec<Vec<u32>> {
-    let whole = |d: &Document| corpus.tokens(d, 0..d.len).unwrap();
+    let whole = |d: &Document| corpus.tokens(d, 0..d.len).unwrap().ids;
     corpus.documents().iter().map(whole).collect()
 }
 

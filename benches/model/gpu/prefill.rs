@@ -69,6 +69,7 @@ pub fn greedy<'s, 'm, D: Device>(
 ) -> Result<Generator<'s, 'm, D>> {
     let prompt = |stream| Prompt {
         before: &[],
+        breaks: &[],
         tokens: &[],
         stream: stream as u64,
     };

@@ -83,6 +83,7 @@ fn generate(model: &Model, prompts: &[Vec<u32>], settings: &GeneratorConfig) -> 
     let prompts: Vec<Prompt<'_>> = (prompts.iter().enumerate())
         .map(|(i, tokens)| Prompt {
             before: &[],
+            breaks: &[],
             tokens,
             stream: i as u64,
         })

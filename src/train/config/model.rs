@@ -90,6 +90,10 @@ pub struct SegmentSection {
     pub probe_window: Option<usize>,
     /// Distance between two probes.
     pub probe_stride: Option<usize>,
+    /// Tokens that end their segment.
+    pub break_ids: Option<Vec<u32>>,
+    /// Whether the end of a prompt ends a segment, in generation.
+    pub break_after_prompt: Option<bool>,
 }
 
 impl ModelSection {
@@ -155,6 +159,12 @@ impl ModelSection {
         set(&mut segment.retrieval.probe_len, given.probe_len);
         set(&mut segment.retrieval.probe_window, given.probe_window);
         set(&mut segment.retrieval.probe_stride, given.probe_stride);
+        if let Some(ids) = &given.break_ids {
+            segment.break_ids.clone_from(ids);
+        }
+        segment.break_after_prompt = given
+            .break_after_prompt
+            .unwrap_or(segment.break_after_prompt);
         given.set_reads(&mut segment, layers, kv_heads)?;
         config.segment = Some(segment);
         config.validate().map_err(|e| typed("model", &e))

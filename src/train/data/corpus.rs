@@ -12,9 +12,11 @@ use super::cache::Cache;
 use super::encoded::{Source, encode_all, hash_file};
 use super::error::{io_error, vocabulary_error};
 use super::listing::{Format, list_files};
+use super::marks::{id, unmark};
 use super::reading::Reading;
 use super::store::{Stored, Writer};
 use super::token_files::{STORED, TokenFiles};
+use crate::model::segmentation::Tokens;
 use crate::train::error::Result;
 use crate::train::hex::hex;
 
@@ -118,15 +120,15 @@ impl Corpus {
         &self.documents[start..end(group)]
     }
 
-    /// Tokens `range` of a document.
+    /// Tokens `range` of a document, with the breaks behind them.
     ///
     /// # Errors
     /// [`TrainError::Io`](crate::train::TrainError::Io); [`TrainError::Data`](crate::train::TrainError::Data) if the
     /// file has changed since the corpus was read.
-    pub fn tokens(&self, document: &Document, range: Range<u64>) -> Result<Vec<u32>> {
+    pub fn tokens(&self, document: &Document, range: Range<u64>) -> Result<Tokens> {
         let start = document.start + range.start;
         let end = start + range.end.saturating_sub(range.start);
-        self.files.read(document.file, start..end)
+        Ok(unmark(self.files.read(document.file, start..end)?))
     }
 
     /// Checks every id of `span`, cuts it into documents, and hashes them.
@@ -141,9 +143,9 @@ impl Corpus {
         let mut end = cuts.next_end(start);
         while at < span.end {
             let part = self.files.read(file, at..span.end.min(at + SCAN))?;
-            if let Some(i) = part.iter().position(|id| *id as usize >= vocab_size) {
-                let path = self.files.path(file);
-                return Err(vocabulary_error(path, vocab_size, part[i], at + i as u64));
+            if let Some(i) = part.iter().position(|t| id(*t) as usize >= vocab_size) {
+                let (path, got) = (self.files.path(file), id(part[i]));
+                return Err(vocabulary_error(path, vocab_size, got, at + i as u64));
             }
             let mut done = 0;
             while let Some(cut) = cuts.find(end, at, &part, done) {
@@ -198,14 +200,14 @@ impl Cuts {
                 .map(|end| (end - at) as usize)
                 .filter(|cut| *cut <= part.len()),
             Self::Mark(mark) => {
-                let found = part[done..].iter().position(|id| Some(*id) == *mark);
+                let found = part[done..].iter().position(|t| Some(id(*t)) == *mark);
                 found.map(|i| done + i + 1)
             }
         }
     }
 }
 
-/// What the documents are, in hexadecimal: equal for the same tokens in the same documents in the same order.
+/// What the documents are, in hexadecimal: equal for the same tokens and breaks in the same documents in the same order.
 pub fn fingerprint(documents: &[Document]) -> String {
     let mut hash = Sha256::new();
     for document in documents {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::error::{data_error, io_error};
-use super::ids::read_ids;
+use super::ids::{Listed, read_ids};
 use super::listing::Format;
 use super::pieces::{Joiner, OVERLAP, PIECE, Place, Tokens, boundary, cut, encode};
 use super::reading::Reading;
@@ -107,6 +107,8 @@ enum Item<'a> {
     File(&'a Path),
     /// Tokens as they are.
     Tokens(Vec<u32>),
+    /// Tokens with breaks.
+    Broken(Listed),
     /// A piece of the open document's text, and its line, where the file has lines.
     Piece {
         text: String,
@@ -218,7 +220,9 @@ impl<'a> Queue<'a> {
     fn read_line(&mut self, path: &Path, number: usize, line: &[u8]) -> Result<()> {
         let field = &self.reading.section.jsonl_field;
         let wrong = |got: String| {
-            let expected = format!("an object with `{field}`, a string or a list of ids");
+            let expected = format!(
+                "an object with `{field}`, a string, or a list of ids with or without `breaks`"
+            );
             data_error(path, Some(number), &expected, got)
         };
         let mut object: serde_json::Map<String, Value> =
@@ -233,8 +237,16 @@ impl<'a> Queue<'a> {
                 self.add(Item::Tokens(self.reading.after.to_vec()))?;
             }
             Some(list @ Value::Array(_)) => {
-                let ids = serde_json::from_value(list).map_err(|e| wrong(e.to_string()))?;
-                self.add(Item::Tokens(ids))?;
+                let breaks = object
+                    .remove("breaks")
+                    .unwrap_or_else(|| Value::Array(Vec::new()));
+                let listed = Listed {
+                    tokens: serde_json::from_value(list).map_err(|e| wrong(e.to_string()))?,
+                    breaks: serde_json::from_value(breaks)
+                        .map_err(|e| wrong(format!("`breaks`: {e}")))?,
+                };
+                listed.check().map_err(wrong)?;
+                self.add(Item::Broken(listed))?;
             }
             Some(Value::Null) => return Err(wrong(format!("null in `{field}`"))),
             Some(_) => return Err(wrong(format!("something else in `{field}`"))),
@@ -247,6 +259,7 @@ impl<'a> Queue<'a> {
         self.bytes += match &item {
             Item::Piece { text, .. } => text.len(),
             Item::Tokens(tokens) => size_of_val(&tokens[..]),
+            Item::Broken(listed) => size_of_val(&listed.tokens[..]),
             Item::File(_) | Item::End => 0,
         };
         // The items themselves take memory too.
@@ -284,6 +297,7 @@ impl<'a> Queue<'a> {
         match item {
             Item::File(path) => self.writer.begin_file(path),
             Item::Tokens(tokens) => self.writer.push(&tokens)?,
+            Item::Broken(Listed { tokens, breaks }) => self.writer.push_broken(tokens, &breaks)?,
             Item::End => self.writer.end_document(),
             Item::Piece { text, place, line } => {
                 let by = self.reading.encode;

@@ -1,15 +1,59 @@
-//! Token ids from a JSON file, read as a stream.
+//! Token ids from a JSON file, read as a stream, and breaks beside them.
 
 use std::io::Read;
 use std::path::Path;
 
-use serde::de::{DeserializeSeed, Deserializer, Error, SeqAccess, Visitor};
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
 use super::error::data_error;
 use super::store::Writer;
+use crate::model::segmentation::{Sequence, Tokens};
 use crate::train::error::{Result, TrainError};
 
-/// A JSON array of ids, one document, or of arrays of ids, a document each; both at once is an error.
+/// Token ids with their breaks in JSON, `{"tokens": [...], "breaks": [...]}`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Listed {
+    pub(super) tokens: Vec<u32>,
+    /// Strictly ascending: a segment ends after so many of the tokens.
+    #[serde(default)]
+    pub(super) breaks: Vec<usize>,
+}
+
+impl Listed {
+    /// What is wrong with the breaks.
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        let (tokens, breaks) = (&self.tokens[..], &self.breaks[..]);
+        let checked = Sequence { tokens, breaks }.check();
+        checked.map_err(|error| error.to_string())
+    }
+}
+
+/// A JSON document of ids: an array of them, or an object `{"tokens": [...], "breaks": [...]}` whose breaks may be left
+/// out.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn parse_ids(json: &str) -> std::result::Result<Tokens, String> {
+    let expected = "expected an array of token ids, or an object with `tokens` and `breaks`";
+    let failed = |error: serde_json::Error| format!("{expected}: {error}");
+    if !json.trim_start().starts_with('{') {
+        let ids = serde_json::from_str(json).map_err(failed)?;
+        let breaks = Vec::new();
+        return Ok(Tokens { ids, breaks });
+    }
+    let listed: Listed = serde_json::from_str(json).map_err(failed)?;
+    listed.check()?;
+    Ok(Tokens {
+        ids: listed.tokens,
+        breaks: listed.breaks,
+    })
+}
+
+/// A JSON array of ids, one document, or of documents; both at once is an error. A document is an array of ids or an
+/// object as in [`parse_ids`], which is read as a whole.
 pub(super) fn read_ids(path: &Path, input: impl Read, writer: &mut Writer) -> Result<()> {
     let mut file = IdFile {
         writer,
@@ -26,7 +70,8 @@ pub(super) fn read_ids(path: &Path, input: impl Read, writer: &mut Writer) -> Re
             Ok(())
         }
         (None, Err(e)) => {
-            let expected = "an array of token ids, or of such arrays";
+            let expected =
+                "an array of token ids, an object with `tokens` and `breaks`, or an array of these";
             Err(data_error(path, Some(e.line()), expected, e))
         }
     }
@@ -59,10 +104,7 @@ impl Ids<'_, '_> {
 impl<'de> DeserializeSeed<'de> for Ids<'_, '_> {
     type Value = ();
     fn deserialize<D: Deserializer<'de>>(self, input: D) -> std::result::Result<(), D::Error> {
-        match self.1 {
-            0 => input.deserialize_seq(self),
-            _ => input.deserialize_any(self),
-        }
+        input.deserialize_any(self)
     }
 }
 
@@ -72,8 +114,10 @@ impl<'de> Visitor<'de> for Ids<'_, '_> {
         f.write_str("token ids")
     }
     fn visit_u64<E: Error>(mut self, id: u64) -> std::result::Result<(), E> {
-        if self.1 == 1 {
-            self.outer(false)?;
+        match self.1 {
+            0 => return Err(E::custom("a number alone")),
+            1 => self.outer(false)?,
+            _ => {}
         }
         let id = u32::try_from(id).map_err(|_| E::custom("an id beyond 32 bits"))?;
         self.0.writer.push(&[id]).map_err(|e| {
@@ -91,6 +135,26 @@ impl<'de> Visitor<'de> for Ids<'_, '_> {
             .next_element_seed(Ids(&mut *self.0, self.1 + 1))?
             .is_some()
         {}
+        if self.1 == 1 {
+            self.0.writer.end_document();
+        }
+        Ok(())
+    }
+    fn visit_map<A: MapAccess<'de>>(mut self, map: A) -> std::result::Result<(), A::Error> {
+        match self.1 {
+            0 => {}
+            1 => self.outer(true)?,
+            _ => return Err(A::Error::custom("an object among ids")),
+        }
+        let Listed { tokens, breaks } = {
+            let listed = Listed::deserialize(MapAccessDeserializer::new(map))?;
+            listed.check().map_err(A::Error::custom)?;
+            listed
+        };
+        self.0.writer.push_broken(tokens, &breaks).map_err(|e| {
+            self.0.failure = Some(e);
+            A::Error::custom("writing failed")
+        })?;
         if self.1 == 1 {
             self.0.writer.end_document();
         }

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::error::{data_error, io_error};
+use super::marks::BREAKS;
 use crate::train::error::Result;
 use crate::train::folder::is_output;
 
@@ -20,7 +21,7 @@ const LINES: [&str; 4] = ["jsonl", "ndjson", "jsonlines", "ldjson"];
 pub enum Format {
     /// A JSON object a line: `.jsonl`, `.ndjson`, `.jsonlines`, `.ldjson`.
     Lines,
-    /// Arrays of token ids in JSON: `.json`.
+    /// Token ids in JSON: `.json`.
     Ids,
     /// Token ids in binary: `.bin`.
     Binary,
@@ -43,7 +44,8 @@ impl Format {
 /// The files that `paths` name, and those at and below the folders that they name, folders in order of their names.
 ///
 /// What is named itself is read whatever its name. Of a folder's files those with one of `extensions` are read, or
-/// all without; links to files are followed. Passed over are hidden files and folders, caches (folders with a file
+/// all without; links to files are followed. Passed over are hidden files and folders, the breaks of `.bin` files
+/// (`NAME.bin.breaks`), caches (folders with a file
 /// `CACHEDIR.TAG`), what a run has written into its own folder, and links to folders, which could lead back up: these
 /// with a warning.
 ///
@@ -103,7 +105,9 @@ impl Folder<'_> {
         entries.sort_by(|a, b| a.0.cmp(&b.0));
         for (entry, kind) in entries {
             let name = entry.file_name().unwrap_or_default();
-            if name.as_encoded_bytes().starts_with(b".") {
+            let breaks = entry.extension() == Some(BREAKS.as_ref())
+                && Format::of(Path::new(entry.file_stem().unwrap_or_default())) == Format::Binary;
+            if name.as_encoded_bytes().starts_with(b".") || breaks {
                 continue;
             }
             if is_output(&entry) || entry.join(CACHE_TAG).is_file() {

@@ -1,7 +1,7 @@
 //! Where encoded tokens lie: one file, with the lengths of the documents behind them and a hash over all.
 //!
 //! ```text
-//! tokens     u32 each, little endian
+//! tokens     u32 each, little endian, the highest bit set where a break follows
 //! documents  for each source file: their number, then their lengths in tokens; u64 each
 //! end        number of tokens, number of these numbers (u64 each), SHA-256 of all before
 //! ```
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::error::{io_error, vocabulary_error};
+use super::marks::mark;
 use crate::train::error::Result;
 
 /// Bytes of the two numbers and the hash at the end.
@@ -69,8 +70,20 @@ impl Writer {
         &self.source
     }
 
+    /// Tokens of the open document that have breaks, positions in `tokens`.
+    pub(super) fn push_broken(&mut self, mut tokens: Vec<u32>, breaks: &[usize]) -> Result<()> {
+        self.check(&tokens)?;
+        mark(&mut tokens, breaks.iter().copied());
+        self.write_tokens(&tokens)
+    }
+
     /// Tokens of the open document.
     pub(super) fn push(&mut self, tokens: &[u32]) -> Result<()> {
+        self.check(tokens)?;
+        self.write_tokens(tokens)
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
         if let Some(i) = tokens.iter().position(|t| *t as usize >= self.vocab_size) {
             let at = self.tokens - self.begin + i as u64;
             return Err(vocabulary_error(
@@ -80,6 +93,10 @@ impl Writer {
                 at,
             ));
         }
+        Ok(())
+    }
+
+    fn write_tokens(&mut self, tokens: &[u32]) -> Result<()> {
         self.tokens += tokens.len() as u64;
         let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
         self.write(&bytes)

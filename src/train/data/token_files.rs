@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use super::error::{data_error, io_error};
+use super::marks::{id, mark, read_companion};
 use crate::train::config::BinType;
 use crate::train::error::Result;
 
@@ -33,6 +34,8 @@ struct Bin {
     path: PathBuf,
     bytes: u64,
     changed: Option<SystemTime>,
+    /// Positions in the file, ascending.
+    breaks: Vec<u64>,
 }
 
 impl TokenFiles {
@@ -58,6 +61,7 @@ impl TokenFiles {
             path: path.to_owned(),
             bytes,
             changed: found.modified().ok(),
+            breaks: read_companion(path, bytes / width)?,
         });
         Ok((self.bins.len(), bytes / width))
     }
@@ -70,7 +74,7 @@ impl TokenFiles {
         }
     }
 
-    /// Tokens `range` of file number `file`.
+    /// Tokens `range` of file number `file`, marked where breaks follow.
     pub(super) fn read(&self, file: usize, range: Range<u64>) -> Result<Vec<u32>> {
         let len = range.end - range.start;
         if file == STORED {
@@ -100,10 +104,19 @@ impl TokenFiles {
         }
         open.push((file, handle));
         let bytes = bytes.map_err(failed)?;
-        Ok(match self.bin_type {
+        let mut tokens = match self.bin_type {
             BinType::U16 => ids(&bytes, |b| u16::from_le_bytes(b).into()),
             BinType::U32 => ids(&bytes, u32::from_le_bytes),
-        })
+        };
+        // An id in a file must not pass for a mark.
+        if let Some(i) = tokens.iter().position(|token| id(*token) != *token) {
+            let got = format!("{} at token {}", tokens[i], range.start + i as u64);
+            return Err(data_error(&bin.path, None, "ids below 2^31", got));
+        }
+        let first = bin.breaks.partition_point(|b| *b <= range.start);
+        let within = bin.breaks[first..].iter().take_while(|b| **b <= range.end);
+        mark(&mut tokens, within.map(|b| (b - range.start) as usize));
+        Ok(tokens)
     }
 
     /// Bytes of an id in `.bin` files.
