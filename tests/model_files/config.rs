@@ -324,6 +324,23 @@ fn the_original_context_may_stand_beside_the_scaling() {
 }
 
 #[test]
+fn breaks_are_read_and_written_back_and_left_out_where_there_are_none() {
+    let plain = ModelConfig::from_json(small()).unwrap();
+    let written = plain.to_json();
+    for key in ["break_ids", "break_after_prompt"] {
+        assert!(written["segment"].get(key).is_none(), "{key}");
+    }
+    let value = with(small(), "/segment/break_ids", json!([9, 3]));
+    let value = with(value, "/segment/break_after_prompt", json!(true));
+    let config = ModelConfig::from_json(value).unwrap();
+    let segment = config.segment.as_ref().unwrap();
+    assert_eq!(segment.break_ids, [9, 3]);
+    assert!(segment.break_after_prompt);
+    let again = ModelConfig::from_json(config.to_json()).unwrap();
+    assert_eq!(again.segment, config.segment);
+}
+
+#[test]
 fn negative_ids_stand_for_none() {
     let ids = |value| {
         ModelConfig::from_json(with(small(), "/eos_token_id", value))
@@ -433,6 +450,14 @@ fn absurd_and_contradictory_values_are_refused_by_key() {
         ("/segment/prior_len", json!(12), "segment.prior_len"),
         ("/segment/past_len", json!(31), "segment.past_len"),
         ("/segment/past_length", json!(32), "segment.past_length"),
+        ("/segment/break_ids", json!([3, 258]), "segment.break_ids"),
+        ("/segment/break_ids", json!([-1]), "segment.break_ids"),
+        ("/segment/break_ids", json!(3), "segment.break_ids"),
+        (
+            "/segment/break_after_prompt",
+            json!(1),
+            "segment.break_after_prompt",
+        ),
         (
             "/segment/retrieval/block_len",
             json!(0),
@@ -535,6 +560,8 @@ const POINTERS: &[&str] = &[
     "/segment/head_reads/0/1",
     "/segment/retrieval",
     "/segment/retrieval/block_len",
+    "/segment/break_ids",
+    "/segment/break_after_prompt",
     "/segment/anything",
     "/anything",
 ];
