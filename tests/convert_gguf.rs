@@ -166,11 +166,16 @@ fn segments_are_written_beside_the_model() {
         "16",
         "--past-heads",
         "0.1,1.0",
+        "--break-ids",
+        "3,7",
+        "--break-after-prompt",
     ];
     let fixed = ["convert", tiny.to_str().unwrap(), "--out", "model", "-q"];
     printed(dir.path(), &[&fixed[..], &segments].concat());
     let segment = json(&dir.path().join("model/config.json"))["segment"].clone();
     assert_eq!(segment["segment_len"], 64);
+    assert_eq!(segment["break_ids"], serde_json::json!([3, 7]));
+    assert_eq!(segment["break_after_prompt"], true);
     let reads = serde_json::json!([
         [["prior"], ["prior", "past"]],
         [["prior", "past"], ["prior"]]

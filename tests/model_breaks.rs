@@ -1,5 +1,5 @@
-//! Segments that breaks end early (docs/contract.md, section 2): what a sequence carries on does not depend on where the
-//! segments before ended, but for what the contract says.
+//! Segments that breaks end early (docs/contract.md, section 2): what a sequence carries on does not depend on where
+//! the segments before ended, but for what the contract says.
 //!
 //! In the first layer, keys before rotation, values and queries are functions of their token. So after the same tokens
 //! the tail, the pool and the selection have the same bits, wherever earlier segments ended, as long as the last one is

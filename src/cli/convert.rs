@@ -59,6 +59,17 @@ struct Segments {
         requires = "past_len"
     )]
     past_heads: Vec<String>,
+    /// Tokens that end their segment early
+    #[arg(
+        long,
+        value_name = "ID,...",
+        value_delimiter = ',',
+        requires = "segment_len"
+    )]
+    break_ids: Option<Vec<u32>>,
+    /// Let the end of a prompt end its segment, so that what the prompt asks for is retrieved before the answer
+    #[arg(long, requires = "segment_len")]
+    break_after_prompt: bool,
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
@@ -107,6 +118,8 @@ impl Segments {
             past_len: self.past_len,
             block_len: self.block_len,
             head_reads: self.reads(config.num_hidden_layers, config.num_key_value_heads)?,
+            break_ids: self.break_ids.clone(),
+            break_after_prompt: self.break_after_prompt.then_some(true),
             ..SegmentSection::default()
         };
         let section = ModelSection {

@@ -164,8 +164,8 @@ impl<D: Device> Decoder<D> {
         })
     }
 
-    /// A model with arbitrary weights, allocated as a real one is: for dry runs, which only measure memory. Their tokens
-    /// end no segment.
+    /// A model with arbitrary weights, allocated as a real one is: for dry runs, which only measure memory. Their
+    /// tokens end no segment.
     pub fn for_dry_run(device: D, config: ModelConfig, training: bool) -> Result<Self> {
         let config = config.for_dry_run();
         let specs = specs(&config);

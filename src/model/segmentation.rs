@@ -1,5 +1,5 @@
-//! Where the segments of a sequence end (docs/contract.md, section 2): after `segment_len` tokens, after a token listed in
-//! `segment.break_ids`, and after the positions given beside the tokens.
+//! Where the segments of a sequence end (docs/contract.md, section 2): after `segment_len` tokens, after a token listed
+//! in `segment.break_ids`, and after the positions given beside the tokens.
 
 use std::ops::Range;
 

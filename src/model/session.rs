@@ -24,8 +24,8 @@ pub struct Feed<'a> {
     /// Targets: the next token after each of `tokens`. Their log-probabilities are computed. May be shorter than
     /// `tokens`, or empty.
     pub targets: &'a [u32],
-    /// Breaks: the segment ends after so many of `tokens`, each from 1 to all of them, strictly ascending. A break after
-    /// the last one ends the segment at once.
+    /// Breaks: the segment ends after so many of `tokens`, each from 1 to all of them, strictly ascending. A break
+    /// after the last one ends the segment at once.
     pub breaks: &'a [usize],
 }
 
@@ -230,8 +230,9 @@ impl<'m, D: Device> Session<'m, D> {
     /// Each sequence may be fed once a call, and not beyond the session's longest length.
     ///
     /// # Errors
-    /// Breaks that a feed cannot have, or errors of the device. Every sequence is then where the last complete step left it ([`Session::position`]).
-    /// Reading the rest gives the same bits as without the error. [`Session::logits`] are undefined until then.
+    /// Breaks that a feed cannot have, or errors of the device. Every sequence is then where the last complete step
+    /// left it ([`Session::position`]). Reading the rest gives the same bits as without the error. [`Session::logits`]
+    /// are undefined until then.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         feeds.iter().try_for_each(Feed::check)?;
         let device = &self.model.device;

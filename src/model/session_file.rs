@@ -1,13 +1,14 @@
 //! Sessions saved to a file and restored: a long prompt is read once and used again.
 //!
-//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has read, how
-//! many of them belong to its current segment, and what the state depends on in the model. Of each sequence `s` it has `s.logits [vocab]`, where they were known
-//! the tokens read `s.tokens [position]` (U32), and of each layer `l`, keys (before rotation, but in layers whose heads
-//! read nothing of other segments) and values one after the other:
+//! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has read,
+//! how many of them belong to its current segment, and what the state depends on in the model. Of each sequence `s` it
+//! has `s.logits [vocab]`, where they were known the tokens read `s.tokens [position]` (U32), and of each layer `l`,
+//! keys (before rotation, but in layers whose heads read nothing of other segments) and values one after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
 //! - `s.l.pool.i [2, rows, heads, head_dim]`, the tokens of complete segments in parts of `segment_len`, of which the
-//!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.picks.h [rows]` (I64), the tokens chosen for the current segment;
+//!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.picks.h [rows]` (I64), the
+//!   tokens chosen for the current segment;
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, the last queries of it: that of position `p` is row `p % probe_rows`.
 //!

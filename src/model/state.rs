@@ -110,8 +110,8 @@ impl Plan {
         self.heads.q * self.heads.dim
     }
 
-    /// Row of the probes that holds the query of a position of the segment in `slot`, for rows up to `end`. The rows of a
-    /// slot are a ring, since it is not known ahead where the segment ends: position `p` is row `p % probe_rows`, and
+    /// Row of the probes that holds the query of a position of the segment in `slot`, for rows up to `end`. The rows of
+    /// a slot are a ring, since it is not known ahead where the segment ends: position `p` is row `p % probe_rows`, and
     /// only the last `probe_rows` positions before `end` have one.
     pub fn probe_row(&self, slot: usize, position: usize, end: usize) -> Option<usize> {
         let kept = position + self.probe_rows >= end && self.probe_rows > 0;

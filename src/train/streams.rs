@@ -102,8 +102,8 @@ struct Streams<'a, D: Device> {
 /// with ids below the size of the vocabulary.
 ///
 /// # Errors
-/// [`DeviceError::Argument`] for fewer tokens, breaks that a sequence cannot have, and token ids that the model does not
-/// have; or what the device says.
+/// [`DeviceError::Argument`] for fewer tokens, breaks that a sequence cannot have, and token ids that the model does
+/// not have; or what the device says.
 pub fn accumulate<D: Device, S>(
     model: &Decoder<D>,
     sequences: &[S],

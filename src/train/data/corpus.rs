@@ -207,7 +207,8 @@ impl Cuts {
     }
 }
 
-/// What the documents are, in hexadecimal: equal for the same tokens and breaks in the same documents in the same order.
+/// What the documents are, in hexadecimal: equal for the same tokens and breaks in the same documents in the same
+/// order.
 pub fn fingerprint(documents: &[Document]) -> String {
     let mut hash = Sha256::new();
     for document in documents {

@@ -41,8 +41,8 @@ pub struct Piece<D: Device> {
 /// Prior gradients of the layer that no pass has received yet, by receiving stream, segment and sequence.
 pub type Arrivals<D> = HashMap<(StreamId, usize, usize), Vec<Piece<D>>>;
 
-/// The segments that computed the tail before the last of `segments`, the nearest first: how many segments back each is,
-/// and its rows of the tail.
+/// The segments that computed the tail before the last of `segments`, the nearest first: how many segments back each
+/// is, and its rows of the tail.
 pub fn tail_pieces(
     segments: &[Segment],
     prior_len: usize,
