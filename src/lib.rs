@@ -52,6 +52,7 @@ pub mod eval;
 pub mod generate;
 pub mod isa;
 pub mod model;
+mod random;
 pub mod train;
 
 /// The code of the README is compiled as documentation tests.

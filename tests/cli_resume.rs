@@ -46,6 +46,36 @@ fn another_cut_or_order_of_the_data_is_refused_and_the_same_cut_by_another_numbe
 }
 
 #[test]
+fn a_mixture_with_tasks_goes_on_exactly_and_another_mixture_is_refused() {
+    let parts = |weight: &str, paths: &str| {
+        let asked =
+            r#"{name = "asked", tasks = {questions = 1, min_distance = 8, answer_weight = 4}}"#;
+        format!("[{{name = \"plain\", weight = {weight}{paths}}}, {asked}]")
+    };
+    let mixture = parts("0.5", "");
+    let more = ["--data.mixture", &mixture, "--training.sequence-len", "400"];
+    let [whole, cut] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    begin(whole.path(), "8", &more);
+    begin(cut.path(), "5", &more);
+    fail(
+        go_on(cut.path(), "8", &["--data.mixture", &parts("0.25", "")]),
+        "data.mixture",
+    );
+    let other = cut.path().join("other.txt");
+    fs::write(&other, "other words ".repeat(300)).unwrap();
+    let paths = format!(", paths = [{other:?}]");
+    fail(
+        go_on(cut.path(), "8", &["--data.mixture", &parts("0.5", &paths)]),
+        "training data changed",
+    );
+    succeed(go_on(cut.path(), "8", &[]));
+    let [whole, cut] = [&whole, &cut].map(|folder| folder.path().join("run"));
+    assert_eq!(newest(&whole).tensors, newest(&cut).tensors);
+    let train = |run: &Path| -> Vec<_> { losses(run).into_iter().map(|l| (l.0, l.1)).collect() };
+    assert_eq!(train(&whole), train(&cut));
+}
+
+#[test]
 fn keys_that_a_run_cannot_change_are_refused_and_the_guards_are_taken_over() {
     let folder = tempfile::tempdir().unwrap();
     begin(folder.path(), "6", &[]);

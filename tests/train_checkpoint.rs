@@ -29,7 +29,11 @@ fn checkpoint(step: u64) -> Checkpoint {
         step,
         updates: step.saturating_sub(1),
         tokens: 1 << 40,
-        position: Position { epoch: 2, index: 7 },
+        position: Position {
+            epoch: 2,
+            index: 7,
+            ..Position::default()
+        },
         guard,
     };
     let train = [("data.train".to_owned(), "x".to_owned())];

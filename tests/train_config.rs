@@ -1,7 +1,7 @@
 //! The training configuration: file, flags over it, and errors that name the key.
 
 use segattn::train::TrainError;
-use segattn::train::config::{Config, EXAMPLE, flags};
+use segattn::train::config::{Config, EXAMPLE, TaskSection, flags};
 
 fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
     let owned = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
@@ -242,4 +242,86 @@ fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_the
     let broken = broken.unwrap();
     assert_eq!(broken.break_ids, [10, 3]);
     assert!(broken.break_after_prompt);
+}
+
+/// The mixture of the example, which is commented out there.
+fn mixture_of_the_example() -> String {
+    let lines = EXAMPLE.lines().map(|line| line.trim_start_matches("# "));
+    let from = lines.skip_while(|line| *line != "[[data.mixture]]");
+    let part = from.take_while(|line| *line != "[training]");
+    part.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn a_mixture_is_tables_in_a_file_or_a_list_in_a_flag() {
+    let file = format!("{SMALL}{}", mixture_of_the_example());
+    let config = Config::parse(&file, &[]).unwrap();
+    let [plain, asked] = &config.data.mixture[..] else {
+        panic!("{:?}", config.data.mixture);
+    };
+    assert_eq!((plain.name.as_str(), plain.weight), ("text", 1.0));
+    assert!(plain.tasks.is_none() && plain.paths.len() == 1 && asked.paths.is_empty());
+    assert_eq!(asked.tasks, Some(TaskSection::default()));
+    let written = config.to_toml().unwrap();
+    assert_eq!(Config::parse(&written, &[]).unwrap(), config);
+
+    let list =
+        r#"[{name = "a", paths = ["x"], weight = 2}, {name = "b", tasks = {questions = 3}}]"#;
+    let config = Config::parse(SMALL, &pairs(&[("data.mixture", list)])).unwrap();
+    let [_, b] = &config.data.mixture[..] else {
+        panic!("{:?}", config.data.mixture);
+    };
+    let tasks = b.tasks.as_ref().unwrap();
+    assert_eq!(
+        (b.weight, tasks.questions, tasks.answer_weight),
+        (1.0, 3, 16.0)
+    );
+    for (list, key, part) in [
+        (
+            r#"[{name = "a", weight = 0}]"#,
+            "data.mixture.a.weight",
+            "> 0",
+        ),
+        (
+            r#"[{name = "a"}, {name = "a"}]"#,
+            "data.mixture.name",
+            "no other",
+        ),
+        (r#"[{name = ""}]"#, "data.mixture.name", "no other"),
+        (
+            r#"[{name = "a", tasks = {records = 0, entries = 0, chains = 0, lists = 0}}]"#,
+            "data.mixture.a.tasks",
+            "above",
+        ),
+        (
+            r#"[{name = "a", tasks = {lists = -1}}]"#,
+            "data.mixture.a.tasks",
+            "at least 0",
+        ),
+        (
+            r#"[{name = "a", tasks = {questions = 0}}]"#,
+            "data.mixture.a.tasks.questions",
+            "at least 1",
+        ),
+        (
+            r#"[{name = "a", tasks = {min_distance = 0}}]"#,
+            "data.mixture.a.tasks.min_distance",
+            "at least 1",
+        ),
+        (
+            r#"[{name = "a", tasks = {answer_weight = -1}}]"#,
+            "data.mixture.a.tasks.answer_weight",
+            ">= 0",
+        ),
+        (
+            r#"[{name = "a", tasks = {list = 1}}]"#,
+            "data.mixture[0].tasks.list",
+            "lists",
+        ),
+        (r#"[{weight = 1}]"#, "data.mixture[0]", ""),
+    ] {
+        let (got, expected, _) = refusal(SMALL, &[("data.mixture", list)]);
+        assert_eq!(got, key, "{list}");
+        assert!(expected.contains(part), "{list}: {expected}");
+    }
 }

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use reading::{documents, ids, read_with};
 use segattn::train::TrainError;
 use segattn::train::config::{BinType, DataSection, Split};
-use segattn::train::data::{Corpus, Permutation, Position, Sequences, fingerprint, split};
+use segattn::train::data::{Corpus, Example, Permutation, Position, Sequences, fingerprint, split};
 
 #[test]
 fn every_format_gives_its_documents_in_order_of_names() {
@@ -101,6 +101,36 @@ fn files_that_do_not_fit_are_named_with_what_was_expected() {
         ("a.json", b"[1, 4294967296]", "32 bits"),
         ("a.json", b"[1", "token ids"),
         ("a.json", b"[300]", "vocab_size"),
+        (
+            "a.jsonl",
+            b"{\"tokens\": [1, 2]}\n{\"tokens\": [1, 2], \"weights\": [1]}\n",
+            "line 2: expected `weights`, 2 finite numbers of at least 0, one for each token, got 1",
+        ),
+        (
+            "a.jsonl",
+            b"{\"tokens\": [1], \"weights\": [-1]}",
+            "at least 0",
+        ),
+        (
+            "a.jsonl",
+            b"{\"tokens\": [1], \"weights\": [1e39]}",
+            "finite",
+        ),
+        (
+            "a.jsonl",
+            b"{\"tokens\": [1], \"weights\": \"1\"}",
+            "line 1",
+        ),
+        (
+            "a.jsonl",
+            b"{\"text\": \"ab\", \"weights\": [1]}",
+            "list of ids",
+        ),
+        (
+            "a.jsonl",
+            b"{\"tokens\": [300], \"weights\": [1]}",
+            "vocab_size",
+        ),
     ] {
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
@@ -144,7 +174,7 @@ proptest! {
         for document in documents(&corpus).into_iter().filter(|d| d.len() > 1) {
             let mut whole = vec![document[0]];
             while whole.len() < document.len() {
-                let s = sequences.get(&corpus, i).unwrap().ids;
+                let s = sequences.get(&corpus, i).unwrap().tokens;
                 prop_assert!(s.len() >= 2 && (sequence_len == 0 || s.len() <= sequence_len + 1));
                 prop_assert_eq!(s[0], whole[whole.len() - 1]);
                 whole.extend(&s[1..]);
@@ -195,16 +225,19 @@ fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
     let folder = tempfile::tempdir().unwrap();
     let corpus = corpus_of(&[9, 30, 2, 17, 1, 5], folder.path());
     let sequences = Sequences::new(corpus.documents().to_vec(), 4);
-    let take = |position: &mut Position, n| sequences.next_batch(&corpus, 5, position, n).unwrap();
+    let take = |position: &mut Position, n| -> Vec<Vec<u32>> {
+        let batch = sequences.next_batch(&corpus, 5, position, n).unwrap();
+        batch.into_iter().map(|example| example.tokens).collect()
+    };
     let mut position = Position::default();
     let mut epoch = take(&mut position, sequences.len() as usize);
-    assert_eq!(position, Position { epoch: 1, index: 0 });
+    assert_eq!((position.epoch, position.index), (1, 0));
     let mut all: Vec<_> = (0..sequences.len())
-        .map(|i| sequences.get(&corpus, i).unwrap())
+        .map(|i| sequences.get(&corpus, i).unwrap().tokens)
         .collect();
     assert_ne!(epoch, all);
-    epoch.sort_by(|a, b| a.ids.cmp(&b.ids));
-    all.sort_by(|a, b| a.ids.cmp(&b.ids));
+    epoch.sort();
+    all.sort();
     assert_eq!(epoch, all);
 
     let mut position = Position::default();
@@ -219,6 +252,7 @@ fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
     let mut beyond = Position {
         epoch: 0,
         index: sequences.len(),
+        ..Position::default()
     };
     assert!(sequences.next_batch(&corpus, 5, &mut beyond, 1).is_err());
     assert_eq!(Permutation::new(5, 1, 0).at(5), None);
@@ -270,9 +304,9 @@ fn breaks_beside_tokens_reach_the_sequences_of_their_documents() {
     );
     let sequences = Sequences::new(corpus.documents()[2..3].to_vec(), 2);
     let cut: Vec<_> = (0..2).map(|i| sequences.get(&corpus, i).unwrap()).collect();
-    assert_eq!(cut[0].ids, [1, 2, 3]);
+    assert_eq!(cut[0].tokens, [1, 2, 3]);
     assert_eq!(cut[0].breaks, [3]);
-    assert_eq!(cut[1].ids, [3, 4]);
+    assert_eq!(cut[1].tokens, [3, 4]);
     assert_eq!(cut[1].breaks, [1, 2]);
     // Other breaks are other data.
     let before = fingerprint(corpus.documents());
@@ -334,6 +368,84 @@ fn breaks_that_do_not_fit_are_named_with_what_was_expected() {
         assert!(matches!(error, TrainError::Data { .. }), "{error}");
         assert!(error.to_string().contains(part), "{error}");
     }
+}
+
+/// Documents with and without weights and breaks.
+fn weighted(folder: &Path) -> Corpus {
+    let lines = [
+        r#"{"text": [9, 8, 7]}"#,
+        r#"{"tokens": [1, 2, 3, 4, 5, 6], "weights": [9, 0, 1, 2.5, 0, 16], "breaks": [0, 2, 3, 5, 6]}"#,
+        r#"{"tokens": [10, 11, 12], "breaks": [1]}"#,
+        r#"{"text": "ab"}"#,
+        r#"{"tokens": [20, 21], "weights": [0, 3]}"#,
+    ];
+    let path = folder.join("weighted.jsonl");
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    read_with(&[path], &DataSection::default()).unwrap()
+}
+
+fn example(tokens: &[u32], weights: Option<&[f32]>, breaks: &[usize]) -> Example {
+    Example {
+        tokens: tokens.to_vec(),
+        weights: weights.map(<[f32]>::to_vec),
+        breaks: breaks.to_vec(),
+    }
+}
+
+#[test]
+fn weights_and_breaks_stand_beside_the_tokens_of_whole_and_of_cut_documents() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = weighted(folder.path());
+    let all = |sequence_len| -> Vec<Example> {
+        let sequences = Sequences::new(corpus.documents().to_vec(), sequence_len);
+        let get = |i| sequences.get(&corpus, i).unwrap();
+        (0..sequences.len()).map(get).collect()
+    };
+    let rest = [
+        example(&[10, 11, 12], None, &[1]),
+        ids("ab").into(),
+        example(&[20, 21], Some(&[0.0, 3.0]), &[]),
+    ];
+    let whole = example(
+        &[1, 2, 3, 4, 5, 6],
+        Some(&[9.0, 0.0, 1.0, 2.5, 0.0, 16.0]),
+        &[2, 3, 5, 6],
+    );
+    let expected = [&[vec![9, 8, 7].into(), whole][..], &rest].concat();
+    assert_eq!(all(0), expected);
+    let cut = all(3);
+    assert_eq!(
+        cut[1..3],
+        [
+            example(&[1, 2, 3, 4], Some(&[9.0, 0.0, 1.0, 2.5]), &[2, 3]),
+            example(&[4, 5, 6], Some(&[2.5, 0.0, 16.0]), &[2, 3]),
+        ]
+    );
+    // The tail of a document is a part of it.
+    let tails = split(corpus.documents(), Split::Tail, 0.5).1;
+    let sequences = Sequences::new(tails, 0);
+    let got = sequences.get(&corpus, 1).unwrap();
+    assert_eq!(got, example(&[4, 5, 6], Some(&[2.5, 0.0, 16.0]), &[2, 3]));
+}
+
+#[test]
+fn weights_and_breaks_are_part_of_the_fingerprint() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |line: &str| {
+        let path = folder.path().join("a.jsonl");
+        std::fs::write(&path, line).unwrap();
+        let corpus = read_with(&[path], &DataSection::default()).unwrap();
+        fingerprint(corpus.documents())
+    };
+    let lines = [
+        r#"{"tokens": [1, 2]}"#,
+        r#"{"tokens": [1, 2], "weights": [1, 1]}"#,
+        r#"{"tokens": [1, 2], "weights": [1, 2]}"#,
+        r#"{"tokens": [1, 2], "breaks": [1]}"#,
+        r#"{"tokens": [1, 2], "breaks": [2]}"#,
+    ];
+    let prints: std::collections::HashSet<String> = lines.iter().map(|l| of(l)).collect();
+    assert_eq!(prints.len(), lines.len());
 }
 
 #[test]

@@ -213,7 +213,7 @@ fn a_flag_ends_a_step_or_a_validation_between_two_batches_and_the_trainer_is_whe
     let lines: Vec<Vec<u32>> = (0..9).map(|i| sequence(12, i)).collect();
     std::fs::write(&path, serde_json::to_string(&lines).unwrap()).unwrap();
     let corpus = reading::read_with(&[path], &DataSection::default()).unwrap();
-    let data = Sequences::new(corpus.documents().to_vec(), 0);
+    let data = Sequences::new(corpus.documents().to_vec(), 0).into();
     let steps = |stop_at: Option<u64>| {
         let mut trainer = trainer(&[("training.batch", "2"), ("training.accumulation", "3")]);
         trainer.interrupt_by(&STOP);

@@ -12,10 +12,9 @@ use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::text::TextStream;
 use segattn::generate::{Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
-use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
 use segattn::train::config::Config;
-use segattn::train::data::{Bytes, Corpus, Reading, Sequences, split};
+use segattn::train::data::{Bytes, Corpus, Example, Mixture, Reading, Sequences, split};
 use segattn::train::progress::Tensors;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn::train::trainer::Trainer;
@@ -119,7 +118,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         train.tokens() / 1000,
         args.seconds
     )?;
-    let steps = learn(&mut trainer, &corpus, &train, args.seconds, quiet)?;
+    let steps = learn(&mut trainer, &corpus, &train.into(), args.seconds, quiet)?;
     let loss = trainer.validate(&held_out)?.unwrap_or(f64::NAN);
     out!("   {steps} steps; on held-out files, in nats a byte:")?;
     out!("   byte bigrams {bigram:.3}   this model {loss:.3}\n")?;
@@ -133,7 +132,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     Ok(())
 }
 
-fn sequences(corpus: &Corpus, of: &Sequences, most: u64) -> Result<Vec<Tokens>> {
+fn sequences(corpus: &Corpus, of: &Sequences, most: u64) -> Result<Vec<Example>> {
     let get = |i| Ok(of.get(corpus, i)?);
     (0..of.len().min(most)).map(get).collect()
 }
@@ -142,7 +141,7 @@ fn sequences(corpus: &Corpus, of: &Sequences, most: u64) -> Result<Vec<Tokens>> 
 fn learn(
     trainer: &mut Trainer<Cpu>,
     corpus: &Corpus,
-    data: &Sequences,
+    data: &Mixture<'_>,
     seconds: u64,
     quiet: bool,
 ) -> Result<u64> {
@@ -225,7 +224,7 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
 }
 
 /// Shows the memory of gradients over ever longer contexts.
-fn flat(model: &Decoder<Cpu>, texts: &[Tokens]) -> Result<()> {
+fn flat(model: &Decoder<Cpu>, texts: &[Example]) -> Result<()> {
     out!("4. Memory of the exact gradient of one sequence, one segment per step:\n")?;
     out!("   context      working memory   pool of the past")?;
     let segment = model.config.segment.as_ref().map_or(1, |s| s.segment_len);
@@ -238,7 +237,7 @@ fn flat(model: &Decoder<Cpu>, texts: &[Tokens]) -> Result<()> {
         let inputs = segments * segment;
         let tokens: Vec<u32> = texts
             .iter()
-            .flat_map(|text| &text.ids)
+            .flat_map(|text| &text.tokens)
             .copied()
             .cycle()
             .take(inputs + 1)
@@ -293,12 +292,12 @@ impl Bigram {
     /// What each pair is counted as before the first is seen.
     const PRIOR: f64 = 0.02;
 
-    fn new(sequences: &[Tokens]) -> Self {
+    fn new(sequences: &[Example]) -> Self {
         let mut counts = Self {
             pairs: vec![Self::PRIOR; 256 * 256],
             firsts: vec![256.0 * Self::PRIOR; 256],
         };
-        for pair in sequences.iter().flat_map(|s| s.ids.windows(2)) {
+        for pair in sequences.iter().flat_map(|s| s.tokens.windows(2)) {
             counts.pairs[pair[0] as usize * 256 + pair[1] as usize] += 1.0;
             counts.firsts[pair[0] as usize] += 1.0;
         }
@@ -306,8 +305,8 @@ impl Bigram {
     }
 
     /// Mean negative log-probability, in nats.
-    fn loss(&self, sequences: &[Tokens]) -> f64 {
-        let pairs = || sequences.iter().flat_map(|s| s.ids.windows(2));
+    fn loss(&self, sequences: &[Example]) -> f64 {
+        let pairs = || sequences.iter().flat_map(|s| s.tokens.windows(2));
         let nats = |p: &[u32]| {
             let (a, b) = (p[0] as usize, p[1] as usize);
             (self.firsts[a] / self.pairs[a * 256 + b]).ln()

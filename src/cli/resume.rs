@@ -62,7 +62,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
             folder.display()
         );
     }
-    data.check_order(&before.training, &config.training)?;
+    data.check_order(before, &config)?;
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;

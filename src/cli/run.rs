@@ -8,11 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use segattn::model::config::ModelConfig;
 use segattn::model::flops::training_flops;
-use segattn::model::segmentation::Tokens;
 use segattn::train::TrainError;
 use segattn::train::checkpoint::{Disk, Fingerprints, create_folder, remove_leftovers, save};
-use segattn::train::config::{Config, DataSection, TrainingSection};
-use segattn::train::data::{Corpus, Reading, Sequences, split};
+use segattn::train::config::{Config, DataSection, MixtureSection, TrainingSection};
+use segattn::train::data::{Corpus, Example, Mixture, Reading, Sequences, split};
 use segattn::train::folder::{CHECKPOINTS, METRICS_FILE, PICTURE_FILE};
 use segattn::train::lock::RunLock;
 use segattn::train::trainer::{StepReport, Trainer};
@@ -48,18 +47,18 @@ pub fn claim(output: &Path) -> Result<RunLock> {
 }
 
 /// The data of a run.
-pub struct Data {
+pub struct Data<'a> {
     pub corpus: Corpus,
-    train: Sequences,
+    train: Mixture<'a>,
     validation: Sequences,
 }
 
-impl Data {
+impl<'a> Data<'a> {
     /// Reads the files that the configuration names. `output`: the run's folder.
     pub fn read(
         config: &Config,
         model: &ModelConfig,
-        text: &Text,
+        text: &'a Text,
         output: &Path,
         quiet: bool,
     ) -> Result<Self> {
@@ -80,15 +79,23 @@ impl Data {
                 bar.set_position(done);
             },
         };
-        let corpus = Corpus::read(&[&section.train, &section.validation], &reading)?;
+        let mut groups: Vec<&[PathBuf]> = vec![&section.train, &section.validation];
+        groups.extend(section.mixture.iter().map(|part| &part.paths[..]));
+        let corpus = Corpus::read(&groups, &reading)?;
         bar.finish_and_clear();
         let (train, validation) = if section.validation.is_empty() {
-            split(corpus.documents(), section.split, section.validation_share)
+            split(corpus.group(0), section.split, section.validation_share)
         } else {
             (corpus.group(0).to_vec(), corpus.group(1).to_vec())
         };
         let given = corpus.group(0).iter().any(|d| d.len >= 2);
         let cut = |documents| Sequences::new(documents, config.training.sequence_len);
+        let parts = section.mixture.iter().enumerate();
+        let parts = parts.map(|(i, part)| match part.paths.is_empty() {
+            true => cut(train.clone()),
+            false => cut(corpus.group(2 + i).to_vec()),
+        });
+        let parts = parts.collect();
         let (train, validation) = (cut(train), cut(validation));
         match (train.is_empty(), given) {
             (true, true) => bail!(
@@ -102,9 +109,10 @@ impl Data {
             }
             _ => {}
         }
+        let (sections, vocab_size) = (&section.mixture, model.vocab_size);
         let data = Self {
+            train: Mixture::new(train, sections, parts, text, vocab_size)?,
             corpus,
-            train,
             validation,
         };
         data.check_step(&config.training)?;
@@ -133,7 +141,19 @@ impl Data {
 
     /// Refuses to go on under `config` with a run that has come to its place in the data under `before`, if the place
     /// means something else now: other sequences, or another order of them.
-    pub fn check_order(&self, before: &TrainingSection, now: &TrainingSection) -> Result<()> {
+    pub fn check_order(&self, before: &Config, now: &Config) -> Result<()> {
+        // Whether the files are the same is known by their content.
+        let parts = |config: &Config| -> Vec<MixtureSection> {
+            let mut parts = config.data.mixture.clone();
+            parts.iter_mut().for_each(|part| part.paths.clear());
+            parts
+        };
+        ensure!(
+            parts(before) == parts(now),
+            "`data.mixture`: expected the names, weights and tasks with which the run has come to its place in the \
+             data; to train on with others, start a new run from the checkpoint's folder with --model.folder"
+        );
+        let (before, now) = (&before.training, &now.training);
         ensure!(
             self.train.same_cut(before.sequence_len),
             "`training.sequence_len`: expected {}, with which the run has come to its place in the data, got {}; to \
@@ -163,7 +183,7 @@ impl Data {
     }
 
     /// The first sequences for validation.
-    fn validation(&self, most: usize) -> Result<Vec<Tokens>> {
+    fn validation(&self, most: usize) -> Result<Vec<Example>> {
         let count = match most {
             0 => self.validation.len(),
             most => self.validation.len().min(most as u64),
@@ -183,13 +203,13 @@ enum End {
 }
 
 /// A run.
-pub struct Run<D: Planned> {
+pub struct Run<'a, D: Planned> {
     /// Its folder.
     output: PathBuf,
     trainer: Trainer<D>,
-    data: Data,
+    data: Data<'a>,
     extra: Vec<(String, Vec<u8>)>,
-    validation: Vec<Tokens>,
+    validation: Vec<Example>,
     metrics: Metrics,
     bar: ProgressBar,
     quiet: bool,
@@ -200,13 +220,13 @@ pub struct Run<D: Planned> {
     full_use: Option<f64>,
 }
 
-impl<D: Planned> Run<D> {
+impl<'a, D: Planned> Run<'a, D> {
     /// A run in the folder `output` that goes on where `trainer` is, on a device whose GEMMs have this measured
     /// speed.
     pub fn new(
         output: &Path,
         trainer: Trainer<D>,
-        data: Data,
+        data: Data<'a>,
         extra: Vec<(String, Vec<u8>)>,
         peak_flops: Option<f64>,
         quiet: bool,

@@ -121,6 +121,17 @@ impl Encode for Text {
             Kind::Unreadable(error) => Err(error.to_string()),
         }
     }
+
+    fn ends_line(&self, id: u32) -> bool {
+        match &self.kind {
+            Kind::Tokenizer(tokenizer, _) => {
+                let text = tokenizer.decode(&[id], false);
+                text.is_ok_and(|text| text.ends_with('\n'))
+            }
+            Kind::Bytes => Bytes.ends_line(id),
+            Kind::Unreadable(_) => false,
+        }
+    }
 }
 
 /// What lies beside the weights in the model's folder goes into each checkpoint; the files of the tokenizer come from

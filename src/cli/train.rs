@@ -60,7 +60,7 @@ pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,
     config: &Config,
-    data: &Data,
+    data: &Data<'_>,
 ) -> Result<()> {
     let training = &config.training;
     let sequence = vec![0u32; data.longest(training.sequence_len) + 1];

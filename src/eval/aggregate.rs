@@ -3,7 +3,8 @@
 use super::fit::{Built, Draft};
 use super::needle::{Filler, Haystack, Placed, interleave};
 use super::seeds::Seeds;
-use super::text::{Random, distinct, letters, number, word};
+use super::text::{distinct, letters, word};
+use crate::random::Random;
 use std::collections::HashSet;
 
 /// Joins the parts of a prompt and notes where the question begins.
@@ -75,7 +76,7 @@ struct Chain {
 
 impl Chain {
     fn new(random: &mut Random, seen: &mut HashSet<String>) -> Self {
-        let value = distinct(seen, "", || number(random, 5));
+        let value = distinct(seen, "", || random.number(5));
         let words = question("");
         let avoid = format!("{INTRO}{words}").to_lowercase();
         let names: Vec<String> = (0..=HOPS)

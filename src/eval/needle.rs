@@ -2,7 +2,8 @@
 
 use super::fit::{Built, Draft};
 use super::seeds::Seeds;
-use super::text::{Random, distinct, key, noise, number, prose, uuid};
+use super::text::{distinct, key, noise, prose, uuid};
+use crate::random::Random;
 use std::collections::HashSet;
 
 /// What surrounds the needles.
@@ -128,8 +129,8 @@ impl Names {
     fn value(&mut self, random: &mut Random) -> String {
         let kind = self.value;
         distinct(&mut self.seen, "", || match kind {
-            Value::Passkey => number(random, 5),
-            Value::Number => number(random, 7),
+            Value::Passkey => random.number(5),
+            Value::Number => random.number(7),
             Value::Uuid => uuid(random),
         })
     }

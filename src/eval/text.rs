@@ -1,52 +1,7 @@
-//! Seeded raw material of the tasks: random numbers, invented words, identifiers and filler text.
+//! Seeded raw material of the tasks: invented words, identifiers and filler text.
 
-use rand_chacha::ChaCha12Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use crate::random::Random;
 use std::collections::HashSet;
-
-/// Random numbers that stay the same over versions of any dependency: only raw ChaCha output is used.
-pub(crate) struct Random(ChaCha12Rng);
-
-impl Random {
-    /// The generator that belongs to one purpose of one sample.
-    pub(crate) fn new(seed: u64, task: u8, length: usize, index: usize, purpose: u8) -> Self {
-        let mut key = [0u8; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        key[8..16].copy_from_slice(&(length as u64).to_le_bytes());
-        key[16..24].copy_from_slice(&(index as u64).to_le_bytes());
-        key[24] = task;
-        key[25] = purpose;
-        Self(ChaCha12Rng::from_seed(key))
-    }
-
-    /// Uniform in `0..n`; `n` of 0 counts as 1.
-    pub(crate) fn below(&mut self, n: usize) -> usize {
-        let n = n.max(1) as u64;
-        // Draws from the incomplete last cycle are thrown away, so that none is favoured.
-        let limit = u64::MAX - u64::MAX % n;
-        loop {
-            let x = self.0.next_u64();
-            if x < limit {
-                return (x % n) as usize;
-            }
-        }
-    }
-
-    /// Uniform in [0, 1).
-    pub(crate) fn unit(&mut self) -> f64 {
-        (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    fn pick<'a>(&mut self, list: &[&'a str]) -> &'a str {
-        list[self.below(list.len())]
-    }
-
-    pub(crate) fn shuffle<T>(&mut self, list: &mut [T]) {
-        for i in (1..list.len()).rev() {
-            list.swap(i, self.below(i + 1));
-        }
-    }
-}
 
 /// Draws until `draw` gives something neither seen before nor part of `avoid` (lower case).
 pub(crate) fn distinct(
@@ -79,12 +34,6 @@ pub(crate) fn word(random: &mut Random) -> String {
 /// Two words with a hyphen: the key of a needle.
 pub(crate) fn key(random: &mut Random) -> String {
     format!("{}-{}", word(random), word(random))
-}
-
-/// A number of exactly `digits` digits.
-pub(crate) fn number(random: &mut Random, digits: u32) -> String {
-    let low = 10usize.pow(digits - 1);
-    (low + random.below(9 * low)).to_string()
 }
 
 /// Random letters, `'a'` or `'A'` being the first of their alphabet.

@@ -5,6 +5,7 @@
 //! of each section, explanations in the commented example, from which `--help` takes them too.
 
 mod flags;
+mod mixture;
 mod model;
 mod overrides;
 
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use flags::{EXAMPLE, Flag, flags};
+pub use mixture::{MixtureSection, TaskSection};
 pub use model::{ModelSection, SegmentSection, ShapeSection};
 
 use super::error::{Result, TrainError};
@@ -73,6 +75,8 @@ pub struct DataSection {
     pub split: Split,
     /// Size of the held-out share, from 0 to below 1.
     pub validation_share: f64,
+    /// Parts that each sequence is drawn from. Empty: all of `train`, in one order.
+    pub mixture: Vec<MixtureSection>,
 }
 
 impl Default for DataSection {
@@ -89,6 +93,7 @@ impl Default for DataSection {
             cache: None,
             split: Split::Auto,
             validation_share: 0.05,
+            mixture: Vec::new(),
         }
     }
 }
@@ -142,6 +147,11 @@ pub struct TrainingSection {
     pub recompute: bool,
     /// Whether past gates are learned.
     pub learn_gates: bool,
+    /// Parts of names of the tensors that are updated; all others keep their bits. Empty: all tensors, and gates as
+    /// `learn_gates` says.
+    pub train_only: Vec<String>,
+    /// Price of open gates: the objective has this times the mean of all past gates that are read. 0 for none.
+    pub gate_l1: f64,
     /// Steps between two validations; 0 for none.
     pub validate_every: u64,
     /// Sequences of a validation, always the same; 0 for all.
@@ -162,6 +172,8 @@ impl Default for TrainingSection {
             segments_per_step: 1,
             recompute: false,
             learn_gates: false,
+            train_only: Vec::new(),
+            gate_l1: 0.0,
             validate_every: 100,
             validation_sequences: 32,
         }
@@ -359,7 +371,7 @@ impl DataSection {
             let key = "data.validation_share";
             return Err(TrainError::config(key, expected, self.validation_share));
         }
-        Ok(())
+        mixture::validate(&self.mixture)
     }
 }
 
@@ -369,6 +381,10 @@ impl TrainingSection {
         at_least_one("training.batch", self.batch as u64)?;
         at_least_one("training.accumulation", self.accumulation as u64)?;
         at_most("training.batch", self.batch, MAX_SEQUENCES)?;
+        if !(self.gate_l1.is_finite() && self.gate_l1 >= 0.0) {
+            let (key, expected) = ("training.gate_l1", "a finite number >= 0");
+            return Err(TrainError::config(key, expected, self.gate_l1));
+        }
         at_most(
             "training.accumulation",
             self.accumulation,

@@ -11,36 +11,44 @@ mod cache;
 mod corpus;
 mod encoded;
 mod error;
+mod example;
 mod ids;
 mod listing;
 mod marks;
+mod mixture;
 mod permutation;
 mod pieces;
 mod reading;
 mod store;
+mod tasks;
 mod token_files;
 
 use serde::{Deserialize, Serialize};
 
 pub use corpus::{Corpus, Document, fingerprint};
 pub use encoded::hash_file;
+pub use example::{AsExample, Example, ExampleRef};
 pub use ids::parse_ids;
 pub use listing::{Format, list_files};
+pub use mixture::Mixture;
 pub use permutation::Permutation;
 pub use pieces::{Bytes, Encode};
 pub use reading::Reading;
+pub use tasks::Tasks;
 
 use super::config::Split;
 use super::error::{Result, TrainError};
-use crate::model::segmentation::Tokens;
 
 /// Where in the data a run is. Serialisable: with the seed, all that a resumed run needs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
-    /// Passes over the data that are complete.
+    /// Passes over the data that are complete; 0 in a mixture, whose parts have passes of their own.
     pub epoch: u64,
-    /// Sequences taken of the current pass.
+    /// Sequences taken of the current pass; in a mixture all that were taken.
     pub index: u64,
+    /// Places in the parts of a mixture.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Position>,
 }
 
 /// Sequences of one side of a corpus.
@@ -93,7 +101,7 @@ impl Sequences {
     ///
     /// # Errors
     /// [`TrainError::Argument`] beyond the last, [`TrainError::Io`] if its file cannot be read.
-    pub fn get(&self, corpus: &Corpus, i: u64) -> Result<Tokens> {
+    pub fn get(&self, corpus: &Corpus, i: u64) -> Result<Example> {
         let d = self.ends.partition_point(|end| *end <= i);
         let Some(document) = self.documents.get(d) else {
             let expected = format!("a number below {}", self.len());
@@ -102,7 +110,7 @@ impl Sequences {
         let first = if d == 0 { 0 } else { self.ends[d - 1] };
         let start = (i - first).saturating_mul(self.sequence_len);
         let end = start.saturating_add(self.sequence_len).saturating_add(1);
-        corpus.tokens(document, start..end.min(document.len))
+        corpus.example(document, start..end.min(document.len))
     }
 
     /// Whether a cut after `sequence_len` tokens gives the same sequences.
@@ -126,28 +134,29 @@ impl Sequences {
         seed: u64,
         position: &mut Position,
         count: usize,
-    ) -> Result<Vec<Tokens>> {
+    ) -> Result<Vec<Example>> {
+        (0..count)
+            .map(|_| self.next(corpus, seed, position))
+            .collect()
+    }
+
+    /// The sequence at `position`, which moves past it.
+    fn next(&self, corpus: &Corpus, seed: u64, position: &mut Position) -> Result<Example> {
         if self.is_empty() {
             let expected = "at least one document of two tokens";
             return Err(TrainError::argument("data.train", expected, "none"));
         }
-        let mut batch = Vec::with_capacity(count);
-        for _ in 0..count {
-            let order = Permutation::new(self.len(), seed, position.epoch);
-            let Some(sequence) = order.at(position.index) else {
-                let expected = format!("an index below {}", self.len());
-                return Err(TrainError::argument("position", expected, position.index));
-            };
-            batch.push(self.get(corpus, sequence)?);
-            position.index += 1;
-            if position.index == self.len() {
-                *position = Position {
-                    epoch: position.epoch + 1,
-                    index: 0,
-                };
-            }
+        let order = Permutation::new(self.len(), seed, position.epoch);
+        let Some(sequence) = order.at(position.index) else {
+            let expected = format!("an index below {}", self.len());
+            return Err(TrainError::argument("position", expected, position.index));
+        };
+        let example = self.get(corpus, sequence)?;
+        position.index += 1;
+        if position.index == self.len() {
+            (position.epoch, position.index) = (position.epoch + 1, 0);
         }
-        Ok(batch)
+        Ok(example)
     }
 }
 
@@ -167,12 +176,7 @@ pub fn split(documents: &[Document], split: Split, share: f64) -> (Vec<Document>
     let cut = |d: Document| {
         let tail = ((d.len as f64 * share).ceil() as u64).min(d.len);
         let body = d.len - tail;
-        let rest = Document {
-            start: d.start + body,
-            len: tail,
-            ..d
-        };
-        (Document { len: body, ..d }, rest)
+        (d.part(0..body), d.part(body..d.len))
     };
     usable.map(cut).unzip()
 }

@@ -26,11 +26,12 @@ pub use weight_grads::Gradients;
 use pass::{LayerSums, Pass, Work};
 use tail::{Arrivals, StreamId};
 
-use crate::device::{Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
+use crate::device::{Device, Kind, Purpose, Result, Rows, RowsMut};
 use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
 use crate::model::parameters::index;
-use crate::model::segmentation::{Segment, Sequence};
+use crate::model::segmentation::Segment;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
+use crate::train::data::{AsExample, ExampleRef};
 
 /// How a gradient is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +85,7 @@ struct Streams<'a, D: Device> {
     model: &'a Decoder<D>,
     plan: &'a Plan,
     config: StreamConfig,
-    sequences: &'a [Sequence<'a>],
+    sequences: &'a [ExampleRef<'a>],
     /// The segments of each sequence's inputs, at least one.
     segments: &'a [Vec<Segment>],
     scale: f64,
@@ -95,33 +96,24 @@ struct Streams<'a, D: Device> {
     scores: Vec<(Vec<Span>, D::Buffer)>,
 }
 
-/// Adds to `gradients` the gradient of `scale * sum of negative log-probabilities` over all targets. Targets are all
-/// tokens but the first of each sequence. `scale = 1 / targets` gives the mean loss.
+/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets. Targets are
+/// all tokens but the first of each sequence. `scale = 1 / sum of weights` gives the mean loss.
 ///
-/// Returns the log-probabilities of each sequence's targets. Sequences may have breaks; each has at least two tokens,
-/// with ids below the size of the vocabulary.
+/// Returns the log-probabilities of each sequence's targets. Sequences may have weights and breaks; each has at least
+/// two tokens, with ids below the size of the vocabulary.
 ///
 /// # Errors
-/// [`DeviceError::Argument`] for fewer tokens, breaks that a sequence cannot have, and token ids that the model does
-/// not have; or what the device says.
-pub fn accumulate<D: Device, S>(
+/// [`DeviceError::Argument`](crate::device::DeviceError::Argument) for fewer tokens, another number of weights, breaks
+/// that a sequence cannot have, and token ids that the model does not have; or what the device says.
+pub fn accumulate<D: Device, S: AsExample>(
     model: &Decoder<D>,
     sequences: &[S],
     config: StreamConfig,
     scale: f64,
     gradients: &mut Gradients<D>,
-) -> Result<Vec<Vec<f64>>>
-where
-    for<'s> Sequence<'s>: From<&'s S>,
-{
-    let sequences: Vec<Sequence<'_>> = sequences.iter().map(Sequence::from).collect();
-    for sequence in &sequences {
-        sequence.check()?;
-        if sequence.tokens.len() < 2 {
-            let (expected, got) = ("at least two tokens each", sequence.tokens.len());
-            return Err(DeviceError::argument("sequences", expected, got));
-        }
-    }
+) -> Result<Vec<Vec<f64>>> {
+    let sequences: Vec<ExampleRef<'_>> = sequences.iter().map(AsExample::as_example).collect();
+    sequences.iter().try_for_each(ExampleRef::check)?;
     let device = &model.device;
     let scored = device.together(|| run(model, &sequences, config, scale, gradients));
     scored.map_err(|error| error.wanted_for(Purpose::Backward))
@@ -130,12 +122,12 @@ where
 /// Body of [`accumulate`], inside [`Device::together`].
 fn run<D: Device>(
     model: &Decoder<D>,
-    sequences: &[Sequence<'_>],
+    sequences: &[ExampleRef<'_>],
     config: StreamConfig,
     scale: f64,
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
-    let inputs = sequences.iter().map(|s| s.inputs());
+    let inputs = sequences.iter().map(|s| s.sequence().inputs());
     let longest = inputs.clone().map(|s| s.tokens.len()).max().unwrap_or(0);
     let plan = Plan::new(&model.config, longest);
     let segments: Vec<Vec<Segment>> = inputs.map(|s| plan.segments(s)).collect();
@@ -242,7 +234,8 @@ impl<'a, D: Device> Streams<'a, D> {
         let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
         for (span, segment) in step.spans.iter().zip(segments) {
             let inputs = &self.segments[span.sequence][*segment].tokens;
-            let targets = &self.sequences[span.sequence].tokens[inputs.start + 1..=inputs.end];
+            let example = &self.sequences[span.sequence];
+            let targets = &example.tokens[inputs.start + 1..=inputs.end];
             for (i, targets) in targets.chunks(D::LOGIT_ROWS).enumerate() {
                 let (row, rows) = (span.rows.row + i * D::LOGIT_ROWS, targets.len());
                 let x = Rows::packed(&forward.hidden, row, hidden);
@@ -250,7 +243,9 @@ impl<'a, D: Device> Streams<'a, D> {
                 device.linear(x, rows, head, out, crate::device::Accumulate::No)?;
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 let to = RowsMut::packed(&mut scores, row, 1);
-                let scales = vec![self.scale; rows];
+                let first = inputs.start + i * D::LOGIT_ROWS;
+                let scales = (first..first + rows).map(|t| self.scale * example.weight(t));
+                let scales: Vec<f64> = scales.collect();
                 device.log_probabilities(out, vocab, targets, Some(&scales), to)?;
                 let d_logits = Rows::packed(&logits, 0, vocab);
                 let d_x = RowsMut::packed(&mut d_hidden, row, hidden);
@@ -273,7 +268,9 @@ impl<'a, D: Device> Streams<'a, D> {
             Rows::packed(&d_hidden, 0, hidden),
         );
         let rows = step.tokens.len();
-        device.rms_norm_weight_grad(d_y, x, rstd, rows, gradients.tensor_mut(norm))?;
+        if let Some(tensor) = gradients.tensor_mut(norm) {
+            device.rms_norm_weight_grad(d_y, x, rstd, rows, tensor)?;
+        }
         let weight = self.model.weights.vector(norm);
         let d_x = RowsMut::packed(&mut d_top, 0, hidden);
         device.rms_norm_grad(d_y, x, rstd, rows, weight, d_x)?;

@@ -12,18 +12,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::checkpoint::{Checkpoint, Fingerprints};
 use super::config::Config;
-use super::data::{Corpus, Position, Sequences};
+use super::data::{AsExample, Corpus, Example, Mixture, Position};
 use super::error::{Result, TrainError};
 use super::guard::{Guard, SkipReason, Verdict};
-use super::optimizer::{MIN_GATE, decays};
+use super::optimizer::{MIN_GATE, decays, updated};
 use super::progress::{Progress, Tensors};
 use super::schedule::Schedule;
 use super::streams::{Gradients, StreamConfig, accumulate};
 use crate::device::{AdamW, Device, GradTensor, Kind, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Role, TensorSpec, Weights, specs};
-use crate::model::segmentation::{Sequence, Tokens};
+use crate::model::parameters::{Role, TensorSpec, Weights, index, specs};
 use crate::model::session::score;
 
 /// What a step did.
@@ -31,7 +30,7 @@ use crate::model::session::score;
 pub struct StepReport {
     /// Its number, from 0.
     pub step: u64,
-    /// Mean negative log-probability of its tokens.
+    /// Mean negative log-probability of its targets, each by its weight.
     pub loss: f64,
     /// Norm of all gradients before clipping.
     pub grad_norm: f64,
@@ -49,7 +48,7 @@ pub struct StepReport {
 #[derive(Debug)]
 struct Ahead {
     from: Position,
-    batches: Vec<Vec<Tokens>>,
+    batches: Vec<Vec<Example>>,
     to: Position,
 }
 
@@ -57,11 +56,11 @@ impl Ahead {
     fn read(
         config: &Config,
         corpus: &Corpus,
-        data: &Sequences,
+        data: &Mixture<'_>,
         from: Position,
         stop: Stop,
     ) -> Result<Self> {
-        let (training, mut to) = (&config.training, from);
+        let (training, mut to) = (&config.training, from.clone());
         let batch = |_| {
             stop.check()?;
             data.next_batch(corpus, training.seed, &mut to, training.batch)
@@ -95,6 +94,8 @@ pub struct Trainer<D: Device> {
     m: Vec<D::Buffer>,
     v: Vec<D::Buffer>,
     gradients: Gradients<D>,
+    /// Which tensors change.
+    updated: Vec<bool>,
     progress: Progress,
     /// What the next step will work on, read while the last one ran.
     ahead: Option<Ahead>,
@@ -172,9 +173,11 @@ impl<D: Device> Trainer<D> {
             specs,
             weights,
         };
+        let updated = updated(&model.specs, &config.training)?;
         Ok(Self {
             schedule: config.schedule()?,
-            gradients: Gradients::new(&model)?,
+            gradients: Gradients::of(&model, &updated)?,
+            updated,
             config,
             model,
             values,
@@ -261,20 +264,20 @@ impl<D: Device> Trainer<D> {
     /// One step on the next sequences of the data. Those of the step after it are read meanwhile.
     ///
     /// # Errors
-    /// As [`Sequences::next_batch`] and [`Trainer::step_on`]; the run is where it was then.
+    /// As [`Mixture::next_batch`] and [`Trainer::step_on`]; the run is where it was then.
     /// [`TrainError::Interrupted`] as [`Trainer::interrupt_by`] says.
-    pub fn step(&mut self, corpus: &Corpus, data: &Sequences) -> Result<StepReport> {
-        let from = self.progress.position;
+    pub fn step(&mut self, corpus: &Corpus, data: &Mixture<'_>) -> Result<StepReport> {
+        let from = self.progress.position.clone();
         let ready = self.ahead.take().filter(|ahead| ahead.from == from);
         let Ahead { batches, to, .. } = match ready {
             Some(ahead) => ahead,
             None => Ahead::read(&self.config, corpus, data, from, self.stop)?,
         };
-        let (config, stop) = (self.config.clone(), self.stop);
+        let (config, stop, next) = (self.config.clone(), self.stop, to.clone());
         let (report, ahead) = std::thread::scope(|scope| {
             // Without another thread the next step reads for itself.
             let next = std::thread::Builder::new()
-                .spawn_scoped(scope, || Ahead::read(&config, corpus, data, to, stop));
+                .spawn_scoped(scope, || Ahead::read(&config, corpus, data, next, stop));
             let report = self.step_on(&batches);
             let next = next.ok().map(|thread| thread.join());
             (report, next)
@@ -289,16 +292,15 @@ impl<D: Device> Trainer<D> {
         Ok(report)
     }
 
-    /// One step on these batches of sequences, whose gradients add up to that of the mean over all tokens.
+    /// One step on these batches of sequences, whose gradients add up to that of the weighted mean over all targets
+    /// (docs/contract.md, section 3).
     ///
     /// # Errors
-    /// [`TrainError::Device`], or [`TrainError::Argument`] for a sequence without a prediction.
-    pub fn step_on<S>(&mut self, batches: &[Vec<S>]) -> Result<StepReport>
-    where
-        for<'s> Sequence<'s>: From<&'s S>,
-    {
-        let sequences = batches.iter().flatten().map(|s| Sequence::from(s).tokens);
-        if sequences.clone().any(|s| s.len() < 2) || sequences.clone().next().is_none() {
+    /// [`TrainError::Device`], also for weights and breaks that do not fit; [`TrainError::Argument`] for a sequence
+    /// without a prediction and for targets none of which has a weight.
+    pub fn step_on<S: AsExample>(&mut self, batches: &[Vec<S>]) -> Result<StepReport> {
+        let sequences = batches.iter().flatten().map(AsExample::as_example);
+        if sequences.clone().any(|s| s.targets() == 0) || sequences.clone().next().is_none() {
             let expected = "sequences of at least two tokens";
             return Err(TrainError::argument(
                 "batches",
@@ -306,9 +308,16 @@ impl<D: Device> Trainer<D> {
                 "none or a shorter one",
             ));
         }
-        let tokens: usize = sequences.map(|s| s.len() - 1).sum();
+        sequences.clone().try_for_each(|s| s.check())?;
+        let tokens: usize = sequences.clone().map(|s| s.targets()).sum();
+        let weight: f64 = sequences.map(|s| s.total_weight()).sum();
+        if weight.is_nan() || weight <= 0.0 {
+            let expected = "a sum above 0 over a step's targets; train with more sequences a step, or leave out those \
+                            whose targets all weigh 0";
+            return Err(TrainError::argument("weights", expected, weight));
+        }
         self.settle()?;
-        let loss = self.gradient(batches, 1.0 / tokens as f64)?;
+        let loss = self.gradient(batches, 1.0 / weight)?;
         let step = self.progress.step;
         let lr = self.schedule.lr(step);
         let grad_norm = self.adamw(lr, true)?;
@@ -342,23 +351,21 @@ impl<D: Device> Trainer<D> {
         })
     }
 
-    /// Mean negative log-probability over all predicted tokens of `sequences`; `None` without any.
+    /// Mean negative log-probability over all predicted tokens of `sequences`, whatever they weigh; `None` without any.
     ///
     /// # Errors
     /// [`TrainError::Device`]; [`TrainError::Interrupted`] as [`Trainer::interrupt_by`] says.
-    pub fn validate<S>(&mut self, sequences: &[S]) -> Result<Option<f64>>
-    where
-        for<'s> Sequence<'s>: From<&'s S>,
-    {
+    pub fn validate<S: AsExample>(&mut self, sequences: &[S]) -> Result<Option<f64>> {
         self.settle()?;
-        let (mut sum, mut tokens) = (0.0, 0usize);
+        let (mut sum, mut count) = (0.0, 0usize);
         for sequence in sequences {
             self.stop.check()?;
+            let sequence = sequence.as_example().sequence();
             let scored = score(&self.model, sequence, self.streams().segments_per_step)?;
             sum -= scored.iter().map(|x| f64::from(*x)).sum::<f64>();
-            tokens += scored.len();
+            count += scored.len();
         }
-        Ok((tokens > 0).then(|| sum / tokens as f64))
+        Ok((count > 0).then(|| sum / count as f64))
     }
 
     fn streams(&self) -> StreamConfig {
@@ -374,32 +381,59 @@ impl<D: Device> Trainer<D> {
     }
 
     /// Leaves the gradient of the mean loss in `gradients` and returns the loss.
-    fn gradient<S>(&mut self, batches: &[Vec<S>], scale: f64) -> Result<f64>
-    where
-        for<'s> Sequence<'s>: From<&'s S>,
-    {
+    fn gradient<S: AsExample>(&mut self, batches: &[Vec<S>], scale: f64) -> Result<f64> {
         self.gradients.clear(&self.model.device)?;
+        self.price_gates()?;
         let (streams, mut sum) = (self.streams(), 0.0);
         for batch in batches {
             self.stop.check()?;
             let scored = accumulate(&self.model, batch, streams, scale, &mut self.gradients)?;
-            sum += scored.iter().flatten().sum::<f64>();
+            let weighted = batch.iter().zip(&scored);
+            let weighted = weighted.flat_map(|(s, scores)| s.as_example().weighted(scores));
+            sum += weighted.sum::<f64>();
         }
         self.gradients.finish(&self.model.device)?;
         Ok(-sum * scale)
     }
 
+    /// Adds the gradient of `gate_l1` times the mean of the gates that are read, those above 0 of heads that read the
+    /// past.
+    fn price_gates(&mut self) -> Result<()> {
+        let (price, config) = (self.config.training.gate_l1, &self.model.config);
+        if price == 0.0 {
+            return Ok(());
+        }
+        let group = config.num_attention_heads / config.num_key_value_heads;
+        let open = |l: usize| {
+            let gates = self
+                .model
+                .weights
+                .gate(index::past_gate(l))
+                .iter()
+                .enumerate();
+            gates.map(move |(h, gate)| *gate > 0.0 && config.reads_past(l, h / group))
+        };
+        let layers = 0..config.num_hidden_layers;
+        let count = layers.clone().flat_map(open).filter(|open| *open).count();
+        let each = (price / count.max(1) as f64) as f32;
+        for l in layers {
+            let price: Vec<f32> = open(l).map(|open| if open { each } else { 0.0 }).collect();
+            let gates = index::past_gate(l);
+            self.gradients.write(&self.model.device, gates, &price)?;
+        }
+        Ok(())
+    }
+
     /// The gradients' norm; applies the update too unless `only_measure`.
     fn adamw(&mut self, lr: f64, only_measure: bool) -> Result<f64> {
         let optimizer = &self.config.optimizer;
-        let learned =
-            |role: Role| self.config.training.learn_gates || !matches!(role, Role::Gate { .. });
         let device = &self.model.device;
         let moments = self.m.iter_mut().zip(&mut self.v);
         let buffers = self.values.iter_mut().zip(self.gradients.finish(device)?);
         let mut tensors = Vec::with_capacity(self.model.specs.len());
-        for ((spec, (values, grads)), (m, v)) in self.model.specs.iter().zip(buffers).zip(moments) {
-            if !learned(spec.role) {
+        let specs = self.model.specs.iter().zip(&self.updated);
+        for (((spec, updated), (values, grads)), (m, v)) in specs.zip(buffers).zip(moments) {
+            if !updated {
                 continue;
             }
             let gate = matches!(spec.role, Role::Gate { .. });
@@ -443,8 +477,7 @@ impl<D: Device> Trainer<D> {
     /// Takes over the changed values wherever the model holds prepared ones.
     fn refresh(&mut self) -> Result<()> {
         for i in 0..self.values.len() {
-            let gate = matches!(self.model.specs[i].role, Role::Gate { .. });
-            if !gate || self.config.training.learn_gates {
+            if self.updated[i] {
                 let (device, values) = (&self.model.device, &self.values[i]);
                 self.model.weights.refresh(device, i, values)?;
             }

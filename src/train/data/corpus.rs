@@ -11,10 +11,11 @@ use sha2::{Digest, Sha256};
 use super::cache::Cache;
 use super::encoded::{Source, encode_all, hash_file};
 use super::error::{io_error, vocabulary_error};
+use super::example::Example;
 use super::listing::{Format, list_files};
 use super::marks::{id, unmark};
 use super::reading::Reading;
-use super::store::{Stored, Writer};
+use super::store::{Entry, Stored, Writer};
 use super::token_files::{STORED, TokenFiles};
 use crate::model::segmentation::Tokens;
 use crate::train::error::Result;
@@ -25,18 +26,31 @@ const MIN_CACHED: u64 = 1 << 20;
 /// Tokens that are read at a time while hashing and checking.
 const SCAN: u64 = 1 << 16;
 /// Part of every key of the cache: another way to make tokens has another number.
-const ENCODING: &str = "segattn tokens 1";
+const ENCODING: &str = "segattn tokens 2";
 
 /// A run of tokens in one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Document {
-    pub(super) file: usize,
+    file: u32,
+    /// How far behind each token its weight stands, if it has one: as many words as the whole document has tokens.
+    weights: Option<u32>,
     /// First token in its file.
-    pub(super) start: u64,
+    start: u64,
     /// Number of tokens.
     pub len: u64,
-    /// Hash of its tokens.
+    /// Hash of its tokens, and of what stands beside them.
     pub(super) hash: u64,
+}
+
+impl Document {
+    /// A part of it, as a document of its own.
+    pub(super) fn part(self, range: Range<u64>) -> Self {
+        Self {
+            start: self.start + range.start,
+            len: range.end - range.start,
+            ..self
+        }
+    }
 }
 
 /// Documents of a set of files.
@@ -91,15 +105,11 @@ impl Corpus {
                         corpus.index(file, 0..len, cuts, reading.vocab_size)?;
                     }
                     None => {
-                        let lens = documents.next().unwrap_or_default();
-                        let span = at..at + lens.iter().sum::<u64>();
+                        let entries = documents.next().unwrap_or_default();
+                        let span = at..at + entries.iter().map(|e| e.words()).sum::<u64>();
                         at = span.end;
-                        corpus.index(
-                            STORED,
-                            span,
-                            Cuts::Lens(lens.into_iter()),
-                            reading.vocab_size,
-                        )?;
+                        let cuts = Cuts::Entries(entries.into_iter());
+                        corpus.index(STORED, span, cuts, reading.vocab_size)?;
                     }
                 }
             }
@@ -128,7 +138,30 @@ impl Corpus {
     pub fn tokens(&self, document: &Document, range: Range<u64>) -> Result<Tokens> {
         let start = document.start + range.start;
         let end = start + range.end.saturating_sub(range.start);
-        Ok(unmark(self.files.read(document.file, start..end)?))
+        let read = self.files.read(document.file as usize, start..end)?;
+        Ok(unmark(read))
+    }
+
+    /// Tokens `range` of a document, with the breaks behind them and their weights.
+    ///
+    /// # Errors
+    /// As [`Corpus::tokens`].
+    pub fn example(&self, document: &Document, range: Range<u64>) -> Result<Example> {
+        let tokens = self.tokens(document, range.clone())?;
+        let weights = match document.weights {
+            Some(offset) => {
+                let start = document.start + u64::from(offset) + range.start;
+                let end = start + tokens.ids.len() as u64;
+                let bits = self.files.read(document.file as usize, start..end)?;
+                Some(bits.into_iter().map(f32::from_bits).collect())
+            }
+            None => None,
+        };
+        Ok(Example {
+            tokens: tokens.ids,
+            weights,
+            breaks: tokens.breaks,
+        })
     }
 
     /// Checks every id of `span`, cuts it into documents, and hashes them.
@@ -140,63 +173,90 @@ impl Corpus {
         vocab_size: usize,
     ) -> Result<()> {
         let (mut start, mut hash, mut at) = (span.start, Sha256::new(), span.start);
-        let mut end = cuts.next_end(start);
+        let mut entry = cuts.next();
         while at < span.end {
             let part = self.files.read(file, at..span.end.min(at + SCAN))?;
-            if let Some(i) = part.iter().position(|t| id(*t) as usize >= vocab_size) {
-                let (path, got) = (self.files.path(file), id(part[i]));
-                return Err(vocabulary_error(path, vocab_size, got, at + i as u64));
-            }
             let mut done = 0;
-            while let Some(cut) = cuts.find(end, at, &part, done) {
-                hash.update(bytes(&part[done..cut]));
-                let next = at + cut as u64;
-                self.close(file, start..next, &mut hash);
-                (start, done) = (next, cut);
-                end = cuts.next_end(start);
+            while done < part.len() {
+                let end = entry.map(|e| start + e.words());
+                let cut = cuts.find(end, at, &part, done);
+                let piece = &part[done..cut.unwrap_or(part.len())];
+                // Behind the tokens stand their weights.
+                let tokens = entry.map_or(u64::MAX, |e| start + e.len);
+                self.check(file, piece, at + done as u64, tokens, vocab_size)?;
+                hash.update(bytes(piece));
+                done += piece.len();
+                if cut.is_some() {
+                    let next = at + done as u64;
+                    self.close(file, start..next, entry, &mut hash);
+                    start = next;
+                    entry = cuts.next();
+                }
             }
-            hash.update(bytes(&part[done..]));
             at += part.len() as u64;
         }
         if start < span.end {
-            self.close(file, start..span.end, &mut hash);
+            self.close(file, start..span.end, None, &mut hash);
         }
         Ok(())
     }
 
-    fn close(&mut self, file: usize, span: Range<u64>, hash: &mut Sha256) {
+    /// Checks the ids among the words `piece`, which begin at word `at` of the file: those before word `end`.
+    fn check(
+        &self,
+        file: usize,
+        piece: &[u32],
+        at: u64,
+        end: u64,
+        vocab_size: usize,
+    ) -> Result<()> {
+        let ids = &piece[..piece.len().min(end.saturating_sub(at) as usize)];
+        match ids.iter().position(|t| id(*t) as usize >= vocab_size) {
+            Some(i) => {
+                let (path, got) = (self.files.path(file), id(ids[i]));
+                Err(vocabulary_error(path, vocab_size, got, at + i as u64))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn close(&mut self, file: usize, span: Range<u64>, entry: Option<Entry>, hash: &mut Sha256) {
         let digest: [u8; 32] = std::mem::take(hash).finalize().into();
         let first = digest.first_chunk().expect("a digest has 32 bytes");
+        let (start, words) = (span.start, span.end - span.start);
+        // The lines that weights stand in are far shorter than 2^32 tokens.
+        let weights = entry.filter(|e| e.weighted).map(|e| e.len as u32);
         self.documents.push(Document {
-            file,
-            start: span.start,
-            len: span.end - span.start,
+            file: file as u32,
+            weights,
+            start,
+            len: entry.map_or(words, |e| e.len),
             hash: u64::from_le_bytes(*first),
         });
     }
 }
 
-/// Where a span of tokens is cut into documents.
+/// Where a span of words is cut into documents.
 enum Cuts {
-    /// After so many tokens each.
-    Lens(std::vec::IntoIter<u64>),
+    /// After the words of each of these.
+    Entries(std::vec::IntoIter<Entry>),
     /// After each of these ids.
     Mark(Option<u32>),
 }
 
 impl Cuts {
-    /// Where the document ends that begins at token `start`, if that is known beforehand.
-    fn next_end(&mut self, start: u64) -> Option<u64> {
+    /// The document that begins now, if it is known beforehand.
+    fn next(&mut self) -> Option<Entry> {
         match self {
-            Self::Lens(lens) => lens.next().map(|len| start + len),
+            Self::Entries(entries) => entries.next(),
             Self::Mark(_) => None,
         }
     }
 
-    /// The first cut in `part`, the tokens from `at` on, behind the `done` first: at `end`, or after a mark.
+    /// The first cut in `part`, the words from `at` on, behind the `done` first: at `end`, or after a mark.
     fn find(&self, end: Option<u64>, at: u64, part: &[u32], done: usize) -> Option<usize> {
         match self {
-            Self::Lens(_) => end
+            Self::Entries(_) => end
                 .map(|end| (end - at) as usize)
                 .filter(|cut| *cut <= part.len()),
             Self::Mark(mark) => {

@@ -101,6 +101,21 @@ impl<F: FnMut(u64)> Read for Watched<F> {
     }
 }
 
+/// The weights of so many tokens.
+fn read_weights(list: Value, tokens: usize) -> std::result::Result<Vec<f32>, (String, String)> {
+    let expected =
+        || format!("`weights`, {tokens} finite numbers of at least 0, one for each token");
+    let weights: Vec<f32> =
+        serde_json::from_value(list).map_err(|e| (expected(), e.to_string()))?;
+    if weights.len() != tokens {
+        return Err((expected(), weights.len().to_string()));
+    }
+    match weights.iter().find(|w| !w.is_finite() || **w < 0.0) {
+        Some(wrong) => Err((expected(), wrong.to_string())),
+        None => Ok(weights),
+    }
+}
+
 /// What the stored tokens are made of, in order.
 enum Item<'a> {
     /// The documents that follow are this file's.
@@ -109,6 +124,8 @@ enum Item<'a> {
     Tokens(Vec<u32>),
     /// Tokens with breaks.
     Broken(Listed),
+    /// Weights of the tokens of the open document, which are complete.
+    Weights(Vec<f32>),
     /// A piece of the open document's text, and its line, where the file has lines.
     Piece {
         text: String,
@@ -221,13 +238,18 @@ impl<'a> Queue<'a> {
         let field = &self.reading.section.jsonl_field;
         let wrong = |got: String| {
             let expected = format!(
-                "an object with `{field}`, a string, or a list of ids with or without `breaks`"
+                "an object with `{field}`, a string, or a list of ids with or without `breaks` and `weights`"
             );
             data_error(path, Some(number), &expected, got)
         };
         let mut object: serde_json::Map<String, Value> =
             serde_json::from_slice(line).map_err(|e| wrong(e.to_string()))?;
-        match object.remove(field) {
+        let content = object.remove(field).or_else(|| object.remove("tokens"));
+        match content {
+            Some(Value::String(_)) if object.contains_key("weights") => {
+                let expected = "a list of ids beside `weights`, which are one for each token";
+                return Err(data_error(path, Some(number), expected, "a text"));
+            }
             Some(Value::String(text)) => {
                 self.add(Item::Tokens(self.reading.before.to_vec()))?;
                 for (piece, place) in cut(&text, PIECE, OVERLAP) {
@@ -246,7 +268,14 @@ impl<'a> Queue<'a> {
                         .map_err(|e| wrong(format!("`breaks`: {e}")))?,
                 };
                 listed.check().map_err(wrong)?;
+                let tokens = listed.tokens.len();
                 self.add(Item::Broken(listed))?;
+                if let Some(weights) = object.remove("weights") {
+                    let weights = read_weights(weights, tokens);
+                    let weights =
+                        weights.map_err(|(e, got)| data_error(path, Some(number), &e, got))?;
+                    self.add(Item::Weights(weights))?;
+                }
             }
             Some(Value::Null) => return Err(wrong(format!("null in `{field}`"))),
             Some(_) => return Err(wrong(format!("something else in `{field}`"))),
@@ -260,6 +289,7 @@ impl<'a> Queue<'a> {
             Item::Piece { text, .. } => text.len(),
             Item::Tokens(tokens) => size_of_val(&tokens[..]),
             Item::Broken(listed) => size_of_val(&listed.tokens[..]),
+            Item::Weights(weights) => size_of_val(&weights[..]),
             Item::File(_) | Item::End => 0,
         };
         // The items themselves take memory too.
@@ -298,6 +328,7 @@ impl<'a> Queue<'a> {
             Item::File(path) => self.writer.begin_file(path),
             Item::Tokens(tokens) => self.writer.push(&tokens)?,
             Item::Broken(Listed { tokens, breaks }) => self.writer.push_broken(tokens, &breaks)?,
+            Item::Weights(weights) => self.writer.push_weights(&weights)?,
             Item::End => self.writer.end_document(),
             Item::Piece { text, place, line } => {
                 let by = self.reading.encode;

@@ -17,6 +17,9 @@ pub trait Encode: Sync {
     /// # Errors
     /// As [`Encode::encode`].
     fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, String>;
+
+    /// Whether a line of text ends with the token `id`.
+    fn ends_line(&self, id: u32) -> bool;
 }
 
 /// One token a byte.
@@ -30,6 +33,10 @@ impl Encode for Bytes {
 
     fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, String> {
         Ok(text.bytes().map(u32::from).zip(0..).collect())
+    }
+
+    fn ends_line(&self, id: u32) -> bool {
+        id == u32::from(b'\n')
     }
 }
 
@@ -182,6 +189,10 @@ mod tests {
         fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
             let all = self.encode_with_starts(text)?;
             Ok(all.into_iter().map(|t| t.0).collect())
+        }
+
+        fn ends_line(&self, _: u32) -> bool {
+            false
         }
 
         fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, String> {

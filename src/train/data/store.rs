@@ -1,9 +1,11 @@
 //! Where encoded tokens lie: one file, with the lengths of the documents behind them and a hash over all.
 //!
 //! ```text
-//! tokens     u32 each, little endian, the highest bit set where a break follows
-//! documents  for each source file: their number, then their lengths in tokens; u64 each
-//! end        number of tokens, number of these numbers (u64 each), SHA-256 of all before
+//! words      u32 each, little endian. For each document its tokens, the highest bit set where a break follows, and
+//!            then, if it has weights, as many f32
+//! documents  for each source file: their number, then for each twice its length in tokens, plus 1 if it has weights;
+//!            u64 each
+//! end        number of words, number of these numbers (u64 each), SHA-256 of all before
 //! ```
 
 use std::fs::File;
@@ -18,6 +20,11 @@ use crate::train::error::Result;
 
 /// Bytes of the two numbers and the hash at the end.
 const END: u64 = 16 + 32;
+/// A document that has only begun.
+const NOTHING: Entry = Entry {
+    len: 0,
+    weighted: false,
+};
 /// Bytes that are read at a time.
 const PART: usize = 1 << 20;
 
@@ -25,8 +32,28 @@ const PART: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Stored {
     pub(super) file: File,
-    /// For each source file the lengths of its documents, none of them empty.
-    pub(super) documents: Vec<Vec<u64>>,
+    /// For each source file its documents, none of them empty.
+    pub(super) documents: Vec<Vec<Entry>>,
+}
+
+/// What is stored of a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Tokens.
+    pub(super) len: u64,
+    /// Whether each token has a weight.
+    pub(super) weighted: bool,
+}
+
+impl Entry {
+    /// Words of its tokens and weights.
+    pub(super) fn words(self) -> u64 {
+        if self.weighted {
+            2 * self.len
+        } else {
+            self.len
+        }
+    }
 }
 
 /// Writes encoded documents.
@@ -36,12 +63,12 @@ pub(super) struct Writer {
     out: BufWriter<File>,
     hash: Sha256,
     vocab_size: usize,
-    tokens: u64,
-    /// Where the open document begins.
-    begin: u64,
+    words: u64,
+    /// Of the open document.
+    open: Entry,
     /// The source file whose documents come now.
     source: PathBuf,
-    documents: Vec<Vec<u64>>,
+    documents: Vec<Vec<Entry>>,
 }
 
 impl Writer {
@@ -52,8 +79,8 @@ impl Writer {
             out: BufWriter::with_capacity(PART, file),
             hash: Sha256::new(),
             vocab_size,
-            tokens: 0,
-            begin: 0,
+            words: 0,
+            open: NOTHING,
             source: PathBuf::new(),
             documents: Vec::new(),
         }
@@ -85,7 +112,7 @@ impl Writer {
 
     fn check(&self, tokens: &[u32]) -> Result<()> {
         if let Some(i) = tokens.iter().position(|t| *t as usize >= self.vocab_size) {
-            let at = self.tokens - self.begin + i as u64;
+            let at = self.open.len + i as u64;
             return Err(vocabulary_error(
                 &self.source,
                 self.vocab_size,
@@ -97,17 +124,27 @@ impl Writer {
     }
 
     fn write_tokens(&mut self, tokens: &[u32]) -> Result<()> {
-        self.tokens += tokens.len() as u64;
-        let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+        self.open.len += tokens.len() as u64;
+        self.write_words(tokens.iter().copied())
+    }
+
+    /// Weights of the tokens of the open document, which are complete, one for each.
+    pub(super) fn push_weights(&mut self, weights: &[f32]) -> Result<()> {
+        self.open.weighted = true;
+        self.write_words(weights.iter().map(|w| w.to_bits()))
+    }
+
+    fn write_words(&mut self, words: impl Iterator<Item = u32>) -> Result<()> {
+        let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+        self.words += bytes.len() as u64 / 4;
         self.write(&bytes)
     }
 
     /// Closes the open document; one without tokens is none.
     pub(super) fn end_document(&mut self) {
-        let len = self.tokens - self.begin;
-        self.begin = self.tokens;
-        if let (Some(documents), 1..) = (self.documents.last_mut(), len) {
-            documents.push(len);
+        let open = std::mem::replace(&mut self.open, NOTHING);
+        if let (Some(documents), 1..) = (self.documents.last_mut(), open.len) {
+            documents.push(open);
         }
     }
 
@@ -117,11 +154,12 @@ impl Writer {
         for file in &documents {
             numbers += 1 + file.len() as u64;
             self.write(&(file.len() as u64).to_le_bytes())?;
-            for len in file {
-                self.write(&len.to_le_bytes())?;
+            for entry in file {
+                let number = 2 * entry.len + u64::from(entry.weighted);
+                self.write(&number.to_le_bytes())?;
             }
         }
-        self.write(&self.tokens.to_le_bytes())?;
+        self.write(&self.words.to_le_bytes())?;
         self.write(&numbers.to_le_bytes())?;
         let failed = |e| io_error("write", &self.path, e);
         self.out.write_all(&self.hash.finalize()).map_err(failed)?;
@@ -148,20 +186,27 @@ impl Stored {
             return Ok(None);
         }
         input.seek(SeekFrom::Start(len - END))?;
-        let (tokens, numbers) = (number(&mut input)?, number(&mut input)?);
+        let (words, numbers) = (number(&mut input)?, number(&mut input)?);
         let mut expected = [0; 32];
         input.read_exact(&mut expected)?;
-        let bytes = tokens.checked_mul(4).zip(numbers.checked_mul(8));
-        let whole = bytes.and_then(|(t, n)| t.checked_add(n)?.checked_add(END));
+        let bytes = words.checked_mul(4).zip(numbers.checked_mul(8));
+        let whole = bytes.and_then(|(w, n)| w.checked_add(n)?.checked_add(END));
         if whole != Some(len) || hash(&mut input, len - 32)? != expected {
             return Ok(None);
         }
-        input.seek(SeekFrom::Start(tokens * 4))?;
+        input.seek(SeekFrom::Start(words * 4))?;
         let (mut documents, mut left) = (Vec::new(), numbers);
         while left > 0 {
             let count = number(&mut input)?;
-            let lens: io::Result<Vec<u64>> = (0..count).map(|_| number(&mut input)).collect();
-            documents.push(lens?);
+            let entry = |_| {
+                let number = number(&mut input)?;
+                Ok(Entry {
+                    len: number / 2,
+                    weighted: number % 2 == 1,
+                })
+            };
+            let entries: io::Result<Vec<Entry>> = (0..count).map(entry).collect();
+            documents.push(entries?);
             left = left.saturating_sub(1 + count);
         }
         Ok(Some(Self {

@@ -7,13 +7,15 @@ use crate::device::{
     Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Role, index};
+use crate::model::parameters::{Role, TensorSpec, index};
 use crate::model::state::Plan;
 
 /// Gradients of every tensor of a model, in the order of its specs. They accumulate until [`Gradients::clear`].
 #[derive(Debug)]
 pub struct Gradients<D: Device> {
     tensors: Vec<D::Buffer>,
+    /// Which of them are computed; the others are empty.
+    wanted: Vec<bool>,
     /// Gradient of a tied embedding from its use as the head. It is kept apart so that the order of additions, and with
     /// it the bits, do not depend on the number of segments per step.
     tied_head: Option<D::Buffer>,
@@ -27,17 +29,28 @@ pub struct Gradients<D: Device> {
 impl<D: Device> Gradients<D> {
     /// Zeros for every tensor.
     pub fn new(model: &Decoder<D>) -> Result<Self> {
+        Self::of(model, &vec![true; model.specs.len()])
+    }
+
+    /// Zeros for the tensors that are `wanted`. For the others nothing is computed.
+    pub fn of(model: &Decoder<D>, wanted: &[bool]) -> Result<Self> {
         let zeros = |role: Role| {
             let zeros = model.device.zeros(Kind::Exact, role.len());
             zeros.map_err(|error| error.wanted_for(Purpose::Optimizer))
         };
-        let tied = model.config.tie_word_embeddings;
+        let tensor = |(spec, wanted): (&TensorSpec, &bool)| match wanted {
+            true => zeros(spec.role),
+            false => model.device.empty(Kind::Exact, 0),
+        };
+        let tied = model.config.tie_word_embeddings && wanted[index::EMBEDDING];
         Ok(Self {
             tensors: model
                 .specs
                 .iter()
-                .map(|s| zeros(s.role))
+                .zip(wanted)
+                .map(tensor)
                 .collect::<Result<_>>()?,
+            wanted: wanted.to_vec(),
             tied_head: tied
                 .then(|| zeros(model.specs[index::EMBEDDING].role))
                 .transpose()?,
@@ -81,8 +94,17 @@ impl<D: Device> Gradients<D> {
             .try_for_each(|t| device.clear(t))
     }
 
-    pub(super) fn tensor_mut(&mut self, i: usize) -> &mut D::Buffer {
-        &mut self.tensors[i]
+    /// Sets the gradient of tensor `i`, as far as it is wanted.
+    pub fn write(&mut self, device: &D, i: usize, values: &[f32]) -> Result<()> {
+        match self.tensor_mut(i) {
+            Some(tensor) => device.write(tensor, 0, values),
+            None => Ok(()),
+        }
+    }
+
+    /// The gradient of tensor `i`; `None` if nobody wants it.
+    pub(super) fn tensor_mut(&mut self, i: usize) -> Option<&mut D::Buffer> {
+        self.wanted[i].then_some(&mut self.tensors[i])
     }
 
     pub(super) fn add_head(
@@ -98,7 +120,8 @@ impl<D: Device> Gradients<D> {
                 self.apart = true;
                 head
             }
-            None => &mut self.tensors[self.head],
+            None if self.wanted.get(self.head) == Some(&true) => &mut self.tensors[self.head],
+            None => return Ok(()),
         };
         device.linear_weight_grad(d_logits, hidden, rows, shape, target)
     }
@@ -114,8 +137,10 @@ impl<D: Device> Gradients<D> {
         let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
         let d_y = Rows::packed(&group.d_embedded, row, hidden);
         let tokens = &group.step.tokens[row..row + rows];
-        let d_table = self.tensor_mut(index::EMBEDDING);
-        model.device.embed_grad(d_y, hidden, tokens, d_table)
+        match self.tensor_mut(index::EMBEDDING) {
+            Some(d_table) => model.device.embed_grad(d_y, hidden, tokens, d_table),
+            None => Ok(()),
+        }
     }
 
     /// Adds the contribution of a span to the gradients of layer `l`, after its last pass through that layer.
@@ -133,9 +158,16 @@ impl<D: Device> Gradients<D> {
         let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
         let (tape, derived, sums) = group.layers[l].parts();
         let at = |buffer, width| Rows::packed(buffer, row, width);
-        let mut act = device.empty(Kind::Activation, rows * inner)?;
-        let dst = RowsMut::packed(&mut act, 0, inner);
-        device.swiglu(at(&derived.gate_up, 2 * inner), rows, inner, dst)?;
+        let down = if self.wanted[index::down(l)] {
+            rows * inner
+        } else {
+            0
+        };
+        let mut act = device.empty(Kind::Activation, down)?;
+        if down > 0 {
+            let dst = RowsMut::packed(&mut act, 0, inner);
+            device.swiglu(at(&derived.gate_up, 2 * inner), rows, inner, dst)?;
+        }
         let gemms = [
             (
                 index::qkv(l),
@@ -163,7 +195,9 @@ impl<D: Device> Gradients<D> {
             ),
         ];
         for (tensor, d_y, x, shape) in gemms {
-            device.linear_weight_grad(d_y, x, rows, shape, self.tensor_mut(tensor))?;
+            if let Some(tensor) = self.tensor_mut(tensor) {
+                device.linear_weight_grad(d_y, x, rows, shape, tensor)?;
+            }
         }
         let (x, mid) = (
             (&tape.x, &derived.x_rstd),
@@ -175,11 +209,20 @@ impl<D: Device> Gradients<D> {
         ];
         for (tensor, d_y, (x, rstd)) in norms {
             let (d_y, x, rstd) = (at(d_y, hidden), at(x, hidden), at(rstd, 1));
-            device.rms_norm_weight_grad(d_y, x, rstd, rows, self.tensor_mut(tensor))?;
+            if let Some(tensor) = self.tensor_mut(tensor) {
+                device.rms_norm_weight_grad(d_y, x, rstd, rows, tensor)?;
+            }
         }
-        let heads = plan.heads.q;
-        let gates = RowsMut::packed(self.tensor_mut(index::past_gate(l)), 0, heads);
-        let src = Rows::packed(&sums.d_past_gate, span, heads);
-        device.copy(src, gates, 1, heads, Accumulate::Yes)
+        let (heads, src) = (
+            plan.heads.q,
+            Rows::packed(&sums.d_past_gate, span, plan.heads.q),
+        );
+        match self.tensor_mut(index::past_gate(l)) {
+            Some(gates) => {
+                let gates = RowsMut::packed(gates, 0, heads);
+                device.copy(src, gates, 1, heads, Accumulate::Yes)
+            }
+            None => Ok(()),
+        }
     }
 }

@@ -1,0 +1,116 @@
+//! Parts of a mixture of data, and the tasks that are woven into their text.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::train::error::{Result, TrainError};
+
+/// A table `data.mixture`: a part that sequences are drawn from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixtureSection {
+    /// Its name, for messages.
+    pub name: String,
+    /// Files and folders; empty: what of `data.train` is not held out.
+    #[serde(default)]
+    pub paths: Vec<PathBuf>,
+    /// How often a sequence is drawn from it, against the other parts' weights.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// Tasks in its text.
+    #[serde(default)]
+    pub tasks: Option<TaskSection>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// `tasks` of a part: questions about statements that are hidden in its text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TaskSection {
+    /// Share of records: sentences that give a key a value, among others of the same form.
+    pub records: f64,
+    /// Share of entries: `key = value` and the like.
+    pub entries: f64,
+    /// Share of chains: a number that is copied from register to register.
+    pub chains: f64,
+    /// Share of lists: keys with several values.
+    pub lists: f64,
+    /// Questions of a sequence at most.
+    pub questions: usize,
+    /// Weight of an answer's tokens in the loss. Text weighs 1, statements and questions 0.
+    pub answer_weight: f32,
+    /// Least distance between a statement and the question about it, in tokens.
+    pub min_distance: usize,
+}
+
+impl Default for TaskSection {
+    fn default() -> Self {
+        Self {
+            records: 1.0,
+            entries: 1.0,
+            chains: 1.0,
+            lists: 1.0,
+            questions: 8,
+            answer_weight: 16.0,
+            min_distance: 64,
+        }
+    }
+}
+
+impl TaskSection {
+    /// Shares of the kinds, in the order of the fields.
+    pub(in crate::train) fn shares(&self) -> [f64; 4] {
+        [self.records, self.entries, self.chains, self.lists]
+    }
+
+    fn validate(&self, key: &str) -> Result<()> {
+        let shares = self.shares();
+        if shares.iter().any(|s| !s.is_finite() || *s < 0.0) || shares.iter().sum::<f64>() <= 0.0 {
+            let expected =
+                "shares of records, entries, chains and lists of at least 0, one above 0";
+            return Err(TrainError::config(key, expected, format!("{shares:?}")));
+        }
+        if !(self.answer_weight.is_finite() && self.answer_weight >= 0.0) {
+            let (key, got) = (format!("{key}.answer_weight"), self.answer_weight);
+            return Err(TrainError::config(key, "a finite number >= 0", got));
+        }
+        let whole = [
+            ("questions", self.questions),
+            ("min_distance", self.min_distance),
+        ];
+        match whole.iter().find(|(_, value)| *value == 0) {
+            Some((name, _)) => {
+                let key = format!("{key}.{name}");
+                Err(TrainError::config(key, "at least 1", 0))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Checks the parts of a mixture.
+pub(super) fn validate(parts: &[MixtureSection]) -> Result<()> {
+    for (i, part) in parts.iter().enumerate() {
+        let key = format!("data.mixture.{}", part.name);
+        if part.name.is_empty() || parts[..i].iter().any(|other| other.name == part.name) {
+            let expected = "a name that no other part has";
+            return Err(TrainError::config(
+                "data.mixture.name",
+                expected,
+                &part.name,
+            ));
+        }
+        if !(part.weight.is_finite() && part.weight > 0.0) {
+            let (key, expected) = (format!("{key}.weight"), "a finite number > 0");
+            return Err(TrainError::config(key, expected, part.weight));
+        }
+        if let Some(tasks) = &part.tasks {
+            tasks.validate(&format!("{key}.tasks"))?;
+        }
+    }
+    Ok(())
+}

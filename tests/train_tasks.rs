@@ -1,0 +1,302 @@
+//! Tasks in training text: what is put in, where, with which weights; mixtures, and that they go on exactly.
+
+mod reading;
+
+use std::collections::HashSet;
+
+use reading::read_with;
+use segattn::eval::{TaskKind, TaskOptions, generate};
+use segattn::train::config::{DataSection, MixtureSection, TaskSection};
+use segattn::train::data::{Bytes, Corpus, Encode, Example, Mixture, Position, Sequences, Tasks};
+
+const LEN: usize = 4096;
+
+fn text() -> Example {
+    let lines = (0..LEN).map(|i| format!("line {i} of <text>\n"));
+    let text: String = lines.collect();
+    Bytes.encode(&text[..LEN]).unwrap().into()
+}
+
+fn tasks(section: TaskSection) -> Tasks<'static> {
+    Tasks::new(section, &Bytes, 256).unwrap()
+}
+
+fn string(tokens: &[u32]) -> String {
+    tokens.iter().map(|t| char::from(*t as u8)).collect()
+}
+
+/// The lines of a sequence, each with the weights of its bytes.
+fn lines(example: &Example) -> Vec<(String, Vec<f32>)> {
+    let weights = example.weights.as_deref().unwrap();
+    let (mut lines, mut from) = (Vec::new(), 0);
+    for (i, token) in example.tokens.iter().enumerate() {
+        if *token == 10 || i + 1 == example.tokens.len() {
+            lines.push((
+                string(&example.tokens[from..=i]),
+                weights[from..=i].to_vec(),
+            ));
+            from = i + 1;
+        }
+    }
+    lines
+}
+
+/// Everything that was put in, as text.
+fn put_in(example: &Example) -> String {
+    let lines = lines(example).into_iter();
+    let lines = lines.filter(|(_, weights)| weights.iter().any(|w| *w != 1.0));
+    lines.map(|(line, _)| line).collect()
+}
+
+/// For each question: where its break is, and its answer.
+fn answers(example: &Example) -> Vec<(usize, String)> {
+    let answer = |at: &usize| {
+        let rest = string(&example.tokens[*at..]);
+        (*at, rest.lines().next().unwrap().trim().to_owned())
+    };
+    example.breaks.iter().map(answer).collect()
+}
+
+#[test]
+fn the_text_stays_in_order_and_only_answers_and_text_count() {
+    let text = text();
+    let tasks = tasks(TaskSection::default());
+    for number in 0..40 {
+        let woven = tasks.weave(text.clone(), 7, number).unwrap();
+        let weights = woven.weights.clone().unwrap();
+        assert_eq!((woven.tokens.len(), weights.len()), (LEN, LEN));
+        // The first token of an answer weighs as much as text.
+        let kept = (0..LEN).filter(|i| weights[*i] == 1.0 && !woven.breaks.contains(i));
+        let kept: Vec<u32> = kept.map(|i| woven.tokens[i]).collect();
+        assert!((LEN / 2..LEN).contains(&kept.len()), "{}", kept.len());
+        assert!(kept == text.tokens[..kept.len()]);
+        let found = answers(&woven);
+        assert!((1..=9).contains(&found.len()), "{}", found.len());
+        for (at, answer) in found {
+            assert_eq!((weights[at - 1], weights[at]), (0.0, 1.0));
+            let end = at + 1 + answer.len();
+            assert!(weights[at + 1..=end].iter().all(|w| *w == 16.0));
+            assert_eq!(woven.tokens[end], 10);
+            let first = answer.split([' ', ',']).next().unwrap();
+            let before = string(&woven.tokens[..at]);
+            assert!(before.contains(first), "{answer:?} is not in {before}");
+        }
+    }
+}
+
+#[test]
+fn a_sequence_is_a_function_of_text_seed_and_number() {
+    let tasks = tasks(TaskSection::default());
+    let of = |seed, number| tasks.weave(text(), seed, number).unwrap();
+    assert_eq!(of(1, 2), of(1, 2));
+    assert_ne!(of(1, 2), of(1, 3));
+    assert_ne!(of(1, 2), of(2, 2));
+}
+
+#[test]
+fn every_octave_of_distances_is_as_likely_and_none_is_below_the_least() {
+    let least = 512;
+    let section = TaskSection {
+        entries: 0.0,
+        chains: 0.0,
+        lists: 0.0,
+        questions: 1,
+        min_distance: least,
+        ..TaskSection::default()
+    };
+    let tasks = tasks(section);
+    let text: Example = Bytes.encode(&"a line\n".repeat(2400)).unwrap().into();
+    let mut octaves = [0; 6];
+    for number in 0..400 {
+        let woven = tasks.weave(text.clone(), 3, number).unwrap();
+        for (at, answer) in answers(&woven) {
+            let before = string(&woven.tokens[..at]);
+            let distance = at - before.find(&answer).unwrap();
+            // The statement's own words before the value are not counted here.
+            assert!(distance >= least - 64, "{distance}");
+            octaves[(distance / least).max(1).ilog2() as usize] += 1;
+        }
+    }
+    // Other statements between add to a distance, and a question near the start has no long one.
+    assert!(
+        octaves[..4].iter().all(|n| (60..250).contains(n)),
+        "{octaves:?}"
+    );
+}
+
+#[test]
+fn a_text_without_room_or_without_lines_is_no_problem() {
+    let tasks = tasks(TaskSection::default());
+    for len in [0, 1, 2, 20] {
+        let short: Example = vec![65; len].into();
+        assert_eq!(tasks.weave(short.clone(), 1, 1).unwrap(), short);
+    }
+    for number in 0..20 {
+        let one_line: Example = vec![65; 900].into();
+        let woven = tasks.weave(one_line, 1, number).unwrap();
+        assert_eq!(woven.tokens.len(), 900);
+        assert!(woven.tokens[0] == 65 && !woven.breaks.is_empty());
+    }
+}
+
+#[test]
+fn weights_and_breaks_of_the_text_stay_with_their_tokens() {
+    let text = Example {
+        weights: Some((0..LEN).map(|i| i as f32 + 2.5).collect()),
+        breaks: (1..40).map(|i| i * 100).collect(),
+        ..text()
+    };
+    let woven = tasks(TaskSection::default())
+        .weave(text.clone(), 1, 1)
+        .unwrap();
+    let weights = woven.weights.unwrap();
+    let mut own = 0;
+    for (i, weight) in weights.iter().enumerate() {
+        if weight.fract() == 0.5 {
+            assert_eq!(woven.tokens[i], text.tokens[own]);
+            assert_eq!(*weight, own as f32 + 2.5);
+            let is_break = text.breaks.contains(&(own + 1));
+            assert!(!is_break || woven.breaks.contains(&(i + 1)), "{own}");
+            own += 1;
+        }
+    }
+    assert!(own >= LEN / 2 && woven.breaks.is_sorted());
+}
+
+/// Words of at least four letters.
+fn words(text: &str) -> HashSet<String> {
+    let words = text.split(|c: char| !c.is_ascii_alphabetic());
+    let long = words.filter(|word| word.len() >= 4);
+    long.map(str::to_lowercase).collect()
+}
+
+/// Three words in a row.
+fn triples(text: &str) -> HashSet<[String; 3]> {
+    let lower = text.to_lowercase();
+    let words: Vec<&str> = lower
+        .split(|c: char| !c.is_ascii_alphabetic())
+        .filter(|word| !word.is_empty())
+        .collect();
+    let triple = |w: &[&str]| [w[0], w[1], w[2]].map(str::to_owned);
+    words.windows(3).map(triple).collect()
+}
+
+#[test]
+fn words_and_sentences_are_not_those_of_the_tests() {
+    let encode = |text: &str| Ok(Bytes.encode(text).expect("bytes"));
+    let mut tested = String::new();
+    for task in TaskKind::ALL {
+        for index in 0..4 {
+            let sample = generate(task, 12_000, index, 1, TaskOptions::default(), &encode).unwrap();
+            tested += &sample.prompt;
+        }
+    }
+    let tasks = tasks(TaskSection::default());
+    let trained: String = (0..200)
+        .map(|number| put_in(&tasks.weave(text(), 1, number).unwrap()))
+        .collect();
+    // What any English sentence may have.
+    let usual = [
+        "that", "which", "with", "what", "from", "went", "after", "must",
+    ];
+    let shared: Vec<String> = words(&tested)
+        .intersection(&words(&trained))
+        .cloned()
+        .collect();
+    let shared: Vec<&String> = shared
+        .iter()
+        .filter(|w| !usual.contains(&w.as_str()))
+        .collect();
+    assert!(shared.is_empty(), "{shared:?}");
+    let (tested, trained) = (triples(&tested), triples(&trained));
+    let shared: Vec<_> = tested.intersection(&trained).collect();
+    assert!(shared.is_empty(), "{shared:?}");
+}
+
+fn corpus(folder: &std::path::Path) -> Corpus {
+    for (name, letter) in [("a.txt", 'a'), ("b.txt", 'b')] {
+        let line = format!("{}\n", letter.to_string().repeat(30));
+        std::fs::write(folder.join(name), line.repeat(400)).unwrap();
+    }
+    let paths = ["a.txt", "b.txt"].map(|name| folder.join(name));
+    read_with(&paths, &DataSection::default()).unwrap()
+}
+
+fn part(name: &str, weight: f64, tasks: Option<TaskSection>) -> MixtureSection {
+    MixtureSection {
+        name: name.into(),
+        paths: Vec::new(),
+        weight,
+        tasks,
+    }
+}
+
+fn mixture(corpus: &Corpus) -> Mixture<'static> {
+    let sections = [
+        part("plain", 3.0, None),
+        part("asked", 1.0, Some(TaskSection::default())),
+    ];
+    let cut = |i: usize| Sequences::new(corpus.documents()[i..=i].to_vec(), 700);
+    Mixture::new(cut(0), &sections, vec![cut(0), cut(1)], &Bytes, 300).unwrap()
+}
+
+#[test]
+fn a_mixture_draws_its_parts_by_weight_and_goes_on_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = corpus(folder.path());
+    let mixture = mixture(&corpus);
+    let take =
+        |position: &mut Position, count| mixture.next_batch(&corpus, 5, position, count).unwrap();
+    let mut position = Position::default();
+    let all = take(&mut position, 400);
+    assert_eq!(position.index, 400);
+    let asked = all.iter().filter(|e| !e.breaks.is_empty()).count();
+    assert!((70..130).contains(&asked), "{asked}");
+    let passes: Vec<u64> = position.parts.iter().map(|p| p.epoch).collect();
+    assert!(passes[0] > passes[1] && passes[1] > 1, "{passes:?}");
+    for example in &all {
+        let letter = if example.breaks.is_empty() { 97 } else { 98 };
+        assert!(example.tokens.contains(&letter));
+    }
+    // In the middle of a pass, over a file.
+    let mut first = Position::default();
+    let mut again = take(&mut first, 123);
+    let saved = serde_json::to_string(&first).unwrap();
+    let mut resumed: Position = serde_json::from_str(&saved).unwrap();
+    again.extend(take(&mut resumed, 77));
+    again.extend(take(&mut resumed, 200));
+    assert!(again == all && resumed == position);
+    // A place in plain data is none in a mixture.
+    let mut plain = Position {
+        index: 3,
+        ..Position::default()
+    };
+    let error = mixture.next_batch(&corpus, 5, &mut plain, 1).unwrap_err();
+    assert!(error.to_string().contains("2 parts"), "{error}");
+}
+
+#[test]
+fn without_parts_the_sequences_are_those_of_the_documents() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = corpus(folder.path());
+    let sequences = Sequences::new(corpus.documents().to_vec(), 700);
+    let mixture = Mixture::new(sequences.clone(), &[], Vec::new(), &Bytes, 300).unwrap();
+    let (mut a, mut b) = (Position::default(), Position::default());
+    let plain = sequences.next_batch(&corpus, 9, &mut a, 100).unwrap();
+    assert_eq!(plain, mixture.next_batch(&corpus, 9, &mut b, 100).unwrap());
+    assert_eq!(a, b);
+    assert_eq!(
+        serde_json::to_string(&a).unwrap(),
+        r#"{"epoch":2,"index":28}"#
+    );
+    assert_eq!(mixture.fingerprint(), sequences.fingerprint());
+}
+
+#[test]
+fn a_part_without_a_sequence_is_an_error_that_names_it() {
+    let empty = || Sequences::new(Vec::new(), 0);
+    let sections = [part("nothing", 1.0, None)];
+    let made = Mixture::new(empty(), &sections, vec![empty()], &Bytes, 300);
+    let error = made.err().unwrap().to_string();
+    assert!(error.contains("data.mixture.nothing"), "{error}");
+}
