@@ -296,7 +296,7 @@ struct Retrieval {
 };
 
 // One head that reads the past, its pool in two chunks.
-static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, int picks) {
+static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, int selected) {
   Retrieval r;
   r.tokens = tokens, r.dim = dim;
   r.k = bf16_values((size_t)tokens * dim, 1), r.q = bf16_values((size_t)probe_rows * group * dim, 2);
@@ -311,15 +311,15 @@ static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, in
   p.q = rows_of(upload(r.q), (int64_t)group * dim);
   p.heads = 1, p.head_dim = dim, p.group = group, p.window = 8, p.stride = 4, p.windows = (probe_rows - 8) / 4 + 1,
   p.query_capacity = probe_rows, p.block_len = 8;
-  p.blocks = tokens / 8, p.max_picks = picks, p.score_pitch = p.blocks, p.rows = tokens;
+  p.blocks = tokens / 8, p.max_selected = selected, p.score_pitch = p.blocks, p.rows = tokens;
   p.probes = device<uint16_t>((size_t)3 * group * p.windows * dim), p.scores = device<float>(p.blocks),
-  p.picks = device<int32_t>(picks);
-  p.pick_count = device<int32_t>(1), p.past_len = device<int32_t>(1);
+  p.selected = device<int32_t>(selected);
+  p.selected_count = device<int32_t>(1), p.past_len = device<int32_t>(1);
   return r;
 }
 
-static void check_retrieval(int tokens, int picks) {
-  Retrieval r = retrieval_of(tokens, 128, 4, 64, picks);
+static void check_retrieval(int tokens, int selected) {
+  Retrieval r = retrieval_of(tokens, 128, 4, 64, selected);
   SegattnRetrievalParams& p = r.p;
   using C = ScoreConfig<128>;
   repeat("retrieval",
@@ -327,9 +327,9 @@ static void check_retrieval(int tokens, int picks) {
            pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p);
            pool_probes_bf16<<<up(4 * p.windows * 128 / 8, 256), 256>>>(p);
            pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p);
-           pool_pick_f32<<<1, 1024, sizeof(PickShared)>>>(p);
+           pool_select_f32<<<1, 1024, sizeof(PoolSelectShared)>>>(p);
          },
-         {{p.scores, (size_t)p.blocks * 4}, {p.picks, (size_t)std::min(picks, p.blocks) * 4}});
+         {{p.scores, (size_t)p.blocks * 4}, {p.selected, (size_t)std::min(selected, p.blocks) * 4}});
   Numbers exact;
   const int count = 4 * p.windows;
   Numbers probes((size_t)count * 128);
@@ -355,11 +355,11 @@ static void check_retrieval(int tokens, int picks) {
   vector<int32_t> order(p.blocks);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
-  order.resize(std::min(picks, p.blocks));
+  order.resize(std::min(selected, p.blocks));
   std::sort(order.begin(), order.end());
-  const auto got = download(p.picks, order.size());
-  report("pool_pick", got == order && download(p.pick_count, 1)[0] == (int)order.size(), "wrong picks", got != order,
-         0);
+  const auto got = download(p.selected, order.size());
+  report("pool_select", got == order && download(p.selected_count, 1)[0] == (int)order.size(), "wrong selection",
+         got != order, 0);
   free_all();
 }
 

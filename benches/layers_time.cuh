@@ -143,7 +143,7 @@ static void time_retrieval(int tokens) {
   pool_probes_bf16<<<up(p.windows * 128 / 8, 256), 256>>>(p);
   time_of("pool_scores, 15 probes", 2. * tokens * 128,
           [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
-  time_of("pool_pick, 64 of all blocks", 0, [&] { pool_pick_f32<<<1, 1024, sizeof(PickShared)>>>(p); });
+  time_of("pool_select, 64 of all blocks", 0, [&] { pool_select_f32<<<1, 1024, sizeof(PoolSelectShared)>>>(p); });
   free_all();
   r = retrieval_of(tokens, 128, 4, 64, 64);
   p = r.p;

@@ -153,26 +153,26 @@ typedef struct SegattnPoolChunk {
 /* One KV head that reads the past. */
 typedef struct SegattnPoolHead {
   int32_t kv_head;
-  int32_t eligible_begin, eligible_end; /* scores: tokens [begin, end) may be picked */
-  int32_t end_angle;                    /* gather: row of the tables after the last picked token's */
+  int32_t eligible_begin, eligible_end; /* scores: tokens [begin, end) may be selected */
+  int32_t end_angle;                    /* gather: row of the tables after the last selected token's */
 } SegattnPoolHead;
 
-/* Retrieval: append, probes, scores, pick, gather. The pool holds keys before rotation. */
+/* Retrieval: append, probes, scores, select, gather. The pool holds keys before rotation. */
 typedef struct SegattnRetrievalParams {
   const SegattnPoolChunk* chunks; /* tokens from first_token on, chunk_tokens each */
   const SegattnPoolHead* head;    /* [heads] */
   SegattnRows q; /* probes: bf16 [query_capacity, q_heads * head_dim], before rotation: a ring, whose query t is row
                     (first_query + t) % query_capacity */
   SegattnRows k,
-      v;          /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
-  void* probes;   /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
-  float* scores;  /* [heads, score_pitch] */
-  int32_t* picks; /* [heads, max_picks]: blocks in ascending order */
-  int32_t* pick_count; /* [heads] */
-  int32_t* past_len;   /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
-  const float* cos;    /* [positions, head_dim / 2] */
-  const float* sin;    /* [positions, head_dim / 2] */
-  int64_t first_token; /* token 0 of chunks[0] */
+      v;         /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
+  void* probes;  /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
+  float* scores; /* [heads, score_pitch] */
+  int32_t* selected;       /* [heads, max_selected]: blocks in ascending order */
+  int32_t* selected_count; /* [heads] */
+  int32_t* past_len;       /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
+  const float* cos;        /* [positions, head_dim / 2] */
+  const float* sin;        /* [positions, head_dim / 2] */
+  int64_t first_token;     /* token 0 of chunks[0] */
   int64_t chunk_tokens;
   int64_t token; /* append: token of row 0 */
   int64_t rows;  /* append */
@@ -187,8 +187,8 @@ typedef struct SegattnRetrievalParams {
   int32_t query_capacity;
   int32_t block_len;
   int32_t first_block; /* scores: of this launch */
-  int32_t blocks;      /* scores: of this launch; pick: all */
-  int32_t max_picks;
+  int32_t blocks;      /* scores: of this launch; select: all */
+  int32_t max_selected;
 } SegattnRetrievalParams;
 
 /* How a sequence's next token is chosen, and where its random stream stands. */
@@ -211,7 +211,7 @@ typedef struct SegattnSampleParams {
   uint32_t* seen;   /* [rows, seen_pitch]: bit t % 32 of word t / 32: t is in the history; the token chosen is added */
   uint32_t* tokens; /* [rows] */
   float* log_probability; /* [rows]: of the token, by the logits as they are */
-  const int32_t* places;  /* [rows of the launch] or null: which row of all of the above is meant */
+  const int32_t* indices; /* [rows of the launch] or null: which row of all of the above is meant */
   int64_t seen_pitch;     /* words, at least ceil(vocab / 32) */
   int64_t rows;           /* of the launch */
   int32_t vocab;

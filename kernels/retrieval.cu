@@ -2,7 +2,7 @@
 //   pool_append   a segment's k (before rotation) and v of the heads named, behind the pool's tokens
 //   pool_probes   probe = mean over a window of queries before rotation, in f32, as three bf16 that add up to it
 //   pool_scores   score of a block = max over its tokens and all probes of probe . k
-//   pool_pick     the max_picks best of the eligible blocks, ties to the earlier, in order of position
+//   pool_select     the max_selected best of the eligible blocks, ties to the earlier, in order of position
 //   pool_gather   their tokens to the past rows, keys rotated to the positions before end_angle
 // Scores: a probe is split into three bf16 whose sum it is, so tensor cores multiply f32 by bf16 without loss and add
 // in f32. A score depends only on its probe and key, not on their positions in a tile. Bytes: scores read every key
@@ -82,15 +82,15 @@ SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
 // A thread has eight pairs of one row of one head, of keys and values.
 SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
   const int half = p.head_dim / 2;
-  const uint32_t index = thread_index(), head_units = half / kVector, slot_rows = p.max_picks * p.block_len;
+  const uint32_t index = thread_index(), head_units = half / kVector, slot_rows = p.max_selected * p.block_len;
   const uint32_t row = index / head_units % slot_rows, head = index / head_units / slot_rows;
   if (head >= (uint32_t)p.heads) return;
-  const int rows = p.pick_count[head] * p.block_len, pair = index % head_units * kVector;
+  const int rows = p.selected_count[head] * p.block_len, pair = index % head_units * kVector;
   const SegattnPoolHead info = p.head[head];
   if (row == 0 && pair == 0 && p.past_len) p.past_len[info.kv_head] = rows;
   if (row >= (uint32_t)rows) return;
   const int64_t token =
-      (int64_t)p.picks[(int64_t)head * p.max_picks + row / p.block_len] * p.block_len + row % p.block_len;
+      (int64_t)p.selected[(int64_t)head * p.max_selected + row / p.block_len] * p.block_len + row % p.block_len;
   const int64_t src = pool_offset(p, token, head) + pair, dst = (int64_t)info.kv_head * p.head_dim + pair;
   const SegattnPoolChunk& chunk = chunk_of(p, token);
   const Pairs k = load_pairs((const Bf16*)chunk.k + src, 0, half), v = load_pairs((const Bf16*)chunk.v + src, 0, half);
@@ -239,35 +239,35 @@ SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
     p.scores[head * p.score_pitch + first_block + threadIdx.x] = block_best;
 }
 
-// ---------------------------------------------------------------------------------------------------- pick
+// ---------------------------------------------------------------------------------------------------- select
 
 // One thread block has one head; each thread reads four neighbouring scores at a time.
-struct PickConfig {
+struct PoolSelectConfig {
   static constexpr int kThreads = 1024, kBlocks = 1;
   static constexpr int kOwn = 4;
 };
 
-struct PickShared {
+struct PoolSelectShared {
   SelectShared select;
   CompactionShared compaction;
 };
 
 // Rank keys of blocks first ... first + 3. Beyond the last block 0, which is below the key of every score.
-SEGATTN_FN void load_score_keys(uint32_t (&keys)[PickConfig::kOwn], const float* g_scores, int first, int count) {
+SEGATTN_FN void load_score_keys(uint32_t (&keys)[PoolSelectConfig::kOwn], const float* g_scores, int first, int count) {
 #pragma unroll
-  for (int i = 0; i < PickConfig::kOwn; i++) keys[i] = first + i < count ? rank_key(g_scores[first + i]) : 0;
+  for (int i = 0; i < PoolSelectConfig::kOwn; i++) keys[i] = first + i < count ? rank_key(g_scores[first + i]) : 0;
 }
 
-SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
-  using C = PickConfig;
-  PickShared& shared = *(PickShared*)shared_memory();
+SEGATTN_FN void pool_select(const SegattnRetrievalParams& p) {
+  using C = PoolSelectConfig;
+  PoolSelectShared& shared = *(PoolSelectShared*)shared_memory();
   const int head = blockIdx.x;
   const Blocks eligible = eligible_blocks(p, head);
   const float* g_scores = p.scores + head * p.score_pitch + eligible.begin;
-  int32_t* g_picks = p.picks + (int64_t)head * p.max_picks;
-  const int count = max(0, eligible.end - eligible.begin), picks = min(count, p.max_picks);
-  if (threadIdx.x == 0) p.pick_count[head] = picks;
-  if (picks == 0) return;
+  int32_t* g_selected = p.selected + (int64_t)head * p.max_selected;
+  const int count = max(0, eligible.end - eligible.begin), selected = min(count, p.max_selected);
+  if (threadIdx.x == 0) p.selected_count[head] = selected;
+  if (selected == 0) return;
   constexpr int kStep = C::kThreads * C::kOwn;
   const auto for_each = [&](const auto& f) {
     for (int first = threadIdx.x * C::kOwn; first < count; first += kStep) {
@@ -278,14 +278,14 @@ SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
         if (first + i < count) f(keys[i]);
     }
   };
-  const Threshold threshold = select_threshold(for_each, picks, shared.select);
+  const Threshold threshold = select_threshold(for_each, selected, shared.select);
   Compaction<C::kOwn> compaction;
   for (int step = 0; step < count; step += kStep) {
     const int first = step + threadIdx.x * C::kOwn;
     uint32_t keys[C::kOwn];
     load_score_keys(keys, g_scores, first, count);
     compaction.next(keys, threshold, shared.compaction,
-                    [&](int i, uint32_t place) { g_picks[place] = eligible.begin + first + i; });
+                    [&](int i, uint32_t index) { g_selected[index] = eligible.begin + first + i; });
   }
 }
 
@@ -299,10 +299,10 @@ SEGATTN_FN void pool_pick(const SegattnRetrievalParams& p) {
 // A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.
 POOL(pool_append_bf16, PoolConfig, 0, pool_append)
 POOL(pool_probes_bf16, PoolConfig, 0, pool_probes)
-// A thread eight pairs: heads * max_picks * block_len * head_dim / 16.
+// A thread eight pairs: heads * max_selected * block_len * head_dim / 16.
 POOL(pool_gather_bf16, PoolConfig, 0, pool_gather)
 // A block a head.
-POOL(pool_pick_f32, PickConfig, sizeof(PickShared), pool_pick)
+POOL(pool_select_f32, PoolSelectConfig, sizeof(PoolSelectShared), pool_select)
 // heads * ceil(blocks / max(1, 128 / block_len)) blocks.
 POOL(pool_scores_bf16_d32, ScoreConfig<32>, sizeof(ScoreShared<ScoreConfig<32>>), pool_scores<ScoreConfig<32>>)
 POOL(pool_scores_bf16_d64, ScoreConfig<64>, sizeof(ScoreShared<ScoreConfig<64>>), pool_scores<ScoreConfig<64>>)

@@ -217,9 +217,9 @@ SEGATTN_FN ListRow list_of(const LogitRow& row, const Threshold& threshold, uint
     const int first = step + threadIdx.x * kVector;
     uint32_t keys[kVector] = {};
     if (first < row.count) row.load(keys, first);
-    compaction.next(keys, threshold, shared.compaction, [&](int i, uint32_t place) {
-      shared.list_keys[place] = keys[i];
-      shared.list_ids[place] = first + i;
+    compaction.next(keys, threshold, shared.compaction, [&](int i, uint32_t index) {
+      shared.list_keys[index] = keys[i];
+      shared.list_ids[index] = first + i;
     });
   }
   __syncthreads();
@@ -265,7 +265,7 @@ SEGATTN_FN double draw_uniform(const SegattnSampler& s, uint32_t (&x)[16]) {
 // Step 6: returns the token's index in the row in the one thread that has it, and -1 in the others. A thread has a
 // contiguous range of indices, since the order of the tokens counts.
 template <class Row>
-SEGATTN_FN int pick_drawn(const Row& row, const Weights& weights, const Threshold& left, float min_p, double u,
+SEGATTN_FN int find_drawn(const Row& row, const Weights& weights, const Threshold& left, float min_p, double u,
                           SampleShared& shared) {
   const int own = ceil_div(ceil_div(row.count, blockDim.x), kVector) * kVector;
   const int begin = min(row.count, (int)threadIdx.x * own), end = min(row.count, begin + own);
@@ -316,7 +316,7 @@ SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, Sa
   const Weights weights = {best, 1.f / s.temperature};
   const bool by_number = s.top_k > 0 && s.top_k < (uint32_t)row.count, by_mass = s.top_p < 1.f;
   Threshold left = {0, 0};
-  if (!by_number && !by_mass) return pick_drawn(row, weights, left, s.min_p, shared.uniform, shared);
+  if (!by_number && !by_mass) return find_drawn(row, weights, left, s.min_p, shared.uniform, shared);
   const uint32_t k = by_number ? s.top_k : min(row.count, SampleConfig::kListLen);
   const Threshold highest =
       select_threshold([&](const auto& f) { for_each_key(row, [&](uint32_t key, int) { f(key); }); }, k, shared.select);
@@ -331,12 +331,12 @@ SEGATTN_FN int draw(const LogitRow& row, const SegattnSampler& s, float best, Sa
     // With top-p alone, the list may hold too little mass.
     if (by_number || mass_above(list, weights, 0, shared) >= goal || k == (uint32_t)row.count) {
       const Threshold cut = by_mass ? cut_mass(list, weights, all, goal, shared) : all;
-      const int at = pick_drawn(list, weights, cut, s.min_p, shared.uniform, shared);
+      const int at = find_drawn(list, weights, cut, s.min_p, shared.uniform, shared);
       return at < 0 ? -1 : (int)shared.list_ids[at];
     }
   }
   if (by_mass) left = cut_mass(row, weights, left, goal, shared);
-  return pick_drawn(row, weights, left, s.min_p, shared.uniform, shared);
+  return find_drawn(row, weights, left, s.min_p, shared.uniform, shared);
 }
 
 // ---------------------------------------------------------------------------------------------------- the kernel
@@ -345,7 +345,7 @@ SEGATTN_FN void sample(const SegattnSampleParams& p) {
   if ((int)blockDim.x != softmax_threads(p.vocab)) __trap();
   SampleShared& shared = *(SampleShared*)shared_memory();
   if (threadIdx.x == 0) {
-    shared.index = p.places ? p.places[blockIdx.x] : blockIdx.x;
+    shared.index = p.indices ? p.indices[blockIdx.x] : blockIdx.x;
     shared.g_seen = p.seen + shared.index * p.seen_pitch;
     shared.sampler = p.sampler[shared.index];
     shared.uniform = draw_uniform(shared.sampler, shared.cipher);

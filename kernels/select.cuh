@@ -65,7 +65,7 @@ template <int kOwn>
 struct Compaction {
   uint32_t above = 0, ties = 0;  // so far
 
-  // Calls f(i, place) for each selected key i of the thread; `place` is its output index.
+  // Calls f(i, index) for each selected key i of the thread; `index` is its output index.
   template <class F>
   __device__ __forceinline__ void next(const uint32_t (&keys)[kOwn], const Threshold& threshold,
                                        CompactionShared& shared, const F& f) {

@@ -111,7 +111,7 @@ pub const SURVIVORS: [[&str; 3]; 6] = [
     [
         "retrieval.cu",
         "p.first_block + p.blocks), eligible_end)",
-        "a block too many is scored and not picked",
+        "a block too many is scored and not selected",
     ],
     [
         "retrieval.cu",
@@ -432,8 +432,8 @@ const RETRIEVAL: [Rule; 31] = [
         "p.first_block + p.blocks), eligible_end + 1)",
     ),
     replace(
-        "if (threadIdx.x == 0) p.pick_count[head] = picks",
-        "if (threadIdx.x == 0) p.pick_count[head] = count",
+        "if (threadIdx.x == 0) p.selected_count[head] = selected",
+        "if (threadIdx.x == 0) p.selected_count[head] = count",
     ),
     replace("eligible.begin + first + i", "eligible.begin + first"),
 ];

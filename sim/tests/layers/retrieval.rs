@@ -26,13 +26,13 @@ struct Case {
     probe_rows: usize,
     window: usize,
     stride: usize,
-    /// Tokens at the beginning, and at the end, that each of the heads may not pick.
+    /// Tokens at the beginning, and at the end, that each of the heads may not select.
     sinks: [usize; 2],
     prior: [usize; 2],
     /// Row of the ring that has the first query, and rows of the ring beyond those of queries.
     first_query: usize,
     spare_rows: usize,
-    max_picks: usize,
+    max_selected: usize,
     /// Small integers, so that every score is exact and many are equal.
     whole: bool,
     /// Every score below 0, which is what a row that is not there would have.
@@ -51,7 +51,7 @@ const CASE: Case = Case {
     prior: [0, 24],
     first_query: 17,
     spare_rows: 2,
-    max_picks: 5,
+    max_selected: 5,
     whole: false,
     negative: false,
 };
@@ -161,10 +161,10 @@ impl Case {
     }
 }
 
-/// What one retrieval leaves: scores of the eligible blocks, picks, and the past rows.
+/// What one retrieval leaves: scores of the eligible blocks, the selected ones, and the past rows.
 struct Outputs {
     scores: [Vec<f32>; 2],
-    picks: [Vec<i32>; 2],
+    selected: [Vec<i32>; 2],
     past_k: Vec<bf16>,
     past_v: Vec<bf16>,
     past_len: Vec<i32>,
@@ -215,12 +215,12 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
     let mut alloc = |name: &str, count: usize| gpu.alloc(name, count * 4).expect("memory");
     let probes = alloc("probes", probe_count * case.dim * 3 / 2);
     let scores = alloc("scores", HEADS.len() * (blocks + 3));
-    let picks = alloc("picks", HEADS.len() * case.max_picks);
-    let (pick_count, past_len) = (
-        alloc("pick_count", HEADS.len()),
+    let selected = alloc("selected", HEADS.len() * case.max_selected);
+    let (selected_count, past_len) = (
+        alloc("selected_count", HEADS.len()),
         alloc("past_len", KV_HEADS),
     );
-    let past_rows = case.max_picks * case.block_len;
+    let past_rows = case.max_selected * case.block_len;
     let [past_k, past_v] =
         ["past_k", "past_v"].map(|name| Matrix::poisoned::<bf16>(gpu, name, [past_rows, width], 8));
     let [cos, sin] = table(case).map(|x| gpu.input("table", &x).expect("memory"));
@@ -244,8 +244,8 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         v: v.view(),
         probes: probes.ptr(),
         scores: scores.ptr(),
-        picks: picks.ptr(),
-        pick_count: pick_count.ptr(),
+        selected: selected.ptr(),
+        selected_count: selected_count.ptr(),
         past_len: past_len.ptr(),
         cos: cos.ptr(),
         sin: sin.ptr(),
@@ -265,7 +265,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         block_len: case.block_len as i32,
         first_block: 0,
         blocks: blocks as i32,
-        max_picks: case.max_picks as i32,
+        max_selected: case.max_selected as i32,
     };
     for range in [0..case.tokens / 3, case.tokens / 3..case.tokens] {
         let mut append = params;
@@ -303,7 +303,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         let items = (some.blocks as usize).div_ceil(per_item);
         launch(gpu, &module, &kernel, HEADS.len() * items, None, &some);
     }
-    launch(gpu, &module, "pool_pick_f32", HEADS.len(), None, &params);
+    launch(gpu, &module, "pool_select_f32", HEADS.len(), None, &params);
     let mut gather = params;
     (gather.k, gather.v) = (past_k.view(), past_v.view());
     let threads = HEADS.len() * past_rows * case.dim / 16;
@@ -315,14 +315,14 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         None,
         &gather,
     );
-    let counts: Vec<i32> = gpu.download(pick_count);
+    let counts: Vec<i32> = gpu.download(selected_count);
     Outputs {
         scores: [0, 1].map(|h| {
             let of = case.blocks(h);
             gpu.download_range(scores, (h * (blocks + 3) + of.start) * 4, of.len())
         }),
-        picks: [0, 1]
-            .map(|h| gpu.download_range(picks, h * case.max_picks * 4, counts[h] as usize)),
+        selected: [0, 1]
+            .map(|h| gpu.download_range(selected, h * case.max_selected * 4, counts[h] as usize)),
         past_k: past_k.read(gpu),
         past_v: past_v.read(gpu),
         past_len: gpu.download(past_len),
@@ -358,8 +358,8 @@ fn check(case: &Case) {
             assert!(error(&got, &exact) < 1e-6, "f32: {}", error(&got, &exact));
         }
         assert_eq!(
-            outputs.picks[h],
-            best(&got, case.blocks(h).start, case.max_picks)
+            outputs.selected[h],
+            best(&got, case.blocks(h).start, case.max_selected)
         );
         check_rows(case, &inputs, &outputs, h);
     }
@@ -368,7 +368,7 @@ fn check(case: &Case) {
 /// The past rows of a head: values as they are, keys turned to the positions before its end.
 fn check_rows(case: &Case, inputs: &Inputs, outputs: &Outputs, h: usize) {
     let (dim, half, [cos, sin]) = (case.dim, case.dim / 2, table(case));
-    let tokens: Vec<usize> = outputs.picks[h]
+    let tokens: Vec<usize> = outputs.selected[h]
         .iter()
         .flat_map(|b| *b as usize * case.block_len..(*b as usize + 1) * case.block_len)
         .collect();
@@ -398,9 +398,9 @@ fn check_rows(case: &Case, inputs: &Inputs, outputs: &Outputs, h: usize) {
 }
 
 #[test]
-fn picks_follow_the_contract() {
+fn selections_follow_the_contract() {
     check(&CASE);
-    // Ties everywhere; more probes than a tile; picks that take all; blocks that do not divide a tile, or exceed one.
+    // Ties everywhere; more probes than a tile; selections of all blocks; blocks that do not divide a tile, or exceed one.
     check(&Case {
         whole: true,
         ..CASE
@@ -413,7 +413,7 @@ fn picks_follow_the_contract() {
         ..CASE
     });
     check(&Case {
-        max_picks: 40,
+        max_selected: 40,
         ..CASE
     });
     check(&Case {
@@ -429,7 +429,7 @@ fn picks_follow_the_contract() {
         tokens: 470,
         sinks: [0, 0],
         prior: [0, 150],
-        max_picks: 2,
+        max_selected: 2,
         chunk_tokens: 300,
         dim: 96,
         ..CASE
@@ -437,7 +437,7 @@ fn picks_follow_the_contract() {
     check(&Case {
         tokens: 32,
         dim: 256,
-        max_picks: 1,
+        max_selected: 1,
         ..CASE
     });
     check(&Case {
@@ -460,7 +460,7 @@ fn many_blocks_with_equal_scores_go_to_the_earliest() {
         block_len: 2,
         chunk_tokens: 2200,
         dim: 32,
-        max_picks: 650,
+        max_selected: 650,
         whole: true,
         ..CASE
     };
@@ -485,7 +485,7 @@ fn twenty_schedules_and_any_split_of_the_blocks_give_the_same_bits() {
                     .zip(&first.scores[h])
                     .all(|(a, b)| a.to_bits() == b.to_bits())
             );
-            assert_eq!(again.picks[h], first.picks[h]);
+            assert_eq!(again.selected[h], first.selected[h]);
         }
     }
 }

@@ -76,27 +76,27 @@ impl Batch {
         // In two launches, so that a row's place in the launch is not its index.
         for parity in 0..2 {
             let rows = 0..self.configs.len() as i32;
-            let places: Vec<i32> = rows.filter(|row| row % 2 == parity).collect();
-            if places.is_empty() {
+            let indices: Vec<i32> = rows.filter(|row| row % 2 == parity).collect();
+            if indices.is_empty() {
                 continue;
             }
-            let of_launch = gpu.upload("places", &places).expect("memory");
+            let of_launch = gpu.upload("indices", &indices).expect("memory");
             let params = SegattnSampleParams {
                 logits: logits.view(),
                 sampler: at.sampler.ptr(),
                 seen: at.seen.ptr(),
                 tokens: at.tokens.ptr(),
                 log_probability: at.log_probability.ptr(),
-                places: of_launch.ptr(),
+                indices: of_launch.ptr(),
                 seen_pitch: at.seen_pitch as i64,
-                rows: places.len() as i64,
+                rows: indices.len() as i64,
                 vocab: self.vocab as i32,
             };
             launch(
                 gpu,
                 sampling(),
                 "sample_f32",
-                places.len(),
+                indices.len(),
                 threads(self.vocab),
                 &params,
             );

@@ -22,7 +22,7 @@ pub const SELECT: [Rule; 27] = [
     replace("bin--) wanted -= shared.bins[bin]", "bin--) {}"),
     replace("group * 32 + 31", "group * 32 + 30"),
     replace("wanted = shared.wanted;\n  }", "\n  }"),
-    // The places of the chosen.
+    // The output indices of the selected.
     replace(
         "(keys[i] > threshold.key) << 16",
         "(keys[i] >= threshold.key) << 16",
@@ -104,8 +104,8 @@ pub const SAMPLING: [Rule; 60] = [
     replace("missing / weights.of(key)", "missing * weights.of(key)"),
     replace("if (first < row.count) row.load", "row.load"),
     replace(
-        "shared.list_ids[place] = first + i",
-        "shared.list_ids[place] = first",
+        "shared.list_ids[index] = first + i",
+        "shared.list_ids[index] = first",
     ),
     // The draw.
     replace("(d ^ a, 16)", "(d ^ a, 15)"),
@@ -137,7 +137,7 @@ pub const SAMPLING: [Rule; 60] = [
     ),
     replace("(int)shared.list_ids[at]", "at"),
     // The kernel.
-    replace("p.places ? p.places[blockIdx.x] : blockIdx.x", "blockIdx.x"),
+    replace("p.indices ? p.indices[blockIdx.x] : blockIdx.x", "blockIdx.x"),
     replace("p.seen + shared.index * p.seen_pitch", "p.seen"),
     replace("top.key == kLeastKey || ", ""),
     replace("top.key >= kInfinityKey", "false"),

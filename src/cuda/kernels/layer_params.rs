@@ -431,8 +431,8 @@ pub struct SegattnRetrievalParams {
     pub v: SegattnRows,
     pub probes: *mut ::core::ffi::c_void,
     pub scores: *mut f32,
-    pub picks: *mut i32,
-    pub pick_count: *mut i32,
+    pub selected: *mut i32,
+    pub selected_count: *mut i32,
     pub past_len: *mut i32,
     pub cos: *const f32,
     pub sin: *const f32,
@@ -452,7 +452,7 @@ pub struct SegattnRetrievalParams {
     pub block_len: i32,
     pub first_block: i32,
     pub blocks: i32,
-    pub max_picks: i32,
+    pub max_selected: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -473,10 +473,10 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, probes) - 64usize];
     ["Offset of field: SegattnRetrievalParams::scores"]
         [::core::mem::offset_of!(SegattnRetrievalParams, scores) - 72usize];
-    ["Offset of field: SegattnRetrievalParams::picks"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, picks) - 80usize];
-    ["Offset of field: SegattnRetrievalParams::pick_count"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, pick_count) - 88usize];
+    ["Offset of field: SegattnRetrievalParams::selected"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, selected) - 80usize];
+    ["Offset of field: SegattnRetrievalParams::selected_count"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, selected_count) - 88usize];
     ["Offset of field: SegattnRetrievalParams::past_len"]
         [::core::mem::offset_of!(SegattnRetrievalParams, past_len) - 96usize];
     ["Offset of field: SegattnRetrievalParams::cos"]
@@ -515,8 +515,8 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 196usize];
     ["Offset of field: SegattnRetrievalParams::blocks"]
         [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 200usize];
-    ["Offset of field: SegattnRetrievalParams::max_picks"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, max_picks) - 204usize];
+    ["Offset of field: SegattnRetrievalParams::max_selected"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, max_selected) - 204usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -562,7 +562,7 @@ pub struct SegattnSampleParams {
     pub seen: *mut u32,
     pub tokens: *mut u32,
     pub log_probability: *mut f32,
-    pub places: *const i32,
+    pub indices: *const i32,
     pub seen_pitch: i64,
     pub rows: i64,
     pub vocab: i32,
@@ -581,8 +581,8 @@ const _: () = {
         [::core::mem::offset_of!(SegattnSampleParams, tokens) - 32usize];
     ["Offset of field: SegattnSampleParams::log_probability"]
         [::core::mem::offset_of!(SegattnSampleParams, log_probability) - 40usize];
-    ["Offset of field: SegattnSampleParams::places"]
-        [::core::mem::offset_of!(SegattnSampleParams, places) - 48usize];
+    ["Offset of field: SegattnSampleParams::indices"]
+        [::core::mem::offset_of!(SegattnSampleParams, indices) - 48usize];
     ["Offset of field: SegattnSampleParams::seen_pitch"]
         [::core::mem::offset_of!(SegattnSampleParams, seen_pitch) - 56usize];
     ["Offset of field: SegattnSampleParams::rows"]

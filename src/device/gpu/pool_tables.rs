@@ -66,8 +66,8 @@ impl<D: Driver> Tables<D> {
             v: NONE,
             probes: std::ptr::null_mut(),
             scores: std::ptr::null_mut(),
-            picks: std::ptr::null_mut(),
-            pick_count: std::ptr::null_mut(),
+            selected: std::ptr::null_mut(),
+            selected_count: std::ptr::null_mut(),
             past_len: std::ptr::null_mut(),
             cos: std::ptr::null(),
             sin: std::ptr::null(),
@@ -87,7 +87,7 @@ impl<D: Driver> Tables<D> {
             block_len: 0,
             first_block: 0,
             blocks: 0,
-            max_picks: 0,
+            max_selected: 0,
         })
     }
 }

@@ -153,8 +153,8 @@ pub(super) fn select<D: Driver>(
         q,
         probes: pointer::<f32>(&means).cast_mut().cast(),
         scores: pointer::<f32>(&scores).cast_mut(),
-        picks: pointer::<i32>(&selected.blocks).cast_mut(),
-        pick_count: pointer::<i32>(&selected.counts).cast_mut(),
+        selected: pointer::<i32>(&selected.blocks).cast_mut(),
+        selected_count: pointer::<i32>(&selected.counts).cast_mut(),
         score_pitch: blocks as i64,
         group: int("query heads of a KV head", probes.group)?,
         windows: int("probe windows", windows)?,
@@ -164,7 +164,7 @@ pub(super) fn select<D: Driver>(
         query_capacity: int("rows of queries", probes.capacity)?,
         block_len: int("block_len", block_len)?,
         blocks: int("blocks of a pool", blocks)?,
-        max_picks: int("selected blocks", most)?,
+        max_selected: int("selected blocks", most)?,
         ..tables.params(pool)?
     };
     let kernel = |name| entry(File::Retrieval, name);
@@ -173,7 +173,7 @@ pub(super) fn select<D: Driver>(
     let tiles = blocks.div_ceil((SCORED_KEYS / block_len).max(1));
     let grid = Grid::Blocks(product("tiles of scores", &[heads, tiles])?);
     launch(gpu, kernel(scores_entry(dim)?), grid, &params)?;
-    launch(gpu, kernel("pool_pick_f32"), Grid::Blocks(heads), &params)?;
+    launch(gpu, kernel("pool_select_f32"), Grid::Blocks(heads), &params)?;
     Ok(selected)
 }
 
@@ -210,12 +210,12 @@ pub(super) fn gather<D: Driver>(
     let params = SegattnRetrievalParams {
         k: gpu.output(&k, rows, width)?,
         v: gpu.output(&v, rows, width)?,
-        picks: gpu.at(&selected.blocks)? as usize as *mut i32,
-        pick_count: gpu.at(&selected.counts)? as usize as *mut i32,
+        selected: gpu.at(&selected.blocks)? as usize as *mut i32,
+        selected_count: gpu.at(&selected.counts)? as usize as *mut i32,
         cos,
         sin,
         block_len: int("block_len", selected.block_len)?,
-        max_picks: int("selected blocks", selected.most)?,
+        max_selected: int("selected blocks", selected.most)?,
         ..held.params(pool)?
     };
     let sizes = [heads, selected.most, selected.block_len, dim];

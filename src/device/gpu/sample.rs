@@ -114,7 +114,7 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
             seen: gpu.at(&self.seen)? as usize as *mut u32,
             tokens: tokens.cast(),
             log_probability: log_probability.cast(),
-            places: gpu.at(&self.row_indices)? as usize as *const i32,
+            indices: gpu.at(&self.row_indices)? as usize as *const i32,
             seen_pitch: self.vocab.div_ceil(WORD_TOKENS) as i64,
             rows: self.selected.len() as i64,
             vocab: self.vocab as i32,
