@@ -157,7 +157,14 @@ typedef struct SegattnPoolHead {
   int32_t end_angle;                    /* gather: row of the tables after the last selected token's */
 } SegattnPoolHead;
 
-/* Retrieval: append, probes, scores, select, gather. The pool holds keys before rotation. */
+/* The best token of a tile that is in no window yet, and its rank key (kernels/select.cuh). */
+typedef struct SegattnBestToken {
+  uint32_t key;
+  uint32_t token;
+} SegattnBestToken;
+
+/* Retrieval (kernels/retrieval.cu). The pool holds keys before rotation. Its tiles have 128 tokens each, from token 0
+   on; only those with tokens that a head may select are written. */
 typedef struct SegattnRetrievalParams {
   const SegattnPoolChunk* chunks; /* tokens from first_token on, chunk_tokens each */
   const SegattnPoolHead* head;    /* [heads] */
@@ -166,8 +173,11 @@ typedef struct SegattnRetrievalParams {
   SegattnRows k,
       v;         /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
   void* probes;  /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
-  float* scores; /* [heads, score_pitch] */
-  int32_t* selected;       /* [heads, max_selected]: blocks in ascending order */
+  float* sums;   /* [heads, tiles, group * windows, 2]: of a tile, maximum of s and sum of exp2(s - maximum) */
+  float* lse;    /* [heads, group * windows]: log2 of the sum of exp2(s) */
+  float* scores; /* [heads, score_pitch]: of blocks; second rule: of tokens */
+  SegattnBestToken* best;  /* [heads, tiles] */
+  int32_t* selected;       /* [heads, max_selected]: blocks, or tokens, in ascending order */
   int32_t* selected_count; /* [heads] */
   int32_t* past_len;       /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
   const float* cos;        /* [positions, head_dim / 2] */
@@ -180,15 +190,18 @@ typedef struct SegattnRetrievalParams {
   int32_t heads;
   int32_t head_dim; /* a multiple of 16 */
   int32_t group;    /* query heads of a KV head */
-  int32_t windows;  /* of a query head */
+  int32_t windows;  /* of a query head; second rule: its queries, each a probe by itself */
   int32_t window;   /* queries of a window */
   int32_t stride;   /* queries between the starts of two windows */
   int32_t first_query;
   int32_t query_capacity;
   int32_t block_len;
   int32_t first_block; /* scores: of this launch */
-  int32_t blocks;      /* scores: of this launch; select: all */
+  int32_t blocks;      /* scores: of this launch */
   int32_t max_selected;
+  int32_t tiles;      /* second rule: up to the last token that any head may select */
+  int32_t window_len; /* tokens of a window */
+  float scale_log2;   /* s = scale_log2 * probe . key: the scale of attention, in base 2 */
 } SegattnRetrievalParams;
 
 /* How a sequence's next token is chosen, and where its random stream stands. */

@@ -1,5 +1,5 @@
-// Sums and maxima over a block, in an order that depends only on its number of threads: a tree over the lanes of a
-// warp, then the warps in order. Every thread gets the result.
+// Sums, maxima and the like over a block, in an order that depends only on its number of threads: a tree over the lanes
+// of a warp, then the warps in order. Every thread gets the result.
 #pragma once
 #include "ptx.cuh"
 
@@ -12,16 +12,16 @@ struct MaxOf {
   SEGATTN_FN float join(float a, float b) { return max_f32(a, b); }
 };
 
-template <class Op>
-SEGATTN_FN float warp_reduce(float x) {
+template <class Op, class T>
+SEGATTN_FN T warp_reduce(T x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) x = Op::join(x, shuffle_xor(x, mask));
   return x;
 }
 
 // s_warps: one value a warp. The caller may reuse it only after the next barrier.
-template <class Op>
-SEGATTN_FN float block_reduce(float x, float (&s_warps)[kMaxWarps]) {
+template <class Op, class T>
+SEGATTN_FN T block_reduce(T x, T (&s_warps)[kMaxWarps]) {
   x = warp_reduce<Op>(x);
   if (blockDim.x == 32) return x;
   if ((threadIdx.x & 31) == 0) s_warps[threadIdx.x >> 5] = x;

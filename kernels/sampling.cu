@@ -24,6 +24,7 @@ struct SampleShared {
   RowSoftmaxShared softmax;
   SelectShared select;
   CompactionShared compaction;
+  Highest highest[kMaxWarps];
   double sums[SampleConfig::kWays][kMaxWarps];
   int32_t found[kMaxWarps];
   uint32_t cipher[16];
@@ -88,28 +89,11 @@ struct Weights {
 
 // ---------------------------------------------------------------------------------------------------- over the block
 
-// The highest key, and the lowest id that has it.
-struct Highest {
-  uint32_t key, id;
-};
 template <class Row>
 SEGATTN_FN Highest highest(const Row& row, SampleShared& shared) {
   Highest top = {0, 0};
-  const auto join = [&](uint32_t key, uint32_t id) {
-    if (key > top.key || (key == top.key && id < top.id)) top = {key, id};
-  };
-  for_each_key(row, join);
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const uint32_t key = __shfl_xor_sync(0xffffffffu, top.key, mask), id = __shfl_xor_sync(0xffffffffu, top.id, mask);
-    join(key, id);
-  }
-  const int warp = threadIdx.x >> 5;
-  if ((threadIdx.x & 31) == 0) shared.list_keys[warp] = top.key, shared.list_ids[warp] = top.id;
-  __syncthreads();
-  for (int other = 0; other < (int)blockDim.x / 32; other++) join(shared.list_keys[other], shared.list_ids[other]);
-  __syncthreads();
-  return top;
+  for_each_key(row, [&](uint32_t key, int id) { top = HighestOf::join(top, {key, (uint32_t)id}); });
+  return block_reduce<HighestOf>(top, shared.highest);
 }
 
 // Sums over the block of several numbers a thread, in sums[way][0].

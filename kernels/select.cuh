@@ -1,6 +1,7 @@
 // The k highest of many numbers, by one block: floats become integers of the same order, and four rounds of an 8-bit
 // histogram find the threshold. Counts are integers, so their order does not matter.
 #pragma once
+#include "reduce.cuh"
 #include "vectors.cuh"
 
 // An integer that orders like the float: -0 and 0 are equal, -inf is the least, NaN is 0xffffffff.
@@ -11,6 +12,15 @@ SEGATTN_FN uint32_t rank_key(float x) {
 }
 SEGATTN_FN float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 constexpr uint32_t kLeastKey = 0x007fffffu, kInfinityKey = 0xff800000u;
+
+// The highest key, and the lowest id that has it.
+struct Highest {
+  uint32_t key, id;
+};
+struct HighestOf {
+  SEGATTN_FN Highest join(Highest a, Highest b) { return b.key > a.key || (b.key == a.key && b.id < a.id) ? b : a; }
+};
+SEGATTN_FN Highest shuffle_xor(Highest x, int mask) { return {shuffle_xor(x.key, mask), shuffle_xor(x.id, mask)}; }
 
 constexpr int kSelectBins = 256;
 

@@ -14,7 +14,7 @@ use segattn::device::reference::Reference;
 use segattn::device::sampler::SamplerConfig;
 use segattn::device::{PastPool, SelectedBlocks};
 use segattn::generate::{Generator, GeneratorConfig, Prompt};
-use segattn::model::config::{HeadReads, ModelConfig};
+use segattn::model::config::{HeadReads, ModelConfig, RetrievalConfig};
 use segattn::model::decoder::{Decoder, Step};
 use segattn::model::segmentation::{Sequence, Tokens};
 use segattn::model::session::{Feed, Session, score};
@@ -103,8 +103,16 @@ fn a_short_segment_asks_with_the_queries_that_it_has() {
         let config = config(true);
         let mut shorter = config.clone();
         let retrieval = &mut shorter.segment.as_mut().unwrap().retrieval;
-        retrieval.probe_len = retrieval.probe_len.min(rows);
-        retrieval.probe_window = retrieval.probe_window.min(rows);
+        let RetrievalConfig::Blocks {
+            probe_len,
+            probe_window,
+            ..
+        } = retrieval
+        else {
+            panic!("{retrieval:?}")
+        };
+        *probe_len = (*probe_len).min(rows);
+        *probe_window = (*probe_window).min(rows);
         for seed in 0..4 {
             let tokens = &tokens(seed, 16 + rows);
             let breaks = &[8, 16, 16 + rows];

@@ -78,6 +78,20 @@ fn cases() -> impl Strategy<Value = Case> {
         let (block, blocks, prior, past, probes) = segment;
         let (segment_len, seed) = (4 * blocks.max(block), seed >> 8);
         let whole = |n: usize| (n * block).min(segment_len / block * block);
+        let past_len = whole(past);
+        // Half of the models select windows, whose lengths are multiples of nothing.
+        let (retrieval, past_len) = match seed % 2 {
+            0 => (
+                serde_json::json!({
+                    "block_len": block, "probe_len": probes, "probe_window": 3, "probe_stride": 2,
+                }),
+                past_len,
+            ),
+            _ => (
+                serde_json::json!({"queries": probes, "window_len": block + 2}),
+                past_len + past,
+            ),
+        };
         let json = serde_json::json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"],
             "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": hidden + 6,
@@ -85,8 +99,8 @@ fn cases() -> impl Strategy<Value = Case> {
             "num_key_value_heads": kv_heads, "head_dim": head_dim, "rms_norm_eps": 1e-5,
             "max_position_embeddings": 128, "tie_word_embeddings": tied,
             "segment": {
-                "segment_len": segment_len, "prior_len": whole(prior), "past_len": whole(past),
-                "retrieval": {"block_len": block, "probe_len": probes, "probe_window": 3, "probe_stride": 2},
+                "segment_len": segment_len, "prior_len": whole(prior), "past_len": past_len,
+                "retrieval": retrieval,
                 "head_reads": roles(layers, kv_heads, seed),
                 "break_ids": (0..breaks.1).collect::<Vec<_>>(),
             },

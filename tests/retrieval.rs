@@ -1,10 +1,18 @@
 //! Pools of past tokens and retrieval from them (docs/contract.md, section 2), on the CPU and in the f64 reference.
 
+#[allow(dead_code, reason = "the simulated GPU's tests use other parts")]
 mod retrieval_cases;
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use proptest::prelude::*;
 use retrieval_cases::{
-    RULES, Tokens, pool, pools_take_any_runs, select, selections_do_not_depend_on_chunks_and_rings,
+    GROUP, HEADS, Tokens, a_device_selects_what_the_reference_does,
+    keys_of_any_finite_size_give_a_selection, pool, pools_take_any_runs, select,
+    selections_do_not_depend_on_chunks_and_rings,
 };
+use segattn::device::SelectionRule;
 use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 
@@ -22,18 +30,92 @@ fn what_is_selected_does_not_depend_on_chunks_and_rings() {
 
 #[test]
 fn the_cpu_selects_what_the_reference_does() {
-    for seed in 0..20 {
-        let tokens = Tokens::new(32, 260, 1 + seed as usize, seed);
-        let (exact, fast) = (
-            pool(&Reference, &tokens, 1, &[260]),
-            pool(&Cpu, &tokens, 1, &[50]),
-        );
-        for rule in RULES {
-            for eligible in [[0..260, 4..255], [7..8, 100..100], [0..17, 243..260]] {
-                let expected = select(&Reference, &exact, &tokens, (0, 0), &eligible, rule);
-                let got = select(&Cpu, &fast, &tokens, (3, 2), &eligible, rule);
-                assert_eq!(got, expected);
+    a_device_selects_what_the_reference_does(&Cpu, 0..30);
+}
+
+#[test]
+fn keys_of_any_finite_size_give_a_selection_on_the_cpu() {
+    keys_of_any_finite_size_give_a_selection(&Reference);
+    keys_of_any_finite_size_give_a_selection(&Cpu);
+}
+
+/// The largest share of each eligible token, of all probes of a head.
+fn shares(tokens: &Tokens, head: usize, eligible: &Range<usize>) -> Vec<f64> {
+    let product = |q: &[f32], k: &[f32]| -> f64 {
+        q.iter()
+            .zip(k)
+            .map(|(q, k)| f64::from(*q) * f64::from(*k))
+            .sum()
+    };
+    let mut best = vec![0f64; eligible.len()];
+    for q_head in HEADS[head] * GROUP..(HEADS[head] + 1) * GROUP {
+        for t in 0..tokens.queries {
+            let weight = |token| {
+                let s = product(tokens.query(t, q_head), tokens.key(token, HEADS[head]));
+                (s / (tokens.dim as f64).sqrt()).exp()
+            };
+            let weights: Vec<f64> = eligible.clone().map(weight).collect();
+            let sum: f64 = weights.iter().sum();
+            let shares = weights.iter().map(|w| w / sum);
+            best.iter_mut()
+                .zip(shares)
+                .for_each(|(best, s)| *best = best.max(s));
+        }
+    }
+    best
+}
+
+/// The second rule, told token by token: a token is in the window of the best one if it is among the `width` around it
+/// and no token between them is in another window.
+fn windows(scores: &[f64], rows: usize, window_len: usize) -> BTreeSet<usize> {
+    let (len, mut taken) = (scores.len(), BTreeSet::new());
+    let rows = rows.min(len);
+    while taken.len() < rows {
+        let mut best = None;
+        for token in (0..len).filter(|t| !taken.contains(t)) {
+            if best.is_none_or(|best: usize| scores[token] > scores[best]) {
+                best = Some(token);
             }
+        }
+        let best = best.expect("a token that is left");
+        let width = window_len.min(rows - taken.len());
+        let mut begin = best as isize - (width / 2) as isize;
+        while begin + (width as isize) > len as isize {
+            begin -= 1;
+        }
+        while begin < 0 {
+            begin += 1;
+        }
+        let begin = begin as usize;
+        let free = |token: &usize| {
+            let (low, high) = (best.min(*token), best.max(*token));
+            (low..=high).all(|between| !taken.contains(&between))
+        };
+        let window: Vec<usize> = (begin..begin + width).filter(free).collect();
+        taken.extend(window);
+    }
+    taken
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn the_reference_follows_the_second_rule(
+        (count, queries, period) in (1usize..70, 1usize..5, 1usize..40),
+        (low, tail, rows, window_len) in (0usize..20, 0usize..20, 0usize..50, 1usize..60),
+        seed in any::<u64>(),
+    ) {
+        let tokens = Tokens::new(8, count, queries, seed >> 8).repeated(period);
+        let pool = pool(&Reference, &tokens, 1, &[count]);
+        let low = low.min(count);
+        let eligible = [0..count.saturating_sub(tail), low..count];
+        let rule = (rows, SelectionRule::Windows { window_len });
+        let got = select(&Reference, &pool, &tokens, (2, 1), &eligible, rule);
+        for (head, eligible) in eligible.iter().enumerate() {
+            let expected = windows(&shares(&tokens, head, eligible), rows, window_len);
+            let expected: Vec<usize> = expected.iter().map(|t| eligible.start + t).collect();
+            prop_assert_eq!(&got[head], &expected);
         }
     }
 }

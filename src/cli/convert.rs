@@ -51,6 +51,12 @@ struct Segments {
     /// Consecutive tokens that are retrieved together
     #[arg(long, value_name = "N", requires = "segment_len")]
     block_len: Option<usize>,
+    /// Last tokens of a segment whose queries choose the past, by the second rule of retrieval
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    queries: Option<usize>,
+    /// Tokens that the second rule of retrieval takes around a token
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    window_len: Option<usize>,
     /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD, ... or `all`
     #[arg(
         long,
@@ -117,6 +123,8 @@ impl Segments {
             prior_len: self.prior_len,
             past_len: self.past_len,
             block_len: self.block_len,
+            queries: self.queries,
+            window_len: self.window_len,
             head_reads: self.reads(config.num_hidden_layers, config.num_key_value_heads)?,
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),

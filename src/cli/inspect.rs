@@ -186,7 +186,7 @@ fn segment(config: &ModelConfig) -> Value {
         "segment_len": segment.segment_len,
         "prior_len": segment.prior_len,
         "past_len": segment.past_len,
-        "block_len": segment.retrieval.block_len,
+        "retrieval": segment.retrieval.to_json(),
         "break_ids": segment.break_ids,
         "break_after_prompt": segment.break_after_prompt,
         "layers": (0..config.num_hidden_layers).map(roles).collect::<Vec<_>>(),
@@ -282,10 +282,11 @@ fn text(report: &Value) -> String {
         Value::Null => line("segments", "none: full attention".into()),
         s => {
             let lens = format!(
-                "segment_len {}, prior_len {}, past_len {}, block_len {}",
-                s["segment_len"], s["prior_len"], s["past_len"], s["block_len"],
+                "segment_len {}, prior_len {}, past_len {}",
+                s["segment_len"], s["prior_len"], s["past_len"],
             );
             line("segments", lens);
+            line("retrieval", pairs(&s["retrieval"]));
             if s["break_ids"] != json!([]) {
                 line("", format!("end early after the tokens {}", s["break_ids"]));
             }

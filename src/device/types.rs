@@ -268,6 +268,11 @@ pub enum SelectionRule {
         /// Queries between the starts of two windows.
         probe_stride: usize,
     },
+    /// Windows around the tokens with the largest share of attention. A probe is a query by itself.
+    Windows {
+        /// Tokens of a window.
+        window_len: usize,
+    },
 }
 
 impl SelectionRule {
@@ -275,6 +280,7 @@ impl SelectionRule {
     pub fn block_len(&self) -> usize {
         match self {
             Self::Blocks { block_len, .. } => *block_len,
+            Self::Windows { .. } => 1,
         }
     }
 }

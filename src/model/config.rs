@@ -4,6 +4,7 @@
 //! was trained. Keys without a meaning here are kept and written back.
 
 mod fields;
+mod retrieval;
 mod rope_keys;
 mod segment;
 mod supported;
@@ -16,8 +17,9 @@ use self::fields::Fields;
 pub(super) use self::fields::token_id_list;
 use super::error::ConfigError;
 use super::files;
+pub use retrieval::RetrievalConfig;
 pub use rope_keys::RopeScaling;
-pub use segment::{HeadReads, MAX_SEGMENT_LEN, RetrievalConfig, SegmentConfig};
+pub use segment::{HeadReads, MAX_SEGMENT_LEN, SegmentConfig};
 
 /// The file's name in a model folder.
 pub const CONFIG_FILE: &str = "config.json";

@@ -155,9 +155,11 @@ fn segment_object_says_what_each_head_reads() {
     let retrieval = config.segment.as_ref().unwrap().retrieval;
     assert_eq!(
         retrieval,
-        RetrievalConfig {
+        RetrievalConfig::Blocks {
+            block_len: 8,
             probe_len: 32,
-            ..Default::default()
+            probe_window: 8,
+            probe_stride: 4,
         }
     );
     let left_out = with(
@@ -169,7 +171,49 @@ fn segment_object_says_what_each_head_reads() {
     assert!((0..2).all(|layer| {
         (0..2).all(|head| config.reads_prior(layer, head) && !config.reads_past(layer, head))
     }));
-    assert_eq!(config.segment.unwrap().retrieval.block_len, 8);
+    assert_eq!(
+        config.segment.unwrap().retrieval,
+        RetrievalConfig::default()
+    );
+}
+
+#[test]
+fn keys_of_retrieval_choose_its_rule() {
+    let read = |retrieval: Value| {
+        let object = with(small(), "/segment/retrieval", retrieval);
+        // Lengths that are multiples of nothing, which the second rule allows.
+        let object = with(object, "/segment/past_len", json!(13));
+        ModelConfig::from_json(object).map(|config| config.segment.unwrap())
+    };
+    for (retrieval, [queries, window_len]) in [
+        (json!({"queries": 16, "window_len": 32}), [16, 32]),
+        (json!({"queries": 3}), [3, 32]),
+        (json!({"window_len": 5}), [16, 5]),
+        (json!({"window_len": 5, "block_len": null}), [16, 5]),
+    ] {
+        let segment = read(retrieval).unwrap();
+        let expected = RetrievalConfig::Windows {
+            queries,
+            window_len,
+        };
+        assert_eq!((segment.retrieval, segment.past_len), (expected, 13));
+        let written = json!({"queries": queries, "window_len": window_len});
+        assert_eq!(segment.retrieval.to_json(), written);
+    }
+    for (retrieval, key) in [
+        (json!({"queries": 16, "block_len": 8}), "segment.retrieval"),
+        (
+            json!({"window_len": 8, "probe_len": 8}),
+            "segment.retrieval",
+        ),
+        (json!({"queries": 0}), "segment.retrieval.queries"),
+        (json!({"window_len": 1.5}), "segment.retrieval.window_len"),
+        (json!({"windows": 3}), "segment.retrieval.windows"),
+        (json!({}), "segment.past_len"),
+    ] {
+        let error = read(retrieval).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{key}`")), "{error}");
+    }
 }
 
 #[test]

@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use half::bf16;
+use segattn::device::reference::Reference;
 use segattn::device::{
     Device, Kind, PastPool, Probes, Rows, SelectedBlocks, Selection, SelectionRule,
 };
 
 const KV_HEADS: usize = 3;
-const GROUP: usize = 2;
+pub const GROUP: usize = 2;
 /// KV heads that read the past.
 pub const HEADS: [usize; 2] = [0, 2];
 
@@ -37,6 +38,31 @@ fn random(seed: u64, count: usize) -> Vec<f32> {
 }
 
 impl Tokens {
+    /// Tokens of which every `period`th has the same key, so that scores are equal.
+    pub fn repeated(mut self, period: usize) -> Self {
+        let width = KV_HEADS * self.dim;
+        for token in period..self.count {
+            let first = token % period * width;
+            self.k.copy_within(first..first + width, token * width);
+        }
+        self
+    }
+
+    /// The key of a token of a KV head.
+    pub fn key_mut(&mut self, token: usize, head: usize) -> &mut [f32] {
+        &mut self.k[(token * KV_HEADS + head) * self.dim..][..self.dim]
+    }
+
+    /// A query of a query head.
+    pub fn query(&self, t: usize, q_head: usize) -> &[f32] {
+        &self.q[(t * KV_HEADS * GROUP + q_head) * self.dim..][..self.dim]
+    }
+
+    /// A key as above.
+    pub fn key(&self, token: usize, head: usize) -> &[f32] {
+        &self.k[(token * KV_HEADS + head) * self.dim..][..self.dim]
+    }
+
     pub fn new(dim: usize, count: usize, queries: usize, seed: u64) -> Self {
         let kv = count * KV_HEADS * dim;
         Self {
@@ -134,24 +160,26 @@ pub fn select<D: Device>(
     of_heads
 }
 
+const fn blocks(block_len: usize, probe_window: usize, probe_stride: usize) -> SelectionRule {
+    SelectionRule::Blocks {
+        block_len,
+        probe_window,
+        probe_stride,
+    }
+}
+
+const fn windows(window_len: usize) -> SelectionRule {
+    SelectionRule::Windows { window_len }
+}
+
 /// The rules that are tried, and how many rows each selects.
-pub const RULES: [(usize, SelectionRule); 2] = [
-    (
-        24,
-        SelectionRule::Blocks {
-            block_len: 8,
-            probe_window: 3,
-            probe_stride: 2,
-        },
-    ),
-    (
-        7,
-        SelectionRule::Blocks {
-            block_len: 3,
-            probe_window: 100,
-            probe_stride: 1,
-        },
-    ),
+const RULES: [(usize, SelectionRule); 6] = [
+    (24, blocks(8, 3, 2)),
+    (7, blocks(3, 100, 1)),
+    (24, windows(8)),
+    (37, windows(1)),
+    (45, windows(7)),
+    (9, windows(20)),
 ];
 
 /// A pool holds the same tokens however it was filled, cut and read.
@@ -218,6 +246,70 @@ pub fn selections_do_not_depend_on_chunks_and_rings<D: Device>(device: &D) {
                     expected
                 );
             }
+        }
+    }
+}
+
+/// A device selects what the f64 reference does, where scores are equal or far enough apart.
+pub fn a_device_selects_what_the_reference_does<D: Device>(device: &D, seeds: Range<u64>) {
+    for seed in seeds {
+        let (dim, count) = ([32, 64][seed as usize % 2], 200 + 7 * seed as usize);
+        let mut tokens = Tokens::new(dim, count, 1 + 3 * seed as usize, seed);
+        if seed % 3 == 1 {
+            tokens = tokens.repeated(11);
+        }
+        if seed % 3 == 2 {
+            // One token has nearly all of the attention; the shares of the others are below what f32 holds.
+            let query = tokens.query(0, HEADS[0] * GROUP).to_vec();
+            let key = tokens.key_mut(140, HEADS[0]).iter_mut().zip(query);
+            key.for_each(|(k, q)| *k = 128.0 * q);
+        }
+        let exact = pool(&Reference, &tokens, 1, &[count]);
+        let fast = pool(device, &tokens, 64, &[50]);
+        for rule in RULES {
+            for eligible in [
+                [0..count, 4..count - 5],
+                [7..8, 100..100],
+                [0..17, 183..count],
+                [120..140, 3..131],
+            ] {
+                let expected = select(&Reference, &exact, &tokens, (0, 0), &eligible, rule);
+                let got = select(device, &fast, &tokens, (3, 2), &eligible, rule);
+                assert_eq!(got, expected, "seed {seed}, {rule:?}, {eligible:?}");
+            }
+        }
+    }
+}
+
+/// Keys so large that products overflow: the numbers of tokens are still those of the rule, the same in any chunks.
+pub fn keys_of_any_finite_size_give_a_selection<D: Device>(device: &D) {
+    let mut tokens = Tokens::new(32, 150, 2, 9);
+    let largest = bf16::MAX.to_f32();
+    for (i, k) in tokens.k.iter_mut().enumerate() {
+        match i / 32 % 5 {
+            0 => *k = largest.copysign(*k),
+            1 => *k = largest,
+            2 => *k = -largest,
+            _ => {}
+        }
+    }
+    for (rows, rule) in RULES {
+        let mut found = Vec::new();
+        for (chunk, runs) in [(150, [150]), (7, [13])] {
+            let pool = pool(device, &tokens, chunk, &runs);
+            found.push(select(
+                device,
+                &pool,
+                &tokens,
+                (1, 1),
+                &[0..150, 5..130],
+                (rows, rule),
+            ));
+        }
+        assert_eq!(found[0], found[1]);
+        for tokens in &found[0] {
+            assert_eq!(tokens.len(), rows / rule.block_len() * rule.block_len());
+            assert!(tokens.is_sorted_by(|a, b| a < b));
         }
     }
 }

@@ -9,6 +9,7 @@ mod memory;
 mod model;
 mod pool;
 mod retrieval;
+#[allow(dead_code, reason = "tests/retrieval.rs uses other parts")]
 #[path = "../../../tests/retrieval_cases/mod.rs"]
 mod retrieval_cases;
 mod safe_calls;

@@ -1,10 +1,13 @@
 //! Pools of past tokens and retrieval from them on the simulated GPU, against the f64 reference.
 
-use crate::common::gpu;
+use crate::common::{config, gpu, model, tokens, values};
 use crate::retrieval_cases::{
-    RULES, Tokens, pool, pools_take_any_runs, select, selections_do_not_depend_on_chunks_and_rings,
+    self, a_device_selects_what_the_reference_does, pools_take_any_runs,
+    selections_do_not_depend_on_chunks_and_rings,
 };
-use segattn::device::reference::Reference;
+use segattn::model::config::RetrievalConfig;
+use segattn::model::segmentation::Sequence;
+use segattn::model::session::{Feed, Session, score};
 use segattn_sim::Checks;
 
 #[test]
@@ -19,19 +22,51 @@ fn what_is_selected_does_not_depend_on_chunks_and_rings() {
 
 #[test]
 fn the_gpu_selects_what_the_reference_does() {
-    let gpu = gpu(33, Checks::All);
-    for seed in 0..4 {
-        let tokens = Tokens::new(64, 200, 1 + 3 * seed as usize, seed);
-        let (exact, fast) = (
-            pool(&Reference, &tokens, 1, &[200]),
-            pool(&gpu, &tokens, 64, &[50]),
-        );
-        for rule in RULES {
-            for eligible in [[0..200, 4..195], [7..8, 100..100], [0..17, 183..200]] {
-                let expected = select(&Reference, &exact, &tokens, (0, 0), &eligible, rule);
-                let got = select(&gpu, &fast, &tokens, (3, 2), &eligible, rule);
-                assert_eq!(got, expected);
-            }
-        }
+    a_device_selects_what_the_reference_does(&gpu(33, Checks::All), 0..6);
+}
+
+#[test]
+fn keys_of_any_finite_size_give_a_selection() {
+    retrieval_cases::keys_of_any_finite_size_give_a_selection(&gpu(34, Checks::All));
+}
+
+/// A model whose heads select windows of lengths that are multiples of nothing, over chunks of the pool that segments
+/// do not fill.
+#[test]
+fn a_model_that_selects_windows_has_the_same_bits_on_every_path() {
+    let mut config = config(false);
+    let segment = config.segment.as_mut().expect("segments");
+    (segment.past_len, segment.prior_len) = (7, 3);
+    segment.retrieval = RetrievalConfig::Windows {
+        queries: 3,
+        window_len: 3,
+    };
+    config.validate().expect("a config");
+    let model = model(gpu(35, Checks::None), &config, &values(&config, 21));
+    let tokens = tokens(22, 45, config.vocab_size);
+    let breaks = [5, 16, 17, 30];
+    let sequence = Sequence {
+        tokens: &tokens,
+        breaks: &breaks,
+    };
+    let expected = score(&model, sequence, 1).expect("scores");
+    assert_eq!(score(&model, sequence, 4).expect("scores"), expected);
+    let mut session = Session::new(&model, 1, tokens.len(), 2).expect("a session");
+    let (mut got, mut first) = (Vec::new(), 0);
+    for rows in [3, 1, 9, 4, 1, 1, 25] {
+        let range = first..first + rows;
+        let within = breaks
+            .iter()
+            .filter(|b| range.start < **b && **b <= range.end);
+        let within: Vec<usize> = within.map(|b| b - range.start).collect();
+        let feed = Feed {
+            sequence: 0,
+            tokens: &tokens[range.clone()],
+            targets: &tokens[range.start + 1..range.end + 1],
+            breaks: &within,
+        };
+        got.extend(session.feed(&[feed]).expect("a feed").concat());
+        first += rows;
     }
+    assert_eq!(got, expected);
 }

@@ -12,3 +12,4 @@ mod retrieval;
 mod rows;
 mod sampling;
 mod sampling_rules;
+mod windows;

@@ -15,7 +15,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 14] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
@@ -83,9 +83,15 @@ pub const TARGETS: [Target; 13] = [
         rules: &RETRIEVAL,
     },
     Target {
+        file: "retrieval.cu",
+        kernels: &["retrieval.cu"],
+        tests: &["windows::"],
+        rules: &WINDOWS,
+    },
+    Target {
         file: "select.cuh",
         kernels: &["retrieval.cu", "sampling.cu"],
-        tests: &["retrieval::", "sampling::"],
+        tests: &["retrieval::", "sampling::", "windows::"],
         rules: &SELECT,
     },
     Target {
@@ -101,7 +107,7 @@ pub const SURVIVORS: [[&str; 3]; 6] = [
     [
         "sampling.cu",
         "__syncthreads()",
-        "three of them: the functions that follow begin with barriers of their own, or find_thread runs a second time",
+        "some of them: the functions that follow begin with barriers of their own, or find_thread runs a second time",
     ],
     [
         "sampling.cu",
@@ -410,17 +416,20 @@ const RETRIEVAL: [Rule; 31] = [
         "chunk_row -= p.chunk_tokens) chunk++",
         "chunk_row -= p.chunk_tokens)",
     ),
-    replace("min(first + row, count - 1)", "min(first + row, count)"),
+    replace("min(first + row, last)", "first + row"),
     replace(
-        "int part = kProbeParts - 1; part >= 0",
-        "int part = kProbeParts - 1; part >= 1",
+        "int part = C::kParts - 1; part >= 0",
+        "int part = C::kParts - 1; part >= 1",
     ),
-    replace("max_f32(x[n][e], x[n][2 + e])", "x[n][e]"),
+    replace(
+        "max_f32(low.of(x[n][e]), high.of(x[n][2 + e]))",
+        "low.of(x[n][e])",
+    ),
     replace(
         "best[n][0] = best[n][1] = -INFINITY",
         "best[n][0] = best[n][1] = 0.f",
     ),
-    replace("if (probe > 0) __syncthreads()", ""),
+    replace("if (first > 0) __syncthreads()", ""),
     drop_statement("arrive_and_wait<0>()"),
     replace("int mask = 4; mask < 32", "int mask = 4; mask < 16"),
     replace(
@@ -436,4 +445,113 @@ const RETRIEVAL: [Rule; 31] = [
         "if (threadIdx.x == 0) p.selected_count[head] = count",
     ),
     replace("eligible.begin + first + i", "eligible.begin + first"),
+];
+
+const WINDOWS: [Rule; 40] = [
+    replace(
+        "token >= at.begin && token < at.end ? finite",
+        "token < at.end ? finite",
+    ),
+    replace(
+        "token >= at.begin && token < at.end ? finite",
+        "token >= at.begin ? finite",
+    ),
+    replace("lane % 4 * 2;", "lane % 4;"),
+    replace("[half * 8 + lane / 4]", "[lane / 4]"),
+    replace(
+        "merge_value(total.sum, partial.sum, factors)",
+        "partial.sum",
+    ),
+    replace(
+        "int other = 1; other < C::kWarps",
+        "int other = 2; other < C::kWarps",
+    ),
+    replace("sum.sum = quad_sum(sum.sum);", ""),
+    replace(
+        "    __syncthreads();\n    if (threadIdx.x < C::kProbes",
+        "    if (threadIdx.x < C::kProbes",
+    ),
+    replace("if (tile >= begin / kKeys) ", ""),
+    replace("tile < ceil_div(end, kKeys)", "tile < end / kKeys"),
+    replace("exp2_approx(tile.max - max)", "exp2_approx(tile.max)"),
+    replace("max + log2_approx(sum)", "max"),
+    replace("finite_score(p, product) - lse", "finite_score(p, product)"),
+    replace(
+        "g_lse[min(probe, count - 1)]",
+        "g_lse[min(probe, count - 2)]",
+    ),
+    replace(
+        "mul_rn(product, p.scale_log2), -FLT_MAX), FLT_MAX)",
+        "mul_rn(product, p.scale_log2), -FLT_MAX), INFINITY)",
+    ),
+    replace(
+        "max_f32(mul_rn(product, p.scale_log2), -FLT_MAX)",
+        "mul_rn(product, p.scale_log2)",
+    ),
+    replace(
+        "max_f32(shared.scores[threadIdx.x], -FLT_MAX)",
+        "shared.scores[threadIdx.x]",
+    ),
+    replace("  __syncthreads();\n  Highest best", "  Highest best"),
+    replace(
+        "if (token >= at.begin && token < at.end) {",
+        "if (token < at.end) {",
+    ),
+    replace(
+        "if (token >= at.begin && token < at.end) {",
+        "if (token >= at.begin) {",
+    ),
+    replace("max(a.begin, b.begin)", "a.begin"),
+    replace("min(a.end, b.end)", "a.end"),
+    replace(
+        "p.group + probe / p.windows;\n  return",
+        "p.group;\n  return",
+    ),
+    replace("query_row(p, probe % p.windows)", "query_row(p, 0)"),
+    replace(
+        "min(best - eligible.begin, width / 2)",
+        "min(best, width / 2)",
+    ),
+    replace(
+        "eligible.begin, width / 2)",
+        "eligible.begin, width / 2 + 1)",
+    ),
+    replace("min(wanted, eligible.end - width)", "wanted"),
+    replace("Tokens{token + 1, window.end}", "Tokens{token, window.end}"),
+    replace(
+        "Tokens{window.begin, token}",
+        "Tokens{window.begin, token + 1}",
+    ),
+    replace(
+        "token < begin + width; token +=",
+        "token < begin + width - 1; token +=",
+    ),
+    replace("if (taken) g_scores[token] = kTaken;", ""),
+    replace(
+        "if (token < eligible.begin || token >= eligible.end) continue;",
+        "",
+    ),
+    replace(
+        "tile * C::kTile < window.end",
+        "(tile + 1) * C::kTile < window.end",
+    ),
+    replace("if (lane == 0) g_best[tile] = {best.key, best.id};", ""),
+    replace(
+        "left -= window.end - window.begin;\n    __syncthreads();",
+        "left -= window.end - window.begin;",
+    ),
+    replace(
+        "min((uint32_t)p.window_len, left)",
+        "(uint32_t)p.window_len",
+    ),
+    replace("g_selected[i] = eligible.begin + i", "g_selected[i] = i"),
+    replace("first + i < eligible.end && g_scores", "g_scores"),
+    replace(
+        "{ g_selected[index] = first + i; }",
+        "{ g_selected[index] = first; }",
+    ),
+    replace(
+        "p.selected_count[head] = selected",
+        "p.selected_count[head] = count",
+    ),
 ];

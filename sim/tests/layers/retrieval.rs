@@ -243,7 +243,10 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         k: k.view(),
         v: v.view(),
         probes: probes.ptr(),
+        sums: std::ptr::null_mut(),
+        lse: std::ptr::null_mut(),
         scores: scores.ptr(),
+        best: std::ptr::null_mut(),
         selected: selected.ptr(),
         selected_count: selected_count.ptr(),
         past_len: past_len.ptr(),
@@ -266,6 +269,9 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         first_block: 0,
         blocks: blocks as i32,
         max_selected: case.max_selected as i32,
+        tiles: 0,
+        window_len: 0,
+        scale_log2: 0.0,
     };
     for range in [0..case.tokens / 3, case.tokens / 3..case.tokens] {
         let mut append = params;
@@ -400,7 +406,8 @@ fn check_rows(case: &Case, inputs: &Inputs, outputs: &Outputs, h: usize) {
 #[test]
 fn selections_follow_the_contract() {
     check(&CASE);
-    // Ties everywhere; more probes than a tile; selections of all blocks; blocks that do not divide a tile, or exceed one.
+    // Ties everywhere; more probes than a tile; selections of all blocks; blocks that do not divide a tile, or exceed
+    // one.
     check(&Case {
         whole: true,
         ..CASE

@@ -2,7 +2,10 @@
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
-pub const SELECT: [Rule; 27] = [
+pub const SELECT: [Rule; 30] = [
+    replace("b.key > a.key ||", "b.key >= a.key ||"),
+    replace("b.id < a.id", "b.id > a.id"),
+    replace("shuffle_xor(x.id, mask)", "x.id"),
     // Keys that order as floats do.
     replace("if (x != x) return 0xffffffffu;", ""),
     replace("bits & 0x80000000u ? ~bits :", "false ? ~bits :"),
@@ -47,7 +50,7 @@ pub const SELECT: [Rule; 27] = [
     drop_statement("above += total >> 16"),
 ];
 
-pub const SAMPLING: [Rule; 60] = [
+pub const SAMPLING: [Rule; 57] = [
     drop_statement("__syncthreads()"),
     // The row: penalty, bounds, order.
     replace("seen >> i & 1", "seen & 1"),
@@ -70,17 +73,8 @@ pub const SAMPLING: [Rule; 60] = [
         "mul_rn(value_of(key) - best, inverse_temperature)",
         "value_of(key) - best",
     ),
-    replace(
-        "key == top.key && id < top.id",
-        "key == top.key && id > top.id",
-    ),
-    replace("if (key > top.key || (", "if (key >= top.key || ("),
     // Over the block.
     replace("for (int mask = 16", "for (int mask = 8"),
-    replace(
-        "other < (int)blockDim.x / 32",
-        "other < (int)blockDim.x / 32 - 1",
-    ),
     replace("warp = 1; warp <", "warp = 2; warp <"),
     replace(
         "if (lane >= delta) x += before",
@@ -137,7 +131,10 @@ pub const SAMPLING: [Rule; 60] = [
     ),
     replace("(int)shared.list_ids[at]", "at"),
     // The kernel.
-    replace("p.indices ? p.indices[blockIdx.x] : blockIdx.x", "blockIdx.x"),
+    replace(
+        "p.indices ? p.indices[blockIdx.x] : blockIdx.x",
+        "blockIdx.x",
+    ),
     replace("p.seen + shared.index * p.seen_pitch", "p.seen"),
     replace("top.key == kLeastKey || ", ""),
     replace("top.key >= kInfinityKey", "false"),

@@ -423,6 +423,21 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnBestToken {
+    pub key: u32,
+    pub token: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnBestToken"][::core::mem::size_of::<SegattnBestToken>() - 8usize];
+    ["Alignment of SegattnBestToken"][::core::mem::align_of::<SegattnBestToken>() - 4usize];
+    ["Offset of field: SegattnBestToken::key"]
+        [::core::mem::offset_of!(SegattnBestToken, key) - 0usize];
+    ["Offset of field: SegattnBestToken::token"]
+        [::core::mem::offset_of!(SegattnBestToken, token) - 4usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnRetrievalParams {
     pub chunks: *const SegattnPoolChunk,
     pub head: *const SegattnPoolHead,
@@ -430,7 +445,10 @@ pub struct SegattnRetrievalParams {
     pub k: SegattnRows,
     pub v: SegattnRows,
     pub probes: *mut ::core::ffi::c_void,
+    pub sums: *mut f32,
+    pub lse: *mut f32,
     pub scores: *mut f32,
+    pub best: *mut SegattnBestToken,
     pub selected: *mut i32,
     pub selected_count: *mut i32,
     pub past_len: *mut i32,
@@ -453,10 +471,13 @@ pub struct SegattnRetrievalParams {
     pub first_block: i32,
     pub blocks: i32,
     pub max_selected: i32,
+    pub tiles: i32,
+    pub window_len: i32,
+    pub scale_log2: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 208usize];
+    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 248usize];
     ["Alignment of SegattnRetrievalParams"]
         [::core::mem::align_of::<SegattnRetrievalParams>() - 8usize];
     ["Offset of field: SegattnRetrievalParams::chunks"]
@@ -471,52 +492,64 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, v) - 48usize];
     ["Offset of field: SegattnRetrievalParams::probes"]
         [::core::mem::offset_of!(SegattnRetrievalParams, probes) - 64usize];
+    ["Offset of field: SegattnRetrievalParams::sums"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, sums) - 72usize];
+    ["Offset of field: SegattnRetrievalParams::lse"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, lse) - 80usize];
     ["Offset of field: SegattnRetrievalParams::scores"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, scores) - 72usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, scores) - 88usize];
+    ["Offset of field: SegattnRetrievalParams::best"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, best) - 96usize];
     ["Offset of field: SegattnRetrievalParams::selected"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, selected) - 80usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, selected) - 104usize];
     ["Offset of field: SegattnRetrievalParams::selected_count"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, selected_count) - 88usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, selected_count) - 112usize];
     ["Offset of field: SegattnRetrievalParams::past_len"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, past_len) - 96usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, past_len) - 120usize];
     ["Offset of field: SegattnRetrievalParams::cos"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, cos) - 104usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, cos) - 128usize];
     ["Offset of field: SegattnRetrievalParams::sin"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, sin) - 112usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, sin) - 136usize];
     ["Offset of field: SegattnRetrievalParams::first_token"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_token) - 120usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_token) - 144usize];
     ["Offset of field: SegattnRetrievalParams::chunk_tokens"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, chunk_tokens) - 128usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, chunk_tokens) - 152usize];
     ["Offset of field: SegattnRetrievalParams::token"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, token) - 136usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, token) - 160usize];
     ["Offset of field: SegattnRetrievalParams::rows"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, rows) - 144usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, rows) - 168usize];
     ["Offset of field: SegattnRetrievalParams::score_pitch"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, score_pitch) - 152usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, score_pitch) - 176usize];
     ["Offset of field: SegattnRetrievalParams::heads"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, heads) - 160usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, heads) - 184usize];
     ["Offset of field: SegattnRetrievalParams::head_dim"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, head_dim) - 164usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, head_dim) - 188usize];
     ["Offset of field: SegattnRetrievalParams::group"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, group) - 168usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, group) - 192usize];
     ["Offset of field: SegattnRetrievalParams::windows"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, windows) - 172usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, windows) - 196usize];
     ["Offset of field: SegattnRetrievalParams::window"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, window) - 176usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, window) - 200usize];
     ["Offset of field: SegattnRetrievalParams::stride"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, stride) - 180usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, stride) - 204usize];
     ["Offset of field: SegattnRetrievalParams::first_query"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_query) - 184usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_query) - 208usize];
     ["Offset of field: SegattnRetrievalParams::query_capacity"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, query_capacity) - 188usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, query_capacity) - 212usize];
     ["Offset of field: SegattnRetrievalParams::block_len"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 192usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 216usize];
     ["Offset of field: SegattnRetrievalParams::first_block"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 196usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 220usize];
     ["Offset of field: SegattnRetrievalParams::blocks"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 200usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 224usize];
     ["Offset of field: SegattnRetrievalParams::max_selected"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, max_selected) - 204usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, max_selected) - 228usize];
+    ["Offset of field: SegattnRetrievalParams::tiles"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, tiles) - 232usize];
+    ["Offset of field: SegattnRetrievalParams::window_len"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, window_len) - 236usize];
+    ["Offset of field: SegattnRetrievalParams::scale_log2"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 240usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -17,6 +17,7 @@ mod math;
 mod packed;
 mod pool;
 pub mod rows;
+mod selection;
 
 pub use buffer::Buffer;
 pub use idle::release_memory;

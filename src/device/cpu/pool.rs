@@ -1,29 +1,20 @@
-//! The pool of past keys and values of one sequence and layer, and retrieval from it.
+//! The pool of past keys and values of one sequence and layer.
 //!
 //! Each appended run adds a chunk, so growth copies nothing. Within a chunk the keys of a head are contiguous, so
 //! that scoring streams them.
 
-use std::cmp::Ordering;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::buffer::Scratch;
 use super::{Buffer, Cpu, PackedMatrix, gemm};
 use crate::device::shared::blocks::gather;
 use crate::device::shared::selection;
-use crate::device::{
-    HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection, SelectionRule,
-};
-
-/// Tokens scored by one task.
-const SCORE_TOKENS: usize = 256;
+use crate::device::{HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection};
 
 /// Keys and values before rotation.
 #[derive(Debug, Default)]
 pub struct Pool {
     heads: usize,
-    head_dim: usize,
+    pub(super) head_dim: usize,
     chunks: Vec<Chunk>,
 }
 
@@ -94,16 +85,7 @@ impl PastPool<Cpu> for Pool {
     ) -> Result<HostBlocks> {
         selection::check(probes, selection, [self.heads, self.tokens()])?;
         let heads = 0..self.heads;
-        let best = heads.map(|head| match selection.rule {
-            SelectionRule::Blocks {
-                block_len,
-                probe_window,
-                probe_stride,
-            } => {
-                let means = || self.means(head, probes, selection, [probe_window, probe_stride]);
-                self.best_blocks(head, means, selection, block_len)
-            }
-        });
+        let best = heads.map(|head| self.selected(head, probes, selection));
         Ok(HostBlocks(best.collect()))
     }
 
@@ -176,118 +158,32 @@ impl Pool {
         (k, v)
     }
 
-    /// The tokens of the best blocks of one head, in order of position. A token's score is one product chain, so it
+    /// Products `[tokens, probes]` of the probes and the keys of some tokens. Each is one chain of additions, so it
     /// does not depend on how the pool is cut into chunks.
-    fn best_blocks(
-        &self,
-        head: usize,
-        probes: impl FnOnce() -> PackedMatrix,
-        selection: &Selection<'_>,
-        block_len: usize,
-    ) -> Vec<usize> {
-        let blocks = selection.blocks(head, block_len);
-        let count = (selection.rows / block_len).min(blocks.len());
-        if count == blocks.len() {
-            return (blocks.start * block_len..blocks.end * block_len).collect();
-        }
-        let tokens = |block: usize| block * block_len..(block + 1) * block_len;
-        let scored = blocks.start * block_len..blocks.end * block_len;
-        let scores = self.products(head, &probes(), scored, |_, products| {
-            products.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-        });
-        let largest = |tokens: &[f32]| tokens.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let scores: Vec<f32> = scores.chunks(block_len).map(largest).collect();
-        let mut order = highest(&scores, count);
-        order.sort_unstable();
-        let blocks = order.into_iter().map(|block| blocks.start + block);
-        blocks.flat_map(tokens).collect()
-    }
-
-    /// Query `t` of a query head.
-    fn query<'a>(&self, probes: &Probes<'a, Buffer>, q_head: usize, t: usize) -> &'a [f32] {
-        let q = probes.q;
-        let at = q.start + probes.row(t) * q.stride + q_head * self.head_dim;
-        &q.buffer[at..at + self.head_dim]
-    }
-
-    /// The means of the windows of a head's queries, as the weight of a GEMM.
-    fn means(
-        &self,
-        head: usize,
-        probes: &Probes<'_, Buffer>,
-        selection: &Selection<'_>,
-        [window, stride]: [usize; 2],
-    ) -> PackedMatrix {
-        let (dim, window) = (self.head_dim, window.min(probes.rows));
-        let first = selection.kv_heads[head] * probes.group;
-        let mut means = Vec::new();
-        for q_head in first..first + probes.group {
-            for first in (0..=probes.rows - window).step_by(stride) {
-                let mut mean = vec![0f32; dim];
-                for t in first..first + window {
-                    let row = self.query(probes, q_head, t);
-                    mean.iter_mut().zip(row).for_each(|(m, q)| *m += q);
-                }
-                means.extend(mean.iter().map(|m| m / window as f32));
-            }
-        }
-        PackedMatrix::pack(&means, means.len() / dim, dim, false)
-    }
-
-    /// `score(token, products)` of each of the tokens, where the products are those of all probes and its key.
-    fn products(
+    pub(super) fn products(
         &self,
         head: usize,
         probes: &PackedMatrix,
         tokens: Range<usize>,
-        score: impl Fn(usize, &[f32]) -> f32 + Sync,
-    ) -> Vec<f32> {
-        let (dim, width) = (self.head_dim, probes.outputs());
-        let mut all = vec![0f32; tokens.len()];
-        let mut rest = all.as_mut_slice();
-        for (chunk, rows) in self.pieces(tokens.clone()) {
-            let at = (head * chunk.room + rows.start) * dim;
-            let keys = &chunk.k[at..][..rows.len() * dim];
-            let first = chunk.first + rows.start;
-            let (own, later) = std::mem::take(&mut rest).split_at_mut(rows.len());
-            rest = later;
-            own.par_chunks_mut(SCORE_TOKENS)
-                .zip(keys.par_chunks(SCORE_TOKENS * dim))
-                .enumerate()
-                .for_each(|(i, (scores, keys))| {
-                    let mut products = Scratch::take(scores.len() * width);
-                    gemm::linear(keys, dim, scores.len(), probes, &mut products, width, false);
-                    let first = first + i * SCORE_TOKENS;
-                    let rows = scores.iter_mut().zip(products.chunks(width));
-                    for (row, (to, products)) in rows.enumerate() {
-                        *to = score(first + row, products);
-                    }
-                });
+        products: &mut [f32],
+    ) {
+        let (dim, width, mut done) = (self.head_dim, probes.outputs(), 0);
+        for (chunk, rows) in self.pieces(tokens) {
+            let keys = &chunk.k[(head * chunk.room + rows.start) * dim..][..rows.len() * dim];
+            let products = &mut products[done * width..][..rows.len() * width];
+            gemm::linear(keys, dim, rows.len(), probes, products, width, false);
+            done += rows.len();
         }
-        all
     }
 
     /// The chunks that hold these tokens, and which of their rows.
     fn pieces(&self, tokens: Range<usize>) -> impl Iterator<Item = (&Chunk, Range<usize>)> {
-        self.chunks.iter().filter_map(move |chunk| {
+        let first = (self.chunks).partition_point(|chunk| chunk.first + chunk.rows <= tokens.start);
+        let (chunks, end) = (self.chunks[first..].iter(), tokens.end);
+        let within = chunks.take_while(move |chunk| chunk.first < end);
+        within.map(move |chunk| {
             let row = |token: usize| token.saturating_sub(chunk.first).min(chunk.rows);
-            let rows = row(tokens.start)..row(tokens.end);
-            (!rows.is_empty()).then_some((chunk, rows))
+            (chunk, row(tokens.start)..row(tokens.end))
         })
     }
-}
-
-/// Indices of the `count` highest scores in no order, ties to the earlier.
-fn highest(scores: &[f32], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    if 0 < count && count < order.len() {
-        order.select_nth_unstable_by(count - 1, |a, b| better(scores, *a, *b));
-    }
-    order.truncate(count);
-    order
-}
-
-/// The order of indices by falling score, ties by index.
-fn better(scores: &[f32], a: usize, b: usize) -> Ordering {
-    scores[b].total_cmp(&scores[a]).then(a.cmp(&b))
 }

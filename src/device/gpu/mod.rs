@@ -23,6 +23,7 @@ mod record;
 mod retrieval;
 mod rows;
 mod sample;
+mod selection;
 mod step;
 
 use std::fmt;

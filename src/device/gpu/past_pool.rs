@@ -105,7 +105,7 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         probes: &Probes<'_, Buffer<D>>,
         selection: &Selection<'_>,
     ) -> Result<Blocks<D>> {
-        super::retrieval::select(gpu, self, probes, selection)
+        super::selection::select(gpu, self, probes, selection)
     }
 
     fn gather(

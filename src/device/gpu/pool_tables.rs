@@ -65,7 +65,10 @@ impl<D: Driver> Tables<D> {
             k: NONE,
             v: NONE,
             probes: std::ptr::null_mut(),
+            sums: std::ptr::null_mut(),
+            lse: std::ptr::null_mut(),
             scores: std::ptr::null_mut(),
+            best: std::ptr::null_mut(),
             selected: std::ptr::null_mut(),
             selected_count: std::ptr::null_mut(),
             past_len: std::ptr::null_mut(),
@@ -88,6 +91,9 @@ impl<D: Driver> Tables<D> {
             first_block: 0,
             blocks: 0,
             max_selected: 0,
+            tiles: 0,
+            window_len: 0,
+            scale_log2: 0.0,
         })
     }
 }

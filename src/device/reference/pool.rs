@@ -95,6 +95,16 @@ impl PastPool<Reference> for Pool {
                 let queries = means(self, head, probes, selection, [probe_window, probe_stride]);
                 best_blocks(self, head, &queries, selection, block_len)
             }
+            SelectionRule::Windows { window_len } => {
+                let queries = queries(self, head, probes, selection).concat();
+                let eligible = selection.eligible[head].clone();
+                let scores = shares(self, head, &queries, eligible.clone());
+                let taken = windows(&scores, selection.rows, window_len);
+                eligible
+                    .zip(taken)
+                    .filter_map(|(t, taken)| taken.then_some(t))
+                    .collect()
+            }
         });
         Ok(HostBlocks(best.collect()))
     }
@@ -181,4 +191,43 @@ fn best_blocks(
         .into_iter()
         .flat_map(|(block, _)| tokens(block))
         .collect()
+}
+
+/// For each eligible token the logarithm of its largest share: of its weight in a probe's softmax over all of them.
+fn shares(pool: &Pool, head: usize, probes: &[Vec<f64>], eligible: Range<usize>) -> Vec<f64> {
+    let scale = (pool.head_dim as f64).sqrt().recip();
+    let mut shares = vec![f64::NEG_INFINITY; eligible.len()];
+    for probe in probes {
+        let score = |token| scale * dot(probe, pool.token(head, token)[0]);
+        let scores: Vec<f64> = eligible.clone().map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+        let terms = shares.iter_mut().zip(&scores);
+        terms.for_each(|(share, score)| *share = share.max(score - lse));
+    }
+    shares
+}
+
+/// Which tokens are in windows around the best ones: `rows` of them, or all.
+fn windows(scores: &[f64], rows: usize, window_len: usize) -> Vec<bool> {
+    let mut taken = vec![false; scores.len()];
+    let mut left = rows.min(scores.len());
+    while left > 0 {
+        let open = (0..scores.len()).filter(|t| !taken[*t]);
+        // Of equal scores the last is the maximum, so the tokens are taken from the end.
+        let best = open.rev().max_by(|a, b| scores[*a].total_cmp(&scores[*b]));
+        let Some(best) = best else { break };
+        let width = window_len.min(left);
+        let first = best.saturating_sub(width / 2).min(scores.len() - width);
+        let begin = (first..best)
+            .rev()
+            .find(|t| taken[*t])
+            .map_or(first, |t| t + 1);
+        let end = (best..first + width)
+            .find(|t| taken[*t])
+            .unwrap_or(first + width);
+        taken[begin..end].fill(true);
+        left -= end - begin;
+    }
+    taken
 }

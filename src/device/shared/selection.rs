@@ -33,16 +33,17 @@ pub(in crate::device) fn check<B>(
         let got = format!("{rows} queries from row {first} on");
         return Err(DeviceError::argument("probes", expected, got));
     }
-    let lengths = match selection.rule {
+    let lengths: &[_] = match selection.rule {
         SelectionRule::Blocks {
             block_len,
             probe_window,
             probe_stride,
-        } => [
+        } => &[
             ("block_len", block_len),
             ("probe_window", probe_window),
             ("probe_stride", probe_stride),
         ],
+        SelectionRule::Windows { window_len } => &[("window_len", window_len)],
     };
     match lengths.iter().find(|(_, len)| *len == 0) {
         Some((what, len)) => Err(DeviceError::argument(what, "1 or more", len)),

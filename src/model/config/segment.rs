@@ -3,8 +3,8 @@
 
 use serde_json::{Map, Value, json};
 
+use super::RetrievalConfig;
 use super::fields::{Fields, shown};
-use crate::device::SelectionRule;
 use crate::model::error::ConfigError;
 
 /// Longest segment, prior tail or past selection accepted, in tokens.
@@ -44,46 +44,6 @@ impl HeadReads {
         prior: true,
         past: false,
     };
-}
-
-/// How past rows are chosen at the end of a segment. Lengths in tokens, all at least 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RetrievalConfig {
-    /// Consecutive tokens that are retrieved together.
-    pub block_len: usize,
-    /// Last tokens of a segment whose queries make the probes.
-    pub probe_len: usize,
-    /// Queries averaged into one probe.
-    pub probe_window: usize,
-    /// Distance between the starts of two probes.
-    pub probe_stride: usize,
-}
-
-impl Default for RetrievalConfig {
-    fn default() -> Self {
-        Self {
-            block_len: 8,
-            probe_len: 64,
-            probe_window: 8,
-            probe_stride: 4,
-        }
-    }
-}
-
-impl RetrievalConfig {
-    /// Last queries of a segment that the rule uses.
-    pub fn queries(&self) -> usize {
-        self.probe_len
-    }
-
-    /// The rule, as a device takes it.
-    pub fn rule(&self) -> SelectionRule {
-        SelectionRule::Blocks {
-            block_len: self.block_len,
-            probe_window: self.probe_window,
-            probe_stride: self.probe_stride,
-        }
-    }
 }
 
 impl SegmentConfig {
@@ -164,12 +124,7 @@ impl SegmentConfig {
             "prior_len": self.prior_len,
             "past_len": self.past_len,
             "head_reads": head_reads,
-            "retrieval": {
-                "block_len": self.retrieval.block_len,
-                "probe_len": self.retrieval.probe_len,
-                "probe_window": self.retrieval.probe_window,
-                "probe_stride": self.retrieval.probe_stride,
-            },
+            "retrieval": self.retrieval.to_json(),
         });
         if !self.break_ids.is_empty() {
             object["break_ids"] = json!(self.break_ids);
@@ -194,16 +149,18 @@ impl SegmentConfig {
             })
         };
         self.retrieval.validate()?;
-        let block_len = self.retrieval.block_len;
+        let block_len = self.retrieval.rule().block_len();
         for (key, len, least) in [
             ("segment_len", self.segment_len, 1),
             ("prior_len", self.prior_len, 0),
             ("past_len", self.past_len, 0),
         ] {
             if len < least || len > MAX_SEGMENT_LEN || len % block_len != 0 {
-                let expected = format!(
-                    "a multiple of retrieval.block_len = {block_len} from {least} to {MAX_SEGMENT_LEN}"
-                );
+                let range = format!("from {least} to {MAX_SEGMENT_LEN}");
+                let expected = match block_len {
+                    1 => format!("an integer {range}"),
+                    _ => format!("a multiple of retrieval.block_len = {block_len} {range}"),
+                };
                 return fail(key, expected, len.to_string());
             }
         }
@@ -224,41 +181,6 @@ impl SegmentConfig {
                 let key = format!("head_reads[{layer}]");
                 let expected = format!("one entry for each of {kv_heads} KV heads");
                 return fail(&key, expected, heads.len().to_string());
-            }
-        }
-        Ok(())
-    }
-}
-
-impl RetrievalConfig {
-    fn from_json(object: &Map<String, Value>) -> Result<Self, ConfigError> {
-        let fields = Fields::new(object, "segment.retrieval.");
-        fields.only(&["block_len", "probe_len", "probe_window", "probe_stride"])?;
-        let default = Self::default();
-        let size = |key: &str, default: usize| {
-            Ok::<_, ConfigError>(fields.size(key, 1..=MAX_SEGMENT_LEN)?.unwrap_or(default))
-        };
-        Ok(Self {
-            block_len: size("block_len", default.block_len)?,
-            probe_len: size("probe_len", default.probe_len)?,
-            probe_window: size("probe_window", default.probe_window)?,
-            probe_stride: size("probe_stride", default.probe_stride)?,
-        })
-    }
-
-    fn validate(&self) -> Result<(), ConfigError> {
-        for (key, len) in [
-            ("block_len", self.block_len),
-            ("probe_len", self.probe_len),
-            ("probe_window", self.probe_window),
-            ("probe_stride", self.probe_stride),
-        ] {
-            if len == 0 || len > MAX_SEGMENT_LEN {
-                return Err(ConfigError::Invalid {
-                    key: format!("segment.retrieval.{key}"),
-                    expected: format!("an integer from 1 to {MAX_SEGMENT_LEN}"),
-                    got: len.to_string(),
-                });
             }
         }
         Ok(())

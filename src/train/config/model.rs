@@ -90,6 +90,11 @@ pub struct SegmentSection {
     pub probe_window: Option<usize>,
     /// Distance between two probes.
     pub probe_stride: Option<usize>,
+    /// Last tokens of a segment whose queries choose the past by the second rule of retrieval, instead of the four
+    /// keys before.
+    pub queries: Option<usize>,
+    /// Tokens that the second rule takes around a token.
+    pub window_len: Option<usize>,
     /// Tokens that end their segment.
     pub break_ids: Option<Vec<u32>>,
     /// Whether the end of a prompt ends a segment, in generation.
@@ -155,10 +160,8 @@ impl ModelSection {
         set(&mut segment.segment_len, given.segment_len);
         set(&mut segment.prior_len, given.prior_len);
         set(&mut segment.past_len, given.past_len);
-        set(&mut segment.retrieval.block_len, given.block_len);
-        set(&mut segment.retrieval.probe_len, given.probe_len);
-        set(&mut segment.retrieval.probe_window, given.probe_window);
-        set(&mut segment.retrieval.probe_stride, given.probe_stride);
+        let rule = segment.retrieval.set(|key| Ok(given.retrieval_len(key)));
+        rule.map_err(|e| typed("model", &e))?;
         if let Some(ids) = &given.break_ids {
             segment.break_ids.clone_from(ids);
         }
@@ -172,6 +175,19 @@ impl ModelSection {
 }
 
 impl SegmentSection {
+    /// A length of retrieval by its key in `config.json`.
+    fn retrieval_len(&self, key: &str) -> Option<usize> {
+        match key {
+            "block_len" => self.block_len,
+            "probe_len" => self.probe_len,
+            "probe_window" => self.probe_window,
+            "probe_stride" => self.probe_stride,
+            "queries" => self.queries,
+            "window_len" => self.window_len,
+            _ => None,
+        }
+    }
+
     fn set_reads(&self, segment: &mut SegmentConfig, layers: usize, kv_heads: usize) -> Result<()> {
         if let Some(reads) = &self.head_reads {
             segment.head_reads = parse_reads(reads)?;
