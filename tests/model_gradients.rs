@@ -93,6 +93,7 @@ fn truncated_loss(
                 for (layer, constant) in state.layers.iter_mut().zip(&constants.layers) {
                     layer.selected = constant.selected.clone();
                     layer.pool = constant.pool.clone();
+                    layer.sinks = constant.sinks.clone();
                 }
                 let loss = segment_loss(moved, &plan, tokens, &segments[j], &mut state);
                 total += if j == i { loss } else { 0.0 };
@@ -125,6 +126,12 @@ fn broken() -> Vec<Tokens> {
     let broken = sequences().into_iter().zip(breaks);
     let broken = broken.map(|(sequence, breaks)| Tokens { breaks, ..sequence });
     broken.collect()
+}
+
+/// The config with sinks: more than the first segments of [`broken`] have rows, fewer than a segment.
+fn with_sinks(mut config: ModelConfig) -> ModelConfig {
+    config.segment.as_mut().unwrap().sink_len = 6;
+    config
 }
 
 /// A config in which a token ends its segment too.
@@ -203,10 +210,18 @@ fn gradient_is_exact_through_breaks_and_tails_over_several_segments() {
 }
 
 #[test]
+fn gradient_is_exact_through_sinks() {
+    for (k, sequences) in [(0, broken()), (1, sequences()), (2, broken())] {
+        check_gradient(&with_sinks(config_with_break(true)), &sequences, k, false);
+    }
+}
+
+#[test]
 fn any_number_of_segments_per_step_and_recomputation_give_the_same_bits() {
     for (config, sequences) in [
         (config(true), sequences()),
         (config_with_break(false), broken()),
+        (with_sinks(config(false)), broken()),
     ] {
         let model = model(&config, &values(&config, 3));
         for k in [0, 1, 2, 4, usize::MAX] {

@@ -65,6 +65,7 @@ fn cases() -> impl Strategy<Value = Case> {
         0usize..5,
         0usize..4,
         1usize..20,
+        prop::sample::select(vec![0usize, 0, 1, 4, 16]),
     );
     let lengths = prop::collection::vec(2usize..70, 1..4);
     // Of a hundred tokens, how many have a break behind them; and how many ids are breaks.
@@ -75,7 +76,7 @@ fn cases() -> impl Strategy<Value = Case> {
     let sequences = (lengths, breaks, any::<u64>());
     (shape, segment, sequences).prop_map(|(shape, segment, (lengths, breaks, seed))| {
         let ((layers, kv_heads), group, head_dim, hidden, tied) = shape;
-        let (block, blocks, prior, past, probes) = segment;
+        let (block, blocks, prior, past, probes, sinks) = segment;
         let (segment_len, seed) = (4 * blocks.max(block), seed >> 8);
         let whole = |n: usize| (n * block).min(segment_len / block * block);
         let past_len = whole(past);
@@ -100,6 +101,7 @@ fn cases() -> impl Strategy<Value = Case> {
             "max_position_embeddings": 128, "tie_word_embeddings": tied,
             "segment": {
                 "segment_len": segment_len, "prior_len": whole(prior), "past_len": past_len,
+                "sink_len": sinks.min(segment_len),
                 "retrieval": retrieval,
                 "head_reads": roles(layers, kv_heads, seed),
                 "break_ids": (0..breaks.1).collect::<Vec<_>>(),

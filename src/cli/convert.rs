@@ -36,6 +36,9 @@ enum Format {
     Bf16,
 }
 
+/// Sinks of a model that gets segments.
+const SINKS: usize = 4;
+
 /// How the model reads segments.
 #[derive(Debug, clap::Args)]
 struct Segments {
@@ -48,6 +51,10 @@ struct Segments {
     /// Rows retrieved from all earlier segments
     #[arg(long, value_name = "N", requires = "segment_len")]
     past_len: Option<usize>,
+    /// First rows of the sequence that every head of every later segment reads [default: 4 for a model without
+    /// segments of its own]
+    #[arg(long, value_name = "N")]
+    sink_len: Option<usize>,
     /// Consecutive tokens that are retrieved together
     #[arg(long, value_name = "N", requires = "segment_len")]
     block_len: Option<usize>,
@@ -118,10 +125,16 @@ fn read_tokenizer(path: &Path) -> Result<String> {
 
 impl Segments {
     fn apply(&self, config: &mut ModelConfig) -> Result<()> {
+        // A pretrained model leans on the first tokens of the sequence.
+        let new_sinks = match &config.segment {
+            None => self.segment_len.map(|len| len.min(SINKS)),
+            Some(_) => None,
+        };
         let segment = SegmentSection {
             segment_len: self.segment_len,
             prior_len: self.prior_len,
             past_len: self.past_len,
+            sink_len: self.sink_len.or(new_sinks),
             block_len: self.block_len,
             queries: self.queries,
             window_len: self.window_len,

@@ -25,7 +25,8 @@ pub fn training_flops(config: &ModelConfig, tokens: usize) -> f64 {
             let current = (rows * (rows + 1) / 2 * plan.heads.kv) as f64;
             let prior = reads.prior.iter().filter(|reads| **reads).count() * plan.prior_len;
             let past = reads.past.len() * plan.past_len;
-            let before = if done > 0 { rows * (prior + past) } else { 0 };
+            let sinks = plan.heads.kv * plan.sink_len;
+            let before = if done > 0 { rows * (prior + past + sinks) } else { 0 };
             pairs += current + before as f64;
         }
         done += rows;

@@ -35,7 +35,7 @@ pub struct Memory {
     pub weights: u64,
     /// Segments in flight: keys, values, probes, and the angle tables.
     pub slots: u64,
-    /// Prior tails between segments.
+    /// Prior tails between segments, and sinks.
     pub state: u64,
     /// Keys and values of all completed tokens, for the heads that read the past: the only kind
     /// that grows with the sequence.
@@ -123,7 +123,7 @@ impl Count<'_> {
         let layer = |l: usize| {
             let [prior, past] = self.plan.sources(&self.plan.reads[l]);
             let keys = if prior + past > 0 { 2 } else { 1 };
-            let probes = if past > 0 {
+            let probes = if past > self.plan.sink_len {
                 self.plan.probe_rows * self.plan.q_width()
             } else {
                 0
@@ -137,8 +137,8 @@ impl Count<'_> {
     /// As `SequenceState::new` allocates it.
     fn state(&self) -> usize {
         let reads = self.plan.reads.iter();
-        let tails = reads.map(|reads| 2 * self.plan.sources(reads)[0]);
-        tails.sum::<usize>() * self.plan.kv_width()
+        let rows = reads.map(|reads| 2 * (self.plan.sources(reads)[0] + self.plan.sink_len));
+        rows.sum::<usize>() * self.plan.kv_width()
     }
 
     fn pool(&self, tokens: usize) -> usize {
@@ -196,7 +196,7 @@ mod tests {
             "model_type": "llama", "vocab_size": 50, "hidden_size": 12, "intermediate_size": 20,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
             "segment": {
-                "segment_len": 16, "prior_len": 8, "past_len": 8,
+                "segment_len": 16, "prior_len": 8, "past_len": 8, "sink_len": 3,
                 "head_reads": [[["prior"], ["past"]], [[], ["prior"]], [[], ["past"]]],
             },
         });
@@ -228,10 +228,10 @@ mod tests {
                 held += layer.probes.as_ref().map_or(0, len);
             }
             let state = SequenceState::<Reference>::new(&Reference, &plan).unwrap();
-            let tails = state
-                .layers
-                .iter()
-                .map(|l| len(&l.prior_k) + len(&l.prior_v));
+            let tails = state.layers.iter().map(|l| {
+                let buffers = [&l.prior_k, &l.prior_v, &l.sinks.k, &l.sinks.v];
+                buffers.into_iter().map(len).sum::<usize>()
+            });
             let memory = memory(&config, tokens, Use::Read, 8);
             assert_eq!(memory.slots, 8 * held as u64, "{tokens} tokens");
             assert_eq!(memory.state, 8 * tails.sum::<usize>() as u64);

@@ -5,7 +5,7 @@
 //! has `s.logits [vocab]`, where they were known the tokens read `s.tokens [position]` (U32), and of each layer `l`,
 //! keys (before rotation, but in layers whose heads read nothing of other segments) and values one after the other:
 //!
-//! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail;
+//! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail, and `s.l.sinks` of the same shape, the sinks;
 //! - `s.l.pool.i [2, rows, heads, head_dim]`, the tokens of complete segments in parts of `segment_len`, of which the
 //!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.picks.h [rows]` (I64), the
 //!   tokens chosen for the current segment;
@@ -259,6 +259,11 @@ impl StateFile {
         device.write(&mut carry.prior_k, 0, k)?;
         device.write(&mut carry.prior_v, 0, v)?;
         carry.prior_rows = shapes.prior(l)[1];
+        let sinks = self.floats(from, Part::Sinks(l), &shapes.sinks())?;
+        let (k, v) = sinks.split_at(sinks.len() / 2);
+        device.write(&mut carry.sinks.k, 0, k)?;
+        device.write(&mut carry.sinks.v, 0, v)?;
+        carry.tokens = shapes.completed;
         let Some(pool) = &mut carry.pool else {
             return Ok(());
         };

@@ -1,9 +1,11 @@
 //! State that a sequence carries from segment to segment, and the slots that hold segments in flight.
 
 mod carry;
+mod sinks;
 mod slots;
 
 pub use carry::{Carry, SequenceState};
+pub use sinks::Sinks;
 pub use slots::{Angles, LayerSlots, Slots};
 
 pub(in crate::model) use carry::{close_segment, open_segment, pretend_segment};
@@ -33,8 +35,10 @@ pub struct Plan {
     pub break_ids: Vec<u32>,
     /// Rows of the prior tail.
     pub prior_len: usize,
-    /// Largest number of past rows.
+    /// Largest number of selected past rows.
     pub past_len: usize,
+    /// First rows of the sequence that every head of every later segment reads.
+    pub sink_len: usize,
     /// Last rows of a segment, whose queries are averaged into probes.
     pub probe_rows: usize,
     /// How past rows are selected.
@@ -52,7 +56,8 @@ impl Plan {
             dim: config.head_dim,
         };
         let segment = config.segment.as_ref();
-        let [prior_len, past_len] = segment.map_or([0, 0], |s| [s.prior_len, s.past_len]);
+        let [prior_len, past_len, sink_len] =
+            segment.map_or([0; 3], |s| [s.prior_len, s.past_len, s.sink_len]);
         // No head reads a source without rows: it needs no pool, no probes and no slots.
         let prior = |l, g| prior_len > 0 && config.reads_prior(l, g);
         let past = |l, g| past_len > 0 && config.reads_past(l, g);
@@ -70,6 +75,7 @@ impl Plan {
                 break_ids: Vec::new(),
                 prior_len: 0,
                 past_len: 0,
+                sink_len: 0,
                 probe_rows: 0,
                 rule: RetrievalConfig::default().rule(),
                 reads,
@@ -84,20 +90,27 @@ impl Plan {
             break_ids,
             prior_len,
             past_len,
+            sink_len,
             probe_rows: segment.retrieval.queries().min(segment.segment_len),
             rule: segment.retrieval.rule(),
             reads,
         }
     }
 
-    /// Number of prior rows and of past rows that a layer with these reads needs.
+    /// Number of prior rows and of past rows, sinks included, that a layer with these reads needs.
     pub fn sources(&self, reads: &LayerReads) -> [usize; 2] {
         let prior = reads.prior.contains(&true);
         let past = !reads.past.is_empty();
         [
             if prior { self.prior_len } else { 0 },
-            if past { self.past_len } else { 0 },
+            self.sink_len + if past { self.past_len } else { 0 },
         ]
+    }
+
+    /// Sinks that a head sees in a segment before which `tokens` tokens are complete: no token twice, so none of the
+    /// last `tail` ones, which it reads as prior rows.
+    pub fn sinks(&self, tokens: usize, tail: usize) -> usize {
+        self.sink_len.min(tokens - tail)
     }
 
     /// Elements of a row of keys.
@@ -120,6 +133,6 @@ impl Plan {
 
     /// Row of the angle tables that holds position 0.
     pub fn origin(&self) -> usize {
-        self.prior_len + self.past_len
+        self.prior_len + self.past_len + self.sink_len
     }
 }

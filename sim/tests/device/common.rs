@@ -45,6 +45,7 @@ pub fn config(tied: bool) -> ModelConfig {
             "segment_len": 8,
             "prior_len": 4,
             "past_len": 4,
+            "sink_len": if tied { 3 } else { 0 },
             "retrieval": {"block_len": 2, "probe_len": 6, "probe_window": 2, "probe_stride": 2},
             "head_reads": [
                 [["prior"], ["past"], ["prior", "past"], []],

@@ -19,6 +19,8 @@ pub struct SegmentConfig {
     pub prior_len: usize,
     /// Rows of K and V retrieved from all earlier segments.
     pub past_len: usize,
+    /// First rows of the sequence that every head of every later segment reads. At most `segment_len`.
+    pub sink_len: usize,
     /// `[layer][kv_head]`: what that head reads besides the current segment.
     pub head_reads: Vec<Vec<HeadReads>>,
     /// How past rows are chosen.
@@ -59,6 +61,7 @@ impl SegmentConfig {
             segment_len,
             prior_len,
             past_len,
+            sink_len: 0,
             head_reads: vec![vec![HeadReads::PRIOR; kv_heads]; layers],
             retrieval: RetrievalConfig::default(),
             break_ids: Vec::new(),
@@ -76,6 +79,7 @@ impl SegmentConfig {
             "segment_len",
             "prior_len",
             "past_len",
+            "sink_len",
             "head_reads",
             "retrieval",
             "break_ids",
@@ -91,6 +95,7 @@ impl SegmentConfig {
         if let Some(retrieval) = fields.object("retrieval")? {
             segment.retrieval = RetrievalConfig::from_json(retrieval)?;
         }
+        segment.sink_len = fields.size("sink_len", 0..=MAX_SEGMENT_LEN)?.unwrap_or(0);
         segment.break_ids = break_ids(&fields)?;
         segment.break_after_prompt = fields.flag("break_after_prompt")?.unwrap_or(false);
         if let Some(by_layer) = fields.list("head_reads")? {
@@ -126,6 +131,9 @@ impl SegmentConfig {
             "head_reads": head_reads,
             "retrieval": self.retrieval.to_json(),
         });
+        if self.sink_len > 0 {
+            object["sink_len"] = json!(self.sink_len);
+        }
         if !self.break_ids.is_empty() {
             object["break_ids"] = json!(self.break_ids);
         }
@@ -167,6 +175,10 @@ impl SegmentConfig {
         if self.prior_len > self.segment_len {
             let expected = format!("at most segment_len = {}", self.segment_len);
             return fail("prior_len", expected, self.prior_len.to_string());
+        }
+        if self.sink_len > self.segment_len {
+            let expected = format!("at most segment_len = {}", self.segment_len);
+            return fail("sink_len", expected, self.sink_len.to_string());
         }
         if let Some(id) = self.break_ids.iter().find(|id| **id as usize >= vocab_size) {
             let expected = format!("ids below vocab_size = {vocab_size}");

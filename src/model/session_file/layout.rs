@@ -37,6 +37,7 @@ pub(super) enum Part {
     /// The tokens read.
     Tokens,
     Prior(usize),
+    Sinks(usize),
     /// Of a layer, the part with this number.
     Pool(usize, usize),
     Picks(usize, usize),
@@ -58,6 +59,7 @@ impl Part {
             Self::Logits => format!("{sequence}.logits"),
             Self::Tokens => format!("{sequence}.tokens"),
             Self::Prior(l) => format!("{sequence}.{l}.prior"),
+            Self::Sinks(l) => format!("{sequence}.{l}.sinks"),
             Self::Pool(l, part) => format!("{sequence}.{l}.pool.{part}"),
             Self::Picks(l, h) => format!("{sequence}.{l}.picks.{h}"),
             Self::Segment(l) => format!("{sequence}.{l}.segment"),
@@ -108,6 +110,11 @@ impl Shapes {
         [2, rows, self.plan.heads.kv, self.plan.heads.dim]
     }
 
+    pub(super) fn sinks(&self) -> [usize; 4] {
+        let rows = self.plan.sinks(self.completed, 0);
+        [2, rows, self.plan.heads.kv, self.plan.heads.dim]
+    }
+
     /// Parts in which the tokens of complete segments are saved.
     pub(super) fn pool_parts(&self) -> usize {
         self.completed.div_ceil(self.plan.segment_len)
@@ -154,6 +161,7 @@ pub(super) fn parts<D: Device>(
         push(Part::Tokens, &[origin.tokens.get(s).map_or(0, Vec::len)]);
         for l in 0..session.states[s].layers.len() {
             push(Part::Prior(l), &shapes.prior(l));
+            push(Part::Sinks(l), &shapes.sinks());
             for part in 0..shapes.pool_parts() {
                 push(Part::Pool(l, part), &shapes.pool(l, part));
             }
@@ -239,6 +247,12 @@ pub(super) fn bytes<D: Device>(
             let range = 0..carry(l).prior_rows * width;
             let mut values = device.read(&carry(l).prior_k, range.clone())?;
             values.extend(device.read(&carry(l).prior_v, range)?);
+            values
+        }
+        Part::Sinks(l) => {
+            let range = 0..shapes.sinks()[1] * width;
+            let mut values = device.read(&carry(l).sinks.k, range.clone())?;
+            values.extend(device.read(&carry(l).sinks.v, range)?);
             values
         }
         Part::Pool(l, part) => match &carry(l).pool {

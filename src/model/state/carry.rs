@@ -1,7 +1,7 @@
-//! What a sequence carries from segment to segment: of each layer the prior tail, the selected rows of the past, and
-//! the pool.
+//! What a sequence carries from segment to segment: of each layer the prior tail, the sinks, the selected rows of the
+//! past, and the pool.
 
-use super::{LayerReads, LayerSlots, Plan};
+use super::{LayerReads, LayerSlots, Plan, Sinks};
 use crate::device::{
     Accumulate, Device, Kind, PastHeads, PastPool, Probes, Purpose, Result, Rows, RowsMut,
     SelectedBlocks, Selection,
@@ -16,6 +16,10 @@ pub struct Carry<D: Device> {
     pub prior_v: D::Buffer,
     /// Number of rows of the tail: `prior_len`, or all completed tokens where they are fewer.
     pub prior_rows: usize,
+    /// Completed tokens.
+    pub tokens: usize,
+    /// The first of them.
+    pub sinks: Sinks<D>,
     /// Blocks selected for the next segment, for each KV head in [`LayerReads::past`].
     pub selected: D::Blocks,
     /// Keys and values of all completed tokens, for the same heads.
@@ -29,6 +33,7 @@ pub struct Carry<D: Device> {
 struct Undo<D: Device> {
     /// Keys and values of the tail, and its rows.
     tail: Option<([D::Buffer; 2], usize)>,
+    tokens: usize,
     selected: Option<D::Blocks>,
     pool_tokens: Option<usize>,
 }
@@ -45,6 +50,8 @@ where
             prior_k: self.prior_k.clone(),
             prior_v: self.prior_v.clone(),
             prior_rows: self.prior_rows,
+            tokens: self.tokens,
+            sinks: self.sinks.clone(),
             selected: self.selected.clone(),
             pool: self.pool.clone(),
             undo: None,
@@ -57,6 +64,7 @@ impl<D: Device> Carry<D> {
     pub(in crate::model) fn begin(&mut self) {
         self.undo = Some(Undo {
             tail: None,
+            tokens: self.tokens,
             selected: None,
             pool_tokens: None,
         });
@@ -75,6 +83,8 @@ impl<D: Device> Carry<D> {
         if let Some(([k, v], rows)) = undo.tail {
             (self.prior_k, self.prior_v, self.prior_rows) = (k, v, rows);
         }
+        // The sinks among the tokens dropped are written again when they come again.
+        self.tokens = undo.tokens;
         if let Some(selected) = undo.selected {
             self.selected = selected;
         }
@@ -146,6 +156,8 @@ impl<D: Device> SequenceState<D> {
                 prior_k: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_v: device.empty(Kind::Activation, rows * plan.kv_width())?,
                 prior_rows: 0,
+                tokens: 0,
+                sinks: Sinks::new(device, plan)?,
                 selected: D::Blocks::new(device, &vec![Vec::new(); past], plan.rule.block_len())?,
                 pool: (past > 0)
                     .then(|| D::Pool::new(device, past, plan.heads.dim, plan.segment_len)),
@@ -159,7 +171,7 @@ impl<D: Device> SequenceState<D> {
     }
 }
 
-/// Writes the prior and past rows of a slot for the segment that begins in it.
+/// Writes the prior and past rows of a slot, sinks included, for the segment that begins in it.
 pub(in crate::model) fn open_segment<D: Device>(
     device: &D,
     plan: &Plan,
@@ -174,7 +186,6 @@ pub(in crate::model) fn open_segment<D: Device>(
     let (prior_room, past_room) = (kv.rows.prior, kv.rows.past);
     let rows = carry.prior_rows;
     kv.prior_len[slot] = rows;
-    kv.past_len[slot * plan.heads.kv..][..plan.heads.kv].fill(0);
     if rows > 0 {
         let angles: Vec<usize> = (plan.origin() - rows..plan.origin()).collect();
         let first = slot * prior_room;
@@ -194,25 +205,41 @@ pub(in crate::model) fn open_segment<D: Device>(
         );
         device.copy(src, dst, rows, width, Accumulate::No)?;
     }
+    // Of each KV head: its sinks, its selected rows behind them, and the row of the tables behind these.
+    let tail = |head| if reads.prior[head] { rows } else { 0 };
+    let heads = 0..plan.heads.kv;
+    let ends: Vec<usize> = heads.clone().map(|h| plan.origin() - tail(h)).collect();
+    let sinks: Vec<usize> = heads.map(|h| plan.sinks(carry.tokens, tail(h))).collect();
+    let mut selected = vec![0; plan.heads.kv];
+    for (i, head) in reads.past.iter().enumerate() {
+        selected[*head] = carry.selected.count(i);
+    }
+    let before: Vec<usize> = ends.iter().zip(&selected).map(|(e, n)| e - n).collect();
+    let lens = slot * plan.heads.kv..(slot + 1) * plan.heads.kv;
+    for (head, len) in kv.past_len[lens.clone()].iter_mut().enumerate() {
+        *len = sinks[head] + selected[head];
+    }
+    if plan.sink_len > 0 {
+        kv.sink_len[lens].copy_from_slice(&sinks);
+        carry.sinks
+            .place(device, plan, (&mut *kv, slot), (&sinks, &before), tables)?;
+    }
     let Some(pool) = &carry.pool else {
         return Ok(());
     };
-    let mut ends = Vec::with_capacity(reads.past.len());
-    for (i, head) in reads.past.iter().enumerate() {
-        kv.past_len[slot * plan.heads.kv + head] = carry.selected.count(i);
-        ends.push(plan.origin() - if reads.prior[*head] { rows } else { 0 });
-    }
+    let ends: Vec<usize> = reads.past.iter().map(|&h| ends[h]).collect();
     let past = PastHeads {
         kv_heads: &reads.past,
         ends: &ends,
     };
-    let first = slot * past_room;
+    // A head that has selected rows has all sinks before them: what is eligible begins after these.
+    let first = slot * past_room + plan.sink_len;
     let k = RowsMut::packed(&mut kv.past_k, first, width);
     let v = RowsMut::packed(&mut kv.past_v, first, width);
     pool.gather(device, &carry.selected, &past, tables, [k, v])
 }
 
-/// Updates the state after a complete segment of `rows` rows: its tail, its tokens in the pool, and the past rows that
+/// Updates the state after a complete segment of `rows` rows: its tail, the sinks, its tokens in the pool, and the past rows that
 /// its probes select.
 pub(in crate::model) fn close_segment<D: Device>(
     device: &D,
@@ -230,6 +257,8 @@ pub(in crate::model) fn close_segment<D: Device>(
     if prior > 0 {
         carry.move_tail(device, [k, v], rows, (prior, width))?;
     }
+    carry.sinks.keep(device, plan, [k, v], carry.tokens, rows)?;
+    carry.tokens += rows;
     let (Some(pool), Some(queries)) = (&mut carry.pool, &slots.probes) else {
         return Ok(());
     };
@@ -242,7 +271,8 @@ pub(in crate::model) fn close_segment<D: Device>(
         true => carry.prior_rows,
         false => 0,
     };
-    let eligible: Vec<_> = reads.past.iter().map(|h| 0..tokens - tail(h)).collect();
+    let eligible = |head| plan.sinks(tokens, tail(head))..tokens - tail(head);
+    let eligible: Vec<_> = reads.past.iter().map(eligible).collect();
     let queries_len = plan.probe_rows.min(rows);
     let probes = Probes {
         q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
@@ -275,6 +305,7 @@ pub(in crate::model) fn pretend_segment<D: Device>(
 ) -> Result<()> {
     let reads = &plan.reads[layer];
     carry.prior_rows = plan.sources(reads)[0];
+    carry.tokens += plan.segment_len;
     let Some(pool) = &mut carry.pool else {
         return Ok(());
     };

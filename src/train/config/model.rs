@@ -76,6 +76,8 @@ pub struct SegmentSection {
     pub prior_len: Option<usize>,
     /// Rows retrieved from all earlier segments.
     pub past_len: Option<usize>,
+    /// First rows of the sequence that every head of every later segment reads.
+    pub sink_len: Option<usize>,
     /// `[layer][kv_head]`: names out of `prior` and `past`.
     pub head_reads: Option<Vec<Vec<Vec<String>>>>,
     /// KV heads that read the past instead of the prior tail, in `long_range_layers`; nothing in the others.
@@ -160,6 +162,7 @@ impl ModelSection {
         set(&mut segment.segment_len, given.segment_len);
         set(&mut segment.prior_len, given.prior_len);
         set(&mut segment.past_len, given.past_len);
+        set(&mut segment.sink_len, given.sink_len);
         let rule = segment.retrieval.set(|key| Ok(given.retrieval_len(key)));
         rule.map_err(|e| typed("model", &e))?;
         if let Some(ids) = &given.break_ids {
