@@ -93,6 +93,7 @@ fn generation_with_breaks_has_the_bits_of_score() {
         .map(|tokens| Prompt {
             before: &[],
             tokens,
+            breaks: &[],
             stream: 1,
         })
         .collect();
