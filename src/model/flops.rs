@@ -26,7 +26,11 @@ pub fn training_flops(config: &ModelConfig, tokens: usize) -> f64 {
             let prior = reads.prior.iter().filter(|reads| **reads).count() * plan.prior_len;
             let past = reads.past.len() * plan.past_len;
             let sinks = plan.heads.kv * plan.sink_len;
-            let before = if done > 0 { rows * (prior + past + sinks) } else { 0 };
+            let before = if done > 0 {
+                rows * (prior + past + sinks)
+            } else {
+                0
+            };
             pairs += current + before as f64;
         }
         done += rows;

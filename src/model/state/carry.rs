@@ -221,7 +221,8 @@ pub(in crate::model) fn open_segment<D: Device>(
     }
     if plan.sink_len > 0 {
         kv.sink_len[lens].copy_from_slice(&sinks);
-        carry.sinks
+        carry
+            .sinks
             .place(device, plan, (&mut *kv, slot), (&sinks, &before), tables)?;
     }
     let Some(pool) = &carry.pool else {

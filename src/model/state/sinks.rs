@@ -42,7 +42,10 @@ impl<D: Device> Sinks<D> {
         before: usize,
         rows: usize,
     ) -> Result<()> {
-        let (new, width) = (plan.sink_len.saturating_sub(before).min(rows), plan.kv_width());
+        let (new, width) = (
+            plan.sink_len.saturating_sub(before).min(rows),
+            plan.kv_width(),
+        );
         if new == 0 {
             return Ok(());
         }
@@ -91,7 +94,13 @@ impl<D: Device> Sinks<D> {
                     false,
                     Accumulate::No,
                 )?;
-                device.copy(from(&self.v), to(&mut kv.past_v), count, heads * dim, Accumulate::No)?;
+                device.copy(
+                    from(&self.v),
+                    to(&mut kv.past_v),
+                    count,
+                    heads * dim,
+                    Accumulate::No,
+                )?;
             }
             head = end;
         }

@@ -49,7 +49,14 @@ impl<D: Device> LayerSlots<D> {
             past_v: empty(past)?,
             prior_len: vec![0; count],
             past_len: vec![0; count * plan.heads.kv],
-            sink_len: vec![0; if plan.sink_len > 0 { count * plan.heads.kv } else { 0 }],
+            sink_len: vec![
+                0;
+                if plan.sink_len > 0 {
+                    count * plan.heads.kv
+                } else {
+                    0
+                }
+            ],
         };
         let probes = (past > plan.sink_len)
             .then(|| device.empty(Kind::Activation, count * plan.probe_rows * plan.q_width()))
