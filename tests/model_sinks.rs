@@ -11,7 +11,7 @@ fn scores(config: &ModelConfig, values: &[Vec<f64>], tokens: &[u32]) -> Vec<f32>
     score(&model(config, values), tokens, 1).unwrap()
 }
 
-/// Sinks, tail and segment are the whole sequence at its true distances, for every role, as long as nothing is selected.
+/// Sinks, tail and segment are the whole sequence at its true distances, for every role; nothing is left to select.
 #[test]
 fn two_segments_with_sinks_of_a_whole_segment_are_full_attention() {
     let mut sinks = config(false);

@@ -36,8 +36,8 @@ pub struct Lengths<'a> {
     pub prior_len: Option<Len<'a>>,
     /// Valid rows of the past.
     pub past_len: Option<PastLen<'a>>,
-    /// The first rows of the past that are sinks, at most `past_len`; `None` is 0. Every query head reads them, whatever
-    /// its gate, and the gate does not apply to them.
+    /// The first rows of the past that are sinks, at most `past_len`; `None` is 0. Every query head reads them,
+    /// whatever its gate, and without it.
     pub sink_len: Option<PastLen<'a>>,
     /// `[batch]`: the position of each batch element's first query row in its segment; `None` is 0. Query rows are
     /// those from there to `segment_len`. Decoding passes one query row at position `segment_len - 1`.

@@ -240,8 +240,8 @@ pub(in crate::model) fn open_segment<D: Device>(
     pool.gather(device, &carry.selected, &past, tables, [k, v])
 }
 
-/// Updates the state after a complete segment of `rows` rows: its tail, the sinks, its tokens in the pool, and the past rows that
-/// its probes select.
+/// Updates the state after a complete segment of `rows` rows: its tail, the sinks, its tokens in the pool, and the past
+/// rows that its probes select.
 pub(in crate::model) fn close_segment<D: Device>(
     device: &D,
     plan: &Plan,
