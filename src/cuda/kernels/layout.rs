@@ -88,7 +88,7 @@ mod tests {
         let fields = flat.matches("[\"Offset of field: ").count();
         let structs = flat.matches("[\"Size of ").count();
         assert_eq!(HOST.len(), fields + structs);
-        assert!(HOST.contains(&("SegattnProblem.scale", 404)));
+        assert!(HOST.contains(&("SegattnProblem.scale", 420)));
     }
 
     #[test]
