@@ -1,4 +1,4 @@
-//! Devices: what there is, opening one, memory.
+//! GPUs: finding them, opening one, and allocating memory on it.
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -8,30 +8,30 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError
 
 use super::error::{Error, Version};
 
-/// What the kernels were compiled for: "sm_80, sm_90, PTX 80".
+/// The architectures that the kernels were compiled for, such as "sm_80, sm_90, PTX 80".
 pub const KERNEL_ARCHITECTURES: &str = env!("SEGATTN_KERNEL_ARCHS");
 
-/// The toolkit that compiled the kernels.
+/// Version of the CUDA toolkit that compiled the kernels.
 pub(super) fn toolkit() -> Version {
     Version(env!("SEGATTN_NVCC_VERSION").parse().unwrap_or(0))
 }
 
-/// What a GPU is.
+/// Properties of a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
-    /// "NVIDIA H200".
+    /// Its name, such as "NVIDIA H200".
     pub name: String,
-    /// Compute capability, (9, 0).
+    /// Compute capability, such as (9, 0).
     pub architecture: (i32, i32),
-    /// Bytes of memory.
+    /// Memory in bytes.
     pub memory: usize,
-    /// How many blocks run side by side depends on it.
+    /// Number of multiprocessors.
     pub multiprocessors: u32,
-    /// Bytes of shared memory that a block may have.
+    /// Shared memory that a block may use, in bytes.
     pub shared_bytes: usize,
 }
 
-/// The error of a call of the driver, with what was asked of it ("loading the weights").
+/// The error of a failed driver call. `doing` says what the call was for, such as "loading the weights".
 pub fn driver_error(doing: &str, DriverError(code): DriverError) -> Error {
     let error = DriverError(code);
     let text = |said: Result<&CStr, DriverError>| {
@@ -45,7 +45,7 @@ pub fn driver_error(doing: &str, DriverError(code): DriverError) -> Error {
 
 /// Loads the driver.
 fn start() -> Result<(), Error> {
-    // SAFETY: loading the driver's library runs its constructors and nothing else.
+    // SAFETY: loading the driver's library only runs its constructors.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::NoDriver);
     }
@@ -62,17 +62,17 @@ pub fn driver_version() -> Result<Version, Error> {
         return Err(Error::NoDriver);
     }
     let mut version = 0;
-    // SAFETY: the pointer is that of an int.
+    // SAFETY: the pointer is to an int.
     let code = unsafe { sys::cuDriverGetVersion(&mut version) };
     code.result()
         .map_err(|error| driver_error("asking the driver's version", error))?;
     Ok(Version(version))
 }
 
-/// Every GPU that the driver shows, without opening any.
+/// All GPUs that the driver lists. None of them is opened.
 ///
 /// # Errors
-/// [`Error::NoDriver`], [`Error::NoDevice`], or what the driver says.
+/// [`Error::NoDriver`], [`Error::NoDevice`], or an error of the driver.
 pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
     start()?;
     let count =
@@ -83,7 +83,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
 fn info(ordinal: i32) -> Result<DeviceInfo, Error> {
     let device = |error| driver_error("asking what the GPU is", error);
     let raw = result::device::get(ordinal).map_err(device)?;
-    // SAFETY: the device is one of the driver's.
+    // SAFETY: the driver returned this device.
     let attribute = |which| unsafe { result::device::get_attribute(raw, which) }.map_err(device);
     Ok(DeviceInfo {
         name: result::device::get_name(raw).map_err(device)?,
@@ -100,24 +100,25 @@ fn info(ordinal: i32) -> Result<DeviceInfo, Error> {
 }
 
 impl DeviceInfo {
-    /// Whether kernels were compiled for this very architecture with Hopper's own instructions (sm_90a).
+    /// Whether this is a Hopper GPU and the build has kernels that only Hopper can run (sm_90a).
     pub fn has_hopper_kernels(&self) -> bool {
         self.architecture == (9, 0) && KERNEL_ARCHITECTURES.split(", ").any(|arch| arch == "sm_90")
     }
 
-    /// What a context's GPU is.
+    /// The properties of the GPU of a context.
     ///
     /// # Errors
-    /// What the driver says.
+    /// An error of the driver.
     pub fn of(context: &CudaContext) -> Result<DeviceInfo, Error> {
         info(context.ordinal() as i32)
     }
 }
 
-/// Opens GPU `ordinal`: its primary context, which other libraries in the process share.
+/// Opens GPU `ordinal`. The context is the primary one, which other libraries in the process share.
 ///
 /// # Errors
-/// No driver, no GPU or not that many, a driver older than the toolkit of the kernels, or what the driver says.
+/// There is no driver, no GPU or no GPU of this number; the driver is older than the toolkit that compiled the
+/// kernels; or an error of the driver.
 pub fn open(ordinal: usize) -> Result<Arc<CudaContext>, Error> {
     let driver = driver_version()?;
     if driver.0 / 1000 < toolkit().0 / 1000 {
@@ -133,13 +134,13 @@ pub fn open(ordinal: usize) -> Result<Arc<CudaContext>, Error> {
     CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))
 }
 
-/// Memory on a stream, of unset values.
+/// Allocates uninitialized memory in the order of a stream.
 ///
 /// # Errors
-/// [`Error::OutOfMemory`], or what the driver says.
+/// [`Error::OutOfMemory`], or an error of the driver.
 ///
 /// # Safety
-/// What is read was written before.
+/// Every element is written before it is read.
 pub unsafe fn alloc<T: DeviceRepr>(
     stream: &Arc<CudaStream>,
     len: usize,

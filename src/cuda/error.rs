@@ -1,8 +1,8 @@
-//! What the driver may say, and what to do about it.
+//! Errors of the driver, each with what the user can do about it.
 
 use std::fmt;
 
-/// A CUDA version: 13.0 is `Version(13000)`, as the driver counts.
+/// A CUDA version as the driver encodes it: 13.0 is `Version(13000)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub i32);
 
@@ -12,54 +12,54 @@ impl fmt::Display for Version {
     }
 }
 
-/// A failed call of the driver. After any of them the next call works, but for [`Error::ContextLost`].
+/// A failed driver call. Later calls can succeed, except after [`Error::ContextLost`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A library beside the driver is missing.
+    /// A library of the CUDA toolkit is missing.
     #[error(
-        "{library} was not found. It comes with the CUDA toolkit, and with `pip install nvidia-cublas`; name its \
-         folder in LD_LIBRARY_PATH"
+        "{library} was not found. It comes with the CUDA toolkit, and with `pip install nvidia-cublas`; add its \
+         folder to LD_LIBRARY_PATH"
     )]
     NoLibrary {
-        /// Its name.
+        /// The library's name.
         library: &'static str,
     },
-    /// There is no libcuda.
+    /// The driver's library libcuda was not found.
     #[error(
         "no NVIDIA driver: the library libcuda was not found. On a machine with a GPU install the driver; \
          in a container start it with GPU access (--gpus all)"
     )]
     NoDriver,
-    /// libcuda is there, a GPU is not.
+    /// The driver is installed but finds no GPU.
     #[error(
         "the NVIDIA driver finds no GPU ({reason}). See `nvidia-smi`; in a container pass the GPU in (--gpus all); \
          CUDA_VISIBLE_DEVICES may hide it"
     )]
     NoDevice {
-        /// The driver's words.
+        /// The driver's error text.
         reason: String,
     },
-    /// Fewer GPUs than the number asks for.
-    #[error("GPU {ordinal}: expected a number below {count}, the GPUs that the driver shows")]
+    /// There is no GPU of this number.
+    #[error("GPU {ordinal}: expected a number below {count}, which is how many GPUs the driver lists")]
     Ordinal {
-        /// The number asked for.
+        /// The requested number.
         ordinal: usize,
-        /// How many there are.
+        /// How many GPUs there are.
         count: usize,
     },
-    /// The kernels were compiled by a toolkit that this driver does not know.
+    /// The driver is older than the toolkit that compiled the kernels.
     #[error(
-        "the NVIDIA driver is of CUDA {driver}, the kernels were compiled by CUDA {toolkit}: install a driver of \
-         CUDA {toolkit} or later, or build with an older nvcc (NVCC, CUDA_HOME)"
+        "the NVIDIA driver supports CUDA {driver}, but the kernels were compiled by CUDA {toolkit}: install a driver \
+         for CUDA {toolkit} or later, or build with an older nvcc (NVCC, CUDA_HOME)"
     )]
     DriverTooOld {
-        /// What the driver knows.
+        /// The newest CUDA version that the driver supports.
         driver: Version,
-        /// What compiled the kernels.
+        /// The version of the toolkit that compiled the kernels.
         toolkit: Version,
     },
-    /// Nothing among the compiled kernels runs on this GPU.
+    /// None of the compiled kernel images runs on this GPU.
     #[error(
         "no kernel image for {gpu} (sm_{architecture}): {image} was compiled for {compiled}. \
          Build with SEGATTN_CUDA_ARCHS={architecture} or without it; GPUs before sm_80 are not supported"
@@ -67,86 +67,86 @@ pub enum Error {
     NoKernelImage {
         /// The GPU's name.
         gpu: String,
-        /// Its compute capability, "90".
+        /// Its compute capability, such as "90".
         architecture: String,
-        /// The file of kernels.
+        /// The kernel file.
         image: String,
-        /// Architectures it holds.
+        /// The architectures that it was compiled for.
         compiled: String,
     },
-    /// An allocation that the device has no room for.
+    /// The device has too little free memory for an allocation.
     #[error(
         "out of device memory: {doing}: {free} of {total} bytes are free; use a smaller batch or shorter segments, \
-         or free what other programs hold (see `nvidia-smi`)"
+         or end other programs that use the GPU (see `nvidia-smi`)"
     )]
     OutOfMemory {
-        /// What needed memory.
+        /// What the memory was for.
         doing: String,
-        /// Bytes that are free.
+        /// Free bytes.
         free: usize,
-        /// Bytes there are.
+        /// All bytes of the device.
         total: usize,
     },
-    /// A kernel needs more shared memory than a block may have.
+    /// A kernel needs more shared memory than a block may use.
     #[error(
-        "{kernel}: expected {expected} bytes of shared memory a block, the GPU has {got}; use a smaller head_dim or \
-         another GPU"
+        "{kernel}: expected {expected} bytes of shared memory per block, got {got} on this GPU; use a smaller \
+         head_dim or another GPU"
     )]
     SharedMemory {
-        /// The entry point.
+        /// The entry point of the kernel.
         kernel: String,
         /// Bytes that the kernel needs.
         expected: usize,
-        /// Bytes that a block may have.
+        /// Bytes that a block may use.
         got: usize,
     },
-    /// A constant of the compiled kernels is not what the host expects.
+    /// A constant of the compiled kernels has another size than the host's type.
     #[error(
-        "{name}: expected {expected} bytes, got {got}; build kernels and library from one source tree"
+        "{name}: expected {expected} bytes, got {got}; build kernels and library from the same source tree"
     )]
     Constant {
-        /// Its name.
+        /// The constant's name.
         name: String,
-        /// Bytes of the host's type.
+        /// Size of the host's type in bytes.
         expected: usize,
-        /// Bytes there are.
+        /// Size of the constant in bytes.
         got: usize,
     },
-    /// The device stopped in the middle of work. Nothing on this context works any more.
+    /// The device failed while it ran a kernel. Every later call on this context fails.
     #[error(
         "the GPU's context is lost: {doing}: {name}, {text}. Restart the program; compute-sanitizer finds the access"
     )]
     ContextLost {
-        /// What was asked when it showed; the cause may be earlier work.
+        /// The call that reported the error. Earlier work may have caused it.
         doing: String,
-        /// The driver's name of it.
+        /// The driver's name of the error.
         name: String,
-        /// The driver's words.
+        /// The driver's error text.
         text: String,
     },
-    /// Anything else.
+    /// Any other error of the driver.
     #[error("{doing}: the driver said {name} ({code}), {text}; {remedy}")]
     Driver {
-        /// What was asked.
+        /// What the call was for.
         doing: String,
-        /// `CUresult`.
+        /// The `CUresult`.
         code: u32,
-        /// The driver's name of it.
+        /// The driver's name of the error.
         name: String,
-        /// The driver's words.
+        /// The driver's error text.
         text: String,
-        /// What to do.
+        /// What the user can do.
         remedy: &'static str,
     },
 }
 
-/// `CUresult` values that get a variant of their own.
+/// `CUresult` values that have their own variant.
 mod code {
     pub const OUT_OF_MEMORY: u32 = 2;
     pub const STUB_LIBRARY: u32 = 34;
     pub const DEVICE_UNAVAILABLE: u32 = 46;
     pub const NO_DEVICE: u32 = 100;
-    /// Memory, instructions and hardware that failed under a kernel: errors that stay with the context.
+    /// Failed accesses, instructions and hardware under a kernel. After these every call on the context fails.
     pub const LOST: [u32; 14] = [
         214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721,
     ];
@@ -155,26 +155,26 @@ mod code {
 /// What to do about a `CUresult` without a variant.
 fn remedy(code: u32) -> &'static str {
     match code {
-        // Device unlicensed, system or MPS not ready, unknown: the driver did not come up.
+        // Device unlicensed, system or MPS not ready, unknown: the driver did not start.
         102 | 304 | 802 | 805..=810 | 999 => {
-            "the driver is not ready: `nvidia-smi` says more, a reboot may help"
+            "the driver is not ready: see `nvidia-smi`; a reboot may help"
         }
-        803 => "the driver's library and kernel module differ: reboot after the driver's update",
+        803 => "the driver's library and kernel module differ: reboot after a driver update",
         804 => {
-            "a CUDA compatibility package is in LD_LIBRARY_PATH that this GPU cannot use: remove it"
+            "this GPU cannot use the CUDA compatibility package in LD_LIBRARY_PATH: remove it"
         }
         221 | 223 => {
             "the GPU needs kernels compiled for it: build with SEGATTN_CUDA_ARCHS naming its architecture"
         }
         701 => "the kernel needs more registers than the GPU has: build for its architecture",
         // Stream capture.
-        900..=908 => "in a stream capture use a plan's `launch`, after one `run` outside",
-        _ => "see `segattn doctor`; if the machine is well, this is a bug to report",
+        900..=908 => "while a stream is captured call `launch` of a plan, after one `run` outside",
+        _ => "see `segattn doctor`; if it finds no fault of the machine, please report this as a bug",
     }
 }
 
 impl Error {
-    /// The error of a `CUresult`; `memory` is (free, total) bytes, asked only where they are told.
+    /// The error of a `CUresult`. `memory` gives (free, total) bytes; it is called only for [`Error::OutOfMemory`].
     pub fn from_code(
         code: u32,
         doing: &str,
@@ -201,7 +201,7 @@ impl Error {
         }
     }
 
-    /// Whether the machine simply has no usable GPU.
+    /// Whether the error means that the machine has no usable GPU.
     pub fn is_absent(&self) -> bool {
         matches!(self, Error::NoDriver | Error::NoDevice { .. })
     }
@@ -232,7 +232,7 @@ mod tests {
         assert!(
             of(803)
                 .to_string()
-                .ends_with("reboot after the driver's update")
+                .ends_with("reboot after a driver update")
         );
     }
 

@@ -1,4 +1,4 @@
-//! Compiled kernels in a context, and their launches.
+//! Loading compiled kernels into a context, and launching them.
 
 use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,14 +13,14 @@ use cudarc::driver::{CudaContext, DriverError, result};
 use super::device::{DeviceInfo, KERNEL_ARCHITECTURES, driver_error, driver_version, toolkit};
 use super::error::Error;
 
-/// Shared memory that a block may have without `allow_shared_bytes`.
+/// Dynamic shared memory that a block may use without `allow_shared_bytes`.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
-/// The architecture, times ten, from which on kernels are compiled with instructions to wait for the kernel before
-/// (`griddep_wait` of kernels/ptx.cuh).
+/// First virtual architecture, as major * 10 + minor, whose kernels have the instruction that waits for the previous
+/// kernel (`griddep_wait` of kernels/ptx.cuh).
 const OVERLAP_VERSION: i32 = 90;
 
-/// A fat binary in a context.
+/// A fat binary that is loaded in a context.
 #[derive(Debug)]
 pub struct Module {
     name: &'static str,
@@ -28,7 +28,7 @@ pub struct Module {
     context: Arc<CudaContext>,
 }
 
-// SAFETY: a module belongs to its context, which may be current on any thread; the driver locks.
+// SAFETY: a module belongs to its context, which may be current on any thread. The driver synchronizes calls.
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
@@ -36,17 +36,17 @@ unsafe impl Sync for Module {}
 impl Drop for Module {
     fn drop(&mut self) {
         self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: functions hold the module, so none of its functions is left.
+        // SAFETY: each function holds a reference to the module, so none is left.
         let unloaded = unsafe { result::module::unload(self.raw) };
         self.context.record_err(unloaded);
     }
 }
 
 impl Module {
-    /// Loads an image of this build's own kernels: the driver trusts the sizes in its header. `name` is for errors.
+    /// Loads an image of this build's own kernels. `name` appears in errors.
     ///
     /// # Errors
-    /// [`Error::NoKernelImage`], [`Error::DriverTooOld`], or what the driver says.
+    /// [`Error::NoKernelImage`], [`Error::DriverTooOld`], or an error of the driver.
     pub(crate) fn load(
         context: &Arc<CudaContext>,
         name: &'static str,
@@ -54,7 +54,7 @@ impl Module {
     ) -> Result<Arc<Self>, Error> {
         let doing = || format!("loading {name}");
         bind(context, &doing())?;
-        // SAFETY: the image is whole, as nvcc wrote it: the driver reads as far as its header says.
+        // SAFETY: the driver trusts the sizes in the image's header. The image is complete, as nvcc wrote it.
         match unsafe { result::module::load_data(image.as_ptr().cast()) } {
             Ok(raw) => Ok(Arc::new(Module {
                 name,
@@ -65,15 +65,15 @@ impl Module {
         }
     }
 
-    /// The context it was loaded in.
+    /// The context in which it was loaded.
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
     }
 
-    /// An `extern "C"` kernel.
+    /// Finds an `extern "C"` kernel.
     ///
     /// # Errors
-    /// Where there is none of that name, or what the driver says.
+    /// There is no kernel of this name, or an error of the driver.
     pub fn function(self: &Arc<Self>, name: &'static str) -> Result<Function, Error> {
         let doing = || format!("finding {name} in {}", self.name);
         bind(&self.context, &doing())?;
@@ -94,10 +94,10 @@ impl Module {
         })
     }
 
-    /// Reads a global constant. Waits for the copy, on a stream of its own.
+    /// Reads a global constant. The copy runs on its own stream; the call waits for it.
     ///
     /// # Errors
-    /// Where there is none of that name and size, or what the driver says.
+    /// There is no constant of this name and size, or an error of the driver.
     pub fn constant<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
         &self,
         name: &str,
@@ -107,8 +107,8 @@ impl Module {
         bind(&self.context, &doing)?;
         let symbol = CString::new(name).unwrap_or_default();
         let mut value = [T::zeroed()];
-        // SAFETY: the module is loaded; source and destination have the size of the copy, which is complete after the
-        // synchronization.
+        // SAFETY: the module is loaded. Source and destination have the size of the copy. The copy is complete after
+        // the synchronization.
         unsafe {
             let (address, bytes) = result::module::get_global(self.raw, symbol).map_err(said)?;
             if bytes != size_of::<T>() {
@@ -136,9 +136,9 @@ fn bind(context: &CudaContext, doing: &str) -> Result<(), Error> {
         .map_err(|error| driver_error(doing, error))
 }
 
-/// Why an image was refused.
+/// Why the driver refused an image.
 fn not_loaded(context: &CudaContext, name: &str, error: DriverError) -> Error {
-    // No binary for the GPU; PTX of a later version.
+    // No binary for the GPU, or PTX of a later version.
     const NO_BINARY: u32 = 209;
     const LATER_PTX: u32 = 222;
     match error.0 as u32 {
@@ -162,14 +162,14 @@ fn not_loaded(context: &CudaContext, name: &str, error: DriverError) -> Error {
     }
 }
 
-/// A kernel of a module.
+/// A kernel in a loaded module.
 #[derive(Debug)]
 pub struct Function {
     name: &'static str,
     raw: CUfunction,
-    /// Whether it was compiled with the instructions that wait for the kernel before it.
+    /// Whether it was compiled with the instruction that waits for the previous kernel.
     can_overlap: bool,
-    /// Dynamic shared memory that it may be launched with. Only raised, and only under the lock.
+    /// Dynamic shared memory that it may be launched with. It is only raised, and only under the lock `raising`.
     shared_bytes: AtomicU32,
     raising: Mutex<()>,
     module: Arc<Module>,
@@ -181,10 +181,10 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
-    /// Lets blocks have this much dynamic shared memory.
+    /// Allows launches with this much dynamic shared memory per block.
     ///
     /// # Errors
-    /// [`Error::SharedMemory`], or what the driver says.
+    /// [`Error::SharedMemory`], or an error of the driver.
     pub fn allow_shared_bytes(&self, bytes: u32) -> Result<(), Error> {
         let allowed = || bytes <= self.shared_bytes.load(Ordering::Acquire);
         if allowed() {
@@ -216,7 +216,7 @@ impl Function {
         Ok(())
     }
 
-    /// Blocks of it that a multiprocessor holds at once.
+    /// How many of its blocks a multiprocessor runs at once.
     ///
     /// # Errors
     /// As [`allow_shared_bytes`](Self::allow_shared_bytes).
@@ -236,16 +236,17 @@ impl Function {
         Ok(blocks.max(0) as u32)
     }
 
-    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads with `params` by value as the one parameter. With
-    /// `overlaps` the kernel can begin while the one before it runs, on GPUs with programmatic dependent launch.
+    /// Launches `blocks` x 1 x 1 blocks of `threads` x 1 x 1 threads. `params` is the only parameter and is passed by
+    /// value. With `overlaps` the kernel may start before the previous one has finished, on GPUs with programmatic
+    /// dependent launch.
     ///
     /// # Safety
     /// `stream` is a stream of the module's context. `P` is the kernel's params struct, and the memory that it points
-    /// to stays valid until the stream has run the kernel. A kernel launched with `overlaps` itself waits for the one
-    /// before it, in every block.
+    /// to stays valid until the stream has run the kernel. In a kernel that is launched with `overlaps`, every block
+    /// waits for the previous kernel itself.
     ///
     /// # Errors
-    /// As [`allow_shared_bytes`](Self::allow_shared_bytes); errors of earlier work may be among them.
+    /// As [`allow_shared_bytes`](Self::allow_shared_bytes). The driver may also report errors of earlier work here.
     pub unsafe fn launch<P: Copy>(
         &self,
         stream: CUstream,
@@ -276,7 +277,7 @@ impl Function {
             numAttrs: u32::from(overlaps && self.can_overlap),
         };
         let mut params = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the caller's promise; the driver copies config and params before it returns.
+        // SAFETY: guaranteed by the caller. The driver copies config and params before it returns.
         let launched = unsafe {
             let (params, extra) = (params.as_mut_ptr(), std::ptr::null_mut());
             sys::cuLaunchKernelEx(&config, self.raw, params, extra).result()

@@ -1,62 +1,61 @@
-//! Choice of the next token from its logits, with draws that depend on nothing but
-//! (seed, stream, position).
+//! Samples the next token from its logits. A random draw depends only on (seed, stream, position).
 //!
-//! Every sequence has its own stream, so neither the size of a batch, nor its neighbours, nor an
-//! interruption changes what a sequence draws. Operations, in this order:
+//! Every sequence has its own stream. So what it draws does not depend on the size of the batch, on the other
+//! sequences or on interruptions. The steps, in this order:
 //!
-//! 1. repetition penalty over the distinct ids of the history (Keskar et al. 2019, "CTRL",
-//!    section 4.1, in the usual form: a positive logit is divided by it, others multiplied);
-//! 2. temperature: logits divided by it; at 0 the highest logit wins and steps 3 to 5 are skipped;
-//! 3. top-k: exactly the k highest stay, ties to the lower id;
-//! 4. top-p (Holtzman et al. 2020): of what is left, renormalised, the shortest prefix in descending
-//!    order (ties to the lower id) whose mass reaches p, at least one token;
-//! 5. min-p: tokens less likely than `min_p` times the likeliest fall out.
+//! 1. Repetition penalty over the distinct ids of the history (Keskar et al. 2019, "CTRL", section 4.1, in the usual
+//!    form): a positive logit is divided by it, any other is multiplied by it.
+//! 2. Temperature: logits are divided by it. At 0 the highest logit is chosen, and steps 3 to 5 are skipped.
+//! 3. Top-k: exactly the k highest logits are kept. On a tie the lower id is kept.
+//! 4. Top-p (Holtzman et al. 2020): the kept tokens are renormalised and sorted by descending probability, ties by
+//!    ascending id. The shortest prefix whose sum reaches p is kept, at least one token.
+//! 5. Min-p: tokens less likely than `min_p` times the likeliest are dropped.
 //!
-//! All arithmetic is f64 and its order is fixed.
+//! All arithmetic is f64 in a fixed order.
 
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
 
-/// What can go wrong in choosing a token.
+/// Why no token could be sampled.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SamplerError {
-    /// A setting is out of its range.
+    /// A setting is outside its range.
     #[error("{name}: expected {expected}, got {got}")]
     Setting {
         /// The setting's name.
         name: &'static str,
         /// Its range.
         expected: &'static str,
-        /// The value given.
+        /// The value found.
         got: String,
     },
-    /// A logit is NaN or +infinity (minus infinity is allowed: a masked token).
+    /// A logit is NaN or +infinity. Minus infinity is allowed and masks the token.
     #[error("logits[{id}]: expected a finite number or -inf, got {got}")]
     Logit {
         /// The token's id.
         id: usize,
-        /// The logit found.
+        /// The value found.
         got: f32,
     },
-    /// No logit is finite, so that there is nothing to choose from.
+    /// All logits are minus infinity, so no token can be chosen.
     #[error("logits: expected at least one finite logit, got none among {len}")]
     NoCandidate {
         /// Number of logits.
         len: usize,
     },
-    /// The history holds an id that the logits do not.
+    /// The history has an id that is not below the number of logits.
     #[error("history[{index}]: expected an id below {vocab}, got {got}")]
     History {
-        /// Index in the history.
+        /// Its index in the history.
         index: usize,
         /// Number of logits.
         vocab: usize,
         /// The id found.
         got: u32,
     },
-    /// More logits than ids of 32 bits.
+    /// There are more logits than 32-bit ids.
     #[error("logits: expected at most 2^32 of them, got {len}")]
     TooManyLogits {
         /// Number of logits.
@@ -64,21 +63,21 @@ pub enum SamplerError {
     },
 }
 
-/// Settings of a [`Sampler`]. The default is plain sampling: temperature 1 and nothing else.
+/// Settings of a [`Sampler`]. The default is temperature 1 without any filter or penalty.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplerConfig {
-    /// Divides the logits; 0 picks the highest (ties to the lowest id). At least 0, finite.
+    /// The logits are divided by it. 0 chooses the highest logit, ties by the lowest id. At least 0, finite.
     pub temperature: f32,
-    /// Number of tokens kept; 0 keeps all.
+    /// Number of tokens to keep; 0 keeps all.
     pub top_k: usize,
-    /// Probability mass kept, above 0 and at most 1; 1 keeps all.
+    /// Probability mass to keep, above 0 and at most 1; 1 keeps all.
     pub top_p: f32,
-    /// Least probability kept, as a share of the highest, in 0..=1; 0 keeps all.
+    /// Least probability to keep, as a fraction of the highest, from 0 to 1; 0 keeps all.
     pub min_p: f32,
-    /// Penalty on tokens of the history; 1 is none. Above 0, finite.
+    /// Penalty on tokens of the history; 1 means no penalty. Above 0, finite.
     pub repetition_penalty: f32,
-    /// Seed of all streams.
+    /// Seed of all random streams.
     pub seed: u64,
 }
 
@@ -96,7 +95,7 @@ impl Default for SamplerConfig {
 }
 
 impl SamplerConfig {
-    /// Greedy choice: temperature 0.
+    /// Settings for greedy decoding: temperature 0.
     pub fn greedy() -> Self {
         Self {
             temperature: 0.0,
@@ -104,10 +103,10 @@ impl SamplerConfig {
         }
     }
 
-    /// Checks every setting's range.
+    /// Checks the range of every setting.
     ///
     /// # Errors
-    /// [`SamplerError::Setting`] names the first setting out of its range.
+    /// [`SamplerError::Setting`] names the first setting outside its range.
     pub fn validate(&self) -> Result<(), SamplerError> {
         let check = |name, expected, value: f32, good: bool| {
             if good {
@@ -145,8 +144,8 @@ impl SamplerConfig {
     }
 }
 
-/// The token sampler of one sequence. Serialises to its settings, stream and position; what is
-/// read back goes on with the same draws.
+/// The token sampler of one sequence. It serialises to its settings, stream and position. A deserialised sampler
+/// continues with the same draws.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "SamplerState")]
 pub struct Sampler {
@@ -173,23 +172,23 @@ impl TryFrom<SamplerState> for Sampler {
     }
 }
 
-/// A token still in the running: its id and its logit after penalty and temperature.
+/// A token that can still be chosen: its id, and its logit after penalty and temperature.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     id: u32,
     logit: f64,
 }
 
-/// Higher logit first, then lower id.
+/// Orders by descending logit, then by ascending id.
 fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
 }
 
 impl Sampler {
-    /// A sampler at position 0 of stream `stream_id` (one stream per sequence).
+    /// A sampler at position 0 of stream `stream_id`. Each sequence needs its own stream.
     ///
     /// # Errors
-    /// [`SamplerError::Setting`] if a setting is out of its range.
+    /// [`SamplerError::Setting`] if a setting is outside its range.
     pub fn new(config: SamplerConfig, stream_id: u64) -> Result<Self, SamplerError> {
         config.validate()?;
         Ok(Self {
@@ -204,28 +203,28 @@ impl Sampler {
         &self.config
     }
 
-    /// The stream's number.
+    /// The number of its random stream.
     pub fn stream_id(&self) -> u64 {
         self.stream_id
     }
 
-    /// Number of tokens chosen so far; the next draw belongs to this position.
+    /// Number of tokens chosen so far. The next draw is the one of this position.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Goes to another position, so that the next draw is the one that belongs to it.
+    /// Sets the position, and with it the next draw.
     pub fn set_position(&mut self, position: u64) {
         self.position = position;
     }
 
-    /// Chooses the next token and moves on by one position (also when greedy).
+    /// Chooses the next token and advances the position by one, also in greedy decoding.
     ///
-    /// - `logits`: `[vocab]`, unnormalised log-probabilities; minus infinity excludes a token.
-    /// - `history`: ids the repetition penalty applies to, in any order, repeats count once.
+    /// - `logits`: `[vocab]`, unnormalised log-probabilities. Minus infinity excludes a token.
+    /// - `history`: ids to which the repetition penalty applies, in any order. Repeated ids count once.
     ///
     /// # Errors
-    /// See [`SamplerError`]; after an error the position is unchanged.
+    /// See [`SamplerError`]. After an error the position is unchanged.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
         let kept = self.kept(logits, history)?;
         let id = if let [only] = kept.as_slice() {
@@ -237,8 +236,8 @@ impl Sampler {
         Ok(id)
     }
 
-    /// The tokens that [`Sampler::sample`] chooses among and their probabilities, in order of id.
-    /// They are never empty and sum to 1 but for rounding; greedy choice gives one token.
+    /// The tokens that [`Sampler::sample`] chooses from, with their probabilities, by ascending id. There is at least
+    /// one; greedy decoding has exactly one. The probabilities sum to 1 up to rounding.
     ///
     /// # Errors
     /// See [`SamplerError`].
@@ -253,7 +252,7 @@ impl Sampler {
         Ok(kept)
     }
 
-    /// Tokens left by all filters with weights relative to the highest (which is 1), by id.
+    /// The tokens that all filters keep, by ascending id. Weights are relative to the highest, which is 1.
     fn kept(&self, logits: &[f32], history: &[u32]) -> Result<Vec<(u32, f64)>, SamplerError> {
         let mut candidates = candidates(logits)?;
         penalise(
@@ -281,7 +280,7 @@ impl Sampler {
         Ok(candidates.iter().map(|c| (c.id, c.logit.exp())).collect())
     }
 
-    /// The uniform number in [0, 1) that belongs to (seed, stream, position).
+    /// The uniform random number in [0, 1) of (seed, stream, position).
     fn draw(&self) -> f64 {
         let mut key = [0u8; 32];
         key[..8].copy_from_slice(&self.config.seed.to_le_bytes());
@@ -293,7 +292,7 @@ impl Sampler {
     }
 }
 
-/// All tokens but the masked ones, by id.
+/// All tokens that are not masked, by ascending id.
 fn candidates(logits: &[f32]) -> Result<Vec<Candidate>, SamplerError> {
     if u32::try_from(logits.len().saturating_sub(1)).is_err() {
         return Err(SamplerError::TooManyLogits { len: logits.len() });
@@ -304,7 +303,7 @@ fn candidates(logits: &[f32]) -> Result<Vec<Candidate>, SamplerError> {
             return Err(SamplerError::Logit { id, got: logit });
         }
         if logit.is_finite() {
-            // Adding 0 turns -0 into +0, which rank differently in a total order.
+            // Adding 0 turns -0 into +0; `total_cmp` would order them differently.
             let logit = f64::from(logit) + 0.0;
             out.push(Candidate {
                 id: id as u32,
@@ -315,7 +314,7 @@ fn candidates(logits: &[f32]) -> Result<Vec<Candidate>, SamplerError> {
     Ok(out)
 }
 
-/// Applies the repetition penalty; `candidates` must be in order of id.
+/// Applies the repetition penalty.
 fn penalise(
     candidates: &mut [Candidate],
     vocab: usize,
@@ -351,17 +350,17 @@ fn top_k(candidates: &mut Vec<Candidate>, k: usize) {
     }
     candidates.select_nth_unstable_by(k - 1, by_rank);
     candidates.truncate(k);
-    // Back to an order that does not depend on the selection's inner workings.
+    // `select_nth_unstable_by` leaves an unspecified order; sums over the candidates need a fixed one.
     candidates.sort_unstable_by_key(|c| c.id);
 }
 
-/// Logits are relative to the highest, so that no weight overflows.
+/// Expects logits relative to the highest, so that no `exp` overflows.
 fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     if p >= 1.0 {
         return;
     }
     let goal = f64::from(p) * candidates.iter().map(|c| c.logit.exp()).sum::<f64>();
-    // A vocabulary is large and the part that matters small: rank ever longer heads, not all of it.
+    // Usually a small part of the vocabulary has the mass. So sort a growing prefix instead of all candidates.
     let mut head = 256;
     loop {
         let ranked = head.min(candidates.len());
@@ -384,7 +383,7 @@ fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     }
 }
 
-/// The token at which the running sum of the weights passes `u` times their total.
+/// The first token at which the running sum of the weights exceeds `u` times their total.
 fn pick(kept: &[(u32, f64)], u: f64) -> u32 {
     let goal = u * kept.iter().map(|k| k.1).sum::<f64>();
     let mut mass = 0.0;
@@ -398,6 +397,6 @@ fn pick(kept: &[(u32, f64)], u: f64) -> u32 {
             return id;
         }
     }
-    // Only rounding of u * total up to the total leads here.
+    // Reached only where u * total rounds up to the total.
     last
 }

@@ -1,30 +1,30 @@
-//! How the sequences of a batch choose their next tokens.
+//! Sampling of the next tokens of a batch, on the device.
 
 use std::fmt::Debug;
 
 use super::sampler::SamplerConfig;
 use super::{Device, Result};
 
-/// A token that a sequence has chosen.
+/// A sampled token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampled {
     /// Its id.
     pub token: u32,
-    /// Its natural-log probability by the logits as they are.
+    /// Its log-probability in nats, from the logits before penalty, temperature and filters.
     pub log_probability: f32,
 }
 
-/// Samplers for the sequences of a batch, one random stream each.
+/// Samplers for the sequences of a batch, each with its own random stream.
 ///
-/// One choice takes three calls: [`select`](Self::select), [`sample`](Self::sample), [`sampled`](Self::sampled). A
-/// choice counts once `sampled` has returned it. If a call before that fails, the next `select` restores random streams
-/// and histories, so that the same choice can be made again.
+/// To sample takes three calls: [`select`](Self::select), [`sample`](Self::sample), [`sampled`](Self::sampled). Random
+/// streams and histories advance when `sampled` returns the tokens. If a call fails before that, the next `select`
+/// restores them, so that the same tokens can be sampled again.
 pub trait Samplers<D: Device>: Sized + Send + Sync + Debug {
-    /// Samplers at the beginning of their random streams. The repetition penalty sees `histories`, tokens below
-    /// `vocab`, and what the sequences choose.
+    /// Samplers at the start of the random streams `streams [sequences]`. The repetition penalty applies to the tokens
+    /// in `histories [sequences][any]`, ids below `vocab`, and to the tokens that are sampled later.
     ///
     /// # Errors
-    /// A setting out of its range, a token that is not below `vocab`, or what the device says.
+    /// A setting outside its range, a token that is not below `vocab`, or an error of the device.
     fn new(
         device: &D,
         config: &SamplerConfig,
@@ -33,22 +33,23 @@ pub trait Samplers<D: Device>: Sized + Send + Sync + Debug {
         vocab: usize,
     ) -> Result<Self>;
 
-    /// The sequences that the next calls choose for, each at most once.
+    /// Selects the sequences for which the next calls sample. Each may appear once.
     ///
     /// # Errors
-    /// A sequence that is not of the batch, or what the device says.
+    /// A sequence that is not in the batch or appears twice, or an error of the device.
     fn select(&mut self, device: &D, sequences: &[usize]) -> Result<()>;
 
-    /// Chooses a token for each selected sequence from its row of `logits [sequences, vocab]`, which stay as they are.
+    /// Samples a token for each selected sequence from its row of `logits [sequences, vocab]`. The values of `logits`
+    /// are the same afterwards.
     ///
     /// # Errors
-    /// Logits of another size, or what the device says.
+    /// `logits` has another size, or an error of the device.
     fn sample(&mut self, device: &D, logits: &mut D::Buffer) -> Result<()>;
 
-    /// The chosen tokens, in the order of the selection; waits for the device. `logits` are those of the last
+    /// The sampled tokens, in the order of the selection. Waits for the device. `logits` are those of the last
     /// [`sample`](Self::sample).
     ///
     /// # Errors
-    /// [`DeviceError::Sampler`](super::DeviceError::Sampler) where logits allow no choice, or what the device says.
+    /// [`DeviceError::Sampler`](super::DeviceError::Sampler) if no token could be sampled, or an error of the device.
     fn sampled(&mut self, device: &D, logits: &D::Buffer) -> Result<Vec<Sampled>>;
 }

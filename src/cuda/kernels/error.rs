@@ -27,7 +27,7 @@ pub enum Error {
     },
     /// The compiled kernels are not those that this host side was written for.
     #[error(
-        "{entry}: {what}: expected {expected}, got {got}; build kernels and library from one source tree"
+        "{entry}: {what}: expected {expected}, got {got}; build kernels and library from the same source tree"
     )]
     Mismatch {
         /// The kernel's entry point.

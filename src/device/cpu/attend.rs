@@ -1,4 +1,4 @@
-//! The operation on the CPU device: the f32 path of [`crate::attention`].
+//! The attention operation on the CPU device, in f32.
 
 use super::{Buffer, Cpu};
 use crate::attention::{Error, HostGradients, HostProblem, HostSaved, ViewMut, cpu};

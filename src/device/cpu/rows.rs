@@ -1,9 +1,8 @@
 //! Row-wise functions: RMS norm, rotary embedding, SwiGLU, residual sum, softmax cross entropy.
 //!
-//! Matrices are row-major and packed unless strides are given. A row's result depends on that row
-//! alone; sums within a row go through 16 lanes added in a fixed order, sums over rows (the norm's
-//! weight gradient) are one chain in ascending order of rows. Rows are spread over threads where
-//! there is enough work.
+//! Matrices are row-major and packed unless strides are given. The result of a row depends on that row alone. Sums
+//! within a row use 16 lanes, which are added in a fixed order. Sums over rows (the weight gradient of the norm) are
+//! added in ascending order of rows. Rows are distributed over threads where there is enough work.
 
 use rayon::prelude::*;
 
@@ -13,20 +12,20 @@ use crate::isa::Isa;
 #[cfg(test)]
 mod tests;
 
-/// Elements per task below which threads do not pay.
+/// Least number of elements per task; for fewer a thread costs more than it gains.
 const TASK: usize = 1 << 14;
 
-/// Rows per task so that a task has at least [`TASK`] elements.
+/// Number of rows with which a task has at least [`TASK`] elements.
 fn min_rows(width: usize) -> usize {
     TASK.div_ceil(width.max(1))
 }
 
-/// y = w x / sqrt(mean(x²) + eps) for each row; `rstd` takes 1 / sqrt(...) of each row.
+/// y = w x / sqrt(mean(x²) + eps) for each row (Zhang and Sennrich 2019). `rstd` receives 1 / sqrt(mean(x²) + eps).
 ///
-/// Rows are counted by `rstd`, the width is that of `w`. (Zhang and Sennrich 2019.)
+/// The number of rows is the length of `rstd`; the width is the length of `w`.
 ///
 /// # Panics
-/// If x or y is not rows times width long.
+/// If the length of x or y is not rows * width.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32]) {
     let width = check_rows(rstd.len(), w.len(), [("x", x.len()), ("y", y.len())]);
     let isa = Isa::best();
@@ -47,10 +46,10 @@ for_each_isa! {
     }
 }
 
-/// dx (+)= rstd w dy - x rstd³ mean(w dy x) for each row, with `rstd` from [`rms_norm`].
+/// dx = rstd w dy - x rstd³ mean(w dy x) for each row, with `rstd` from [`rms_norm`]. Adds to dx where `accumulate`.
 ///
 /// # Panics
-/// If dy, x or dx is not rows times width long.
+/// If the length of dy, x or dx is not rows * width.
 pub fn rms_norm_backward(
     dy: &[f32],
     x: &[f32],
@@ -86,10 +85,10 @@ for_each_isa! {
     }
 }
 
-/// dw += sum over rows of dy x rstd, one chain over rows ascending from the value in dw.
+/// dw += sum over rows of dy x rstd. Rows are added to the value in dw one after the other, in ascending order.
 ///
 /// # Panics
-/// If dy or x is not rows times width long.
+/// If the length of dy or x is not rows * width.
 pub fn rms_norm_weight_grad(dy: &[f32], x: &[f32], rstd: &[f32], dw: &mut [f32]) {
     let width = check_rows(rstd.len(), dw.len(), [("dy", dy.len()), ("x", x.len())]);
     let isa = Isa::best();
@@ -100,7 +99,7 @@ pub fn rms_norm_weight_grad(dy: &[f32], x: &[f32], rstd: &[f32], dw: &mut [f32])
 }
 
 for_each_isa! {
-    /// The columns of dw from `columns[1]` on, of `columns[0]` in all.
+    /// Computes the columns of dw from `columns[1]` on. `columns[0]` is the number of all columns.
     fn weight_grad_columns(
         dy: &[f32], x: &[f32], rstd: &[f32], columns: [usize; 2], dw: &mut [f32],
     ) {
@@ -115,7 +114,7 @@ for_each_isa! {
     }
 }
 
-/// Checks that each named slice holds rows x width elements; the width, at least 1 for chunking.
+/// Checks that each named slice has rows * width elements. Returns the width, or 1 if it is 0, for chunking.
 fn check_rows<const N: usize>(rows: usize, width: usize, slices: [(&str, usize); N]) -> usize {
     for (name, len) in slices {
         assert_eq!(
@@ -127,19 +126,19 @@ fn check_rows<const N: usize>(rows: usize, width: usize, slices: [(&str, usize);
     width.max(1)
 }
 
-/// Rows of heads: element (row, head, d) at `row * strides[0] + head * strides[1] + d`.
+/// The layout of rows of heads: element (row, head, d) is at `row * strides[0] + head * strides[1] + d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadRows {
-    /// Heads in a row.
+    /// Number of heads of a row.
     pub heads: usize,
-    /// Width of a head, even.
+    /// Elements of a head; even.
     pub head_dim: usize,
-    /// Distances between rows and between heads; rows do not overlap.
+    /// Distance between rows and between heads, in elements. Rows do not overlap.
     pub strides: [usize; 2],
 }
 
 impl HeadRows {
-    /// Heads and rows one after the other.
+    /// Heads without gaps in rows without gaps.
     pub fn packed(heads: usize, head_dim: usize) -> HeadRows {
         HeadRows {
             heads,
@@ -148,7 +147,7 @@ impl HeadRows {
         }
     }
 
-    /// Elements from the first of a row to its last.
+    /// Elements from the start of a row to its end.
     fn row_len(&self) -> usize {
         self.heads.saturating_sub(1) * self.strides[1] + self.head_dim
     }
@@ -167,7 +166,7 @@ impl HeadRows {
     }
 }
 
-/// Angles of the rotary embedding, as rows of cosines and sines \[any, head_dim / 2\].
+/// Cosines and sines of the rotary embedding, each \[table rows, head_dim / 2\].
 #[derive(Clone, Copy, Debug)]
 pub struct Angles<'a> {
     /// Cosines.
@@ -176,13 +175,14 @@ pub struct Angles<'a> {
     pub sin: &'a [f32],
 }
 
-/// Rotates each head of each row by its row of `angles`, number `table_rows[row]`.
+/// Rotates the heads of each row by row `table_rows[row]` of `angles` (Su et al. 2021).
 ///
-/// Element d < head_dim / 2 and element d + head_dim / 2 are a pair ("rotate half"). `inverse` rotates back, which is
-/// also the gradient. Adds to `dst` where `accumulate`. Source and destination have the same heads. (Su et al. 2021.)
+/// Elements d and d + head_dim / 2 are a pair ("rotate half"). `inverse` rotates back, which is also the gradient. Adds
+/// to `dst` where `accumulate`.
 ///
 /// # Panics
-/// If heads differ or head_dim is odd, rows overlap, a slice is too short, or a table row is missing.
+/// If source and destination differ in heads or head_dim, head_dim is odd, rows overlap, a slice is too short, or a
+/// table row does not exist.
 #[allow(clippy::too_many_arguments)]
 pub fn rope(
     src: &[f32],
@@ -236,7 +236,7 @@ pub fn rope(
 }
 
 for_each_isa! {
-    /// One head by one row of angles.
+    /// Rotates one head by one row of angles.
     fn rotate(src: &[f32], angles: Angles, inverse: bool, dst: &mut [f32], accumulate: bool) {
         let half = src.len() / 2;
         let ((a, b), (to_a, to_b)) = (src.split_at(half), dst.split_at_mut(half));
@@ -251,7 +251,7 @@ for_each_isa! {
     }
 }
 
-/// y\[rows, inter\] = silu(gate) up, with gate | up = `gate_up`\[rows, 2 inter\]. (Shazeer 2020.)
+/// y\[rows, inter\] = silu(gate) up (Shazeer 2020). A row of `gate_up`\[rows, 2 inter\] is gate, then up.
 ///
 /// # Panics
 /// If the lengths do not fit `inter`.
@@ -278,7 +278,7 @@ for_each_isa! {
     }
 }
 
-/// Gradients of [`swiglu`] by gate and up, written to `d_gate_up`\[rows, 2 inter\].
+/// Gradients of [`swiglu`] with respect to gate and up, written to `d_gate_up`\[rows, 2 inter\].
 ///
 /// # Panics
 /// If the lengths do not fit `inter`.
@@ -312,7 +312,7 @@ for_each_isa! {
     }
 }
 
-/// What the softmax of one row of logits comes to.
+/// The softmax of one row of logits, summarised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowSoftmax {
     /// ln softmax(logits)\[target\], in nats.
@@ -323,7 +323,7 @@ pub struct RowSoftmax {
     pub sum: f64,
 }
 
-/// The log-probability of `target` under softmax(logits). NaN if a logit is NaN or all are -inf.
+/// The log-probability of `target` under softmax(logits). It is NaN if a logit is NaN or all logits are -inf.
 ///
 /// # Panics
 /// If there is no logit `target`.
@@ -331,7 +331,8 @@ pub fn cross_entropy_row(logits: &[f32], target: usize) -> RowSoftmax {
     softmax_row(Isa::best(), logits, target)
 }
 
-/// Elements summed in f32 lanes before their sum goes to f64, so that a large vocabulary costs no accuracy.
+/// Elements that are summed in f32 before their sum is added in f64. This keeps the sum over a large vocabulary exact
+/// enough.
 const SUM_BLOCK: usize = 4096;
 
 for_each_isa! {
@@ -353,9 +354,9 @@ for_each_isa! {
     }
 }
 
-/// Replaces logits by factor (softmax(logits) - onehot(target)), the gradient of -factor logprob.
+/// Replaces logits by factor (softmax(logits) - onehot(target)), which is the gradient of -factor logprob.
 ///
-/// `row` is what [`cross_entropy_row`] returned for the same logits.
+/// `row` is the result of [`cross_entropy_row`] for the same logits.
 ///
 /// # Panics
 /// If there is no logit `target`.
@@ -371,7 +372,7 @@ pub fn cross_entropy_grad_row(logits: &mut [f32], target: usize, row: &RowSoftma
 for_each_isa! {
     fn softmax_grad_row(logits: &mut [f32], target: usize, row: &RowSoftmax, factor: f32) {
         let (max, scale) = (row.max, (1.0 / row.sum) as f32);
-        // p - 1 without cancellation: minus the probability of all the others, where they are few.
+        // p - 1 cancels where p is near 1. There it is computed as minus the sum of the other probabilities.
         let of_target = (row.logprob as f64).exp_m1() as f32;
         for x in logits.iter_mut() {
             *x = exp(*x - max) * scale * factor;

@@ -1,4 +1,4 @@
-//! Blocks selected from a pool, kept as token numbers in host memory.
+//! Tokens selected from a pool, as lists in host memory.
 
 use crate::device::{Accumulate, Device, Kind, PastHeads, Result, Rows, RowsMut, SelectedBlocks};
 
@@ -20,8 +20,8 @@ impl<D: Device> SelectedBlocks<D> for HostBlocks {
     }
 }
 
-/// Copies each head's selected tokens to the columns of its KV head, keys rotated. `kv` gives key and value, of
-/// `head_dim` elements each, of a head of the pool and a token. See
+/// Copies the selected tokens of each head to the columns of its KV head. Keys are rotated. `kv(head, token)` gives the
+/// key and value of a head of the pool, `head_dim` elements each. See
 /// [`PastPool::gather`](crate::device::PastPool::gather).
 pub(in crate::device) fn gather<'p, D, N>(
     device: &D,

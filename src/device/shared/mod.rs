@@ -1,5 +1,6 @@
-//! What several devices share: how spans are grouped into attention calls, checks of what retrieval is asked for, and
-//! for devices whose buffers lie in host memory q, k, v row by row, blocks selected by retrieval, and sampling.
+//! Code that several devices share. All devices use the grouping of spans into attention calls and the checks of
+//! retrieval's arguments. Devices with buffers in host memory also share the splitting of q, k, v, the selected tokens,
+//! and sampling.
 
 pub(super) mod blocks;
 pub(super) mod qkv;

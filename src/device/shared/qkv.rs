@@ -1,10 +1,10 @@
-//! The defaults of [`Device::split_qkv`] and [`Device::join_qkv`]: one call for each piece.
+//! [`Device::split_qkv`] and [`Device::join_qkv`] for devices in host memory, made of smaller device calls.
 
 use std::ops::Range;
 
 use crate::device::{Accumulate, Device, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
 
-/// Rotated queries to `q`; keys, values and probes to their rows in `store`.
+/// Writes rotated queries to `q`, and keys, values and probes to their rows in `store`.
 pub(in crate::device) fn split<D: Device>(
     device: &D,
     qkv: Rows<'_, D::Buffer>,
@@ -53,7 +53,7 @@ pub(in crate::device) fn split<D: Device>(
     Ok(())
 }
 
-/// Gradients of queries and keys, rotated back, and of values, to rows `[q | k | v]`.
+/// Writes the gradients of queries, keys and values to rows `[q | k | v]`. Those of queries and keys are rotated back.
 pub(in crate::device) fn join<D: Device>(
     device: &D,
     [d_q, d_k, d_v]: [Rows<'_, D::Buffer>; 3],
@@ -85,7 +85,7 @@ fn from_row<B>(rows: Rows<'_, B>, row: usize) -> Rows<'_, B> {
     }
 }
 
-/// Runs of consecutive indices, or of `None`.
+/// Splits the list into ranges in which the indices are consecutive or all are `None`.
 fn consecutive(indices: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let mut before = None;
@@ -107,7 +107,7 @@ fn consecutive(indices: impl Iterator<Item = Option<usize>>) -> Vec<Range<usize>
 #[cfg(test)]
 mod tests {
     #[test]
-    fn runs_end_where_places_do_not_follow() {
+    fn a_range_ends_where_indices_are_not_consecutive() {
         let indices = [Some(4), Some(5), Some(9), None, None, Some(10), Some(11)];
         let runs = super::consecutive(indices.into_iter());
         assert_eq!(runs, [0..2, 2..3, 3..5, 5..7]);

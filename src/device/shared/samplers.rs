@@ -1,14 +1,14 @@
-//! Sampling on the host, for devices whose memory is the host's.
+//! Sampling for devices with buffers in host memory.
 
 use crate::device::sampler::{Sampler, SamplerConfig, SamplerError};
 use crate::device::{Device, DeviceError, Kind, Result, RowsMut, Sampled, Samplers};
 
-/// The samplers of a batch, and what has been chosen last.
+/// The samplers of a batch, and the tokens that were sampled last.
 #[derive(Debug)]
 pub struct HostSamplers {
     sequences: Vec<Sequence>,
     selected: Vec<usize>,
-    /// Of each selected sequence: what it has chosen, and its sampler afterwards.
+    /// For each selected sequence, the sampled token and the sampler after it.
     chosen: Vec<(std::result::Result<Sampled, SamplerError>, Sampler)>,
     vocab: usize,
 }
@@ -16,7 +16,7 @@ pub struct HostSamplers {
 #[derive(Debug)]
 struct Sequence {
     sampler: Sampler,
-    /// What the repetition penalty sees; empty where there is none.
+    /// The ids to which the repetition penalty applies; empty if there is no penalty.
     history: Vec<u32>,
 }
 
@@ -101,7 +101,7 @@ impl<D: Device> Samplers<D> for HostSamplers {
     }
 }
 
-/// A history for each sequence, of tokens below `vocab`.
+/// Checks that there is one history for each sequence, and that its tokens are below `vocab`.
 pub(in crate::device) fn check_histories(
     histories: &[&[u32]],
     sequences: usize,
@@ -125,7 +125,7 @@ pub(in crate::device) fn check_histories(
     }
 }
 
-/// Sequences of the batch, each at most once.
+/// Checks that the selected sequences are in the batch, and that none appears twice.
 pub(in crate::device) fn check_selection(selected: &[usize], sequences: usize) -> Result<()> {
     let mut seen = vec![false; sequences];
     let wrong = |index: &&usize| match seen.get_mut(**index) {
@@ -134,7 +134,7 @@ pub(in crate::device) fn check_selection(selected: &[usize], sequences: usize) -
     };
     match selected.iter().find(wrong) {
         Some(index) => {
-            let expected = format!("sequences below {sequences}, each once");
+            let expected = format!("distinct numbers below {sequences}");
             Err(DeviceError::argument("selected sequences", expected, index))
         }
         None => Ok(()),

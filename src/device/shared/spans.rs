@@ -1,8 +1,8 @@
-//! Spans of a step grouped into calls of the attention operation: consecutive spans of equal length
-//! form one batch, so that no padding is computed.
+//! Groups the spans of a step into calls of the attention operation. Consecutive spans of equal length form one batch,
+//! so that no padding is computed.
 //!
-//! All three devices use [`span_batches`] and [`Sources`]. The devices on host memory also share the
-//! calls themselves, [`forward`] and [`backward`], each with its own [`Operation`].
+//! All devices use [`span_batches`] and [`Sources`]. Devices with buffers in host memory also share [`forward`] and
+//! [`backward`], each with its own [`Operation`].
 
 use std::ops::Range;
 
@@ -12,11 +12,11 @@ use crate::attention::{
 };
 use crate::device::{Attention, AttentionGrad, Rows, RowsMut, SlotSpan};
 
-/// The operation in one precision, see [`crate::attention`].
+/// The operation ([`crate::attention`]) in one precision.
 pub(in crate::device) trait Operation {
-    /// Its precision.
+    /// The type of all elements.
     type Number: Copy;
-    /// The device's memory.
+    /// The device's buffer type.
     type Buffer: AsRef<[Self::Number]> + AsMut<[Self::Number]>;
 
     /// Computes `out` and `lse`.
@@ -26,7 +26,7 @@ pub(in crate::device) trait Operation {
         lse: &mut [Self::Number],
     ) -> Result<(), Error>;
 
-    /// Computes the gradients from what a forward pass left.
+    /// Computes the gradients. `saved` is what the forward pass left, and the upstream gradients.
     fn backward(
         problem: &HostProblem<'_, Self::Number>,
         saved: &HostSaved<'_, Self::Number>,
@@ -104,16 +104,16 @@ pub(in crate::device) fn backward<O: Operation>(
 
 /// Consecutive spans of equal length.
 pub(in crate::device) struct SpanBatch {
-    /// Their indices.
+    /// Indices of the spans.
     pub spans: Range<usize>,
-    /// First row in the call's buffers.
+    /// Their first row in the call's buffers.
     pub row: usize,
-    /// Rows of each span.
+    /// Number of rows of each span.
     pub rows: usize,
 }
 
 impl SpanBatch {
-    /// The layout of rows that lie `stride` apart, their heads packed.
+    /// The layout of rows with a distance of `stride` elements. Heads are packed within a row.
     pub fn layout(&self, stride: usize, [heads, head_dim]: [usize; 2]) -> Layout<'static> {
         Layout {
             rows: self.rows,
@@ -128,7 +128,7 @@ impl SpanBatch {
         }
     }
 
-    /// The batch's rows of an input.
+    /// The rows of the batch in an input.
     fn read<'a, T, B: AsRef<[T]>>(&self, rows: Rows<'a, B>, heads: [usize; 2]) -> View<'a, T> {
         View {
             data: &rows.buffer.as_ref()[rows.start + self.row * rows.stride..],
@@ -136,7 +136,7 @@ impl SpanBatch {
         }
     }
 
-    /// The batch's rows of a result.
+    /// The rows of the batch in an output.
     fn write<'a, T>(
         &self,
         buffer: &'a mut impl AsMut<[T]>,
@@ -166,13 +166,13 @@ pub(in crate::device) fn span_batches(spans: &[SlotSpan]) -> Vec<SpanBatch> {
     batches
 }
 
-/// What a batch's spans read: where their slots lie, and how much of them is valid.
+/// The three sources that the spans of a batch read: the location of their slots, and the number of valid rows.
 pub(in crate::device) struct Sources {
-    /// Rows of a slot in use.
+    /// Rows of a slot.
     rows: PerSource<usize>,
-    /// The element at which each span's slot begins.
+    /// For each span, the first element of its slot.
     offsets: PerSource<Vec<usize>>,
-    /// KV heads and elements of a head.
+    /// `[kv_heads, head_dim]`.
     shape: [usize; 2],
     start: Vec<i32>,
     pub segment_len: Vec<i32>,
@@ -195,7 +195,7 @@ impl Sources {
             let lens = spans.iter().flat_map(|s| &lens[of(s)]);
             lens.map(|n| *n as i32).collect()
         };
-        // Exactly the rows in use, so that gradients of keys need no more.
+        // No more than the rows in use: the gradients of current keys have as many rows.
         let used = spans.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
         Self {
             rows: PerSource {
@@ -217,13 +217,13 @@ impl Sources {
         }
     }
 
-    /// The same where the current segments may grow to `rows` rows.
+    /// The same, but with room for `rows` rows in the current segments.
     pub fn reaching(mut self, rows: usize) -> Self {
         self.rows.current = self.rows.current.max(rows);
         self
     }
 
-    /// Of a source's keys and values.
+    /// The layout of the keys and values of a source.
     pub fn layout(&self, source: Source) -> Layout<'_> {
         let [heads, head_dim] = self.shape;
         Layout {
@@ -236,7 +236,7 @@ impl Sources {
         }
     }
 
-    /// Valid rows of every source, and where the queries begin if not with their segments.
+    /// The valid rows of every source, and the start of the queries where it is not the start of their segment.
     pub fn lengths(&self) -> Lengths<'_> {
         let lengths = Lengths::segment(&self.segment_len)
             .prior(&self.prior_len)
@@ -251,7 +251,7 @@ impl Sources {
         }
     }
 
-    /// The problem of a batch, given the tensor of its queries and of a buffer at a source's slots.
+    /// The problem of a batch. `q` is the tensor of its queries; `tensor` makes one from a buffer and its layout.
     pub fn problem<'a, B, X, E>(
         &'a self,
         call: &Attention<'a, B>,

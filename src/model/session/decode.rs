@@ -1,32 +1,32 @@
-//! Decoding: a token of each sequence is read and the next one chosen, all of it on the device.
+//! Decoding: a step reads one token of each sequence and samples the next one, on the device.
 //!
-//! Between two ends of a segment nothing but numbers in the step's tables changes from one step to the next. So the
-//! first such step runs as every other, the second is recorded, and from then on steps are replays of it. Steps in
-//! which a segment begins or is complete run as usual in between; what was recorded stays good, since everything it
-//! touches stays where it is.
+//! Within a segment, steps differ only in the numbers of the step's tables. So the first step within a segment runs
+//! normally, the second is recorded, and the following ones replay the recording. Steps in which a segment begins or
+//! ends run normally. The recording stays valid across them, because the buffers that it uses do not move.
 
 use super::{Session, Step};
 use crate::device::sampler::SamplerConfig;
 use crate::device::{Device, Purpose, Recording, Result, Sampled, Samplers};
 use crate::model::state::SequenceState;
 
-/// Rows of a segment that a recording is good for, at least; then twice as many, until the slot's room is reached.
+/// A recording is valid up to a number of rows of the segment. This is the first such number; it doubles up to the
+/// capacity of the slot.
 const LEAST_REACH: usize = 1024;
 
-/// How a session's sequences choose tokens, and the steps in which they do.
+/// The samplers of a session, and its decoding steps.
 #[derive(Debug)]
 pub(in crate::model) struct Decoding<D: Device> {
     samplers: Option<D::Samplers>,
     steps: Option<Steps<D>>,
 }
 
-/// Steps of the same sequences.
+/// Decoding steps of the same sequences.
 #[derive(Debug)]
 struct Steps<D: Device> {
     sequences: Vec<usize>,
     reach: usize,
     placed: D::Step,
-    /// Whether the step before was one of these, so that the device knows all that stays.
+    /// Whether the previous step was one of these. Only then does the device have all that does not change.
     warm: bool,
     recording: Option<D::Recording>,
 }
@@ -41,7 +41,7 @@ impl<D: Device> Default for Decoding<D> {
 }
 
 impl<D: Device> Decoding<D> {
-    /// Other tokens are read: the next step tells the device all that it needs to know.
+    /// To be called when tokens are read in any other way: the next step then runs normally.
     pub(super) fn interrupt(&mut self) {
         if let Some(steps) = &mut self.steps {
             steps.warm = false;
@@ -55,11 +55,11 @@ impl<D: Device> Decoding<D> {
 }
 
 impl<D: Device> Session<'_, D> {
-    /// Says how the sequences choose their tokens: the settings, and for each its random stream and the tokens that the
-    /// repetition penalty sees besides those it chooses. Every stream begins anew.
+    /// Sets how tokens are sampled: the settings for all sequences, and for each sequence its random stream and its
+    /// history. The repetition penalty applies to the history and to sampled tokens. All streams start at position 0.
     ///
     /// # Errors
-    /// A setting out of its range, or what the device says.
+    /// A setting outside its range, or an error of the device.
     pub fn choose_by(
         &mut self,
         config: &SamplerConfig,
@@ -74,13 +74,13 @@ impl<D: Device> Session<'_, D> {
         Ok(())
     }
 
-    /// Chooses the next token of each of these sequences, which have read at least one.
+    /// Samples the next token of each of these sequences. Each must have read at least one token.
     ///
     /// # Errors
-    /// [`DeviceError::Sampler`](crate::device::DeviceError::Sampler), or what the device says.
+    /// [`DeviceError::Sampler`](crate::device::DeviceError::Sampler), or another error of the device.
     ///
     /// # Panics
-    /// Without a call of [`Session::choose_by`] before, here and in [`Session::decode`].
+    /// If [`Session::choose_by`] was not called before. The same holds for [`Session::decode`].
     pub fn sample(&mut self, sequences: &[usize]) -> Result<Vec<Sampled>> {
         if sequences.is_empty() {
             return Ok(Vec::new());
@@ -92,12 +92,12 @@ impl<D: Device> Session<'_, D> {
         samplers.sampled(device, &self.logits)
     }
 
-    /// Reads one token of each of these sequences, and chooses the next one. The same as [`Session::feed`] and
-    /// [`Session::sample`], to the bit.
+    /// Reads one token of each of these sequences and samples the next one. The result has the same bits as that of
+    /// [`Session::feed`] and [`Session::sample`].
     ///
     /// # Errors
-    /// As [`Session::sample`]. The sequences and their random streams are where they were then, and the same step can
-    /// be made again. [`Session::logits`] are undefined until then.
+    /// As [`Session::sample`]. After an error the sequences and random streams are unchanged, and the same step can be
+    /// made again. [`Session::logits`] are undefined until a step succeeds.
     pub fn decode(&mut self, next: &[(usize, u32)]) -> Result<Vec<Sampled>> {
         if next.is_empty() {
             return Ok(Vec::new());
@@ -147,7 +147,7 @@ impl<D: Device> Session<'_, D> {
         step
     }
 
-    /// Puts the step where the last one of the same sequences was, if it may stay there.
+    /// Places the step on the device. It reuses the memory of the previous step of the same sequences if that fits.
     fn placed(&mut self, step: &Step, sequences: Vec<usize>) -> Result<Steps<D>> {
         let device = &self.model.device;
         let room = self.flight.open(device, &self.plan)?.room;
@@ -170,12 +170,12 @@ impl<D: Device> Session<'_, D> {
         }
     }
 
-    /// Whether a segment begins in the step, or is complete after it.
+    /// Whether a segment begins or ends in the step.
     fn hands_over(&self, step: &Step) -> bool {
         step.spans.iter().any(|s| s.rows.start == 0 || s.closes)
     }
 
-    /// The step's calls. All that they use and that stays is where it was in the step before.
+    /// The device calls of a step. They use the buffers of the previous step, so that they can be recorded.
     fn run(&mut self, step: &Step, placed: &mut D::Step) -> Result<()> {
         let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
         let (model, plan) = (self.model, &self.plan);

@@ -8,9 +8,9 @@ use super::{LANES, Lanes};
 #[derive(Clone, Copy)]
 pub(in crate::attention::cpu) struct Avx2(__m256, __m256);
 
-// SAFETY of all blocks below: the trait's contract, AVX2, FMA and valid pointers, is the caller's.
+// SAFETY of all blocks below: by the trait's contract the caller guarantees AVX2, FMA and valid pointers.
 impl Lanes for Avx2 {
-    // 4 x 1 accumulators of two registers, a column and a broadcast of 16 registers.
+    // Of 16 registers, 4 x 1 accumulators take 8, a column takes 2 and a broadcast value 2.
     const BLOCK: usize = 1;
 
     #[inline(always)]
@@ -186,7 +186,7 @@ impl Lanes for Avx2 {
 }
 
 /// # Safety
-/// AVX2.
+/// Needs AVX2.
 #[inline(always)]
 unsafe fn times_pow2(x: __m256, n: __m256) -> __m256 {
     // SAFETY: the caller vouches for AVX2.
@@ -197,7 +197,7 @@ unsafe fn times_pow2(x: __m256, n: __m256) -> __m256 {
 }
 
 /// # Safety
-/// AVX2.
+/// Needs AVX2.
 #[inline(always)]
 unsafe fn transpose8(rows: &mut [__m256; 8]) {
     // SAFETY: the caller vouches for AVX2.

@@ -8,9 +8,9 @@ use super::{LANES, Lanes};
 #[derive(Clone, Copy)]
 pub(in crate::attention::cpu) struct Avx512(__m512);
 
-// SAFETY of all blocks below: the trait's contract, AVX-512F and valid pointers, is the caller's.
+// SAFETY of all blocks below: by the trait's contract the caller guarantees AVX-512F and valid pointers.
 impl Lanes for Avx512 {
-    // 4 x 4 accumulators, 4 columns and a broadcast of 32 registers.
+    // Of 32 registers, 4 x 4 accumulators take 16, 4 columns take 4 and a broadcast value 1.
     const BLOCK: usize = 4;
 
     #[inline(always)]
@@ -109,7 +109,7 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn transpose(rows: &mut [Self; LANES]) {
         unsafe {
-            // 4 x 4 blocks within the 128-bit quarters of four rows each.
+            // First, in each group of four rows, transpose the 4 x 4 block within each 128-bit quarter.
             for four in rows.chunks_exact_mut(4) {
                 let (a, b, c, d) = (four[0].0, four[1].0, four[2].0, four[3].0);
                 let ab = [_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)];
@@ -120,7 +120,7 @@ impl Lanes for Avx512 {
                     four[2 * half + 1] = Avx512(_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
                 }
             }
-            // Then the quarters themselves: a 4 x 4 matrix of quarters for each column of a quarter.
+            // Then, for each of the four columns of a quarter, transpose the 4 x 4 matrix of quarters.
             for column in 0..4 {
                 let [a, b, c, d] = [0, 4, 8, 12].map(|first| rows[first + column].0);
                 let even = [

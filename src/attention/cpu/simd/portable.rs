@@ -1,4 +1,4 @@
-//! Any machine: arrays that the compiler turns into the baseline's vectors.
+//! For any machine: arrays that the compiler vectorizes for the target's baseline.
 
 use super::{LANES, Lanes};
 
@@ -17,7 +17,7 @@ impl Portable {
     }
 }
 
-// SAFETY of all blocks below: no instruction set is needed, pointers are the caller's.
+// SAFETY of all blocks below: no instruction set is needed, and the caller guarantees valid pointers.
 impl Lanes for Portable {
     const BLOCK: usize = 1;
 
@@ -92,7 +92,7 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn round(self) -> Self {
-        // Adding 1.5 * 2^23 leaves no fraction bits.
+        // After adding 1.5 * 2^23 no fraction bits are left, so the sum is rounded to an integer.
         const SHIFT: f32 = 12_582_912.0;
         self.zip(self, |x, _| (x + SHIFT) - SHIFT)
     }

@@ -273,6 +273,6 @@ fn failed(call: &str, code: u32, name: String) -> cuda::Error {
         code,
         text: "no more is known".into(),
         name,
-        remedy: "see `segattn doctor`; if the machine is well, this is a bug to report",
+        remedy: "see `segattn doctor`; if it finds no fault of the machine, please report this as a bug",
     }
 }
