@@ -4,6 +4,8 @@
 mod companions;
 #[path = "model_files/config.rs"]
 mod config;
+#[path = "model_files/hostile_config.rs"]
+mod hostile_config;
 #[path = "model_files/hostile_weights.rs"]
 mod hostile_weights;
 #[path = "model_files/rope.rs"]

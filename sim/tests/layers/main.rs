@@ -9,6 +9,7 @@ mod norm;
 mod planted;
 mod planted_rules;
 mod retrieval;
+mod rotation;
 mod rows;
 mod sampling;
 mod sampling_rules;

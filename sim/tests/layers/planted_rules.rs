@@ -31,19 +31,19 @@ pub const TARGETS: [Target; 14] = [
     Target {
         file: "vectors.cuh",
         kernels: &["rope.cu", "swiglu.cu", "embedding.cu"],
-        tests: &["rows::"],
+        tests: &["rotation::", "rows::"],
         rules: &VECTORS,
     },
     Target {
         file: "rope.cu",
         kernels: &["rope.cu"],
-        tests: &["rows::"],
+        tests: &["rotation::"],
         rules: &ROPE,
     },
     Target {
         file: "rotation.cuh",
         kernels: &["rope.cu"],
-        tests: &["rows::"],
+        tests: &["rotation::"],
         rules: &ROTATION,
     },
     Target {

@@ -7,6 +7,9 @@
 //! if that gives the bits of the reference on random inputs. The comparison runs on the device, once for each shape,
 //! before the first use. Algorithms differ in tiles and stages; those that sum over k in the same steps pass.
 
+mod comparison;
+mod descriptors;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
@@ -17,8 +20,10 @@ use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
 use super::super::bytes_of;
-use super::super::driver::{Epilogue, Gemm, Operand};
+use super::super::driver::{Epilogue, Gemm};
 use super::failed;
+use comparison::Check;
+use descriptors::{Call, Preference};
 use crate::cuda::{Error, driver_error};
 use crate::device::Kind;
 
@@ -316,121 +321,6 @@ impl Drop for CublasLt {
     }
 }
 
-/// Random inputs for the k of a GEMM, and the reference's result on them.
-struct Check {
-    gemm: Gemm,
-    /// a, b, c.
-    memory: [Memory; 3],
-    expected: Vec<u8>,
-}
-
-impl Check {
-    fn new(
-        cublas: &CublasLt,
-        stream: CUstream,
-        gemm: &Gemm,
-        reference: &Range,
-    ) -> Result<Self, Error> {
-        let (m, n) = (CHECKED[0], gemm.n.min(CHECKED[1]));
-        let (b_rows, b_columns) = if gemm.b.transposed {
-            (n, gemm.k)
-        } else {
-            (gemm.k, n)
-        };
-        let memory = [
-            Memory::random(m * gemm.k, 1)?,
-            Memory::random(b_rows * b_columns, 2)?,
-            Memory::new(m * n * bytes_of(gemm.c_kind))?,
-        ];
-        let operand = |i: usize, stride| Operand {
-            address: memory[i].0,
-            stride,
-            transposed: false,
-        };
-        let gemm = Gemm {
-            m,
-            n,
-            a: operand(0, gemm.k),
-            b: Operand {
-                transposed: gemm.b.transposed,
-                ..operand(1, b_columns)
-            },
-            c: memory[2].0,
-            c_stride: n,
-            epilogue: match gemm.epilogue {
-                Epilogue::Store => Epilogue::Store,
-                Epilogue::Accumulate | Epilogue::AddRows { .. } => Epilogue::Accumulate,
-            },
-            ..*gemm
-        };
-        let mut check = Self {
-            gemm,
-            memory,
-            expected: Vec::new(),
-        };
-        check.expected = check.run(cublas, stream, reference)?;
-        Ok(check)
-    }
-
-    fn same_bits(
-        &self,
-        cublas: &CublasLt,
-        stream: CUstream,
-        candidate: &Range,
-    ) -> Result<bool, Error> {
-        Ok(self.run(cublas, stream, candidate)? == self.expected)
-    }
-
-    fn run(&self, cublas: &CublasLt, stream: CUstream, range: &Range) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; self.gemm.m * self.gemm.n * bytes_of(self.gemm.c_kind)];
-        let at = self.memory[2].0;
-        // SAFETY: the memory is this check's, of these sizes; the stream is waited for.
-        unsafe {
-            driver::memset_d8_async(at, 0, bytes.len(), stream)
-                .map_err(|e| driver_error("clearing memory", e))?;
-            cublas.multiply(stream, &self.gemm, range)?;
-            driver::memcpy_dtoh_async(&mut bytes, at, stream)
-                .map_err(|e| driver_error("reading back", e))?;
-            driver::stream::synchronize(stream)
-                .map_err(|e| driver_error("waiting for a GEMM", e))?;
-        }
-        Ok(bytes)
-    }
-}
-
-/// Device memory that is freed when dropped, after whatever runs.
-struct Memory(u64);
-
-impl Memory {
-    fn new(bytes: usize) -> Result<Self, Error> {
-        allocate(bytes).map(Self)
-    }
-
-    /// So many bf16 between -1 and 1.
-    fn random(len: usize, seed: u64) -> Result<Self, Error> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let next = |_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            half::bf16::from_f32((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
-        };
-        let values: Vec<half::bf16> = (0..len).map(next).collect();
-        let memory = Self::new(len * 2)?;
-        // SAFETY: the memory has that size.
-        unsafe { driver::memcpy_htod_sync(memory.0, &values) }
-            .map_err(|e| driver_error("writing", e))?;
-        Ok(memory)
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new`; freeing waits for the device.
-        let _ = unsafe { driver::free_sync(self.0) };
-    }
-}
-
 fn allocate(bytes: usize) -> Result<u64, Error> {
     // SAFETY: what is read was written before.
     unsafe { driver::malloc_sync(bytes.max(1)) }
@@ -450,146 +340,6 @@ fn added(gemm: &Gemm) -> Option<(u64, usize)> {
 fn alignment(element: usize, stride: usize) -> u32 {
     let bytes = element * stride;
     (1u32 << bytes.trailing_zeros().min(4)).max(element as u32)
-}
-
-/// cuBLASLt's descriptors of a GEMM: `d = a b + c` in its names.
-struct Call {
-    gemm: Description,
-    a: MatrixLayout,
-    b: MatrixLayout,
-    c: MatrixLayout,
-    d: MatrixLayout,
-}
-
-impl Call {
-    fn new(gemm: &Gemm) -> Result<Self, Error> {
-        use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Gemm { m, n, k, a, b, .. } = *gemm;
-        let bf16 = sys::cudaDataType_t::CUDA_R_16BF;
-        let c_type = match gemm.c_kind {
-            Kind::Activation => bf16,
-            Kind::Exact => sys::cudaDataType_t::CUDA_R_32F,
-        };
-        // Rows of ours are columns of theirs.
-        let layout = |kind, transposed, rows, columns, stride| {
-            let (rows, columns) = if transposed {
-                (rows, columns)
-            } else {
-                (columns, rows)
-            };
-            MatrixLayout::new(kind, rows, columns, stride)
-        };
-        let c_stride = added(gemm).map_or(gemm.c_stride, |(_, stride)| stride);
-        let description = Description::new()?;
-        // CUBLAS_OP_N and CUBLAS_OP_T.
-        let operation = |transposed: bool| i32::from(transposed);
-        description.set(
-            Attribute::CUBLASLT_MATMUL_DESC_TRANSA,
-            operation(b.transposed),
-        )?;
-        description.set(
-            Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
-            operation(a.transposed),
-        )?;
-        Ok(Self {
-            gemm: description,
-            a: layout(bf16, b.transposed, k, n, b.stride)?,
-            b: layout(bf16, a.transposed, m, k, a.stride)?,
-            c: layout(c_type, false, m, n, c_stride)?,
-            d: layout(c_type, false, m, n, gemm.c_stride)?,
-        })
-    }
-}
-
-struct Description(sys::cublasLtMatmulDesc_t);
-
-impl Description {
-    fn new() -> Result<Self, Error> {
-        let (compute, scale) = (
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            sys::cudaDataType_t::CUDA_R_32F,
-        );
-        let made = cudarc::cublaslt::result::create_matmul_desc(compute, scale);
-        made.map(Self)
-            .map_err(|e| said("cublasLtMatmulDescCreate", e.0))
-    }
-
-    fn set<T>(
-        &self,
-        attribute: sys::cublasLtMatmulDescAttributes_t,
-        value: T,
-    ) -> Result<(), Error> {
-        let value = std::ptr::from_ref(&value).cast();
-        // SAFETY: the description lives, the value has that size.
-        let status = unsafe {
-            sys::cublasLtMatmulDescSetAttribute(self.0, attribute, value, size_of::<T>())
-        };
-        check("cublasLtMatmulDescSetAttribute", status)
-    }
-}
-
-impl Drop for Description {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, and gone after this.
-        let _ = unsafe { sys::cublasLtMatmulDescDestroy(self.0) };
-    }
-}
-
-struct MatrixLayout(sys::cublasLtMatrixLayout_t);
-
-impl MatrixLayout {
-    fn new(
-        kind: sys::cudaDataType_t,
-        rows: usize,
-        columns: usize,
-        stride: usize,
-    ) -> Result<Self, Error> {
-        let made = cudarc::cublaslt::result::create_matrix_layout(
-            kind,
-            rows as u64,
-            columns as u64,
-            stride as i64,
-        );
-        made.map(Self)
-            .map_err(|e| said("cublasLtMatrixLayoutCreate", e.0))
-    }
-}
-
-impl Drop for MatrixLayout {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, and gone after this.
-        let _ = unsafe { sys::cublasLtMatrixLayoutDestroy(self.0) };
-    }
-}
-
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Preference {
-    fn new() -> Result<Self, Error> {
-        let made = cudarc::cublaslt::result::create_matmul_pref();
-        made.map(Self)
-            .map_err(|e| said("cublasLtMatmulPreferenceCreate", e.0))
-    }
-
-    fn set<T>(
-        &self,
-        attribute: sys::cublasLtMatmulPreferenceAttributes_t,
-        value: &T,
-    ) -> Result<(), Error> {
-        let value = std::ptr::from_ref(value).cast();
-        // SAFETY: the preference lives, the value has that size.
-        let status = unsafe {
-            sys::cublasLtMatmulPreferenceSetAttribute(self.0, attribute, value, size_of::<T>())
-        };
-        check("cublasLtMatmulPreferenceSetAttribute", status)
-    }
-}
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, and gone after this.
-        let _ = unsafe { sys::cublasLtMatmulPreferenceDestroy(self.0) };
-    }
 }
 
 fn check(call: &str, status: sys::cublasStatus_t) -> Result<(), Error> {

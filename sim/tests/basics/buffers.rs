@@ -1,23 +1,12 @@
 //! Buffers of the simulated GPU: freed memory is nobody's, and a GPU may move between threads.
 
-use std::path::Path;
+use segattn_sim::Kernel;
 
-use segattn_sim::{Buffer, Checks, Gpu, Kernel, Kind, Module, SimError, Source, Stats};
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Arrays {
-    input: *const i32,
-    out: *mut i32,
-    counter: *mut i32,
-    offset: i64,
-}
+use super::*;
 
 /// out[i] = input[i + 1], the last in[0], of 32 numbers.
 fn rotate() -> Kernel {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/basics.cu");
-    let module = Module::compile(&Source::new(path)).expect("compiles");
-    module.kernel("rotate_block").expect("kernel")
+    correct().kernel("rotate_block").expect("kernel")
 }
 
 fn launch(gpu: &mut Gpu, input: Buffer, out: Buffer) -> Result<Stats, SimError> {

@@ -1,27 +1,12 @@
 //! A launch that never ends is ended by the simulator, with a report of who waits for what and where.
 
-use std::path::Path;
+use segattn_sim::Limits;
 
-use segattn_sim::{Checks, Gpu, Kind, Limits, Module, SimError, Source};
-
-const BARRIER: &str = "  __syncthreads();\n  p.out[blockIdx.x * n + i]";
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Arrays {
-    input: *const i32,
-    out: *mut i32,
-    counter: *mut i32,
-    offset: i64,
-}
+use super::*;
 
 /// Runs `kernel` of basics.cu with `from` replaced by `to`, two blocks of 64 threads; the error it ends with.
 fn run(kernel: &str, from: &str, to: &str, limits: Limits) -> SimError {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/basics.cu");
-    let text = std::fs::read_to_string(&path).expect("kernel source");
-    assert!(text.contains(from), "{from} does not occur");
-    let source = Source::new(path).with_text(text.replace(from, to));
-    let module = Module::compile(&source).expect("compiles");
+    let module = mutated(from, to);
     let mut gpu = Gpu::new(1, Checks::All).limits(limits);
     let params = Arrays {
         input: gpu.input("in", &[1i32; 128]).expect("memory").ptr(),
@@ -55,7 +40,7 @@ fn limits() -> Limits {
 #[test]
 fn a_thread_that_computes_for_ever_is_ended_while_the_others_wait_for_it() {
     let spin = "  volatile int go = i != 7;\n  while (!go) {}\n  __syncthreads();\n  p.out[blockIdx.x * n + i]";
-    let error = run("rotate_block", BARRIER, spin, limits());
+    let error = run("rotate_block", ROTATE_BARRIER, spin, limits());
     let words = [
         "thread (7,0,0)",
         "neither waited nor ended in 65536 steps",
@@ -69,7 +54,7 @@ fn a_thread_that_computes_for_ever_is_ended_while_the_others_wait_for_it() {
 #[test]
 fn a_thread_that_reads_memory_without_a_pause_is_ended() {
     let spin = "  while (*(volatile int*)&s_values[i] != 12345) {}\n  p.out[blockIdx.x * n + i]";
-    let error = run("rotate_block", BARRIER, spin, limits());
+    let error = run("rotate_block", ROTATE_BARRIER, spin, limits());
     let words = ["neither waited nor ended", "basics.cu:16"];
     assert_report(&error, Kind::Endless, &words);
 }
@@ -77,7 +62,7 @@ fn a_thread_that_reads_memory_without_a_pause_is_ended() {
 #[test]
 fn a_loop_of_barriers_that_never_ends_reaches_the_limit_of_the_launch() {
     let spin = "  for (;;) __syncthreads();\n  p.out[blockIdx.x * n + i]";
-    let error = run("rotate_block", BARRIER, spin, limits());
+    let error = run("rotate_block", ROTATE_BARRIER, spin, limits());
     let words = ["was running when the launch had taken 16777216 steps"];
     assert_report(&error, Kind::Endless, &words);
     let others = ["waits in __syncthreads", "basics.cu:16", "threads "];
@@ -97,9 +82,7 @@ fn threads_that_poll_in_vain_are_named_with_their_line() {
 
 #[test]
 fn limits_that_suffice_change_nothing() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/basics.cu");
-    let module = Module::compile(&Source::new(path)).expect("compiles");
-    let kernel = module.kernel("rotate_block").expect("kernel");
+    let kernel = correct().kernel("rotate_block").expect("kernel");
     let steps = |limits: Limits| {
         let mut gpu = Gpu::new(1, Checks::All).limits(limits);
         let params = Arrays {

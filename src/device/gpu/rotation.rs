@@ -1,0 +1,148 @@
+//! Rotary embedding, and splitting and joining of rows `[q | k | v]`: choice of kernel, grid and parameters.
+
+use super::bounds::{NONE, VECTOR, int, pointer, product};
+use super::rows::{Grid, entry, launch};
+use super::step::Column;
+use super::{Buffer, Driver, Gpu, Step};
+use crate::cuda::kernels::File;
+use crate::cuda::kernels::layer_params::{SegattnQkvParams, SegattnRopeParams};
+use crate::device::{Accumulate, Heads, KeyStore, Result, Rows, RowsMut};
+
+/// Rotates the heads of rows by their angles.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn rope<D: Driver>(
+    gpu: &Gpu<D>,
+    src: Rows<'_, Buffer<D>>,
+    dst: RowsMut<'_, Buffer<D>>,
+    [heads, head_dim]: [usize; 2],
+    tables: (&Buffer<D>, &Buffer<D>),
+    angles: &[usize],
+    inverse: bool,
+    accumulate: Accumulate,
+) -> Result<()> {
+    let rows = angles.len();
+    let width = product("heads and head_dim", &[heads, head_dim])?;
+    let [cos, sin] = gpu.angle_tables(tables, head_dim, angles.iter().copied().max())?;
+    let Some(first) = angles.first() else {
+        return Ok(());
+    };
+    let ascending = angles
+        .iter()
+        .enumerate()
+        .all(|(r, angle)| *angle == first + r);
+    let held = match ascending {
+        true => None,
+        false => Some(gpu.upload(&angles.iter().map(|a| *a as i32).collect::<Vec<_>>())?),
+    };
+    let params = SegattnRopeParams {
+        src: gpu.input(&src, rows, width)?,
+        dst: gpu.output(&dst, rows, width)?,
+        cos,
+        sin,
+        angles: held.as_ref().map_or(std::ptr::null(), pointer),
+        rows: rows as i64,
+        first_angle: int("angle", *first)?,
+        heads: int("heads", heads)?,
+        head_dim: int("head_dim", head_dim)?,
+        inverse: inverse.into(),
+        add: (accumulate == Accumulate::Yes).into(),
+    };
+    let threads = Grid::Threads(rows * width / (2 * VECTOR));
+    launch(gpu, entry(File::Rope, "rope_bf16"), threads, &params)
+}
+
+/// Elements of a row of queries, of keys, and of `[q | k | v]`.
+fn qkv_widths(heads: Heads) -> Result<[usize; 3]> {
+    let q = product("query heads and head_dim", &[heads.q, heads.dim])?;
+    let kv = product("KV heads and head_dim", &[heads.kv, heads.dim])?;
+    let all = kv.checked_mul(2).and_then(|kv| kv.checked_add(q));
+    Ok([q, kv, all.unwrap_or(usize::MAX)])
+}
+
+/// Splits rows `[q | k | v]` into rotated queries, rows of the cache and rows of the probes.
+pub(super) fn split_qkv<D: Driver>(
+    gpu: &Gpu<D>,
+    qkv: Rows<'_, Buffer<D>>,
+    heads: Heads,
+    tables: (&Buffer<D>, &Buffer<D>),
+    step: &Step<D>,
+    q: RowsMut<'_, Buffer<D>>,
+    store: KeyStore<'_, Buffer<D>>,
+) -> Result<()> {
+    let (rows, cache) = (step.rows.tokens.len(), store.cache);
+    let [q_width, width, qkv_width] = qkv_widths(heads)?;
+    let [cos, sin] = gpu.angle_tables(tables, heads.dim, None)?;
+    let (half, len) = (heads.dim / 2, tables.0.len.min(tables.1.len));
+    step.relies_on(Column::Angles, len / half)?;
+    // A row of the cache for each row of the step, in `k`, `v` and, where it is there, `raw_k`.
+    let place = |buffer: &mut Buffer<D>| {
+        let room = buffer.len.checked_div(width).unwrap_or(0);
+        step.relies_on(Column::CacheRows, room)?;
+        gpu.output(&RowsMut::packed(buffer, 0, width), room, width)
+    };
+    let probes = match store.probes {
+        Some(probes) => {
+            let room = probes.len.checked_div(q_width).unwrap_or(0);
+            step.relies_on(Column::ProbeRows, room)?;
+            gpu.output(&RowsMut::packed(probes, 0, q_width), room, q_width)?
+        }
+        None => NONE,
+    };
+    let params = SegattnQkvParams {
+        qkv: gpu.input(&qkv, rows, qkv_width)?,
+        q: gpu.output(&q, rows, q_width)?,
+        k: place(&mut cache.k)?,
+        raw_k: match cache.raw_k.len {
+            0 => NONE,
+            _ => place(&mut cache.raw_k)?,
+        },
+        v: place(&mut cache.v)?,
+        probes,
+        cos,
+        sin,
+        angles: step.angles(gpu)?,
+        cache_rows: step.cache_rows(gpu)?,
+        probe_rows: step.probe_rows(gpu)?,
+        rows: rows as i64,
+        q_heads: int("q_heads", heads.q)?,
+        kv_heads: int("kv_heads", heads.kv)?,
+        head_dim: int("head_dim", heads.dim)?,
+    };
+    let threads = Grid::Threads(rows * qkv_width / (2 * VECTOR));
+    launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
+}
+
+/// Joins gradients of queries and keys, rotated back, and of values to rows `[q | k | v]`.
+pub(super) fn join_qkv<D: Driver>(
+    gpu: &Gpu<D>,
+    [d_q, d_k, d_v]: [Rows<'_, Buffer<D>>; 3],
+    heads: Heads,
+    tables: (&Buffer<D>, &Buffer<D>),
+    angles: &[usize],
+    d_qkv: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let rows = angles.len();
+    let [q_width, width, qkv_width] = qkv_widths(heads)?;
+    let [cos, sin] = gpu.angle_tables(tables, heads.dim, angles.iter().copied().max())?;
+    let indices: Vec<i32> = angles.iter().map(|angle| *angle as i32).collect();
+    let held = gpu.upload(&indices)?;
+    let params = SegattnQkvParams {
+        qkv: gpu.output(&d_qkv, rows, qkv_width)?,
+        q: gpu.input(&d_q, rows, q_width)?,
+        k: gpu.input(&d_k, rows, width)?,
+        raw_k: NONE,
+        v: gpu.input(&d_v, rows, width)?,
+        probes: NONE,
+        cos,
+        sin,
+        angles: pointer(&held),
+        cache_rows: std::ptr::null(),
+        probe_rows: std::ptr::null(),
+        rows: rows as i64,
+        q_heads: int("q_heads", heads.q)?,
+        kv_heads: int("kv_heads", heads.kv)?,
+        head_dim: int("head_dim", heads.dim)?,
+    };
+    let threads = Grid::Threads(rows * qkv_width / (2 * VECTOR));
+    launch(gpu, entry(File::Rope, "join_qkv_bf16"), threads, &params)
+}

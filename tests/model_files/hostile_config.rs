@@ -1,0 +1,272 @@
+//! `config.json`: what is not supported, missing, absurd or unreadable is refused by name.
+
+use proptest::prelude::*;
+use segattn::model::config::*;
+use segattn::model::error::ConfigError;
+use segattn::model::parameters::{Parameter, parameters};
+use serde_json::{Value, json};
+
+use crate::config::{llama3, small, with, without};
+
+fn key_of(error: &ConfigError) -> &str {
+    match error {
+        ConfigError::Missing { key }
+        | ConfigError::Invalid { key, .. }
+        | ConfigError::Unsupported { key, .. } => key,
+        ConfigError::File(_) => "(file)",
+    }
+}
+
+#[track_caller]
+pub fn refused(value: Value, key: &str) {
+    let error = ModelConfig::from_json(value).unwrap_err();
+    assert_eq!(key_of(&error), key, "{error}");
+}
+
+#[test]
+fn unsupported_features_say_what_is_supported() {
+    for (key, value) in [
+        ("model_type", json!("mistral")),
+        ("hidden_act", json!("gelu")),
+        ("attention_bias", json!(true)),
+        ("mlp_bias", json!(true)),
+        ("pretraining_tp", json!(2)),
+        ("partial_rotary_factor", json!(0.5)),
+        ("architectures", json!(["MistralForCausalLM"])),
+        ("quantization_config", json!({"bits": 4})),
+        ("torch_dtype", json!("int8")),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}),
+        ),
+        ("is_causal", json!(false)),
+        ("sliding_window", json!(4096)),
+        ("no_rope_layers", json!([1, 0])),
+        (
+            "layer_types",
+            json!(["full_attention", "sliding_attention"]),
+        ),
+        ("embedding_multiplier", json!(12.0)),
+        ("residual_multiplier", json!(0.22)),
+        ("logits_scaling", json!(8)),
+        ("num_local_experts", json!(8)),
+    ] {
+        let error = ModelConfig::from_json(with(small(), &format!("/{key}"), value)).unwrap_err();
+        let ConfigError::Unsupported { supported, .. } = &error else {
+            panic!("{key}: {error}");
+        };
+        assert!(
+            !supported.is_empty() && key_of(&error).starts_with(key),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn dropout_is_refused_by_name_in_training_only() {
+    let config = ModelConfig::from_json(with(small(), "/attention_dropout", json!(0.1))).unwrap();
+    assert_eq!(
+        key_of(&config.check_training().unwrap_err()),
+        "attention_dropout"
+    );
+    assert!(
+        ModelConfig::from_json(small())
+            .unwrap()
+            .check_training()
+            .is_ok()
+    );
+}
+
+#[test]
+fn missing_keys_are_named() {
+    for key in [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ] {
+        refused(without(small(), key), key);
+    }
+    for key in ["segment_len", "prior_len", "past_len"] {
+        let mut value = small();
+        value["segment"].as_object_mut().unwrap().remove(key);
+        refused(value, &format!("segment.{key}"));
+    }
+}
+
+#[test]
+fn absurd_and_contradictory_values_are_refused_by_key() {
+    for key in [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ] {
+        for value in [
+            json!(0),
+            json!(-1),
+            json!(u64::MAX),
+            json!(1u64 << 40),
+            json!(1.5),
+            json!("8"),
+            json!([8]),
+        ] {
+            refused(with(small(), &format!("/{key}"), value), key);
+        }
+    }
+    for (pointer, value, key) in [
+        ("/num_key_value_heads", json!(3), "num_key_value_heads"),
+        ("/head_dim", json!(7), "head_dim"),
+        ("/hidden_size", json!(33), "hidden_size"),
+        ("/rms_norm_eps", json!(-1e-5), "rms_norm_eps"),
+        ("/rope_theta", json!(0), "rope_theta"),
+        ("/eos_token_id", json!(1.5), "eos_token_id"),
+        (
+            "/rope_scaling",
+            json!({"type": "linear"}),
+            "rope_scaling.factor",
+        ),
+        (
+            "/rope_scaling",
+            json!({"type": "linear", "factor": 0.5}),
+            "rope_scaling.factor",
+        ),
+        ("/segment/segment_len", json!(63), "segment.segment_len"),
+        ("/segment/segment_len", json!(0), "segment.segment_len"),
+        ("/segment/prior_len", json!(72), "segment.prior_len"),
+        ("/segment/prior_len", json!(12), "segment.prior_len"),
+        ("/segment/past_len", json!(31), "segment.past_len"),
+        ("/segment/past_length", json!(32), "segment.past_length"),
+        ("/segment/break_ids", json!([3, 258]), "segment.break_ids"),
+        ("/segment/break_ids", json!([-1]), "segment.break_ids"),
+        ("/segment/break_ids", json!(3), "segment.break_ids"),
+        (
+            "/segment/break_after_prompt",
+            json!(1),
+            "segment.break_after_prompt",
+        ),
+        (
+            "/segment/retrieval/block_len",
+            json!(0),
+            "segment.retrieval.block_len",
+        ),
+        (
+            "/segment/retrieval/block",
+            json!(8),
+            "segment.retrieval.block",
+        ),
+        (
+            "/segment/head_reads",
+            json!([[["prior"], []]]),
+            "segment.head_reads",
+        ),
+        (
+            "/segment/head_reads/1",
+            json!([[]]),
+            "segment.head_reads[1]",
+        ),
+        (
+            "/segment/head_reads/1/0",
+            json!(["future"]),
+            "segment.head_reads[1][0]",
+        ),
+        (
+            "/segment/head_reads/1/0",
+            json!(["past", "past"]),
+            "segment.head_reads[1][0]",
+        ),
+    ] {
+        refused(with(small(), pointer, value), key);
+    }
+}
+
+#[test]
+fn llama3_scaling_needs_an_ordered_ramp() {
+    let base = with(small(), "/rope_scaling", llama3()["rope_scaling"].clone());
+    let value = with(base, "/rope_scaling/high_freq_factor", json!(1.0));
+    refused(value, "rope_scaling.high_freq_factor");
+}
+
+#[test]
+fn unreadable_config_files_are_typed_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let load = || ModelConfig::load(folder.path()).unwrap_err();
+    assert!(matches!(load(), ConfigError::File(_)), "absent");
+    let path = folder.path().join(CONFIG_FILE);
+    for text in ["", "[", "{\"model_type\":", "\u{0}", &"[".repeat(100_000)] {
+        std::fs::write(&path, text).unwrap();
+        assert!(matches!(load(), ConfigError::File(_)), "{:.20}", text);
+    }
+    std::fs::write(&path, "[]").unwrap();
+    assert!(matches!(load(), ConfigError::Invalid { .. }));
+    let huge = std::fs::File::create(&path).unwrap();
+    huge.set_len(1 << 40).unwrap();
+    assert!(load().to_string().contains("at most"));
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (0u64..70).prop_map(Value::from),
+        any::<f64>().prop_map(|x| json!(x)),
+        "[a-z_]{0,12}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::hash_map("[a-z_]{1,8}", inner, 0..4).prop_map(|map| json!(map)),
+        ]
+    })
+}
+
+const POINTERS: &[&str] = &[
+    "/model_type",
+    "/vocab_size",
+    "/hidden_size",
+    "/intermediate_size",
+    "/num_hidden_layers",
+    "/num_attention_heads",
+    "/num_key_value_heads",
+    "/head_dim",
+    "/rms_norm_eps",
+    "/rope_theta",
+    "/rope_scaling",
+    "/rope_parameters",
+    "/tie_word_embeddings",
+    "/max_position_embeddings",
+    "/bos_token_id",
+    "/eos_token_id",
+    "/torch_dtype",
+    "/dtype",
+    "/segment",
+    "/segment/segment_len",
+    "/segment/head_reads",
+    "/segment/head_reads/0",
+    "/segment/head_reads/0/1",
+    "/segment/retrieval",
+    "/segment/retrieval/block_len",
+    "/segment/anything",
+    "/anything",
+];
+
+proptest! {
+    #[test]
+    fn any_value_under_any_key_loads_soundly_or_is_a_typed_error(
+        pointer in prop::sample::select(POINTERS),
+        value in any_json(),
+    ) {
+        if let Ok(config) = ModelConfig::from_json(with(small(), pointer, value)) {
+            prop_assert!(config.validate().is_ok());
+            prop_assert!(parameters(&config).iter().all(|spec| spec.numel() > 0));
+            let again = ModelConfig::from_json(config.to_json()).unwrap();
+            prop_assert_eq!(again.to_json(), config.to_json());
+        }
+    }
+}
