@@ -1,19 +1,17 @@
 //! GEMMs of the CPU device: right against f64, and every element the same bits whatever
 //! surrounds it: other rows, threads, strides, or a sum done in two calls.
 
+mod random;
+
 use proptest::prelude::*;
+use random::random_bits;
 use segattn::device::cpu::PackedMatrix;
 use segattn::device::cpu::gemm::{Strided, gemm, linear, linear_input_grad, linear_weight_grad};
 
 /// Reproducible values of mixed sign and size with a mean off zero.
 fn values(len: usize, seed: u64) -> Vec<f32> {
-    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 40) as f32 / (1 << 24) as f32
-    };
+    let mut bits = random_bits(seed);
+    let mut next = || (bits() >> 40) as f32 / (1 << 24) as f32;
     (0..len)
         .map(|_| (next() - 0.4) * (1.0 + 4.0 * next()))
         .collect()

@@ -4,9 +4,12 @@
 //!
 //! `cargo test --release --features cuda --test decode_cuda`, or `tests/portable.sh` for a machine without Rust.
 
+mod random;
+
 use std::io::Write;
 use std::ops::ControlFlow;
 
+use random::random;
 use segattn::device::gpu::Gpu;
 use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 use segattn::device::sampler::{Sampler, SamplerConfig};
@@ -32,16 +35,6 @@ fn gpu() -> Option<Gpu<Cuda>> {
             said.expect("standard error");
             None
         }
-    }
-}
-
-fn random(seed: u64) -> impl FnMut() -> f32 {
-    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    move || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 40) as f32 / (1u64 << 24) as f32 - 0.5
     }
 }
 

@@ -1,7 +1,10 @@
 //! The optimizer's update on every device against a plain f64 reading of its formulas, and what it must never
 //! do: depend on threads, touch anything when a gradient is not finite, or let a gate slip to zero.
 
+mod random;
+
 use proptest::prelude::*;
+use random::random_bits;
 use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 use segattn::device::{AdamW, Device, GradTensor, Kind, Update};
@@ -80,12 +83,10 @@ fn update(lr: f64, step: u64) -> AdamW {
 
 /// Deterministic numbers of mixed scale; `seed` picks the sequence.
 fn numbers(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bits = random_bits(seed);
     (0..len)
         .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
+            let state = bits();
             let unit = (state >> 40) as f32 / (1u64 << 24) as f32 - 0.4;
             unit * 10f32.powi((state % 9) as i32 - 5)
         })

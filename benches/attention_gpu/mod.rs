@@ -9,6 +9,8 @@
 
 mod case;
 mod check;
+#[path = "../measure/date.rs"]
+mod date;
 mod peers;
 mod report;
 

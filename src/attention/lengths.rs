@@ -130,20 +130,9 @@ impl<'a> PastLen<'a> {
     }
 }
 
-impl<'a> From<&'a [i32]> for Len<'a> {
-    fn from(values: &'a [i32]) -> Self {
-        Len::Host(values)
-    }
-}
-
-impl<'a> From<&'a Vec<i32>> for Len<'a> {
-    fn from(values: &'a Vec<i32>) -> Self {
-        Len::Host(values)
-    }
-}
-
-impl<'a, const N: usize> From<&'a [i32; N]> for Len<'a> {
-    fn from(values: &'a [i32; N]) -> Self {
-        Len::Host(values)
+/// Slices, arrays and vectors.
+impl<'a, X: AsRef<[i32]> + ?Sized> From<&'a X> for Len<'a> {
+    fn from(values: &'a X) -> Self {
+        Len::Host(values.as_ref())
     }
 }

@@ -66,21 +66,10 @@ pub enum Gates<'a> {
     },
 }
 
-impl<'a> From<&'a [f32]> for Gates<'a> {
-    fn from(gates: &'a [f32]) -> Self {
-        Gates::Host(gates)
-    }
-}
-
-impl<'a> From<&'a Vec<f32>> for Gates<'a> {
-    fn from(gates: &'a Vec<f32>) -> Self {
-        Gates::Host(gates)
-    }
-}
-
-impl<'a, const N: usize> From<&'a [f32; N]> for Gates<'a> {
-    fn from(gates: &'a [f32; N]) -> Self {
-        Gates::Host(gates)
+/// Slices, arrays and vectors.
+impl<'a, X: AsRef<[f32]> + ?Sized> From<&'a X> for Gates<'a> {
+    fn from(gates: &'a X) -> Self {
+        Gates::Host(gates.as_ref())
     }
 }
 

@@ -1,17 +1,15 @@
 //! Documents for evaluation: text files and folders of them, JSONL, and lists of token ids.
 
-use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use segattn::eval::Document;
 use segattn::model::segmentation::Tokens;
 use segattn::model::tokenizer::Tokenizer;
 use segattn::train::data::{Format, list_files};
 use serde::Deserialize;
 
-use super::files::read_tokens;
+use super::files::{read_text, read_tokens};
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 32;
@@ -66,9 +64,7 @@ fn read_file(
             path.display()
         );
     };
-    let content = read_text(path)?;
-    // Some programs begin a file with a byte order mark.
-    let content = content.strip_prefix('\u{feff}').unwrap_or(&content);
+    let content = read_text(path, MAX_FILE)?;
     let mut push = |content: &str| -> Result<()> {
         documents.push(Document {
             tokens: text.encode(content, true)?,
@@ -78,7 +74,7 @@ fn read_file(
         Ok(())
     };
     if format == Format::Text {
-        return push(content);
+        return push(&content);
     }
     for (i, line) in content.lines().enumerate() {
         if line.trim().is_empty() {
@@ -94,18 +90,4 @@ fn read_file(
         push(&line.text)?;
     }
     Ok(())
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    let file = fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let mut content = String::new();
-    file.take(MAX_FILE + 1)
-        .read_to_string(&mut content)
-        .with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?;
-    ensure!(
-        content.len() as u64 <= MAX_FILE,
-        "{}: expected at most {MAX_FILE} bytes",
-        path.display()
-    );
-    Ok(content)
 }

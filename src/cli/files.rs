@@ -53,22 +53,29 @@ impl BreakArgs {
     }
 }
 
-/// Reads token ids, each below `vocab`: a JSON array of them, or an object with `tokens` and `breaks`.
-pub fn read_tokens(path: &Path, vocab: usize) -> Result<Tokens> {
+/// Reads a UTF-8 file of at most `limit` bytes. A byte order mark at its start is dropped.
+pub fn read_text(path: &Path, limit: u64) -> Result<String> {
     let file =
         std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut text = String::new();
-    file.take(MAX_TOKENS_FILE + 1)
+    file.take(limit + 1)
         .read_to_string(&mut text)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+        .with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?;
     ensure!(
-        text.len() as u64 <= MAX_TOKENS_FILE,
-        "{}: expected at most {MAX_TOKENS_FILE} bytes",
+        text.len() as u64 <= limit,
+        "{}: expected at most {limit} bytes",
         path.display()
     );
-    // A byte order mark is passed over.
-    let json = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let tokens = parse_ids(json).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    if text.starts_with('\u{feff}') {
+        text.drain(..'\u{feff}'.len_utf8());
+    }
+    Ok(text)
+}
+
+/// Reads token ids, each below `vocab`: a JSON array of them, or an object with `tokens` and `breaks`.
+pub fn read_tokens(path: &Path, vocab: usize) -> Result<Tokens> {
+    let json = read_text(path, MAX_TOKENS_FILE)?;
+    let tokens = parse_ids(&json).map_err(|error| anyhow!("{}: {error}", path.display()))?;
     for (i, token) in tokens.ids.iter().enumerate() {
         ensure!(
             (*token as usize) < vocab,

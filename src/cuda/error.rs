@@ -41,7 +41,9 @@ pub enum Error {
         reason: String,
     },
     /// There is no GPU of this number.
-    #[error("GPU {ordinal}: expected a number below {count}, which is how many GPUs the driver lists")]
+    #[error(
+        "GPU {ordinal}: expected a number below {count}, which is how many GPUs the driver lists"
+    )]
     Ordinal {
         /// The requested number.
         ordinal: usize,
@@ -160,16 +162,16 @@ fn remedy(code: u32) -> &'static str {
             "the driver is not ready: see `nvidia-smi`; a reboot may help"
         }
         803 => "the driver's library and kernel module differ: reboot after a driver update",
-        804 => {
-            "this GPU cannot use the CUDA compatibility package in LD_LIBRARY_PATH: remove it"
-        }
+        804 => "this GPU cannot use the CUDA compatibility package in LD_LIBRARY_PATH: remove it",
         221 | 223 => {
             "the GPU needs kernels compiled for it: build with SEGATTN_CUDA_ARCHS naming its architecture"
         }
         701 => "the kernel needs more registers than the GPU has: build for its architecture",
         // Stream capture.
         900..=908 => "while a stream is captured call `launch` of a plan, after one `run` outside",
-        _ => "see `segattn doctor`; if it finds no fault of the machine, please report this as a bug",
+        _ => {
+            "see `segattn doctor`; if it finds no fault of the machine, please report this as a bug"
+        }
     }
 }
 

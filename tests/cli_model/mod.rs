@@ -4,6 +4,10 @@
 // Every test program uses a part of this.
 #![allow(dead_code)]
 
+#[path = "../random/mod.rs"]
+mod random;
+
+use random::random;
 use safetensors::tensor::{Dtype, TensorView};
 use segattn::model::config::ModelConfig;
 use segattn::model::parameters::{Role, specs};
@@ -34,16 +38,6 @@ pub fn config() -> ModelConfig {
         },
     });
     ModelConfig::from_json(json).unwrap()
-}
-
-fn random(seed: u64) -> impl FnMut() -> f32 {
-    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    move || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    }
 }
 
 pub fn tokens(seed: u64, len: usize) -> Vec<u32> {

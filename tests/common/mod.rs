@@ -1,20 +1,14 @@
 //! Small random models, shared by tests.
 
+#[path = "../random/mod.rs"]
+mod random;
+
+pub use random::random_f64 as random;
 use segattn::device::reference::Reference;
 use segattn::device::{Device, Kind};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, specs};
-
-pub fn random(seed: u64) -> impl FnMut() -> f64 {
-    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    move || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 11) as f64 / (1u64 << 53) as f64 - 0.5
-    }
-}
 
 pub fn config(tied: bool) -> ModelConfig {
     config_of(tied, 4)

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use segattn::model::config::*;
 use segattn::model::error::ConfigError;
-use segattn::model::parameters::{Parameter, parameters};
+use segattn::model::parameters::parameters;
 use serde_json::{Value, json};
 
 use crate::config::{llama3, small, with, without};

@@ -1,7 +1,11 @@
 //! What the tests of the GPU device share: the device on a simulated GPU, and a small model for it.
 
+#[path = "../../../tests/random/mod.rs"]
+mod numbers;
+
 use std::path::Path;
 
+pub use numbers::random;
 use segattn::device::gpu::Gpu;
 use segattn::device::{Device, Kind};
 use segattn::model::config::ModelConfig;
@@ -13,17 +17,6 @@ use segattn_sim::{Checks, Driver};
 pub fn gpu(seed: u64, checks: Checks) -> Gpu<Driver> {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
     Gpu::new(Driver::new(&kernels, seed, checks))
-}
-
-/// Numbers between -0.5 and 0.5.
-pub fn random(seed: u64) -> impl FnMut() -> f32 {
-    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    move || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    }
 }
 
 /// Two layers in which heads read everything that there is to read: prior, past, both, and neither.

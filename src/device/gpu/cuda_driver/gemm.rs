@@ -22,10 +22,10 @@ use cudarc::driver::sys::CUstream;
 use super::super::bytes_of;
 use super::super::driver::{Epilogue, Gemm};
 use super::failed;
-use comparison::Check;
-use descriptors::{Call, Preference};
 use crate::cuda::{Error, driver_error};
 use crate::device::Kind;
+use comparison::Check;
+use descriptors::{Call, Preference};
 
 /// Rows at which the reference algorithm is chosen.
 const REFERENCE_ROWS: usize = 2048;
