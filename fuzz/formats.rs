@@ -3,8 +3,11 @@
 //! files.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
-use segattn::model::config::{CONFIG_FILE, ModelConfig};
+use segattn::attention::{View, ViewMut, cpu};
+use segattn::convert::gguf::Gguf;
+use segattn::model::config::{CONFIG_FILE, ModelConfig, WeightType};
 use segattn::model::parameters::parameters;
 use segattn::model::session_file::StateFile;
 use segattn::model::tokenizer::{
@@ -12,13 +15,21 @@ use segattn::model::tokenizer::{
 };
 use segattn::model::weights::header::Header;
 use segattn::model::weights::index::Index;
-use segattn::train::checkpoint;
-use segattn::train::config::Config;
+use segattn::train::checkpoint::{self, Checkpoint, Disk, Fingerprints};
+use segattn::train::config::{Config, DataSection};
+use segattn::train::data::{Bytes, Corpus, Position, Reading};
+use segattn::train::guard::{Guard, GuardConfig};
+use segattn::train::progress::{Progress, Tensors};
+use sha2::{Digest, Sha256};
+
+#[allow(dead_code, reason = "the command uses all of it")]
+#[path = "../src/cli/op/case.rs"]
+mod case;
 
 /// A format's name, and what is done with its bytes; `folder` is an empty one.
 pub type Format = (&'static str, fn(&[u8], &Path));
 
-pub const ALL: [Format; 8] = [
+pub const ALL: [Format; 13] = [
     ("safetensors", safetensors),
     ("index", index),
     ("config", config),
@@ -27,6 +38,11 @@ pub const ALL: [Format; 8] = [
     ("state_file", state_file),
     ("manifest", manifest),
     ("run", run),
+    ("op_case", op_case),
+    ("token_ids", token_ids),
+    ("jsonl", jsonl),
+    ("gguf", gguf),
+    ("state_json", state_json),
 ];
 
 /// A weight file's header: its tensors lie within the file.
@@ -106,6 +122,131 @@ pub fn run(bytes: &[u8], _: &Path) {
         let again = Config::parse(&written, &[]).expect("what was written can be read");
         assert_eq!(again, config);
     }
+}
+
+/// A case of the operation: it is computed or refused.
+pub fn op_case(bytes: &[u8], _: &Path) {
+    let Ok(case) = case::Case::read(bytes) else {
+        return;
+    };
+    let values = |name| {
+        let tensor = case.floats.iter().find(|(own, _)| *own == name);
+        tensor.map_or(&[][..], |(_, values)| values)
+    };
+    let problem = case.problem(|name, shape| Ok(View::packed(values(name), shape)));
+    let problem = problem.expect("tensors of the case");
+    let [batch, segment, q_heads, _] = case.q_shape;
+    let mut out = vec![0.0; case.q_shape.iter().product()];
+    let mut lse = vec![0.0; batch * q_heads * segment];
+    let _ = cpu::forward(&problem, ViewMut::packed(&mut out, case.q_shape), &mut lse);
+}
+
+/// A JSON file of token ids for training: every token is in the vocabulary.
+pub fn token_ids(bytes: &[u8], folder: &Path) {
+    read_data(bytes, folder, "data.json");
+}
+
+/// Lines of JSON for training: every token is in the vocabulary.
+pub fn jsonl(bytes: &[u8], folder: &Path) {
+    read_data(bytes, folder, "data.jsonl");
+}
+
+fn read_data(bytes: &[u8], folder: &Path, name: &str) {
+    write(folder, name, bytes);
+    let section = DataSection::default();
+    let reading = Reading {
+        section: &section,
+        vocab_size: 300,
+        before: &[1],
+        after: &[2],
+        encode: &Bytes,
+        tokenizer: "bytes",
+        cache: None,
+        scratch: folder,
+        progress: &|_, _| (),
+    };
+    if let Ok(corpus) = Corpus::read(&[&[folder.join(name)]], &reading) {
+        for document in corpus.documents() {
+            let tokens = corpus.tokens(document, 0..document.len);
+            let tokens = tokens.expect("tokens of a document");
+            assert!(tokens.iter().all(|token| *token < 300));
+        }
+    }
+}
+
+/// A GGUF file: what can be opened is converted or refused.
+pub fn gguf(bytes: &[u8], folder: &Path) {
+    write(folder, "model.gguf", bytes);
+    if let Ok(gguf) = Gguf::open(&folder.join("model.gguf")) {
+        let out = folder.join("out");
+        let _ = gguf.save(&out, gguf.config(), WeightType::F32, None);
+        let _ = std::fs::remove_dir_all(out);
+    }
+}
+
+/// The state of a checkpoint whose other files are good, under a hash that fits it.
+pub fn state_json(bytes: &[u8], folder: &Path) {
+    let files = checkpoint_files();
+    for (name, content) in files {
+        write(folder, name, content);
+    }
+    write(folder, "state.json", bytes);
+    let manifest = files.iter().find(|(name, _)| name == "manifest.json");
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&manifest.expect("a manifest").1).expect("JSON");
+    let entry = &mut manifest["files"]["state.json"];
+    entry["bytes"] = bytes.len().into();
+    let hash = Sha256::digest(bytes);
+    let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    entry["sha256"] = hash.into();
+    write(folder, "manifest.json", manifest.to_string().as_bytes());
+    if let Ok(read) = checkpoint::load(folder) {
+        let names = read.extra.iter().map(|(name, _)| Path::new(name));
+        assert!(
+            names
+                .into_iter()
+                .all(|name| !name.has_root() && !name.starts_with(".."))
+        );
+    }
+}
+
+/// The files of a good checkpoint.
+pub fn checkpoint_files() -> &'static [(String, Vec<u8>)] {
+    static FILES: OnceLock<Vec<(String, Vec<u8>)>> = OnceLock::new();
+    FILES.get_or_init(|| {
+        let model = ModelConfig::new(8, 8, 8, 1, 1, 1).expect("sizes that fit");
+        let train = [("data.train".to_owned(), "x".to_owned())];
+        let good = Checkpoint {
+            config: Config::parse("", &train).expect("a configuration"),
+            tensors: Tensors::initial(&model, 1),
+            model,
+            progress: Progress {
+                step: 3,
+                updates: 3,
+                tokens: 30,
+                position: Position { epoch: 0, index: 3 },
+                guard: Guard::new(GuardConfig::default()).expect("defaults"),
+            },
+            data: Fingerprints {
+                train: "documents".into(),
+                validation: "others".into(),
+            },
+            extra: vec![("tokenizer.json".into(), b"{}".to_vec())],
+        };
+        let root = tempfile::tempdir().expect("a folder");
+        let folder = checkpoint::save(&mut Disk, root.path(), &good, 2).expect("a checkpoint");
+        let entries = std::fs::read_dir(folder).expect("a folder");
+        let file = |entry: std::io::Result<std::fs::DirEntry>| {
+            let path = entry.expect("an entry").path();
+            let name = path
+                .file_name()
+                .expect("a name")
+                .to_string_lossy()
+                .into_owned();
+            (name, std::fs::read(path).expect("a file"))
+        };
+        entries.map(file).collect()
+    })
 }
 
 fn write(folder: &Path, name: &str, bytes: &[u8]) {

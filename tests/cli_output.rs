@@ -283,6 +283,24 @@ fn counts_beyond_all_measure_are_refused_by_name() {
     );
 }
 
+#[test]
+fn where_no_thread_can_be_started_the_program_computes_on_one_with_the_same_bits() {
+    let dir = folder();
+    let args = ["score", "-m", ".", "--tokens", "t.json"];
+    let expected = printed(dir.path(), &args);
+    // No address space has room for such a stack, so that every start of a thread fails.
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_segattn"))
+        .current_dir(dir.path())
+        .env("RUST_MIN_STACK", (1u64 << 50).to_string())
+        .args(args)
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    assert!(errors.contains("no thread can be started"), "{errors}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+}
+
 /// A case of `op` with one row of each source, its one gate given.
 fn op_case(gate: f32) -> Vec<u8> {
     let row: Vec<u8> = (1..=8u8).flat_map(|x| f32::from(x).to_le_bytes()).collect();
@@ -302,6 +320,33 @@ fn op_case(gate: f32) -> Vec<u8> {
         (*name, view.unwrap())
     });
     safetensors::serialize(views, None).unwrap()
+}
+
+#[test]
+fn a_case_without_elements_cannot_ask_for_memory() {
+    let dir = folder();
+    let huge = 1usize << 40;
+    let empty = |name| (name, Dtype::F32, vec![1, huge, 1, 0], Vec::new());
+    let mut tensors: Vec<_> = [
+        "q", "k", "v", "d_out", "prior_k", "prior_v", "past_k", "past_v",
+    ]
+    .map(empty)
+    .into();
+    for name in ["segment_len", "prior_len", "past_len"] {
+        tensors.push((name, Dtype::I32, vec![1], 1i32.to_le_bytes().into()));
+    }
+    tensors.push(("past_gate", Dtype::F32, vec![1], 1f32.to_le_bytes().into()));
+    tensors.push(("prior_heads", Dtype::U8, vec![1], vec![1]));
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        let view = TensorView::new(*dtype, shape.clone(), data);
+        (*name, view.unwrap())
+    });
+    let file = safetensors::serialize(views, None).unwrap();
+    std::fs::write(dir.path().join("case"), file).unwrap();
+    for device in ["cpu", "reference"] {
+        let args = ["op", "--case", "case", "--out", "out", "--device", device];
+        fails(dir.path(), &args, "head_dim");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Every format that is read, from files changed at random: a typed error or something that holds, never a panic. The
 //! functions are those of the fuzz targets. `SEGATTN_FORMATS=SECONDS` goes on for so long with each format.
 
-#![cfg(feature = "tokenizer")]
+#![cfg(feature = "cli")]
 
 #[path = "../fuzz/formats.rs"]
 mod formats;
@@ -44,8 +44,39 @@ fn sample(name: &str) -> Vec<u8> {
             br#"{"version":1,"files":{"state.json":{"bytes":12,"sha256":"00","tensors":{"a":"00"}}}}"#.to_vec()
         }
         "run" => read("configs/train.toml"),
+        "op_case" => op_case(),
+        "token_ids" => b"[[1, 2, 3], [], [4, 299]]".to_vec(),
+        "jsonl" => b"{\"text\": \"one\", \"x\": 1}\n\n{\"text\": [1, 2]}\n".to_vec(),
+        "gguf" => read("tests/golden/gguf/tiny.gguf"),
+        "state_json" => {
+            let files = formats::checkpoint_files();
+            let state = files.iter().find(|(name, _)| name == "state.json");
+            state.unwrap().1.clone()
+        }
         other => panic!("no sample of {other}"),
     }
+}
+
+/// A case of the operation: one row of each source, one head of 8.
+fn op_case() -> Vec<u8> {
+    use safetensors::tensor::{Dtype, TensorView};
+    let row: Vec<u8> = (1..=8u8).flat_map(|x| f32::from(x).to_le_bytes()).collect();
+    let one = 1i32.to_le_bytes();
+    let gate = 0.5f32.to_le_bytes();
+    let rows = [
+        "q", "k", "v", "prior_k", "prior_v", "past_k", "past_v", "d_out",
+    ];
+    let rows = rows.map(|name| (name, Dtype::F32, vec![1, 1, 1, 8], &row[..]));
+    let lengths = ["segment_len", "prior_len", "past_len"];
+    let lengths = lengths.map(|name| (name, Dtype::I32, vec![1], &one[..]));
+    let roles = [
+        ("past_gate", Dtype::F32, vec![1], &gate[..]),
+        ("prior_heads", Dtype::U8, vec![1], &[1u8][..]),
+    ];
+    let all = rows.into_iter().chain(lengths).chain(roles);
+    let views =
+        all.map(|(name, dtype, shape, data)| (name, TensorView::new(dtype, shape, data).unwrap()));
+    safetensors::serialize(views, None).unwrap()
 }
 
 /// The state file of a small model.

@@ -12,7 +12,7 @@ use segattn::device::gpu::PoolPlace;
 use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 #[cfg(feature = "cuda")]
 use segattn::device::gpu::{DryRun, Gpu};
-use segattn::device::{Device, Purpose};
+use segattn::device::{Device, HostMemory, Purpose};
 
 /// A device by name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -117,6 +117,10 @@ pub trait Planned: Device {
         run: impl Fn(Self::Dry) -> Result<()>,
     ) -> Result<()>;
 
+    /// Warns where a run by this estimate takes more memory than the machine has left. A device that plans its memory
+    /// knows better.
+    fn warn_of(&self, _estimate: u64) {}
+
     /// The device's measured GEMM throughput, in operations per second. Asked for before memory is planned.
     ///
     /// # Errors
@@ -138,6 +142,24 @@ impl Planned for Cpu {
     fn plan(&self, _: Pool, _: Purpose, _: impl Fn(Cpu) -> Result<()>) -> Result<()> {
         Ok(())
     }
+
+    fn warn_of(&self, estimate: u64) {
+        if let Some(shortage) = shortage(estimate, HostMemory::now().left()) {
+            tracing::warn!("{shortage}");
+        }
+    }
+}
+
+/// What to say of a run that takes `estimate` bytes where `left` are free.
+fn shortage(estimate: u64, left: Option<usize>) -> Option<String> {
+    let left = left.filter(|left| estimate > *left as u64)?;
+    let gib = |bytes: f64| bytes / f64::from(1 << 30);
+    Some(format!(
+        "this run takes about {:.1} GiB of memory, and {:.1} GiB are free: the system may end it. Less is taken with \
+         training.recompute = true, a smaller training.batch, training.segments_per_step or training.sequence_len",
+        gib(estimate as f64),
+        gib(left as f64)
+    ))
 }
 
 #[cfg(feature = "cuda")]
@@ -168,5 +190,22 @@ impl Planned for Gpu<Cuda> {
 
     fn memory_taken(&self) -> Option<usize> {
         Some(self.memory_use().on_device())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shortage;
+
+    #[test]
+    fn only_runs_that_take_more_than_is_free_are_warned_of() {
+        const GIB: usize = 1 << 30;
+        let said = shortage(3 * GIB as u64, Some(2 * GIB)).unwrap();
+        assert!(
+            said.contains("3.0 GiB") && said.contains("2.0 GiB"),
+            "{said}"
+        );
+        assert_eq!(shortage(2 * GIB as u64, Some(2 * GIB)), None);
+        assert_eq!(shortage(u64::MAX, None), None);
     }
 }

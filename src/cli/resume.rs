@@ -12,7 +12,7 @@ use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
 use super::run::{Data, Run, checkpoints, claim};
 use super::text::Text;
-use super::train::dry_run;
+use super::train::{dry_run, estimate};
 
 /// The run goes on under its own configuration; keys given here replace its own, such as --training.steps.
 #[derive(Debug, clap::Args)]
@@ -66,6 +66,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;
+        device.warn_of(estimate(&checkpoint.model, &config.training, data.longest(config.training.sequence_len)));
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
         Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()

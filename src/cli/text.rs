@@ -8,7 +8,7 @@ use segattn::model::config::ModelConfig;
 use segattn::model::error::TokenizerError;
 use segattn::model::tokenizer::{BYTES, TOKENIZER_FILE, Tokenizer, end_ids, is_tokenizer_file};
 use segattn::train::config::{Config, DataSection};
-use segattn::train::data::{Bytes, Encode, hash_file};
+use segattn::train::data::{Bytes, Encode, Located, hash_file};
 
 /// How a run's texts become tokens.
 pub struct Text {
@@ -112,12 +112,18 @@ impl Encode for Text {
         }
     }
 
-    fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, String> {
+    fn locate(&self, text: &str) -> Result<Vec<Located>, String> {
         match &self.kind {
-            Kind::Tokenizer(tokenizer, _) => tokenizer
-                .encode_with_starts(text)
-                .map_err(|e| e.to_string()),
-            Kind::Bytes => Bytes.encode_with_starts(text),
+            Kind::Tokenizer(tokenizer, _) => {
+                let words = tokenizer.locate(text).map_err(|e| e.to_string())?;
+                let located = |(token, start, begins_word)| Located {
+                    token,
+                    start,
+                    begins_word,
+                };
+                Ok(words.into_iter().map(located).collect())
+            }
+            Kind::Bytes => Bytes.locate(text),
             Kind::Unreadable(error) => Err(error.to_string()),
         }
     }
@@ -130,6 +136,13 @@ impl Encode for Text {
             }
             Kind::Bytes => Bytes.ends_line(id),
             Kind::Unreadable(_) => false,
+        }
+    }
+
+    fn needs_whole_words(&self) -> bool {
+        match &self.kind {
+            Kind::Tokenizer(tokenizer, _) => tokenizer.needs_whole_words(),
+            Kind::Bytes | Kind::Unreadable(_) => false,
         }
     }
 }

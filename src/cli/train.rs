@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use segattn::device::{Device, Purpose};
 use segattn::model::config::ModelConfig;
+use segattn::model::memory::{Use, memory};
 use segattn::model::parameters::specs;
 use segattn::model::weights;
 use segattn::train::checkpoint::list;
-use segattn::train::config::Config;
+use segattn::train::config::{Config, TrainingSection};
 use segattn::train::progress::Tensors;
 use segattn::train::trainer::Trainer;
 
@@ -49,6 +50,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     let extra = companion_files(&config)?;
     on_device!(args.device.device, device => {
         let peak = device.peak_flops()?;
+        device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len)));
         device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &model, &config, &data))?;
         let trainer = Trainer::new(device, model, config.clone(), &tensors, None)?;
         Run::new(output, trainer, data, extra, peak, quiet)?.go()
@@ -68,6 +70,22 @@ pub fn dry_run<D: Device>(
     trainer.step_on(&[vec![sequence.clone(); training.batch]])?;
     trainer.validate(&[sequence])?;
     Ok(())
+}
+
+/// Bytes that training takes where all numbers are f32, for sequences of `longest` predictions.
+pub fn estimate(model: &ModelConfig, training: &TrainingSection, longest: usize) -> u64 {
+    let run = Use::Train {
+        tbptt: training.tbptt,
+        segments_per_step: match training.segments_per_step {
+            0 => usize::MAX,
+            count => count,
+        },
+        recompute: training.recompute,
+    };
+    let one = memory(model, longest, run, size_of::<f32>());
+    let each = one.total() - one.weights;
+    one.weights
+        .saturating_add(each.saturating_mul(training.batch as u64))
 }
 
 /// The model before its first step.

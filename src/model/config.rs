@@ -1,7 +1,7 @@
 //! The configuration of a model: a Hugging Face Llama `config.json`, with the `segment` object beside it.
 //!
-//! What this crate does not compute is an error, never ignored: a model that loads is the model that
-//! was trained. Keys without a meaning here are kept and written back.
+//! A key that changes what a model computes is read or refused by name, so a model that loads is the model that was
+//! trained. Other keys are kept and written back; [`ModelConfig::load`] warns of those that it does not know.
 
 mod fields;
 mod retrieval;
@@ -24,8 +24,10 @@ pub use segment::{HeadReads, MAX_SEGMENT_LEN, SegmentConfig};
 /// The file's name in a model folder.
 pub const CONFIG_FILE: &str = "config.json";
 
+/// The key that says that every byte is a token, whatever tokenizer files lie beside.
+pub(super) const BYTE_TOKENS: &str = "byte_tokens";
 /// Largest `config.json` accepted, in bytes.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+pub(super) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// Bounds far above any model, so that no size computed from them overflows and no absurd value allocates.
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_HIDDEN: usize = 1 << 18;
@@ -149,10 +151,24 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Reads and checks `folder/config.json`.
+    /// Reads and checks `folder/config.json`. Unknown keys with a value in effect are named in one warning.
     pub fn load(folder: &Path) -> Result<Self, ConfigError> {
         let path = folder.join(CONFIG_FILE);
-        Self::from_json(files::read_json(&path, MAX_CONFIG_BYTES)?)
+        let config = Self::from_json(files::read_json(&path, MAX_CONFIG_BYTES)?)?;
+        let ignored = config.ignored_keys();
+        if !ignored.is_empty() {
+            tracing::warn!(
+                "{}: keys that are not known here, and ignored: {}",
+                path.display(),
+                ignored.join(", ")
+            );
+        }
+        Ok(config)
+    }
+
+    /// Keys of the file that are not known here and have a value in effect.
+    pub fn ignored_keys(&self) -> Vec<&str> {
+        supported::ignored(&self.source)
     }
 
     /// Writes `folder/config.json`: beside its place, synced, then renamed.
@@ -174,12 +190,15 @@ impl ModelConfig {
         };
         let fields = Fields::new(&source, "");
         supported::refuse_unsupported(&fields)?;
+        supported::refuse_unknown(&fields)?;
         let hidden_size = fields.required_size("hidden_size", 1..=MAX_HIDDEN)?;
         let layers = fields.required_size("num_hidden_layers", 1..=MAX_LAYERS)?;
         let heads = fields.required_size("num_attention_heads", 1..=MAX_HEADS)?;
         let kv_heads = fields
             .size("num_key_value_heads", 1..=MAX_HEADS)?
             .unwrap_or(heads);
+        // Read by `Tokenizer::read`; here only its type is checked.
+        fields.flag(BYTE_TOKENS)?;
         let (rope_theta, rope_scaling) = rope_keys::from_json(&fields)?;
         let segment = fields
             .object("segment")?

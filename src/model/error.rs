@@ -106,12 +106,25 @@ pub enum WeightsError {
     #[error(
         "{folder}: expected model.safetensors or model.safetensors.index.json, found neither; other weights there: \
          {found}. Files of other kinds than .safetensors are not read: load the model in Python with transformers and \
-         save it again with save_pretrained; shards need their index"
+         save it again with save_pretrained"
     )]
     NoWeights {
         /// The model folder.
         folder: PathBuf,
         /// Files in it that hold weights.
+        found: NameList,
+    },
+    /// Shards without an index that are not one complete set.
+    #[error(
+        "{folder}: without model.safetensors.index.json, expected {expected} and no others, found {found}; add the \
+         missing files or the index"
+    )]
+    Shards {
+        /// The model folder.
+        folder: PathBuf,
+        /// The set that the first file belongs to.
+        expected: String,
+        /// All shards in the folder.
         found: NameList,
     },
     /// Saving would mix with weights that are already there.
@@ -295,7 +308,8 @@ pub enum TokenizerError {
     /// The folder has a tokenizer that is not read, of another kind than `tokenizer.json`.
     #[error(
         "{folder}: has the tokenizer file {file} but no tokenizer.json, which text needs (token ids do not). To make \
-         one, in Python: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+         one, in Python: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR). If the model's tokens \
+         are bytes, put \"byte_tokens\": true into config.json"
     )]
     OtherKind {
         /// The model folder.

@@ -1,4 +1,5 @@
-//! Text to tokens and back: `tokenizer.json` of a model folder, or bytes where it has no tokenizer of any kind.
+//! Text to tokens and back: by the `tokenizer.json` of a model folder. Tokens are bytes where the folder has no tokenizer
+//! of any kind, or where its `config.json` says `"byte_tokens": true`.
 //!
 //! What stands around a text (BOS, EOS and any other added token) is decided in [`framing`], for training, scoring,
 //! evaluation and generation alike. Whole characters as tokens arrive are the work of
@@ -11,9 +12,8 @@ mod generation;
 
 use std::path::Path;
 
-use super::config::ModelConfig;
+use super::config::{BYTE_TOKENS, CONFIG_FILE, MAX_CONFIG_BYTES, ModelConfig};
 use super::error::TokenizerError;
-#[cfg(feature = "tokenizer")]
 use super::files;
 use framing::Framing;
 pub use generation::{GENERATION_FILE, GenerationSettings, end_ids};
@@ -64,7 +64,7 @@ pub fn is_tokenizer_file(name: &str) -> bool {
 }
 
 impl Tokenizer {
-    /// The tokenizer in `folder`, for a model of this configuration; bytes where the folder has none of any kind.
+    /// The tokenizer in `folder`, for a model of this configuration; bytes where [`Tokenizer::read`] finds none.
     ///
     /// # Errors
     /// As [`Tokenizer::read`]; [`TokenizerError::TooFewIds`] without a tokenizer and with fewer than 256 ids.
@@ -81,11 +81,15 @@ impl Tokenizer {
         Ok(Self::bytes(config))
     }
 
-    /// The tokenizer in `folder`; `None` where it has none of any kind.
+    /// The tokenizer in `folder`; `None` where it has none of any kind, or where its `config.json` says
+    /// `"byte_tokens": true`.
     ///
     /// # Errors
     /// As [`Tokenizer::from_file`]; [`TokenizerError::OtherKind`] for a tokenizer without a `tokenizer.json`.
     pub fn read(folder: &Path) -> Result<Option<Self>, TokenizerError> {
+        if says_bytes(folder) {
+            return Ok(None);
+        }
         let path = folder.join(TOKENIZER_FILE);
         if std::fs::symlink_metadata(&path).is_ok() {
             return Self::from_file(&path).map(Some);
@@ -228,20 +232,40 @@ impl Tokenizer {
         }
     }
 
-    /// Tokens of a text, without any that stand around it, each with the byte of the text at which it begins.
+    /// Tokens of a text, without any that stand around it. Each has the byte of the text at which it begins, and
+    /// whether a word begins with it: a stretch of text that the tokenizer encodes by itself.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, TokenizerError> {
+    pub fn locate(&self, text: &str) -> Result<Vec<(u32, usize, bool)>, TokenizerError> {
         match &self.kind {
             #[cfg(feature = "tokenizer")]
             Kind::Json(tokenizer) => {
                 let encoded = guarded(|| tokenizer.encode(text, false));
                 let encoded = encoded.map_err(|message| TokenizerError::Failed { message })?;
-                let starts = encoded.get_offsets().iter().map(|offsets| offsets.0);
-                Ok(encoded.get_ids().iter().copied().zip(starts).collect())
+                let (ids, words) = (encoded.get_ids(), encoded.get_word_ids());
+                let located = |(i, offsets): (usize, &(usize, usize))| {
+                    (ids[i], offsets.0, i == 0 || words[i] != words[i - 1])
+                };
+                let offsets = encoded.get_offsets().iter().enumerate();
+                Ok(offsets.map(located).collect())
             }
-            Kind::Bytes { .. } => Ok(text.bytes().map(u32::from).zip(0..).collect()),
+            Kind::Bytes { .. } => {
+                let bytes = text.bytes().enumerate();
+                Ok(bytes.map(|(i, byte)| (u32::from(byte), i, true)).collect())
+            }
+        }
+    }
+
+    /// Whether the tokens of a word depend on all of it. A Unigram model compares sums of scores from the beginning of
+    /// the word, and rounding decides between sums that are equal.
+    pub fn needs_whole_words(&self) -> bool {
+        match &self.kind {
+            #[cfg(feature = "tokenizer")]
+            Kind::Json(tokenizer) => {
+                matches!(tokenizer.get_model(), tokenizers::ModelWrapper::Unigram(_))
+            }
+            Kind::Bytes { .. } => false,
         }
     }
 
@@ -268,6 +292,14 @@ impl Tokenizer {
             }
         }
     }
+}
+
+/// Whether the folder's configuration says that tokens are bytes. One that cannot be read says nothing here: it is an
+/// error of whoever loads the model.
+fn says_bytes(folder: &Path) -> bool {
+    let path = folder.join(CONFIG_FILE);
+    let config = files::read_json(&path, MAX_CONFIG_BYTES);
+    config.is_ok_and(|config| config.get(BYTE_TOKENS) == Some(&true.into()))
 }
 
 /// Calls the tokenizer library. Files that it accepts can still make it panic (ids that its own tables

@@ -1,5 +1,6 @@
 //! Weights in a Hugging Face model folder: `model.safetensors`, or the shards that
-//! `model.safetensors.index.json` names, in F64, F32, F16 or BF16.
+//! `model.safetensors.index.json` names, or a complete set of shards without an index. Numbers are F64, F32, F16 or
+//! BF16.
 //!
 //! [`Checkpoint::open`] reads headers only. Tensors are then read one at a time and in pieces, so that
 //! memory is bounded by what is asked for; files are never mapped, since a mapped file that someone cuts
@@ -10,6 +11,7 @@ pub mod index;
 mod initial;
 mod numbers;
 mod save;
+mod shards;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
@@ -54,12 +56,12 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads the headers of the folder's weight files. Where there is a single file and an index, the
-    /// single file counts.
+    /// Reads the headers of the folder's weight files. A single file counts before an index, and an index before
+    /// shards by their names alone.
     ///
     /// # Errors
-    /// [`WeightsError`]: no weights, a file that cannot be read or breaks its format, an index that
-    /// does not fit its files, one name in two files.
+    /// [`WeightsError`]: no weights, a file that cannot be read or breaks its format, an index that does not fit its
+    /// files, shards that are not a complete set, one name in two files.
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
         let (single, path) = (folder.join(WEIGHTS_FILE), folder.join(INDEX_FILE));
         let mut checkpoint = Self {
@@ -73,10 +75,18 @@ impl Checkpoint {
             return Ok(checkpoint);
         }
         if std::fs::symlink_metadata(&path).is_err() {
-            return Err(WeightsError::NoWeights {
-                folder: folder.to_owned(),
-                found: other_weights(folder),
-            });
+            let shards = shards::find(folder)?;
+            if shards.is_empty() {
+                return Err(WeightsError::NoWeights {
+                    folder: folder.to_owned(),
+                    found: other_weights(folder),
+                });
+            }
+            for shard in shards {
+                checkpoint.add(folder.join(shard))?;
+            }
+            checkpoint.name_in_full();
+            return Ok(checkpoint);
         }
         let index = Index::read(&path)?;
         for shard in index.shards() {
@@ -332,7 +342,7 @@ pub fn load<D: Device>(device: D, folder: &Path, training: bool) -> Result<Decod
     Checkpoint::open(folder)?.load(device, config, training)
 }
 
-/// Files in the folder that hold weights of another kind, or parts whose index is missing.
+/// Files in the folder that hold weights of another kind or have other names.
 fn other_weights(folder: &Path) -> NameList {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());

@@ -32,7 +32,7 @@ pub use ids::parse_ids;
 pub use listing::{Format, list_files};
 pub use mixture::Mixture;
 pub use permutation::Permutation;
-pub use pieces::{Bytes, Encode};
+pub use pieces::{Bytes, Encode, Located};
 pub use reading::Reading;
 pub use tasks::Tasks;
 

@@ -50,6 +50,13 @@ fn unsupported_features_say_what_is_supported() {
         ("residual_multiplier", json!(0.22)),
         ("logits_scaling", json!(8)),
         ("num_local_experts", json!(8)),
+        ("position_embedding_type", json!("alibi")),
+        // Not in any list: their names say that they change what is computed.
+        ("router_expert_count", json!(8)),
+        ("mlp_multiplier", json!(0.5)),
+        ("key_norm", json!(true)),
+        ("attn_sinks", json!([1, 2])),
+        ("rope_fraction", json!(0.5)),
     ] {
         let error = ModelConfig::from_json(with(small(), &format!("/{key}"), value)).unwrap_err();
         let ConfigError::Unsupported { supported, .. } = &error else {
@@ -63,12 +70,48 @@ fn unsupported_features_say_what_is_supported() {
 }
 
 #[test]
+fn unknown_keys_that_are_off_are_accepted() {
+    for (key, value) in [
+        ("router_expert_count", json!(0)),
+        ("mlp_multiplier", json!(1.0)),
+        ("key_norm", json!(false)),
+        ("attn_sinks", json!([])),
+        ("rope_fraction", Value::Null),
+        ("_attn_implementation", json!("sdpa")),
+        ("output_attentions", json!(true)),
+        ("attention_probs_dropout_prob", json!(0.1)),
+    ] {
+        let config = ModelConfig::from_json(with(small(), &format!("/{key}"), value)).unwrap();
+        assert_eq!(config.ignored_keys(), [] as [&str; 0], "{key}");
+    }
+}
+
+#[test]
+fn unknown_keys_without_a_meaning_for_computing_are_named_as_ignored() {
+    let mut value = small();
+    for (key, set) in [
+        ("trainer_notes", json!("lr 1e-4")),
+        ("dataset", json!({"name": "x"})),
+        ("stage", json!(2)),
+        ("use_compile", json!(false)),
+        ("transformers_version", json!("5.0")),
+        ("use_cache", json!(true)),
+        ("pad_token_id", json!(0)),
+    ] {
+        value[key] = set;
+    }
+    let config = ModelConfig::from_json(value).unwrap();
+    assert_eq!(config.ignored_keys(), ["dataset", "stage", "trainer_notes"]);
+    assert_eq!(config.to_json()["dataset"], json!({"name": "x"}));
+}
+
+#[test]
 fn dropout_is_refused_by_name_in_training_only() {
-    let config = ModelConfig::from_json(with(small(), "/attention_dropout", json!(0.1))).unwrap();
-    assert_eq!(
-        key_of(&config.check_training().unwrap_err()),
-        "attention_dropout"
-    );
+    for key in ["attention_dropout", "mlp_dropout_rate", "resid_pdrop"] {
+        let value = with(small(), &format!("/{key}"), json!(0.1));
+        let config = ModelConfig::from_json(value).unwrap();
+        assert_eq!(key_of(&config.check_training().unwrap_err()), key);
+    }
     assert!(
         ModelConfig::from_json(small())
             .unwrap()

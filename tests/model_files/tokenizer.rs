@@ -396,6 +396,61 @@ fn unreadable_tokenizer_files_are_typed_errors() {
     assert!(too_large, "{error:?}");
 }
 
+/// A Unigram tokenizer over a few letters, with or without a split at spaces.
+fn unigram(split: bool) -> Tokenizer {
+    let mut vocab = vec![json!(["<unk>", 0.0]), json!(["\u{2581}", -1.0])];
+    vocab.extend(
+        ["a", "b", "aa", "ab", "ba", "aab", "\u{2581}a"].map(|piece| {
+            let score = -1.1 * piece.chars().count() as f64;
+            json!([piece, score])
+        }),
+    );
+    let file = json!({
+        "version": "1.0",
+        "normalizer": {"type": "NFKC"},
+        "pre_tokenizer":
+            {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": split},
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": false},
+    });
+    Tokenizer::parse(file.to_string().as_bytes(), Path::new("tokenizer.json")).unwrap()
+}
+
+#[test]
+fn located_tokens_are_those_of_the_text_and_say_where_words_begin() {
+    let text = "aab \u{ff41}\u{ff42}a ba";
+    for split in [true, false] {
+        let tokenizer = unigram(split);
+        assert!(tokenizer.needs_whole_words());
+        let located = tokenizer.locate(text).unwrap();
+        let ids: Vec<u32> = located.iter().map(|t| t.0).collect();
+        assert_eq!(ids, tokenizer.encode(text, false).unwrap());
+        let words: Vec<usize> = located.iter().filter(|t| t.2).map(|t| t.1).collect();
+        let begins: &[usize] = if split { &[0, 3, 11] } else { &[0] };
+        assert_eq!(words, begins, "{located:?}");
+    }
+    assert!(!open().needs_whole_words());
+}
+
+#[test]
+fn a_configuration_can_say_that_tokens_are_bytes_beside_any_tokenizer_file() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.model", "tokenizer.json", "vocab.json"] {
+        std::fs::write(folder.path().join(name), "what is no tokenizer").unwrap();
+    }
+    let mut config = config(300);
+    config.save(folder.path()).unwrap();
+    Tokenizer::open(folder.path(), &config).unwrap_err();
+    config.source.insert("byte_tokens".into(), json!(true));
+    config.save(folder.path()).unwrap();
+    let read = ModelConfig::load(folder.path()).unwrap();
+    let tokenizer = Tokenizer::open(folder.path(), &read).unwrap();
+    assert!(tokenizer.is_bytes());
+    assert_eq!(tokenizer.encode("ab", false).unwrap(), [97, 98]);
+    config.source.insert("byte_tokens".into(), json!("yes"));
+    let error = ModelConfig::from_json(config.to_json()).unwrap_err();
+    assert!(error.to_string().contains("byte_tokens"), "{error}");
+}
+
 proptest! {
     #[test]
     fn any_text_survives_encoding_and_arrives_whole_token_by_token(

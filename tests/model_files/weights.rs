@@ -1,7 +1,7 @@
 //! Weights that are written and read: formats, shards, ties, gates, and what does not fit the configuration.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use segattn::device::reference::Reference;
@@ -250,13 +250,65 @@ fn double_precision_and_names_without_their_beginning_load() {
 }
 
 #[test]
-fn weights_of_other_kinds_and_shards_without_an_index_are_named() {
-    for name in ["pytorch_model.bin", "model-00001-of-00002.safetensors"] {
+fn weights_of_other_kinds_are_named() {
+    for name in ["pytorch_model.bin", "consolidated.safetensors"] {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(name), "x").unwrap();
-        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
-        assert!(error.contains(name) && error.contains("index"), "{error}");
+        let error = Checkpoint::open(folder.path()).unwrap_err();
+        assert!(matches!(error, WeightsError::NoWeights { .. }), "{error:?}");
+        assert!(error.to_string().contains(name), "{error}");
     }
+}
+
+/// A folder with the shards of a model and no index, and their names in order.
+fn shards_without_index() -> (tempfile::TempDir, Vec<PathBuf>) {
+    let folder = tempfile::tempdir().unwrap();
+    let options = SaveOptions {
+        max_shard_bytes: 1000,
+        ..SaveOptions::new(WeightType::F32)
+    };
+    write(folder.path(), &config(false), options);
+    std::fs::remove_file(folder.path().join("model.safetensors.index.json")).unwrap();
+    let shards = Checkpoint::open(folder.path()).unwrap().shards().to_vec();
+    assert!(shards.len() > 2, "{shards:?}");
+    (folder, shards)
+}
+
+#[test]
+fn a_complete_set_of_shards_loads_without_an_index() {
+    let (folder, _) = shards_without_index();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    checkpoint.check(&config(false)).unwrap();
+    for (i, spec) in specs(&config(false)).iter().enumerate() {
+        assert_eq!(checkpoint.read(spec).unwrap(), values(&config(false), i));
+    }
+}
+
+#[test]
+fn shards_that_are_no_complete_set_are_refused_by_name() {
+    let refused = |folder: &Path| match Checkpoint::open(folder).unwrap_err() {
+        error @ WeightsError::Shards { .. } => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    for missing in [0, 1] {
+        let (folder, shards) = shards_without_index();
+        std::fs::remove_file(&shards[missing]).unwrap();
+        let there = shards[1 - missing].file_name().unwrap().to_str().unwrap();
+        let error = refused(folder.path());
+        assert!(error.contains(there) && error.contains("index"), "{error}");
+    }
+    let (folder, shards) = shards_without_index();
+    let other = folder.path().join("model-00001-of-00002.safetensors");
+    std::fs::copy(&shards[0], other).unwrap();
+    refused(folder.path());
+}
+
+#[test]
+fn a_tensor_in_two_shards_is_refused_by_name() {
+    let (folder, shards) = shards_without_index();
+    std::fs::copy(&shards[0], &shards[1]).unwrap();
+    let error = Checkpoint::open(folder.path()).unwrap_err();
+    assert!(matches!(error, WeightsError::Duplicate { .. }), "{error:?}");
 }
 
 #[test]

@@ -223,3 +223,8 @@ pub fn assert_close(name: &str, got: &[f64], plain: &[f64], exact: &[f64]) {
 pub fn bits(values: &[bf16]) -> Vec<u16> {
     values.iter().map(|x| x.to_bits()).collect()
 }
+
+/// A number rounded to bf16.
+pub fn low(x: f64) -> f64 {
+    bf16::from_f64(x).to_f64()
+}

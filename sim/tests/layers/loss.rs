@@ -111,10 +111,6 @@ fn run_on(
     (scored, gradient)
 }
 
-fn low(x: f64) -> f64 {
-    bf16::from_f64(x).to_f64()
-}
-
 #[test]
 fn log_probabilities_and_gradient_agree_with_the_formula() {
     for (rows, vocab, in_place, gap) in [

@@ -145,10 +145,6 @@ fn from_bits(bits: &[u16]) -> Vec<f64> {
     bits.iter().map(|b| bf16::from_bits(*b).to_f64()).collect()
 }
 
-fn low(x: f64) -> f64 {
-    bf16::from_f64(x).to_f64()
-}
-
 #[test]
 fn forward_and_gradients_agree_with_the_formula() {
     for (rows, width, with_residual, gap) in [

@@ -15,10 +15,6 @@ fn tables(positions: usize, half: usize) -> [Vec<f32>; 2] {
     })
 }
 
-fn low(x: f64) -> f64 {
-    bf16::from_f64(x).to_f64()
-}
-
 /// Heads of `src` turned by the rows `angles` of the tables, `round` after every operation.
 fn turned(
     src: &[f64],

@@ -48,6 +48,11 @@ impl Case {
         let file = SafeTensors::deserialize(bytes)?;
         let q_shape = four(&file, "q")?;
         let [batch, segment, q_heads, dim] = q_shape;
+        // Without elements a tensor of a few bytes may have any number of rows, and `lse` has a number for each.
+        ensure!(
+            dim > 0,
+            "tensor `q`: expected head_dim of at least 1, got shape {q_shape:?}"
+        );
         let [.., kv_heads, _] = four(&file, "k")?;
         let rows = |name| Ok::<_, anyhow::Error>(four(&file, name)?[1]);
         let (prior, past) = (rows("prior_k")?, rows("past_k")?);

@@ -49,6 +49,7 @@ impl Buffer {
             let bytes = count.saturating_mul(size_of::<Line>());
             return Err(OutOfMemory::device(bytes).into());
         }
+        idle::allocated(count);
         lines.resize(count, Line::zeroed());
         Ok(Buffer(Aligned { lines, len }))
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::rows::{self, Angles, HeadRows};
+use super::rows::{self, Angles};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, gemm};
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
@@ -275,21 +275,15 @@ impl Device for Cpu {
         inverse: bool,
         accumulate: Accumulate,
     ) -> Result<()> {
-        let layout = |stride| HeadRows {
-            strides: [stride, head_dim],
-            ..HeadRows::packed(heads, head_dim)
-        };
-        let (from, to) = (layout(src.stride), layout(dst.stride));
-        let (tables, add) = (Angles { cos, sin }, accumulate == Accumulate::Yes);
+        let stride = dst.stride;
         rows::rope(
-            src.data(),
-            from,
-            tables,
+            [heads, head_dim],
+            Angles { cos, sin },
             angles,
             inverse,
-            dst.data(),
-            to,
-            add,
+            (src.data(), src.stride),
+            (dst.data(), stride),
+            accumulate == Accumulate::Yes,
         );
         Ok(())
     }

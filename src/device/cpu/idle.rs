@@ -23,8 +23,8 @@ pub fn release_memory() {
     drop(released);
 }
 
-/// Cached memory of at least this many lines, contents arbitrary. `None` if there is none; the caller's own
-/// allocation is then already counted as in use.
+/// Cached memory of at least this many lines, contents arbitrary. `None` if there is none: the caller then allocates,
+/// and calls [`allocated`] or [`failed`].
 pub(super) fn take(lines: usize) -> Option<Vec<Line>> {
     if lines < SMALL {
         return None;
@@ -34,10 +34,17 @@ pub(super) fn take(lines: usize) -> Option<Vec<Line>> {
     found
 }
 
-/// Undoes the count of a [`take`] whose caller could not allocate.
+/// The caller of a [`take`] has allocated the lines itself.
+pub(super) fn allocated(lines: usize) {
+    if lines >= SMALL {
+        lock().allocated(lines);
+    }
+}
+
+/// The caller of a [`take`] could not allocate the lines.
 pub(super) fn failed(lines: usize) {
     if lines >= SMALL {
-        lock().used -= lines;
+        lock().pending -= lines;
     }
 }
 
@@ -58,6 +65,8 @@ struct Idle {
     kept: BTreeMap<usize, Vec<Vec<Line>>>,
     kept_lines: usize,
     used: usize,
+    /// Being allocated: not in use before that has succeeded.
+    pending: usize,
     most_used: usize,
 }
 
@@ -67,6 +76,7 @@ impl Idle {
             kept: BTreeMap::new(),
             kept_lines: 0,
             used: 0,
+            pending: 0,
             most_used: 0,
         }
     }
@@ -75,14 +85,24 @@ impl Idle {
     fn take(&mut self, lines: usize) -> (Option<Vec<Line>>, Vec<Vec<Line>>) {
         let fit = self.kept.range(lines..=lines + lines / 8).next();
         let found = fit.map(|(size, _)| *size).map(|size| self.remove(size));
-        self.used += found.as_ref().map_or(lines, Vec::len);
-        self.most_used = self.most_used.max(self.used);
+        match &found {
+            Some(found) => self.used += found.len(),
+            None => self.pending += lines,
+        }
+        let soon = self.used + self.pending;
+        let most = self.most_used.max(soon);
         let mut released = Vec::new();
-        while self.kept_lines + self.used > self.most_used {
+        while self.kept_lines + soon > most {
             let (&largest, _) = self.kept.last_key_value().expect("lines are kept");
             released.push(self.remove(largest));
         }
         (found, released)
+    }
+
+    fn allocated(&mut self, lines: usize) {
+        self.pending -= lines;
+        self.used += lines;
+        self.most_used = self.most_used.max(self.used);
     }
 
     fn give(&mut self, lines: Vec<Line>) {
@@ -118,7 +138,10 @@ mod tests {
     /// A buffer of `size` lines from `idle` or new, and its address.
     fn buffer(idle: &mut Idle, size: usize) -> Vec<Line> {
         let (found, _) = idle.take(size);
-        found.unwrap_or_else(|| vec![Line::zeroed(); size])
+        found.unwrap_or_else(|| {
+            idle.allocated(size);
+            vec![Line::zeroed(); size]
+        })
     }
 
     #[test]
@@ -132,6 +155,19 @@ mod tests {
         assert_eq!([idle.used, idle.kept_lines], [1000, 0]);
         idle.give(again);
         assert!(idle.take(800).0.is_none(), "wastes more than an eighth");
+    }
+
+    #[test]
+    fn an_allocation_that_fails_does_not_raise_what_may_be_kept() {
+        let mut idle = Idle::new();
+        let first = buffer(&mut idle, 1000);
+        idle.give(first);
+        assert!(idle.take(5000).0.is_none());
+        idle.pending -= 5000;
+        assert_eq!([idle.used, idle.most_used], [0, 1000]);
+        let many: Vec<_> = (0..5).map(|_| buffer(&mut idle, 200)).collect();
+        many.into_iter().for_each(|lines| idle.give(lines));
+        assert_eq!([idle.kept_lines, idle.most_used], [1000, 1000]);
     }
 
     #[test]

@@ -126,46 +126,6 @@ fn check_rows<const N: usize>(rows: usize, width: usize, slices: [(&str, usize);
     width.max(1)
 }
 
-/// The layout of rows of heads: element (row, head, d) is at `row * strides[0] + head * strides[1] + d`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HeadRows {
-    /// Number of heads of a row.
-    pub heads: usize,
-    /// Elements of a head; even.
-    pub head_dim: usize,
-    /// Distance between rows and between heads, in elements. Rows do not overlap.
-    pub strides: [usize; 2],
-}
-
-impl HeadRows {
-    /// Heads without gaps in rows without gaps.
-    pub fn packed(heads: usize, head_dim: usize) -> HeadRows {
-        HeadRows {
-            heads,
-            head_dim,
-            strides: [heads * head_dim, head_dim],
-        }
-    }
-
-    /// Elements from the start of a row to its end.
-    fn row_len(&self) -> usize {
-        self.heads.saturating_sub(1) * self.strides[1] + self.head_dim
-    }
-
-    fn check(&self, name: &str, rows: usize, len: usize) {
-        let [row, head] = self.strides;
-        assert!(
-            head >= self.head_dim || self.heads <= 1,
-            "heads of {name} overlap"
-        );
-        assert!(row >= self.row_len() || rows <= 1, "rows of {name} overlap");
-        let needed = rows
-            .checked_sub(1)
-            .map_or(0, |last| last * row + self.row_len());
-        assert!(len >= needed, "length of {name}: {len} instead of {needed}");
-    }
-}
-
 /// Cosines and sines of the rotary embedding, each \[table rows, head_dim / 2\].
 #[derive(Clone, Copy, Debug)]
 pub struct Angles<'a> {
@@ -177,61 +137,48 @@ pub struct Angles<'a> {
 
 /// Rotates the heads of each row by row `table_rows[row]` of `angles` (Su et al. 2021).
 ///
-/// Elements d and d + head_dim / 2 are a pair ("rotate half"). `inverse` rotates back, which is also the gradient. Adds
-/// to `dst` where `accumulate`.
+/// Rows are `stride` elements apart; the heads of a row follow one another. Elements d and d + head_dim / 2 of a head
+/// are a pair ("rotate half"). `inverse` rotates back, which is also the gradient. Adds to `dst` where `accumulate`.
 ///
 /// # Panics
-/// If source and destination differ in heads or head_dim, head_dim is odd, rows overlap, a slice is too short, or a
-/// table row does not exist.
-#[allow(clippy::too_many_arguments)]
+/// If head_dim is odd, rows overlap, a slice is too short, or a table row does not exist.
 pub fn rope(
-    src: &[f32],
-    from: HeadRows,
+    [heads, head_dim]: [usize; 2],
     angles: Angles,
     table_rows: &[usize],
     inverse: bool,
-    dst: &mut [f32],
-    to: HeadRows,
+    (src, src_stride): (&[f32], usize),
+    (dst, dst_stride): (&mut [f32], usize),
     accumulate: bool,
 ) {
-    let (rows, half) = (table_rows.len(), from.head_dim / 2);
-    assert_eq!(
-        [from.heads, from.head_dim],
-        [to.heads, to.head_dim],
-        "heads, head_dim of dst"
-    );
-    assert!(
-        from.head_dim.is_multiple_of(2),
-        "head_dim is odd: {}",
-        from.head_dim
-    );
-    from.check("src", rows, src.len());
-    to.check("dst", rows, dst.len());
-    if rows == 0 || from.heads == 0 || half == 0 {
+    let (rows, half, width) = (table_rows.len(), head_dim / 2, heads * head_dim);
+    assert!(head_dim.is_multiple_of(2), "head_dim is odd: {head_dim}");
+    for (name, stride, len) in [
+        ("src", src_stride, src.len()),
+        ("dst", dst_stride, dst.len()),
+    ] {
+        assert!(stride >= width || rows <= 1, "rows of {name} overlap");
+        let needed = rows.checked_sub(1).map_or(0, |last| last * stride + width);
+        assert!(len >= needed, "length of {name}: {len} instead of {needed}");
+    }
+    if rows == 0 || width == 0 {
         return;
     }
     let isa = Isa::best();
-    let stride = if rows == 1 {
-        to.row_len()
-    } else {
-        to.strides[0]
-    };
+    let stride = if rows == 1 { width } else { dst_stride };
     dst.par_chunks_mut(stride)
         .zip(table_rows)
         .enumerate()
-        .with_min_len(min_rows(from.heads * from.head_dim))
+        .with_min_len(min_rows(width))
         .for_each(|(row, (dst, &table_row))| {
             let at = table_row * half;
             let angles = Angles {
                 cos: &angles.cos[at..at + half],
                 sin: &angles.sin[at..at + half],
             };
-            let src = &src[row * from.strides[0]..];
-            for head in 0..from.heads {
-                let src = &src[head * from.strides[1]..][..from.head_dim];
-                let dst = &mut dst[head * to.strides[1]..][..from.head_dim];
-                rotate(isa, src, angles, inverse, dst, accumulate);
-            }
+            let src = &src[row * src_stride..][..width];
+            let heads = src.chunks(head_dim).zip(dst[..width].chunks_mut(head_dim));
+            heads.for_each(|(src, dst)| rotate(isa, src, angles, inverse, dst, accumulate));
         });
 }
 

@@ -1,7 +1,16 @@
-//! Keys of other architectures: each changes what a model computes, so a value that does is refused by name.
+//! Keys that this crate does not read. A key that changes what a model computes is refused by name.
+//!
+//! The rule, in this order:
+//!
+//! 1. keys of known architectures ([`KEYS`]) may have only a value that changes nothing;
+//! 2. keys that this crate reads ([`READ`]) and notes of libraries ([`HARMLESS`]) are accepted;
+//! 3. an unknown key whose name says that it sets what a model computes ([`COMPUTING`]) is refused, unless its value
+//!    says that it is off;
+//! 4. any other unknown key is ignored, and [`ignored`] names it.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use super::BYTE_TOKENS;
 use super::fields::Fields;
 use crate::model::error::ConfigError;
 
@@ -59,6 +68,7 @@ const KEYS: &[(&str, Neutral, &str)] = &[
     ("layer_types", Neutral::ListOf("full_attention"), "\"full_attention\" in every layer"),
     ("no_rope_layers", Neutral::Numbers(1.0), "1 (rotary positions) in every layer"),
     ("no_rope_layer_interval", Neutral::Null, "null (rotary positions in every layer)"),
+    ("position_embedding_type", Neutral::Text(&["rope", "rotary"]), "\"rope\""),
     ("alibi", Neutral::False, "false (rotary positions)"),
     ("rope_interleave", Neutral::False, "false (a head's halves are rotated)"),
     ("rope_interleaved", Neutral::False, "false (a head's halves are rotated)"),
@@ -91,15 +101,106 @@ const KEYS: &[(&str, Neutral, &str)] = &[
     ("quantization_config", Neutral::Null, "weights in float64, float32, float16 or bfloat16, without this key"),
 ];
 
-/// Randomness that training would need and this crate has not, under the names of configurations.
-const DROPOUT: [&str; 7] = [
-    "attention_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-    "dropout",
-    "layerdrop",
+/// Keys that are read elsewhere in this crate.
+const READ: &[&str] = &[
+    "architectures",
+    "bos_token_id",
+    BYTE_TOKENS,
+    "dtype",
+    "eos_token_id",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "segment",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_sliding_window",
+    "vocab_size",
+];
+
+/// Keys of libraries that do not change what a Llama model computes. Settings of generation have a file of their own.
+const HARMLESS: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_flash_attn_2_enabled",
+    "_name_or_path",
+    "attn_implementation",
+    "early_stopping",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "max_window_layers",
+    "min_length",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "task_specific_params",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "typical_p",
+    "unk_token_id",
+    "use_bfloat16",
+    "use_cache",
+];
+
+/// Parts of names of keys that set what a model computes.
+const COMPUTING: &[&str] = &[
+    "activation",
+    "alibi",
+    "attention",
+    "attn",
+    "bias",
+    "clip",
+    "conv",
+    "embedding",
+    "expert",
+    "ffn",
+    "kv_",
+    "lora",
+    "mamba",
+    "mlp",
+    "moe",
+    "multiplier",
+    "mup",
+    "norm",
+    "position",
+    "qk_",
+    "quant",
+    "residual",
+    "rope",
+    "rotary",
+    "scal",
+    "skip",
+    "softcap",
+    "ssm",
+    "window",
 ];
 
 /// Keys whose values say that the model computes in a way this crate does not.
@@ -131,13 +232,63 @@ fn switched_off(fields: &Fields<'_>, key: &str) -> bool {
     key == "sliding_window" && fields.get("use_sliding_window") == Some(&Value::Bool(false))
 }
 
-/// Dropout, which a model's training has in other libraries and not here, is refused by name.
+/// Refuses unknown keys that set what a model computes.
+pub(super) fn refuse_unknown(fields: &Fields<'_>) -> Result<(), ConfigError> {
+    for (key, value) in fields.iter() {
+        let named = |parts: &[&str]| parts.iter().any(|part| key.contains(part));
+        if is_known(key) || is_dropout(key) || !named(COMPUTING) {
+            continue;
+        }
+        // A factor is off at 1, anything else at 0.
+        let off = if named(&["multiplier", "scal"]) {
+            1.0
+        } else {
+            0.0
+        };
+        if !is_off(value, off) {
+            let supported = "only without this key, which is not known here and by its name changes what a model \
+                             computes; remove it if the model does not need it";
+            return Err(fields.unsupported(key, supported, value));
+        }
+    }
+    Ok(())
+}
+
+/// Unknown keys that have a value in effect and are ignored.
+pub(super) fn ignored(object: &Map<String, Value>) -> Vec<&str> {
+    let in_effect = |(key, value): &(&String, &Value)| {
+        !is_known(key) && !is_dropout(key) && !is_off(value, 0.0)
+    };
+    let keys = object.iter().filter(in_effect);
+    keys.map(|(key, _)| key.as_str()).collect()
+}
+
+fn is_known(key: &str) -> bool {
+    READ.contains(&key) || HARMLESS.contains(&key) || KEYS.iter().any(|(known, ..)| *known == key)
+}
+
+/// Whether a key sets a probability of dropout, which [`refuse_dropout`] checks before training.
+fn is_dropout(key: &str) -> bool {
+    key.contains("dropout") || key.contains("pdrop") || key.contains("layerdrop")
+}
+
+/// Whether a value says that a key is not used. `off` is the number that does.
+fn is_off(value: &Value, off: f64) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(on) => !on,
+        Value::Number(number) => number.as_f64() == Some(off),
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(object) => object.is_empty(),
+    }
+}
+
+/// Refuses dropout by name: other libraries apply it in training, and this crate does not.
 pub(super) fn refuse_dropout(fields: &Fields<'_>) -> Result<(), ConfigError> {
-    for key in DROPOUT {
-        if let Some(got) = fields.get(key)
-            && got.as_f64() != Some(0.0)
-        {
-            return Err(fields.unsupported(key, "0 in training (there is no dropout)", got));
+    for (key, value) in fields.iter() {
+        if is_dropout(key) && !is_off(value, 0.0) {
+            return Err(fields.unsupported(key, "0 in training (there is no dropout)", value));
         }
     }
     Ok(())
