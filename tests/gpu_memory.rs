@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use segattn::cuda::kernels::KernelMetadata;
-use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlace};
+use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlacement};
 use segattn::device::{DeviceError, Purpose};
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::generate::sampler::SamplerConfig;
@@ -181,7 +181,7 @@ fn a_million_tokens_take_the_device_memory_of_32_thousand() {
     assert_eq!(long.host.peak, (2 * 16 * 128 * 2 * 8) << 20);
 }
 
-fn planned(gpu: &Dry, pool: PoolPlace, reading: &Reading) -> Result<MemoryPlan, GenerateError> {
+fn planned(gpu: &Dry, pool: PoolPlacement, reading: &Reading) -> Result<MemoryPlan, GenerateError> {
     let config = config(8, 2, 64);
     gpu.reserve_for(&kernels(), pool, Purpose::Activations, |dry| {
         let model = Decoder::for_dry_run(dry, config.clone(), false)?;
@@ -192,7 +192,7 @@ fn planned(gpu: &Dry, pool: PoolPlace, reading: &Reading) -> Result<MemoryPlan, 
 #[test]
 fn a_pool_lies_on_the_device_as_far_as_there_is_room() {
     let [_, _, reading, ..] = readings();
-    let all = planned(&dry(None), PoolPlace::Auto, &reading).expect("a plan");
+    let all = planned(&dry(None), PoolPlacement::Auto, &reading).expect("a plan");
     assert_eq!(all.host_bytes(), 0);
     let (pool, spare) = (all.planned.pool.high_water, 96 << 20);
     for (bytes, on_device) in [
@@ -201,7 +201,7 @@ fn a_pool_lies_on_the_device_as_far_as_there_is_room() {
         (all.device_bytes() + spare - pool, 0),
     ] {
         let gpu = dry(Some(bytes));
-        let plan = planned(&gpu, PoolPlace::Auto, &reading).expect("a plan");
+        let plan = planned(&gpu, PoolPlacement::Auto, &reading).expect("a plan");
         // Chunks are whole.
         let held = plan.planned.pool.high_water;
         assert!(
@@ -222,7 +222,7 @@ fn a_pool_lies_on_the_device_as_far_as_there_is_room() {
 #[test]
 fn a_plan_that_does_not_fit_says_what_would() {
     let [_, _, reading, ..] = readings();
-    let all = planned(&dry(None), PoolPlace::Auto, &reading).expect("a plan");
+    let all = planned(&dry(None), PoolPlacement::Auto, &reading).expect("a plan");
     let buffers = all.planned.buffers.high_water;
     let refused = |bytes, pool| {
         let error = planned(&dry(Some(bytes)), pool, &reading).expect_err("too little memory");
@@ -231,14 +231,14 @@ fn a_plan_that_does_not_fit_says_what_would() {
             error => panic!("{error}"),
         }
     };
-    let on_device = PoolPlace::AtMost(usize::MAX);
+    let on_device = PoolPlacement::AtMost(usize::MAX);
     let out = refused(buffers + 1, on_device);
     assert_eq!(out.purpose, Some(Purpose::Pool));
     assert_eq!(
         (out.bytes, out.free),
         (all.device_bytes(), Some(buffers + 1))
     );
-    let out = refused(buffers - 256, PoolPlace::Auto);
+    let out = refused(buffers - 256, PoolPlacement::Auto);
     assert_eq!(out.purpose, Some(Purpose::Activations));
     assert!(out.to_string().contains("segments_per_step"), "{out}");
 }

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use segattn::cuda::kernels::Error as Kernels;
 use segattn::device::gpu::cuda_driver::{Choice, Cuda};
-use segattn::device::gpu::{Driver, Gpu, MemoryPlan, PoolPlace};
+use segattn::device::gpu::{Driver, Gpu, MemoryPlan, PoolPlacement};
 use segattn::device::{Device, DeviceError, Kind, Purpose};
 use segattn::generate::GenerateError;
 use segattn::generate::dry_run::{Reading, dry_run};
@@ -99,7 +99,7 @@ fn a_run_takes_what_its_plan_says() {
         let model = Decoder::for_dry_run(dry, config(), false)?;
         dry_run(&model, &reading, || ())
     };
-    for pool in [PoolPlace::Auto, PoolPlace::AtMost(0)] {
+    for pool in [PoolPlacement::Auto, PoolPlacement::AtMost(0)] {
         let device = Gpu::new(Cuda::open(0, Choice::SameBits).expect("a GPU"));
         let kernels = device.driver().shared_kernels().clone();
         // Kernels are loaded by the first plan.

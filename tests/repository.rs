@@ -37,7 +37,7 @@ const FLOORS: [(&str, &[&str]); 9] = [
     ("cuda", &[]),
     ("attention", &["cuda", "isa"]),
     ("device", &["attention", "cuda", "isa"]),
-    ("model", &["attention", "device"]),
+    ("model", &["device"]),
     ("generate", &["device", "model"]),
     ("eval", &["device", "generate", "model"]),
     ("train", &["device", "model"]),

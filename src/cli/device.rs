@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 #[cfg(feature = "cuda")]
 use segattn::cuda::kernels::DriverKernels;
 use segattn::device::cpu::Cpu;
-use segattn::device::gpu::PoolPlace;
+use segattn::device::gpu::PoolPlacement;
 #[cfg(feature = "cuda")]
 use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 #[cfg(feature = "cuda")]
@@ -81,22 +81,24 @@ pub struct DeviceArgs {
 
 /// Where pools lie.
 #[derive(Debug, Clone, Copy)]
-pub struct Pool(pub PoolPlace);
+pub struct Pool(pub PoolPlacement);
 
 impl FromStr for Pool {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
         let gib: f64 = match text {
-            "auto" => return Ok(Pool(PoolPlace::Auto)),
-            "device" => return Ok(Pool(PoolPlace::AtMost(usize::MAX))),
+            "auto" => return Ok(Pool(PoolPlacement::Auto)),
+            "device" => return Ok(Pool(PoolPlacement::AtMost(usize::MAX))),
             "host" => 0.0,
             text => text.parse().unwrap_or(-1.0),
         };
         if gib.is_nan() || gib < 0.0 {
             bail!("expected auto, device, host, or GiB of device memory");
         }
-        Ok(Pool(PoolPlace::AtMost((gib * f64::from(1 << 30)) as usize)))
+        Ok(Pool(PoolPlacement::AtMost(
+            (gib * f64::from(1 << 30)) as usize,
+        )))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use segattn::cuda::kernels::{KernelMetadata, Kernels};
-use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, PoolPlace};
+use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, PoolPlacement};
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
@@ -19,7 +19,7 @@ const MULTIPROCESSORS: u32 = 132;
 /// What is to be planned.
 pub struct Planner<'a> {
     pub config: &'a ModelConfig,
-    pub pool: PoolPlace,
+    pub pool: PoolPlacement,
     /// Sequences side by side.
     pub batch: usize,
     pub segments_per_step: usize,
@@ -78,8 +78,8 @@ pub fn rows(planner: &Planner<'_>, contexts: &[usize]) -> Result<(Place, Vec<Row
                 free: Some(free),
             };
             let rows = match planner.pool {
-                PoolPlace::Auto => planner.rows(kernels, place.free, contexts)?,
-                PoolPlace::AtMost(_) => rows,
+                PoolPlacement::Auto => planner.rows(kernels, place.free, contexts)?,
+                PoolPlacement::AtMost(_) => rows,
             };
             return Ok((place, rows));
         }

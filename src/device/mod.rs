@@ -26,6 +26,7 @@ mod types;
 
 use std::ops::Range;
 
+pub use crate::attention::PerSource;
 pub use error::{DeviceError, OutOfMemory, Purpose};
 pub use host_memory::HostMemory;
 pub use past::{PastPool, SelectedBlocks};

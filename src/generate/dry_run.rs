@@ -73,7 +73,7 @@ pub fn dry_run<D: Device>(
 /// Moves sequences ahead by so many tokens each.
 fn ahead<D: Device>(session: &mut Session<'_, D>, tokens: &[usize]) -> Result<(), GenerateError> {
     for (sequence, tokens) in tokens.iter().enumerate() {
-        session.pretend(sequence, *tokens)?;
+        session.allocate_ahead(sequence, *tokens)?;
     }
     Ok(())
 }

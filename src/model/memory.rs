@@ -84,9 +84,10 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
     Memory {
         weights: bytes(count.weights(run != Use::Read)),
         slots: bytes(count.slots(alive, room)),
-        state: bytes(count.state()),
+        // A session keeps the tails of before a step, so that a step that fails can be made again.
+        state: bytes(count.state()) * if run == Use::Read { 2 } else { 1 },
         pool: bytes(count.pool(tokens)),
-        activations: bytes(activations),
+        activations: bytes(activations) + count.gate_sums(run, rows(side_by_side)),
     }
 }
 
@@ -132,6 +133,16 @@ impl Count<'_> {
         };
         let layers: usize = (0..self.plan.reads.len()).map(layer).sum();
         slots * layers + (self.plan.origin() + room) * self.plan.heads.dim
+    }
+
+    /// Bytes of the sums in f64 from which the CPU computes the gradients of gates: two times two for each row and
+    /// query head of the layer at work.
+    fn gate_sums(&self, run: Use, rows: usize) -> u64 {
+        let reads_past = self.plan.reads.iter().any(|reads| !reads.past.is_empty());
+        match run {
+            Use::Train { .. } if reads_past => 32 * (rows * self.plan.heads.q) as u64,
+            _ => 0,
+        }
     }
 
     /// As `SequenceState::new` allocates it.
@@ -234,7 +245,8 @@ mod tests {
             });
             let memory = memory(&config, tokens, Use::Read, 8);
             assert_eq!(memory.slots, 8 * held as u64, "{tokens} tokens");
-            assert_eq!(memory.state, 8 * tails.sum::<usize>() as u64);
+            // As they are, and as they were before the step.
+            assert_eq!(memory.state, 2 * 8 * tails.sum::<usize>() as u64);
         }
     }
 

@@ -7,7 +7,7 @@ mod decode;
 
 use super::decoder::{Decoder, Forward, Span, Step};
 use super::segmentation::{Cursor, Sequence};
-use super::state::{Angles, Carry, Plan, SequenceState, Slots, pretend_segment};
+use super::state::{Angles, Carry, Plan, SequenceState, Slots, allocate_segment};
 use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 
@@ -179,7 +179,7 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// Allocates the pool and the state as if the sequence had read `tokens` more tokens, with arbitrary contents. For
     /// dry runs.
-    pub(crate) fn pretend(&mut self, sequence: usize, tokens: usize) -> Result<()> {
+    pub(crate) fn allocate_ahead(&mut self, sequence: usize, tokens: usize) -> Result<()> {
         let (device, plan) = (&self.model.device, &self.plan);
         if tokens == 0 {
             return Ok(());
@@ -195,7 +195,7 @@ impl<'m, D: Device> Session<'m, D> {
         let rows = device.empty(Kind::Activation, plan.segment_len * plan.kv_width())?;
         for _ in 0..segments {
             for (l, carry) in self.states[sequence].layers.iter_mut().enumerate() {
-                pretend_segment(device, plan, l, &rows, carry)?;
+                allocate_segment(device, plan, l, &rows, carry)?;
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ pub use carry::{Carry, SequenceState};
 pub use sinks::Sinks;
 pub use slots::{Angles, LayerSlots, Slots};
 
-pub(in crate::model) use carry::{close_segment, open_segment, pretend_segment};
+pub(in crate::model) use carry::{allocate_segment, close_segment, open_segment};
 
 use super::config::{ModelConfig, RetrievalConfig};
 use crate::device::{Heads, SelectionRule};

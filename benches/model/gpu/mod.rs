@@ -39,7 +39,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use segattn::device::gpu::cuda_driver::{Choice, Cuda};
-use segattn::device::gpu::{Driver, DryRun, Gpu, PoolPlace};
+use segattn::device::gpu::{Driver, DryRun, Gpu, PoolPlacement};
 use segattn::device::{Device, DeviceError, Purpose};
 use segattn::generate::GenerateError;
 use segattn::train::error::TrainError;
@@ -193,8 +193,8 @@ fn planned(
 ) -> Result<Gpu<Cuda>> {
     let gpu = Gpu::new(Cuda::open(0, Choice::SameBits)?);
     let pool = match who {
-        "segment-host" => PoolPlace::AtMost(0),
-        _ => PoolPlace::AtMost(usize::MAX),
+        "segment-host" => PoolPlacement::AtMost(0),
+        _ => PoolPlacement::AtMost(usize::MAX),
     };
     let kernels = gpu.driver().shared_kernels().clone();
     gpu.reserve_for(&kernels, pool, Purpose::Segments, run)?;

@@ -47,7 +47,7 @@ const RECORDED_BYTES: usize = 4 << 20;
 
 /// The arenas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Arena {
     /// Device memory.
     Buffers,
     /// Device memory of pools.
@@ -56,7 +56,7 @@ pub(super) enum Place {
     Host,
 }
 
-const PLACES: [Place; 3] = [Place::Buffers, Place::Pool, Place::Host];
+const ARENAS: [Arena; 3] = [Arena::Buffers, Arena::Pool, Arena::Host];
 
 #[derive(Debug)]
 struct Regions {
@@ -125,7 +125,7 @@ impl<D: Driver> Memory<D> {
     pub fn new(driver: D) -> Self {
         Self {
             driver,
-            arenas: PLACES.map(|_| Mutex::default()),
+            arenas: ARENAS.map(|_| Mutex::default()),
             planned: AtomicBool::new(false),
             recorded: Mutex::default(),
         }
@@ -133,14 +133,14 @@ impl<D: Driver> Memory<D> {
 
     /// Allocates device memory for buffers and for pools in advance, as much as `planned` held.
     pub fn reserve(self: &Arc<Self>, planned: &MemoryUse) -> Result<()> {
-        for (place, held) in [
-            (Place::Buffers, planned.buffers),
-            (Place::Pool, planned.pool),
+        for (arena, held) in [
+            (Arena::Buffers, planned.buffers),
+            (Arena::Pool, planned.pool),
         ] {
-            let mut regions = self.lock(place);
+            let mut regions = self.lock(arena);
             let bytes = held.high_water.saturating_sub(regions.held().reserved);
             if bytes > 0 {
-                self.grow(&mut regions, place, bytes)?;
+                self.grow(&mut regions, arena, bytes)?;
             }
         }
         self.planned.store(true, Ordering::Relaxed);
@@ -148,18 +148,18 @@ impl<D: Driver> Memory<D> {
     }
 
     pub fn limit_pool(&self, bytes: usize) {
-        self.lock(Place::Pool).budget = bytes;
+        self.lock(Arena::Pool).budget = bytes;
     }
 
     pub fn reset_peaks(&self) {
-        for place in PLACES {
-            let mut regions = self.lock(place);
+        for arena in ARENAS {
+            let mut regions = self.lock(arena);
             regions.peak = regions.used;
         }
     }
 
     pub fn memory_use(&self) -> MemoryUse {
-        let [buffers, pool, host] = PLACES.map(|place| self.lock(place).held());
+        let [buffers, pool, host] = ARENAS.map(|arena| self.lock(arena).held());
         MemoryUse {
             buffers,
             pool,
@@ -173,11 +173,11 @@ impl<D: Driver> Memory<D> {
     }
 
     /// A block of at least `bytes` bytes, contents arbitrary; `None` if it would exceed the arena's budget.
-    pub fn block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
+    pub fn block(self: &Arc<Self>, arena: Arena, bytes: usize) -> Result<Option<Block<D>>> {
         let recorded = locked(&self.recorded).clone();
-        match recorded.filter(|_| place == Place::Buffers) {
+        match recorded.filter(|_| arena == Arena::Buffers) {
             Some(recorded) => recorded.block(self, bytes),
-            None => self.shared_block(place, bytes),
+            None => self.shared_block(arena, bytes),
         }
     }
 
@@ -192,7 +192,7 @@ impl<D: Driver> Memory<D> {
     pub fn while_kept<T>(&self, recorded: &Recorded<D>, work: impl FnOnce() -> T) -> Option<T> {
         // A block is given back under the lock of its arena: whoever drops one now waits until `work` has put its
         // calls on the stream.
-        let _arenas = PLACES.map(|place| self.lock(place));
+        let _arenas = ARENAS.map(|arena| self.lock(arena));
         let kept = |piece: &Weak<_>| piece.strong_count() > 0;
         let all = locked(&recorded.used).values().all(kept);
         all.then(work)
@@ -207,20 +207,20 @@ impl<D: Driver> Memory<D> {
         rounded.ok_or_else(|| OutOfMemory::device(bytes).into())
     }
 
-    fn shared_block(self: &Arc<Self>, place: Place, bytes: usize) -> Result<Option<Block<D>>> {
+    fn shared_block(self: &Arc<Self>, arena: Arena, bytes: usize) -> Result<Option<Block<D>>> {
         let bytes = self.rounded(bytes)?;
-        let mut regions = self.lock(place);
+        let mut regions = self.lock(arena);
         if bytes > regions.budget.saturating_sub(regions.used) {
             return Ok(None);
         }
         let address = match regions.take(bytes) {
             Some(address) => address,
             None => {
-                let piece = self.piece(place, bytes);
-                if place != Place::Host && self.planned.load(Ordering::Relaxed) {
+                let piece = self.piece(arena, bytes);
+                if arena != Arena::Host && self.planned.load(Ordering::Relaxed) {
                     tracing::warn!("{piece} bytes of device memory beyond the plan");
                 }
-                self.grow(&mut regions, place, piece)?;
+                self.grow(&mut regions, arena, piece)?;
                 regions.take(bytes).expect("a new region has room")
             }
         };
@@ -229,30 +229,30 @@ impl<D: Driver> Memory<D> {
         Ok(Some(Block(Arc::new(Piece {
             memory: self.clone(),
             recorded: None,
-            place,
+            arena,
             address,
             bytes,
         }))))
     }
 
     /// Bytes to allocate when no region has room for a block. Chunks of a pool have one size, so they fill a region.
-    fn piece(&self, place: Place, block: usize) -> usize {
+    fn piece(&self, arena: Arena, block: usize) -> usize {
         let region = self.driver.region_bytes();
-        match place {
-            Place::Buffers => block.max(region),
-            Place::Pool | Place::Host => block * (region.min(POOL_PIECE) / block).max(1),
+        match arena {
+            Arena::Buffers => block.max(region),
+            Arena::Pool | Arena::Host => block * (region.min(POOL_PIECE) / block).max(1),
         }
     }
 
-    fn grow(&self, regions: &mut Regions, place: Place, bytes: usize) -> Result<()> {
-        let allocated = match place {
-            Place::Buffers | Place::Pool => self.driver.allocate(bytes),
-            Place::Host => self.driver.allocate_host(bytes),
+    fn grow(&self, regions: &mut Regions, arena: Arena, bytes: usize) -> Result<()> {
+        let allocated = match arena {
+            Arena::Buffers | Arena::Pool => self.driver.allocate(bytes),
+            Arena::Host => self.driver.allocate_host(bytes),
         };
         let address = allocated.map_err(|error| match error {
             DeviceError::OutOfMemory(mut out) => {
                 out.held = regions.held().reserved;
-                out.free = (place != Place::Host)
+                out.free = (arena != Arena::Host)
                     .then(|| self.driver.free_memory().ok())
                     .flatten();
                 out.into()
@@ -267,18 +267,18 @@ impl<D: Driver> Memory<D> {
     ///
     /// # Safety
     /// It belonged to the arena, and no block in it is in use.
-    unsafe fn release(&self, place: Place, address: u64, bytes: usize) {
+    unsafe fn release(&self, arena: Arena, address: u64, bytes: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            match place {
-                Place::Buffers | Place::Pool => self.driver.free(address, bytes),
-                Place::Host => self.driver.free_host(address, bytes),
+            match arena {
+                Arena::Buffers | Arena::Pool => self.driver.free(address, bytes),
+                Arena::Host => self.driver.free_host(address, bytes),
             }
         }
     }
 
-    fn lock(&self, place: Place) -> MutexGuard<'_, Regions> {
-        locked(&self.arenas[place as usize])
+    fn lock(&self, arena: Arena) -> MutexGuard<'_, Regions> {
+        locked(&self.arenas[arena as usize])
     }
 }
 
@@ -322,7 +322,7 @@ impl<D: Driver> Recorded<D> {
                 } else {
                     bytes
                 };
-                let Some(held) = memory.shared_block(Place::Buffers, piece)? else {
+                let Some(held) = memory.shared_block(Arena::Buffers, piece)? else {
                     return Ok(None);
                 };
                 let address = held.address();
@@ -336,7 +336,7 @@ impl<D: Driver> Recorded<D> {
         Ok(Some(Block(Arc::new(Piece {
             memory: memory.clone(),
             recorded: Some(self.clone()),
-            place: Place::Buffers,
+            arena: Arena::Buffers,
             address,
             bytes,
         }))))
@@ -345,11 +345,11 @@ impl<D: Driver> Recorded<D> {
 
 impl<D: Driver> Drop for Memory<D> {
     fn drop(&mut self) {
-        for place in PLACES {
-            let regions = std::mem::take(&mut self.lock(place).all);
+        for arena in ARENAS {
+            let regions = std::mem::take(&mut self.lock(arena).all);
             for (address, region) in regions {
                 // SAFETY: the region is the arena's, and blocks hold the memory alive: there are none.
-                unsafe { self.release(place, address, region.bytes) };
+                unsafe { self.release(arena, address, region.bytes) };
             }
         }
     }
@@ -425,14 +425,14 @@ struct Piece<D: Driver> {
     memory: Arc<Memory<D>>,
     /// The recording that owns its memory, if any.
     recorded: Option<Arc<Recorded<D>>>,
-    place: Place,
+    arena: Arena,
     address: u64,
     bytes: usize,
 }
 
 impl<D: Driver> Block<D> {
-    pub fn place(&self) -> Place {
-        self.0.place
+    pub fn arena(&self) -> Arena {
+        self.0.arena
     }
 
     pub fn address(&self) -> u64 {
@@ -450,7 +450,7 @@ impl<D: Driver> Drop for Piece<D> {
             locked(&recorded.regions).give_back(self.address, self.bytes);
             return;
         }
-        let mut regions = self.memory.lock(self.place);
+        let mut regions = self.memory.lock(self.arena);
         let empty = regions.give_back(self.address, self.bytes);
         // Where every buffer has a region of its own the driver wants to know that it is gone.
         if self.memory.driver.region_bytes() == 0
@@ -458,7 +458,7 @@ impl<D: Driver> Drop for Piece<D> {
         {
             regions.all.remove(&address);
             // SAFETY: the region is the arena's, and this was its only block.
-            unsafe { self.memory.release(self.place, address, bytes) };
+            unsafe { self.memory.release(self.arena, address, bytes) };
         }
     }
 }

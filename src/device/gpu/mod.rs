@@ -34,7 +34,7 @@ use std::sync::Arc;
 pub use driver::{Driver, Epilogue, Gemm, Operand};
 pub use dry_run::DryRun;
 pub use memory::{Held, MemoryUse};
-pub use plan::{MemoryPlan, PoolPlace};
+pub use plan::{MemoryPlan, PoolPlacement};
 pub use pool::Pool;
 pub use record::Recording;
 pub use retrieval::Blocks;
@@ -42,7 +42,7 @@ pub use sample::Samplers;
 pub use step::Step;
 
 use super::{Kind, OutOfMemory, Result};
-use memory::{Block, Memory, Place};
+use memory::{Arena, Block, Memory};
 
 /// A GPU. Clones are the same device.
 #[derive(Debug)]
@@ -98,7 +98,7 @@ impl<D: Driver> Gpu<D> {
     }
 
     fn block(&self, bytes: usize) -> Result<Block<D>> {
-        let block = self.memory.block(Place::Buffers, bytes)?;
+        let block = self.memory.block(Arena::Buffers, bytes)?;
         // Buffers have no budget: it is the number of bytes that is beyond all memory.
         block.ok_or_else(|| OutOfMemory::device(bytes).into())
     }
@@ -133,8 +133,8 @@ pub struct Buffer<D: Driver> {
 
 impl<D: Driver> Buffer<D> {
     /// Arena of its memory.
-    fn place(&self) -> Option<Place> {
-        self.block.as_ref().map(Block::place)
+    fn arena(&self) -> Option<Arena> {
+        self.block.as_ref().map(Block::arena)
     }
 }
 

@@ -124,7 +124,7 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::memory::Place;
+    use super::super::memory::Arena;
     use super::super::pool::Chunk;
     use super::super::{DryRun, bytes_of};
     use super::*;
@@ -146,7 +146,7 @@ mod tests {
         let mut pool = Pool::new(&gpu, heads, dim, run);
         for on_device in [[1, 1], [2, 2], [3, 2], [4, 1], [5, 0], [5, 0], [5, 0]] {
             pool.append(&gpu, &[0, 1], [rows; 2], run).expect("a run");
-            let here = |buffer: &Buffer<_>| usize::from(buffer.place() == Some(Place::Pool));
+            let here = |buffer: &Buffer<_>| usize::from(buffer.arena() == Some(Arena::Pool));
             let count = |f: fn(&Chunk<_>) -> &Buffer<_>| pool.chunks.iter().map(f).map(here).sum();
             let (keys, values): (usize, usize) = (count(|c| &c.k), count(|c| &c.v));
             assert_eq!([keys, values], on_device);

@@ -12,7 +12,7 @@ const SPARE_BYTES: usize = 96 << 20;
 
 /// Part of the pools that is in device memory. The rest is in pinned host memory. Results do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum PoolPlace {
+pub enum PoolPlacement {
     /// As much as the rest of the run leaves free.
     #[default]
     Auto,
@@ -36,7 +36,7 @@ impl MemoryPlan {
     /// Those of the run.
     pub fn new<K: Kernels + Send + Sync, E>(
         kernels: &Arc<K>,
-        pool: PoolPlace,
+        pool: PoolPlacement,
         free: Option<usize>,
         run: impl Fn(Gpu<DryRun<K>>) -> Result<(), E>,
     ) -> Result<Self, E> {
@@ -51,11 +51,11 @@ impl MemoryPlan {
             })
         };
         let plan = match pool {
-            PoolPlace::Auto => with(usize::MAX)?,
-            PoolPlace::AtMost(bytes) => with(bytes)?,
+            PoolPlacement::Auto => with(usize::MAX)?,
+            PoolPlacement::AtMost(bytes) => with(bytes)?,
         };
         let room = free.map_or(usize::MAX, |free| free.saturating_sub(SPARE_BYTES));
-        if pool == PoolPlace::Auto && plan.device_bytes() > room {
+        if pool == PoolPlacement::Auto && plan.device_bytes() > room {
             return with(room.saturating_sub(plan.planned.buffers.high_water));
         }
         Ok(plan)
@@ -81,7 +81,7 @@ impl<D: Driver> Gpu<D> {
     pub fn reserve_for<K: Kernels + Send + Sync, E: From<DeviceError>>(
         &self,
         kernels: &Arc<K>,
-        pool: PoolPlace,
+        pool: PoolPlacement,
         purpose: Purpose,
         run: impl Fn(Gpu<DryRun<K>>) -> Result<(), E>,
     ) -> Result<MemoryPlan, E> {

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::bounds::product;
-use super::memory::Place;
+use super::memory::Arena;
 use super::{Buffer, Driver, Gpu, bytes_of};
 use crate::device::{
     Accumulate, Device, DeviceError, Kind, OutOfMemory, Purpose, Result, Rows, RowsMut,
@@ -53,11 +53,11 @@ impl<D: Driver> Pool<D> {
     /// Memory for the keys of a chunk. If the device has none left, the oldest values move to host memory.
     fn keys(&mut self, gpu: &Gpu<D>, len: usize) -> Result<Buffer<D>> {
         loop {
-            if let Some(keys) = lying(gpu, Place::Pool, len)? {
+            if let Some(keys) = allocate_in(gpu, Arena::Pool, len)? {
                 return Ok(keys);
             }
             let mut values = self.chunks.iter_mut().map(|chunk| &mut chunk.v);
-            let Some(oldest) = values.find(|v| v.place() == Some(Place::Pool)) else {
+            let Some(oldest) = values.find(|v| v.arena() == Some(Arena::Pool)) else {
                 return in_host_memory(gpu, len);
             };
             let mut moved = in_host_memory(gpu, len)?;
@@ -118,22 +118,22 @@ impl<D: Driver> Pool<D> {
 
 /// Memory for the values of a chunk.
 fn values<D: Driver>(gpu: &Gpu<D>, len: usize) -> Result<Buffer<D>> {
-    match lying(gpu, Place::Pool, len)? {
+    match allocate_in(gpu, Arena::Pool, len)? {
         Some(values) => Ok(values),
         None => in_host_memory(gpu, len),
     }
 }
 
 fn in_host_memory<D: Driver>(gpu: &Gpu<D>, len: usize) -> Result<Buffer<D>> {
-    let buffer = lying(gpu, Place::Host, len)?;
+    let buffer = allocate_in(gpu, Arena::Host, len)?;
     // Host memory has no budget: it is the number of bytes that is beyond all memory.
     buffer.ok_or_else(|| OutOfMemory::pinned(len).into())
 }
 
 /// A buffer in an arena, if its budget allows it.
-fn lying<D: Driver>(gpu: &Gpu<D>, place: Place, len: usize) -> Result<Option<Buffer<D>>> {
+fn allocate_in<D: Driver>(gpu: &Gpu<D>, arena: Arena, len: usize) -> Result<Option<Buffer<D>>> {
     let bytes = product("bytes of a pool", &[len, bytes_of(Kind::Activation)])?;
-    let block = gpu.memory.block(place, bytes)?;
+    let block = gpu.memory.block(arena, bytes)?;
     Ok(block.map(|block| Buffer {
         block: Some(block),
         kind: Kind::Activation,

@@ -297,7 +297,7 @@ pub(in crate::model) fn close_segment<D: Device>(
 }
 
 /// Allocates what [`close_segment`] would allocate for a segment of full length, with arbitrary contents. For dry runs.
-pub(in crate::model) fn pretend_segment<D: Device>(
+pub(in crate::model) fn allocate_segment<D: Device>(
     device: &D,
     plan: &Plan,
     layer: usize,

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use super::{LayerReads, Plan};
-use crate::attention::PerSource;
-use crate::device::{Device, DeviceError, Kind, Purpose, Result, SegmentCache};
+use crate::device::{Device, DeviceError, Kind, PerSource, Purpose, Result, SegmentCache};
 use crate::model::config::ModelConfig;
 use crate::model::rope::Rope;
 
