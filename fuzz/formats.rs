@@ -129,16 +129,17 @@ pub fn op_case(bytes: &[u8], _: &Path) {
     let Ok(case) = case::Case::read(bytes) else {
         return;
     };
-    let values = |name| {
-        let tensor = case.floats.iter().find(|(own, _)| *own == name);
-        tensor.map_or(&[][..], |(_, values)| values)
-    };
-    let problem = case.problem(|name, shape| Ok(View::packed(values(name), shape)));
+    let problem = case.problem(|name, shape| Ok(View::packed(values(&case, name), shape)));
     let problem = problem.expect("tensors of the case");
     let [batch, segment, q_heads, _] = case.q_shape;
     let mut out = vec![0.0; case.q_shape.iter().product()];
     let mut lse = vec![0.0; batch * q_heads * segment];
     let _ = cpu::forward(&problem, ViewMut::packed(&mut out, case.q_shape), &mut lse);
+}
+
+fn values<'a>(case: &'a case::Case, name: &str) -> &'a [f32] {
+    let tensor = case.floats.iter().find(|(own, _)| *own == name);
+    tensor.map_or(&[], |(_, values)| &values[..])
 }
 
 /// A JSON file of token ids for training: every token is in the vocabulary.

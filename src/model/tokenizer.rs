@@ -1,5 +1,5 @@
-//! Text to tokens and back: by the `tokenizer.json` of a model folder. Tokens are bytes where the folder has no tokenizer
-//! of any kind, or where its `config.json` says `"byte_tokens": true`.
+//! Text to tokens and back, by the `tokenizer.json` of a model folder. Tokens are bytes where the folder has no
+//! tokenizer of any kind, or where its `config.json` says `"byte_tokens": true`.
 //!
 //! What stands around a text (BOS, EOS and any other added token) is decided in [`framing`], for training, scoring,
 //! evaluation and generation alike. Whole characters as tokens arrive are the work of

@@ -1,13 +1,13 @@
 //! A long text encoded in pieces, by several threads, to the tokens of the whole.
 //!
-//! The tokens at the two ends of a piece can differ from those of the whole text: some tokenizers put a space before the
-//! first word, and a word at a cut is not complete. So neighbouring pieces overlap, and the cut between their tokens is
-//! in a stretch of the overlap where both have the same tokens at the same bytes.
+//! The tokens at the two ends of a piece can differ from those of the whole text: some tokenizers put a space before
+//! the first word, and a word at a cut is not complete. So neighbouring pieces overlap, and the cut between their
+//! tokens is in a stretch of the overlap where both have the same tokens at the same bytes.
 //!
 //! A tokenizer encodes each word by itself, so a cut between two words changes nothing. Where no word begins in such a
 //! stretch, the cut is in its middle. That is good for merges of neighbours (BPE). It is not good for a tokenizer that
-//! compares sums of scores from the beginning of the word ([`Encode::needs_whole_words`]): there the rest of the text is
-//! then encoded as one.
+//! compares sums of scores from the beginning of the word ([`Encode::needs_whole_words`]). There the rest of the text
+//! is encoded as one.
 
 /// A token, and where it stands in its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,16 +16,14 @@ use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::sys::{self, cublasLtMatmulAlgo_t as Algorithm};
-use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
 use super::super::bytes_of;
-use super::super::driver::{Epilogue, Gemm};
-use super::failed;
-use crate::cuda::{Error, driver_error};
+use super::super::driver::Gemm;
+use crate::cuda::Error;
 use crate::device::Kind;
-use comparison::Check;
-use descriptors::{Call, Preference};
+use comparison::{Check, Memory};
+use descriptors::{Call, Preference, added, check, said};
 
 /// Rows at which the reference algorithm is chosen.
 const REFERENCE_ROWS: usize = 2048;
@@ -33,8 +31,6 @@ const REFERENCE_ROWS: usize = 2048;
 const RANGES: [usize; 6] = [16, 64, 128, 256, 512, 1024];
 /// Largest number of algorithms tried for a range.
 const CANDIDATES: usize = 16;
-/// Rows and columns of the comparison with the reference.
-const CHECKED: [usize; 2] = [8, 1024];
 /// Bytes of workspace for split-K in [`Choice::Free`].
 const FREE_WORKSPACE: usize = 32 << 20;
 
@@ -76,7 +72,8 @@ pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     choice: Choice,
     chosen: Mutex<HashMap<Shape, Vec<Range>>>,
-    workspace: u64,
+    /// Of [`FREE_WORKSPACE`] bytes, in [`Choice::Free`].
+    workspace: Option<Memory>,
 }
 
 // SAFETY: cuBLASLt's handle may be used from several threads.
@@ -106,10 +103,10 @@ impl CublasLt {
             handle,
             choice,
             chosen: Mutex::default(),
-            workspace: 0,
+            workspace: None,
         };
         if choice == Choice::Free {
-            cublas.workspace = allocate(FREE_WORKSPACE)?;
+            cublas.workspace = Some(Memory::new(FREE_WORKSPACE)?);
         }
         Ok(cublas)
     }
@@ -172,13 +169,15 @@ impl CublasLt {
             m: REFERENCE_ROWS,
             ..*gemm
         })?;
-        let check = Check::new(self, stream, gemm, &reference)?;
+        // SAFETY: of all calls: the addresses are in memory of the check, which waits for the stream.
+        let multiply = |gemm: &Gemm, range: &Range| unsafe { self.multiply(stream, gemm, range) };
+        let check = Check::new(stream, gemm, |gemm| multiply(gemm, &reference))?;
         let mut ranges = Vec::with_capacity(RANGES.len() + 1);
         for rows in RANGES {
             let mut algorithm = reference.algorithm;
             for candidate in self.candidates(&Gemm { m: rows, ..*gemm })? {
                 if candidate.algorithm == reference.algorithm
-                    || check.same_bits(self, stream, &candidate)?
+                    || check.same_bits(|gemm| multiply(gemm, &candidate))?
                 {
                     algorithm = candidate.algorithm;
                     break;
@@ -301,7 +300,7 @@ impl CublasLt {
                 d,
                 call.d.0,
                 &range.algorithm,
-                self.workspace as *mut c_void,
+                self.workspace.as_ref().map_or(0, Memory::address) as *mut c_void,
                 range.workspace,
                 stream.cast(),
             )
@@ -314,25 +313,6 @@ impl Drop for CublasLt {
     fn drop(&mut self) {
         // SAFETY: the handle is valid and used by nobody any more; cuBLASLt waits for nothing of its own.
         let _ = unsafe { cudarc::cublaslt::result::destroy_handle(self.handle) };
-        if self.workspace != 0 {
-            // SAFETY: allocated in `new`.
-            let _ = unsafe { driver::free_sync(self.workspace) };
-        }
-    }
-}
-
-fn allocate(bytes: usize) -> Result<u64, Error> {
-    // SAFETY: what is read was written before.
-    unsafe { driver::malloc_sync(bytes.max(1)) }
-        .map_err(|e| driver_error("allocating memory for GEMMs", e))
-}
-
-/// Address and stride of the matrix that the epilogue adds, if any.
-fn added(gemm: &Gemm) -> Option<(u64, usize)> {
-    match gemm.epilogue {
-        Epilogue::Store => None,
-        Epilogue::Accumulate => Some((gemm.c, gemm.c_stride)),
-        Epilogue::AddRows { address, stride } => Some((address, stride)),
     }
 }
 
@@ -340,15 +320,4 @@ fn added(gemm: &Gemm) -> Option<(u64, usize)> {
 fn alignment(element: usize, stride: usize) -> u32 {
     let bytes = element * stride;
     (1u32 << bytes.trailing_zeros().min(4)).max(element as u32)
-}
-
-fn check(call: &str, status: sys::cublasStatus_t) -> Result<(), Error> {
-    match status {
-        sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
-        status => Err(said(call, status)),
-    }
-}
-
-fn said(call: &str, status: sys::cublasStatus_t) -> Error {
-    failed(call, status as u32, format!("{status:?}"))
 }

@@ -3,12 +3,17 @@
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
-use super::{CHECKED, CublasLt, Range, allocate};
 use crate::cuda::{Error, driver_error};
 use crate::device::gpu::{Epilogue, Gemm, Operand, bytes_of};
 
+/// Rows and columns of the comparison.
+const CHECKED: [usize; 2] = [8, 1024];
+
 /// Random inputs for the k of a GEMM, and the reference's result on them.
+///
+/// `multiply` enqueues the GEMM that it is given, whose addresses lie in memory of the check, on the check's stream.
 pub(super) struct Check {
+    stream: CUstream,
     gemm: Gemm,
     /// a, b, c.
     memory: [Memory; 3],
@@ -16,11 +21,11 @@ pub(super) struct Check {
 }
 
 impl Check {
+    /// The check for a GEMM, with the result of the reference.
     pub fn new(
-        cublas: &CublasLt,
         stream: CUstream,
         gemm: &Gemm,
-        reference: &Range,
+        multiply: impl FnOnce(&Gemm) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let (m, n) = (CHECKED[0], gemm.n.min(CHECKED[1]));
         let (b_rows, b_columns) = if gemm.b.transposed {
@@ -34,7 +39,7 @@ impl Check {
             Memory::new(m * n * bytes_of(gemm.c_kind))?,
         ];
         let operand = |i: usize, stride| Operand {
-            address: memory[i].0,
+            address: memory[i].address(),
             stride,
             transposed: false,
         };
@@ -46,7 +51,7 @@ impl Check {
                 transposed: gemm.b.transposed,
                 ..operand(1, b_columns)
             },
-            c: memory[2].0,
+            c: memory[2].address(),
             c_stride: n,
             epilogue: match gemm.epilogue {
                 Epilogue::Store => Epilogue::Store,
@@ -55,31 +60,31 @@ impl Check {
             ..*gemm
         };
         let mut check = Self {
+            stream,
             gemm,
             memory,
             expected: Vec::new(),
         };
-        check.expected = check.run(cublas, stream, reference)?;
+        check.expected = check.run(multiply)?;
         Ok(check)
     }
 
+    /// Whether the result has the bits of the reference's.
     pub fn same_bits(
         &self,
-        cublas: &CublasLt,
-        stream: CUstream,
-        candidate: &Range,
+        multiply: impl FnOnce(&Gemm) -> Result<(), Error>,
     ) -> Result<bool, Error> {
-        Ok(self.run(cublas, stream, candidate)? == self.expected)
+        Ok(self.run(multiply)? == self.expected)
     }
 
-    fn run(&self, cublas: &CublasLt, stream: CUstream, range: &Range) -> Result<Vec<u8>, Error> {
+    fn run(&self, multiply: impl FnOnce(&Gemm) -> Result<(), Error>) -> Result<Vec<u8>, Error> {
         let mut bytes = vec![0; self.gemm.m * self.gemm.n * bytes_of(self.gemm.c_kind)];
-        let at = self.memory[2].0;
+        let (at, stream) = (self.memory[2].address(), self.stream);
         // SAFETY: the memory is this check's, of these sizes; the stream is waited for.
         unsafe {
             driver::memset_d8_async(at, 0, bytes.len(), stream)
                 .map_err(|e| driver_error("clearing memory", e))?;
-            cublas.multiply(stream, &self.gemm, range)?;
+            multiply(&self.gemm)?;
             driver::memcpy_dtoh_async(&mut bytes, at, stream)
                 .map_err(|e| driver_error("reading back", e))?;
             driver::stream::synchronize(stream)
@@ -90,11 +95,20 @@ impl Check {
 }
 
 /// Device memory that is freed when dropped, after whatever runs.
-struct Memory(u64);
+pub(super) struct Memory(u64);
 
 impl Memory {
-    fn new(bytes: usize) -> Result<Self, Error> {
-        allocate(bytes).map(Self)
+    /// Uninitialized memory of at least one byte.
+    pub fn new(bytes: usize) -> Result<Self, Error> {
+        // SAFETY: it is written before it is read.
+        unsafe { driver::malloc_sync(bytes.max(1)) }
+            .map(Self)
+            .map_err(|e| driver_error("allocating memory for GEMMs", e))
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.0
     }
 
     /// So many bf16 between -1 and 1.

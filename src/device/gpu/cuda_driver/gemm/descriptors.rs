@@ -1,11 +1,11 @@
-//! cuBLASLt's descriptors, freed when they are dropped.
+//! cuBLASLt's descriptors, freed when they are dropped, and its errors.
 
 use cudarc::cublaslt::sys;
 
-use super::{added, check, said};
+use super::super::failed;
 use crate::cuda::Error;
 use crate::device::Kind;
-use crate::device::gpu::Gemm;
+use crate::device::gpu::{Epilogue, Gemm};
 
 /// cuBLASLt's descriptors of a GEMM: `d = a b + c` in its names.
 pub(super) struct Call {
@@ -145,4 +145,24 @@ impl Drop for Preference {
         // SAFETY: made in `new`, and gone after this.
         let _ = unsafe { sys::cublasLtMatmulPreferenceDestroy(self.0) };
     }
+}
+
+/// Address and stride of the matrix that the epilogue adds, if any.
+pub(super) fn added(gemm: &Gemm) -> Option<(u64, usize)> {
+    match gemm.epilogue {
+        Epilogue::Store => None,
+        Epilogue::Accumulate => Some((gemm.c, gemm.c_stride)),
+        Epilogue::AddRows { address, stride } => Some((address, stride)),
+    }
+}
+
+pub(super) fn check(call: &str, status: sys::cublasStatus_t) -> Result<(), Error> {
+    match status {
+        sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
+        status => Err(said(call, status)),
+    }
+}
+
+pub(super) fn said(call: &str, status: sys::cublasStatus_t) -> Error {
+    failed(call, status as u32, format!("{status:?}"))
 }
