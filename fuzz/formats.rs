@@ -17,7 +17,7 @@ use segattn::model::weights::header::Header;
 use segattn::model::weights::index::Index;
 use segattn::train::checkpoint::{self, Checkpoint, Disk, Fingerprints};
 use segattn::train::config::{Config, DataSection};
-use segattn::train::data::{Bytes, Corpus, Position, Reading};
+use segattn::train::data::{Bytes, Corpus, Position, Reading, parse_ids};
 use segattn::train::guard::{Guard, GuardConfig};
 use segattn::train::progress::{Progress, Tensors};
 use sha2::{Digest, Sha256};
@@ -142,9 +142,14 @@ fn values<'a>(case: &'a case::Case, name: &str) -> &'a [f32] {
     tensor.map_or(&[], |(_, values)| &values[..])
 }
 
-/// A JSON file of token ids for training: every token is in the vocabulary.
+/// A JSON file of token ids, with or without breaks: every token is in the vocabulary, and every break in the document.
 pub fn token_ids(bytes: &[u8], folder: &Path) {
     read_data(bytes, folder, "data.json");
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Ok(tokens) = parse_ids(text)
+    {
+        assert!(tokens.breaks.iter().all(|at| *at <= tokens.ids.len()));
+    }
 }
 
 /// Lines of JSON for training: every token is in the vocabulary.
@@ -170,7 +175,9 @@ fn read_data(bytes: &[u8], folder: &Path, name: &str) {
         for document in corpus.documents() {
             let tokens = corpus.tokens(document, 0..document.len);
             let tokens = tokens.expect("tokens of a document");
-            assert!(tokens.iter().all(|token| *token < 300));
+            assert!(tokens.ids.iter().all(|token| *token < 300));
+            assert!(tokens.breaks.is_sorted());
+            assert!(tokens.breaks.iter().all(|at| *at <= tokens.ids.len()));
         }
     }
 }

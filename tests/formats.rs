@@ -45,7 +45,7 @@ fn sample(name: &str) -> Vec<u8> {
         }
         "run" => read("configs/train.toml"),
         "op_case" => op_case(),
-        "token_ids" => b"[[1, 2, 3], [], [4, 299]]".to_vec(),
+        "token_ids" => br#"[[1, 2, 3], [], {"tokens": [4, 299, 5], "breaks": [1, 3]}]"#.to_vec(),
         "jsonl" => b"{\"text\": \"one\", \"x\": 1}\n\n{\"text\": [1, 2]}\n".to_vec(),
         "gguf" => read("tests/golden/gguf/tiny.gguf"),
         "state_json" => {
