@@ -247,7 +247,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("of CUDA 12.8, the kernels were compiled by CUDA 13.0")
+                .contains("supports CUDA 12.8, but the kernels were compiled by CUDA 13.0")
         );
     }
 }

@@ -235,17 +235,8 @@ fn switched_off(fields: &Fields<'_>, key: &str) -> bool {
 /// Refuses unknown keys that set what a model computes.
 pub(super) fn refuse_unknown(fields: &Fields<'_>) -> Result<(), ConfigError> {
     for (key, value) in fields.iter() {
-        let named = |parts: &[&str]| parts.iter().any(|part| key.contains(part));
-        if is_known(key) || is_dropout(key) || !named(COMPUTING) {
-            continue;
-        }
-        // A factor is off at 1, anything else at 0.
-        let off = if named(&["multiplier", "scal"]) {
-            1.0
-        } else {
-            0.0
-        };
-        if !is_off(value, off) {
+        let computing = COMPUTING.iter().any(|part| key.contains(part));
+        if computing && !is_known(key) && !is_dropout(key) && !is_off(key, value) {
             let supported = "only without this key, which is not known here and by its name changes what a model \
                              computes; remove it if the model does not need it";
             return Err(fields.unsupported(key, supported, value));
@@ -257,7 +248,7 @@ pub(super) fn refuse_unknown(fields: &Fields<'_>) -> Result<(), ConfigError> {
 /// Unknown keys that have a value in effect and are ignored.
 pub(super) fn ignored(object: &Map<String, Value>) -> Vec<&str> {
     let in_effect = |(key, value): &(&String, &Value)| {
-        !is_known(key) && !is_dropout(key) && !is_off(value, 0.0)
+        !is_known(key) && !is_dropout(key) && !is_off(key, value)
     };
     let keys = object.iter().filter(in_effect);
     keys.map(|(key, _)| key.as_str()).collect()
@@ -272,8 +263,10 @@ fn is_dropout(key: &str) -> bool {
     key.contains("dropout") || key.contains("pdrop") || key.contains("layerdrop")
 }
 
-/// Whether a value says that a key is not used. `off` is the number that does.
-fn is_off(value: &Value, off: f64) -> bool {
+/// Whether the value of a key says that it is not used. A factor is off at 1, any other number at 0.
+fn is_off(key: &str, value: &Value) -> bool {
+    let factor = key.contains("multiplier") || key.contains("scal");
+    let off = if factor { 1.0 } else { 0.0 };
     match value {
         Value::Null => true,
         Value::Bool(on) => !on,
@@ -287,7 +280,7 @@ fn is_off(value: &Value, off: f64) -> bool {
 /// Refuses dropout by name: other libraries apply it in training, and this crate does not.
 pub(super) fn refuse_dropout(fields: &Fields<'_>) -> Result<(), ConfigError> {
     for (key, value) in fields.iter() {
-        if is_dropout(key) && !is_off(value, 0.0) {
+        if is_dropout(key) && !is_off(key, value) {
             return Err(fields.unsupported(key, "0 in training (there is no dropout)", value));
         }
     }
