@@ -103,8 +103,8 @@ mod tests {
             .expect_err("other offset");
         assert_eq!(
             error.to_string(),
-            "attention_forward: SegattnTensor.batch_stride: expected 16, got 24; build kernels and library from one \
-             source tree"
+            "attention_forward: SegattnTensor.batch_stride: expected 16, got 24; build kernels and library from the \
+             same source tree"
         );
     }
 }
