@@ -232,7 +232,7 @@ pub fn checkpoint_files() -> &'static [(String, Vec<u8>)] {
                 step: 3,
                 updates: 3,
                 tokens: 30,
-                position: Position { epoch: 0, index: 3 },
+                position: Position::default(),
                 guard: Guard::new(GuardConfig::default()).expect("defaults"),
             },
             data: Fingerprints {
