@@ -198,6 +198,60 @@ fn segments_are_written_beside_the_model() {
     assert!(!dir.path().join("other").exists());
 }
 
+#[test]
+fn the_heads_that_read_the_past_are_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = golden("tiny.gguf");
+    let convert = |name: &str, heads: &str| {
+        let fixed = ["convert", tiny.to_str().unwrap(), "--out", name];
+        let segments = [
+            "--segment-len",
+            "64",
+            "--past-len",
+            "16",
+            "--past-heads",
+            heads,
+        ];
+        printed(dir.path(), &[&fixed[..], &segments].concat());
+        json(&dir.path().join(name).join("config.json"))["segment"]["head_reads"].clone()
+    };
+    let of = |heads: &str| convert(&heads.replace(':', "-"), heads);
+    let both = serde_json::json!(["prior", "past"]);
+    let count = |reads: &Value| {
+        let layers = reads.as_array().unwrap().iter();
+        layers
+            .flat_map(|l| l.as_array().unwrap())
+            .filter(|h| **h == both)
+            .count()
+    };
+    assert_eq!(count(&of("mass:3")), 3);
+    assert_eq!(count(&of("copy:2")), 2);
+    // A file without gates has equal gates: the first heads.
+    assert_eq!(
+        of("gate:2"),
+        serde_json::json!([[both, both], [["prior"], ["prior"]]])
+    );
+    assert_eq!(count(&of("all")), 4);
+    for (heads, expected) in [
+        ("mass:5", "at most 4 heads"),
+        ("mass:0", "mass:N"),
+        ("weight:2", "mass:N"),
+        ("0.0,0.0", "each head once"),
+    ] {
+        let fixed = ["convert", tiny.to_str().unwrap(), "--out", "none", "-q"];
+        let segments = [
+            "--segment-len",
+            "64",
+            "--past-len",
+            "16",
+            "--past-heads",
+            heads,
+        ];
+        fails(dir.path(), &[&fixed[..], &segments].concat(), expected);
+        assert!(!dir.path().join("none").exists());
+    }
+}
+
 /// The tiny file with some bytes changed.
 fn changed(change: impl FnOnce(&mut Vec<u8>)) -> Result<Gguf, ConvertError> {
     let mut bytes = std::fs::read(golden("tiny.gguf")).unwrap();

@@ -5,8 +5,10 @@ mod common;
 
 use common::{config, model, values};
 use segattn::eval::{
-    EvalError, Greedy, Report, Respond, RunConfig, Sample, TaskKind, TaskOptions, generate, run,
+    Answer, EvalError, Greedy, Report, Respond, RunConfig, Sample, TaskKind, TaskOptions, generate,
+    run,
 };
+use segattn::model::session::{Feed, Session};
 
 /// Answers with the first `share` of the references.
 struct Oracle {
@@ -19,11 +21,12 @@ impl Respond for Oracle {
         Ok(text.bytes().map(u32::from).collect())
     }
 
-    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<String>, EvalError> {
+    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<Answer>, EvalError> {
         self.batches.push(samples.len());
         let answer = |s: &Sample| {
             let known = s.references.len().div_ceil(self.share);
-            format!(" {}.\n", s.references[..known].join(", ").to_uppercase())
+            let text = format!(" {}.\n", s.references[..known].join(", ").to_uppercase());
+            Answer::from(text)
         };
         Ok(samples.iter().map(answer).collect())
     }
@@ -37,6 +40,7 @@ fn settings(tasks: &[TaskKind], lengths: &[usize]) -> RunConfig {
         seed: 3,
         batch: 2,
         depth: None,
+        oracle: false,
     }
 }
 
@@ -149,15 +153,16 @@ fn a_model_answers_each_sample_as_it_does_alone() {
         encode: &encode,
         decode: &decode,
         segments_per_step: 3,
+        oracle: false,
     };
     let together = greedy.respond(&samples).unwrap();
     for (sample, got) in samples.iter().zip(&together) {
-        assert_eq!(got.chars().count(), 16);
+        assert_eq!(got.text.chars().count(), 16);
         let alone = greedy.respond(std::slice::from_ref(sample)).unwrap();
         assert_eq!(&alone[0], got);
     }
     // What the model says first is what it holds likeliest after the prompt.
-    let first = u32::from(together[0].as_bytes()[0] - b'a');
+    let first = u32::from(together[0].text.as_bytes()[0] - b'a');
     let likelihood = |token| {
         let mut whole = samples[0].tokens.clone();
         whole.push(token);
@@ -167,4 +172,65 @@ fn a_model_answers_each_sample_as_it_does_alone() {
             .unwrap()
     };
     assert!((0..11).all(|t| likelihood(t) <= likelihood(first)));
+}
+
+#[test]
+fn an_oracle_gives_every_head_the_statements_asked_for() {
+    let mut config = config(true);
+    let segment = config.segment.as_mut().unwrap();
+    (segment.break_after_prompt, segment.past_len) = (true, 64);
+    let model = model(&config, &values(&config, 4));
+    let encode = |text: &str| Ok(text.bytes().map(|b| u32::from(b % 11)).collect());
+    let decode = |tokens: &[u32]| Ok(format!("{tokens:?}"));
+    let options = TaskOptions::default();
+    let sample = generate(TaskKind::NiahSingle1, 600, 0, 1, options, &encode).unwrap();
+    let greedy = |oracle| Greedy {
+        model: &model,
+        encode: &encode,
+        decode: &decode,
+        segments_per_step: 1,
+        oracle,
+    };
+    let samples = std::slice::from_ref(&sample);
+    let own = greedy(false).respond(samples).unwrap().remove(0);
+    let told = greedy(true).respond(samples).unwrap().remove(0);
+    // What is reported is what the model itself selects: of the four heads that read the past, not all of it.
+    assert_eq!(own.recall, told.recall);
+    assert_eq!(own.recall.len(), 4);
+    assert!(own.recall.iter().any(|head| head.share < 1.0));
+    assert_ne!(own.text, told.text);
+    // The oracle's answer is that of a session whose selection is replaced by hand.
+    let mut session = Session::new(&model, 1, 1000, 1).unwrap();
+    let feed = |session: &mut Session<'_, _>, tokens: &[u32], breaks: &[usize]| {
+        let feed = Feed {
+            sequence: 0,
+            tokens,
+            targets: &[],
+            breaks,
+        };
+        session.feed(&[feed]).unwrap();
+        let logits = session.logits(0).unwrap();
+        (0..11u32)
+            .max_by(|a, b| logits[*a as usize].total_cmp(&logits[*b as usize]))
+            .unwrap()
+    };
+    let mut next = feed(&mut session, &sample.tokens, &[sample.tokens.len()]);
+    let mut heads = session.selected(0).unwrap();
+    let needle = &sample.needles[0];
+    for head in &mut heads {
+        let blocks = needle.start / 2 * 2..needle.end.div_ceil(2) * 2;
+        head.tokens = blocks.filter(|t| head.eligible.contains(t)).collect();
+    }
+    session.replace_selected(0, &heads).unwrap();
+    let answer: Vec<u32> = (0..128)
+        .map(|_| {
+            let token = next;
+            next = feed(&mut session, &[token], &[]);
+            token
+        })
+        .collect();
+    assert_eq!(told.text, format!("{answer:?}"));
+    // Tokens that cannot be selected are refused.
+    heads[0].tokens = vec![session.position(0)];
+    session.replace_selected(0, &heads).unwrap_err();
 }

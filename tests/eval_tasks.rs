@@ -289,3 +289,46 @@ fn intervals_hold_the_mean_and_shrink_with_samples() {
     let width = |n| interval(0.4, n).1 - interval(0.4, n).0;
     assert!(width(100) < width(10));
 }
+
+/// Pairs of bytes: cuts of a text may fall into a token.
+fn pairs(text: &str) -> Result<Vec<u32>, EvalError> {
+    let pair = |b: &[u8]| b.iter().fold(0, |id, b| id * 256 + u32::from(*b));
+    Ok(text.as_bytes().chunks(2).map(pair).collect())
+}
+
+#[test]
+fn the_tokens_of_needles_are_those_of_the_statements_that_the_answer_needs() {
+    for task in TaskKind::ALL {
+        for index in 0..4 {
+            let options = TaskOptions::default();
+            let by_bytes = generate(task, 6_000, index, 5, options, &bytes).unwrap();
+            let statements: Vec<&str> = (by_bytes.needles.iter())
+                .map(|r| &by_bytes.prompt[r.clone()])
+                .collect();
+            assert_eq!(statements.len(), by_bytes.depths.len(), "{task}");
+            if task == TaskKind::VariableTracking {
+                for (statement, name) in statements.iter().zip(&by_bytes.references) {
+                    assert!(
+                        statement.starts_with(&format!("VAR {name} = ")),
+                        "{statement}"
+                    );
+                }
+            } else {
+                for (statement, value) in statements.iter().zip(&by_bytes.references) {
+                    assert!(statement.starts_with("The ") && statement.contains(value));
+                    assert!(statement.ends_with('.') || statement.ends_with("passkey."));
+                }
+            }
+            // A token that holds the first or the last byte belongs to the needle.
+            let by_pairs = generate(task, 3_000, index, 5, options, &pairs).unwrap();
+            for range in &by_pairs.needles {
+                let text = &by_pairs.prompt[range.start * 2..range.end * 2];
+                assert!(
+                    text.contains("The ") || text.contains("VAR "),
+                    "{task}: {text:?}"
+                );
+                assert!(text.trim_end().contains('.'), "{task}: {text:?}");
+            }
+        }
+    }
+}

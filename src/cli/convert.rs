@@ -1,12 +1,17 @@
 //! `segattn convert`: a GGUF file or a model folder as a model folder, with segments if asked for.
 
+mod past_heads;
+
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use segattn::convert::folder;
 use segattn::convert::gguf::Gguf;
 use segattn::model::config::{ModelConfig, WeightType};
 use segattn::train::config::{ModelSection, SegmentSection};
+
+use super::device::DeviceName;
+use past_heads::PastHeads;
 
 /// Writes a model folder in the Hugging Face layout: `config.json`, `model.safetensors`, `tokenizer.json` and what
 /// stands beside them. Without segment flags the model is plain Llama, which is full attention.
@@ -26,6 +31,9 @@ pub struct Args {
     tokenizer: Option<PathBuf>,
     #[command(flatten)]
     segments: Segments,
+    /// Where heads are measured
+    #[arg(long, value_enum, default_value_t)]
+    device: DeviceName,
 }
 
 /// Number formats of a safetensors file.
@@ -64,14 +72,10 @@ struct Segments {
     /// Tokens that the second rule of retrieval takes around a token
     #[arg(long, value_name = "N", requires = "segment_len")]
     window_len: Option<usize>,
-    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD, ... or `all`
-    #[arg(
-        long,
-        value_name = "HEADS",
-        value_delimiter = ',',
-        requires = "past_len"
-    )]
-    past_heads: Vec<String>,
+    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD,... or `all`; or the N heads that
+    /// most often find what is asked for (mass:N by attention, copy:N by copied tokens, gate:N by learned gates)
+    #[arg(long, value_name = "HEADS", requires = "past_len")]
+    past_heads: Option<PastHeads>,
     /// Tokens that end their segment early
     #[arg(
         long,
@@ -113,7 +117,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     if !quiet {
         super::out::note!("{}: written as {}", args.out.display(), dtype.config_name());
     }
-    Ok(())
+    match &args.segments.past_heads {
+        Some(heads) => heads.measure(&args.out, args.device, quiet),
+        None => Ok(()),
+    }
 }
 
 /// The text of another tokenizer, if it is one.
@@ -138,7 +145,6 @@ impl Segments {
             block_len: self.block_len,
             queries: self.queries,
             window_len: self.window_len,
-            head_reads: self.reads(config.num_hidden_layers, config.num_key_value_heads)?,
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),
             ..SegmentSection::default()
@@ -147,41 +153,10 @@ impl Segments {
             segment,
             ..ModelSection::default()
         };
-        Ok(section.apply_segments(config)?)
-    }
-
-    /// What each KV head reads, where heads of the past are named.
-    fn reads(&self, layers: usize, heads: usize) -> Result<Option<Vec<Vec<Vec<String>>>>> {
-        if self.past_heads.is_empty() {
-            return Ok(None);
+        section.apply_segments(config)?;
+        match &self.past_heads {
+            Some(heads) => heads.apply(config),
+            None => Ok(()),
         }
-        let mut reads = vec![vec![vec!["prior".to_owned()]; heads]; layers];
-        for name in &self.past_heads {
-            if name == "all" {
-                ensure!(
-                    self.past_heads.len() == 1,
-                    "--past-heads: expected heads or `all`, got both"
-                );
-                reads
-                    .iter_mut()
-                    .flatten()
-                    .for_each(|head| head.push("past".into()));
-                continue;
-            }
-            let numbers = name.split_once('.');
-            let place = numbers
-                .and_then(|(l, h)| Some((l.parse::<usize>().ok()?, h.parse::<usize>().ok()?)));
-            let Some((layer, head)) = place.filter(|(l, h)| *l < layers && *h < heads) else {
-                bail!(
-                    "--past-heads: expected LAYER.HEAD below {layers}.{heads} or `all`, got {name:?}"
-                );
-            };
-            ensure!(
-                reads[layer][head].len() == 1,
-                "--past-heads: expected each head once, got {name} twice"
-            );
-            reads[layer][head].push("past".into());
-        }
-        Ok(Some(reads))
     }
 }

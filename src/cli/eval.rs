@@ -52,6 +52,10 @@ pub struct Args {
     /// Where needles lie, from 0 at the start to 1 at the end [default: anywhere]
     #[arg(long, value_name = "SHARE")]
     depth: Option<f64>,
+    /// Let an oracle select the past rows that answers read: the statements asked for. What is missing then was not
+    /// lost by retrieval
+    #[arg(long)]
+    oracle: bool,
     /// Text files or folders, JSONL with a `text` field, or token ids in JSON (an array, or an object with `tokens`
     /// and `breaks`)
     #[arg(long, value_name = "PATH")]
@@ -108,6 +112,15 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     );
     let place = Place::at(&args.out)?;
     let opened = args.model.open(!tasks.is_empty())?;
+    let breaks = opened
+        .config
+        .segment
+        .as_ref()
+        .is_some_and(|s| s.break_after_prompt);
+    ensure!(
+        !args.oracle || breaks,
+        "--oracle: expected a model whose segments end with the prompt (`segment.break_after_prompt` in config.json)"
+    );
     let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
     let mut documents = match with_perplexity {
         true => read_documents(&args.data, text, vocab_size)?,
@@ -252,6 +265,7 @@ impl Args {
             seed: self.seed,
             batch: self.batch,
             depth: self.depth,
+            oracle: self.oracle,
         };
         let encode = |s: &str| text.encode(s, true).map_err(EvalError::model);
         let decode = |tokens: &[u32]| text.decode(tokens, true).map_err(EvalError::model);
@@ -260,6 +274,7 @@ impl Args {
             encode: &encode,
             decode: &decode,
             segments_per_step: self.segments_per_step,
+            oracle: self.oracle,
         };
         let bar: ProgressBar = progress(!quiet, 0, "samples");
         let report = run_tasks(&config, &mut greedy, |at| {

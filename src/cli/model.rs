@@ -123,6 +123,18 @@ pub struct Opened {
 }
 
 impl Opened {
+    /// The model of a folder by another configuration, without its tokenizer.
+    pub fn of(config: ModelConfig, folder: &Path) -> Result<Self> {
+        let weights = Checkpoint::open(folder)?;
+        weights.check(&config)?;
+        Ok(Self {
+            config,
+            text: None,
+            weights,
+            pool: Pool(segattn::device::gpu::PoolPlace::Auto),
+        })
+    }
+
     /// The model, on a device that has taken the memory for these readings.
     pub fn load<D: Planned>(&self, device: D, readings: &[Reading]) -> Result<Decoder<D>> {
         device.plan(self.pool, Purpose::Activations, |dry| {

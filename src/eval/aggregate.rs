@@ -1,7 +1,7 @@
 //! Tasks whose answer is spread over the text: variable tracking, common words, frequent words.
 
 use super::fit::{Built, Draft};
-use super::needle::{Filler, Haystack, Placed, interleave};
+use super::needle::{Filler, Haystack, Placed, interleave, moved};
 use super::seeds::Seeds;
 use super::text::{distinct, letters, word};
 use crate::random::Random;
@@ -47,7 +47,7 @@ impl VariableTracking {
             .collect();
         let head = format!(
             "{INTRO}{}{}{}\n\n{INTRO}",
-            interleave(example.plain(10), &spread),
+            interleave(example.plain(10), &spread).0,
             shown.question(),
             shown.names.join(" "),
         );
@@ -112,7 +112,7 @@ impl Draft for VariableTracking {
     }
 
     fn build(&mut self, units: usize) -> Built {
-        let text = interleave(self.haystack.plain(units), &self.placed);
+        let (text, statements) = interleave(self.haystack.plain(units), &self.placed);
         let (prompt, question_at) =
             assemble(&self.head, &text, self.question.trim_end_matches(' '));
         Built {
@@ -120,6 +120,7 @@ impl Draft for VariableTracking {
             question_at,
             references: self.names.clone(),
             depths: self.placed.iter().map(|p| p.depth).collect(),
+            needles: moved(&statements, self.head.len()),
         }
     }
 }
@@ -225,6 +226,7 @@ impl Draft for CommonWords {
             question_at,
             references: self.common.clone(),
             depths: Vec::new(),
+            needles: Vec::new(),
         }
     }
 }
@@ -286,6 +288,7 @@ impl Draft for FrequentWords {
             question_at,
             references: self.vocabulary[1..=ANSWERS].to_vec(),
             depths: Vec::new(),
+            needles: Vec::new(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::error::EvalError;
 use super::kind::TaskKind;
+use std::ops::Range;
 
 /// A prompt under construction.
 #[derive(Debug, Clone)]
@@ -12,6 +13,8 @@ pub(crate) struct Built {
     pub(crate) references: Vec<String>,
     /// Share of the filler before each statement that the answer needs, where it has a place.
     pub(crate) depths: Vec<f64>,
+    /// Bytes of each of these statements in the prompt.
+    pub(crate) needles: Vec<Range<usize>>,
 }
 
 /// Builds prompts of one sample with any number of units of filler.

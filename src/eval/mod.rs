@@ -7,7 +7,9 @@
 
 pub mod error;
 pub mod execution;
+pub mod heads;
 pub mod kind;
+pub mod lookups;
 pub mod perplexity;
 pub mod run;
 pub mod score;
@@ -16,6 +18,7 @@ pub mod task;
 mod aggregate;
 mod fit;
 mod needle;
+mod recall;
 mod seeds;
 mod text;
 
@@ -23,5 +26,6 @@ pub use error::EvalError;
 pub use execution::{Execution, SegmentOverrides};
 pub use kind::TaskKind;
 pub use perplexity::{Document, PerplexityConfig, PerplexityReport, perplexity};
-pub use run::{Greedy, Progress, Report, Respond, RunConfig, run};
+pub use recall::HeadRecall;
+pub use run::{Answer, Greedy, Progress, Report, Respond, RunConfig, run};
 pub use task::{Sample, TaskOptions, generate};

@@ -5,6 +5,7 @@ use super::seeds::Seeds;
 use super::text::{distinct, key, noise, prose, uuid};
 use crate::random::Random;
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// What surrounds the needles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,25 +42,30 @@ pub(crate) struct Placed {
     pub(crate) sentence: String,
 }
 
-/// Writes `units` pieces of filler with the statements between them and returns the text. Of
-/// statements at the same place the earlier in the list comes first.
-pub(crate) fn interleave(filler: &[String], placed: &[Placed]) -> String {
+/// Writes `units` pieces of filler with the statements between them. Returns the text and the bytes of each statement,
+/// without the space at its end. Of statements at the same place the earlier in the list comes first.
+pub(crate) fn interleave(filler: &[String], placed: &[Placed]) -> (String, Vec<Range<usize>>) {
     let place = |p: &Placed| (p.depth * filler.len() as f64).round() as usize;
-    let mut order: Vec<(usize, &str)> = placed
-        .iter()
-        .map(|p| (place(p), p.sentence.as_str()))
-        .collect();
+    let mut order: Vec<(usize, usize)> = placed.iter().map(place).zip(0..).collect();
     order.sort_by_key(|o| o.0);
     let mut order = order.into_iter().peekable();
-    let mut text = String::new();
+    let (mut text, mut statements) = (String::new(), vec![0..0; placed.len()]);
     for at in 0..=filler.len() {
-        while let Some((_, sentence)) = order.next_if(|o| o.0 == at) {
-            text.push_str(sentence);
+        while let Some((_, i)) = order.next_if(|o| o.0 == at) {
+            let start = text.len();
+            text.push_str(&placed[i].sentence);
+            statements[i] = start..text.trim_end().len();
         }
         text.push_str(filler.get(at).map_or("", String::as_str));
     }
     text.truncate(text.trim_end().len());
-    text
+    (text, statements)
+}
+
+/// Ranges moved by `bytes`.
+pub(crate) fn moved(ranges: &[Range<usize>], bytes: usize) -> Vec<Range<usize>> {
+    let moved = |r: &Range<usize>| r.start + bytes..r.end + bytes;
+    ranges.iter().map(moved).collect()
 }
 
 /// Filler that grows as needed and never changes what it has.
@@ -245,7 +251,7 @@ impl Draft for Needles {
 
     fn build(&mut self, units: usize) -> Built {
         let filler = self.haystack.take(units, &mut self.names);
-        let text = interleave(filler, &self.placed);
+        let (text, statements) = interleave(filler, &self.placed);
         let question_at = self.intro.len() + text.len();
         let needed = &self.placed[..self.needed];
         Built {
@@ -253,6 +259,7 @@ impl Draft for Needles {
             question_at,
             references: self.references.clone(),
             depths: needed.iter().map(|p| p.depth).collect(),
+            needles: moved(&statements[..self.needed], self.intro.len()),
         }
     }
 }

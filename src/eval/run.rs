@@ -2,13 +2,14 @@
 
 use super::error::EvalError;
 use super::kind::TaskKind;
+use super::recall::{self, HeadRecall};
 use super::score::{interval, string_match_all, string_match_part};
 use super::task::{Sample, TaskOptions, generate};
 use crate::device::Device;
 use crate::generate::sampler::SamplerConfig;
-use crate::generate::{Finish, Generator, GeneratorConfig, Prompt};
+use crate::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use crate::model::decoder::Decoder;
-use crate::model::session::Session;
+use crate::model::session::{SelectedTokens, Session};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::ops::Range;
@@ -28,6 +29,29 @@ pub struct RunConfig {
     pub batch: usize,
     /// Share of the filler before the statements asked for, see [`TaskOptions::depth`].
     pub depth: Option<f64>,
+    /// Whether an oracle selects the past rows that the answer reads: the statements asked for, where they are
+    /// eligible. It shows what a model would find if retrieval never missed. The prompt's end must be a break.
+    #[serde(default)]
+    pub oracle: bool,
+}
+
+/// An answer to a sample.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Answer {
+    /// Its text, without the prompt.
+    pub text: String,
+    /// How much of the statements asked for each head had selected when the prompt had been read; empty for a model
+    /// without a past, and where all of them were in the tail or the last segment.
+    pub recall: Vec<HeadRecall>,
+}
+
+impl From<String> for Answer {
+    fn from(text: String) -> Self {
+        Self {
+            text,
+            recall: Vec::new(),
+        }
+    }
 }
 
 /// Answers samples; a model with its tokenizer, or anything else in tests.
@@ -42,7 +66,7 @@ pub trait Respond {
     ///
     /// # Errors
     /// [`EvalError::Model`] if the model fails.
-    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<String>, EvalError>;
+    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<Answer>, EvalError>;
 }
 
 /// One sample's outcome.
@@ -60,6 +84,9 @@ pub struct SampleResult {
     pub prediction: String,
     /// Its score, 0 to 1.
     pub score: f64,
+    /// See [`Answer::recall`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recall: Vec<HeadRecall>,
 }
 
 /// A task at a length.
@@ -75,6 +102,9 @@ pub struct Cell {
     pub interval: Option<(f64, f64)>,
     /// Why there is no score.
     pub skipped: Option<String>,
+    /// How much of the statements asked for each head had selected: means over the samples, by layer and head.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recall: Vec<HeadRecall>,
     /// The samples.
     pub samples: Vec<SampleResult>,
 }
@@ -173,16 +203,18 @@ fn run_cell(
             Err(error @ EvalError::TooShort { .. }) => return Ok(skipped(task, length, &error)),
             Err(error) => return Err(error),
         };
-        let predictions = model.respond(&batch)?;
-        if predictions.len() != batch.len() {
+        let answers = model.respond(&batch)?;
+        if answers.len() != batch.len() {
             let expected = format!("one for each of {} samples", batch.len());
-            return Err(EvalError::argument("answers", expected, predictions.len()));
+            return Err(EvalError::argument("answers", expected, answers.len()));
         }
-        samples.extend(batch.into_iter().zip(predictions).map(outcome));
+        samples.extend(batch.into_iter().zip(answers).map(outcome));
     }
     let mean = samples.iter().map(|s| s.score).sum::<f64>() / samples.len() as f64;
     let (low, high) = interval(mean, samples.len());
+    let recalls: Vec<&[HeadRecall]> = samples.iter().map(|s| &s.recall[..]).collect();
     Ok(Cell {
+        recall: recall::mean(&recalls),
         task,
         length,
         score: Some(100.0 * mean),
@@ -216,11 +248,13 @@ fn skipped(task: TaskKind, length: usize, error: &EvalError) -> Cell {
         score: None,
         interval: None,
         skipped: Some(error.to_string()),
+        recall: Vec::new(),
         samples: Vec::new(),
     }
 }
 
-fn outcome((sample, prediction): (Sample, String)) -> SampleResult {
+fn outcome((sample, answer): (Sample, Answer)) -> SampleResult {
+    let prediction = answer.text;
     // A passkey is one answer, found or not; RULER's synthetic tasks all count shares.
     let score = match sample.task {
         TaskKind::Passkey => string_match_part(&prediction, &sample.references),
@@ -233,12 +267,23 @@ fn outcome((sample, prediction): (Sample, String)) -> SampleResult {
         references: sample.references,
         prediction,
         score,
+        recall: answer.recall,
+    }
+}
+
+impl Cell {
+    /// The largest share of the statements asked for that a head had selected, in percent: a single head is enough to
+    /// read them.
+    fn found(&self) -> Option<f64> {
+        let shares = self.recall.iter().map(|head| 100.0 * head.share);
+        shares.max_by(f64::total_cmp)
     }
 }
 
 impl Report {
-    /// A table for people: a row for each task, a column for each length, scores in percent; below it why there is
-    /// none where there is none.
+    /// A table for people: a row for each task, a column for each length, scores in percent; then the same of the
+    /// largest share of the statements asked for that a head had selected; below it why there is no score where there
+    /// is none.
     pub fn table(&self) -> String {
         let mut table = format!("{:<16}", "task");
         for length in &self.config.lengths {
@@ -259,6 +304,13 @@ impl Report {
         if self.config.tasks.len() > 1 {
             let means: Vec<Option<f64>> = (0..columns).map(|c| self.mean(c, columns)).collect();
             row(&mut table, "mean", &means);
+        }
+        let recalls: Vec<Option<f64>> = self.cells.iter().map(Cell::found).collect();
+        if recalls.iter().any(Option::is_some) {
+            let _ = write!(table, "\n\n{:<16}", "of it selected");
+            for (cells, recalls) in self.cells.chunks(columns).zip(recalls.chunks(columns)) {
+                row(&mut table, cells[0].task.name(), recalls);
+            }
         }
         for reason in self.cells.iter().filter_map(|cell| cell.skipped.as_ref()) {
             let _ = write!(table, "\n- {reason}");
@@ -283,6 +335,8 @@ pub struct Greedy<'a, D: Device> {
     pub decode: &'a dyn Fn(&[u32]) -> Result<String, EvalError>,
     /// Segments of a prompt computed side by side.
     pub segments_per_step: usize,
+    /// See [`RunConfig::oracle`].
+    pub oracle: bool,
 }
 
 impl<D: Device> Respond for Greedy<'_, D> {
@@ -290,7 +344,7 @@ impl<D: Device> Respond for Greedy<'_, D> {
         (self.encode)(text)
     }
 
-    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<String>, EvalError> {
+    fn respond(&mut self, samples: &[Sample]) -> Result<Vec<Answer>, EvalError> {
         let max_new = samples.iter().map(|s| s.task.max_new()).max().unwrap_or(0);
         let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(0) + max_new;
         let mut session = Session::new(self.model, samples.len(), longest, self.segments_per_step)
@@ -311,15 +365,43 @@ impl<D: Device> Respond for Greedy<'_, D> {
         };
         let mut generator =
             Generator::new(&mut session, &prompts, config).map_err(EvalError::model)?;
+        while generator.read_prompts().map_err(EvalError::model)? > 0 {}
+        let mut recalls = Vec::new();
+        for (i, sample) in samples.iter().enumerate() {
+            let selected = generator.session().selected(i).map_err(EvalError::model)?;
+            recalls.push(recall::recall(&selected, &sample.needles));
+            if self.oracle {
+                self.correct(&mut generator, i, selected, sample)?;
+            }
+        }
         let generated = generator
             .run(|_| std::ops::ControlFlow::Continue(()))
             .map_err(EvalError::model)?;
-        generated
-            .iter()
-            .map(|g| {
-                let ended = g.finish == Some(Finish::EndToken);
-                (self.decode)(&g.tokens[..g.tokens.len() - usize::from(ended)])
-            })
-            .collect()
+        let answer = |(g, recall): (&Generated, Vec<HeadRecall>)| {
+            let ended = g.finish == Some(Finish::EndToken);
+            let text = (self.decode)(&g.tokens[..g.tokens.len() - usize::from(ended)])?;
+            Ok(Answer { text, recall })
+        };
+        generated.iter().zip(recalls).map(answer).collect()
+    }
+}
+
+impl<D: Device> Greedy<'_, D> {
+    /// Lets every head read the statements asked for instead of what it has selected.
+    fn correct(
+        &self,
+        generator: &mut Generator<'_, '_, D>,
+        sequence: usize,
+        mut selected: Vec<SelectedTokens>,
+        sample: &Sample,
+    ) -> Result<(), EvalError> {
+        let session = generator.session_mut();
+        let sizes = [session.block_len(), session.past_len()];
+        for head in &mut selected {
+            head.tokens = recall::oracle(&sample.needles, &head.eligible, sizes);
+        }
+        session
+            .replace_selected(sequence, &selected)
+            .map_err(EvalError::model)
     }
 }

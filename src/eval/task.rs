@@ -7,6 +7,7 @@ use super::kind::TaskKind;
 use super::needle::{Filler, Needles, Plan, Value};
 use super::seeds::Seeds;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::str::FromStr;
 
 /// Longest prompt, in tokens, that can be asked for.
@@ -56,6 +57,8 @@ pub struct Sample {
     pub references: Vec<String>,
     /// Share of the filler before each statement that the answer needs; empty for words to count.
     pub depths: Vec<f64>,
+    /// Tokens of each of these statements.
+    pub needles: Vec<Range<usize>>,
 }
 
 /// Makes sample number `index` of a task: the same for the same arguments and tokenizer. The prompt
@@ -94,16 +97,41 @@ pub fn generate(
         index,
     };
     let (built, tokens) = fit(task, &mut *draft(seeds, options.depth), room, encode)?;
+    let needles = built.needles.iter();
+    let needles = needles.map(|bytes| token_range(&built.prompt, bytes.clone(), &tokens, encode));
     Ok(Sample {
         task,
         length,
         index,
+        needles: needles.collect::<Result<_, _>>()?,
         prompt: built.prompt,
         question_at: built.question_at,
         tokens,
         references: built.references,
         depths: built.depths,
     })
+}
+
+/// The tokens of a text that cover a range of its bytes. A prefix of a text begins with the text's tokens up to where it
+/// is cut, so the common tokens of prefix and text are those that lie before the cut.
+fn token_range(
+    text: &str,
+    bytes: Range<usize>,
+    tokens: &[u32],
+    encode: &dyn Fn(&str) -> Result<Vec<u32>, EvalError>,
+) -> Result<Range<usize>, EvalError> {
+    let before = |at: usize| -> Result<usize, EvalError> {
+        let prefix = encode(&text[..at])?;
+        Ok(prefix
+            .iter()
+            .zip(tokens)
+            .take_while(|(a, b)| a == b)
+            .count())
+    };
+    let (start, end) = (before(bytes.start)?, before(bytes.end)?);
+    // A token over the end of the range belongs to it.
+    let whole = encode(&text[..bytes.end])?.len() == end;
+    Ok(start..(end + usize::from(!whole)).min(tokens.len()))
 }
 
 pub(crate) fn check_depth(task: TaskKind, depth: f64) -> Result<(), EvalError> {

@@ -287,6 +287,11 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         self.session
     }
 
+    /// The session, to look into and to change what the next segments read.
+    pub(crate) fn session_mut(&mut self) -> &mut Session<'m, D> {
+        self.session
+    }
+
     /// Tokens of the prompts that are still to be read.
     pub fn unread(&self) -> usize {
         let left = |s: &Sequence| s.prompt.saturating_sub(s.read);

@@ -4,12 +4,14 @@
 //! of tokens for any of the sequences. The bits of the results do not depend on how tokens are split into calls.
 
 mod decode;
+mod selection;
 
 use super::decoder::{Decoder, Forward, Span, Step};
 use super::segmentation::{Cursor, Sequence};
 use super::state::{Angles, Carry, Plan, SequenceState, Slots, allocate_segment};
 use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
+pub use selection::SelectedTokens;
 
 /// Tokens per step of a model without segments; it bounds the memory of activations.
 const PLAIN_CHUNK: usize = 1024;

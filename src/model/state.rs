@@ -10,6 +10,8 @@ pub use slots::{Angles, LayerSlots, Slots};
 
 pub(in crate::model) use carry::{allocate_segment, close_segment, open_segment};
 
+use std::ops::Range;
+
 use super::config::{ModelConfig, RetrievalConfig};
 use crate::device::{Heads, SelectionRule};
 
@@ -105,6 +107,17 @@ impl Plan {
             if prior { self.prior_len } else { 0 },
             self.sink_len + if past { self.past_len } else { 0 },
         ]
+    }
+
+    /// The tokens that a KV head can select after `tokens` tokens, of which the last `prior_rows` are the tail.
+    pub fn eligible(
+        &self,
+        reads: &LayerReads,
+        head: usize,
+        [tokens, prior_rows]: [usize; 2],
+    ) -> Range<usize> {
+        let tail = if reads.prior[head] { prior_rows } else { 0 };
+        self.sinks(tokens, tail)..tokens - tail
     }
 
     /// Sinks that a head sees in a segment before which `tokens` tokens are complete: no token twice, so none of the

@@ -646,7 +646,10 @@ pub const RING: [Rule; 11] = [
     replace("full_arrivals);", "full_arrivals - 1);"),
     replace("empty_arrivals);", "empty_arrivals - 1);"),
     replace("empty_arrivals);", "empty_arrivals + 1);"),
-    drop_statement("mbarrier_arrive_expect_bytes("),
+    replace(
+        "&full[part][stage(iteration)], parity",
+        "&full[0][stage(iteration)], parity",
+    ),
 ];
 
 const WARPGROUPS: [Rule; 11] = [

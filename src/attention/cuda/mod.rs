@@ -24,7 +24,6 @@ mod params;
 #[cfg(feature = "cuda")]
 pub mod slices;
 mod tensor;
-mod tensor_maps;
 #[cfg(test)]
 mod tests;
 mod workspace;

@@ -14,7 +14,6 @@ mod loaded;
 mod metadata;
 pub(crate) mod params;
 mod registry;
-mod tensor_map;
 
 pub use error::Error;
 pub use launcher::{Kernels, Launch, Launcher};
@@ -22,6 +21,5 @@ pub use layout::DeviceLayout;
 #[cfg(feature = "cuda")]
 pub use loaded::{DriverKernels, DriverStream};
 pub use metadata::KernelMetadata;
-pub use params::{SegattnKernelInfo, SegattnTensorMap};
+pub use params::SegattnKernelInfo;
 pub use registry::{Entry, File};
-pub use tensor_map::BoxedTensor;

@@ -268,11 +268,7 @@ pub(in crate::model) fn close_segment<D: Device>(
     }
     pool.append(device, &reads.past, [k, v], rows)?;
     let tokens = pool.tokens();
-    let tail = |head: &usize| match reads.prior[*head] {
-        true => carry.prior_rows,
-        false => 0,
-    };
-    let eligible = |head| plan.sinks(tokens, tail(head))..tokens - tail(head);
+    let eligible = |head: &usize| plan.eligible(reads, *head, [tokens, carry.prior_rows]);
     let eligible: Vec<_> = reads.past.iter().map(eligible).collect();
     let queries_len = plan.probe_rows.min(rows);
     let probes = Probes {

@@ -1,0 +1,201 @@
+//! `--past-heads`: which KV heads read the past, by name or by measurement.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use segattn::eval::EvalError;
+use segattn::eval::heads::{HeadScores, best, measure};
+use segattn::eval::lookups::lookups;
+use segattn::generate::dry_run::Reading;
+use segattn::model::config::{HeadReads, ModelConfig};
+use segattn::model::tokenizer::Tokenizer;
+use segattn::model::weights::Checkpoint;
+
+use super::super::device::{DeviceName, Planned, on_device};
+use super::super::generate::progress;
+use super::super::model::Opened;
+use super::super::out::note;
+
+/// Prompts of a measurement, and tokens of each.
+const PROMPTS: usize = 24;
+const LENGTH: usize = 1024;
+/// Seed of the prompts.
+const SEED: u64 = 7;
+
+/// The value of the flag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PastHeads {
+    /// Every head.
+    All,
+    /// These heads, as (layer, KV head).
+    Named(Vec<(usize, usize)>),
+    /// So many heads with the highest score.
+    Measured(Score, usize),
+}
+
+/// What heads are chosen by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Score {
+    /// See [`HeadScores::mass`].
+    Mass,
+    /// See [`HeadScores::copy`].
+    Copy,
+    /// The gates of the checkpoint, which training has learned.
+    Gate,
+}
+
+impl fmt::Display for Score {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Score::Mass => "mass",
+            Score::Copy => "copy",
+            Score::Gate => "gate",
+        })
+    }
+}
+
+impl FromStr for PastHeads {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        if let Some((score, count)) = text.split_once(':') {
+            let score = [Score::Mass, Score::Copy, Score::Gate]
+                .into_iter()
+                .find(|s| s.to_string() == score);
+            let count = count.parse().ok().filter(|count| *count > 0);
+            return match (score, count) {
+                (Some(score), Some(count)) => Ok(Self::Measured(score, count)),
+                _ => bail!("expected mass:N, copy:N or gate:N with a number of heads N"),
+            };
+        }
+        let head = |name: &str| -> Result<(usize, usize)> {
+            let numbers = name.split_once('.');
+            let numbers = numbers.and_then(|(l, h)| Some((l.parse().ok()?, h.parse().ok()?)));
+            numbers.with_context(|| format!("expected LAYER.HEAD, got {name:?}"))
+        };
+        let heads: Vec<_> = text.split(',').map(head).collect::<Result<_>>()?;
+        for (i, (layer, head)) in heads.iter().enumerate() {
+            let again = heads[..i].contains(&(*layer, *head));
+            ensure!(!again, "expected each head once, got {layer}.{head} twice");
+        }
+        Ok(Self::Named(heads))
+    }
+}
+
+impl PastHeads {
+    /// Lets the heads read the past beside the prior tail, as far as they are known without a measurement.
+    pub fn apply(&self, config: &mut ModelConfig) -> Result<()> {
+        let (layers, heads) = (config.num_hidden_layers, config.num_key_value_heads);
+        match self {
+            Self::All => add(config, (0..layers * heads).map(|i| (i / heads, i % heads))),
+            Self::Named(named) => {
+                if let Some((l, h)) = named.iter().find(|(l, h)| *l >= layers || *h >= heads) {
+                    bail!("--past-heads: expected LAYER.HEAD below {layers}.{heads}, got {l}.{h}");
+                }
+                add(config, named.iter().copied());
+            }
+            Self::Measured(_, count) => {
+                let all = layers * heads;
+                ensure!(
+                    *count <= all,
+                    "--past-heads: expected at most {all} heads, got {count}"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures the heads of the model in `folder`, and writes into its configuration that the best read the past.
+    pub fn measure(&self, folder: &Path, device: DeviceName, quiet: bool) -> Result<()> {
+        let Self::Measured(score, count) = self else {
+            return Ok(());
+        };
+        let mut config = ModelConfig::load(folder)?;
+        let scores = match score {
+            Score::Gate => gates(folder, &config)?,
+            Score::Mass | Score::Copy => {
+                let measured =
+                    on_device!(device, device => scores(device, folder, &config, quiet))?;
+                match score {
+                    Score::Copy => measured.copy,
+                    _ => measured.mass,
+                }
+            }
+        };
+        let chosen = best(&scores, *count);
+        if !quiet {
+            note!("heads that read the past, by {score}:");
+            for (layer, head) in &chosen {
+                note!(
+                    "  {:<8}{:.4}",
+                    format!("{layer}.{head}"),
+                    scores[*layer][*head]
+                );
+            }
+        }
+        add(&mut config, chosen.into_iter());
+        config.validate()?;
+        Ok(config.save(folder)?)
+    }
+}
+
+fn add(config: &mut ModelConfig, heads: impl Iterator<Item = (usize, usize)>) {
+    let reads = |segment: &mut segattn::model::config::SegmentConfig,
+                 (layer, head): (usize, usize)| {
+        segment.head_reads[layer][head] = HeadReads {
+            prior: true,
+            past: true,
+        };
+    };
+    if let Some(segment) = &mut config.segment {
+        heads.for_each(|head| reads(segment, head));
+    }
+}
+
+/// Mean gate of each KV head's query heads.
+fn gates(folder: &Path, config: &ModelConfig) -> Result<Vec<Vec<f64>>> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let specs = segattn::model::parameters::specs(config);
+    let group = config.num_attention_heads / config.num_key_value_heads;
+    let layer = |l: usize| -> Result<Vec<f64>> {
+        let gates = checkpoint.read(&specs[segattn::model::parameters::index::past_gate(l)])?;
+        let mean = |gates: &[f32]| gates.iter().map(|g| f64::from(*g)).sum::<f64>() / group as f64;
+        Ok(gates.chunks(group).map(mean).collect())
+    };
+    (0..config.num_hidden_layers).map(layer).collect()
+}
+
+/// Scores under full attention.
+fn scores<D: Planned>(
+    device: D,
+    folder: &Path,
+    config: &ModelConfig,
+    quiet: bool,
+) -> Result<HeadScores> {
+    let tokenizer = Tokenizer::open(folder, config)
+        .context("--past-heads: measuring heads needs the model's tokenizer")?;
+    let encode =
+        |text: &str, framed: bool| tokenizer.encode(text, framed).map_err(EvalError::model);
+    let prompts = lookups(&encode, PROMPTS, LENGTH, SEED)?;
+    let full = ModelConfig {
+        segment: None,
+        ..config.clone()
+    };
+    let longest = prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
+    let reading = Reading {
+        sequences: vec![[0, longest]],
+        scored: true,
+        new: 0,
+        segments_per_step: 1,
+    };
+    let model = Opened::of(full, folder)?.load(device, &[reading])?;
+    let bar = progress(!quiet, prompts.len() as u64, "prompts");
+    let scores = measure(&model, &prompts, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    Ok(scores)
+}

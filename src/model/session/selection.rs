@@ -1,0 +1,100 @@
+//! What retrieval has selected for a sequence: to look at, and to replace by an oracle's choice.
+
+use std::ops::Range;
+
+use super::Session;
+use crate::device::{Device, DeviceError, PastPool, Result, SelectedBlocks};
+
+/// The tokens that one head has selected for the segment that comes next, or that is being read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SelectedTokens {
+    /// The layer.
+    pub layer: usize,
+    /// The KV head.
+    pub kv_head: usize,
+    /// Positions in the sequence, ascending.
+    pub tokens: Vec<usize>,
+    /// Positions that could be selected.
+    pub eligible: Range<usize>,
+}
+
+impl<D: Device> Session<'_, D> {
+    /// What each head that reads the past has selected, by layer and KV head.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn selected(&self, sequence: usize) -> Result<Vec<SelectedTokens>> {
+        let mut selected = Vec::new();
+        for (layer, carry) in self.states[sequence].layers.iter().enumerate() {
+            let Some(pool) = &carry.pool else {
+                continue;
+            };
+            let reads = &self.plan.reads[layer];
+            let tokens = carry.selected.tokens(&self.model.device)?;
+            for (kv_head, tokens) in reads.past.iter().zip(tokens) {
+                let rows = [pool.tokens(), carry.prior_rows];
+                selected.push(SelectedTokens {
+                    layer,
+                    kv_head: *kv_head,
+                    tokens,
+                    eligible: self.plan.eligible(reads, *kv_head, rows),
+                });
+            }
+        }
+        Ok(selected)
+    }
+
+    /// Replaces what a head has selected for the segment that comes next, by other tokens of the same kind: ascending,
+    /// eligible, whole blocks where the rule selects blocks, and at most `past_len`. An oracle for evaluation: training
+    /// and generation never call it. It has no effect on a segment that is being read.
+    ///
+    /// # Errors
+    /// [`DeviceError::Argument`] for a head that does not read the past or for tokens that it cannot select, or what
+    /// the device says.
+    pub fn replace_selected(&mut self, sequence: usize, selected: &[SelectedTokens]) -> Result<()> {
+        for (layer, carry) in self.states[sequence].layers.iter_mut().enumerate() {
+            let heads = &self.plan.reads[layer].past;
+            let of_layer = || selected.iter().filter(|s| s.layer == layer);
+            if of_layer().next().is_none() {
+                continue;
+            }
+            let mut tokens = carry.selected.tokens(&self.model.device)?;
+            for SelectedTokens {
+                kv_head,
+                tokens: new,
+                eligible,
+                ..
+            } in of_layer()
+            {
+                let Some(i) = heads.iter().position(|head| head == kv_head) else {
+                    let expected = format!("a KV head of layer {layer} that reads the past");
+                    return Err(DeviceError::argument("selected tokens", expected, kv_head));
+                };
+                let fits =
+                    new.len() <= self.plan.past_len && new.iter().all(|t| eligible.contains(t));
+                if !fits {
+                    let expected = format!("at most {} tokens of {eligible:?}", self.plan.past_len);
+                    return Err(DeviceError::argument(
+                        "selected tokens",
+                        expected,
+                        format!("{new:?}"),
+                    ));
+                }
+                tokens[i] = new.clone();
+            }
+            carry.selected =
+                D::Blocks::new(&self.model.device, &tokens, self.plan.rule.block_len())?;
+        }
+        Ok(())
+    }
+
+    /// Tokens of a block that retrieval selects as a whole; 1 where it selects single tokens.
+    pub fn block_len(&self) -> usize {
+        self.plan.rule.block_len()
+    }
+
+    /// Most tokens that a head selects.
+    pub fn past_len(&self) -> usize {
+        self.plan.past_len
+    }
+}
