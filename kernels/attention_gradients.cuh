@@ -16,6 +16,66 @@ SEGATTN_FN int64_t prepared_row(const SegattnBackwardParams& p, int batch_index,
 // The scale in base 2, with its sign (scale_log2 in softmax.cuh has none).
 SEGATTN_FN float signed_scale_log2(float scale) { return scale < 0.f ? -scale_log2(scale) : scale_log2(scale); }
 
+// What is summed over the keys of a row for the gradient of its head's gate. With them, the sum of ds over past keys is
+// corrected for the error of delta: `out` was rounded, which costs every ds of the row p times the same error, and the
+// sum of all ds, which is d_lse, shows it. Without the correction that error would hide the gradient where the past has
+// little or nearly all of the weight.
+enum GateSum { kPastWeight, kPastGrad, kOtherGrad, kGateSums };  // sums of p, of ds, of ds over the other keys
+
+// Adds a tile's row sums to one of the sums of each of a warp's 16 rows. The first thread of a row alone touches them.
+template <int kColTiles>
+SEGATTN_FN void add_row_sums(float (*sums)[kGateSums], GateSum which, const float (&x)[kColTiles][4], int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kColTiles; n++) sum += x[n][half * 2] + x[n][half * 2 + 1];
+    sum = quad_sum(sum);
+    if (lane % 4 == 0) sums[half * 8 + lane / 4][which] += sum;
+  }
+}
+
+// Sets the sums of a warp's 16 rows to zero.
+SEGATTN_FN void clear_row_sums(float (*sums)[kGateSums], int lane) {
+  if (lane % 4 != 0) return;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int i = 0; i < kGateSums; i++) sums[half * 8 + lane / 4][i] = 0.f;
+}
+
+// Stores the sums of a warp's 16 rows, of which the first is query `query`.
+SEGATTN_FN void store_row_sums(const SegattnBackwardParams& p, const WorkTile& work, const float (*sums)[kGateSums],
+                               int query, int lane) {
+  if (lane % 4 != 0) return;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = half * 8 + lane / 4;
+    if (query + row >= work.query_rows) continue;
+    float* to =
+        p.partial_gate + partial_row(p.problem, work.split, work.batch_index, work.head, query + row) * kGateSums;
+#pragma unroll
+    for (int i = 0; i < kGateSums; i++) to[i] = sums[row][i];
+  }
+}
+
+// The sum of a row's ds over past keys, from what its KV splits left.
+template <class C>
+SEGATTN_FN float row_gate_grad(const SegattnBackwardParams& p, const KeyList& keys, int batch_index, int head,
+                               int query, int query_rows) {
+  const int tiles = visible_kv_tiles<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows);
+  const int splits = max(1, ceil_div(tiles, C::kSplitKeys / C::kKeys));
+  float sums[kGateSums] = {};
+  for (int split = 0; split < splits; split++) {
+    const float* part = p.partial_gate + partial_row(p.problem, split, batch_index, head, query) * kGateSums;
+#pragma unroll
+    for (int i = 0; i < kGateSums; i++) sums[i] += part[i];
+  }
+  const float d_lse = p.d_lse ? p.d_lse[partial_row(p.problem, 0, batch_index, head, query)] : 0.f;
+  const float error = (sums[kPastGrad] + sums[kOtherGrad]) - d_lse;
+  return sums[kPastGrad] - sums[kPastWeight] * error;
+}
+
 // A tile of keys, and the queries that see them: those from first_query on, of the heads of the group that read the
 // source.
 struct KeyWorkTile {
@@ -72,7 +132,8 @@ SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) 
 }
 
 // One warp a row: sums d_q over the KV splits of the row's tile, in order. The warp of a head's first row also sums
-// the head's gate gradients; if no tile has several splits, only these warps run.
+// the head's gate gradients: each lane every 32nd row, then over the lanes. If no tile has several splits, only these
+// warps run.
 template <class C>
 SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   using T = typename C::T;
@@ -103,14 +164,13 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
       out[i] = query < query_rows ? value : make_uint2(0, 0);
     }
   }
-  if (query != 0 || lane != 0) return;
+  if (query != 0) return;
   float sum = 0.f;
+  if (keys.past_len > keys.sinks)
+    for (int row = lane; row < query_rows; row += 32)
+      sum += row_gate_grad<C>(p, keys, batch_index, head, row, query_rows);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   const float gate = p.problem.past_gate[head];
-  for (int tile = 0; keys.past_len > keys.sinks && tile < p.tiles; tile++) {
-    const int parts = max(1, ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, tile, 1, query_rows), kSplitTiles));
-    for (int split = 0; split < parts; split++)
-      sum += p.partial_gate[(((int64_t)split * p.problem.batch + batch_index) * p.problem.q_heads + head) * p.tiles +
-                            tile];
-  }
-  p.d_past_gate[(int64_t)batch_index * p.problem.q_heads + head] = gate > 0.f ? sum / gate : 0.f;
+  if (lane == 0) p.d_past_gate[(int64_t)batch_index * p.problem.q_heads + head] = gate > 0.f ? sum / gate : 0.f;
 }

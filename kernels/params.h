@@ -67,7 +67,7 @@ typedef struct SegattnBackwardParams {
   float* row_lse;                     /* [batch, q_heads, row_pitch]: lse in base 2, +inf for padding */
   float* row_delta;                   /* [batch, q_heads, row_pitch]: d_out . out - d_lse, 0 for padding */
   float* partial_d_q;     /* [splits of a tile, batch, q_heads, rows, head_dim], only if there are several */
-  float* partial_gate;    /* [splits of a tile, batch, q_heads, tiles]: sums of ds over past keys */
+  float* partial_gate;    /* [splits of a tile, batch, q_heads, rows, 3]: see GateSum */
   uint32_t* work_counter; /* [2], zero before the launches: next work tile of d_q and of d_k */
   int32_t row_pitch;      /* rows rounded up to a multiple of 128 */
   int32_t tiles;          /* query tiles of the d_q pass */

@@ -1,5 +1,5 @@
 // d_q of backward: query-stationary, over past, prior and current keys: dS = P (d_out V^T - delta), d_q = scale dS K.
-// The gradient of a head's gate comes from the same dS: (sum over past keys of dS) / gate.
+// What the gradient of a head's gate needs comes from the same P and dS (GateSum).
 #pragma once
 #include "attention_gradients.cuh"
 #include "pipeline.cuh"
@@ -34,7 +34,7 @@ struct QueryGradShared {
   WorkTile work;
   KeyTile tiles[4];  // key tile t is tiles[t % 4]: the current one and the next two
   int first_query[C::kWarps], last_query[C::kWarps];
-  float gate_sums[C::kThreads];  // each thread's sum of dS over past keys; finally each warp's
+  float gate_sums[C::kRows][kGateSums];
 };
 
 template <class C>
@@ -90,35 +90,40 @@ SEGATTN_FN void mask_keys(float (&s)[C::kRowTiles][C::kColTiles][4], const WorkT
     }
 }
 
-// S to dS = P (dP - delta), in place.
+// S to P, in place.
 template <class C>
-SEGATTN_FN void softmax_grad(float (&s)[C::kRowTiles][C::kColTiles][4],
-                             const float (&dp)[C::kRowTiles][C::kColTiles][4], const QueryGradShared<C>& shared,
-                             float scale, float bias, int first_row, int lane) {
+SEGATTN_FN void softmax_probs(float (&s)[C::kRowTiles][C::kColTiles][4], const QueryGradShared<C>& shared, float scale,
+                              float bias, int first_row, int lane) {
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int row = first_row + m * 16 + half * 8 + lane / 4;
-      const float offset = bias - shared.lse[row], delta = shared.delta[row];
+      const float offset = bias - shared.lse[first_row + m * 16 + half * 8 + lane / 4];
 #pragma unroll
       for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& x = s[m][n][half * 2 + e];
-          x = exp2_approx(fma_rn(x, scale, offset)) * (dp[m][n][half * 2 + e] - delta);
+          x = exp2_approx(fma_rn(x, scale, offset));
         }
     }
 }
 
-template <int kRowTiles, int kColTiles>
-SEGATTN_FN float sum_of(const float (&x)[kRowTiles][kColTiles][4]) {
-  float sum = 0.f;
+// P to dS = P (dP - delta), in place.
+template <class C>
+SEGATTN_FN void softmax_grad(float (&s)[C::kRowTiles][C::kColTiles][4],
+                             const float (&dp)[C::kRowTiles][C::kColTiles][4], const QueryGradShared<C>& shared,
+                             int first_row, int lane) {
 #pragma unroll
-  for (int m = 0; m < kRowTiles; m++)
+  for (int m = 0; m < C::kRowTiles; m++)
 #pragma unroll
-    for (int n = 0; n < kColTiles; n++) sum += (x[m][n][0] + x[m][n][1]) + (x[m][n][2] + x[m][n][3]);
-  return sum;
+    for (int half = 0; half < 2; half++) {
+      const float delta = shared.delta[first_row + m * 16 + half * 8 + lane / 4];
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) s[m][n][half * 2 + e] *= dp[m][n][half * 2 + e] - delta;
+    }
 }
 
 template <class C>
@@ -150,23 +155,6 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C:
     }
 }
 
-// The work tile's partial sum of d_past_gate * gate: over lanes, then over warps, in order.
-template <class C>
-SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, QueryGradShared<C>& shared, int warp, int lane) {
-  float sum = shared.gate_sums[threadIdx.x];
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  __syncthreads();
-  if (lane == 0) shared.gate_sums[warp] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  float total = 0.f;
-  for (int i = 0; i < C::kWarps; i++) total += shared.gate_sums[i];
-  const WorkTile& work = shared.work;
-  p.partial_gate[partial_row(p.problem, work.split, work.batch_index, work.head, 0) / p.problem.q.rows * p.tiles +
-                 work.query_tile] = total;
-}
-
 template <class C>
 SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   using T = typename C::T;
@@ -184,7 +172,10 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   if (work.split >= work.splits) return;
   shared.sources.fill(p.problem, work.batch_index, work.head / (p.problem.q_heads / p.problem.kv_heads), thread);
   __syncthreads();
-  shared.gate_sums[thread] = 0.f;
+  const auto row_sums = [&](int m) { return shared.gate_sums + (first_row + m * 16); };
+  const bool gated = work.keys.past_len > work.keys.sinks;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++) clear_row_sums(row_sums(m), lane);
   load_query_rows<C>(p, shared, thread);
   load_key_stage(shared, work.first_kv_tile, thread);
 
@@ -212,15 +203,24 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
     const bool past = tile.source == kPast;
     if (tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp]))
       mask_keys<C>(s, work, tile, first_row, scale, at);
-    softmax_grad<C>(s, dp, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
-    if (past) shared.gate_sums[opaque(thread)] += sum_of(s);
+    softmax_probs<C>(s, shared, scale, past ? work.keys.gate_log2 : 0.f, first_row, at);
+    if (past)
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; m++) add_row_sums(row_sums(m), kPastWeight, s[m], at);
+    softmax_grad<C>(s, dp, shared, first_row, at);
+    if (gated)
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; m++) add_row_sums(row_sums(m), past ? kPastGrad : kOtherGrad, s[m], at);
     pack_operands<T>(ds, s);
     mma_rs_mn_major<T, KT, C::kRowTiles, C::kColTiles>(d_q, ds, bt_base<KT>(k, at), 0, 0);
   }
   cp_async_wait<0>();
   __syncthreads();
   store_query_grad<C>(p, d_q, shared, first_row, warp, lane);
-  store_gate_sum<C>(p, shared, warp, lane);
+  if (!gated) return;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; m++)
+    store_row_sums(p, work, row_sums(m), work.query_tile * C::kRows + first_row + m * 16, lane);
 }
 
 template <class C>

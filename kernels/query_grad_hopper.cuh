@@ -39,8 +39,8 @@ struct QueryGradShared {
   SourceRows<typename C::T> sources;
   QueryWork work[kWorkBuffers];
   KeyTile tiles[C::kStages];
-  float gate_sums[2][C::kConsumerWarps];  // of work tile n at n % 2
-  Ring<1> row_ring;                       // q, d_out, lse and delta
+  float gate_sums[C::kRows][kGateSums];
+  Ring<1> row_ring;  // q, d_out, lse and delta
   Ring<C::kStages> kv_ring;
 
   __device__ __forceinline__ void init_barriers() {
@@ -178,16 +178,17 @@ SEGATTN_FN void issue_qk(float (&s)[C::kColTiles][4], const QueryFragments<C>& f
   wgmma_commit();
 }
 
-// A work tile's keys: d_q of the warpgroup's rows. Returns the thread's sum of dS over past keys.
+// A work tile's keys: d_q of the warpgroup's rows, and the sums of the warp's 16 rows that its gate's gradient needs.
 template <class C>
-SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryFragments<C>& fragments,
-                                     QueryGradShared<C>& shared, const KeyList& keys, KvIterator<C> at, float scale,
-                                     int row, int group) {
+SEGATTN_FN void query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryFragments<C>& fragments,
+                                    QueryGradShared<C>& shared, const KeyList& keys, KvIterator<C> at, float scale,
+                                    int row, int group, float (*gate_sums)[kGateSums]) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   const int lane = at.lane;
-  float gate_sum = 0.f, s[C::kColTiles][4], dp[C::kColTiles][4];
-  if (!at.seek()) return 0.f;
+  const bool gated = keys.past_len > keys.sinks;
+  float s[C::kColTiles][4], dp[C::kColTiles][4];
+  if (!at.seek()) return;
   issue_qk<C>(s, fragments, shared, at.stage());
   while (true) {
     const int stage = at.stage();
@@ -210,14 +211,13 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
     for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) s[n][e] = exp2_approx(fma_rn(s[n][e], scale, bias - fragments.lse[e / 2]));
+    if (past) add_row_sums(gate_sums, kPastWeight, s, lane);
     wgmma_wait<0>();
 #pragma unroll
     for (int n = 0; n < C::kColTiles; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) dp[n][e] = s[n][e] * (dp[n][e] - fragments.delta[e / 2]);
-    if (past)
-#pragma unroll
-      for (int n = 0; n < C::kColTiles; n++) gate_sum += (dp[n][0] + dp[n][1]) + (dp[n][2] + dp[n][3]);
+    if (gated) add_row_sums(gate_sums, past ? kPastGrad : kOtherGrad, dp, lane);
     pack_operands<T>(ds, dp);
     wgmma_fence();
     wgmma_rs_mn_major<T, KT>(d_q, ds, shared_address(&shared.k[stage]));
@@ -225,8 +225,7 @@ SEGATTN_FN float query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryF
     const uint32_t busy = at.iteration++;
     if (!at.seek()) {
       wgmma_wait<0>();
-      shared.kv_ring.release(busy, lane);
-      return gate_sum;
+      return shared.kv_ring.release(busy, lane);
     }
     issue_qk<C>(s, fragments, shared, at.stage());
     wgmma_wait<1>();
@@ -253,21 +252,6 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d
   }
 }
 
-// The work tile's partial sum of d_past_gate * gate: over lanes, then over warps, in order.
-template <class C>
-SEGATTN_FN void store_gate_sum(const SegattnBackwardParams& p, float (&sums)[C::kConsumerWarps], const WorkTile& work,
-                               float sum, int thread) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  if (thread % 32 == 0) sums[thread / 32] = sum;
-  sync_consumers<C>();
-  if (thread != 0) return;
-  float total = 0.f;
-  for (int i = 0; i < C::kConsumerWarps; i++) total += sums[i];
-  const int64_t first_row = partial_row(p.problem, work.split, work.batch_index, work.head, 0);
-  p.partial_gate[first_row / p.problem.q.rows * p.tiles + work.query_tile] = total;
-}
-
 template <class C>
 SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
   using QT = typename C::QueryTile;
@@ -292,12 +276,13 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
     const uint32_t end = first_iteration + max(0, work.end_kv_tile - work.first_kv_tile);
     const KvIterator<C> iterator = {
         shared, first_iteration, end, first + group, min(first + group + 64, work.query_rows) - 1, lane};
-    const float gate_sum =
-        query_grad_mainloop<C>(d_q, fragments, shared, work.keys, iterator, scale, first + row, group);
+    float (*gate_sums)[kGateSums] = shared.gate_sums + warp_row;
+    clear_row_sums(gate_sums, lane);
+    query_grad_mainloop<C>(d_q, fragments, shared, work.keys, iterator, scale, first + row, group, gate_sums);
     first_iteration = iterator.end;
     if constexpr (!C::kRegisterA) shared.row_ring.release(n, lane);
     store_query_grad<C>(p, d_q, work, first + row, lane);
-    if (work.keys.past_len > work.keys.sinks) store_gate_sum<C>(p, shared.gate_sums[n % 2], work, gate_sum, thread);
+    if (work.keys.past_len > work.keys.sinks) store_row_sums(p, work, gate_sums, first + warp_row, lane);
   }
 }
 

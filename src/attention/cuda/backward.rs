@@ -17,6 +17,8 @@ const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
 /// Work counters: one for each kernel whose blocks take work tiles in a loop.
 const WORK_COUNTERS: usize = 2;
+/// Sums of a row for the gradient of its head's gate: `kGateSums` of the kernels.
+const GATE_SUMS: usize = 3;
 
 /// A validated backward call.
 #[derive(Debug)]
@@ -116,7 +118,7 @@ impl BackwardPlan {
             partial_gate: workspace.reserve(
                 "partial_gate",
                 4,
-                &[max_splits, batch, heads, tiles],
+                &[max_splits, batch, heads, rows, GATE_SUMS],
             )?,
             work_counter: match hopper {
                 Some(_) => workspace.reserve("work_counter", 4, &[WORK_COUNTERS])?,
