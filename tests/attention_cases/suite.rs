@@ -148,3 +148,31 @@ fn assert_lse(what: &str, got: &[f64], expected: &[f64]) {
         assert!(close, "{what}[{i}]: {got}, expected {expected}");
     }
 }
+
+/// Gradients of gates against f64, in groups of 8 with scores of a standard deviation of 4. In the second case the past
+/// has nearly all the weight. The error of `out`, which is rounded to 16 bits, must not reach them.
+pub fn gates_keep_their_bound(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
+    for (seed, lens) in [[70, 64, 300], [16, 0, 1024]].into_iter().enumerate() {
+        let shape = Shape {
+            scale: Some(4.0 / (head_dim as f32).sqrt()),
+            sink_len: vec![4],
+            seed: 1 + seed as u64,
+            ..Shape::plain(1, 8, head_dim, lens)
+        };
+        let case = Case::new(&shape).rounded(dtype);
+        let options = Options {
+            with_d_lse: seed == 0,
+            ..Options::new(dtype)
+        };
+        let (_, grads) = super::bits::both(gpu, &case, options);
+        let forward = reference_forward(&case);
+        let expected = reference_backward(&case, &forward, options.with_d_lse, false).d_past_gate;
+        let got = widen_f32(&grads.d_past_gate);
+        let (error, norm) = (distance("d_past_gate", &got, &expected), norm(&expected));
+        println!("{dtype} D {head_dim}, {lens:?}: {:e}", error / norm);
+        assert!(
+            error <= 1e-5 * norm,
+            "{dtype} D {head_dim}, {lens:?}: error {error:e} of {norm:e}"
+        );
+    }
+}

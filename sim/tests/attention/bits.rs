@@ -4,7 +4,7 @@ use segattn::attention::cuda::Dtype;
 
 use super::attention_cases::gpu::Options;
 use super::attention_cases::variants::{DTYPES, HEAD_DIMS};
-use super::attention_cases::{Case, Shape, bits};
+use super::attention_cases::{Case, Shape, bits, suite};
 use super::simulated::Simulated;
 
 #[test]
@@ -18,6 +18,13 @@ fn a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same() {
 fn gradients_do_not_depend_on_the_neighbours_in_the_batch() {
     for (i, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         bits::neighbours_change_no_gradient(&mut Simulated::new(4), DTYPES[(i + 1) % 2], head_dim);
+    }
+}
+
+#[test]
+fn gradients_of_gates_keep_their_bound() {
+    for (i, head_dim) in HEAD_DIMS.into_iter().enumerate() {
+        suite::gates_keep_their_bound(&mut Simulated::new(5), DTYPES[i % 2], head_dim);
     }
 }
 

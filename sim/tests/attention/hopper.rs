@@ -108,3 +108,10 @@ fn gradients_do_not_depend_on_the_neighbours_in_the_batch() {
         );
     }
 }
+
+#[test]
+fn gradients_of_gates_keep_their_bound() {
+    for (dtype, head_dim) in [(Dtype::Bf16, 64), (Dtype::F16, 128)] {
+        suite::gates_keep_their_bound(&mut Simulated::of(5, kernels()), dtype, head_dim);
+    }
+}

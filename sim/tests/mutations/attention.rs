@@ -127,6 +127,7 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
     let shape = split(head_dim);
     check(&shape, start(&shape), phase(Phase::Prefill));
     if !forward {
+        suite::gates_keep_their_bound(&mut gpu(), Dtype::Bf16, head_dim);
         // So many queries and keys that a ring of four stages turns within an item, a gate's gradient from several
         // tiles, and a last query that is a tile's first key.
         check(&Shape::plain(1, 3, head_dim, [257, 20, 40]), None, options);

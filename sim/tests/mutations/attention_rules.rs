@@ -402,18 +402,15 @@ const PREPARE: [Rule; 7] = [
     ),
 ];
 
-const QUERY_GRAD: [Rule; 24] = [
+const QUERY_GRAD: [Rule; 22] = [
     drop_statement("__syncthreads()"),
     drop_statement("arrive_and_wait<"),
     drop_statement("cp_async_wait<"),
     drop_statement("cp_async_commit()"),
-    replace("(dp[m][n][half * 2 + e] - delta)", "dp[m][n][half * 2 + e]"),
+    replace("dp[m][n][half * 2 + e] - delta", "dp[m][n][half * 2 + e]"),
     replace("- tile.first - lane % 4 * 2", "- lane % 4 * 2"),
     replace("work.splits == 1", "true"),
     drop_statement("if (q.query >= p.problem.q.rows) continue"),
-    replace("if (lane == 0) shared.gate_sums", "shared.gate_sums"),
-    drop_statement("sum += shuffle_xor"),
-    replace("* p.tiles + work.query_tile", "* p.tiles"),
     replace("d_q[m][n][e] *= p.problem.scale", "d_q[m][n][e] *= 1.f"),
     replace(
         "tile.first >= work.keys.limit(tile, last_query)",
@@ -423,13 +420,20 @@ const QUERY_GRAD: [Rule; 24] = [
         "arrive_and_wait<0>();\n    load_key_stage(shared, kv_tile + 1, thread);",
         "load_key_stage(shared, kv_tile + 1, thread);\n    arrive_and_wait<0>();",
     ),
-    replace("i < C::kWarps; i++) total", "i < C::kWarps - 1; i++) total"),
     replace("n * 8 + e >= limit", "n * 8 + e > limit"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
     replace("past ? work.keys.gate_log2 : 0.f", "work.keys.gate_log2"),
     replace("past = tile.source == kPast", "past = tile.source <= kPast"),
-    replace("if (past) shared.gate_sums", "shared.gate_sums"),
-    drop_statement("shared.gate_sums[thread] = 0.f"),
+    replace("past ? kPastGrad : kOtherGrad", "kPastGrad"),
+    replace(
+        "row_sums(m), kPastWeight, s[m]",
+        "row_sums(m), kPastWeight, dp[m]",
+    ),
+    replace(
+        "shared.gate_sums + (first_row + m * 16)",
+        "shared.gate_sums + first_row",
+    ),
+    drop_statement("clear_row_sums("),
     replace(
         "tile.first + C::kKeys > work.keys.limit(tile, shared.first_query[warp])",
         "false",
@@ -482,11 +486,19 @@ const KEY_GRAD: [Rule; 20] = [
     ),
 ];
 
-const GRADIENTS: [Rule; 15] = [
+const GRADIENTS: [Rule; 20] = [
     replace("(splits > 1)", "(splits > 2)"),
     replace("sum.x * scale", "sum.x"),
     replace("sum / gate", "sum"),
-    replace("tile < p.tiles; tile++", "tile < p.tiles - 1; tile++"),
+    replace(
+        "row < query_rows; row += 32",
+        "row < query_rows - 1; row += 32",
+    ),
+    replace("sums[i] += part[i]", "sums[i] = part[i]"),
+    replace("sums[kPastWeight] * error", "error"),
+    replace("sums[kOtherGrad]) - d_lse", "sums[kOtherGrad])"),
+    replace("sum = quad_sum(sum)", "sum = sum"),
+    drop_statement("sum += shuffle_xor"),
     replace("query < query_rows ? value", "true ? value"),
     replace("tile : tile - prior_tiles", "tile : tile"),
     replace(
@@ -509,7 +521,7 @@ const GRADIENTS: [Rule; 15] = [
     replace("sum.w * scale", "sum.z * scale"),
 ];
 
-const QUERY_GRAD_HOPPER: [Rule; 41] = [
+const QUERY_GRAD_HOPPER: [Rule; 39] = [
     drop_statement("cp_async_commit()"),
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),
@@ -534,18 +546,12 @@ const QUERY_GRAD_HOPPER: [Rule; 41] = [
     replace("past = tile.source == kPast", "past = tile.source <= kPast"),
     replace("bias - fragments.lse[e / 2]", "bias - fragments.lse[0]"),
     replace("- fragments.delta[e / 2]", "- fragments.delta[0]"),
-    replace("if (past)\n", "if (true)\n"),
+    replace("past ? kPastGrad : kOtherGrad", "kPastGrad"),
+    replace("if (past) add_row_sums", "if (gated) add_row_sums"),
     replace("work.splits == 1", "true"),
     replace("if (query + half * 8 >= rows) continue", ";"),
-    replace("* p.tiles + work.query_tile", "* p.tiles"),
-    replace("if (thread % 32 == 0) sums", "sums"),
-    replace(
-        "i < C::kConsumerWarps; i++) total",
-        "i < C::kConsumerWarps - 1; i++) total",
-    ),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
     drop_statement("sync_producers<"),
-    drop_statement("sync_consumers<"),
     drop_statement("shared.row_ring.release("),
     drop_statement("shared.kv_ring.release("),
     replace("arrive<0>", "arrive<1>"),
@@ -554,7 +560,8 @@ const QUERY_GRAD_HOPPER: [Rule; 41] = [
     drop_statement("shared.row_ring.wait_full("),
     drop_statement("shared.kv_ring.wait_full("),
     replace("i += C::kProducerWarps", "i += C::kProducerWarps + 1"),
-    replace("gate_sums[n % 2]", "gate_sums[0]"),
+    drop_statement("clear_row_sums("),
+    replace("shared.gate_sums + warp_row", "shared.gate_sums"),
     replace(
         "min(first + group + 64, work.query_rows) - 1",
         "first + group + 63",
