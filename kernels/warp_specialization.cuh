@@ -41,7 +41,7 @@ enum NamedBarrier {
   kBlockBarrier = 0,              // __syncthreads
   kProducerBarrier = 1,           // all producer warps
   kConsumerWarpgroupBarrier = 2,  // one consumer warpgroup each: 2, 3, ...
-  kConsumerBarrier = 6,           // all consumer warps
+  kBarriers = 6,
 };
 
 template <class C>
@@ -49,12 +49,8 @@ SEGATTN_FN void sync_producers() {
   barrier_sync<C::kProducerThreads>(kProducerBarrier);
 }
 template <class C>
-SEGATTN_FN void sync_consumers() {
-  barrier_sync<C::kConsumerThreads>(kConsumerBarrier);
-}
-template <class C>
 SEGATTN_FN void sync_consumer_warpgroup(int warpgroup) {
-  static_assert(kConsumerWarpgroupBarrier + C::kConsumerWarpgroups <= kConsumerBarrier,
+  static_assert(kConsumerWarpgroupBarrier + C::kConsumerWarpgroups <= kBarriers,
                 "each consumer warpgroup needs a barrier of its own");
   barrier_sync<128>(kConsumerWarpgroupBarrier + warpgroup);
 }

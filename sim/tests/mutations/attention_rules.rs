@@ -442,7 +442,7 @@ const QUERY_GRAD: [Rule; 22] = [
         "shared.tiles[(kv_tile + 2) & 3]",
         "shared.tiles[(kv_tile + 1) & 3]",
     ),
-    replace("bias - shared.lse[row]", "bias - shared.delta[row]"),
+    replace("bias - shared.lse[", "bias - shared.delta["),
 ];
 
 const KEY_GRAD: [Rule; 20] = [
