@@ -218,6 +218,14 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
 }
 
 #[test]
+fn gradients_of_gates_keep_their_bound() {
+    for (dtype, head_dim) in variants() {
+        let Some(mut gpu) = Real::new() else { return };
+        suite::gates_keep_their_bound(&mut gpu, dtype, head_dim);
+    }
+}
+
+#[test]
 fn repeated_runs_have_equal_bits() {
     let repeat = std::env::var("SEGATTN_REPEAT").ok();
     let repeat: usize = repeat.map_or(20, |n| n.parse().expect("SEGATTN_REPEAT: a number"));
