@@ -40,7 +40,7 @@ struct ForwardShared {
   bool done;
   KeyTile tiles[4];  // key tile t is tiles[t % 4]: the current one and the next two
   WarpRows warps[C::kWarps];
-  float* chunk_totals;        // the block's scratch, [row tile, out tile, thread, 4]
+  float4* chunk_totals;       // the block's scratch, [row tile, out tile, thread, 4]
   RowState totals[C::kRows];  // of the chunks before the current one, then of the work tile
 };
 
@@ -152,7 +152,8 @@ SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& 
 template <class C>
 SEGATTN_FN void attention_forward(const SegattnForwardParams& p) {
   ForwardShared<C>& shared = *(ForwardShared<C>*)shared_memory();
-  if (threadIdx.x == 0) shared.chunk_totals = p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim);
+  if (threadIdx.x == 0)
+    shared.chunk_totals = (float4*)(p.chunk_totals + (int64_t)blockIdx.x * (C::kRows * C::kHeadDim));
   for (bool first = true;; first = false) {
     __syncthreads();  // all warps have finished the previous work tile
     if (threadIdx.x == 0) shared.done = !next_work_tile<C>(p, shared, first);

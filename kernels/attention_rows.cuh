@@ -46,7 +46,7 @@ template <class C>
 SEGATTN_FN void negate_queries(typename C::QueryTile& q, int warp, int lane) {
   constexpr int kWarpRows = C::kRowTiles * 16, kRowWords = C::QueryTile::kRowBytes / 4;
   for (int panel = 0; panel < C::kHeadDim / C::QueryTile::kPanelCols; panel++) {
-    uint32_t* words = (uint32_t*)&q + (panel * C::kRows + warp * kWarpRows) * kRowWords;
+    uint32_t* words = (uint32_t*)&q + (panel * C::QueryTile::kRows + warp * kWarpRows) * kRowWords;
     for (int i = lane; i < kWarpRows * kRowWords; i += 32) words[i] ^= 0x80008000u;
   }
   __syncwarp();
@@ -122,18 +122,18 @@ SEGATTN_FN void merge_row_tile(float (&out)[C::kOutTiles][4], const MergeFactors
     saved[n * C::kConsumerThreads] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
 }
 
-// Ends a chunk: completes its row sums and merges it with the chunks before. Their totals wait in global memory
-// (registers for a second accumulator are not there), each value where only its own thread reads and writes it. After
+// Ends a chunk: completes its row sums and merges it with the chunks before. Their totals wait in memory (registers for
+// a second accumulator are not there), each value where only its own thread reads and writes it. After
 // the last chunk acc.rows and acc.out are those of the work tile.
 template <class C>
-SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_totals, bool first, bool last,
+SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* total_rows, float4* total_out, bool first, bool last,
                             int thread) {
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; m++) {
     MergeFactors factors[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      RowState &row = acc.rows[m][half], &total = s_totals[m * 16 + half * 8 + thread % 32 / 4];
+      RowState &row = acc.rows[m][half], &total = total_rows[m * 16 + half * 8 + thread % 32 / 4];
       row.sum = quad_sum(row.sum);
       if (!first) {
         factors[half] = merge_factors(total.max, row.max);
@@ -145,8 +145,7 @@ SEGATTN_FN void merge_chunk(Accumulator<C>& acc, RowState* s_totals, float* g_to
       }
     }
     if (!(first && last))
-      merge_row_tile<C>(acc.out[m], factors, (float4*)g_totals + m * C::kOutTiles * C::kConsumerThreads + thread, first,
-                        last);
+      merge_row_tile<C>(acc.out[m], factors, total_out + m * C::kOutTiles * C::kConsumerThreads + thread, first, last);
   }
 }
 

@@ -53,6 +53,20 @@ typedef struct SegattnForwardParams {
   int32_t max_splits;     /* most KV splits of a tile */
 } SegattnForwardParams;
 
+/* A tensor map of the driver (CUtensorMap): opaque. */
+typedef struct SegattnTensorMap {
+  uint64_t words[16];
+} __attribute__((aligned(64))) SegattnTensorMap;
+
+/* attention_forward on Hopper: the same, and maps by which bulk copies move 64 rows of a head. A map is of a tensor
+ * [batch coordinates, heads, head_dim / 64, rows, 64]; a batch element's coordinate says where it begins. */
+typedef struct SegattnHopperForwardParams {
+  SegattnTensorMap maps[7]; /* of q, k, v, prior_k, prior_v, past_k, past_v */
+  SegattnForwardParams forward;
+  const int32_t* batch_coordinates; /* [batch, 7] */
+  uint32_t mapped;                  /* bit i: maps[i] is there */
+} SegattnHopperForwardParams;
+
 /* attention_backward and its preparation. query_start is 0. */
 typedef struct SegattnBackwardParams {
   SegattnProblem problem;

@@ -68,7 +68,13 @@ SEGATTN_FN void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
 }
 SEGATTN_FN void fence_mbarrier_init() { sim_fence_mbarrier_init(); }
 SEGATTN_FN void mbarrier_arrive(uint64_t* barrier) { sim_mbarrier_arrive(barrier, 1, sim_site()); }
+SEGATTN_FN void mbarrier_arrive_expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  sim_mbarrier_arrive_expect_tx(barrier, bytes, sim_site());
+}
 SEGATTN_FN void mbarrier_wait(uint64_t* barrier, uint32_t parity) { sim_mbarrier_wait(barrier, parity, sim_site()); }
+SEGATTN_FN void tensor_copy(SharedAddress dst, const SegattnTensorMap& map, const int32_t (&at)[5], uint64_t* barrier) {
+  sim_tma_load((void*)dst, (const CUtensorMap*)&map, at, barrier, sim_site());
+}
 SEGATTN_FN void fence_proxy_async_shared() { sim_fence_proxy_async(SIM_SHARED); }
 template <int kThreads>
 SEGATTN_FN void barrier_sync(int id) {
@@ -94,6 +100,7 @@ SEGATTN_FN void wgmma_wait() {
 }
 template <int kColTiles>
 SEGATTN_FN void fence_operand(float (&)[kColTiles][4]) {}
+SEGATTN_FN void complete_before(float, void*) {}
 SEGATTN_FN int wgmma_type(Bf16) { return SIM_BF16; }
 SEGATTN_FN int wgmma_type(F16) { return 0; }
 template <bool kAccumulate, bool kMnMajorB, int kColTiles, class T>
@@ -213,6 +220,20 @@ SEGATTN_FN void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.releas
 SEGATTN_FN void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// The same, and the phase does not complete before bulk copies have added so many bytes.
+SEGATTN_FN void mbarrier_arrive_expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// Starts the bulk copy of a box of a tensor of rank 5, from the coordinates `at`, innermost first. The barrier counts
+// its bytes. `map` is a kernel parameter.
+SEGATTN_FN void tensor_copy(SharedAddress dst, const SegattnTensorMap& map, const int32_t (&at)[5], uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, "
+      "%6}], [%7];" ::"r"(dst),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(shared_address(barrier))
+      : "memory");
+}
 // Blocks until the phase of that parity has completed.
 SEGATTN_FN void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -261,6 +282,16 @@ SEGATTN_FN void fence_operand(float (&d)[kColTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kColTiles; n++)
     asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+
+// What `x`, which is not negative, is computed from is computed before a later wgmma_wait: ptxas keeps a store to shared
+// memory in front of it. Nothing is stored.
+SEGATTN_FN void complete_before(float x, void* place) {
+  asm volatile(
+      "{\n.reg .pred negative;\nsetp.lt.f32 negative, %1, 0f00000000;\n@negative st.shared.f32 [%0], %1;\n}" ::"r"(
+          shared_address(place)),
+      "f"(x)
+      : "memory");
 }
 
 // d = a b, or d += a b, of 64 x 16 by 16 x (64 or 128) elements. Warp w of the warpgroup has rows 16 w..., in the

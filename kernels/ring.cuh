@@ -4,24 +4,23 @@
 // the (i / kStages)-th time, and the parity of that number tells the barriers' phases apart:
 //   producer:  wait_empty(i), copy into stage(i), arrive(i)
 //   consumer:  wait_full(i), read stage(i), release(i)
-// A stage may be filled in kParts parts, each with a `full` barrier of its own, and is emptied as a whole. Consumers
-// release iterations in order. The counter has 32 bits: unless kStages is a power of two, a block must end before it
-// wraps around.
+// Consumers release iterations in order. The counter has 32 bits: unless kStages is a power of two, a block must end
+// before it wraps around.
 #pragma once
 #include "ptx.cuh"
 
 __host__ __device__ constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
 
-template <int kStages_, int kParts = 1>
+template <int kStages_>
 struct Ring {
   static constexpr int kStages = kStages_;
-  static_assert(kStages > 0 && kParts > 0, "a ring has a stage, and a stage a part");
-  uint64_t full[kParts][kStages], empty[kStages];
+  static_assert(kStages > 0, "a ring has a stage");
+  uint64_t full[kStages], empty[kStages];
 
   // By one thread of the block, before any other call: the arrivals that complete a phase.
   __device__ __forceinline__ void init(uint32_t full_arrivals, uint32_t empty_arrivals) {
     for (int stage = 0; stage < kStages; stage++) {
-      for (int part = 0; part < kParts; part++) mbarrier_init(&full[part][stage], full_arrivals);
+      mbarrier_init(&full[stage], full_arrivals);
       mbarrier_init(&empty[stage], empty_arrivals);
     }
   }
@@ -34,23 +33,40 @@ struct Ring {
     mbarrier_wait(&empty[stage(iteration)], parity(iteration) ^ 1);
   }
 
-  // Waits until a part of the stage is filled.
-  __device__ __forceinline__ void wait_full(uint32_t iteration, int part = 0) {
-    mbarrier_wait(&full[part][stage(iteration)], parity(iteration));
+  // Waits until the stage is filled.
+  __device__ __forceinline__ void wait_full(uint32_t iteration) {
+    mbarrier_wait(&full[stage(iteration)], parity(iteration));
   }
 
   // Called by each producer thread. Waits for all but its kNewestLeft newest groups of cp.async, makes what they wrote
   // visible to wgmma as well, and arrives on `full`.
   template <int kNewestLeft>
-  __device__ __forceinline__ void arrive(uint32_t iteration, int part = 0) {
+  __device__ __forceinline__ void arrive(uint32_t iteration) {
     cp_async_wait<kNewestLeft>();
     fence_proxy_async_shared();
-    mbarrier_arrive(&full[part][stage(iteration)]);
+    mbarrier_arrive(&full[stage(iteration)]);
+  }
+
+  // Called by all lanes of the one producer warp of a stage: the same with one arrival of the warp.
+  template <int kNewestLeft>
+  __device__ __forceinline__ void arrive_warp(uint32_t iteration, int lane) {
+    cp_async_wait<kNewestLeft>();
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&full[stage(iteration)]);
+  }
+
+  // Called by one producer thread before it starts bulk copies of so many bytes, which are to arrive on the returned
+  // barrier: its arrival on `full`.
+  __device__ __forceinline__ uint64_t* arrive_before_bytes(uint32_t iteration, uint32_t bytes) {
+    uint64_t* barrier = &full[stage(iteration)];
+    mbarrier_arrive_expect_bytes(barrier, bytes);
+    return barrier;
   }
 
   // Called by each producer thread that copied nothing: arrives on `full`.
   __device__ __forceinline__ void arrive_without_copies(uint32_t iteration) {
-    mbarrier_arrive(&full[0][stage(iteration)]);
+    mbarrier_arrive(&full[stage(iteration)]);
   }
 
   // The ring's iterations are served by kWarps producer warps in turn, iteration i by warp i % kWarps: how many

@@ -329,3 +329,42 @@ fn a_prompt_read_once_is_used_again() {
         "the model",
     );
 }
+
+/// What is said of the new tokens is what scoring says with a break after the prompt, also after a saved state.
+#[test]
+fn the_end_of_a_prompt_is_a_break_where_the_configuration_says_so() {
+    let dir = folder();
+    let dir = dir.path();
+    let mut broken = config();
+    broken.segment.as_mut().unwrap().break_after_prompt = true;
+    save(dir, &broken);
+    let args = ["--ignore-eos", "--logprobs", "new.json"];
+    let prompt = ["--tokens", "0.json", "--state-out", "read.state"];
+    generate(dir, &[&args[..], &prompt].concat());
+    let new = json(&dir.join("new.json"));
+    let ids: Vec<u32> = serde_json::from_value(new["tokens"].clone()).unwrap();
+    let all = [tokens(1, 70), ids].concat();
+    std::fs::write(dir.join("all.json"), serde_json::to_string(&all).unwrap()).unwrap();
+    let score = |breaks: &[&str]| {
+        let fixed = [
+            "score", "-m", ".", "--tokens", "all.json", "--out", "l.json", "-q",
+        ];
+        printed(dir, &[&fixed[..], breaks].concat());
+        json(&dir.join("l.json"))["logprobs"].as_array().unwrap()[69..].to_vec()
+    };
+    let got = new["logprobs"].as_array().unwrap();
+    assert_eq!(*got, score(&["--breaks", "70"]));
+    assert_ne!(*got, score(&[]));
+    let empty = [
+        "--ignore-eos",
+        "--logprobs",
+        "again.json",
+        "--state-in",
+        "read.state",
+    ];
+    let greedy = ["--temperature", "0"];
+    let first = generate(dir, &[&args[..], &["--tokens", "0.json"], &greedy].concat());
+    let again = generate(dir, &[&empty[..], &greedy].concat());
+    let same = |file: &str| json(&dir.join(file))["logprobs"].clone();
+    assert_eq!(same("again.json"), same("new.json"), "{first} {again}");
+}

@@ -1,10 +1,11 @@
 //! The kernels on a GPU: device-event times under criterion, after a check of the same tensors, against PyTorch's
-//! FlashAttention-2, cuDNN and FlexAttention at equal visible pairs.
+//! FlashAttention-2, cuDNN and FlexAttention, cuDNN in one call, and FlashAttention-3, at equal visible pairs.
 //!
 //! Parts are `decode`, `gates` (what heads with a gate of 0 cost) and `prefill`; `-- decode` runs one of them,
 //! `-- 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
 //! `SEGATTN_BENCH_FLEX` (those for which FlexAttention is compiled, which takes its time) and `SEGATTN_BENCH_SECONDS`
-//! (no case begins later) narrow a run. Raw results go to `SEGATTN_BENCH_RUNS`, by default benches/runs/.
+//! (no case begins later) narrow a run. `SEGATTN_BENCH_FA3` is the path of FlashAttention-3's library
+//! (benches/attention_gpu/fa3.py says which); without it, and without a Python package, a peer has no figures. Raw results go to `SEGATTN_BENCH_RUNS`, by default benches/runs/.
 
 mod case;
 mod check;

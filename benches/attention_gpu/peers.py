@@ -1,11 +1,14 @@
-"""Attention of PyTorch on the shapes that the bench sends, one JSON line in, one out.
+"""Attention of other libraries on the shapes that the bench sends, one JSON line in, one out.
 
 In: {"name", "batch", "heads", "head_dim", "rows", "current", "prior", "past", "past_heads", "backward", "flex"}.
-Queries are the last `rows` of `current` tokens. Out: {"name", "flash", "cudnn", "flex"}: seconds or a reason in words.
+Queries are the last `rows` of `current` tokens. Out: {"name", "flash", "cudnn", "cudnn1", "fa3", "flex"}: seconds or a
+reason in words. `cudnn` is PyTorch's call, whose causal mask is aligned to the first key, so that a case is two calls;
+`cudnn1` is cuDNN's own interface (package nvidia-cudnn-frontend), aligned to the last key as `flash` and `fa3` are.
 Every peer computes the visible pairs of the case, no more: heads that read the past run as a call of their own.
 """
 
 import json
+import os
 import sys
 
 
@@ -105,6 +108,87 @@ def run_cudnn(case):
     return total
 
 
+def causal_problems(case):
+    """The calls of a peer whose causal mask is aligned to the last key: tensors [batch, rows, heads, head_dim]."""
+    for heads, front in groups(case):
+        q, k, v = tensors(case["batch"], heads, case["head_dim"], case["rows"], front + case["current"])
+        yield tuple(x.detach().transpose(1, 2) for x in (q, k, v))
+
+
+def run_fa3(case):
+    import fa3
+
+    library = os.environ.get("SEGATTN_BENCH_FA3")
+    if not library:
+        return "SEGATTN_BENCH_FA3 is not set"
+    total = 0.0
+    for q, k, v in causal_problems(case):
+        forward, backward = fa3.calls(library, q, k, v)
+        forward()
+        torch.cuda.synchronize()
+        total += seconds(backward if case["backward"] else forward)
+    return total
+
+
+def cudnn_graph(cudnn):
+    types = cudnn.data_type
+    return cudnn.pygraph(
+        io_data_type=types.BFLOAT16, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT
+    )
+
+
+def cudnn_run(cudnn, graph, tensors):
+    """Builds a graph; the call that executes it on the tensors, which are by their names in the graph."""
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.check_support()
+    graph.build_plans()
+    workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
+    return lambda: graph.execute(tensors, workspace)
+
+
+def run_cudnn_one_call(case):
+    import cudnn
+
+    total = 0.0
+    for problem in causal_problems(case):
+        q, k, v = (x.transpose(1, 2) for x in problem)
+        out, d_out = torch.empty_like(q), torch.randn_like(q)
+        stats = torch.empty(*q.shape[:3], 1, dtype=torch.float32, device="cuda")
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        mask = {
+            "attn_scale": q.shape[3] ** -0.5,
+            "diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT,
+            "diagonal_band_right_bound": 0,
+        }
+
+        def written(name, memory, kind):
+            name.set_output(True).set_dim(memory.shape).set_stride(memory.stride()).set_data_type(kind)
+            return name
+
+        types = cudnn.data_type
+        graph = cudnn_graph(cudnn)
+        names = [graph.tensor_like(x) for x in (q, k, v)]
+        o, s = graph.sdpa(q=names[0], k=names[1], v=names[2], generate_stats=True, **mask)
+        written(o, out, types.BFLOAT16)
+        written(s, stats, types.FLOAT)
+        run = cudnn_run(cudnn, graph, dict(zip(names + [o, s], (q, k, v, out, stats))))
+        if case["backward"]:
+            run()
+            graph = cudnn_graph(cudnn)
+            read = (q, k, v, out, d_out, stats)
+            names = [graph.tensor_like(x) for x in read]
+            results = graph.sdpa_backward(
+                q=names[0], k=names[1], v=names[2], o=names[3], dO=names[4], stats=names[5], **mask
+            )
+            for name, memory in zip(results, gradients):
+                written(name, memory, types.BFLOAT16)
+            run = cudnn_run(cudnn, graph, dict(zip(names + list(results), read + tuple(gradients))))
+        total += seconds(run)
+    return total
+
+
 def run_flex(case):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -144,5 +228,7 @@ for line in sys.stdin:
         "name": case["name"],
         "flash": attempt(run_flash, case),
         "cudnn": attempt(run_cudnn, case),
+        "cudnn1": attempt(run_cudnn_one_call, case),
+        "fa3": attempt(run_fa3, case),
         "flex": attempt(run_flex, case) if case["flex"] else "not asked",
     })

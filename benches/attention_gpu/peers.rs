@@ -1,4 +1,5 @@
-//! PyTorch's kernels on the same GPU in the same run, through a Python child.
+//! Other attention kernels on the same GPU in the same run, through a Python child: PyTorch's, cuDNN's own call and
+//! FlashAttention-3.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use super::case::Case;
 
 /// Peers of a row, in the order of its columns.
-pub const NAMES: [&str; 3] = ["flash", "cudnn", "flex"];
+pub const NAMES: [&str; 5] = ["flash", "cudnn", "cudnn1", "fa3", "flex"];
 
 /// The child, which waits for cases; it ends when this is dropped.
 pub struct Peers {

@@ -68,7 +68,7 @@ struct alignas(64) CUtensorMap {
   uint64_t strides[4];  // bytes, of dims[1..]; dims[0] is dense
   uint32_t box[5];
   uint16_t rank, element_bytes, swizzle_bytes, is_f32;
-  uint32_t unused[3];
+  uint32_t unused[5];
 };
 static_assert(sizeof(CUtensorMap) == 128, "mirrored in Rust");
 

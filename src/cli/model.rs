@@ -131,7 +131,7 @@ impl Opened {
             config,
             text: None,
             weights,
-            pool: Pool(segattn::device::gpu::PoolPlace::Auto),
+            pool: Pool(segattn::device::gpu::PoolPlacement::Auto),
         })
     }
 

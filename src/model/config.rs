@@ -320,11 +320,12 @@ impl ModelConfig {
         }
     }
 
-    /// The same model for dry runs, whose tokens are arbitrary: none of them ends a segment, since full segments take
-    /// the most memory.
+    /// The same model for dry runs, whose tokens are arbitrary: without breaks, since full segments take the most
+    /// memory.
     pub(crate) fn for_dry_run(mut self) -> Self {
         if let Some(segment) = &mut self.segment {
             segment.break_ids.clear();
+            segment.break_after_prompt = false;
         }
         self
     }

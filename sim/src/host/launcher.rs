@@ -4,11 +4,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use segattn::cuda::kernels::{
-    DeviceLayout, Entry, Error, File, Launch, Launcher, SegattnKernelInfo,
+    BoxedTensor, DeviceLayout, Entry, Error, File, Launch, Launcher, SegattnKernelInfo,
+    SegattnTensorMap,
 };
 
 use crate::host::gpu::Gpu;
 use crate::host::module::{Kernel, Module, Source};
+use crate::instructions::tensor_map::TensorMap;
 
 /// The kernels of a folder, each file compiled when it is first asked for, and how many blocks of any of them are
 /// resident at once.
@@ -17,6 +19,7 @@ pub struct Kernels {
     files: [Lazy; File::ALL.len()],
     resident_blocks: u32,
     hopper: bool,
+    tensor_maps: bool,
 }
 
 /// A source and, once needed, what was compiled from it.
@@ -41,6 +44,7 @@ impl Kernels {
             }),
             resident_blocks: 3,
             hopper: false,
+            tensor_maps: true,
         }
     }
 
@@ -48,6 +52,14 @@ impl Kernels {
     pub fn hopper(self) -> Kernels {
         Kernels {
             hopper: true,
+            ..self
+        }
+    }
+
+    /// The same where no tensor has a tensor map.
+    pub fn without_tensor_maps(self) -> Kernels {
+        Kernels {
+            tensor_maps: false,
             ..self
         }
     }
@@ -116,6 +128,22 @@ impl segattn::cuda::kernels::Kernels for Kernels {
 
     fn hopper(&self) -> bool {
         self.hopper
+    }
+
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<Option<SegattnTensorMap>, Error> {
+        let BoxedTensor {
+            data,
+            dims,
+            strides,
+            box_dims,
+        } = tensor;
+        if !self.tensor_maps {
+            return Ok(None);
+        }
+        let map = TensorMap::new(*data as usize, 2, dims, strides, box_dims, 128);
+        Ok(Some(
+            map.map_err(|error| failed("tensor map", error))?.into(),
+        ))
     }
 }
 

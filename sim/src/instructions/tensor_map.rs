@@ -1,5 +1,7 @@
 //! Tensor maps, and the chunks of 16 bytes that a box of a tensor consists of.
 
+use segattn::cuda::kernels::SegattnTensorMap;
+
 /// What cuTensorMapEncodeTiled was told; mirrored by `CUtensorMap` in simulator.h. All sizes innermost first.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default)]
@@ -12,7 +14,7 @@ pub struct TensorMap {
     element_bytes: u16,
     swizzle_bytes: u16,
     is_f32: u16,
-    unused: [u32; 3],
+    unused: [u32; 5],
 }
 
 /// 16 bytes of shared memory and the part of them that lies inside the tensor.
@@ -150,6 +152,13 @@ impl TensorMap {
             address += index * stride;
         }
         Some(address)
+    }
+}
+
+impl From<TensorMap> for SegattnTensorMap {
+    fn from(map: TensorMap) -> Self {
+        // SAFETY: 128 bytes of integers each, none of them padding.
+        unsafe { std::mem::transmute(map) }
     }
 }
 

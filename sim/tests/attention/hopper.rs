@@ -90,6 +90,17 @@ fn every_arrangement_kind_of_numbers_and_scale() {
     check(variants::arrangements_and_values(), 64);
 }
 
+/// Whole tiles, ragged ones and queries copied without bulk copies.
+#[test]
+fn tensors_without_tensor_maps_are_copied_otherwise() {
+    let kernels = Kernels::new(&folder()).hopper().without_tensor_maps();
+    for head_dim in HEAD_DIMS {
+        let shape = Shape::plain(1, 3, head_dim, [300, 200, 70]);
+        let mut gpu = Simulated::of(10, &kernels);
+        suite::check(&mut gpu, &shape, None, Options::new(Dtype::Bf16));
+    }
+}
+
 /// Decoded rows are those of the kernels that every device has: the two agree by bits.
 #[test]
 fn a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same() {

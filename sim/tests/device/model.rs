@@ -7,6 +7,7 @@ use segattn::device::cpu::Cpu;
 use segattn::model::decoder::Decoder;
 use segattn::model::segmentation::Sequence;
 use segattn::model::session::{Feed, Session, score};
+use segattn::train::data::AsExample;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn_sim::Checks;
 
@@ -43,16 +44,13 @@ pub fn decoded<'a, D: Device>(model: &Decoder<D>, sequence: impl Into<Sequence<'
 }
 
 /// Log-probabilities of the training forward, and the gradient of each tensor.
-pub fn gradients<D: Device, S>(
+pub fn gradients<D: Device, S: AsExample>(
     model: &Decoder<D>,
     sequences: &[S],
     config: StreamConfig,
-) -> (Vec<Vec<f64>>, Vec<Vec<f32>>)
-where
-    for<'s> Sequence<'s>: From<&'s S>,
-{
+) -> (Vec<Vec<f64>>, Vec<Vec<f32>>) {
     let mut gradients = Gradients::new(model).expect("memory");
-    let targets = |s: &S| Sequence::from(s).tokens.len() - 1;
+    let targets = |s: &S| s.as_example().tokens.len() - 1;
     let count: usize = sequences.iter().map(targets).sum();
     let scores = accumulate(model, sequences, config, 1.0 / count as f64, &mut gradients)
         .expect("gradients");

@@ -653,10 +653,7 @@ pub const RING: [Rule; 11] = [
     replace("full_arrivals);", "full_arrivals - 1);"),
     replace("empty_arrivals);", "empty_arrivals - 1);"),
     replace("empty_arrivals);", "empty_arrivals + 1);"),
-    replace(
-        "&full[part][stage(iteration)], parity",
-        "&full[0][stage(iteration)], parity",
-    ),
+    drop_statement("mbarrier_arrive_expect_bytes("),
 ];
 
 const WARPGROUPS: [Rule; 11] = [

@@ -25,30 +25,44 @@ pub static TARGETS: [Target; 6] = [
     target("tile.cuh", "bf16_d128", &OPERANDS),
 ];
 
-const FORWARD: [Rule; 79] = [
+const FORWARD: [Rule; 90] = [
     // What the producer warps copy.
     replace(
         "before.first_iteration + before.kv_tiles()",
         "before.first_iteration",
     ),
-    replace("first + row, end, thread", "first, end, thread"),
-    replace("first + row, end, thread", "first + row, end + 1, thread"),
+    replace("first + row, end, lane", "first, end, lane"),
+    replace("first + row, end, lane", "first + row, end + 1, lane"),
     replace("+ row * Tile::kRowBytes", ""),
-    replace("i += C::kProducerWarps", "i++"),
     replace("shared.sources.k[tile", "shared.sources.v[tile"),
     replace("shared.sources.v[tile", "shared.sources.k[tile"),
     drop_statement("cp_async_commit()"),
-    replace("iteration = buffer.first_iteration + i", "iteration = i"),
+    replace("(buffer.first_iteration + i) * kParts", "i * kParts"),
     replace(
-        "work.query_tile * C::kRows, work.query_rows",
-        "0, work.query_rows",
+        "first = work.query_tile * C::kRows + group * 64;",
+        "first = group * 64;",
+    ),
+    replace("first + 64 <= work.query_rows", "first <= work.query_rows"),
+    replace("p.mapped >> kQueryMap & 1 &&", ""),
+    replace(
+        "tile.first + C::kKeys <= tile.end",
+        "tile.first <= tile.end",
+    ),
+    replace("(p.mapped >> map & 3) == 3 &&", ""),
+    replace("(p.mapped >> map & 3) == 3", "p.mapped >> map & 1"),
+    replace("p.maps[map + part]", "p.maps[map]"),
+    replace("shared.batch_coordinates[map + part]", "0"),
+    replace("at[5] = {0, first, 0, head,", "at[5] = {0, first, 0, 0,"),
+    replace("iteration, sizeof(tile)", "iteration, sizeof(tile) / 2"),
+    replace(
+        "group < C::kConsumerWarpgroups; group += kWarps",
+        "group < kWarps; group += kWarps",
     ),
     // Which key tiles a warpgroup takes, and which of them it masks.
     replace(
-        "first = work.query_tile * C::kRows + first_row",
+        "first = work.query_tile * C::kRows + warp / 4 * 64",
         "first = work.query_tile * C::kRows",
     ),
-    replace("first_row = warp / 4 * 64", "first_row = warp / 4 * 32"),
     replace(
         "min(first + 64, work.query_rows) - 1",
         "min(first + 64, work.query_rows) - 2",
@@ -67,8 +81,8 @@ const FORWARD: [Rule; 79] = [
     ),
     replace("kv_tile == partial_prior_tile ||", ""),
     replace(
-        "first_iteration + (kv_tile - first_kv_tile)",
-        "kv_tile - first_kv_tile",
+        "(first_iteration + (kv_tile - first_kv_tile))",
+        "(kv_tile - first_kv_tile)",
     ),
     replace("uniform(max(end, work.first_kv_tile))", "uniform(end)"),
     replace("kv_tile < range.work_end", "kv_tile + 1 < range.work_end"),
@@ -83,9 +97,15 @@ const FORWARD: [Rule; 79] = [
     drop_statement("wgmma_commit()"),
     drop_statement("wgmma_wait<"),
     replace("wgmma_wait<1>()", "wgmma_wait<2>()"),
-    replace("(&shared.k[stage])", "(&shared.v[stage])"),
-    replace("(&shared.v[stage])", "(&shared.k[stage])"),
-    replace("shared.q[range.work_buffer]", "shared.q[0]"),
+    replace(
+        "iteration(kv_tile, kKeyPart), stage",
+        "iteration(kv_tile, kValuePart), stage",
+    ),
+    replace(
+        "iteration(kv_tile, kValuePart), stage",
+        "iteration(kv_tile, kKeyPart), stage",
+    ),
+    replace("(&shared.q[range.warpgroup])", "(&shared.q[0])"),
     replace(
         "(s, shared, range, kv_tile + 1)",
         "(s, shared, range, kv_tile)",
@@ -105,8 +125,7 @@ const FORWARD: [Rule; 79] = [
     replace("kv_tile + C::kChunkTiles)", "kv_tile + C::kChunkTiles - 1)"),
     replace("first = kv_tile == range.first_kv_tile", "first = true"),
     drop_statement("acc.clear()"),
-    replace("shared.totals + first_row", "shared.totals"),
-    replace("(int64_t)blockIdx.x * (C::kRows", "(int64_t)0 * (C::kRows"),
+    replace("shared.total_rows + first_row", "shared.total_rows"),
     replace("work.splits > 1)", "work.splits > 2)"),
     drop_statement("finish_rows<C>"),
     replace(
@@ -114,33 +133,32 @@ const FORWARD: [Rule; 79] = [
         "query, (int)p.problem.q.rows, (int)",
     ),
     // Rings: counts, waits, iterations, releases.
-    replace("work_ring.init(C::kProducerThreads", "work_ring.init(96"),
-    replace("kv_ring.init(32", "kv_ring.init(31"),
+    replace("work_ring.init(1,", "work_ring.init(2,"),
+    replace("kv_ring.init(1,", "kv_ring.init(2,"),
     replace(
-        "kv_ring.init(32, C::kConsumerWarps)",
-        "kv_ring.init(32, C::kConsumerWarps - 4)",
+        "kv_ring.init(1, C::kConsumerWarps)",
+        "kv_ring.init(1, C::kConsumerWarps - 4)",
     ),
     replace(
-        "work_ring.init(C::kProducerThreads, C::kConsumerWarps)",
-        "work_ring.init(C::kProducerThreads, C::kConsumerWarps - 1)",
+        "work_ring.init(1, C::kConsumerWarps)",
+        "work_ring.init(1, C::kConsumerWarps - 1)",
     ),
+    replace("ring.init(1, 4)", "ring.init(1, 3)"),
     drop_statement("shared.work_ring.wait_empty("),
     replace("work_ring.wait_empty(n)", "work_ring.wait_empty(n / 2)"),
     drop_statement("ring.wait_empty(iteration"),
     replace(
-        "ring.wait_empty(iteration)",
-        "ring.wait_empty(iteration + 1)",
+        "ring.wait_empty(iteration + part)",
+        "ring.wait_empty(iteration + part + C::kStages)",
     ),
+    replace("ring.wait_empty(n); if (p.mapped", "if (p.mapped"),
     drop_statement("sync_producers<"),
     drop_statement("shared.kv_ring.wait_full("),
     replace(
-        "wait_full(iteration, kKeyPart)",
-        "wait_full(iteration + C::kStages, kKeyPart)",
+        "kv_ring.wait_full(iteration)",
+        "kv_ring.wait_full(iteration + C::kStages)",
     ),
-    replace(
-        "wait_full(iteration, kValuePart)",
-        "wait_full(iteration, kKeyPart)",
-    ),
+    drop_statement("shared.q_ring[range.warpgroup].wait_full("),
     // From the third work tile on: what shared memory holds before the first two may make a warpgroup loop for ever.
     replace(
         "shared.work_ring.wait_full(n)",
@@ -151,40 +169,36 @@ const FORWARD: [Rule; 79] = [
         "work_ring.wait_full(n < 2 ? n : n + 2)",
     ),
     drop_statement("shared.kv_ring.release("),
+    drop_statement("release(kv_tile, kValuePart)"),
+    drop_statement("release(kv_tile + 1, kKeyPart)"),
     replace(
-        "kv_ring.release(range.iteration(kv_tile)",
-        "kv_ring.release(range.iteration(kv_tile + 1)",
+        "kv_ring.release(range.iteration(kv_tile, part)",
+        "kv_ring.release(range.iteration(kv_tile + 1, part)",
     ),
     replace(
-        "wgmma_wait<0>(); shared.kv_ring.release(range.iteration(kv_tile), lane);",
-        "shared.kv_ring.release(range.iteration(kv_tile), lane); wgmma_wait<0>();",
+        "wgmma_wait<0>(); release(kv_tile, kValuePart);",
+        "release(kv_tile, kValuePart); wgmma_wait<0>();",
     ),
+    drop_statement("shared.q_ring[range.warpgroup].release("),
     drop_statement("shared.work_ring.release("),
     replace("work_ring.release(n,", "work_ring.release(0,"),
-    replace("shared.work_ring.arrive_without_copies(n)", ""),
+    drop_statement("shared.work_ring.arrive_without_copies(n)"),
     replace("shared.work[~n % kWorkBuffers], n == 0", "buffer, n == 0"),
     replace(
         "buffer = shared.work[n % kWorkBuffers]",
         "buffer = shared.work[0]",
     ),
-    replace(
-        "arrive<1>(iteration, kKeyPart)",
-        "arrive<2>(iteration, kKeyPart)",
-    ),
-    replace(
-        "arrive<0>(iteration, kValuePart)",
-        "arrive<1>(iteration, kValuePart)",
-    ),
-    replace("arrive<0>(n)", "arrive<1>(n)"),
-    replace(
-        "shared.q[n % kWorkBuffers], queries",
-        "shared.q[0], queries",
-    ),
+    replace("arrive_warp<1>(iteration", "arrive_warp<2>(iteration"),
+    replace("arrive_warp<0>(iteration", "arrive_warp<1>(iteration"),
+    replace("arrive_warp<0>(n", "arrive_warp<1>(n"),
     drop_statement("sync_consumer_warpgroup<"),
 ];
 
 const TWO_PANELS: [Rule; 4] = [
-    replace("range.first_row, shared", "0, shared"),
+    replace(
+        "shared.q[range.warpgroup], warp % 4",
+        "shared.q[0], warp % 4",
+    ),
     drop_statement("negate_queries<C>"),
     drop_statement("ring.wait_empty(iteration"),
     drop_statement("shared.work_ring.wait_empty("),

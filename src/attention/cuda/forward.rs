@@ -4,9 +4,12 @@ use super::error::Error;
 use super::instances::Instance;
 use super::params::{ProblemParams, TensorParams, count, most_splits};
 use super::tensor::{DeviceSlice, Tensor, check_tensors};
+use super::tensor_maps::TensorMaps;
 use super::workspace::{Bases, Place, Workspace};
 use crate::attention::{Problem, Source};
-use crate::cuda::kernels::params::{SegattnForwardParams, SegattnKernelInfo};
+use crate::cuda::kernels::params::{
+    SegattnForwardParams, SegattnHopperForwardParams, SegattnKernelInfo,
+};
 use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
 
 /// How the work is partitioned. Both phases give the same bits.
@@ -35,6 +38,8 @@ pub struct ForwardPlan {
     tiles: u32,
     max_splits: u32,
     attention: Launch,
+    /// Of a kernel for Hopper.
+    maps: Option<TensorMaps>,
     /// 0 blocks where no work tile is split.
     combine: Launch,
 }
@@ -68,17 +73,24 @@ impl ForwardPlan {
             None if rows.saturating_mul(packed) > decode.tile_rows as usize => Phase::Prefill,
             None => Phase::Decode,
         };
-        let (entry, combine, info, packed) = match phase {
-            Phase::Decode => (instance.decode, instance.decode_combine, decode, packed),
-            Phase::Prefill => {
-                let hopper = instance.hopper.filter(|_| kernels.hopper());
-                let (prefill, combine) = hopper
-                    .map_or((instance.prefill, instance.prefill_combine), |hopper| {
-                        (hopper.prefill, hopper.prefill_combine)
-                    });
-                let info = info::<SegattnForwardParams>(kernels, prefill)?;
-                (prefill, combine, info, 1)
+        let hopper = instance.hopper.filter(|_| kernels.hopper());
+        let (entry, combine, info, packed) = match (phase, hopper) {
+            (Phase::Decode, _) => (instance.decode, instance.decode_combine, decode, packed),
+            (Phase::Prefill, None) => {
+                let info = info::<SegattnForwardParams>(kernels, instance.prefill)?;
+                (instance.prefill, instance.prefill_combine, info, 1)
             }
+            (Phase::Prefill, Some(hopper)) => {
+                let info = info::<SegattnHopperForwardParams>(kernels, hopper.prefill)?;
+                (hopper.prefill, hopper.prefill_combine, info, 1)
+            }
+        };
+        let maps = match (phase, hopper) {
+            (Phase::Prefill, Some(_)) => {
+                let rows = info.key_rows as u32;
+                Some(TensorMaps::new(problem, rows, &mut workspace, kernels)?)
+            }
+            _ => None,
         };
         let (tile_rows, head_dim) = (info.tile_rows as usize, problem.head_dim());
         let tiles = rows.saturating_mul(packed).div_ceil(tile_rows);
@@ -88,14 +100,14 @@ impl ForwardPlan {
             "query tiles * KV splits * heads * batch",
             &[tiles, max_splits, q_heads / packed, batch],
         )?;
-        // A prefill block takes work tiles in a loop and keeps the totals of a tile's chunks in the workspace. In
-        // decoding each work tile is a block.
+        // A prefill block takes work tiles in a loop and keeps the totals of a tile's chunks in the workspace, or on
+        // Hopper in shared memory. In decoding each work tile is a block.
         let (blocks, totals) = match (work_tiles, phase) {
             (0, _) => (0, 0),
             (tiles, Phase::Decode) => (tiles, 0),
             (tiles, Phase::Prefill) => {
                 let blocks = kernels.resident_blocks(entry, &info)?.max(1).min(tiles);
-                (blocks, blocks as usize)
+                (blocks, if maps.is_some() { 0 } else { blocks as usize })
             }
         };
         let query_rows = [batch, q_heads, rows];
@@ -122,6 +134,7 @@ impl ForwardPlan {
             tiles: count("tiles", &[tiles])?,
             max_splits: count("KV splits", &[max_splits])?,
             attention: launch(entry, blocks, &info),
+            maps,
             combine: Launch {
                 blocks: if is_split { combined.blocks } else { 0 },
                 overlaps: phase == Phase::Decode,
@@ -207,16 +220,20 @@ impl ForwardPlan {
         if self.attention.blocks == 0 {
             return Ok(());
         }
-        let params = self.params(Bases {
+        let bases = Bases {
             values,
             workspace: workspace.data,
-        });
+        };
+        let params = self.params(bases);
         // SAFETY: the caller's promise; `params` is the struct of these entry points.
         unsafe {
             if self.phase == Phase::Prefill {
                 launcher.zero(params.work_counter as u64, 4)?;
             }
-            launcher.launch(&self.attention, &params)?;
+            match &self.maps {
+                None => launcher.launch(&self.attention, &params)?,
+                Some(maps) => launcher.launch(&self.attention, &maps.fill(params, bases))?,
+            }
             if self.combine.blocks > 0 {
                 launcher.launch(&self.combine, &params)?;
             }

@@ -24,6 +24,7 @@ mod params;
 #[cfg(feature = "cuda")]
 pub mod slices;
 mod tensor;
+mod tensor_maps;
 #[cfg(test)]
 mod tests;
 mod workspace;

@@ -5,9 +5,10 @@ mod backward;
 use super::*;
 use crate::attention::{Batch, Gates, Gradients, Layout, Len, Lengths, Problem, Saved};
 use crate::cuda::kernels::params::{
-    SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo,
+    SegattnBackwardParams, SegattnForwardParams, SegattnHopperForwardParams, SegattnKernelInfo,
+    SegattnTensorMap,
 };
-use crate::cuda::kernels::{self, Entry, Kernels, Launch, Launcher};
+use crate::cuda::kernels::{self, BoxedTensor, Entry, Kernels, Launch, Launcher};
 
 /// Kernels of the sizes that the D 64 ones have, on a device of 8 blocks.
 struct Table;
@@ -16,6 +17,12 @@ impl Kernels for Table {
     fn info(&self, entry: Entry) -> Result<SegattnKernelInfo, kernels::Error> {
         let forward = size_of::<SegattnForwardParams>() as i32;
         let [tile_rows, key_rows, split_keys, params_bytes] = match entry.name {
+            name if name.starts_with("attention_prefill_hopper") => [
+                128,
+                64,
+                8192,
+                size_of::<SegattnHopperForwardParams>() as i32,
+            ],
             name if name.starts_with("attention_prefill") => [128, 64, 8192, forward],
             name if name.starts_with("attention_decode") => [16, 64, 1024, forward],
             name if name.starts_with("combine") => [4, 0, 0, forward],
@@ -46,6 +53,10 @@ impl Kernels for Table {
     fn hopper(&self) -> bool {
         false
     }
+
+    fn tensor_map(&self, _: &BoxedTensor) -> Result<Option<SegattnTensorMap>, kernels::Error> {
+        panic!("no other kernel copies by tensor maps")
+    }
 }
 
 /// The same where there are kernels for Hopper.
@@ -70,6 +81,13 @@ impl Kernels for HopperTable {
 
     fn hopper(&self) -> bool {
         true
+    }
+
+    /// A map that says which tensor it is of.
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<Option<SegattnTensorMap>, kernels::Error> {
+        let mut map = SegattnTensorMap::NONE;
+        map.words[0] = tensor.data;
+        Ok(Some(map))
     }
 }
 
@@ -431,5 +449,38 @@ fn an_empty_batch_launches_nothing() {
         run(&plan(&problem, None).expect("a plan"))
             .launches
             .is_empty()
+    );
+}
+
+/// Maps of the tensors that have rows, in the problem's order, and where each batch element lies in them.
+#[test]
+fn a_prefill_for_hopper_gets_maps_of_the_tensors() {
+    let mut problem = problem();
+    let offsets = [1 << 20, 128];
+    problem.v.len = 1 << 21;
+    problem.v.layout.batch = Batch::Offsets(&offsets);
+    problem.prior = None;
+    let lse = DeviceSlice::new(4096, 2 * 4 * 200);
+    let problem = problem.lengths(Lengths::segment(&[200, 100]).past(&[70, 0]));
+    let plan = ForwardPlan::new(&problem, &problem.q, lse, None, &HopperTable).expect("a plan");
+    let recorder = run(&plan);
+    let (launch, bytes) = &recorder.launches[0];
+    assert_eq!(launch.entry.name, "attention_prefill_hopper_bf16_d64");
+    assert_eq!(bytes.len(), size_of::<SegattnHopperForwardParams>());
+    // SAFETY: the bytes are those of such a struct.
+    let params = unsafe {
+        bytes
+            .as_ptr()
+            .cast::<SegattnHopperForwardParams>()
+            .read_unaligned()
+    };
+    assert_eq!(params.mapped, 0b110_0111);
+    let data = params.maps.map(|map| map.words[0]);
+    assert_eq!(data, [Q, Q + 16, Q + 32, 0, 0, Q + 80, Q + 96]);
+    let at = (params.batch_coordinates as u64 - WORKSPACE) as usize;
+    let coordinates: Vec<i32> = bytemuck::pod_collect_to_vec(&recorder.uploads[0].1[at..at + 56]);
+    assert_eq!(
+        coordinates,
+        [0, 0, 1 << 13, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
     );
 }

@@ -1,8 +1,9 @@
 //! Two traits that NVIDIA's driver and the simulated GPU implement: kernel metadata, and launches on a stream.
 
 use super::error::Error;
-use super::params::SegattnKernelInfo;
+use super::params::{SegattnKernelInfo, SegattnTensorMap};
 use super::registry::Entry;
+use super::tensor_map::BoxedTensor;
 
 // SAFETY: seven i32 and nothing between them, as the size says.
 unsafe impl bytemuck::Zeroable for SegattnKernelInfo {}
@@ -34,6 +35,13 @@ pub trait Kernels {
     /// Whether the kernels for Hopper (sm_90a) were compiled and run on this device. Their forward has the bits of the
     /// other kernels.
     fn hopper(&self) -> bool;
+
+    /// The tensor map by which kernels for Hopper copy boxes of a tensor that [is
+    /// mappable](BoxedTensor::is_mappable); `None` if they have to copy it otherwise. No memory is read.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<Option<SegattnTensorMap>, Error>;
 }
 
 /// One kernel launch: a grid of `blocks` x 1 x 1.

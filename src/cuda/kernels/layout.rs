@@ -4,7 +4,8 @@ use std::mem::offset_of;
 
 use super::error::Error;
 use super::params::{
-    SegattnBackwardParams, SegattnForwardParams, SegattnKernelInfo, SegattnProblem, SegattnTensor,
+    SegattnBackwardParams, SegattnForwardParams, SegattnHopperForwardParams, SegattnKernelInfo,
+    SegattnProblem, SegattnTensor, SegattnTensorMap,
 };
 use super::registry::File;
 
@@ -31,6 +32,8 @@ const HOST: &[Item] = layout! {
     SegattnForwardParams {
         problem, out, lse, partial_out, partial_state, chunk_totals, work_counter, packed_heads, tiles, max_splits,
     }
+    SegattnTensorMap { words }
+    SegattnHopperForwardParams { maps, forward, batch_coordinates, mapped }
     SegattnBackwardParams {
         problem, out, d_out, lse, d_lse, d_q, d_k, d_v, d_prior_k, d_prior_v, d_past_gate, row_lse, row_delta,
         partial_d_q, partial_gate, work_counter, row_pitch, tiles, max_splits,
@@ -85,7 +88,7 @@ mod tests {
         let fields = flat.matches("[\"Offset of field: ").count();
         let structs = flat.matches("[\"Size of ").count();
         assert_eq!(HOST.len(), fields + structs);
-        assert!(HOST.contains(&("SegattnProblem.scale", 404)));
+        assert!(HOST.contains(&("SegattnProblem.scale", 420)));
     }
 
     #[test]

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::sys::CUstream;
+use cudarc::driver::sys::{self, CUstream};
 use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::error::Error;
 use super::launcher::{Kernels, Launch, Launcher};
 use super::layout::DeviceLayout;
-use super::params::SegattnKernelInfo;
+use super::params::{SegattnKernelInfo, SegattnTensorMap};
 use super::registry::{Entry, File};
+use super::tensor_map::BoxedTensor;
 use crate::cuda::{self, Function, Module};
 
 /// The driver stages copies from pageable host memory up to this size without waiting for the stream.
@@ -182,6 +183,31 @@ impl Kernels for DriverKernels {
 
     fn hopper(&self) -> bool {
         self.hopper
+    }
+
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<Option<SegattnTensorMap>, Error> {
+        let mut map = SegattnTensorMap::NONE;
+        const { assert!(size_of::<SegattnTensorMap>() == size_of::<sys::CUtensorMap>()) };
+        // SAFETY: `map` has the size and alignment of a CUtensorMap; the arrays have as many elements as the rank says.
+        let encoded = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                5,
+                tensor.data as usize as *mut _,
+                tensor.dims.as_ptr().cast(),
+                tensor.strides.as_ptr().cast(),
+                tensor.box_dims.as_ptr(),
+                [1; 5].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        let encoded = encoded.result();
+        encoded.map_err(|error| cuda::driver_error("describing a tensor to bulk copies", error))?;
+        Ok(Some(map))
     }
 }
 

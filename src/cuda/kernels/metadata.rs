@@ -4,8 +4,9 @@ mod table;
 
 use super::error::Error;
 use super::launcher::Kernels;
-use super::params::SegattnKernelInfo;
+use super::params::{SegattnKernelInfo, SegattnTensorMap};
 use super::registry::Entry;
+use super::tensor_map::BoxedTensor;
 use table::METADATA;
 
 /// Kernel metadata for planning without a GPU. Nothing can be launched.
@@ -39,5 +40,9 @@ impl Kernels for KernelMetadata {
 
     fn hopper(&self) -> bool {
         self.hopper
+    }
+
+    fn tensor_map(&self, _: &BoxedTensor) -> Result<Option<SegattnTensorMap>, Error> {
+        Ok(Some(SegattnTensorMap::NONE))
     }
 }

@@ -14,6 +14,7 @@ mod loaded;
 mod metadata;
 pub(crate) mod params;
 mod registry;
+mod tensor_map;
 
 pub use error::Error;
 pub use launcher::{Kernels, Launch, Launcher};
@@ -21,5 +22,6 @@ pub use layout::DeviceLayout;
 #[cfg(feature = "cuda")]
 pub use loaded::{DriverKernels, DriverStream};
 pub use metadata::KernelMetadata;
-pub use params::SegattnKernelInfo;
+pub use params::{SegattnKernelInfo, SegattnTensorMap};
 pub use registry::{Entry, File};
+pub use tensor_map::BoxedTensor;

@@ -140,6 +140,43 @@ const _: () = {
         [::core::mem::offset_of!(SegattnForwardParams, max_splits) - 520usize];
 };
 #[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnTensorMap {
+    pub words: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnTensorMap"][::core::mem::size_of::<SegattnTensorMap>() - 128usize];
+    ["Alignment of SegattnTensorMap"][::core::mem::align_of::<SegattnTensorMap>() - 64usize];
+    ["Offset of field: SegattnTensorMap::words"]
+        [::core::mem::offset_of!(SegattnTensorMap, words) - 0usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnHopperForwardParams {
+    pub maps: [SegattnTensorMap; 7usize],
+    pub forward: SegattnForwardParams,
+    pub batch_coordinates: *const i32,
+    pub mapped: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnHopperForwardParams"]
+        [::core::mem::size_of::<SegattnHopperForwardParams>() - 1472usize];
+    ["Alignment of SegattnHopperForwardParams"]
+        [::core::mem::align_of::<SegattnHopperForwardParams>() - 64usize];
+    ["Offset of field: SegattnHopperForwardParams::maps"]
+        [::core::mem::offset_of!(SegattnHopperForwardParams, maps) - 0usize];
+    ["Offset of field: SegattnHopperForwardParams::forward"]
+        [::core::mem::offset_of!(SegattnHopperForwardParams, forward) - 896usize];
+    ["Offset of field: SegattnHopperForwardParams::batch_coordinates"]
+        [::core::mem::offset_of!(SegattnHopperForwardParams, batch_coordinates) - 1424usize];
+    ["Offset of field: SegattnHopperForwardParams::mapped"]
+        [::core::mem::offset_of!(SegattnHopperForwardParams, mapped) - 1432usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct SegattnBackwardParams {
     pub problem: SegattnProblem,
