@@ -34,6 +34,13 @@ struct Memory {
     replays: usize,
 }
 
+/// Part of a params struct, with the alignment of the largest one's: of a tensor map.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line {
+    _bytes: [u8; 64],
+}
+
 /// A call of a graph.
 enum Call {
     Zero(u64, usize),
@@ -41,9 +48,9 @@ enum Call {
     Gemm(Gemm),
     Launch {
         launch: Launch,
-        /// The params struct, in words so that it is aligned, and the call that knows its type.
-        params: Vec<u64>,
-        run: unsafe fn(&mut Gpu, &Kernels, &Launch, *const u64) -> Result<(), Error>,
+        /// The params struct, in lines so that it is aligned, and the call that knows its type.
+        params: Vec<Line>,
+        run: unsafe fn(&mut Gpu, &Kernels, &Launch, *const Line) -> Result<(), Error>,
     },
 }
 
@@ -153,7 +160,7 @@ unsafe fn launch_as<P: Copy>(
     gpu: &mut Gpu,
     kernels: &Kernels,
     launch: &Launch,
-    params: *const u64,
+    params: *const Line,
 ) -> Result<(), Error> {
     // SAFETY: the caller's promise; the simulator checks what the kernel does.
     unsafe { Stream { gpu, kernels }.launch(launch, &*params.cast::<P>()) }
@@ -264,14 +271,15 @@ impl gpu::Driver for Driver {
     }
 
     unsafe fn launch<P: Copy>(&self, launch: &Launch, params: &P) -> Result<(), Error> {
-        const { assert!(align_of::<P>() <= align_of::<u64>()) };
-        let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())];
+        const { assert!(align_of::<P>() <= align_of::<Line>()) };
+        let empty = Line { _bytes: [0; 64] };
+        let mut lines = vec![empty; size_of::<P>().div_ceil(size_of::<Line>())];
         // SAFETY: there is room for a `P`, which is plain data; the rest is the caller's promise.
         unsafe {
-            words.as_mut_ptr().cast::<P>().write(*params);
+            lines.as_mut_ptr().cast::<P>().write(*params);
             self.call(Call::Launch {
                 launch: *launch,
-                params: words,
+                params: lines,
                 run: launch_as::<P>,
             })
         }
