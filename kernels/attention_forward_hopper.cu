@@ -56,8 +56,8 @@ struct ForwardWork {
 // What a key tile has in the ring.
 enum KvPart { kKeyPart, kValuePart, kParts };
 
-// The tensor maps of a launch, in the order of SegattnProblem's tensors: K of a source, followed by its V. The sinks are
-// rows of the past.
+// The tensor maps of a launch, in the order of SegattnProblem's tensors: K of a source, followed by its V. The sinks
+// are rows of the past.
 constexpr int kQueryMap = 0, kMaps = 7;
 SEGATTN_FN int key_map(Source source) { return 1 + 2 * (kCurrent - (source == kSinks ? kPast : source)); }
 

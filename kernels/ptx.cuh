@@ -284,8 +284,8 @@ SEGATTN_FN void fence_operand(float (&d)[kColTiles][4]) {
     asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
 }
 
-// What `x`, which is not negative, is computed from is computed before a later wgmma_wait: ptxas keeps a store to shared
-// memory in front of it. Nothing is stored.
+// What `x`, which is not negative, is computed from is computed before a later wgmma_wait: ptxas keeps a store to
+// shared memory in front of it. Nothing is stored.
 SEGATTN_FN void complete_before(float x, void* place) {
   asm volatile(
       "{\n.reg .pred negative;\nsetp.lt.f32 negative, %1, 0f00000000;\n@negative st.shared.f32 [%0], %1;\n}" ::"r"(

@@ -5,7 +5,8 @@
 //! `-- 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
 //! `SEGATTN_BENCH_FLEX` (those for which FlexAttention is compiled, which takes its time) and `SEGATTN_BENCH_SECONDS`
 //! (no case begins later) narrow a run. `SEGATTN_BENCH_FA3` is the path of FlashAttention-3's library
-//! (benches/attention_gpu/fa3.py says which); without it, and without a Python package, a peer has no figures. Raw results go to `SEGATTN_BENCH_RUNS`, by default benches/runs/.
+//! (benches/attention_gpu/fa3.py says which); without it, and without a Python package, a peer has no figures. Raw
+//! results go to `SEGATTN_BENCH_RUNS`, by default benches/runs/.
 
 mod case;
 mod check;

@@ -112,8 +112,8 @@ pub fn generate(
     })
 }
 
-/// The tokens of a text that cover a range of its bytes. A prefix of a text begins with the text's tokens up to where it
-/// is cut, so the common tokens of prefix and text are those that lie before the cut.
+/// The tokens of a text that cover a range of its bytes. A prefix of a text begins with the text's tokens up to where
+/// it is cut, so the common tokens of prefix and text are those that lie before the cut.
 fn token_range(
     text: &str,
     bytes: Range<usize>,
