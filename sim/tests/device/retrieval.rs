@@ -22,7 +22,7 @@ fn what_is_selected_does_not_depend_on_chunks_and_rings() {
 
 #[test]
 fn the_gpu_selects_what_the_reference_does() {
-    a_device_selects_what_the_reference_does(&gpu(33, Checks::All), 0..6);
+    a_device_selects_what_the_reference_does(&gpu(33, Checks::All), 0..3);
 }
 
 #[test]
