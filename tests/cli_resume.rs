@@ -53,7 +53,13 @@ fn a_mixture_with_tasks_goes_on_exactly_and_another_mixture_is_refused() {
         format!("[{{name = \"plain\", weight = {weight}{paths}}}, {asked}]")
     };
     let mixture = parts("0.5", "");
-    let more = ["--data.mixture", &mixture, "--training.sequence-len", "400"];
+    // The length of a run is part of other schedules.
+    let more = [
+        ["--data.mixture", &mixture],
+        ["--training.sequence-len", "400"],
+        ["--schedule.kind", "constant"],
+    ]
+    .concat();
     let [whole, cut] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     begin(whole.path(), "8", &more);
     begin(cut.path(), "5", &more);
@@ -70,9 +76,11 @@ fn a_mixture_with_tasks_goes_on_exactly_and_another_mixture_is_refused() {
     );
     succeed(go_on(cut.path(), "8", &[]));
     let [whole, cut] = [&whole, &cut].map(|folder| folder.path().join("run"));
-    assert_eq!(newest(&whole).tensors, newest(&cut).tensors);
-    let train = |run: &Path| -> Vec<_> { losses(run).into_iter().map(|l| (l.0, l.1)).collect() };
-    assert_eq!(train(&whole), train(&cut));
+    assert!(newest(&whole).tensors == newest(&cut).tensors);
+    // Validations are at the end of each run too.
+    let steps =
+        |run: &Path| -> Vec<_> { losses(run).into_iter().filter(|l| l.1.is_some()).collect() };
+    assert_eq!(steps(&whole), steps(&cut));
 }
 
 #[test]
