@@ -40,14 +40,16 @@ const SENTENCES: usize = 4;
 /// Distinguishes these random numbers from others of the same seed.
 const PURPOSE: u8 = 0x6c;
 
+/// The tokens of a text, with those that stand around a text where it is told so.
+pub type EncodeFramed<'a> = dyn Fn(&str, bool) -> Result<Vec<u32>, EvalError> + 'a;
+
 /// `count` prompts of about `length` tokens: prose with four statements of one form in it, and a question for one of
-/// them. `encode` gives the tokens of a text, with those that stand around a text where it is told so. Each piece is
-/// encoded by itself and ends with its line, so that the places of statements are exact.
+/// them. Each piece is encoded by itself and ends with its line, so that the places of statements are exact.
 ///
 /// # Errors
 /// What `encode` returns, and [`EvalError::Argument`] for a tokenizer without tokens for a text.
 pub fn lookups(
-    encode: &dyn Fn(&str, bool) -> Result<Vec<u32>, EvalError>,
+    encode: &EncodeFramed<'_>,
     count: usize,
     length: usize,
     seed: u64,
@@ -57,11 +59,7 @@ pub fn lookups(
         .collect()
 }
 
-fn lookup(
-    encode: &dyn Fn(&str, bool) -> Result<Vec<u32>, EvalError>,
-    length: usize,
-    seeds: [u64; 2],
-) -> Result<Lookup, EvalError> {
+fn lookup(encode: &EncodeFramed<'_>, length: usize, seeds: [u64; 2]) -> Result<Lookup, EvalError> {
     let mut seed = [0; 32];
     seed[..8].copy_from_slice(&seeds[0].to_le_bytes());
     seed[8..16].copy_from_slice(&seeds[1].to_le_bytes());

@@ -197,6 +197,7 @@ impl Pool {
 
 /// scale * product. One that overflows becomes the largest finite number, and a sum of infinities of both signs the
 /// least one, so that nothing that follows is infinite.
+#[allow(clippy::manual_clamp, reason = "clamp keeps NaN")]
 #[inline(always)]
 fn finite(product: f32, scale: f32) -> f32 {
     (scale * product).max(-f32::MAX).min(f32::MAX)

@@ -166,8 +166,8 @@ impl<'a> Tasks<'a> {
             left -= share;
         }
         // Rounding may leave a little.
-        let likely = Kind::ALL.into_iter().zip(shares).filter(|k| k.1 > 0.0);
-        likely.map(|k| k.0).last().unwrap_or(Kind::Records)
+        let mut likely = Kind::ALL.into_iter().zip(shares).filter(|k| k.1 > 0.0);
+        likely.next_back().map_or(Kind::Records, |k| k.0)
     }
 
     /// Places the facts of a group into a text of `room` tokens.
