@@ -22,6 +22,7 @@
 //! | [`generate`] | sampling, stop strings, streaming text |
 //! | [`convert`] | GGUF files of the Llama family made into model folders |
 //! | [`eval`] | perplexity and synthetic long-context tasks |
+//! | [`experiment`] | definitions of experiments, rows of results, tables and plots of them |
 //!
 //! # What they run on
 //!
@@ -49,6 +50,7 @@ pub mod convert;
 pub mod cuda;
 pub mod device;
 pub mod eval;
+pub mod experiment;
 pub mod generate;
 pub mod isa;
 pub mod model;

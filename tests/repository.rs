@@ -33,7 +33,7 @@ const WRITTEN: [&str; 10] = ["rs", "cu", "cuh", "h", "c", "md", "toml", "py", "s
 const COLUMNS: usize = 120;
 
 /// What each folder of `src/` may use of the others (docs/architecture.md).
-const FLOORS: [(&str, &[&str]); 9] = [
+const FLOORS: [(&str, &[&str]); 10] = [
     ("cuda", &[]),
     ("attention", &["cuda", "isa"]),
     ("device", &["attention", "cuda", "isa"]),
@@ -42,6 +42,7 @@ const FLOORS: [(&str, &[&str]); 9] = [
     ("eval", &["device", "generate", "model"]),
     ("train", &["device", "model"]),
     ("convert", &["model"]),
+    ("experiment", &["eval", "train"]),
     (
         "cli",
         &[
@@ -50,6 +51,7 @@ const FLOORS: [(&str, &[&str]); 9] = [
             "cuda",
             "device",
             "eval",
+            "experiment",
             "generate",
             "isa",
             "model",

@@ -213,6 +213,43 @@ fn long_range_heads_read_the_past_in_their_layers_and_nothing_in_the_others() {
 }
 
 #[test]
+fn past_heads_read_the_past_beside_the_prior_tail() {
+    let read = |heads: &str| {
+        let overrides = [
+            ("model.segment.segment_len", "64"),
+            ("model.segment.past_len", "16"),
+            ("model.segment.past_heads", heads),
+        ];
+        let config = Config::parse(SMALL, &pairs(&overrides))?;
+        let model = config.model.new_config(256)?;
+        let mut past = String::new();
+        for (layer, head) in (0..4).flat_map(|layer| (0..4).map(move |head| (layer, head))) {
+            assert!(model.reads_prior(layer, head));
+            past.push(if model.reads_past(layer, head) {
+                '1'
+            } else {
+                '0'
+            });
+        }
+        Ok::<_, TrainError>(past)
+    };
+    assert_eq!(read("0.1,2.*,3.0").unwrap(), "0100000011111000");
+    assert_eq!(read("all").unwrap(), "1".repeat(16));
+    for wrong in ["4.0", "0.4", "1", "1.0,1.*", "all,0.0", "x.0"] {
+        let error = read(wrong).unwrap_err().to_string();
+        assert!(
+            error.contains("model.segment.past_heads"),
+            "{wrong}: {error}"
+        );
+    }
+    let both = [
+        ("model.segment.past_heads", "all"),
+        ("model.segment.long_range_heads", "[1]"),
+    ];
+    assert!(Config::parse(SMALL, &pairs(&both)).is_err());
+}
+
+#[test]
 fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_them() {
     let of_folder = Config::parse(EXAMPLE, &[])
         .unwrap()

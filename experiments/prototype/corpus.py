@@ -5,8 +5,6 @@ held out. The tokenizer is the model's own (from the GGUF).
 """
 
 import argparse
-import glob
-import hashlib
 import lzma
 import os
 import pickle
@@ -16,6 +14,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import tasks
+from crates import crates, held_out
 
 LENGTH = 8192
 SINGLE, MULTI = 1, 4
@@ -36,27 +35,6 @@ def tokenizer(path):
     return result, np.array([t.endswith("Ċ") for t in tokens])
 
 
-def crates(root, limit=1_500_000):
-    """(crate, text) with files in the order of their paths; generated giants are cut at `limit` bytes."""
-    for folder in sorted(glob.glob(os.path.expanduser(root) + "/*/*")):
-        parts, size = [], 0
-        for path in sorted(glob.glob(folder + "/**/*", recursive=True)):
-            if not path.endswith((".rs", ".md", ".toml")) or os.path.getsize(path) > 300_000:
-                continue
-            text = open(path, encoding="utf-8", errors="ignore").read()
-            text = f"// {os.path.relpath(path, folder)}\n{text}\n"
-            size += len(text)
-            if size > limit:
-                break
-            parts.append(text)
-        if size > 30_000:
-            yield os.path.basename(folder), "".join(parts)
-
-
-def held_out(crate):
-    return int(hashlib.sha256(crate.rsplit("-", 1)[0].encode()).hexdigest(), 16) % 8 == 0
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
@@ -74,7 +52,7 @@ def main():
         return cache[text]
 
     train, test = [], []
-    for n, (crate, text) in enumerate(crates(options.root)):
+    for n, (crate, text, _) in enumerate(crates(options.root)):
         if options.small and n > 40:
             break
         ids = np.array(tok.encode(text).ids, np.uint16)

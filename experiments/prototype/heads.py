@@ -41,7 +41,7 @@ def prompt(rng, text, encode, ends):
 def prepare(gguf, out):
     tok, ends = corpus.tokenizer(gguf)
     encode = lambda text: np.array(tok.encode(text).ids)
-    text = np.concatenate([encode(t) for _, (c, t) in zip(range(6), corpus.crates("~/.cargo/registry/src"))
+    text = np.concatenate([encode(t) for _, (c, t, _) in zip(range(6), corpus.crates("~/.cargo/registry/src"))
                            if not corpus.held_out(c)])
     rng, prompts = np.random.default_rng(7), []
     while len(prompts) < PROMPTS:

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::builder::RangedU64ValueParser;
 use indicatif::ProgressBar;
 use segattn::device::Device;
+use segattn::eval::run::Cell;
 use segattn::eval::{
     Document, EvalError, Greedy, PerplexityConfig, PerplexityReport, Report, RunConfig, TaskKind,
     perplexity, run as run_tasks,
@@ -16,12 +17,15 @@ use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
-use super::device::{Planned, on_device};
+use super::device::{DeviceArgs, Planned, on_device};
 use super::documents::read_documents;
 use super::files::{BreakArgs, Results as Place};
 use super::generate::progress;
-use super::model::ModelArgs;
+use super::model::{Adapt, ModelArgs};
 use super::out::out;
+
+/// The task that is no synthetic one.
+pub const PERPLEXITY: &str = "perplexity";
 
 /// Runs the tasks one after the other and prints a table of each kind.
 #[derive(Debug, clap::Args)]
@@ -94,55 +98,74 @@ struct Results {
     tasks: Option<Report>,
 }
 
-#[derive(Serialize)]
-struct WindowResult {
-    config: PerplexityConfig,
-    result: PerplexityReport,
+/// Perplexity with windows of one length.
+#[derive(Debug, Serialize)]
+pub struct WindowResult {
+    pub config: PerplexityConfig,
+    pub result: PerplexityReport,
+}
+
+/// A part of an evaluation's results.
+pub enum Found {
+    Perplexity(WindowResult),
+    Task(Cell),
+}
+
+/// Who asks for an evaluation: which parts, and where they go as soon as they are there.
+pub trait Watch {
+    /// Whether a task (or `perplexity`) at a length is wanted.
+    fn wants(&self, _task: &str, _length: Option<usize>) -> bool {
+        true
+    }
+
+    /// Takes a part.
+    fn found(&mut self, found: Found) -> Result<()>;
+
+    /// Called often while a part is made.
+    fn working(&self) {}
+}
+
+/// The command's own: everything is wanted and kept.
+#[derive(Default)]
+struct Everything {
+    perplexity: Vec<WindowResult>,
+    cells: Vec<Cell>,
+}
+
+impl Watch for Everything {
+    fn found(&mut self, found: Found) -> Result<()> {
+        match found {
+            Found::Perplexity(result) => self.perplexity.push(result),
+            Found::Task(cell) => self.cells.push(cell),
+        }
+        Ok(())
+    }
+}
+
+/// What ran.
+pub struct Ran {
+    pub device: String,
+    /// The segments the model ran with.
+    pub segment: Option<serde_json::Value>,
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    on_device!(args.model.device(), device => run_on(device, args, quiet))
-}
-
-fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
-    let (tasks, with_perplexity) = parse_tasks(&args.task)?;
-    ensure!(
-        args.data.is_empty() != with_perplexity,
-        "--data and the task perplexity go together"
-    );
     let place = Place::at(&args.out)?;
-    let opened = args.model.open(!tasks.is_empty())?;
-    let breaks = opened
-        .config
-        .segment
-        .as_ref()
-        .is_some_and(|s| s.break_after_prompt);
-    ensure!(
-        !args.oracle || breaks,
-        "--oracle: expected a model whose segments end with the prompt (`segment.break_after_prompt` in config.json)"
-    );
-    let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
-    let mut documents = match with_perplexity {
-        true => read_documents(&args.data, text, vocab_size)?,
-        false => Vec::new(),
-    };
-    args.breaks.over_only(&mut documents)?;
-    let model = opened.load(device, &args.readings(&documents, &tasks))?;
-    let mut results = Results {
+    let mut everything = Everything::default();
+    let ran = evaluate(args, &|_| Ok(()), &mut everything, quiet)?;
+    let (tasks, _) = parse_tasks(&args.task)?;
+    let tasks = (!tasks.is_empty()).then(|| Report {
+        config: args.run_config(tasks),
+        cells: everything.cells,
+    });
+    let results = Results {
         model: args.model.path().to_string_lossy().into_owned(),
-        device: model.device.description(),
+        device: ran.device,
         execution: args.model.execution().to_string(),
-        segment: model.config.to_json().get("segment").cloned(),
-        perplexity: Vec::new(),
-        tasks: None,
+        segment: ran.segment,
+        perplexity: everything.perplexity,
+        tasks,
     };
-    if with_perplexity {
-        results.perplexity = args.perplexity(&model, &documents, quiet)?;
-    }
-    if !tasks.is_empty() {
-        let text = text.context("the model has no tokenizer, which these tasks need")?;
-        results.tasks = Some(args.tasks(&model, text, tasks, quiet)?);
-    }
     // Before the tables, whose reader may leave.
     place.write(&serde_json::to_vec_pretty(&results)?)?;
     tracing::info!("every answer: {}", args.out.display());
@@ -157,12 +180,51 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     Ok(())
 }
 
+/// Loads the model, its configuration changed by `adapt`, and gives `watch` every part that it wants.
+pub fn evaluate(args: &Args, adapt: Adapt<'_>, watch: &mut dyn Watch, quiet: bool) -> Result<Ran> {
+    on_device!(args.model.device(), device => evaluate_on(device, args, adapt, watch, quiet))
+}
+
+fn evaluate_on<D: Planned>(
+    device: D,
+    args: &Args,
+    adapt: Adapt<'_>,
+    watch: &mut dyn Watch,
+    quiet: bool,
+) -> Result<Ran> {
+    let (tasks, with_perplexity) = args.parts()?;
+    let opened = args.model.open_as(!tasks.is_empty(), adapt)?;
+    let segment = opened.config.segment.as_ref();
+    ensure!(
+        !args.oracle || segment.is_some_and(|s| s.break_after_prompt),
+        "--oracle: expected a model whose segments end with the prompt (`segment.break_after_prompt` in config.json)"
+    );
+    let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
+    let mut documents = match with_perplexity {
+        true => read_documents(&args.data, text, vocab_size)?,
+        false => Vec::new(),
+    };
+    args.breaks.over_only(&mut documents)?;
+    let model = opened.load(device, &args.readings(&documents, &tasks))?;
+    if with_perplexity {
+        args.perplexity(&model, &documents, watch, quiet)?;
+    }
+    if !tasks.is_empty() {
+        let text = text.context("the model has no tokenizer, which these tasks need")?;
+        args.tasks(&model, text, &tasks, watch, quiet)?;
+    }
+    Ok(Ran {
+        device: model.device.description(),
+        segment: model.config.to_json().get("segment").cloned(),
+    })
+}
+
 /// The synthetic tasks named, each once, and whether perplexity is among the names.
 fn parse_tasks(names: &[String]) -> Result<(Vec<TaskKind>, bool)> {
     let (mut tasks, mut perplexity) = (Vec::new(), false);
     for name in names {
         let more: &[TaskKind] = match name.as_str() {
-            "perplexity" => {
+            PERPLEXITY => {
                 perplexity = true;
                 &[]
             }
@@ -183,6 +245,34 @@ fn parse_tasks(names: &[String]) -> Result<(Vec<TaskKind>, bool)> {
 }
 
 impl Args {
+    /// The same on another device.
+    pub fn on(self, device: DeviceArgs) -> Self {
+        let model = self.model.on(device);
+        Self { model, ..self }
+    }
+
+    /// The synthetic tasks, and whether perplexity is asked for.
+    fn parts(&self) -> Result<(Vec<TaskKind>, bool)> {
+        let (tasks, with_perplexity) = parse_tasks(&self.task)?;
+        ensure!(
+            self.data.is_empty() != with_perplexity,
+            "--data and the task perplexity go together"
+        );
+        Ok((tasks, with_perplexity))
+    }
+
+    /// Every task (or `perplexity`) and length of which there will be a part.
+    pub fn cells(&self) -> Result<Vec<(&'static str, Option<usize>)>> {
+        let (tasks, with_perplexity) = self.parts()?;
+        let windows = self.windows().into_iter().filter(|_| with_perplexity);
+        let mut cells: Vec<_> = windows.map(|w| (PERPLEXITY, w)).collect();
+        for task in tasks {
+            let lengths = self.task_lengths().into_iter();
+            cells.extend(lengths.map(|length| (task.name(), Some(length))));
+        }
+        Ok(cells)
+    }
+
     /// The largest readings that there will be.
     fn readings(&self, documents: &[Document], tasks: &[TaskKind]) -> Vec<Reading> {
         let longest = documents.iter().map(|d| d.tokens.len()).max();
@@ -220,17 +310,24 @@ impl Args {
         }
     }
 
+    /// Windows of perplexity; `None` for whole documents.
+    fn windows(&self) -> Vec<Option<usize>> {
+        match &self.lengths[..] {
+            [] => vec![None],
+            lengths => lengths.iter().copied().map(Some).collect(),
+        }
+    }
+
     fn perplexity<D: Device>(
         &self,
         model: &Decoder<D>,
         documents: &[Document],
+        watch: &mut dyn Watch,
         quiet: bool,
-    ) -> Result<Vec<WindowResult>> {
-        let windows: Vec<Option<usize>> = match &self.lengths[..] {
-            [] => vec![None],
-            lengths => lengths.iter().copied().map(Some).collect(),
-        };
-        let one = |window| {
+    ) -> Result<()> {
+        let mut windows = self.windows();
+        windows.retain(|window| watch.wants(PERPLEXITY, *window));
+        for window in windows {
             let config = PerplexityConfig {
                 window,
                 stride: self.stride,
@@ -239,26 +336,19 @@ impl Args {
             };
             let bar = progress(!quiet, 0, "tokens");
             let result = perplexity(model, documents, &config, |done, total| {
+                watch.working();
                 bar.set_length(total);
                 bar.set_position(done);
             });
             bar.finish_and_clear();
-            Ok(WindowResult {
-                config,
-                result: result?,
-            })
-        };
-        windows.into_iter().map(one).collect()
+            let result = result?;
+            watch.found(Found::Perplexity(WindowResult { config, result }))?;
+        }
+        Ok(())
     }
 
-    fn tasks<D: Device>(
-        &self,
-        model: &Decoder<D>,
-        text: &Tokenizer,
-        tasks: Vec<TaskKind>,
-        quiet: bool,
-    ) -> Result<Report> {
-        let config = RunConfig {
+    fn run_config(&self, tasks: Vec<TaskKind>) -> RunConfig {
+        RunConfig {
             tasks,
             lengths: self.task_lengths(),
             samples: self.samples,
@@ -266,7 +356,17 @@ impl Args {
             batch: self.batch,
             depth: self.depth,
             oracle: self.oracle,
-        };
+        }
+    }
+
+    fn tasks<D: Device>(
+        &self,
+        model: &Decoder<D>,
+        text: &Tokenizer,
+        tasks: &[TaskKind],
+        watch: &mut dyn Watch,
+        quiet: bool,
+    ) -> Result<()> {
         let encode = |s: &str| text.encode(s, true).map_err(EvalError::model);
         let decode = |tokens: &[u32]| text.decode(tokens, true).map_err(EvalError::model);
         let mut greedy = Greedy {
@@ -276,14 +376,29 @@ impl Args {
             segments_per_step: self.segments_per_step,
             oracle: self.oracle,
         };
-        let bar: ProgressBar = progress(!quiet, 0, "samples");
-        let report = run_tasks(&config, &mut greedy, |at| {
-            bar.set_length(at.total as u64);
-            bar.set_position(at.done as u64);
-            bar.set_message(format!("{} at {}", at.task, at.length));
-        });
+        let lengths = self.task_lengths();
+        let all = tasks.iter().flat_map(|t| lengths.iter().map(|l| (*t, *l)));
+        let wanted: Vec<_> = all
+            .filter(|(task, length)| watch.wants(task.name(), Some(*length)))
+            .collect();
+        let total = wanted.len().saturating_mul(self.samples);
+        let bar: ProgressBar = progress(!quiet, total as u64, "samples");
+        for (i, (task, length)) in wanted.into_iter().enumerate() {
+            let config = RunConfig {
+                lengths: vec![length],
+                ..self.run_config(vec![task])
+            };
+            let report = run_tasks(&config, &mut greedy, |at| {
+                watch.working();
+                bar.set_position((i * self.samples + at.done) as u64);
+                bar.set_message(format!("{} at {}", at.task, at.length));
+            })?;
+            for cell in report.cells {
+                watch.found(Found::Task(cell))?;
+            }
+        }
         bar.finish_and_clear();
-        Ok(report?)
+        Ok(())
     }
 }
 

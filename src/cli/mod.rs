@@ -7,6 +7,7 @@ mod device;
 mod doctor;
 mod documents;
 mod eval;
+mod figure;
 mod files;
 mod generate;
 mod grad;
@@ -18,6 +19,8 @@ mod out;
 mod overrides;
 mod plan;
 mod plot;
+mod report;
+mod reproduce;
 mod resume;
 mod run;
 mod score;
@@ -78,6 +81,10 @@ enum Command {
     Grad(grad::Args),
     /// Measure perplexity and synthetic long-context tasks
     Eval(eval::Args),
+    /// Run the arms of an experiment, and go on with it
+    Reproduce(reproduce::Args),
+    /// Tables and figures of experiments' rows
+    Report(report::Args),
     /// Make a model folder of a GGUF file or of another folder, with segments if asked for
     Convert(convert::Args),
     /// What a model folder holds, and how much memory it takes at which length
@@ -131,6 +138,8 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Score(args) => score::run(&args, quiet),
         Command::Grad(args) => grad::run(&args),
         Command::Eval(args) => eval::run(&args, quiet),
+        Command::Reproduce(args) => reproduce::run(&args, quiet),
+        Command::Report(args) => report::run(&args),
         Command::Convert(args) => convert::run(&args, quiet),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),

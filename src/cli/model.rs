@@ -59,6 +59,11 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The same on another device.
+    pub fn on(self, device: DeviceArgs) -> Self {
+        Self { device, ..self }
+    }
+
     pub fn path(&self) -> &Path {
         &self.model
     }
@@ -77,7 +82,12 @@ impl ModelArgs {
 
     /// What the model's folder holds; without `needs_text` a tokenizer that cannot be read is no error.
     pub fn open(&self, needs_text: bool) -> Result<Opened> {
-        let mut config = self.config()?;
+        self.open_as(needs_text, &|_| Ok(()))
+    }
+
+    /// The same, under a configuration that `adapt` has changed before the flags do.
+    pub fn open_as(&self, needs_text: bool, adapt: Adapt<'_>) -> Result<Opened> {
+        let mut config = self.config(adapt)?;
         config.eos_token_id = end_ids(&self.model, &config)?;
         let text = match Tokenizer::open(&self.model, &config) {
             Ok(text) => Some(text),
@@ -97,8 +107,9 @@ impl ModelArgs {
         })
     }
 
-    fn config(&self) -> Result<ModelConfig> {
+    fn config(&self, adapt: Adapt<'_>) -> Result<ModelConfig> {
         let mut config = load_config(&self.model)?;
+        adapt(&mut config)?;
         let overrides = SegmentOverrides {
             segment_len: self.segment_len,
             prior_len: self.prior_len,
@@ -110,6 +121,9 @@ impl ModelArgs {
         Ok(config)
     }
 }
+
+/// What changes a model's configuration before it runs.
+pub type Adapt<'a> = &'a dyn Fn(&mut ModelConfig) -> Result<()>;
 
 /// A model's folder, before its weights are read.
 pub struct Opened {

@@ -1,6 +1,6 @@
 //! `segattn resume`: goes on with a run from its newest checkpoint that holds.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use segattn::device::Purpose;
@@ -10,7 +10,7 @@ use segattn::train::trainer::Trainer;
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
-use super::run::{Data, Run, checkpoints, claim};
+use super::run::{Data, Ended, Run, checkpoints, claim};
 use super::text::Text;
 use super::train::{dry_run, estimate};
 
@@ -27,7 +27,17 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    let (output, root) = (&args.output, checkpoints(&args.output));
+    go_on(&args.output, &args.overrides.0, args.device, quiet)?.conclude(quiet)
+}
+
+/// The run in the folder `output`, from its newest checkpoint that holds, with `overrides` over its configuration.
+pub fn go_on(
+    output: &Path,
+    overrides: &[(String, String)],
+    device: DeviceArgs,
+    quiet: bool,
+) -> Result<Ended> {
+    let root = checkpoints(output);
     ensure!(
         !list(&root)?.is_empty(),
         "there is no checkpoint in {}; start a run with `segattn train`",
@@ -35,10 +45,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     );
     let _lock = claim(output)?;
     let (folder, checkpoint) = load_latest(&root)?;
-    let mut config = Config::parse(&checkpoint.config.to_toml()?, &args.overrides.0)?;
+    let mut config = Config::parse(&checkpoint.config.to_toml()?, overrides)?;
     // The folder may have been moved since; a name that is not UTF-8 cannot be noted.
     if output.to_str().is_some() {
-        config.training.output = output.clone();
+        config.training.output = output.to_owned();
     }
     let text = Text::open(&config, Some(&folder))?;
     let before = &checkpoint.config;
@@ -64,10 +74,11 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     }
     data.check_order(before, &config)?;
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
-    on_device!(args.device.device, device => {
+    let pool = device.pool;
+    on_device!(device.device, device => {
         let peak = device.peak_flops()?;
         device.warn_of(estimate(&checkpoint.model, &config.training, data.longest(config.training.sequence_len)));
-        device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
+        device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
         let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
         Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()
     })

@@ -194,12 +194,27 @@ impl<'a> Data<'a> {
 }
 
 /// How a run came to its end.
-#[derive(Clone, Copy, PartialEq)]
-enum End {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum End {
     Complete,
     Interrupted,
     OutOfTime,
     TooManySkipped,
+}
+
+/// A run that has ended and is saved.
+#[derive(Debug)]
+pub struct Ended {
+    pub how: End,
+    /// Steps done.
+    pub step: u64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Folder of the model.
+    pub model: PathBuf,
+    output: PathBuf,
+    loss: Option<f64>,
+    validation: Option<f64>,
 }
 
 /// A run.
@@ -215,6 +230,8 @@ pub struct Run<'a, D: Planned> {
     quiet: bool,
     /// Smoothed loss, and seconds a token.
     shown: Option<(f64, f64)>,
+    /// The last validation's loss.
+    validated: Option<f64>,
     saved: Option<(u64, PathBuf)>,
     /// The model's operations for a token over the device's measured speed: seconds a token at full use.
     full_use: Option<f64>,
@@ -249,13 +266,14 @@ impl<'a, D: Planned> Run<'a, D> {
             bar,
             quiet,
             shown: None,
+            validated: None,
             saved: None,
             full_use: peak_flops.map(|peak| flops / peak),
         })
     }
 
     /// Trains to the end of the run, to Ctrl-C or to the time limit; saves, and draws the plot.
-    pub fn go(mut self) -> Result<()> {
+    pub fn go(mut self) -> Result<Ended> {
         let said = "stopping after this step; once more to stop at once";
         note_interrupts((!self.quiet).then_some(said));
         self.trainer.interrupt_by(flag());
@@ -268,7 +286,16 @@ impl<'a, D: Planned> Run<'a, D> {
             let picture = self.output.join(PICTURE_FILE);
             plot::draw(self.metrics.path(), &picture)?;
         }
-        self.conclude(end)
+        let progress = self.trainer.progress();
+        Ok(Ended {
+            how: end,
+            step: progress.step,
+            tokens: progress.tokens,
+            model: self.saved.map(|s| s.1).unwrap_or_default(),
+            output: self.output,
+            loss: self.shown.map(|s| s.0),
+            validation: self.validated,
+        })
     }
 
     fn steps(&mut self) -> Result<End> {
@@ -360,6 +387,7 @@ impl<'a, D: Planned> Run<'a, D> {
             let step = self.trainer.progress().step;
             self.metrics.write(&Line::validation(step, loss))?;
             self.bar.set_prefix(format!("validation {loss:.4}"));
+            self.validated = Some(loss);
         }
         Ok(())
     }
@@ -397,33 +425,35 @@ impl<'a, D: Planned> Run<'a, D> {
             self.validation.len()
         );
     }
+}
 
-    fn conclude(&self, end: End) -> Result<()> {
+impl Ended {
+    /// Says how the run ended, and how to go on with it.
+    ///
+    /// # Errors
+    /// If it has not come to its end: a script that waits for that must not take this for it.
+    pub fn conclude(&self, quiet: bool) -> Result<()> {
         let resume = format!("segattn resume {}", self.output.display());
-        let step = self.trainer.progress().step;
-        let saved = self.saved.as_ref().map(|s| s.1.display().to_string());
-        let model = saved.unwrap_or_default();
-        match end {
+        let step = self.step;
+        match self.how {
             End::TooManySkipped => bail!(
                 "stopped after step {step}: too many steps were skipped (see metrics.jsonl); lower the learning \
                  rate and go on with `{resume} --schedule.lr ...`"
             ),
-            _ if self.quiet => {}
-            End::Complete => {
-                let loss = self
-                    .shown
-                    .map_or(String::new(), |(loss, _)| format!(", loss {loss:.4}"));
-                let prefix = self.bar.prefix();
-                let validation = if prefix.is_empty() {
-                    prefix
-                } else {
-                    format!(", {prefix}")
-                };
-                note!("done after {step} steps{loss}{validation}; the model is {model}");
-            }
-            // A script that waits for the run's end must not take this for it.
             End::Interrupted => {
                 bail!("stopped by a signal after step {step} and saved; go on with `{resume}`")
+            }
+            _ if quiet => {}
+            End::Complete => {
+                let shown = |name: &str, loss: Option<f64>| {
+                    loss.map_or(String::new(), |loss| format!(", {name} {loss:.4}"))
+                };
+                note!(
+                    "done after {step} steps{}{}; the model is {}",
+                    shown("loss", self.loss),
+                    shown("validation", self.validation),
+                    self.model.display()
+                );
             }
             End::OutOfTime => {
                 note!("time is up after step {step}, saved; go on with `{resume}`")

@@ -16,7 +16,7 @@ use segattn::train::trainer::Trainer;
 use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
-use super::run::{Data, Run, checkpoints, claim};
+use super::run::{Data, Ended, Run, checkpoints, claim};
 use super::text::{Text, companion_files};
 
 /// Every key of the configuration is a flag too, and the flag wins; in brackets, what holds without either.
@@ -36,6 +36,11 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         Some(path) => Config::load(path, &args.overrides.0)?,
         None => Config::parse("", &args.overrides.0)?,
     };
+    begin(&config, args.device, quiet)?.conclude(quiet)
+}
+
+/// A run under this configuration, from its first step.
+pub fn begin(config: &Config, device: DeviceArgs, quiet: bool) -> Result<Ended> {
     let output = &config.training.output;
     let _lock = claim(output)?;
     ensure!(
@@ -44,14 +49,14 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
          --training.output",
         output.display()
     );
-    let text = Text::open(&config, None)?;
-    let (model, tensors) = start(&config, &text)?;
-    let data = Data::read(&config, &model, &text, output, quiet)?;
-    let extra = companion_files(&config)?;
-    on_device!(args.device.device, device => {
+    let text = Text::open(config, None)?;
+    let (model, tensors) = start(config, &text)?;
+    let data = Data::read(config, &model, &text, output, quiet)?;
+    let (extra, pool) = (companion_files(config)?, device.pool);
+    on_device!(device.device, device => {
         let peak = device.peak_flops()?;
         device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len)));
-        device.plan(args.device.pool, Purpose::Backward, |dry| dry_run(dry, &model, &config, &data))?;
+        device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &model, config, &data))?;
         let trainer = Trainer::new(device, model, config.clone(), &tensors, None)?;
         Run::new(output, trainer, data, extra, peak, quiet)?.go()
     })

@@ -25,7 +25,7 @@ mod text;
 pub use error::EvalError;
 pub use execution::{Execution, SegmentOverrides};
 pub use kind::TaskKind;
-pub use perplexity::{Document, PerplexityConfig, PerplexityReport, perplexity};
+pub use perplexity::{Document, PerplexityConfig, PerplexityReport, WindowLoss, perplexity};
 pub use recall::HeadRecall;
 pub use run::{Answer, Greedy, Progress, Report, Respond, RunConfig, run};
 pub use task::{Sample, TaskOptions, generate};

@@ -50,6 +50,17 @@ pub struct ByContext {
     pub loss: f64,
 }
 
+/// Mean loss of the tokens of a window that count.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WindowLoss {
+    /// Its document, counted from 0 among all that were given.
+    pub document: usize,
+    /// Tokens counted.
+    pub tokens: u64,
+    /// Their mean negative natural-log probability.
+    pub loss: f64,
+}
+
 /// What a model makes of documents.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PerplexityReport {
@@ -68,6 +79,8 @@ pub struct PerplexityReport {
     pub bits_per_byte: Option<f64>,
     /// The loss by length of context, in ranges that double.
     pub by_context: Vec<ByContext>,
+    /// The loss of each window.
+    pub by_window: Vec<WindowLoss>,
 }
 
 /// A document: its tokens, and the bytes of text they stand for where that is known.
@@ -164,7 +177,7 @@ pub fn perplexity<D: Device>(
     let windows = windows(documents, config);
     let total: u64 = windows.iter().map(|w| w.tokens.len() as u64 - 1).sum();
     let mut done = 0;
-    let mut sums = Sums::default();
+    let (mut sums, mut by_window) = (Sums::default(), Vec::new());
     for group in windows.chunks(config.batch.max(1)) {
         let breaks = |w: &Window| {
             documents[w.document]
@@ -186,15 +199,23 @@ pub fn perplexity<D: Device>(
         })?;
         for (window, scored) in group.iter().zip(scored) {
             let first = window.counted - window.tokens.start;
+            let mut sum = 0.0;
             for (i, value) in scored.iter().enumerate().skip(first - 1) {
                 sums.add(i + 1, f64::from(*value));
+                sum -= f64::from(*value);
             }
+            let tokens = (scored.len() + 1 - first) as u64;
+            by_window.push(WindowLoss {
+                document: window.document,
+                tokens,
+                loss: sum / tokens as f64,
+            });
         }
     }
     let bytes = documents.iter().filter(|d| d.tokens.len() >= 2);
     let bytes: Option<u64> = bytes.map(|d| d.bytes).sum();
     let documents = documents.iter().filter(|d| d.tokens.len() >= 2).count();
-    Ok(sums.report(documents, windows.len(), bytes))
+    Ok(sums.report(documents, by_window, bytes))
 }
 
 /// Log-probability of each token but the first of some sequences read side by side, in bounded
@@ -268,7 +289,12 @@ impl Sums {
         self.ranges[range].1 -= log_probability;
     }
 
-    fn report(&self, documents: usize, windows: usize, bytes: Option<u64>) -> PerplexityReport {
+    fn report(
+        &self,
+        documents: usize,
+        by_window: Vec<WindowLoss>,
+        bytes: Option<u64>,
+    ) -> PerplexityReport {
         let tokens: u64 = self.ranges.iter().map(|r| r.0).sum();
         let sum: f64 = self.ranges.iter().map(|r| r.1).sum();
         let loss = sum / tokens as f64;
@@ -285,7 +311,7 @@ impl Sums {
             .collect();
         PerplexityReport {
             documents,
-            windows,
+            windows: by_window.len(),
             tokens,
             loss,
             perplexity: loss.exp(),
@@ -293,6 +319,7 @@ impl Sums {
                 .filter(|b| *b > 0)
                 .map(|b| sum / std::f64::consts::LN_2 / b as f64),
             by_context,
+            by_window,
         }
     }
 }

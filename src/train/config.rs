@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use flags::{EXAMPLE, Flag, flags};
 pub use mixture::{MixtureSection, TaskSection};
 pub use model::{ModelSection, SegmentSection, ShapeSection};
+pub(crate) use overrides::typed;
 
 use super::error::{Result, TrainError};
 use super::guard::{Guard, GuardConfig};

@@ -105,12 +105,29 @@ fn index(runs: &[Run]) -> String {
     });
     let list = table::markdown(&["run", "bench", "device"], rows.collect());
     let newest = headline::table(runs, "");
+    let experiments: String = experiments()
+        .iter()
+        .map(|name| format!("- [{name}]({name}.md)\n"))
+        .collect();
     format!(
         "{MARK}\n# Results\n\nMade from the raw results in `benches/runs/`, one page for each file. A run is dated, \
          and a later\nrun does not replace an earlier one. How to run the benches: \
          [docs/gpu.md](../gpu.md).\n\n\
-         ## The newest figures in short\n\n{newest}\n## All runs\n\n{list}"
+         ## The newest figures in short\n\n{newest}\n## Experiments\n\nMade by `segattn report` from the rows in `experiments/results/`.\n\n\
+         {experiments}\n## All runs\n\n{list}"
     )
+}
+
+/// Pages of experiments, which `tests/experiments.rs` compares with their rows; the newest first.
+fn experiments() -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(root().join("experiments/results"))
+        .expect("experiments/results")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|ending| ending == "jsonl"))
+        .map(|path| format!("experiment-{}", path.file_stem().expect("a name").to_string_lossy()))
+        .collect();
+    names.sort_unstable_by(|a, b| b.cmp(a));
+    names
 }
 
 /// The README with the newest figures between its two marks.

@@ -80,6 +80,8 @@ pub struct SegmentSection {
     pub sink_len: Option<usize>,
     /// `[layer][kv_head]`: names out of `prior` and `past`.
     pub head_reads: Option<Vec<Vec<Vec<String>>>>,
+    /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`.
+    pub past_heads: Option<Vec<String>>,
     /// KV heads that read the past instead of the prior tail, in `long_range_layers`; nothing in the others.
     pub long_range_heads: Option<Vec<usize>>,
     /// Layers in which they do; by default all.
@@ -106,9 +108,14 @@ pub struct SegmentSection {
 impl ModelSection {
     pub(super) fn validate(&self) -> Result<()> {
         let segment = &self.segment;
-        if segment.head_reads.is_some() && segment.long_range_heads.is_some() {
-            let expected = "one of `head_reads` and `long_range_heads`";
-            return Err(TrainError::config("model.segment", expected, "both"));
+        let ways = [
+            segment.head_reads.is_some(),
+            segment.past_heads.is_some(),
+            segment.long_range_heads.is_some(),
+        ];
+        if ways.into_iter().filter(|given| *given).count() > 1 {
+            let expected = "one of `head_reads`, `past_heads` and `long_range_heads`";
+            return Err(TrainError::config("model.segment", expected, "several"));
         }
         if segment.long_range_layers.is_some() && segment.long_range_heads.is_none() {
             let expected = "`long_range_heads` beside it";
@@ -195,6 +202,9 @@ impl SegmentSection {
         if let Some(reads) = &self.head_reads {
             segment.head_reads = parse_reads(reads)?;
         }
+        if let Some(names) = &self.past_heads {
+            segment.head_reads = past_heads(names, layers, kv_heads)?;
+        }
         let Some(heads) = &self.long_range_heads else {
             return Ok(());
         };
@@ -241,6 +251,53 @@ fn parse_reads(reads: &[Vec<Vec<String>>]) -> Result<Vec<Vec<HeadReads>>> {
         heads.map(|(h, names)| head(l, h, names)).collect()
     };
     reads.iter().enumerate().map(layer).collect()
+}
+
+/// Every head reads the prior tail, and these read the past too.
+fn past_heads(names: &[String], layers: usize, kv_heads: usize) -> Result<Vec<Vec<HeadReads>>> {
+    let tail = HeadReads {
+        prior: true,
+        past: false,
+    };
+    let mut reads = vec![vec![tail; kv_heads]; layers];
+    for name in names {
+        let number = |text: &str, limit: usize| text.parse().ok().filter(|n: &usize| *n < limit);
+        let named = match name.split_once('.') {
+            None if name == "all" => Some((0..layers, 0..kv_heads)),
+            None => None,
+            Some((layer, head)) => number(layer, layers).and_then(|layer| {
+                let heads = match head {
+                    "*" => 0..kv_heads,
+                    head => number(head, kv_heads).map(|head| head..head + 1)?,
+                };
+                Some((layer..layer + 1, heads))
+            }),
+        };
+        let Some((in_layers, heads)) = named else {
+            let expected = format!("LAYER.HEAD below {layers}.{kv_heads}, LAYER.*, or all");
+            let got = format!("{name:?}");
+            return Err(TrainError::config(
+                "model.segment.past_heads",
+                expected,
+                got,
+            ));
+        };
+        for read in reads[in_layers]
+            .iter_mut()
+            .flat_map(|layer| &mut layer[heads.clone()])
+        {
+            if read.past {
+                let (expected, got) = ("each head once", format!("{name:?} again"));
+                return Err(TrainError::config(
+                    "model.segment.past_heads",
+                    expected,
+                    got,
+                ));
+            }
+            read.past = true;
+        }
+    }
+    Ok(reads)
 }
 
 fn below(key: &str, values: &[usize], limit: usize) -> Result<()> {

@@ -86,8 +86,8 @@ fn syntax(text: &str, error: &toml::de::Error) -> TrainError {
     }
 }
 
-/// Serde's message, taken apart.
-fn typed(path: String, message: &str) -> TrainError {
+/// Serde's message about the key with this path, taken apart.
+pub(crate) fn typed(path: String, message: &str) -> TrainError {
     let (got, expected) = message
         .split_once(", expected ")
         .unwrap_or((message, "another value"));
