@@ -17,6 +17,8 @@ mod plan;
 
 use plan::{Plan, Planned};
 
+/// What is said where a signal has stopped the work.
+const STOPPED: &str = "stopped by a signal; the same command goes on from here";
 /// Where definitions lie.
 pub const FOLDER: &str = "experiments";
 
@@ -212,7 +214,7 @@ impl Session<'_> {
 /// A script that waits for the end must not take a signal for it.
 fn stop_if_interrupted() -> Result<()> {
     match interrupted() {
-        true => bail!("stopped by a signal; the same command goes on from here"),
+        true => bail!(STOPPED),
         false => Ok(()),
     }
 }

@@ -124,7 +124,12 @@ fn experiments() -> Vec<String> {
         .expect("experiments/results")
         .map(|entry| entry.expect("an entry").path())
         .filter(|path| path.extension().is_some_and(|ending| ending == "jsonl"))
-        .map(|path| format!("experiment-{}", path.file_stem().expect("a name").to_string_lossy()))
+        .map(|path| {
+            format!(
+                "experiment-{}",
+                path.file_stem().expect("a name").to_string_lossy()
+            )
+        })
         .collect();
     names.sort_unstable_by(|a, b| b.cmp(a));
     names

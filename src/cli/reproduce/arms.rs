@@ -13,7 +13,7 @@ use segattn::train::progress::{Progress, Tensors};
 use serde::{Deserialize, Serialize};
 
 use super::plan::Planned;
-use super::{Session, State, folder_name, stop_if_interrupted};
+use super::{STOPPED, Session, State, folder_name, stop_if_interrupted};
 use crate::cli::files::write_atomically;
 use crate::cli::metrics;
 use crate::cli::run::{End, checkpoints};
@@ -111,7 +111,7 @@ impl Session<'_> {
         match ended.how {
             End::Complete => {}
             End::OutOfTime => return Ok(State::OutOfTime),
-            End::Interrupted => stop_if_interrupted()?,
+            End::Interrupted => bail!(STOPPED),
             End::TooManySkipped => bail!(
                 "the training stopped after step {}: too many steps were skipped, see {}",
                 ended.step,

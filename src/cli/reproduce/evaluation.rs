@@ -11,7 +11,7 @@ use segattn::experiment::{Evaluation, Row, Rows};
 use toml::Value;
 
 use super::plan::Planned;
-use super::{Session, State, stop_if_interrupted};
+use super::{STOPPED, Session, State, stop_if_interrupted};
 use crate::cli::eval::{self, Found, Watch, WindowResult};
 use crate::cli::out::note;
 use crate::cli::signals::interrupted;
@@ -144,7 +144,7 @@ impl Watch for Collect<'_> {
     /// Between two results nothing is lost: every row that is there is durable.
     fn working(&self) {
         if interrupted() {
-            note!("error: stopped by a signal; the same command goes on from here");
+            note!("error: {STOPPED}");
             std::process::exit(1);
         }
     }
