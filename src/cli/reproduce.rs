@@ -35,7 +35,7 @@ pub struct Args {
     #[arg(long)]
     smoke: bool,
     /// Stops after this time; an arm that would not fit into what is left of it is not started
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     minutes: Option<f64>,
     /// File of rows [default: experiments/results/NAME.jsonl; with --smoke: rows.jsonl in the folder --work]
     #[arg(short, long, value_name = "FILE")]

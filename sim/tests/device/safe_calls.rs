@@ -1,6 +1,12 @@
 //! Safe calls with sizes, offsets, ids and lists that do not fit: a typed error before any kernel runs, never an access
 //! outside a buffer. There is no unsafe code here.
 
+#![allow(
+    clippy::single_range_in_vec_init,
+    clippy::reversed_empty_ranges,
+    reason = "ranges of tokens, good and wrong ones"
+)]
+
 use crate::common::{gpu, upload};
 use segattn::attention::PerSource;
 use segattn::device::gpu::Gpu;
