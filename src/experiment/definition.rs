@@ -307,7 +307,7 @@ impl Arm {
     pub fn config(&self, seed: u64, folder: &Path, output: &Path) -> Result<Config> {
         let failed = |error| ExperimentError::Train {
             arm: self.name.clone(),
-            error,
+            error: Box::new(error),
         };
         let text = self.train.to_string();
         let given = |key: &str, path: &Path| (key.to_owned(), path.to_string_lossy().into_owned());

@@ -26,7 +26,7 @@ pub enum ExperimentError {
         arm: String,
         /// Why not.
         #[source]
-        error: TrainError,
+        error: Box<TrainError>,
     },
     /// A file could not be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
@@ -60,7 +60,7 @@ impl From<TrainError> for ExperimentError {
             TrainError::Config { key, expected, got } => Self::Key { key, expected, got },
             error => Self::Train {
                 arm: String::new(),
-                error,
+                error: Box::new(error),
             },
         }
     }
