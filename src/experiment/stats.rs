@@ -491,7 +491,7 @@ mod tests {
         };
         let (a, b) = (
             task("a", vec![1.0; 40]),
-            task("b", vec![0.0, 1.0].repeat(20)),
+            task("b", [0.0, 1.0].repeat(20)),
         );
         let found = mean_of_tasks(&[&a, &b]).unwrap();
         assert_eq!((found.mean, found.samples), (0.75, 200));
