@@ -489,10 +489,7 @@ mod tests {
             metric: SCORE.into(),
             ..loss(1, values, None)
         };
-        let (a, b) = (
-            task("a", vec![1.0; 40]),
-            task("b", [0.0, 1.0].repeat(20)),
-        );
+        let (a, b) = (task("a", vec![1.0; 40]), task("b", [0.0, 1.0].repeat(20)));
         let found = mean_of_tasks(&[&a, &b]).unwrap();
         assert_eq!((found.mean, found.samples), (0.75, 200));
         // Half of the binomial's: sd of b 0.079, of the mean 0.0395.

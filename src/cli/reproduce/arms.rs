@@ -135,7 +135,7 @@ impl Session<'_> {
         config.model.folder = None;
         config.model.segment = Default::default();
         let model = config.model.new_config(segattn::model::tokenizer::BYTES)?;
-        let shape = serde_json::to_string(&model.to_json())?;
+        let shape = model.to_json();
         let folder = self.work.join(format!("tiny-seed{seed}"));
         let progress = Progress {
             step: 0,
@@ -145,7 +145,7 @@ impl Session<'_> {
             guard: Guard::new(config.guard.clone())?,
         };
         if let Some((_, found)) = list(&folder)?.first() {
-            let same = crate::cli::model::load_config(found)?.to_json().to_string() == shape;
+            let same = crate::cli::model::load_config(found)?.to_json() == shape;
             if same {
                 return Ok(found.clone());
             }
