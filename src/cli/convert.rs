@@ -72,7 +72,7 @@ struct Segments {
     /// Tokens that the second rule of retrieval takes around a token
     #[arg(long, value_name = "N", requires = "segment_len")]
     window_len: Option<usize>,
-    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD,... or `all`; or the N heads that
+    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD,..., LAYER.* or `all`; or the N heads that
     /// most often find what is asked for (mass:N by attention, copy:N by copied tokens, gate:N by learned gates)
     #[arg(long, value_name = "HEADS", requires = "past_len")]
     past_heads: Option<PastHeads>,
@@ -145,6 +145,7 @@ impl Segments {
             block_len: self.block_len,
             queries: self.queries,
             window_len: self.window_len,
+            past_heads: self.past_heads.as_ref().and_then(PastHeads::names),
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),
             ..SegmentSection::default()
@@ -153,10 +154,9 @@ impl Segments {
             segment,
             ..ModelSection::default()
         };
-        section.apply_segments(config)?;
-        match &self.past_heads {
-            Some(heads) => heads.apply(config),
-            None => Ok(()),
+        if let Some(heads) = &self.past_heads {
+            heads.check(config)?;
         }
+        Ok(section.apply_segments(config)?)
     }
 }

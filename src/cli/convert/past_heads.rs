@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use segattn::eval::EvalError;
 use segattn::eval::heads::{HeadScores, best, measure};
 use segattn::eval::lookups::lookups;
@@ -27,10 +27,8 @@ const SEED: u64 = 7;
 /// The value of the flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PastHeads {
-    /// Every head.
-    All,
-    /// These heads, as (layer, KV head).
-    Named(Vec<(usize, usize)>),
+    /// These heads, by the names of `model.segment.past_heads` in a run's configuration.
+    Named(Vec<String>),
     /// So many heads with the highest score.
     Measured(Score, usize),
 }
@@ -60,9 +58,6 @@ impl FromStr for PastHeads {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        if text == "all" {
-            return Ok(Self::All);
-        }
         if let Some((score, count)) = text.split_once(':') {
             let score = [Score::Mass, Score::Copy, Score::Gate]
                 .into_iter()
@@ -73,41 +68,28 @@ impl FromStr for PastHeads {
                 _ => bail!("expected mass:N, copy:N or gate:N with a number of heads N"),
             };
         }
-        let head = |name: &str| -> Result<(usize, usize)> {
-            let numbers = name.split_once('.');
-            let numbers = numbers.and_then(|(l, h)| Some((l.parse().ok()?, h.parse().ok()?)));
-            numbers.with_context(|| format!("expected LAYER.HEAD, got {name:?}"))
-        };
-        let heads: Vec<_> = text.split(',').map(head).collect::<Result<_>>()?;
-        for (i, (layer, head)) in heads.iter().enumerate() {
-            let again = heads[..i].contains(&(*layer, *head));
-            ensure!(!again, "expected each head once, got {layer}.{head} twice");
-        }
-        Ok(Self::Named(heads))
+        Ok(Self::Named(text.split(',').map(str::to_owned).collect()))
     }
 }
 
 impl PastHeads {
-    /// Lets the heads read the past beside the prior tail, as far as they are known without a measurement.
-    pub fn apply(&self, config: &mut ModelConfig) -> Result<()> {
-        let (layers, heads) = (config.num_hidden_layers, config.num_key_value_heads);
+    /// The heads that are known by name.
+    pub fn names(&self) -> Option<Vec<String>> {
         match self {
-            Self::All => add(config, (0..layers * heads).map(|i| (i / heads, i % heads))),
-            Self::Named(named) => {
-                if let Some((l, h)) = named.iter().find(|(l, h)| *l >= layers || *h >= heads) {
-                    bail!("--past-heads: expected LAYER.HEAD below {layers}.{heads}, got {l}.{h}");
-                }
-                add(config, named.iter().copied());
-            }
-            Self::Measured(_, count) => {
-                let all = layers * heads;
-                ensure!(
-                    *count <= all,
-                    "--past-heads: expected at most {all} heads, got {count}"
-                );
-            }
+            Self::Named(names) => Some(names.clone()),
+            Self::Measured(..) => None,
         }
-        Ok(())
+    }
+
+    /// Checks the number of heads to measure.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        let all = config.num_hidden_layers * config.num_key_value_heads;
+        match self {
+            Self::Measured(_, count) if *count > all => {
+                bail!("--past-heads: expected at most {all} heads, got {count}")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Measures the heads of the model in `folder`, and writes into its configuration that the best read the past.
