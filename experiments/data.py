@@ -1,8 +1,8 @@
 """Training and held-out text for the experiments: python experiments/data.py [OUT] [--root FOLDER] [--megabytes N].
 
-The text is the sources of crates as cargo has unpacked them (`cargo fetch` in any project brings some). Files of a crate
-are joined in the order of their paths, one document a crate; whole crates are held out, one in eight, by a hash of the
-name, so that a crate is on the same side for every version and on every machine. Writes OUT/train.jsonl,
+The text is the sources of crates as cargo has unpacked them (`cargo fetch` in any project brings some). Files of a
+crate are joined in the order of their paths, one document a crate; whole crates are held out, one in eight, by a hash
+of the name, so that a crate is on the same side for every version and on every machine. Writes OUT/train.jsonl,
 OUT/held_out.jsonl (a `text`, a `crate` and a `license` a line) and OUT/long.jsonl, which has the held-out crates joined
 into documents of some 150,000 tokens and more. Prints sizes and licences. Nothing of them belongs into the repository:
 each crate's licence holds for its text.
@@ -51,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
     parser.add_argument("--root", default="~/.cargo/registry/src", help="where cargo unpacks crates")
-    parser.add_argument("--megabytes", type=float, help="at most so much text, whole crates in the order of their names")
+    parser.add_argument("--megabytes", type=float, help="at most so much text, in whole crates")
     options = parser.parse_args()
     os.makedirs(options.out, exist_ok=True)
     sides = {name: [] for name in ("train", "held_out")}

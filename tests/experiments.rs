@@ -189,7 +189,8 @@ fn parse(text: &str) -> Result<Definition, ExperimentError> {
 #[test]
 fn an_arm_is_its_keys_over_the_experiments() {
     let text = SMALL.to_owned()
-        + "[smoke.train.training]\nsteps = 3\n[smoke.arm.b.train.training]\ntbptt = 2\n[smoke.eval.loss]\nlengths = [7]\n";
+        + "[smoke.train.training]\nsteps = 3\n[smoke.arm.b.train.training]\ntbptt = 2\n\
+           [smoke.eval.loss]\nlengths = [7]\n";
     let [large, small] =
         [false, true].map(|smoke| Definition::parse("x", &text, smoke, &[]).unwrap());
     let config = |definition: &Definition, arm: &str| {

@@ -215,10 +215,11 @@ fn long_range_heads_read_the_past_in_their_layers_and_nothing_in_the_others() {
 #[test]
 fn past_heads_read_the_past_beside_the_prior_tail() {
     let read = |heads: &str| {
+        let heads = format!("{:?}", heads.split(',').collect::<Vec<_>>());
         let overrides = [
             ("model.segment.segment_len", "64"),
             ("model.segment.past_len", "16"),
-            ("model.segment.past_heads", heads),
+            ("model.segment.past_heads", &heads),
         ];
         let config = Config::parse(SMALL, &pairs(&overrides))?;
         let model = config.model.new_config(256)?;
@@ -243,7 +244,7 @@ fn past_heads_read_the_past_beside_the_prior_tail() {
         );
     }
     let both = [
-        ("model.segment.past_heads", "all"),
+        ("model.segment.past_heads", "[\"all\"]"),
         ("model.segment.long_range_heads", "[1]"),
     ];
     assert!(Config::parse(SMALL, &pairs(&both)).is_err());

@@ -72,8 +72,9 @@ struct Segments {
     /// Tokens that the second rule of retrieval takes around a token
     #[arg(long, value_name = "N", requires = "segment_len")]
     window_len: Option<usize>,
-    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD,..., LAYER.* or `all`; or the N heads that
-    /// most often find what is asked for (mass:N by attention, copy:N by copied tokens, gate:N by learned gates)
+    /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD,..., LAYER.* or `all`; or the N
+    /// heads that most often find what is asked for (mass:N by attention, copy:N by copied tokens, gate:N by learned
+    /// gates)
     #[arg(long, value_name = "HEADS", requires = "past_len")]
     past_heads: Option<PastHeads>,
     /// Tokens that end their segment early

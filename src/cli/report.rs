@@ -14,8 +14,8 @@ use super::reproduce::FOLDER;
 /// Ending of files of rows.
 const ROWS: &str = "jsonl";
 
-/// Writes a page of tables and figures (SVG) for each experiment: means over seeds with their intervals, and differences
-/// from the baseline that the definition names.
+/// Writes a page of tables and figures (SVG) for each experiment: means over seeds with their intervals, and
+/// differences from the baseline that the definition names.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Names of files in experiments/results/, or .jsonl files [default: all that are there]

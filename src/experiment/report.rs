@@ -14,8 +14,8 @@ const FIRST_CONTEXT: u64 = 16;
 
 /// What the intervals are, for readers of a page.
 const INTERVALS: &str = "Means over seeds, with 95% intervals in brackets. Losses (nats a token): a bootstrap over \
-documents\nand Student's t over seeds, put together; with one seed documents alone, and \"one seed\" where rows have no \
-single\nwindows. Shares (percent): Wilson's interval over all prompts. Differences are paired.\n\n";
+documents\nand Student's t over seeds, put together; with one seed documents alone, and \"one seed\" where rows \
+have no single\nwindows. Shares (percent): Wilson's interval over all prompts. Differences are paired.\n\n";
 
 /// An experiment's report.
 #[derive(Clone, Debug, PartialEq)]

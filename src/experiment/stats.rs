@@ -1,20 +1,21 @@
 //! Means over seeds with 95% intervals.
 //!
-//! *Losses.* Every seed reads the same held-out windows, so there are two sources of error, and the squares of both half
-//! widths are added: of documents by a bootstrap (documents are drawn with replacement, each with all its windows, the
-//! loss of a window being its mean over seeds), of seeds by Student's t. Without the loss of each window only the second
-//! is known, and with one seed only the first.
+//! *Losses.* Every seed reads the same held-out windows, so there are two sources of error, and the squares of both
+//! half widths are added: of documents by a bootstrap (documents are drawn with replacement, each with all its
+//! windows, the loss of a window being its mean over seeds), of seeds by Student's t. Without the loss of each window
+//! only the second is known, and with one seed only the first.
 //!
-//! *Shares.* Every seed has prompts of its own. The interval is Wilson's over all samples together; they count as fewer
-//! where seeds differ by more than chance (divided by the dispersion, the Pearson chi-squared over its degrees of
-//! freedom, where that is above 1).
+//! *Shares.* Every seed has prompts of its own. The interval is Wilson's over all samples together; they count as
+//! fewer where seeds differ by more than chance (divided by the dispersion, the Pearson chi-squared over its degrees
+//! of freedom, where that is above 1).
 //!
-//! *Differences* are paired. Of losses they are the losses' differences window by window, treated as losses are. Of shares
-//! they have Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, method 10) from the two intervals of
-//! Wilson and the correlation of the two arms over their prompts. It does not shrink to nothing where all prompts agree.
+//! *Differences* are paired. Of losses they are the losses' differences window by window, treated as losses are. Of
+//! shares they have Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, method 10) from the two
+//! intervals of Wilson and the correlation of the two arms over their prompts. It does not shrink to nothing where all
+//! prompts agree.
 //!
-//! *Means over tasks* have the intervals of their tasks put together in the same way, tasks independent of each other, or
-//! the bootstrap over seeds and prompts where that is wider.
+//! *Means over tasks* have the intervals of their tasks put together in the same way, tasks independent of each other,
+//! or the bootstrap over seeds and prompts where that is wider.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -125,8 +126,8 @@ fn share_interval(rows: &[&Row], samples: u64) -> (f64, Option<(f64, f64)>) {
     (mean, Some(interval(mean, effective.floor() as usize)))
 }
 
-/// The difference between two arms, `of` minus `from`. `None` without a seed that both have, and for losses where values
-/// of single windows are missing or do not pair.
+/// The difference between two arms, `of` minus `from`. `None` without a seed that both have, and for losses where
+/// values of single windows are missing or do not pair.
 pub fn difference<'a>(of: &[&'a Row], from: &[&'a Row]) -> Option<Estimate> {
     let pair = |row: &&'a Row| {
         let other = from.iter().find(|other| other.seed == row.seed)?;

@@ -113,7 +113,8 @@ fn index(runs: &[Run]) -> String {
         "{MARK}\n# Results\n\nMade from the raw results in `benches/runs/`, one page for each file. A run is dated, \
          and a later\nrun does not replace an earlier one. How to run the benches: \
          [docs/gpu.md](../gpu.md).\n\n\
-         ## The newest figures in short\n\n{newest}\n## Experiments\n\nMade by `segattn report` from the rows in `experiments/results/`.\n\n\
+         ## The newest figures in short\n\n{newest}\n## Experiments\n\n\
+         Made by `segattn report` from the rows in `experiments/results/`.\n\n\
          {experiments}\n## All runs\n\n{list}"
     )
 }
