@@ -104,7 +104,12 @@ pub const TARGETS: [Target; 14] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 6] = [
+pub const SURVIVORS: [[&str; 3]; 7] = [
+    [
+        "retrieval.cu",
+        "mul_rn(product, p.scale_log2), -FLT_MAX), FLT_MAX)",
+        "a gap: no case has products that overflow upwards",
+    ],
     [
         "sampling.cu",
         "__syncthreads()",
