@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use segattn_sim::{Checks, Gpu, Module, Source};
 
 /// Functions of `ptx.cuh` whose meaning no record could show.
-const NOT_RECORDED: [(&str, &str); 14] = [
+const NOT_RECORDED: [(&str, &str); 15] = [
     ("shared_memory", "an address; used by the copies' kernels"),
     ("shared_address", "an address; used by the copies' kernels"),
     ("pack", "pack_two under another name"),
@@ -18,6 +18,7 @@ const NOT_RECORDED: [(&str, &str); 14] = [
     ("mbarrier_arrive", "no result: it orders"),
     ("mbarrier_wait", "no result: it orders"),
     ("barrier_sync", "no result: it orders"),
+    ("complete_before", "no result: it orders"),
     ("griddep_launch_dependents", "no result: it orders launches"),
     ("griddep_wait", "no result: it orders launches"),
     ("setmaxnreg_increase", "no result"),

@@ -194,7 +194,8 @@ fn a_case_that_does_not_fit_is_refused_with_its_tensor() {
     let ran = op(&case, &out, &[]);
     assert!(!ran.status.success());
     assert!(
-        String::from_utf8_lossy(&ran.stderr).contains("tensor `k`"),
+        String::from_utf8_lossy(&ran.stderr)
+            .contains("tensor `q`: expected head_dim of at least 1"),
         "{}",
         String::from_utf8_lossy(&ran.stderr)
     );
