@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use segattn_sim::{Checks, Gpu, Module, Source};
 
 /// Functions of `ptx.cuh` whose meaning no record could show.
-const NOT_RECORDED: [(&str, &str); 15] = [
+const NOT_RECORDED: [(&str, &str); 17] = [
     ("shared_memory", "an address; used by the copies' kernels"),
     ("shared_address", "an address; used by the copies' kernels"),
     ("pack", "pack_two under another name"),
@@ -19,6 +19,14 @@ const NOT_RECORDED: [(&str, &str); 15] = [
     ("mbarrier_wait", "no result: it orders"),
     ("barrier_sync", "no result: it orders"),
     ("complete_before", "no result: it orders"),
+    (
+        "mbarrier_arrive_expect_bytes",
+        "no result: it orders or copies; sim/tests/bulk.rs",
+    ),
+    (
+        "tensor_copy",
+        "no result: it orders or copies; sim/tests/bulk.rs",
+    ),
     ("griddep_launch_dependents", "no result: it orders launches"),
     ("griddep_wait", "no result: it orders launches"),
     ("setmaxnreg_increase", "no result"),
