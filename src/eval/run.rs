@@ -368,6 +368,11 @@ impl<D: Device> Respond for Greedy<'_, D> {
         while generator.read_prompts().map_err(EvalError::model)? > 0 {}
         let mut recalls = Vec::new();
         for (i, sample) in samples.iter().enumerate() {
+            // Reading the selection waits for the device.
+            if sample.needles.is_empty() {
+                recalls.push(Vec::new());
+                continue;
+            }
             let selected = generator.session().selected(i).map_err(EvalError::model)?;
             recalls.push(recall::recall(&selected, &sample.needles));
             if self.oracle {

@@ -35,6 +35,8 @@ struct Case {
     period: usize,
     /// Keys of the largest size, so that products and their sums overflow.
     huge: bool,
+    /// No query has a negative element.
+    positive: bool,
 }
 
 const CASE: Case = Case {
@@ -49,6 +51,7 @@ const CASE: Case = Case {
     window_len: 9,
     period: usize::MAX,
     huge: false,
+    positive: false,
 };
 
 struct Inputs {
@@ -93,16 +96,19 @@ impl Case {
         let width = HEADS.len() * self.dim;
         let mut k = bf16_values(self.tokens * width, 1);
         if self.huge {
+            let half = |column: usize| match column < self.dim / 2 {
+                true => bf16::MAX,
+                false => bf16::MIN,
+            };
+            let signed = |x: bf16| match x.to_f32() < 0.0 {
+                true => bf16::MIN,
+                false => bf16::MAX,
+            };
             let largest = |(i, x): (usize, &mut bf16)| match i / self.dim % 7 {
                 0 => *x = bf16::MAX,
                 1 => *x = bf16::MIN,
-                2 => {
-                    *x = if x.to_f32() < 0.0 {
-                        bf16::MIN
-                    } else {
-                        bf16::MAX
-                    }
-                }
+                2 => *x = signed(*x),
+                3 => *x = half(i % self.dim),
                 _ => {}
             };
             k.iter_mut().enumerate().for_each(largest);
@@ -111,7 +117,11 @@ impl Case {
             let first = token % self.period * width;
             k.copy_within(first..first + width, token * width);
         }
-        let q = bf16_values(self.queries * KV_HEADS * GROUP * self.dim, 2);
+        let mut q = bf16_values(self.queries * KV_HEADS * GROUP * self.dim, 2);
+        if self.positive {
+            q.iter_mut()
+                .for_each(|x| *x = bf16::from_f32(x.to_f32().abs()));
+        }
         Inputs { k, q }
     }
 
@@ -387,6 +397,29 @@ fn scores_of_keys_of_any_size_are_finite() {
                 .map(|t| *t as usize)
                 .eq(tokens.map(|(t, _)| t))
         );
+    }
+}
+
+#[test]
+fn products_beyond_the_largest_number_are_equal_and_highest() {
+    let case = Case {
+        huge: true,
+        positive: true,
+        ..CASE
+    };
+    let outputs = run(1, &case);
+    for h in 0..HEADS.len() {
+        for (token, score) in case.eligible(h).zip(&outputs.scores[h]) {
+            // Keys whose elements are all of the largest size, which every probe overflows with.
+            match (token * HEADS.len() + h) % 7 {
+                // Every product overflows upwards.
+                0 => assert_eq!(*score, 0.0, "token {token}"),
+                // Every product is a sum of infinities of both signs.
+                3 => assert_eq!(*score, -f32::MAX, "token {token}"),
+                2 => assert!(*score <= 0.0 && score.is_finite(), "token {token}: {score}"),
+                _ => assert!(*score < 0.0 && score.is_finite(), "token {token}: {score}"),
+            }
+        }
     }
 }
 
