@@ -4,7 +4,8 @@
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
-use super::attention_rules::{RING, Target, WARP_SPECIALIZATION};
+use super::attention_rules::Target;
+use super::shared_rules::{RING, WARP_SPECIALIZATION};
 
 const fn target(file: &'static str, instance: &'static str, rules: &'static [Rule]) -> Target {
     Target {

@@ -7,8 +7,10 @@ mod attention;
 #[path = "../../../tests/attention_cases/mod.rs"]
 mod attention_cases;
 mod attention_rules;
+mod gradient_rules;
 mod hopper_rules;
 mod product;
+mod shared_rules;
 #[path = "../attention/simulated.rs"]
 #[allow(dead_code)]
 mod simulated;
