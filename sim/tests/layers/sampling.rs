@@ -278,6 +278,37 @@ fn draws_from_tokens_of_like_weight_fall_to_every_warp() {
     assert!(thirds.iter().all(|&count| count > 0), "{thirds:?}");
 }
 
+/// Number and mass both cut the same equal tokens: of one token of weight 30 and many of weight 1, `top_k` keeps 31, and
+/// `top_p` of their mass of 60 the first and six others.
+#[test]
+fn number_and_mass_cut_the_same_ties() {
+    let vocab = 300;
+    let both = |seed| SamplerConfig {
+        top_k: 31,
+        top_p: 0.595,
+        ..config(seed)
+    };
+    let batch = Batch {
+        vocab,
+        configs: (0..24).map(both).collect(),
+        histories: vec![Vec::new(); 24],
+    };
+    let mut row = vec![0f32; vocab];
+    row[200] = 30f32.ln();
+    let gpu = &mut gpu(1);
+    let at = batch.upload(gpu);
+    let matrix = Matrix::of(gpu, "logits", &row.repeat(24), vocab, 0);
+    batch.step(gpu, &at, &matrix);
+    let chosen: Vec<u32> = gpu.download(at.tokens);
+    for (i, (token, config)) in chosen.iter().zip(&batch.configs).enumerate() {
+        let mut host = Sampler::new(*config, STREAM + i as u64).expect("settings");
+        host.set_position(POSITION);
+        assert_eq!(*token, host.sample(&row, &[]).expect("a token"), "row {i}");
+        assert!(*token < 6 || *token == 200, "row {i}: {token}");
+    }
+    assert!(chosen.iter().any(|token| *token < 6), "{chosen:?}");
+}
+
 #[test]
 fn the_log_probability_is_that_of_the_loss_kernel_to_the_bit() {
     let batch = batch(1100);
