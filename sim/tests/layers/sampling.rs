@@ -278,8 +278,8 @@ fn draws_from_tokens_of_like_weight_fall_to_every_warp() {
     assert!(thirds.iter().all(|&count| count > 0), "{thirds:?}");
 }
 
-/// Number and mass both cut the same equal tokens: of one token of weight 30 and many of weight 1, `top_k` keeps 31, and
-/// `top_p` of their mass of 60 the first and six others.
+/// Number and mass both cut the same equal tokens: of one token of weight 30 and many of weight 1, `top_k` keeps 31,
+/// and `top_p` of their mass of 60 the first and six others.
 #[test]
 fn number_and_mass_cut_the_same_ties() {
     let vocab = 300;
