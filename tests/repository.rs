@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Folders with text of ours.
-const FOLDERS: [&str; 13] = [
+const FOLDERS: [&str; 14] = [
     ".ci",
     "benches",
     "configs",
@@ -13,6 +13,7 @@ const FOLDERS: [&str; 13] = [
     "experiments",
     "fuzz",
     "kernels",
+    "python",
     "sim/golden",
     "sim/include",
     "sim/src",

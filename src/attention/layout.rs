@@ -57,18 +57,55 @@ pub struct Layout<'a> {
 
 impl Layout<'_> {
     /// The layout of a contiguous `[batch, rows, heads, head_dim]` tensor.
-    pub fn packed([batch, rows, heads, head_dim]: [usize; 4]) -> Self {
+    pub fn packed(shape: [usize; 4]) -> Self {
+        let [_, rows, heads, head_dim] = shape;
         let row_stride = heads.saturating_mul(head_dim);
+        Layout::strided(
+            shape,
+            [rows.saturating_mul(row_stride), row_stride, head_dim],
+        )
+    }
+
+    /// The layout of a `[batch, rows, heads, head_dim]` tensor of another library: its shape, and the strides of all
+    /// dimensions but the last, in elements.
+    pub fn strided(
+        [batch, rows, heads, head_dim]: [usize; 4],
+        [batch_stride, row_stride, head_stride]: [usize; 3],
+    ) -> Self {
         Layout {
             rows,
             heads,
             head_dim,
             row_stride,
-            head_stride: head_dim,
+            head_stride,
             batch: Batch::Stride {
                 len: batch,
-                stride: rows.saturating_mul(row_stride),
+                stride: batch_stride,
             },
+        }
+    }
+
+    /// Elements from the first of the data to the end of its last row, padding rows included: what the data must have
+    /// at least. `None` if that overflows.
+    ///
+    /// ```
+    /// use segattn::attention::Layout;
+    ///
+    /// // Keys that lie beside values, in `[batch, rows, 2, heads, head_dim]`.
+    /// let keys = Layout::strided([3, 5, 2, 8], [5 * 32, 32, 8]);
+    /// assert_eq!(keys.extent(), Some(3 * 5 * 32 - 2 * 8));
+    /// ```
+    pub fn extent(&self) -> Option<usize> {
+        if self.rows == 0 || self.heads == 0 || self.head_dim == 0 {
+            return Some(0);
+        }
+        let end = |batch_index| self.end(batch_index, self.rows - 1, self.heads - 1);
+        match self.batch {
+            Batch::Stride { len: 0, .. } => Some(0),
+            Batch::Stride { len, .. } => end(len - 1),
+            Batch::Offsets(offsets) => (0..offsets.len())
+                .map(end)
+                .try_fold(0, |extent, end| Some(extent.max(end?))),
         }
     }
 

@@ -1,0 +1,74 @@
+//! Errors of the crate as exceptions of `segattn.errors`.
+
+use std::fmt::Display;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use segattn::attention::Error;
+
+/// An instance of a class in `segattn.errors`.
+fn raise(
+    py: Python<'_>,
+    class: &str,
+    make: impl FnOnce(&Bound<'_, PyAny>) -> PyResult<Py<PyAny>>,
+) -> PyErr {
+    let class = py
+        .import("segattn.errors")
+        .and_then(|errors| errors.getattr(class));
+    match class.and_then(|class| make(&class)) {
+        Ok(error) => PyErr::from_value(error.into_bound(py)),
+        Err(error) => error,
+    }
+}
+
+/// A wrong argument.
+pub fn argument(
+    py: Python<'_>,
+    argument: &str,
+    index: Option<usize>,
+    expected: impl Display,
+    got: impl Display,
+) -> PyErr {
+    raise(py, "ArgumentError", |class| {
+        let kwargs = PyDict::new(py);
+        kwargs.set_item("index", index)?;
+        let args = (argument, expected.to_string(), got.to_string());
+        Ok(class.call(args, Some(&kwargs))?.unbind())
+    })
+}
+
+/// What an attention call refused.
+pub fn attention(py: Python<'_>, error: &Error) -> PyErr {
+    match error {
+        Error::Shape {
+            argument: name,
+            expected,
+            got,
+        } => argument(py, name, None, expected, got),
+        Error::Length {
+            argument: name,
+            index,
+            expected,
+            got,
+        } => argument(py, name, Some(*index), expected, got),
+        Error::Value {
+            argument: name,
+            index,
+            expected,
+            got,
+        } => argument(py, name, Some(*index), expected, got),
+        Error::Unsupported {
+            argument: name,
+            expected,
+            got,
+        } => argument(py, name, None, expected, got),
+        other => self::other(py, other),
+    }
+}
+
+/// An error that is about no argument.
+pub fn other(py: Python<'_>, error: impl Display) -> PyErr {
+    raise(py, "Error", |class| {
+        Ok(class.call1((error.to_string(),))?.unbind())
+    })
+}
