@@ -280,7 +280,7 @@ fn damaged_files_are_errors_and_never_panics() {
         ("[21]", "[13]"),
         ("[21]", "[99999999999]"),
         ("[21]", "[]"),
-        ("session 4", "session 3"),
+        ("session 5", "session 4"),
         ("\"rows\"", "\"row\""),
         ("[5]", "[8]"),
         ("[5]", "[22]"),
@@ -295,13 +295,13 @@ fn damaged_files_are_errors_and_never_panics() {
         bytes.extend(&whole[header..]);
         assert!(restore(&bytes).is_err(), "{from} became {to}");
     }
-    // Choices outside the pool.
-    let picks = text.split("\"0.0.picks.0\":").nth(1).unwrap();
-    let offsets = picks.split("\"data_offsets\":[").nth(1).unwrap();
+    // Selected tokens outside the pool.
+    let selected = text.split("\"0.0.selected.0\":").nth(1).unwrap();
+    let offsets = selected.split("\"data_offsets\":[").nth(1).unwrap();
     let first: usize = offsets.split(',').next().unwrap().parse().unwrap();
     for bad in [-1i64, 16, i64::MAX] {
         let mut bytes = whole.clone();
         bytes[header + first..header + first + 8].copy_from_slice(&bad.to_le_bytes());
-        assert!(restore(&bytes).is_err(), "choice of {bad}");
+        assert!(restore(&bytes).is_err(), "selected {bad}");
     }
 }

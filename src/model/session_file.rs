@@ -7,8 +7,8 @@
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail, and `s.l.sinks` of the same shape, the sinks;
 //! - `s.l.pool.i [2, rows, heads, head_dim]`, the tokens of complete segments in parts of `segment_len`, of which the
-//!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.picks.h [rows]` (I64), the
-//!   tokens chosen for the current segment;
+//!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.selected.h [rows]` (I64), the
+//!   tokens selected for the current segment;
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, the last queries of it: that of position `p` is row `p % probe_rows`.
 //!
@@ -33,7 +33,7 @@ use layout::{Part, Shapes, fingerprint};
 use reader::Reader;
 
 /// The format's name in the metadata.
-const FORMAT: &str = "segattn session 4";
+const FORMAT: &str = "segattn session 5";
 
 /// A session that cannot be saved, or a file that cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -275,14 +275,14 @@ impl StateFile {
             pool.write(device, k, v)?;
         }
         let block_len = session.plan.rule.block_len();
-        let picks: Vec<Vec<usize>> = (0..shapes.past_heads(l))
-            .map(|h| self.picks(from, l, h, shapes, block_len))
+        let selected: Vec<Vec<usize>> = (0..shapes.past_heads(l))
+            .map(|h| self.selected(from, l, h, shapes, block_len))
             .collect::<Result<_, _>>()?;
-        carry.selected = D::Blocks::new(device, &picks, block_len)?;
+        carry.selected = D::Blocks::new(device, &selected, block_len)?;
         Ok(())
     }
 
-    fn picks(
+    fn selected(
         &mut self,
         sequence: usize,
         l: usize,
@@ -293,25 +293,25 @@ impl StateFile {
         if shapes.completed == 0 {
             return Ok(Vec::new());
         }
-        let name = Part::Picks(l, h).name(sequence);
+        let name = Part::Selected(l, h).name(sequence);
         let bytes = self.reader.read(&name, Dtype::I64, None)?;
         let tokens = shapes.completed;
-        let picks: Vec<usize> = bytes
+        let selected: Vec<usize> = bytes
             .as_chunks()
             .0
             .iter()
             .map(|b| usize::try_from(i64::from_le_bytes(*b)).unwrap_or(usize::MAX))
             .collect();
-        let ascending = picks.windows(2).all(|w| w[0] < w[1]);
+        let ascending = selected.windows(2).all(|w| w[0] < w[1]);
         let whole = |block: &[usize]| {
             block.len() == block_len
                 && block[0].is_multiple_of(block_len)
                 && block.windows(2).all(|w| w[1] - w[0] == 1)
         };
         if !ascending
-            || picks.len() > shapes.past_len
-            || picks.last().is_some_and(|p| *p >= tokens)
-            || !picks.chunks(block_len).all(whole)
+            || selected.len() > shapes.past_len
+            || selected.last().is_some_and(|token| *token >= tokens)
+            || !selected.chunks(block_len).all(whole)
         {
             let expected = format!(
                 "at most {} ascending numbers below {tokens}, whole blocks of {block_len}",
@@ -320,7 +320,7 @@ impl StateFile {
             let what = format!("tensor `{name}`");
             return Err(self.reader.malformed(&what, &expected, "other numbers"));
         }
-        Ok(picks)
+        Ok(selected)
     }
 
     /// What has been read of the current segment, in its slot: prior and past rows come from the

@@ -5,7 +5,7 @@ use super::forward::{info, launch};
 use super::instances::Instance;
 use super::params::{ProblemParams, TensorParams, count, most_splits};
 use super::tensor::{DeviceSlice, Tensor, check_tensors};
-use super::workspace::{Place, Workspace};
+use super::workspace::{Address, Workspace};
 use crate::attention::{Gradients, Problem, Saved};
 use crate::cuda::kernels::params::SegattnBackwardParams;
 use crate::cuda::kernels::{Entry, Kernels, Launch, Launcher};
@@ -30,11 +30,11 @@ pub struct BackwardPlan {
     d_lse: u64,
     d_past_gate: DeviceSlice,
     workspace: Workspace,
-    row_lse: Place,
-    row_delta: Place,
-    partial_d_q: Place,
-    partial_gate: Place,
-    work_counter: Place,
+    row_lse: Address,
+    row_delta: Address,
+    partial_d_q: Address,
+    partial_gate: Address,
+    work_counter: Address,
     row_pitch: u32,
     tiles: u32,
     max_splits: u32,
@@ -122,7 +122,7 @@ impl BackwardPlan {
             )?,
             work_counter: match hopper {
                 Some(_) => workspace.reserve("work_counter", 4, &[WORK_COUNTERS])?,
-                None => Place::NULL,
+                None => Address::NULL,
             },
             workspace,
             row_pitch: count("row_pitch", &[row_pitch])?,
@@ -183,7 +183,7 @@ impl BackwardPlan {
                 // The kernels that write d_past_gate have no blocks without query rows.
                 launcher.zero(self.d_past_gate.data, 4 * self.d_past_gate.len)?;
             }
-            if self.work_counter != Place::NULL {
+            if self.work_counter != Address::NULL {
                 launcher.zero(params.work_counter as u64, 4 * WORK_COUNTERS)?;
             }
             for launch in self.launches.iter().filter(|launch| launch.blocks > 0) {
@@ -200,14 +200,14 @@ impl BackwardPlan {
             problem: self.problem.fill(workspace),
             out,
             d_out,
-            lse: Place::Device(self.lse).at(workspace),
-            d_lse: Place::Device(self.d_lse).at(workspace),
+            lse: Address::Device(self.lse).at(workspace),
+            d_lse: Address::Device(self.d_lse).at(workspace),
             d_q,
             d_k,
             d_v,
             d_prior_k,
             d_prior_v,
-            d_past_gate: Place::Device(self.d_past_gate.data).at(workspace),
+            d_past_gate: Address::Device(self.d_past_gate.data).at(workspace),
             row_lse: self.row_lse.at(workspace),
             row_delta: self.row_delta.at(workspace),
             partial_d_q: self.partial_d_q.at(workspace),

@@ -5,7 +5,7 @@ use super::instances::Instance;
 use super::params::{ProblemParams, TensorParams, count, most_splits};
 use super::tensor::{DeviceSlice, Tensor, check_tensors};
 use super::tensor_maps::TensorMaps;
-use super::workspace::{Bases, Place, Workspace};
+use super::workspace::{Address, Bases, Workspace};
 use crate::attention::{Problem, Source};
 use crate::cuda::kernels::params::{
     SegattnForwardParams, SegattnHopperForwardParams, SegattnKernelInfo,
@@ -29,10 +29,10 @@ pub struct ForwardPlan {
     lse: u64,
     workspace: Workspace,
     // Where the arrays of the workspace are.
-    work_counter: Place,
-    chunk_totals: Place,
-    partial_out: Place,
-    partial_state: Place,
+    work_counter: Address,
+    chunk_totals: Address,
+    partial_out: Address,
+    partial_state: Address,
     phase: Phase,
     packed_heads: u32,
     tiles: u32,
@@ -245,7 +245,7 @@ impl ForwardPlan {
         SegattnForwardParams {
             problem: self.problem.fill(bases),
             out: self.out.fill(bases),
-            lse: Place::Device(self.lse).at(bases),
+            lse: Address::Device(self.lse).at(bases),
             partial_out: self.partial_out.at(bases),
             partial_state: self.partial_state.at(bases),
             chunk_totals: self.chunk_totals.at(bases),

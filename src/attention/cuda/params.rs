@@ -1,7 +1,7 @@
 //! From a validated problem to the structs of `kernels/params.h`.
 
 use super::tensor::Tensor;
-use super::workspace::{Bases, Place, Workspace};
+use super::workspace::{Address, Bases, Workspace};
 use crate::attention::layout::Batch;
 use crate::attention::lengths::{Len, PastLen};
 use crate::attention::problem::{Gates, Problem};
@@ -13,7 +13,7 @@ use crate::cuda::kernels::params::{SegattnKernelInfo, SegattnProblem, SegattnTen
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TensorParams {
     data: u64,
-    offsets: Place,
+    offsets: Address,
     /// Batch, row and head stride, and rows.
     numbers: [i64; 4],
 }
@@ -22,7 +22,7 @@ impl TensorParams {
     /// No tensor: null, of no rows.
     pub const NONE: TensorParams = TensorParams {
         data: 0,
-        offsets: Place::NULL,
+        offsets: Address::NULL,
         numbers: [0; 4],
     };
 
@@ -35,7 +35,7 @@ impl TensorParams {
         // Tile arithmetic is in 32 bits, on multiples of up to 128 rows.
         limit(what, layout.rows, i32::MAX as usize - 128)?;
         let (stride, offsets) = match layout.batch {
-            Batch::Stride { stride, .. } => (stride, Place::NULL),
+            Batch::Stride { stride, .. } => (stride, Address::NULL),
             Batch::Offsets(offsets) => {
                 let offsets = offsets.iter().map(|&x| elements(what, x));
                 (
@@ -63,7 +63,7 @@ impl TensorParams {
     pub fn fill(&self, bases: impl Into<Bases>) -> SegattnTensor {
         let (bases, [batch_stride, row_stride, head_stride, rows]) = (bases.into(), self.numbers);
         SegattnTensor {
-            data: Place::Device(self.data).at(bases),
+            data: Address::Device(self.data).at(bases),
             batch_offsets: self.offsets.at(bases),
             batch_stride,
             row_stride,
@@ -77,15 +77,15 @@ impl TensorParams {
 #[derive(Debug)]
 pub(super) struct ProblemParams {
     tensors: [TensorParams; 7],
-    segment_len: Place,
-    prior_len: Place,
-    past_len: Place,
+    segment_len: Address,
+    prior_len: Address,
+    past_len: Address,
     past_len_strides: [i32; 2],
-    sink_len: Place,
+    sink_len: Address,
     sink_len_strides: [i32; 2],
-    query_start: Place,
-    past_gate: Place,
-    prior_heads: Place,
+    query_start: Address,
+    past_gate: Address,
+    prior_heads: Address,
     counts: [i32; 3],
     scale: f32,
 }
@@ -118,7 +118,7 @@ impl ProblemParams {
         };
         let mut place = |source, len| match len {
             Some(Len::Host(len)) => workspace.upload(len),
-            Some(Len::Device(address)) => Place::Device(address),
+            Some(Len::Device(address)) => Address::Device(address),
             // Every row of the tensors, whose number fits in 31 bits: see `TensorParams::new`.
             None => workspace.upload(&vec![problem.capacity(source) as i32; batch]),
         };
@@ -130,18 +130,18 @@ impl ProblemParams {
             past_len_strides: strides(lengths.past_len),
             sink_len: match lengths.sink_len.map(PastLen::values) {
                 Some(Len::Host(len)) => workspace.upload(len),
-                Some(Len::Device(address)) => Place::Device(address),
-                None => Place::NULL,
+                Some(Len::Device(address)) => Address::Device(address),
+                None => Address::NULL,
             },
             sink_len_strides: strides(lengths.sink_len),
             query_start: match lengths.query_start {
                 Some(Len::Host(start)) if start.iter().any(|&x| x != 0) => workspace.upload(start),
-                Some(Len::Device(address)) => Place::Device(address),
-                Some(Len::Host(_)) | None => Place::NULL,
+                Some(Len::Device(address)) => Address::Device(address),
+                Some(Len::Host(_)) | None => Address::NULL,
             },
             past_gate: match problem.past.map(|past| past.gates) {
                 Some(Gates::Host(gates)) => workspace.upload(gates),
-                Some(Gates::Device { past_gate, .. }) => Place::Device(past_gate),
+                Some(Gates::Device { past_gate, .. }) => Address::Device(past_gate),
                 None => workspace.upload(&vec![0f32; q_heads]),
             },
             prior_heads: {

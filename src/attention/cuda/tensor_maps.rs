@@ -1,7 +1,7 @@
 //! The tensor maps of a forward call on Hopper: what its bulk copies know of Q, K and V.
 
 use super::tensor::Tensor;
-use super::workspace::{Bases, Place, Workspace};
+use super::workspace::{Address, Bases, Workspace};
 use crate::attention::layout::{Batch, Layout};
 use crate::attention::problem::Problem;
 use crate::cuda::kernels::params::{
@@ -20,7 +20,7 @@ const PANEL: usize = 64;
 pub(super) struct TensorMaps {
     maps: [SegattnTensorMap; MAPS],
     mapped: u32,
-    batch_coordinates: Place,
+    batch_coordinates: Address,
 }
 
 impl TensorMaps {

@@ -9,7 +9,7 @@ const ALIGNMENT: usize = 256;
 
 /// An address that is known now, or an offset to a base that [`Bases`] names later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Address {
     Device(u64),
     Value(usize),
     Workspace(usize),
@@ -32,16 +32,16 @@ impl From<u64> for Bases {
     }
 }
 
-impl Place {
-    pub const NULL: Place = Place::Device(0);
+impl Address {
+    pub const NULL: Address = Address::Device(0);
 
     /// The address, given the bases.
     pub fn at<T>(self, bases: impl Into<Bases>) -> *mut T {
         let bases = bases.into();
         let address = match self {
-            Place::Device(address) => address,
-            Place::Value(offset) => bases.values + offset as u64,
-            Place::Workspace(offset) => bases.workspace + offset as u64,
+            Address::Device(address) => address,
+            Address::Value(offset) => bases.values + offset as u64,
+            Address::Workspace(offset) => bases.workspace + offset as u64,
         };
         address as usize as *mut T
     }
@@ -56,13 +56,13 @@ pub(super) struct Workspace {
 
 impl Workspace {
     /// Adds host values. Call it before any [`reserve`](Self::reserve).
-    pub fn upload<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Place {
+    pub fn upload<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Address {
         debug_assert_eq!(self.bytes, self.uploads.len());
         self.uploads.resize(self.bytes.next_multiple_of(16), 0);
-        let place = Place::Value(self.uploads.len());
+        let address = Address::Value(self.uploads.len());
         self.uploads.extend_from_slice(bytemuck::cast_slice(values));
         self.bytes = self.uploads.len();
-        place
+        address
     }
 
     /// Adds an array of `product(counts)` elements of `size` bytes.
@@ -71,7 +71,7 @@ impl Workspace {
         what: &'static str,
         size: usize,
         counts: &[usize],
-    ) -> Result<Place, kernels::Error> {
+    ) -> Result<Address, kernels::Error> {
         let begin = self.bytes.next_multiple_of(ALIGNMENT);
         let bytes = counts
             .iter()
@@ -87,7 +87,7 @@ impl Workspace {
                 });
             }
         }
-        Ok(Place::Workspace(begin))
+        Ok(Address::Workspace(begin))
     }
 
     pub fn bytes(&self) -> usize {

@@ -40,7 +40,8 @@ pub(super) enum Part {
     Sinks(usize),
     /// Of a layer, the part with this number.
     Pool(usize, usize),
-    Picks(usize, usize),
+    /// Of a layer and head, the selected tokens.
+    Selected(usize, usize),
     Segment(usize),
     Probes(usize),
 }
@@ -48,7 +49,7 @@ pub(super) enum Part {
 impl Part {
     fn dtype(self) -> (Dtype, &'static str) {
         match self {
-            Self::Picks(..) => (Dtype::I64, "I64"),
+            Self::Selected(..) => (Dtype::I64, "I64"),
             Self::Tokens => (Dtype::U32, "U32"),
             _ => (Dtype::F32, "F32"),
         }
@@ -61,7 +62,7 @@ impl Part {
             Self::Prior(l) => format!("{sequence}.{l}.prior"),
             Self::Sinks(l) => format!("{sequence}.{l}.sinks"),
             Self::Pool(l, part) => format!("{sequence}.{l}.pool.{part}"),
-            Self::Picks(l, h) => format!("{sequence}.{l}.picks.{h}"),
+            Self::Selected(l, h) => format!("{sequence}.{l}.selected.{h}"),
             Self::Segment(l) => format!("{sequence}.{l}.segment"),
             Self::Probes(l) => format!("{sequence}.{l}.probes"),
         }
@@ -174,7 +175,7 @@ pub(super) fn parts<D: Device>(
         for (l, carry) in session.states[s].layers.iter().enumerate() {
             for h in 0..session.plan.reads[l].past.len() {
                 let count = carry.selected.count(h);
-                parts.push((s, Part::Picks(l, h), vec![count]));
+                parts.push((s, Part::Selected(l, h), vec![count]));
             }
         }
     }
@@ -263,11 +264,11 @@ pub(super) fn bytes<D: Device>(
             }
             None => Vec::new(),
         },
-        Part::Picks(l, h) => {
-            let picks = carry(l).selected.tokens(device)?;
-            return Ok(picks[h]
+        Part::Selected(l, h) => {
+            let selected = carry(l).selected.tokens(device)?;
+            return Ok(selected[h]
                 .iter()
-                .flat_map(|p| (*p as i64).to_le_bytes())
+                .flat_map(|token| (*token as i64).to_le_bytes())
                 .collect());
         }
         Part::Segment(l) => match layer(l) {
