@@ -14,8 +14,8 @@ pub const ROWS: &str = "SEGATTN_PLANTED_ROWS";
 /// Names the one kernel file into which bugs are planted; all of them if unset.
 pub const ONLY: &str = "SEGATTN_PLANTED_FILE";
 
-/// Bugs that are tried at a time.
-const AT_A_TIME: usize = 2;
+/// Names how many bugs are tried at a time, each within 3 GiB; two if unset.
+pub const JOBS: &str = "SEGATTN_PLANTED_JOBS";
 
 /// A bug that was not caught.
 #[derive(Clone, Debug)]
@@ -70,6 +70,17 @@ pub fn is_wanted(file: &str) -> bool {
     std::env::var_os(ONLY).is_none_or(|only| only == file)
 }
 
+/// How many bugs are tried at a time. Panics if [`JOBS`] is no number above zero.
+fn jobs() -> usize {
+    let Some(value) = std::env::var_os(JOBS) else {
+        return 2;
+    };
+    let number = value.to_str().and_then(|text| text.parse().ok());
+    number
+        .filter(|jobs| *jobs > 0)
+        .unwrap_or_else(|| panic!("{JOBS}: expected a number above zero, got {value:?}"))
+}
+
 /// Plants bugs into a file, a few at a time: `attempt` tries one, which also gets its number, and `reason` says why one
 /// that survives does.
 pub fn plant(
@@ -98,7 +109,7 @@ pub fn plant(
             }
         }
     };
-    std::thread::scope(|scope| (0..AT_A_TIME).for_each(|_| drop(scope.spawn(work))));
+    std::thread::scope(|scope| (0..jobs()).for_each(|_| drop(scope.spawn(work))));
     let mut survivors = survivors
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
