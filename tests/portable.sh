@@ -3,8 +3,8 @@
 #
 #   tests/portable.sh FOLDER [cargo options, e.g. --release]
 #
-# needs cargo and nvcc; SEGATTN_CUDA_ARCHS=90 keeps it small. On the machine with the GPU, `FOLDER/run.sh` says its
-# options.
+# needs cargo, a C compiler and nvcc; SEGATTN_CUDA_ARCHS=90 keeps it small. On the machine with the GPU,
+# `FOLDER/run.sh` says its options.
 set -euo pipefail
 if [ $# -lt 1 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -37,6 +37,16 @@ mv "$folder/attention" "$folder/bench_attention"
 mv "$folder/model" "$folder/bench_model"
 cp benches/attention_gpu/peers.py "$folder/"
 cp benches/model/gpu/peers.py "$folder/model_peers.py"
+
+# The C interface: its example, linked with the static library.
+archive=$(cargo build -p segattn-capi --features cuda --message-format=json-render-diagnostics "$@" |
+  sed -n 's/.*"\([^"]*libsegattn_c\.a\)".*/\1/p')
+if [ -n "$archive" ]; then
+  ${CC:-cc} -O2 -Icapi/include capi/examples/attention.c "$archive" -lpthread -ldl -lm -o "$folder/attention_c"
+  strip "$folder/attention_c"
+else
+  echo "no C program: cargo made no libsegattn_c.a"
+fi
 
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
@@ -80,6 +90,7 @@ export SEGATTN_REQUIRE_GPU=1
 step ./segattn doctor
 step ./attention_slices
 step ./attention_pointers
+if [ -x attention_c ]; then step ./attention_c; step ./attention_c --cuda; fi
 if [ -x golden_record ]; then step golden; fi
 SEGATTN_REPEAT=$repeat step ./attention_cuda --test-threads 4
 step ./decode_cuda --test-threads 1

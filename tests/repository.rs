@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 const FOLDERS: [&str; 14] = [
     ".ci",
     "benches",
+    "capi",
     "configs",
     "docs",
     "examples",
