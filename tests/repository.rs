@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Folders with text of ours.
-const FOLDERS: [&str; 14] = [
+const FOLDERS: &[&str] = &[
     ".ci",
     "benches",
     "capi",
