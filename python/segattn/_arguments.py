@@ -48,6 +48,8 @@ class Library(Protocol):
 def checked(tensors: Tensors) -> Tensors:
     """The tensors, whose types, dimensions and pairs fit."""
     for name, tensor in tensors._asdict().items():
+        if tensor is None and name in ("q", "k", "v"):
+            raise ArgumentError(name, "a tensor [batch, rows, heads, head_dim]", "None")
         if tensor is None:
             continue
         if tensor.ndim != 4:

@@ -69,13 +69,15 @@ def lse_shape(q: np.ndarray) -> tuple:
     return batch, heads, rows
 
 
-def prepared(tensors: Tensors) -> Tensors:
-    return checked(Tensors(*(readable(name, array) for name, array in tensors._asdict().items())))
+def prepared(tensors: Tensors, lengths: Lengths) -> tuple:
+    """Tensors and lengths as arrays."""
+    tensors = checked(Tensors(*(readable(name, array) for name, array in tensors._asdict().items())))
+    return tensors, Lengths(*(rows if rows is None else np.asarray(rows) for rows in lengths))
 
 
 def forward(tensors: Tensors, roles: Roles, lengths: Lengths, scale: Optional[float]) -> tuple:
     """`out` and `lse`."""
-    tensors = prepared(tensors)
+    tensors, lengths = prepared(tensors, lengths)
     call = arguments(Numpy(), tensors, roles, lengths, scale)
     out = np.empty(tensors.q.shape, tensors.q.dtype)
     lse = np.empty(lse_shape(tensors.q), tensors.q.dtype)
@@ -85,7 +87,7 @@ def forward(tensors: Tensors, roles: Roles, lengths: Lengths, scale: Optional[fl
 
 def backward(tensors: Tensors, roles: Roles, lengths: Lengths, scale, saved: tuple, prior_grad: bool) -> Gradients:
     """The gradients, from `saved`: out, lse, d_out and d_lse."""
-    tensors = prepared(tensors)
+    tensors, lengths = prepared(tensors, lengths)
     q, dtype = tensors.q, tensors.q.dtype
     out, d_out = (like(name, x, q.shape, dtype) for name, x in [("out", saved[0]), ("d_out", saved[2])])
     lse = like("lse", saved[1], lse_shape(q), dtype)

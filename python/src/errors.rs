@@ -66,6 +66,29 @@ pub fn attention(py: Python<'_>, error: &Error) -> PyErr {
     }
 }
 
+/// What a call on a GPU refused, or why it failed.
+#[cfg(feature = "cuda")]
+pub fn gpu(py: Python<'_>, error: segattn::attention::cuda::Error) -> PyErr {
+    use segattn::attention::cuda::Error;
+    match error {
+        Error::Argument(error) => attention(py, &error),
+        Error::Alignment {
+            argument: name,
+            expected,
+            got,
+        } => argument(py, name, None, expected, got),
+        error => device(py, error),
+    }
+}
+
+/// A device that failed.
+#[cfg(feature = "cuda")]
+pub fn device(py: Python<'_>, error: impl Display) -> PyErr {
+    raise(py, "DeviceError", |class| {
+        Ok(class.call1((error.to_string(),))?.unbind())
+    })
+}
+
 /// An error that is about no argument.
 pub fn other(py: Python<'_>, error: impl Display) -> PyErr {
     raise(py, "Error", |class| {

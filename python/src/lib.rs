@@ -3,6 +3,8 @@
 
 mod arguments;
 mod errors;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod host;
 mod tensor;
 
@@ -10,4 +12,12 @@ mod tensor;
 mod _native {
     #[pymodule_export]
     use crate::host::{backward, forward};
+
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use crate::gpu::{Plan, plan_backward, plan_forward};
+
+    /// Whether this build has the kernels for GPUs.
+    #[pymodule_export]
+    const HAS_CUDA: bool = cfg!(feature = "cuda");
 }

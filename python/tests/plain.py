@@ -87,7 +87,7 @@ def cases():
             past=6,
             segment_len=np.array([4, 9], np.int32),
             prior_len=[0, 3],
-            past_len=np.array([[6, 1], [0, 2]]),
+            past_len=[[6, 1], [0, 2]],
             softmax_scale=0.3,
         ),
     }
