@@ -1,5 +1,5 @@
-// Copies of rows [rows, width] between buffers of either precision: dst = src, or dst += src, summed in f32 and
-// rounded once. No sums over elements, so an element's bits are its own. Bytes an element: those of both sides (and dst
+// Copies of rows [rows, width] between buffers of either precision: dst = factor src, or dst += factor src, in f32 and
+// rounded to dst once. No sums over elements, so an element's bits are its own. Bytes an element: those of both sides (and dst
 // once more for +=).
 #include "vectors.cuh"
 
@@ -22,11 +22,14 @@ SEGATTN_FN void copy(const SegattnCopyParams& p) {
   const Src* g_src = row_of<const Src>(p.src, row) + column;
   Dst* g_dst = row_of<Dst>(p.dst, row) + column;
   if (!p.vectors) {
-    store_one(g_dst, p.add ? load_one(g_dst) + load_one(g_src) : load_one(g_src));
+    const float x = mul_rn(p.factor, load_one(g_src));
+    store_one(g_dst, p.add ? load_one(g_dst) + x : x);
     return;
   }
   float r_x[kVector], r_sum[kVector];
   load_vector(r_x, g_src);
+#pragma unroll
+  for (int i = 0; i < kVector; i++) r_x[i] = mul_rn(p.factor, r_x[i]);
   if (p.add) {
     load_vector(r_sum, g_dst);
 #pragma unroll

@@ -20,11 +20,13 @@ typedef struct SegattnCopyParams {
   int32_t width;
   int32_t vectors; /* whether rows begin at multiples of 16 bytes and have a multiple of 8 elements */
   int32_t add;     /* dst += instead of = */
+  float factor;    /* on src */
 } SegattnCopyParams;
 
-/* rms_norm and its gradients. Width: a multiple of 8, at most 16384. */
+/* rms_norm and its gradients. Width: a multiple of 8; at most 16384 where a row is summed. Row r of `rows` is group
+ * r % groups of row r / groups of memory: its element 0 lies r % groups * width behind the first of that row. */
 typedef struct SegattnNormParams {
-  SegattnRows x;        /* bf16 [rows, width] */
+  SegattnRows x;        /* bf16 [rows, width]; weight gradient: data null: x rstd is 1, so d_y is summed */
   SegattnRows residual; /* bf16 [rows, width], added to x before the norm; data null: none */
   SegattnRows x_sum;    /* bf16 [rows, width]: x + residual; used where there is a residual; may be x or residual */
   const float* weight;  /* [width] */
@@ -35,7 +37,8 @@ typedef struct SegattnNormParams {
   float* d_weight;      /* [width] */
   int64_t rows;
   int32_t width;
-  int32_t add; /* whether d_x is added to (+=) or set (=) */
+  int32_t groups; /* 1: the rows are those of memory */
+  int32_t add;    /* whether d_x is added to (+=) or set (=) */
   float eps;
 } SegattnNormParams;
 

@@ -1,8 +1,9 @@
-// RMS norm (Zhang and Sennrich 2019), of rows [rows, width]:
+// RMS norm (Zhang and Sennrich 2019), of rows [rows, width], or of groups of rows:
 //   rms_norm              x' = x + residual (rounded; x' = x where there is none)
 //                         rstd = 1 / sqrt(mean(x'^2) + eps),  y = x' rstd weight
 //   rms_norm_grad         d_x (+)= rstd weight d_y - x rstd^3 mean(weight d_y x)
-//   rms_norm_weight_grad  d_weight += sum over rows of d_y x rstd, one chain over rows in ascending order
+//   rms_norm_weight_grad  d_weight += sum over rows of d_y x rstd, one chain over rows in ascending order;
+//                         without x, of d_y: the gradient of a bias
 // Bits: the width of a row decides the threads and the tree that sum it. The sum over rows is one chain, so it does
 // not matter how many rows a call holds. Bytes a row and element: forward 4 (with residual 8), gradient 6 (+ 2 for
 // +=), weight 4.
@@ -25,6 +26,13 @@ SEGATTN_FN int row_threads(int width) {
 
 SEGATTN_FN int vector_column(int i) { return (threadIdx.x + i * blockDim.x) * kVector; }
 
+// A row of the norm: a group of a row of memory.
+template <class T>
+SEGATTN_FN T* group_of(const SegattnNormParams& p, const SegattnRows& rows, int64_t row) {
+  if (p.groups == 1) return row_of<T>(rows, row);
+  return row_of<T>(rows, row / p.groups) + row % p.groups * p.width;
+}
+
 struct RowShared {
   float warps[kMaxWarps];
 };
@@ -39,7 +47,7 @@ SEGATTN_FN void rms_norm(const SegattnNormParams& p) {
   for (int i = 0; i < RowConfig::kVectors; i++) {
     const int column = vector_column(i);
     if (column >= p.width) break;
-    r_held[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
+    r_held[i] = *(const uint4*)(group_of<const Bf16>(p, p.x, row) + column);
     float r_x[kVector];
     unpack_vector(r_x, r_held[i]);
     if (p.residual.data) {
@@ -66,7 +74,7 @@ SEGATTN_FN void rms_norm(const SegattnNormParams& p) {
     load_vector(r_weight, p.weight + column);
 #pragma unroll
     for (int e = 0; e < kVector; e++) r_x[e] = mul_rn(mul_rn(r_x[e], rstd), r_weight[e]);
-    store_vector(row_of<Bf16>(p.y, row) + column, r_x);
+    store_vector(group_of<Bf16>(p, p.y, row) + column, r_x);
   }
 }
 
@@ -81,8 +89,8 @@ SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
   for (int i = 0; i < RowConfig::kVectors; i++) {
     const int column = vector_column(i);
     if (column >= p.width) break;
-    r_held_x[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
-    r_held_d_y[i] = *(const uint4*)(row_of<const Bf16>(p.d_y, row) + column);
+    r_held_x[i] = *(const uint4*)(group_of<const Bf16>(p, p.x, row) + column);
+    r_held_d_y[i] = *(const uint4*)(group_of<const Bf16>(p, p.d_y, row) + column);
     float r_x[kVector], r_d_y[kVector], r_weight[kVector];
     unpack_vector(r_x, r_held_x[i]);
     unpack_vector(r_d_y, r_held_d_y[i]);
@@ -96,7 +104,7 @@ SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
   for (int i = 0; i < RowConfig::kVectors; i++) {
     const int column = vector_column(i);
     if (column >= p.width) break;
-    Bf16* g_d_x = row_of<Bf16>(p.d_x, row) + column;
+    Bf16* g_d_x = group_of<Bf16>(p, p.d_x, row) + column;
     float r_x[kVector], r_d_y[kVector], r_weight[kVector], r_d_x[kVector] = {};
     unpack_vector(r_x, r_held_x[i]);
     unpack_vector(r_d_y, r_held_d_y[i]);
@@ -135,8 +143,9 @@ SEGATTN_FN void load_columns(ColumnLoads& r, const SegattnNormParams& p, int64_t
   for (int i = 0; i < ColumnConfig::kLoads; i++) {
     const int64_t row = first + i * ColumnConfig::kStep;
     if (row >= p.rows || column >= p.width) continue;
-    r.d_y[i] = *(const uint4*)(row_of<const Bf16>(p.d_y, row) + column);
-    r.x[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
+    r.d_y[i] = *(const uint4*)(group_of<const Bf16>(p, p.d_y, row) + column);
+    if (!p.x.data) continue;
+    r.x[i] = *(const uint4*)(group_of<const Bf16>(p, p.x, row) + column);
     r.rstd[i] = p.rstd[row];
   }
 }
@@ -149,9 +158,11 @@ SEGATTN_FN void store_products(ColumnShared& shared, int stage, const ColumnLoad
     if (first + row >= p.rows || column >= p.width) continue;
     float r_products[kVector], r_x[kVector];
     unpack_vector(r_products, r.d_y[i]);
-    unpack_vector(r_x, r.x[i]);
+    if (p.x.data) {
+      unpack_vector(r_x, r.x[i]);
 #pragma unroll
-    for (int e = 0; e < kVector; e++) r_products[e] = mul_rn(r_products[e], mul_rn(r_x[e], r.rstd[i]));
+      for (int e = 0; e < kVector; e++) r_products[e] = mul_rn(r_products[e], mul_rn(r_x[e], r.rstd[i]));
+    }
     store_vector(&shared.products[stage][row][tile_column], r_products);
   }
 }

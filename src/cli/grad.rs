@@ -119,11 +119,17 @@ fn named<D: Device>(
     let held: HashSet<&str> = checkpoint.tensors().map(|(name, _)| name).collect();
     let mut all = Vec::new();
     for (spec, gradient) in model.specs.iter().zip(gradients) {
+        let held = |(name, _): &(String, Vec<usize>)| held.contains(name.as_str());
+        if !spec.parts.iter().any(held) {
+            continue;
+        }
+        let mut all_parts = model.device.read(gradient, 0..spec.role.len())?;
+        spec.for_file(&mut all_parts);
         let mut at = 0;
-        for (name, shape) in &spec.parts {
+        for part @ (name, shape) in &spec.parts {
             let end = at + shape.iter().product::<usize>();
-            if held.contains(name.as_str()) {
-                let values = model.device.read(gradient, at..end)?;
+            if held(part) {
+                let values = &all_parts[at..end];
                 if let Some(i) = values.iter().position(|x| !x.is_finite()) {
                     bail!(
                         "gradient of `{name}`[{i}]: expected a finite number, got {}",

@@ -109,13 +109,23 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     fn element_bytes(&self, kind: Kind) -> usize;
     /// Sets every element to zero.
     fn clear(&self, buffer: &mut Self::Buffer) -> Result<()>;
-    /// `dst = src` (or `dst += src`) for `rows` rows of `width` elements.
+    /// `dst = src` (or `dst += src`) for `rows` rows of `width` elements. A `src` with stride 0 is one row for all.
     fn copy(
         &self,
         src: Rows<'_, Self::Buffer>,
         dst: RowsMut<'_, Self::Buffer>,
         rows: usize,
         width: usize,
+        accumulate: Accumulate,
+    ) -> Result<()>;
+
+    /// `dst = factor * src` (or `dst += factor * src`) for the `shape = [rows, width]` of `src`.
+    fn scale(
+        &self,
+        factor: f64,
+        src: Rows<'_, Self::Buffer>,
+        dst: RowsMut<'_, Self::Buffer>,
+        shape: [usize; 2],
         accumulate: Accumulate,
     ) -> Result<()>;
 
@@ -191,12 +201,13 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         tokens: &[u32],
         d_table: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `y = x / rms(x) * weight`; `rstd[first..]` receives `1 / rms(x)` of each row.
+    /// `shape = [rows, groups]`: `y = x / rms(x) * weight` for each of the groups of a row, which lie one after the
+    /// other and have the width of the weight; `rstd [rows, groups]` receives their `1 / rms(x)`.
     #[allow(clippy::too_many_arguments)]
     fn rms_norm(
         &self,
         x: Rows<'_, Self::Buffer>,
-        rows: usize,
+        shape: [usize; 2],
         weight: &Self::Buffer,
         eps: f64,
         y: RowsMut<'_, Self::Buffer>,
@@ -208,18 +219,25 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         d_y: Rows<'_, Self::Buffer>,
         x: Rows<'_, Self::Buffer>,
         rstd: Rows<'_, Self::Buffer>,
-        rows: usize,
+        shape: [usize; 2],
         weight: &Self::Buffer,
         d_x: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
-    /// `d_weight += sum over rows of d_y * x * rstd`, rows in ascending order.
+    /// `d_weight += sum over rows and groups of d_y * x * rstd`, rows in ascending order, and groups within a row.
     fn rms_norm_weight_grad(
         &self,
         d_y: Rows<'_, Self::Buffer>,
         x: Rows<'_, Self::Buffer>,
         rstd: Rows<'_, Self::Buffer>,
-        rows: usize,
+        shape: [usize; 2],
         d_weight: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `sums += sum over rows of x`, rows in ascending order: the gradient of a bias.
+    fn column_sums(
+        &self,
+        x: Rows<'_, Self::Buffer>,
+        rows: usize,
+        sums: &mut Self::Buffer,
     ) -> Result<()>;
     /// Rotates `heads` heads of every row (RoPE, "rotate half"): row `r` by the angles in row
     /// `angles[r]` of the tables, backwards if `inverse`.

@@ -123,6 +123,22 @@ impl Device for Reference {
         Ok(())
     }
 
+    fn scale(
+        &self,
+        factor: f64,
+        src: Rows<'_, Buf>,
+        mut dst: RowsMut<'_, Buf>,
+        [rows, width]: [usize; 2],
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        for r in 0..rows {
+            for (d, s) in dst.row(r, width).iter_mut().zip(src.row(r, width)) {
+                write(d, factor * s, accumulate);
+            }
+        }
+        Ok(())
+    }
+
     fn matrix(&self, values: &Buf, out: usize, inner: usize, _training: bool) -> Result<Weight> {
         Ok(Weight {
             values: values[..out * inner].to_vec(),
@@ -234,7 +250,7 @@ impl Device for Reference {
     fn rms_norm(
         &self,
         x: Rows<'_, Buf>,
-        rows: usize,
+        [rows, groups]: [usize; 2],
         weight: &Buf,
         eps: f64,
         mut y: RowsMut<'_, Buf>,
@@ -242,11 +258,13 @@ impl Device for Reference {
     ) -> Result<()> {
         let width = weight.len();
         for r in 0..rows {
-            let x = x.row(r, width);
-            let scale = 1.0 / (dot(x, x) / width as f64 + eps).sqrt();
-            rstd.row(r, 1)[0] = scale;
-            for (y, (x, w)) in y.row(r, width).iter_mut().zip(x.iter().zip(weight)) {
-                *y = x * scale * w;
+            let rows = x.row(r, groups * width).chunks(width);
+            let rows = rows.zip(y.row(r, groups * width).chunks_mut(width));
+            for ((x, y), rstd) in rows.zip(rstd.row(r, groups)) {
+                *rstd = 1.0 / (dot(x, x) / width as f64 + eps).sqrt();
+                for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(weight)) {
+                    *y = x * *rstd * w;
+                }
             }
         }
         Ok(())
@@ -257,17 +275,20 @@ impl Device for Reference {
         d_y: Rows<'_, Buf>,
         x: Rows<'_, Buf>,
         rstd: Rows<'_, Buf>,
-        rows: usize,
+        [rows, groups]: [usize; 2],
         weight: &Buf,
         mut d_x: RowsMut<'_, Buf>,
     ) -> Result<()> {
         let width = weight.len();
         for r in 0..rows {
-            let (x, d_y, scale) = (x.row(r, width), d_y.row(r, width), rstd.row(r, 1)[0]);
-            let along: f64 = (0..width).map(|i| d_y[i] * weight[i] * x[i]).sum();
-            let pull = along * scale * scale * scale / width as f64;
-            for (i, d_x) in d_x.row(r, width).iter_mut().enumerate() {
-                *d_x += d_y[i] * weight[i] * scale - x[i] * pull;
+            let [x, d_y] = [x, d_y].map(|all| all.row(r, groups * width).chunks(width));
+            let d_x = d_x.row(r, groups * width).chunks_mut(width);
+            for (((x, d_y), d_x), scale) in x.zip(d_y).zip(d_x).zip(rstd.row(r, groups)) {
+                let along: f64 = (0..width).map(|i| d_y[i] * weight[i] * x[i]).sum();
+                let pull = along * scale * scale * scale / width as f64;
+                for (i, d_x) in d_x.iter_mut().enumerate() {
+                    *d_x += d_y[i] * weight[i] * scale - x[i] * pull;
+                }
             }
         }
         Ok(())
@@ -278,16 +299,26 @@ impl Device for Reference {
         d_y: Rows<'_, Buf>,
         x: Rows<'_, Buf>,
         rstd: Rows<'_, Buf>,
-        rows: usize,
+        [rows, groups]: [usize; 2],
         d_weight: &mut Buf,
     ) -> Result<()> {
         let width = d_weight.len();
         for r in 0..rows {
-            let (x, d_y, scale) = (x.row(r, width), d_y.row(r, width), rstd.row(r, 1)[0]);
-            d_weight
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, d)| *d += d_y[i] * x[i] * scale);
+            let [x, d_y] = [x, d_y].map(|all| all.row(r, groups * width).chunks(width));
+            for ((x, d_y), scale) in x.zip(d_y).zip(rstd.row(r, groups)) {
+                for (i, d) in d_weight.iter_mut().enumerate() {
+                    *d += d_y[i] * x[i] * scale;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn column_sums(&self, x: Rows<'_, Buf>, rows: usize, sums: &mut Buf) -> Result<()> {
+        let width = sums.len();
+        for r in 0..rows {
+            let terms = sums.iter_mut().zip(x.row(r, width));
+            terms.for_each(|(sum, x)| *sum += x);
         }
         Ok(())
     }

@@ -198,6 +198,8 @@ pub struct SlotSpan {
 pub struct Attention<'a, B> {
     /// Head counts.
     pub heads: Heads,
+    /// Factor on the products of queries and keys; `None`: `1 / sqrt(head_dim)`.
+    pub scale: Option<f32>,
     /// Past gate of each query head; 0 for a head that reads no more of the past than its sinks.
     pub past_gate: &'a [f32],
     /// Whether each query head reads the prior rows.
@@ -286,7 +288,7 @@ impl SelectionRule {
 }
 
 /// Which tokens the heads of a pool may select, how many, and by which rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Selection<'a> {
     /// The KV head of each head of the pool.
     pub kv_heads: &'a [usize],
@@ -296,9 +298,16 @@ pub struct Selection<'a> {
     pub rows: usize,
     /// How they are chosen.
     pub rule: SelectionRule,
+    /// The scale of attention; `None`: `1 / sqrt(head_dim)`.
+    pub scale: Option<f32>,
 }
 
 impl Selection<'_> {
+    /// The scale of attention.
+    pub(in crate::device) fn scale(&self, head_dim: usize) -> f32 {
+        self.scale.unwrap_or((head_dim as f32).sqrt().recip())
+    }
+
     /// The blocks of `block_len` tokens that lie wholly inside the eligible tokens of a head.
     pub(in crate::device) fn blocks(&self, head: usize, block_len: usize) -> Range<usize> {
         let Range { start, end } = self.eligible[head];

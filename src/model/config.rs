@@ -1,9 +1,10 @@
-//! The configuration of a model: a Hugging Face Llama `config.json`, with the `segment` object beside it.
+//! The configuration of a model: a Hugging Face `config.json` of one of the families in `model::families`, with the
+//! `segment` object beside it.
 //!
 //! A key that changes what a model computes is read or refused by name, so a model that loads is the model that was
 //! trained. Other keys are kept and written back; [`ModelConfig::load`] warns of those that it does not know.
 
-mod fields;
+pub(super) mod fields;
 mod retrieval;
 mod rope_keys;
 mod segment;
@@ -16,9 +17,12 @@ use serde_json::{Map, Value, json};
 use self::fields::Fields;
 pub(super) use self::fields::token_id_list;
 use super::error::ConfigError;
+use super::families::{self, Family, Sizes};
 use super::files;
+use super::switches::Switches;
 pub use retrieval::RetrievalConfig;
 pub use rope_keys::RopeScaling;
+pub(super) use rope_keys::rotary_dim;
 pub use segment::{HeadReads, MAX_SEGMENT_LEN, SegmentConfig};
 
 /// The file's name in a model folder.
@@ -78,9 +82,13 @@ impl WeightType {
     }
 }
 
-/// A Llama-family decoder, with or without segments. Field names are those of `config.json`.
+/// A decoder, with or without segments. Field names are those of `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// The family that `model_type` names.
+    pub family: &'static Family,
+    /// What it computes differently from a plain Llama.
+    pub switches: Switches,
     /// Rows of the embedding and of the head.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -101,6 +109,8 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Change of the rotary frequencies for longer contexts.
     pub rope_scaling: RopeScaling,
+    /// Length of texts that frequencies which depend on it are computed for; see [`Self::rope_length`].
+    pub rope_length: Option<usize>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
     /// Context the model was made for, in tokens. Not a limit here.
@@ -111,7 +121,7 @@ pub struct ModelConfig {
     pub eos_token_id: Vec<u32>,
     /// Format the weights are said to be in; the weight files decide.
     pub dtype: Option<WeightType>,
-    /// Segments; `None` is plain Llama, one segment as long as the sequence.
+    /// Segments; without, the sequence is one.
     pub segment: Option<SegmentConfig>,
     /// Everything the file holds, known keys included. [`Self::to_json`] writes the fields above over it.
     pub source: Map<String, Value>,
@@ -128,17 +138,21 @@ impl ModelConfig {
         num_attention_heads: usize,
         num_key_value_heads: usize,
     ) -> Result<Self, ConfigError> {
+        let head_dim = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
         let config = Self {
+            family: families::LLAMA,
+            switches: Switches::PLAIN,
             vocab_size,
             hidden_size,
             intermediate_size,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
-            head_dim: hidden_size.checked_div(num_attention_heads).unwrap_or(0),
+            head_dim,
             rms_norm_eps: 1e-5,
-            rope_theta: rope_keys::DEFAULT_THETA,
+            rope_theta: 10_000.0,
             rope_scaling: RopeScaling::Default,
+            rope_length: None,
             tie_word_embeddings: false,
             max_position_embeddings: 2048,
             bos_token_id: Vec::new(),
@@ -168,7 +182,7 @@ impl ModelConfig {
 
     /// Keys of the file that are not known here and have a value in effect.
     pub fn ignored_keys(&self) -> Vec<&str> {
-        supported::ignored(&self.source)
+        supported::ignored(&self.source, self.family)
     }
 
     /// Writes `folder/config.json`: beside its place, synced, then renamed.
@@ -189,8 +203,10 @@ impl ModelConfig {
             });
         };
         let fields = Fields::new(&source, "");
-        supported::refuse_unsupported(&fields)?;
-        supported::refuse_unknown(&fields)?;
+        let family = Family::of(&fields)?;
+        supported::refuse_unsupported(&fields, family)?;
+        supported::refuse_unknown(&fields, family)?;
+        let defaults = &family.defaults;
         let hidden_size = fields.required_size("hidden_size", 1..=MAX_HIDDEN)?;
         let layers = fields.required_size("num_hidden_layers", 1..=MAX_LAYERS)?;
         let heads = fields.required_size("num_attention_heads", 1..=MAX_HEADS)?;
@@ -199,29 +215,42 @@ impl ModelConfig {
             .unwrap_or(heads);
         // Read by `Tokenizer::read`; here only its type is checked.
         fields.flag(BYTE_TOKENS)?;
-        let (rope_theta, rope_scaling) = rope_keys::from_json(&fields)?;
+        let positions = fields
+            .size("max_position_embeddings", 1..=MAX_POSITIONS)?
+            .unwrap_or(defaults.positions);
+        let (rope_theta, rope_scaling) = rope_keys::from_json(&fields, family, positions)?;
         let segment = fields
             .object("segment")?
             .map(|object| SegmentConfig::from_json(object, layers, kv_heads))
             .transpose()?;
+        let head_dim = fields.size("head_dim", 1..=MAX_HEAD_DIM)?;
+        let head_dim = match head_dim.or(defaults.head_dim) {
+            Some(head_dim) => head_dim,
+            None => default_head_dim(hidden_size, heads)?,
+        };
+        let sizes = Sizes {
+            layers,
+            head_dim,
+            positions,
+        };
         let config = Self {
+            family,
+            switches: (family.switches)(&fields, &sizes)?,
             vocab_size: fields.required_size("vocab_size", 1..=MAX_VOCAB)?,
             hidden_size,
             intermediate_size: fields.required_size("intermediate_size", 1..=MAX_INTERMEDIATE)?,
             num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
-            head_dim: match fields.size("head_dim", 1..=MAX_HEAD_DIM)? {
-                Some(head_dim) => head_dim,
-                None => default_head_dim(hidden_size, heads)?,
-            },
-            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
+            head_dim,
+            rms_norm_eps: fields
+                .number("rms_norm_eps")?
+                .unwrap_or(defaults.rms_norm_eps),
             rope_theta,
             rope_scaling,
-            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
-            max_position_embeddings: fields
-                .size("max_position_embeddings", 1..=MAX_POSITIONS)?
-                .unwrap_or(2048),
+            rope_length: fields.size("rope_length", 1..=MAX_POSITIONS)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tied),
+            max_position_embeddings: positions,
             bos_token_id: token_ids(&fields, "bos_token_id")?,
             eos_token_id: token_ids(&fields, "eos_token_id")?,
             dtype: weight_type(&fields)?,
@@ -238,8 +267,8 @@ impl ModelConfig {
         let mut set = |key: &str, value: Value| {
             object.insert(key.to_owned(), value);
         };
-        set("model_type", json!("llama"));
-        set("architectures", json!(["LlamaForCausalLM"]));
+        set("model_type", json!(self.family.model_type));
+        set("architectures", json!([self.family.architectures[0]]));
         set("hidden_act", json!("silu"));
         set("vocab_size", json!(self.vocab_size));
         set("hidden_size", json!(self.hidden_size));
@@ -256,7 +285,12 @@ impl ModelConfig {
         );
         set("bos_token_id", token_ids_json(&self.bos_token_id));
         set("eos_token_id", token_ids_json(&self.eos_token_id));
-        rope_keys::write_json(&mut object, self.rope_theta, &self.rope_scaling);
+        rope_keys::write_json(
+            &mut object,
+            self.family,
+            self.max_position_embeddings,
+            (self.rope_theta, &self.rope_scaling),
+        );
         let dtype = json!(self.dtype.map(WeightType::config_name));
         // The newer of the two names, where the file had it.
         if object.contains_key("dtype") {
@@ -306,6 +340,11 @@ impl ModelConfig {
                 self.head_dim,
             );
         }
+        let rotary = self.rotary_dim();
+        if !rotary.is_multiple_of(2) || rotary > self.head_dim {
+            let expected = format!("an even number, at most head_dim = {}", self.head_dim);
+            return invalid("rotary_dim", expected, rotary);
+        }
         if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0) {
             return invalid(
                 "rms_norm_eps",
@@ -313,7 +352,7 @@ impl ModelConfig {
                 self.rms_norm_eps,
             );
         }
-        rope_keys::validate(self.rope_theta, &self.rope_scaling)?;
+        rope_keys::validate(self.rope_theta, &self.rope_scaling, rotary)?;
         match &self.segment {
             Some(segment) => segment.validate([self.num_hidden_layers, kv_heads], self.vocab_size),
             None => Ok(()),
@@ -336,6 +375,19 @@ impl ModelConfig {
     /// [`ConfigError::Unsupported`].
     pub fn check_training(&self) -> Result<(), ConfigError> {
         supported::refuse_dropout(&Fields::new(&self.source, ""))
+    }
+
+    /// First elements of a head that rotate.
+    pub fn rotary_dim(&self) -> usize {
+        self.switches.rotary_dim.unwrap_or(self.head_dim)
+    }
+
+    /// Length of texts that frequencies which depend on it are computed for, the same for every text: `rope_length`
+    /// of `config.json`, or else the reach of a segment's queries, or else nothing beyond the original context.
+    pub fn rope_length(&self) -> usize {
+        let reach = |s: &SegmentConfig| s.segment_len + s.prior_len + s.past_len + s.sink_len;
+        let reach = self.segment.as_ref().map(reach);
+        self.rope_length.or(reach).unwrap_or(0)
     }
 
     /// Width of all queries of a token: `num_attention_heads * head_dim`.
@@ -371,7 +423,7 @@ impl ModelConfig {
     }
 }
 
-fn invalid<T>(
+pub(super) fn invalid<T>(
     key: &str,
     expected: impl Into<String>,
     got: impl ToString,

@@ -6,6 +6,7 @@
 use super::config::ModelConfig;
 use super::parameters::{Role, specs};
 use super::state::Plan;
+use super::switches::QkNorm;
 
 /// Rows of logits that exist at a time, as on the CPU.
 const LOGIT_ROWS: usize = 128;
@@ -132,7 +133,9 @@ impl Count<'_> {
             ((keys + 1) * room + 2 * prior + 2 * past) * self.plan.kv_width() + probes
         };
         let layers: usize = (0..self.plan.reads.len()).map(layer).sum();
-        slots * layers + (self.plan.origin() + room) * self.plan.heads.dim
+        // Layers that do not rotate have tables of their own.
+        let tables = 1 + usize::from(!self.config.switches.unrotated.is_empty());
+        slots * layers + tables * (self.plan.origin() + room) * self.plan.heads.dim
     }
 
     /// Bytes of the sums in f64 from which the CPU computes the gradients of gates: two times two for each row and
@@ -165,7 +168,20 @@ impl Count<'_> {
 
     /// One row of what is derived from that.
     fn derived(&self) -> usize {
-        3 * self.config.hidden_size + self.plan.q_width() + 2 * self.config.intermediate_size + 2
+        let qk = self.raw_qkv();
+        3 * self.config.hidden_size
+            + self.plan.q_width()
+            + qk
+            + 2 * self.config.intermediate_size
+            + 2
+    }
+
+    /// One row of queries, keys and values before their norms, where they have some.
+    fn raw_qkv(&self) -> usize {
+        match self.config.switches.qk_norm {
+            QkNorm::None => 0,
+            QkNorm::Head | QkNorm::Full => self.plan.qkv_width(),
+        }
     }
 
     fn logits(&self, rows: usize) -> usize {
@@ -185,8 +201,8 @@ impl Count<'_> {
     fn backward(&self, alive: usize, rows: usize, recompute: bool) -> usize {
         let layers = self.config.num_hidden_layers;
         let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
-        let qkv = self.plan.q_width() + 2 * self.plan.kv_width();
-        let sums = qkv + 4 * hidden + 2 * inner;
+        let qkv = self.plan.qkv_width();
+        let sums = qkv + self.raw_qkv() + 4 * hidden + 2 * inner;
         let derived = self.derived() * if recompute { 1 } else { layers };
         alive * (layers * self.tape() + derived + sums + 2 * hidden)
             + (alive - rows) * layers * sums
@@ -223,7 +239,7 @@ mod tests {
             let angles = Angles::new(&Reference, &config, &plan, room).unwrap();
             let slots = Slots::new(&Reference, &plan, &angles, 1, room).unwrap();
             let len = |buffer: &Vec<f64>| Reference.len(buffer);
-            let mut held = len(slots.tables().0) + len(slots.tables().1);
+            let mut held = len(slots.tables(0).0) + len(slots.tables(0).1);
             for layer in &slots.layers {
                 let kv = &layer.kv;
                 let buffers = [

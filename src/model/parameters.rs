@@ -2,9 +2,11 @@
 //! of a checkpoint each is made of.
 //!
 //! Products that read the same input are one tensor: q, k and v are stacked, and so are gate and up.
-//! Row-major weights stack by concatenation, so a stacked tensor is its parts one after the other.
+//! Row-major weights stack by concatenation, so a stacked tensor is its parts one after the other. Families that store
+//! the stacked tensor have one part.
 
 use super::config::ModelConfig;
+use super::switches::{QkNorm, Switches};
 use crate::device::{Device, Purpose, Result};
 
 /// What a tensor is used for.
@@ -22,6 +24,11 @@ pub enum Role {
         /// Elements.
         len: usize,
     },
+    /// A bias: added to every row.
+    Bias {
+        /// Elements.
+        len: usize,
+    },
     /// Past gates of a layer, one for each query head.
     Gate {
         /// Query heads.
@@ -34,7 +41,7 @@ impl Role {
     pub fn len(self) -> usize {
         match self {
             Role::Matrix { out, inner } => out * inner,
-            Role::Norm { len } | Role::Gate { len } => len,
+            Role::Norm { len } | Role::Bias { len } | Role::Gate { len } => len,
         }
     }
 
@@ -51,10 +58,115 @@ pub struct TensorSpec {
     pub parts: Vec<(String, Vec<usize>)>,
     /// Its use.
     pub role: Role,
+    /// Elements of its heads stand in another order than in files.
+    pub heads: Option<HeadOrder>,
+}
+
+/// The order of the elements of a head. The devices rotate element `i` together with `i + head_dim/2`. Where only the
+/// first `rotary_dim` elements rotate, files pair `i` with `i + rotary_dim/2`. So queries and keys are kept in another
+/// order, which their products do not depend on: the first halves of the pairs begin a head, the second halves begin
+/// its second half.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadOrder {
+    /// The first heads of the tensor, which are reordered.
+    pub heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Those that rotate.
+    pub rotary_dim: usize,
+    /// Numbers of an element: the columns of a matrix.
+    pub width: usize,
+}
+
+impl HeadOrder {
+    /// Place in a file of the element that is kept at `at`.
+    fn file_place(&self, at: usize) -> usize {
+        let (half, turning) = (self.head_dim / 2, self.rotary_dim / 2);
+        let (second, i) = (at / half, at % half);
+        match i < turning {
+            true => second * turning + i,
+            false => self.rotary_dim + second * (half - turning) + i - turning,
+        }
+    }
+
+    fn reorder(&self, values: &mut [f32], to_file: bool) {
+        let len = self.head_dim * self.width;
+        let mut old = vec![0.0; len];
+        for head in values.chunks_mut(len).take(self.heads) {
+            old.copy_from_slice(head);
+            for at in 0..self.head_dim {
+                let place = self.file_place(at);
+                let (from, to) = if to_file { (at, place) } else { (place, at) };
+                head[to * self.width..][..self.width]
+                    .copy_from_slice(&old[from * self.width..][..self.width]);
+            }
+        }
+    }
+}
+
+impl TensorSpec {
+    /// Brings the values of all parts, as files have them, to the order in which they are kept.
+    pub fn keep(&self, values: &mut [f32]) {
+        if let Some(order) = self.heads {
+            order.reorder(values, false);
+        }
+    }
+
+    /// Brings values to the order that files have: undoes [`Self::keep`].
+    pub fn for_file(&self, values: &mut [f32]) {
+        if let Some(order) = self.heads {
+            order.reorder(values, true);
+        }
+    }
+}
+
+/// A tensor of a layer that not every model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extra {
+    /// Bias of q, k, v.
+    QkvBias,
+    /// Bias of attention's output projection.
+    OutputBias,
+    /// Bias of gate and up.
+    GateUpBias,
+    /// Bias of the down projection.
+    DownBias,
+    /// Norm of queries.
+    QueryNorm,
+    /// Norm of keys.
+    KeyNorm,
+}
+
+impl Extra {
+    const ALL: [Self; 6] = [
+        Self::QkvBias,
+        Self::OutputBias,
+        Self::GateUpBias,
+        Self::DownBias,
+        Self::QueryNorm,
+        Self::KeyNorm,
+    ];
+
+    fn is_in(self, switches: &Switches) -> bool {
+        match self {
+            Self::QkvBias => switches.qkv_bias,
+            Self::OutputBias => switches.output_bias,
+            Self::GateUpBias | Self::DownBias => switches.mlp_bias,
+            Self::QueryNorm | Self::KeyNorm => switches.qk_norm != QkNorm::None,
+        }
+    }
+
+    /// Those that a model has, in the order of [`specs`].
+    fn of(config: &ModelConfig) -> impl Iterator<Item = Self> {
+        let all = Self::ALL.into_iter();
+        all.filter(|extra| extra.is_in(&config.switches))
+    }
 }
 
 /// Positions of the tensors in [`specs`].
 pub mod index {
+    use super::{Extra, ModelConfig};
+
     /// The embedding table.
     pub const EMBEDDING: usize = 0;
     const FIRST_LAYER: usize = 1;
@@ -95,67 +207,148 @@ pub mod index {
     pub const fn head(layers: usize) -> usize {
         final_norm(layers) + 1
     }
+    /// A tensor of layer `l` that not every model has, if this one has it: they are the last ones.
+    pub fn extra(config: &ModelConfig, l: usize, extra: Extra) -> Option<usize> {
+        let first = head(config.num_hidden_layers) + usize::from(!config.tie_word_embeddings);
+        let place = Extra::of(config).position(|e| e == extra)?;
+        Some(first + l * Extra::of(config).count() + place)
+    }
 }
 
 /// Every tensor of a model, in the order of [`index`].
 pub fn specs(config: &ModelConfig) -> Vec<TensorSpec> {
-    let (hidden, inner, vocab) = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.vocab_size,
-    );
-    let (q, kv) = (config.q_dim(), config.kv_dim());
-    let matrix = |parts: &[(String, usize)], inner: usize| TensorSpec {
-        parts: parts
-            .iter()
-            .map(|(name, out)| (name.clone(), vec![*out, inner]))
-            .collect(),
-        role: Role::Matrix {
-            out: parts.iter().map(|p| p.1).sum(),
-            inner,
-        },
-    };
-    let norm = |name: String| TensorSpec {
-        parts: vec![(name, vec![hidden])],
-        role: Role::Norm { len: hidden },
-    };
+    let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+    let names = &config.family.names;
     let mut specs = vec![matrix(
-        &[("model.embed_tokens.weight".into(), vocab)],
+        &["model.embed_tokens.weight".into()],
+        &[vocab],
         hidden,
     )];
     for layer in 0..config.num_hidden_layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let weight = |part: &str| name(&format!("{part}.weight"));
-        specs.push(norm(weight("input_layernorm")));
-        specs.push(matrix(
-            &[
-                (weight("self_attn.q_proj"), q),
-                (weight("self_attn.k_proj"), kv),
-                (weight("self_attn.v_proj"), kv),
-            ],
-            hidden,
+        let weights = |parts: &[&str]| parts.iter().map(|p| weight(p)).collect::<Vec<_>>();
+        specs.push(vector(
+            &[weight(names.norms[0])],
+            &[hidden],
+            Role::Norm { len: hidden },
         ));
-        specs.push(matrix(&[(weight("self_attn.o_proj"), hidden)], q));
-        specs.push(norm(weight("post_attention_layernorm")));
-        specs.push(matrix(
-            &[
-                (weight("mlp.gate_proj"), inner),
-                (weight("mlp.up_proj"), inner),
-            ],
-            hidden,
-        ));
-        specs.push(matrix(&[(weight("mlp.down_proj"), hidden)], inner));
-        let heads = config.num_attention_heads;
         specs.push(TensorSpec {
-            parts: vec![(name("self_attn.past_gate"), vec![heads])],
-            role: Role::Gate { len: heads },
+            heads: head_order(
+                config,
+                config.num_attention_heads + config.num_key_value_heads,
+                hidden,
+            ),
+            ..matrix(&weights(names.qkv), &qkv_rows(config), hidden)
         });
+        let output = weight("self_attn.o_proj");
+        specs.push(matrix(&[output], &[hidden], config.q_dim()));
+        specs.push(vector(
+            &[weight(names.norms[1])],
+            &[hidden],
+            Role::Norm { len: hidden },
+        ));
+        let inner = config.intermediate_size;
+        specs.push(matrix(&weights(names.gate_up), &[inner; 2], hidden));
+        specs.push(matrix(&[weight("mlp.down_proj")], &[hidden], inner));
+        let heads = config.num_attention_heads;
+        let gate = Role::Gate { len: heads };
+        specs.push(vector(&[name("self_attn.past_gate")], &[heads], gate));
     }
-    specs.push(norm("model.norm.weight".into()));
+    let role = Role::Norm { len: hidden };
+    specs.push(vector(&["model.norm.weight".into()], &[hidden], role));
     if !config.tie_word_embeddings {
-        specs.push(matrix(&[("lm_head.weight".into(), vocab)], hidden));
+        specs.push(matrix(&["lm_head.weight".into()], &[vocab], hidden));
+    }
+    for layer in 0..config.num_hidden_layers {
+        specs.extend(Extra::of(config).map(|extra| extra_spec(config, layer, extra)));
     }
     specs
+}
+
+/// Rows of the projections to queries, keys and values.
+fn qkv_rows(config: &ModelConfig) -> [usize; 3] {
+    [config.q_dim(), config.kv_dim(), config.kv_dim()]
+}
+
+fn extra_spec(config: &ModelConfig, layer: usize, extra: Extra) -> TensorSpec {
+    let (names, hidden, dim) = (&config.family.names, config.hidden_size, config.head_dim);
+    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+    let full = config.switches.qk_norm == QkNorm::Full;
+    let norm = |name: &str, heads: usize| {
+        let heads = if full { heads } else { 1 };
+        (vec![name.to_owned()], vec![heads * dim], heads)
+    };
+    let named = |parts: &[&str]| parts.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>();
+    let (parts, rows, heads) = match extra {
+        Extra::QkvBias => (
+            named(names.qkv),
+            qkv_rows(config).to_vec(),
+            heads + kv_heads,
+        ),
+        Extra::OutputBias => (named(&["self_attn.o_proj"]), vec![hidden], 0),
+        Extra::GateUpBias => (named(names.gate_up), vec![config.intermediate_size; 2], 0),
+        Extra::DownBias => (named(&["mlp.down_proj"]), vec![hidden], 0),
+        Extra::QueryNorm => norm("self_attn.q_norm", heads),
+        Extra::KeyNorm => norm("self_attn.k_norm", kv_heads),
+    };
+    let len = rows.iter().sum();
+    let (end, role) = match extra {
+        Extra::QueryNorm | Extra::KeyNorm => ("weight", Role::Norm { len }),
+        _ => ("bias", Role::Bias { len }),
+    };
+    let parts = parts
+        .iter()
+        .map(|part| format!("model.layers.{layer}.{part}.{end}"));
+    TensorSpec {
+        heads: head_order(config, heads, 1),
+        ..vector(&parts.collect::<Vec<_>>(), &rows, role)
+    }
+}
+
+/// The order of the first `heads` heads, where it is not that of files.
+fn head_order(config: &ModelConfig, heads: usize, width: usize) -> Option<HeadOrder> {
+    let (head_dim, rotary_dim) = (config.head_dim, config.rotary_dim());
+    (rotary_dim < head_dim && heads > 0).then_some(HeadOrder {
+        heads,
+        head_dim,
+        rotary_dim,
+        width,
+    })
+}
+
+/// Stacked matrices of so many rows each, or one of all of them.
+fn matrix(names: &[String], rows: &[usize], inner: usize) -> TensorSpec {
+    let out = rows.iter().sum();
+    let shape = |rows: usize| vec![rows, inner];
+    TensorSpec {
+        parts: parts(names, rows, shape),
+        role: Role::Matrix { out, inner },
+        heads: None,
+    }
+}
+
+/// Vectors of so many elements, one after the other.
+fn vector(names: &[String], lens: &[usize], role: Role) -> TensorSpec {
+    TensorSpec {
+        parts: parts(names, lens, |len| vec![len]),
+        role,
+        heads: None,
+    }
+}
+
+/// Names with shapes: one for each number of rows, or one for all rows.
+fn parts(
+    names: &[String],
+    rows: &[usize],
+    shape: impl Fn(usize) -> Vec<usize>,
+) -> Vec<(String, Vec<usize>)> {
+    match names {
+        [fused] => vec![(fused.clone(), shape(rows.iter().sum()))],
+        names => (names.iter().zip(rows))
+            .map(|(name, rows)| (name.clone(), shape(*rows)))
+            .collect(),
+    }
 }
 
 /// A named tensor of a checkpoint.
@@ -195,7 +388,7 @@ pub fn parameters(config: &ModelConfig) -> Vec<Parameter> {
 pub enum Weight<D: Device> {
     /// Packed for GEMMs.
     Matrix(D::Matrix),
-    /// A norm's weight.
+    /// A norm's weight, or a bias.
     Vector(D::Buffer),
     /// Past gates, on the host too since they decide which work is done.
     Gate(Vec<f32>),
@@ -222,7 +415,7 @@ impl<D: Device> Weights<D> {
                     let matrix = device.matrix(&buffer, out, inner, training);
                     Weight::Matrix(matrix.map_err(|e| e.wanted_for(Purpose::Weights))?)
                 }
-                Role::Norm { .. } => Weight::Vector(buffer),
+                Role::Norm { .. } | Role::Bias { .. } => Weight::Vector(buffer),
                 Role::Gate { len } => Weight::Gate(device.read(&buffer, 0..len)?),
             })
         };
@@ -260,11 +453,11 @@ impl<D: Device> Weights<D> {
         }
     }
 
-    /// The norm weight at `i`.
+    /// The norm weight or bias at `i`.
     pub(crate) fn vector(&self, i: usize) -> &D::Buffer {
         match &self.weights[i] {
             Weight::Vector(vector) => vector,
-            _ => unreachable!("tensor {i} is a norm by its spec"),
+            _ => unreachable!("tensor {i} is a vector by its spec"),
         }
     }
 

@@ -1,8 +1,9 @@
 //! Rotary position embedding: inverse frequencies and tables of cosines and sines.
 //!
 //! Pair `i` of a head (elements `i` and `i + head_dim/2`, "rotate half") turns by
-//! `position * inv_freq[i]`, with `inv_freq[i] = theta^(-2i/head_dim)` (RoFormer, arXiv:2104.09864, section 3.2),
-//! changed by [`RopeScaling`]. Everything is computed in f64 and rounded to f32 once.
+//! `position * inv_freq[i]`, with `inv_freq[i] = theta^(-2i/rotary_dim)` (RoFormer, arXiv:2104.09864, section 3.2),
+//! changed by [`RopeScaling`]. The pairs behind the first `rotary_dim / 2` do not turn. Some scalings also lengthen the
+//! vectors that turn. Everything is computed in f64 and rounded to f32 once.
 
 use std::f64::consts::TAU;
 use std::ops::Range;
@@ -13,6 +14,8 @@ use super::config::{ModelConfig, RopeScaling};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     inv_freq: Vec<f64>,
+    /// Length of the unit vectors of the first pairs, which turn, and their number.
+    longer: (f64, usize),
 }
 
 /// Cosines and sines of consecutive positions, row-major `[positions, head_dim/2]`.
@@ -37,12 +40,24 @@ pub struct RopeTables {
 impl Rope {
     /// The frequencies of a validated configuration.
     pub fn new(config: &ModelConfig) -> Self {
-        let head_dim = config.head_dim as f64;
-        let inv_freq = (0..config.head_dim / 2)
-            .map(|pair| config.rope_theta.powf(-2.0 * pair as f64 / head_dim))
-            .map(|frequency| scaled(frequency, &config.rope_scaling))
-            .collect();
-        Self { inv_freq }
+        let dim = config.rotary_dim();
+        let theta = base(config);
+        let plain = |pair: usize| theta.powf(-2.0 * pair as f64 / dim as f64);
+        let scaled = |pair| scaled(plain(pair), pair, config);
+        let mut inv_freq: Vec<f64> = (0..dim / 2).map(scaled).collect();
+        inv_freq.resize(config.head_dim / 2, 0.0);
+        Self {
+            inv_freq,
+            longer: (config.rope_scaling.attention_factor(), dim / 2),
+        }
+    }
+
+    /// Frequencies of a layer that does not rotate.
+    pub fn still(config: &ModelConfig) -> Self {
+        Self {
+            inv_freq: vec![0.0; config.head_dim / 2],
+            longer: (1.0, 0),
+        }
     }
 
     /// Turn of each pair in one position, in radians, `[head_dim/2]`.
@@ -65,10 +80,12 @@ impl Rope {
             half_dim,
         };
         for position in positions {
-            for frequency in &self.inv_freq {
+            for (pair, frequency) in self.inv_freq.iter().enumerate() {
                 let (sin, cos) = (position as f64 * frequency).sin_cos();
-                tables.cos.push(cos);
-                tables.sin.push(sin);
+                let (factor, pairs) = self.longer;
+                let length = if pair < pairs { factor } else { 1.0 };
+                tables.cos.push(length * cos);
+                tables.sin.push(length * sin);
             }
         }
         tables.cos_f32 = tables.cos.iter().map(|&cos| cos as f32).collect();
@@ -85,11 +102,28 @@ impl RopeTables {
     }
 }
 
-/// One frequency under a scaling. Llama 3: with t = turns over the original context, divided by
-/// `factor` for t < low, kept for t > high, between them a mean of both, linear in t.
-fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
-    match *scaling {
-        RopeScaling::Default => frequency,
+/// Base of the frequencies. That of [`RopeScaling::Dynamic`] grows with the length beyond the context:
+/// `theta (factor length / context - (factor - 1))^(dim / (dim - 2))`.
+fn base(config: &ModelConfig) -> f64 {
+    let RopeScaling::Dynamic {
+        factor,
+        max_position_embeddings: context,
+    } = config.rope_scaling
+    else {
+        return config.rope_theta;
+    };
+    let longer = config.rope_length().max(context) as f64 / context as f64;
+    let dim = config.rotary_dim() as f64;
+    config.rope_theta * (factor * longer - (factor - 1.0)).powf(dim / (dim - 2.0))
+}
+
+/// The frequency of a pair under a scaling. Llama 3: with t = turns over the original context, divided by
+/// `factor` for t < low, kept for t > high, between them a mean of both, linear in t. YaRN: the mean is linear in the
+/// pair, between the pairs that turn `beta_fast` and `beta_slow` times.
+fn scaled(frequency: f64, pair: usize, config: &ModelConfig) -> f64 {
+    let mean = |kept: f64, factor: f64| frequency * (kept + (1.0 - kept) / factor);
+    match &config.rope_scaling {
+        RopeScaling::Default | RopeScaling::Dynamic { .. } => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
         RopeScaling::Llama3 {
             factor,
@@ -97,9 +131,43 @@ fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
             high_freq_factor: high,
             original_max_position_embeddings: original,
         } => {
-            let turns = original as f64 * frequency / TAU;
-            let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-            frequency * (kept + (1.0 - kept) / factor)
+            let turns = *original as f64 * frequency / TAU;
+            mean(((turns - low) / (high - low)).clamp(0.0, 1.0), *factor)
+        }
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: original,
+            beta_fast,
+            beta_slow,
+            truncate,
+            ..
+        } => {
+            let dim = config.rotary_dim() as f64;
+            let pair_of = |turns: f64| {
+                dim * (*original as f64 / (turns * TAU)).ln() / (2.0 * config.rope_theta.ln())
+            };
+            let (mut low, mut high) = (pair_of(*beta_fast), pair_of(*beta_slow));
+            if *truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+            if high == low {
+                // As Transformers avoids the division by 0.
+                high += 0.001;
+            }
+            mean(
+                1.0 - ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0),
+                *factor,
+            )
+        }
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings: original,
+            ..
+        } => {
+            let long = config.rope_length() > *original;
+            frequency / if long { long_factor } else { short_factor }[pair]
         }
     }
 }

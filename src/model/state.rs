@@ -45,6 +45,8 @@ pub struct Plan {
     pub probe_rows: usize,
     /// How past rows are selected.
     pub rule: SelectionRule,
+    /// Scale of attention; `None`: `1 / sqrt(head_dim)`.
+    pub scale: Option<f32>,
     /// Per layer.
     pub reads: Vec<LayerReads>,
 }
@@ -68,6 +70,7 @@ impl Plan {
             past: (0..heads.kv).filter(|g| past(l, *g)).collect(),
         };
         let reads = (0..config.num_hidden_layers).map(layer).collect();
+        let scale = config.switches.attention_scale.map(|scale| scale as f32);
         let Some(segment) = &config.segment else {
             let segment_len = longest.max(1);
             return Self {
@@ -80,6 +83,7 @@ impl Plan {
                 sink_len: 0,
                 probe_rows: 0,
                 rule: RetrievalConfig::default().rule(),
+                scale,
                 reads,
             };
         };
@@ -95,6 +99,7 @@ impl Plan {
             sink_len,
             probe_rows: segment.retrieval.queries().min(segment.segment_len),
             rule: segment.retrieval.rule(),
+            scale,
             reads,
         }
     }
@@ -134,6 +139,11 @@ impl Plan {
     /// Elements of a row of queries.
     pub fn q_width(&self) -> usize {
         self.heads.q * self.heads.dim
+    }
+
+    /// Elements of a row of queries, keys and values.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
     }
 
     /// Row of the probes that holds the query of a position of the segment in `slot`, for rows up to `end`. The rows of

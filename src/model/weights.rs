@@ -299,6 +299,7 @@ impl Checkpoint {
             }
             check_values(name, &values[start..], gate)?;
         }
+        spec.keep(&mut values);
         Ok(values)
     }
 

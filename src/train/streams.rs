@@ -260,20 +260,22 @@ impl<'a, D: Device> Streams<'a, D> {
             }
         }
         self.scores.push((step.spans.clone(), scores));
-        let mut d_top = device.zeros(Kind::Activation, step.tokens.len() * hidden)?;
+        let rows = step.tokens.len();
+        let divisor = config.switches.logits_divisor;
+        let d_hidden = self.model.times(1.0 / divisor, d_hidden, [rows, hidden])?;
+        let mut d_top = device.zeros(Kind::Activation, rows * hidden)?;
         let norm = index::final_norm(config.num_hidden_layers);
         let x = Rows::packed(&forward.x, 0, hidden);
         let (rstd, d_y) = (
             Rows::packed(&forward.rstd, 0, 1),
             Rows::packed(&d_hidden, 0, hidden),
         );
-        let rows = step.tokens.len();
         if let Some(tensor) = gradients.tensor_mut(norm) {
-            device.rms_norm_weight_grad(d_y, x, rstd, rows, tensor)?;
+            device.rms_norm_weight_grad(d_y, x, rstd, [rows, 1], tensor)?;
         }
         let weight = self.model.weights.vector(norm);
         let d_x = RowsMut::packed(&mut d_top, 0, hidden);
-        device.rms_norm_grad(d_y, x, rstd, rows, weight, d_x)?;
+        device.rms_norm_grad(d_y, x, rstd, [rows, 1], weight, d_x)?;
         Ok(d_top)
     }
 

@@ -225,7 +225,7 @@ fn rope_scaling(header: &Header, config: &ModelConfig) -> Result<RopeScaling, Co
             high_freq_factor,
             original_max_position_embeddings,
         };
-        let scaled = frequencies(scaling);
+        let scaled = frequencies(scaling.clone());
         let mut pairs = plain.iter().zip(&scaled).zip(&factors);
         if pairs.all(|((plain, scaled), factor)| {
             (plain / scaled / f64::from(*factor) - 1.0).abs() < 1e-5

@@ -24,6 +24,7 @@ pub struct SegattnCopyParams {
     pub width: i32,
     pub vectors: i32,
     pub add: i32,
+    pub factor: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -41,6 +42,8 @@ const _: () = {
         [::core::mem::offset_of!(SegattnCopyParams, vectors) - 44usize];
     ["Offset of field: SegattnCopyParams::add"]
         [::core::mem::offset_of!(SegattnCopyParams, add) - 48usize];
+    ["Offset of field: SegattnCopyParams::factor"]
+        [::core::mem::offset_of!(SegattnCopyParams, factor) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -56,6 +59,7 @@ pub struct SegattnNormParams {
     pub d_weight: *mut f32,
     pub rows: i64,
     pub width: i32,
+    pub groups: i32,
     pub add: i32,
     pub eps: f32,
 }
@@ -85,10 +89,12 @@ const _: () = {
         [::core::mem::offset_of!(SegattnNormParams, rows) - 120usize];
     ["Offset of field: SegattnNormParams::width"]
         [::core::mem::offset_of!(SegattnNormParams, width) - 128usize];
+    ["Offset of field: SegattnNormParams::groups"]
+        [::core::mem::offset_of!(SegattnNormParams, groups) - 132usize];
     ["Offset of field: SegattnNormParams::add"]
-        [::core::mem::offset_of!(SegattnNormParams, add) - 132usize];
+        [::core::mem::offset_of!(SegattnNormParams, add) - 136usize];
     ["Offset of field: SegattnNormParams::eps"]
-        [::core::mem::offset_of!(SegattnNormParams, eps) - 136usize];
+        [::core::mem::offset_of!(SegattnNormParams, eps) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

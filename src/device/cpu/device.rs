@@ -22,6 +22,11 @@ impl<'a> Rows<'a, Buffer> {
         &self.buffer[self.start..]
     }
 
+    /// The first `width` elements of row `r`.
+    fn row(&self, r: usize, width: usize) -> &'a [f32] {
+        &self.buffer[self.start + r * self.stride..][..width]
+    }
+
     /// `rows` packed rows of `width` elements.
     fn block(&self, rows: usize, width: usize) -> &'a [f32] {
         assert!(rows <= 1 || self.stride == width, "rows are packed");
@@ -32,6 +37,17 @@ impl<'a> Rows<'a, Buffer> {
 impl RowsMut<'_, Buffer> {
     fn data(&mut self) -> &mut [f32] {
         &mut self.buffer[self.start..]
+    }
+
+    /// The first `width` elements of each of `rows` rows.
+    fn each(
+        &mut self,
+        rows: usize,
+        width: usize,
+    ) -> impl IndexedParallelIterator<Item = &mut [f32]> {
+        let stride = if rows == 1 { width } else { self.stride };
+        let rows = self.data().par_chunks_mut(stride).take(rows);
+        rows.map(move |row| &mut row[..width])
     }
 
     fn block(&mut self, rows: usize, width: usize) -> &mut [f32] {
@@ -105,17 +121,36 @@ impl Device for Cpu {
         if rows == 0 || width == 0 {
             return Ok(());
         }
-        let stride = if rows == 1 { width } else { dst.stride };
-        dst.data()
-            .par_chunks_mut(stride)
-            .take(rows)
+        dst.each(rows, width)
+            .enumerate()
+            .with_min_len(COPY_TASK.div_ceil(width))
+            .for_each(|(r, dst)| match (src.row(r, width), accumulate) {
+                (src, Accumulate::No) => dst.copy_from_slice(src),
+                (src, Accumulate::Yes) => dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
+            });
+        Ok(())
+    }
+
+    fn scale(
+        &self,
+        factor: f64,
+        src: Rows<'_, Buffer>,
+        mut dst: RowsMut<'_, Buffer>,
+        [rows, width]: [usize; 2],
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let factor = factor as f32;
+        dst.each(rows, width)
             .enumerate()
             .with_min_len(COPY_TASK.div_ceil(width))
             .for_each(|(r, dst)| {
-                let (dst, src) = (&mut dst[..width], &src.data()[r * src.stride..][..width]);
+                let pairs = dst.iter_mut().zip(src.row(r, width));
                 match accumulate {
-                    Accumulate::No => dst.copy_from_slice(src),
-                    Accumulate::Yes => dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
+                    Accumulate::No => pairs.for_each(|(d, s)| *d = factor * s),
+                    Accumulate::Yes => pairs.for_each(|(d, s)| *d = s.mul_add(factor, *d)),
                 }
             });
         Ok(())
@@ -222,15 +257,23 @@ impl Device for Cpu {
     fn rms_norm(
         &self,
         x: Rows<'_, Buffer>,
-        rows: usize,
+        [rows, groups]: [usize; 2],
         weight: &Buffer,
         eps: f64,
         mut y: RowsMut<'_, Buffer>,
         mut rstd: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        let width = weight.len();
-        let (y, rstd) = (y.block(rows, width), rstd.block(rows, 1));
-        rows::rms_norm(x.block(rows, width), weight, eps as f32, y, rstd);
+        let width = groups * weight.len();
+        (
+            y.each(rows, width),
+            rstd.block(rows, groups).par_chunks_mut(groups),
+        )
+            .into_par_iter()
+            .with_min_len(COPY_TASK.div_ceil(width))
+            .enumerate()
+            .for_each(|(r, (y, rstd))| {
+                rows::rms_norm(x.row(r, width), weight, eps as f32, y, rstd);
+            });
         Ok(())
     }
 
@@ -239,14 +282,22 @@ impl Device for Cpu {
         d_y: Rows<'_, Buffer>,
         x: Rows<'_, Buffer>,
         rstd: Rows<'_, Buffer>,
-        rows: usize,
+        [rows, groups]: [usize; 2],
         weight: &Buffer,
         mut d_x: RowsMut<'_, Buffer>,
     ) -> Result<()> {
-        let width = weight.len();
-        let (d_y, x) = (d_y.block(rows, width), x.block(rows, width));
-        let (rstd, d_x) = (rstd.block(rows, 1), d_x.block(rows, width));
-        rows::rms_norm_backward(d_y, x, weight, rstd, d_x, true);
+        let width = groups * weight.len();
+        (
+            d_x.each(rows, width),
+            rstd.block(rows, groups).par_chunks(groups),
+        )
+            .into_par_iter()
+            .with_min_len(COPY_TASK.div_ceil(width))
+            .enumerate()
+            .for_each(|(r, (d_x, rstd))| {
+                let (d_y, x) = (d_y.row(r, width), x.row(r, width));
+                rows::rms_norm_backward(d_y, x, weight, rstd, d_x, true);
+            });
         Ok(())
     }
 
@@ -255,12 +306,34 @@ impl Device for Cpu {
         d_y: Rows<'_, Buffer>,
         x: Rows<'_, Buffer>,
         rstd: Rows<'_, Buffer>,
-        rows: usize,
+        [rows, groups]: [usize; 2],
         d_weight: &mut Buffer,
     ) -> Result<()> {
-        let width = d_weight.len();
-        let (d_y, x) = (d_y.block(rows, width), x.block(rows, width));
-        rows::rms_norm_weight_grad(d_y, x, rstd.block(rows, 1), d_weight);
+        let width = groups * d_weight.len();
+        let rstd = rstd.block(rows, groups);
+        if [d_y.stride, x.stride] == [width; 2] {
+            let [d_y, x] = [d_y, x].map(|all| all.block(rows, width));
+            rows::rms_norm_weight_grad(d_y, x, rstd, d_weight);
+            return Ok(());
+        }
+        for (r, rstd) in rstd.chunks(groups).enumerate() {
+            let (d_y, x) = (d_y.row(r, width), x.row(r, width));
+            rows::rms_norm_weight_grad(d_y, x, rstd, d_weight);
+        }
+        Ok(())
+    }
+
+    fn column_sums(&self, x: Rows<'_, Buffer>, rows: usize, sums: &mut Buffer) -> Result<()> {
+        let width = sums.len();
+        let columns = width.min(COPY_TASK.div_ceil(rows.max(1)).max(64));
+        sums.par_chunks_mut(columns)
+            .enumerate()
+            .for_each(|(i, sums)| {
+                for r in 0..rows {
+                    let x = &x.row(r, width)[i * columns..][..sums.len()];
+                    sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+                }
+            });
         Ok(())
     }
 

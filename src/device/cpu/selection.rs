@@ -81,7 +81,7 @@ impl Pool {
             return eligible.collect();
         }
         let probes = probes();
-        let scale = (self.head_dim as f32).sqrt().recip();
+        let scale = selection.scale(self.head_dim);
         let lse = self.log_sums(head, &probes, eligible.clone(), scale);
         let share = |products: &[f32]| {
             let logs = products

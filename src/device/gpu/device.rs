@@ -143,7 +143,21 @@ impl<D: Driver> Device for Gpu<D> {
             // SAFETY: both ranges are their buffers', and `dst` is borrowed mutably: they are two.
             return unsafe { self.driver().copy(from, to, bytes) }.map_err(Into::into);
         }
-        rows::copy(self, src, dst, [rows, width], accumulate)
+        rows::scale(self, 1.0, src, dst, [rows, width], accumulate)
+    }
+
+    fn scale(
+        &self,
+        factor: f64,
+        src: Rows<'_, Buffer<D>>,
+        dst: RowsMut<'_, Buffer<D>>,
+        [rows, width]: [usize; 2],
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        rows::scale(self, factor, src, dst, [rows, width], accumulate)
     }
 
     fn matrix(
@@ -279,13 +293,13 @@ impl<D: Driver> Device for Gpu<D> {
     fn rms_norm(
         &self,
         x: Rows<'_, Buffer<D>>,
-        rows: usize,
+        shape: [usize; 2],
         weight: &Buffer<D>,
         eps: f64,
         y: RowsMut<'_, Buffer<D>>,
         rstd: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rows::rms_norm(self, x, rows, weight, eps, y, rstd)
+        rows::rms_norm(self, x, shape, weight, eps, y, rstd)
     }
 
     fn rms_norm_grad(
@@ -293,11 +307,11 @@ impl<D: Driver> Device for Gpu<D> {
         d_y: Rows<'_, Buffer<D>>,
         x: Rows<'_, Buffer<D>>,
         rstd: Rows<'_, Buffer<D>>,
-        rows: usize,
+        shape: [usize; 2],
         weight: &Buffer<D>,
         d_x: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rows::rms_norm_grad(self, [d_y, x, rstd], rows, weight, d_x)
+        rows::rms_norm_grad(self, [d_y, x, rstd], shape, weight, d_x)
     }
 
     fn rms_norm_weight_grad(
@@ -305,10 +319,14 @@ impl<D: Driver> Device for Gpu<D> {
         d_y: Rows<'_, Buffer<D>>,
         x: Rows<'_, Buffer<D>>,
         rstd: Rows<'_, Buffer<D>>,
-        rows: usize,
+        shape: [usize; 2],
         d_weight: &mut Buffer<D>,
     ) -> Result<()> {
-        rows::rms_norm_weight_grad(self, [d_y, x, rstd], rows, d_weight)
+        rows::rms_norm_weight_grad(self, [d_y, x, rstd], shape, d_weight)
+    }
+
+    fn column_sums(&self, x: Rows<'_, Buffer<D>>, rows: usize, sums: &mut Buffer<D>) -> Result<()> {
+        rows::column_sums(self, x, rows, sums)
     }
 
     fn rope(

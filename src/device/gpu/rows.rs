@@ -8,7 +8,7 @@ use crate::cuda::kernels::layer_params::{
     SegattnSwigluParams,
 };
 use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
-use crate::device::{Accumulate, Kind, Result, Rows, RowsMut};
+use crate::device::{Accumulate, DeviceError, Kind, Result, Rows, RowsMut};
 
 /// Columns that a block of `rms_norm_weight_grad` sums.
 const NORM_COLUMNS: usize = 16;
@@ -85,9 +85,10 @@ pub(super) const fn entry(file: File, name: &'static str) -> Entry {
     Entry { file, name }
 }
 
-/// `dst (+)= src`, of either kind.
-pub(super) fn copy<D: Driver>(
+/// `dst (+)= factor * src`, of either kind.
+pub(super) fn scale<D: Driver>(
     gpu: &Gpu<D>,
+    factor: f64,
     src: Rows<'_, Buffer<D>>,
     dst: RowsMut<'_, Buffer<D>>,
     [rows, width]: [usize; 2],
@@ -99,7 +100,13 @@ pub(super) fn copy<D: Driver>(
         gpu.rows(&dst.shared(), rows, width)?,
     );
     let rows_of = [rows_at(from, src.stride), rows_at(to, dst.stride)];
-    convert(gpu, rows_of, kinds, [rows, width], accumulate)
+    convert(
+        gpu,
+        rows_of,
+        kinds,
+        [rows, width],
+        (accumulate, factor as f32),
+    )
 }
 
 /// A weight's bf16 copy, from values of either kind.
@@ -120,7 +127,7 @@ pub(super) fn narrow<D: Driver>(
         rows_of,
         [values.kind, Kind::Activation],
         shape,
-        Accumulate::No,
+        (Accumulate::No, 1.0),
     )
 }
 
@@ -129,7 +136,7 @@ fn convert<D: Driver>(
     [src, dst]: [SegattnRows; 2],
     kinds: [Kind; 2],
     [rows, width]: [usize; 2],
-    accumulate: Accumulate,
+    (accumulate, factor): (Accumulate, f32),
 ) -> Result<()> {
     let name = match kinds {
         [Kind::Activation, Kind::Activation] => "copy_bf16_bf16",
@@ -148,6 +155,7 @@ fn convert<D: Driver>(
         width: int("width", width)?,
         vectors: vectors.into(),
         add: (accumulate == Accumulate::Yes).into(),
+        factor,
     };
     let threads = product("elements of a copy", &[rows, width])? / if vectors { VECTOR } else { 1 };
     launch(
@@ -255,28 +263,32 @@ const NORM: SegattnNormParams = SegattnNormParams {
     d_weight: std::ptr::null_mut(),
     rows: 0,
     width: 0,
+    groups: 1,
     add: 0,
     eps: 0.0,
 };
 
-/// `y = x / rms(x) * weight`, and `rstd`.
+/// `y = x / rms(x) * weight` for each group of a row, and `rstd`.
 pub(super) fn rms_norm<D: Driver>(
     gpu: &Gpu<D>,
     x: Rows<'_, Buffer<D>>,
-    rows: usize,
+    shape: [usize; 2],
     weight: &Buffer<D>,
     eps: f64,
     y: RowsMut<'_, Buffer<D>>,
     rstd: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let width = norm_width(weight.len)?;
+    let (rows, groups) = groups_of(shape)?;
+    let row = product("groups of a row", &[shape[1], width])?;
     let params = SegattnNormParams {
-        x: gpu.input(&x, rows, width)?,
+        x: gpu.input(&x, shape[0], row)?,
         weight: gpu.exact(weight, 0, width)?,
-        y: gpu.output(&y, rows, width)?,
+        y: gpu.output(&y, shape[0], row)?,
         rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
         rows: rows as i64,
         width: int("width", width)?,
+        groups,
         eps: eps as f32,
         ..NORM
     };
@@ -284,23 +296,35 @@ pub(super) fn rms_norm<D: Driver>(
     launch(gpu, entry(File::Norm, "rms_norm_bf16"), grid, &params)
 }
 
+/// Rows of the norms' kernels, which are groups of rows, and how many of them are in a row.
+fn groups_of([rows, groups]: [usize; 2]) -> Result<(usize, i32)> {
+    if groups == 0 {
+        return Err(DeviceError::argument("groups of a norm", "1 or more", 0));
+    }
+    let all = product("rows of a norm", &[rows, groups])?;
+    Ok((all, int("groups of a norm", groups)?))
+}
+
 /// `d_x +=` the gradient by `x`; `inputs`: upstream, x, rstd.
 pub(super) fn rms_norm_grad<D: Driver>(
     gpu: &Gpu<D>,
     [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
-    rows: usize,
+    shape: [usize; 2],
     weight: &Buffer<D>,
     d_x: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let width = norm_width(weight.len)?;
+    let (rows, groups) = groups_of(shape)?;
+    let row = product("groups of a row", &[shape[1], width])?;
     let params = SegattnNormParams {
-        x: gpu.input(&x, rows, width)?,
+        x: gpu.input(&x, shape[0], row)?,
         weight: gpu.exact(weight, 0, width)?,
         rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
-        d_y: gpu.input(&d_y, rows, width)?,
-        d_x: gpu.output(&d_x, rows, width)?,
+        d_y: gpu.input(&d_y, shape[0], row)?,
+        d_x: gpu.output(&d_x, shape[0], row)?,
         rows: rows as i64,
         width: int("width", width)?,
+        groups,
         add: 1,
         ..NORM
     };
@@ -312,26 +336,47 @@ pub(super) fn rms_norm_grad<D: Driver>(
 pub(super) fn rms_norm_weight_grad<D: Driver>(
     gpu: &Gpu<D>,
     [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
-    rows: usize,
+    shape: [usize; 2],
     d_weight: &mut Buffer<D>,
 ) -> Result<()> {
     let width = norm_width(d_weight.len)?;
+    let (rows, groups) = groups_of(shape)?;
+    let row = product("groups of a row", &[shape[1], width])?;
     let params = SegattnNormParams {
-        x: gpu.input(&x, rows, width)?,
+        x: gpu.input(&x, shape[0], row)?,
         rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
-        d_y: gpu.input(&d_y, rows, width)?,
+        d_y: gpu.input(&d_y, shape[0], row)?,
         d_weight: gpu.exact(d_weight, 0, width)?,
+        rows: rows as i64,
+        width: int("width", width)?,
+        groups,
+        ..NORM
+    };
+    sum_columns(gpu, width, &params)
+}
+
+/// `sums +=` the sum of the rows.
+pub(super) fn column_sums<D: Driver>(
+    gpu: &Gpu<D>,
+    x: Rows<'_, Buffer<D>>,
+    rows: usize,
+    sums: &mut Buffer<D>,
+) -> Result<()> {
+    let width = sums.len;
+    let params = SegattnNormParams {
+        d_y: gpu.input(&x, rows, width)?,
+        d_weight: gpu.exact(sums, 0, width)?,
         rows: rows as i64,
         width: int("width", width)?,
         ..NORM
     };
+    sum_columns(gpu, width, &params)
+}
+
+fn sum_columns<D: Driver>(gpu: &Gpu<D>, width: usize, params: &SegattnNormParams) -> Result<()> {
     let grid = Grid::Blocks(width.div_ceil(NORM_COLUMNS));
-    launch(
-        gpu,
-        entry(File::Norm, "rms_norm_weight_grad_bf16"),
-        grid,
-        &params,
-    )
+    let weight_grad = entry(File::Norm, "rms_norm_weight_grad_bf16");
+    launch(gpu, weight_grad, grid, params)
 }
 
 /// `y = silu(gate) * up`.

@@ -87,7 +87,8 @@ pub(super) fn select<D: Driver>(
         }
         SelectionRule::Windows { window_len } => {
             let all = selection.eligible.iter().all(|range| range.len() <= most);
-            call.windows(probes.rows, window_len, all)?;
+            let scale = selection.scale(pool.head_dim);
+            call.windows(probes.rows, window_len, scale, all)?;
         }
     }
     Ok(selected)
@@ -144,7 +145,7 @@ impl<D: Driver> Call<'_, D> {
 
     /// Windows around the best tokens, by so many queries of a query head. `all`: no head has more tokens to select
     /// from than it selects.
-    fn windows(&self, queries: usize, window_len: usize, all: bool) -> Result<()> {
+    fn windows(&self, queries: usize, window_len: usize, scale: f32, all: bool) -> Result<()> {
         let (gpu, tiles) = (self.gpu, self.end.div_ceil(SCORED_KEYS));
         let probes = product("probes", &[self.group, queries])?;
         let block = |what, sizes: &[usize]| gpu.block(product(what, sizes)?);
@@ -161,7 +162,7 @@ impl<D: Driver> Call<'_, D> {
             windows: int("queries", queries)?,
             tiles: int("tiles of a pool", tiles)?,
             window_len: int("window_len", window_len)?,
-            scale_log2: std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt(),
+            scale_log2: std::f32::consts::LOG2_E * scale,
             ..self.params
         };
         if !all {

@@ -98,7 +98,10 @@ impl PastPool<Reference> for Pool {
             SelectionRule::Windows { window_len } => {
                 let queries = queries(self, head, probes, selection).concat();
                 let eligible = selection.eligible[head].clone();
-                let scores = shares(self, head, &queries, eligible.clone());
+                let scale = selection
+                    .scale
+                    .map_or((self.head_dim as f64).sqrt().recip(), f64::from);
+                let scores = shares(self, head, &queries, eligible.clone(), scale);
                 let taken = windows(&scores, selection.rows, window_len);
                 eligible
                     .zip(taken)
@@ -194,8 +197,13 @@ fn best_blocks(
 }
 
 /// For each eligible token the logarithm of its largest share: of its weight in a probe's softmax over all of them.
-fn shares(pool: &Pool, head: usize, probes: &[Vec<f64>], eligible: Range<usize>) -> Vec<f64> {
-    let scale = (pool.head_dim as f64).sqrt().recip();
+fn shares(
+    pool: &Pool,
+    head: usize,
+    probes: &[Vec<f64>],
+    eligible: Range<usize>,
+    scale: f64,
+) -> Vec<f64> {
     let mut shares = vec![f64::NEG_INFINITY; eligible.len()];
     for probe in probes {
         let score = |token| scale * dot(probe, pool.token(head, token)[0]);

@@ -267,7 +267,8 @@ impl Sources {
         Ok(Problem::causal(q, k?, v?)
             .prior(prior_k?, prior_v?, call.prior_heads)
             .past(past_k?, past_v?, call.past_gate)
-            .lengths(self.lengths()))
+            .lengths(self.lengths())
+            .scale(call.scale))
     }
 }
 

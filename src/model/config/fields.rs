@@ -11,38 +11,43 @@ const SHOWN_CHARS: usize = 80;
 
 /// One JSON object and where it stands in `config.json`.
 #[derive(Clone, Copy)]
-pub(super) struct Fields<'a> {
+pub(in crate::model) struct Fields<'a> {
     object: &'a Map<String, Value>,
     /// Prefix of its keys in errors: "" or "segment.".
     prefix: &'a str,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(object: &'a Map<String, Value>, prefix: &'a str) -> Self {
+    pub(in crate::model) fn new(object: &'a Map<String, Value>, prefix: &'a str) -> Self {
         Self { object, prefix }
     }
 
-    pub(super) fn path(&self, key: &str) -> String {
+    pub(in crate::model) fn path(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
     /// All keys with their values.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&'a String, &'a Value)> {
+    pub(in crate::model) fn iter(&self) -> impl Iterator<Item = (&'a String, &'a Value)> {
         self.object.iter()
     }
 
     /// The value of `key`; `null` counts as absent, as it does in the Hugging Face library.
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(in crate::model) fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
-    pub(super) fn missing(&self, key: &str) -> ConfigError {
+    /// Whether the key is there, be it `null`.
+    pub(in crate::model) fn has(&self, key: &str) -> bool {
+        self.object.contains_key(key)
+    }
+
+    pub(in crate::model) fn missing(&self, key: &str) -> ConfigError {
         ConfigError::Missing {
             key: self.path(key),
         }
     }
 
-    pub(super) fn invalid(
+    pub(in crate::model) fn invalid(
         &self,
         key: &str,
         expected: impl Into<String>,
@@ -55,7 +60,12 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn unsupported(&self, key: &str, supported: &str, got: &Value) -> ConfigError {
+    pub(in crate::model) fn unsupported(
+        &self,
+        key: &str,
+        supported: &str,
+        got: &Value,
+    ) -> ConfigError {
         ConfigError::Unsupported {
             key: self.path(key),
             supported: supported.into(),
@@ -63,7 +73,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn size(
+    pub(in crate::model) fn size(
         &self,
         key: &str,
         bounds: RangeInclusive<usize>,
@@ -82,7 +92,7 @@ impl<'a> Fields<'a> {
             })
     }
 
-    pub(super) fn required_size(
+    pub(in crate::model) fn required_size(
         &self,
         key: &str,
         bounds: RangeInclusive<usize>,
@@ -90,7 +100,7 @@ impl<'a> Fields<'a> {
         self.size(key, bounds)?.ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+    pub(in crate::model) fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
         self.get(key)
             .map(|value| {
                 value
@@ -101,11 +111,11 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    pub(super) fn required_number(&self, key: &str) -> Result<f64, ConfigError> {
+    pub(in crate::model) fn required_number(&self, key: &str) -> Result<f64, ConfigError> {
         self.number(key)?.ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+    pub(in crate::model) fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
         self.get(key)
             .map(|value| {
                 value
@@ -115,7 +125,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+    pub(in crate::model) fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
         self.get(key)
             .map(|value| {
                 value
@@ -125,7 +135,10 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    pub(super) fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
+    pub(in crate::model) fn object(
+        &self,
+        key: &str,
+    ) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
         self.get(key)
             .map(|value| {
                 value
@@ -135,7 +148,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    pub(super) fn list(&self, key: &str) -> Result<Option<&'a [Value]>, ConfigError> {
+    pub(in crate::model) fn list(&self, key: &str) -> Result<Option<&'a [Value]>, ConfigError> {
         self.get(key)
             .map(|value| {
                 value
@@ -147,7 +160,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses every key that is not in `known`: a misspelt key must not silently mean its default.
-    pub(super) fn only(&self, known: &[&str]) -> Result<(), ConfigError> {
+    pub(in crate::model) fn only(&self, known: &[&str]) -> Result<(), ConfigError> {
         match self
             .object
             .iter()
@@ -164,7 +177,7 @@ impl<'a> Fields<'a> {
 }
 
 /// A value as an error shows it: its JSON text, cut where it gets long.
-pub(super) fn shown(value: &Value) -> String {
+pub(in crate::model) fn shown(value: &Value) -> String {
     match value {
         Value::Array(items) if items.len() > 8 => format!("a list of {}", items.len()),
         Value::Object(fields) => format!("an object of {} keys", fields.len()),

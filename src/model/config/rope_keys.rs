@@ -1,17 +1,16 @@
 //! The rotary keys of `config.json`, in both layouts: `rope_theta` with `rope_scaling`, and the
 //! newer `rope_parameters` that holds both. Written back in the first, and in the second where the
-//! file had it.
+//! file had it; kinds with keys of their own stay as the file had them.
 
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{MAX_POSITIONS, invalid};
+use super::{MAX_HEAD_DIM, MAX_POSITIONS, invalid};
 use crate::model::error::ConfigError;
-
-pub(super) const DEFAULT_THETA: f64 = 10_000.0;
+use crate::model::families::Family;
 
 /// Change of the rotary frequencies for longer contexts.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// None.
     Default,
@@ -31,34 +30,106 @@ pub enum RopeScaling {
         /// The original context in tokens.
         original_max_position_embeddings: usize,
     },
+    /// YaRN (arXiv:2309.00071): as Llama 3.1, with a ramp that is linear in the pair, and longer vectors.
+    Yarn {
+        /// At least 1.
+        factor: f64,
+        /// The original context in tokens.
+        original_max_position_embeddings: usize,
+        /// Factor on rotated queries and keys.
+        attention_factor: f64,
+        /// Turns over the original context above which a frequency is kept.
+        beta_fast: f64,
+        /// Turns below which it is divided.
+        beta_slow: f64,
+        /// The ends of the ramp are rounded outwards to whole pairs.
+        truncate: bool,
+    },
+    /// A base that grows with the length of the text beyond the context.
+    Dynamic {
+        /// At least 1.
+        factor: f64,
+        /// The context in tokens.
+        max_position_embeddings: usize,
+    },
+    /// LongRoPE (arXiv:2402.13753): a divisor for each pair, one list for texts up to the original context and one
+    /// for longer ones.
+    LongRope {
+        /// Divisors within the original context, one a rotated pair.
+        short_factor: Vec<f64>,
+        /// Divisors beyond it.
+        long_factor: Vec<f64>,
+        /// The original context in tokens.
+        original_max_position_embeddings: usize,
+        /// Factor on rotated queries and keys.
+        attention_factor: f64,
+    },
 }
 
-const SCALING_KEYS: [&str; 8] = [
-    "rope_type",
-    "type",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "rope_theta",
-    "partial_rotary_factor",
-];
+impl RopeScaling {
+    /// Factor on rotated queries and keys.
+    pub fn attention_factor(&self) -> f64 {
+        match self {
+            Self::Yarn {
+                attention_factor, ..
+            }
+            | Self::LongRope {
+                attention_factor, ..
+            } => *attention_factor,
+            _ => 1.0,
+        }
+    }
+}
+
+/// Keys of one of the two objects that every kind may have.
+const COMMON_KEYS: [&str; 4] = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
+const ORIGINAL: &str = "original_max_position_embeddings";
+
+/// Keys of a kind.
+fn kind_keys(kind: &str) -> Option<&'static [&'static str]> {
+    match kind {
+        // The values of scaling may stay where it is switched off.
+        "default" | "linear" | "llama3" => {
+            Some(&["factor", "low_freq_factor", "high_freq_factor", ORIGINAL])
+        }
+        "yarn" => Some(&[
+            "factor",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+            ORIGINAL,
+        ]),
+        "dynamic" => Some(&["factor", ORIGINAL]),
+        "longrope" => Some(&[
+            "factor",
+            "attention_factor",
+            "short_factor",
+            "long_factor",
+            ORIGINAL,
+        ]),
+        _ => None,
+    }
+}
 
 /// Base and scaling. `rope_theta` may stand in `rope_parameters`, in `rope_scaling` and beside them; where it stands
-/// more than once, all must agree.
-pub(super) fn from_json(fields: &Fields<'_>) -> Result<(f64, RopeScaling), ConfigError> {
+/// more than once, all must agree. `positions`: the context of the model.
+pub(super) fn from_json(
+    fields: &Fields<'_>,
+    family: &Family,
+    positions: usize,
+) -> Result<(f64, RopeScaling), ConfigError> {
     let mut theta: Option<(String, f64)> = None;
     one_theta(&mut theta, fields)?;
     let mut found: Option<(&str, RopeScaling)> = None;
-    for name in ["rope_parameters", "rope_scaling"] {
-        let Some(object) = fields.object(name)? else {
-            continue;
-        };
+    for (name, object) in objects(fields)? {
         let prefix = format!("{name}.");
         let inner = Fields::new(object, &prefix);
-        let scaling = scaling(&inner, fields)?;
-        if let Some((first, known)) = found
-            && known != scaling
+        let scaling = scaling(&inner, fields, family, positions)?;
+        if let Some((first, known)) = &found
+            && *known != scaling
         {
             let got = format!("{scaling:?} beside {known:?}");
             return invalid(name, format!("the same as {first}"), got);
@@ -67,9 +138,47 @@ pub(super) fn from_json(fields: &Fields<'_>) -> Result<(f64, RopeScaling), Confi
         one_theta(&mut theta, &inner)?;
     }
     Ok((
-        theta.map_or(DEFAULT_THETA, |(_, theta)| theta),
+        theta.map_or(family.defaults.rope_theta, |(_, theta)| theta),
         found.map_or(RopeScaling::Default, |(_, scaling)| scaling),
     ))
+}
+
+/// The objects that are there, with their names.
+fn objects<'a>(
+    fields: &Fields<'a>,
+) -> Result<Vec<(&'static str, &'a Map<String, Value>)>, ConfigError> {
+    let mut found = Vec::new();
+    for name in ["rope_parameters", "rope_scaling"] {
+        if let Some(object) = fields.object(name)? {
+            found.push((name, object));
+        }
+    }
+    Ok(found)
+}
+
+/// Elements of a head that rotate, by `partial_rotary_factor`, which may stand in the objects and beside them.
+pub(in crate::model) fn rotary_dim(
+    fields: &Fields<'_>,
+    head_dim: usize,
+) -> Result<usize, ConfigError> {
+    let key = "partial_rotary_factor";
+    let mut part = fields.number(key)?;
+    for (name, object) in objects(fields)? {
+        let prefix = format!("{name}.");
+        let inner = Fields::new(object, &prefix);
+        match (part, inner.number(key)?) {
+            (Some(outer), Some(inner)) if outer != inner => {
+                return invalid(&format!("{prefix}{key}"), format!("{key} = {outer}"), inner);
+            }
+            (None, found) => part = found,
+            _ => {}
+        }
+    }
+    let part = part.unwrap_or(1.0);
+    match part > 0.0 && part <= 1.0 {
+        true => Ok((head_dim as f64 * part) as usize),
+        false => invalid(key, "a number above 0 and at most 1", part),
+    }
 }
 
 fn one_theta(known: &mut Option<(String, f64)>, fields: &Fields<'_>) -> Result<(), ConfigError> {
@@ -89,16 +198,24 @@ fn one_theta(known: &mut Option<(String, f64)>, fields: &Fields<'_>) -> Result<(
 }
 
 /// The scaling of one of the two objects; `top` is the object around it.
-fn scaling(fields: &Fields<'_>, top: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
+fn scaling(
+    fields: &Fields<'_>,
+    top: &Fields<'_>,
+    family: &Family,
+    positions: usize,
+) -> Result<RopeScaling, ConfigError> {
     let kind = match fields.text("rope_type")? {
         Some(kind) => kind,
         None => fields.text("type")?.unwrap_or("default"),
     };
-    if !["default", "linear", "llama3"].contains(&kind) {
-        return Err(fields.unsupported("rope_type", "default, linear, llama3", &json!(kind)));
-    }
-    fields.only(&SCALING_KEYS)?;
-    if let Some(part) = fields.number("partial_rotary_factor")?
+    let kind = family.rope_kind(kind);
+    let Some(keys) = kind_keys(kind) else {
+        let kinds = "default, linear, llama3, yarn, dynamic, longrope";
+        return Err(fields.unsupported("rope_type", kinds, &json!(kind)));
+    };
+    fields.only(&[keys, &COMMON_KEYS].concat())?;
+    if !family.keys.contains(&"partial_rotary_factor")
+        && let Some(part) = fields.number("partial_rotary_factor")?
         && part != 1.0
     {
         let supported = "1.0 (all of a head rotates)";
@@ -114,8 +231,83 @@ fn scaling(fields: &Fields<'_>, top: &Fields<'_>) -> Result<RopeScaling, ConfigE
             high_freq_factor: fields.required_number("high_freq_factor")?,
             original_max_position_embeddings: original_positions(fields, top)?,
         }),
+        "yarn" => yarn(fields, top, positions),
+        "dynamic" => Ok(RopeScaling::Dynamic {
+            factor: fields.required_number("factor")?,
+            max_position_embeddings: positions,
+        }),
+        "longrope" => long_rope(fields, top, positions),
         _ => Ok(RopeScaling::Default),
     }
+}
+
+fn yarn(
+    fields: &Fields<'_>,
+    top: &Fields<'_>,
+    positions: usize,
+) -> Result<RopeScaling, ConfigError> {
+    let original = original_positions(fields, top)?;
+    let factor = fields
+        .number("factor")?
+        .unwrap_or(positions as f64 / original as f64);
+    let length = |scale: f64| match factor > 1.0 {
+        true => 0.1 * scale * factor.ln() + 1.0,
+        false => 1.0,
+    };
+    let on = |key| -> Result<Option<f64>, ConfigError> {
+        Ok(fields.number(key)?.filter(|number| *number != 0.0))
+    };
+    let attention_factor = match fields.number("attention_factor")? {
+        Some(factor) => factor,
+        None => match (on("mscale")?, on("mscale_all_dim")?) {
+            (Some(mscale), Some(all)) => length(mscale) / length(all),
+            _ => length(1.0),
+        },
+    };
+    Ok(RopeScaling::Yarn {
+        factor,
+        original_max_position_embeddings: original,
+        attention_factor,
+        beta_fast: on("beta_fast")?.unwrap_or(32.0),
+        beta_slow: on("beta_slow")?.unwrap_or(1.0),
+        truncate: fields.flag("truncate")?.unwrap_or(true),
+    })
+}
+
+fn long_rope(
+    fields: &Fields<'_>,
+    top: &Fields<'_>,
+    positions: usize,
+) -> Result<RopeScaling, ConfigError> {
+    let original = original_positions(fields, top)?;
+    let factor = fields
+        .number("factor")?
+        .unwrap_or(positions as f64 / original as f64);
+    let attention_factor = match fields.number("attention_factor")? {
+        Some(factor) => factor,
+        None if factor <= 1.0 => 1.0,
+        None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+    };
+    Ok(RopeScaling::LongRope {
+        short_factor: divisors(fields, "short_factor")?,
+        long_factor: divisors(fields, "long_factor")?,
+        original_max_position_embeddings: original,
+        attention_factor,
+    })
+}
+
+/// A list of divisors of frequencies.
+fn divisors(fields: &Fields<'_>, key: &str) -> Result<Vec<f64>, ConfigError> {
+    let list = fields.list(key)?.ok_or_else(|| fields.missing(key))?;
+    let number = |value: &Value| value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
+    let numbers: Option<Vec<f64>> = match list.len() <= MAX_HEAD_DIM {
+        true => list.iter().map(number).collect(),
+        false => None,
+    };
+    numbers.ok_or_else(|| {
+        let expected = "a list of finite numbers above 0, one a rotated pair";
+        fields.invalid(key, expected, &Value::Array(list.to_vec()))
+    })
 }
 
 /// The context that frequencies are scaled from, which may also stand beside the object.
@@ -136,51 +328,112 @@ fn original_positions(fields: &Fields<'_>, top: &Fields<'_>) -> Result<usize, Co
     }
 }
 
-pub(super) fn validate(theta: f64, scaling: &RopeScaling) -> Result<(), ConfigError> {
+pub(super) fn validate(
+    theta: f64,
+    scaling: &RopeScaling,
+    rotary_dim: usize,
+) -> Result<(), ConfigError> {
     if !(theta.is_finite() && theta >= 1.0) {
         return invalid("rope_theta", "a finite number, at least 1", theta);
     }
-    let factor = match *scaling {
-        RopeScaling::Default => 1.0,
-        RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } => factor,
+    let bounded = |key: &str, number: f64, least: f64| match number.is_finite() && number >= least {
+        true => Ok(()),
+        false => {
+            let key = format!("rope_scaling.{key}");
+            invalid(&key, format!("a finite number, at least {least}"), number)
+        }
     };
-    if !(factor.is_finite() && factor >= 1.0) {
-        return invalid("rope_scaling.factor", "a finite number, at least 1", factor);
-    }
-    let RopeScaling::Llama3 {
-        low_freq_factor: low,
-        high_freq_factor: high,
-        original_max_position_embeddings: original,
-        ..
-    } = *scaling
-    else {
-        return Ok(());
-    };
-    if !(low.is_finite() && low > 0.0) {
-        return invalid(
-            "rope_scaling.low_freq_factor",
+    let positive = |key: &str, number: f64| match number.is_finite() && number > 0.0 {
+        true => Ok(()),
+        false => invalid(
+            &format!("rope_scaling.{key}"),
             "a finite number above 0",
-            low,
-        );
+            number,
+        ),
+    };
+    let above =
+        |key: &str, number: f64, least: (&str, f64)| match number.is_finite() && number > least.1 {
+            true => Ok(()),
+            false => {
+                let expected = format!("a finite number above {} = {}", least.0, least.1);
+                invalid(&format!("rope_scaling.{key}"), expected, number)
+            }
+        };
+    let context = |original: usize| match (1..=MAX_POSITIONS).contains(&original) {
+        true => Ok(()),
+        false => {
+            let expected = format!("an integer from 1 to {MAX_POSITIONS}");
+            invalid(&format!("rope_scaling.{ORIGINAL}"), expected, original)
+        }
+    };
+    match scaling {
+        RopeScaling::Default => Ok(()),
+        RopeScaling::Linear { factor } => bounded("factor", *factor, 1.0),
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_max_position_embeddings: original,
+        } => {
+            bounded("factor", *factor, 1.0)?;
+            positive("low_freq_factor", *low)?;
+            above("high_freq_factor", *high, ("low_freq_factor", *low))?;
+            context(*original)
+        }
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: original,
+            attention_factor,
+            beta_fast,
+            beta_slow,
+            ..
+        } => {
+            bounded("factor", *factor, 1.0)?;
+            positive("attention_factor", *attention_factor)?;
+            positive("beta_slow", *beta_slow)?;
+            above("beta_fast", *beta_fast, ("beta_slow", *beta_slow))?;
+            if theta <= 1.0 {
+                return invalid("rope_theta", "a number above 1 where YaRN scales it", theta);
+            }
+            context(*original)
+        }
+        RopeScaling::Dynamic {
+            factor,
+            max_position_embeddings,
+        } => {
+            bounded("factor", *factor, 1.0)?;
+            if rotary_dim <= 2 {
+                let expected = "more than 2 elements of a head that rotate, where the base grows";
+                return invalid("head_dim", expected, rotary_dim);
+            }
+            context(*max_position_embeddings)
+        }
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings: original,
+            attention_factor,
+        } => {
+            for (key, list) in [("short_factor", short_factor), ("long_factor", long_factor)] {
+                if list.len() != rotary_dim / 2 {
+                    let expected = format!("{} numbers, one a rotated pair", rotary_dim / 2);
+                    return invalid(&format!("rope_scaling.{key}"), expected, list.len());
+                }
+            }
+            positive("attention_factor", *attention_factor)?;
+            context(*original)
+        }
     }
-    if !(high.is_finite() && high > low) {
-        let expected = format!("a finite number above low_freq_factor = {low}");
-        return invalid("rope_scaling.high_freq_factor", expected, high);
-    }
-    if original == 0 || original > MAX_POSITIONS {
-        let key = "rope_scaling.original_max_position_embeddings";
-        return invalid(
-            key,
-            format!("an integer from 1 to {MAX_POSITIONS}"),
-            original,
-        );
-    }
-    Ok(())
 }
 
-/// Sets the rotary keys of `object`.
-pub(super) fn write_json(object: &mut Map<String, Value>, theta: f64, scaling: &RopeScaling) {
-    let legacy = match *scaling {
+/// Sets the rotary keys of `object`. Kinds with keys of their own are left as they are where they say the same.
+pub(super) fn write_json(
+    object: &mut Map<String, Value>,
+    family: &Family,
+    positions: usize,
+    (theta, scaling): (f64, &RopeScaling),
+) {
+    let mut legacy = match scaling {
         RopeScaling::Default => Value::Null,
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
         RopeScaling::Llama3 {
@@ -195,15 +448,68 @@ pub(super) fn write_json(object: &mut Map<String, Value>, theta: f64, scaling: &
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_max_position_embeddings,
         }),
+        other => {
+            let known = from_json(&Fields::new(object, ""), family, positions);
+            if known.is_ok_and(|known| known == (theta, other.clone())) {
+                return;
+            }
+            own_keys(other)
+        }
     };
+    let part = |object: &Map<String, Value>, name: &str| {
+        let inner = object.get(name)?.as_object()?;
+        inner.get("partial_rotary_factor").cloned()
+    };
+    if let (Value::Object(scaling), Some(part)) = (&mut legacy, part(object, "rope_scaling")) {
+        scaling.insert("partial_rotary_factor".into(), part);
+    }
     if object.get("rope_parameters").is_some_and(Value::is_object) {
         let mut newer = match &legacy {
             Value::Object(scaling) => scaling.clone(),
             _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
         };
         newer.insert("rope_theta".into(), json!(theta));
+        if let Some(part) = part(object, "rope_parameters") {
+            newer.insert("partial_rotary_factor".into(), part);
+        }
         object.insert("rope_parameters".into(), Value::Object(newer));
     }
     object.insert("rope_theta".into(), json!(theta));
     object.insert("rope_scaling".into(), legacy);
+}
+
+/// The object of a kind with keys of its own.
+fn own_keys(scaling: &RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            attention_factor,
+            beta_fast,
+            beta_slow,
+            truncate,
+        } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+            "attention_factor": attention_factor,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "truncate": truncate,
+        }),
+        RopeScaling::Dynamic { factor, .. } => json!({"rope_type": "dynamic", "factor": factor}),
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings,
+            attention_factor,
+        } => json!({
+            "rope_type": "longrope",
+            "short_factor": short_factor,
+            "long_factor": long_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+            "attention_factor": attention_factor,
+        }),
+        _ => Value::Null,
+    }
 }

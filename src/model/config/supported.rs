@@ -2,8 +2,9 @@
 //!
 //! The rule, in this order:
 //!
-//! 1. keys of known architectures ([`KEYS`]) may have only a value that changes nothing;
-//! 2. keys that this crate reads ([`READ`]) and notes of libraries ([`HARMLESS`]) are accepted;
+//! 1. keys of known architectures ([`KEYS`]) may have only a value that changes nothing, unless the model's family
+//!    reads them;
+//! 2. keys that this crate reads ([`READ`], and those of the family) and notes of libraries ([`HARMLESS`]) are accepted;
 //! 3. an unknown key whose name says that it sets what a model computes ([`COMPUTING`]) is refused, unless its value
 //!    says that it is off;
 //! 4. any other unknown key is ignored, and [`ignored`] names it.
@@ -13,6 +14,7 @@ use serde_json::{Map, Value};
 use super::BYTE_TOKENS;
 use super::fields::Fields;
 use crate::model::error::ConfigError;
+use crate::model::families::Family;
 
 /// Values of a key that change nothing here. `null` never does.
 #[derive(Clone, Copy)]
@@ -49,7 +51,6 @@ impl Neutral {
 /// Key, its neutral values, and these in words.
 #[rustfmt::skip]
 const KEYS: &[(&str, Neutral, &str)] = &[
-    ("model_type", Neutral::Text(&["llama"]), "\"llama\""),
     ("hidden_act", Neutral::Text(&["silu", "swish"]), "\"silu\""),
     ("hidden_activation", Neutral::Text(&["silu", "swish"]), "\"silu\""),
     ("attention_bias", Neutral::False, "false (projections without bias)"),
@@ -84,6 +85,7 @@ const KEYS: &[(&str, Neutral, &str)] = &[
     ("logit_scale", Neutral::Number(1.0), "1 (Llama's)"),
     ("attn_logit_softcapping", Neutral::Null, "null (no cap)"),
     ("final_logit_softcapping", Neutral::Null, "null (no cap)"),
+    ("full_attn_mod", Neutral::Number(1.0), "1 (every layer alike)"),
     ("attn_temperature_tuning", Neutral::False, "false (Llama's)"),
     ("clip_qkv", Neutral::Null, "null (not clipped)"),
     ("qk_norm", Neutral::False, "false (no norm of queries and keys)"),
@@ -112,11 +114,13 @@ const READ: &[&str] = &[
     "hidden_size",
     "intermediate_size",
     "max_position_embeddings",
+    "model_type",
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
     "original_max_position_embeddings",
     "rms_norm_eps",
+    "rope_length",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
@@ -135,6 +139,7 @@ const HARMLESS: &[&str] = &[
     "_flash_attn_2_enabled",
     "_name_or_path",
     "attn_implementation",
+    "auto_map",
     "early_stopping",
     "id2label",
     "initializer_range",
@@ -204,25 +209,15 @@ const COMPUTING: &[&str] = &[
 ];
 
 /// Keys whose values say that the model computes in a way this crate does not.
-pub(super) fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ConfigError> {
+pub(super) fn refuse_unsupported(fields: &Fields<'_>, family: &Family) -> Result<(), ConfigError> {
     for (key, neutral, supported) in KEYS {
-        if let Some(got) = fields.get(key)
+        if !family.keys.contains(key)
+            && let Some(got) = fields.get(key)
             && !neutral.holds(got)
             && !switched_off(fields, key)
         {
             return Err(fields.unsupported(key, supported, got));
         }
-    }
-    if fields.get("model_type").is_none() {
-        return Err(fields.missing("model_type"));
-    }
-    if let Some(names) = fields.list("architectures")?
-        && !names
-            .iter()
-            .any(|name| matches!(name.as_str(), Some("LlamaForCausalLM" | "LlamaModel")))
-    {
-        let got = fields.get("architectures").unwrap_or(&Value::Null);
-        return Err(fields.unsupported("architectures", "[\"LlamaForCausalLM\"]", got));
     }
     Ok(())
 }
@@ -233,10 +228,10 @@ fn switched_off(fields: &Fields<'_>, key: &str) -> bool {
 }
 
 /// Refuses unknown keys that set what a model computes.
-pub(super) fn refuse_unknown(fields: &Fields<'_>) -> Result<(), ConfigError> {
+pub(super) fn refuse_unknown(fields: &Fields<'_>, family: &Family) -> Result<(), ConfigError> {
     for (key, value) in fields.iter() {
         let computing = COMPUTING.iter().any(|part| key.contains(part));
-        if computing && !is_known(key) && !is_dropout(key) && !is_off(key, value) {
+        if computing && !is_known(key, family) && !is_dropout(key) && !is_off(key, value) {
             let supported = "only without this key, which is not known here and by its name changes what a model \
                              computes; remove it if the model does not need it";
             return Err(fields.unsupported(key, supported, value));
@@ -246,16 +241,19 @@ pub(super) fn refuse_unknown(fields: &Fields<'_>) -> Result<(), ConfigError> {
 }
 
 /// Unknown keys that have a value in effect and are ignored.
-pub(super) fn ignored(object: &Map<String, Value>) -> Vec<&str> {
+pub(super) fn ignored<'a>(object: &'a Map<String, Value>, family: &Family) -> Vec<&'a str> {
     let in_effect = |(key, value): &(&String, &Value)| {
-        !is_known(key) && !is_dropout(key) && !is_off(key, value)
+        !is_known(key, family) && !is_dropout(key) && !is_off(key, value)
     };
     let keys = object.iter().filter(in_effect);
     keys.map(|(key, _)| key.as_str()).collect()
 }
 
-fn is_known(key: &str) -> bool {
-    READ.contains(&key) || HARMLESS.contains(&key) || KEYS.iter().any(|(known, ..)| *known == key)
+fn is_known(key: &str, family: &Family) -> bool {
+    family.keys.contains(&key)
+        || READ.contains(&key)
+        || HARMLESS.contains(&key)
+        || KEYS.iter().any(|(known, ..)| *known == key)
 }
 
 /// Whether a key sets a probability of dropout, which [`refuse_dropout`] checks before training.

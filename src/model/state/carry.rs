@@ -283,6 +283,7 @@ pub(in crate::model) fn close_segment<D: Device>(
         eligible: &eligible,
         rows: plan.past_len,
         rule: plan.rule,
+        scale: plan.scale,
     };
     let selected = pool.select(device, &probes, &selection)?;
     let old = std::mem::replace(&mut carry.selected, selected);

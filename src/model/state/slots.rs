@@ -68,14 +68,21 @@ impl<D: Device> LayerSlots<D> {
 /// Cosines and sines of every position that a row can have. Position `p` is row [`Plan::origin`] + `p`.
 #[derive(Debug)]
 pub struct Angles<D: Device> {
-    cos: Arc<D::Buffer>,
-    sin: Arc<D::Buffer>,
+    turning: Table<D>,
+    /// For layers that do not rotate.
+    still: Option<Table<D>>,
+    unrotated: Arc<[usize]>,
 }
+
+type Table<D> = Arc<[<D as Device>::Buffer; 2]>;
 
 impl<D: Device> Clone for Angles<D> {
     fn clone(&self) -> Self {
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        Self { cos, sin }
+        Self {
+            turning: self.turning.clone(),
+            still: self.still.clone(),
+            unrotated: self.unrotated.clone(),
+        }
     }
 }
 
@@ -83,17 +90,37 @@ impl<D: Device> Angles<D> {
     /// Tables for segments of at most `room` rows.
     pub fn new(device: &D, config: &ModelConfig, plan: &Plan, room: usize) -> Result<Self> {
         let origin = plan.origin() as i64;
-        let tables = Rope::new(config).tables(-origin..room as i64);
-        let short = |error: DeviceError| error.wanted_for(Purpose::Segments);
-        let upload = |values: &[f32]| -> Result<Arc<D::Buffer>> {
-            let mut buffer = device.empty(Kind::Exact, values.len())?;
+        let upload = |values: &[f32]| -> Result<D::Buffer> {
+            let buffer = device.empty(Kind::Exact, values.len());
+            let mut buffer = buffer.map_err(|error| error.wanted_for(Purpose::Segments))?;
             device.write(&mut buffer, 0, values)?;
-            Ok(Arc::new(buffer))
+            Ok(buffer)
         };
+        let table = |rope: Rope| -> Result<Table<D>> {
+            let tables = rope.tables(-origin..room as i64);
+            Ok(Arc::new([
+                upload(&tables.cos_f32)?,
+                upload(&tables.sin_f32)?,
+            ]))
+        };
+        let unrotated = &config.switches.unrotated;
         Ok(Self {
-            cos: upload(&tables.cos_f32).map_err(short)?,
-            sin: upload(&tables.sin_f32).map_err(short)?,
+            turning: table(Rope::new(config))?,
+            still: match unrotated.is_empty() {
+                true => None,
+                false => Some(table(Rope::still(config))?),
+            },
+            unrotated: unrotated.as_slice().into(),
         })
+    }
+
+    /// Cosines and sines of layer `l`, row `origin + position`.
+    fn of_layer(&self, l: usize) -> (&D::Buffer, &D::Buffer) {
+        let table = match &self.still {
+            Some(still) if self.unrotated.contains(&l) => still,
+            _ => &self.turning,
+        };
+        (&table[0], &table[1])
     }
 }
 
@@ -174,11 +201,11 @@ impl<D: Device> Slots<D> {
         l: usize,
     ) -> (&mut LayerSlots<D>, (&D::Buffer, &D::Buffer)) {
         let layer = &mut self.layers[if self.passing { 0 } else { l }];
-        (layer, (&self.angles.cos, &self.angles.sin))
+        (layer, self.angles.of_layer(l))
     }
 
-    /// Cosines and sines, row `origin + position`.
-    pub fn tables(&self) -> (&D::Buffer, &D::Buffer) {
-        (&self.angles.cos, &self.angles.sin)
+    /// Cosines and sines of layer `l`, row `origin + position`.
+    pub fn tables(&self, l: usize) -> (&D::Buffer, &D::Buffer) {
+        self.angles.of_layer(l)
     }
 }

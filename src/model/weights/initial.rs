@@ -15,7 +15,7 @@ const PIECE: usize = 1 << 16;
 /// The values of an untrained model.
 ///
 /// Matrices are normal with standard deviation 0.02, those that write to the residual stream (attention's
-/// output, down) with `0.02 / sqrt(2 * layers)` (Radford et al. 2019, section 2.3); norms and past gates are 1.
+/// output, down) with `0.02 / sqrt(2 * layers)` (Radford et al. 2019, section 2.3); norms and past gates are 1, biases 0.
 #[derive(Debug)]
 pub struct Initial {
     specs: Vec<TensorSpec>,
@@ -39,8 +39,10 @@ impl Initial {
     /// With no such tensor.
     pub fn tensor(&self, i: usize) -> Vec<f32> {
         let role = self.specs[i].role;
-        if !matches!(role, Role::Matrix { .. }) {
-            return vec![1.0; role.len()];
+        match role {
+            Role::Matrix { .. } => {}
+            Role::Bias { len } => return vec![0.0; len],
+            Role::Norm { len } | Role::Gate { len } => return vec![1.0; len],
         }
         let residual = (0..self.layers).any(|l| i == index::output(l) || i == index::down(l));
         let std = match residual {

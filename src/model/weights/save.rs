@@ -157,17 +157,18 @@ fn write_shard<E: From<WeightsError>>(
     out.write_all(&header(specs, &order, &dtype)).map_err(io)?;
     let mut bytes = Vec::with_capacity(PIECE * size_of::<f32>());
     for i in order {
-        let values = values(i)?;
-        let mut rest = values.as_slice();
+        let mut values = values(i)?;
         let (name, expected) = (&specs[i].parts[0].0, specs[i].role.len());
-        if rest.len() != expected {
+        if values.len() != expected {
             return Err(WeightsError::Length {
                 name: name.clone(),
                 expected,
-                got: rest.len(),
+                got: values.len(),
             }
             .into());
         }
+        specs[i].for_file(&mut values);
+        let mut rest = values.as_slice();
         for (name, shape) in &specs[i].parts {
             let (part, more) = rest.split_at(shape.iter().product());
             rest = more;

@@ -78,7 +78,7 @@ impl<'a> Writer<'a> {
         let (mut header, mut end) = (serde_json::Map::new(), 0);
         header.insert("__metadata__".into(), serde_json::json!({"format": "pt"}));
         for (name, shape, values) in parts {
-            let offsets = [end, end + size_of_val(*values)];
+            let offsets = [end, end + size_of_val(&values[..])];
             end = offsets[1];
             let info = serde_json::json!({"dtype": "F32", "shape": shape, "data_offsets": offsets});
             header.insert(name.clone(), info);

@@ -1,5 +1,6 @@
 //! The model's stacked tensors as the named tensors of a safetensors file, and back.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
@@ -9,7 +10,7 @@ use crate::model::parameters::{parameters, specs};
 use crate::train::error::Result;
 
 /// A named tensor: name, shape, values.
-pub(super) type Part<'a> = (String, Vec<usize>, &'a [f32]);
+pub(super) type Part<'a> = (String, Vec<usize>, Cow<'a, [f32]>);
 
 /// Named tensors of a file: shape and values.
 pub(super) struct Named(pub(super) BTreeMap<String, (Vec<usize>, Vec<f32>)>);
@@ -23,11 +24,19 @@ pub(super) fn parts<'a>(
     let known: HashSet<String> = parameters(model).into_iter().map(|p| p.name).collect();
     let mut parts = Vec::new();
     for (spec, values) in specs(model).into_iter().zip(tensors) {
-        let mut rest = values.as_slice();
+        let mut values = Cow::Borrowed(values.as_slice());
+        if spec.heads.is_some() {
+            spec.for_file(values.to_mut());
+        }
+        let mut at = 0;
         for (name, shape) in spec.parts {
-            let (part, after) = rest.split_at(shape.iter().product());
-            rest = after;
+            let part = at..at + shape.iter().product::<usize>();
+            at = part.end;
             if known.contains(&name) {
+                let part = match &values {
+                    Cow::Borrowed(values) => Cow::Borrowed(&values[part]),
+                    Cow::Owned(values) => Cow::Owned(values[part].to_vec()),
+                };
                 parts.push((format!("{prefix}{name}"), shape, part));
             }
         }
@@ -62,6 +71,7 @@ impl Named {
                 };
                 values.extend_from_slice(part);
             }
+            spec.keep(&mut values);
             tensors.push(values);
         }
         Ok(tensors)

@@ -7,10 +7,11 @@ use super::tail::{Arrivals, Piece, StreamId, tail_pieces};
 use crate::device::{
     Accumulate, Attention, AttentionGrad, Device, Kind, Result, Rows, RowsMut, SlotSpan,
 };
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, Normed, QkNormed};
 use crate::model::parameters::index;
 use crate::model::segmentation::Segment;
 use crate::model::state::Plan;
+use crate::model::switches::QkNorm;
 
 /// What a pass does.
 #[derive(Debug, Clone, Copy)]
@@ -28,16 +29,18 @@ pub struct Pass {
 pub struct LayerSums<D: Device> {
     /// Of q, k, v before rotation.
     pub d_qkv: D::Buffer,
-    /// Of the normed input.
-    pub d_x_normed: D::Buffer,
-    /// Of the residual stream between attention and MLP.
-    pub d_mid: D::Buffer,
-    /// Of its norm.
-    pub d_mid_normed: D::Buffer,
+    /// Of q, k, v before their norms, where they have some.
+    pub d_raw_qkv: Option<D::Buffer>,
+    /// Of the result of attention's norm.
+    pub d_attention_norm: D::Buffer,
+    /// Of the result of attention's output projection.
+    pub d_output: D::Buffer,
+    /// Of the result of the MLP's norm.
+    pub d_mlp_norm: D::Buffer,
     /// Of gate and up.
     pub d_gate_up: D::Buffer,
-    /// Of the layer's output.
-    pub d_next: D::Buffer,
+    /// Of the result of the down projection.
+    pub d_down: D::Buffer,
     /// Of the past gates `[span, q_heads]`.
     pub d_past_gate: D::Buffer,
 }
@@ -48,12 +51,16 @@ impl<D: Device> LayerSums<D> {
         let (hidden, inner) = (model.config.hidden_size, model.config.intermediate_size);
         let empty = |width: usize| model.device.empty(Kind::Activation, rows * width);
         Ok(Self {
-            d_qkv: empty(plan.q_width() + 2 * plan.kv_width())?,
-            d_x_normed: empty(hidden)?,
-            d_mid: empty(hidden)?,
-            d_mid_normed: empty(hidden)?,
+            d_qkv: empty(plan.qkv_width())?,
+            d_raw_qkv: match model.config.switches.qk_norm {
+                QkNorm::None => None,
+                QkNorm::Head | QkNorm::Full => Some(empty(plan.qkv_width())?),
+            },
+            d_attention_norm: empty(hidden)?,
+            d_output: empty(hidden)?,
+            d_mlp_norm: empty(hidden)?,
             d_gate_up: empty(2 * inner)?,
-            d_next: empty(hidden)?,
+            d_down: empty(hidden)?,
             d_past_gate: model.device.empty(Kind::Exact, spans * plan.heads.q)?,
         })
     }
@@ -136,7 +143,7 @@ impl<'a, D: Device> Work<'a, D> {
                 group.prepare(self.model, self.plan, l)?;
                 let device = &self.model.device;
                 let zeros = |width: usize| device.zeros(Kind::Activation, self.rows * width);
-                let qkv = self.plan.q_width() + 2 * self.plan.kv_width();
+                let qkv = self.plan.qkv_width();
                 (zeros(self.model.config.hidden_size)?, Some(zeros(qkv)?))
             }
             None => return Ok(()),
@@ -216,12 +223,13 @@ impl<'a, D: Device> Work<'a, D> {
         d_y: Rows<'_, D::Buffer>,
         tensor: usize,
         d_x: RowsMut<'_, D::Buffer>,
+        accumulate: Accumulate,
     ) -> Result<()> {
         let (device, weight) = (&self.model.device, self.model.weights.matrix(tensor));
-        device.linear_input_grad(d_y, self.rows, weight, d_x, Accumulate::No)
+        device.linear_input_grad(d_y, self.rows, weight, d_x, accumulate)
     }
 
-    /// Adds the input gradient of a norm to `d`.
+    /// Adds the input gradient of a norm of rows of the residual stream to `d`.
     fn norm_grad(
         &self,
         d_y: Rows<'_, D::Buffer>,
@@ -235,10 +243,61 @@ impl<'a, D: Device> Work<'a, D> {
             d_y,
             Rows::packed(x, self.first, hidden),
             Rows::packed(rstd, self.first, 1),
-            self.rows,
+            [self.rows, 1],
             self.model.weights.vector(tensor),
             RowsMut::packed(d, 0, hidden),
         )
+    }
+
+    /// From the gradient `d` of the sum of the residual stream and a block to that of the block's last product, which
+    /// is also added to `d_product`. `d_norm` sums the gradient of the norm between them, where there is one.
+    fn block_grad(
+        &self,
+        d: &D::Buffer,
+        norm: &Normed<D>,
+        tensor: usize,
+        [d_norm, d_product]: [&mut D::Buffer; 2],
+    ) -> Result<Option<D::Buffer>> {
+        let (model, hidden) = (self.model, self.model.config.hidden_size);
+        let (device, factor) = (&model.device, model.config.switches.residual_multiplier);
+        let mut product = None;
+        if factor != 1.0 {
+            let dst = product.insert(device.empty(Kind::Activation, self.rows * hidden)?);
+            let (src, dst) = (Rows::packed(d, 0, hidden), RowsMut::packed(dst, 0, hidden));
+            device.scale(factor, src, dst, [self.rows, hidden], Accumulate::No)?;
+        }
+        if let Some(x) = &norm.x {
+            let d_y = product.as_ref().unwrap_or(d);
+            self.add(d_y, d_norm, hidden)?;
+            let mut d_x = device.zeros(Kind::Activation, self.rows * hidden)?;
+            let d_y = Rows::packed(d_y, 0, hidden);
+            self.norm_grad(d_y, x, &norm.rstd, tensor, &mut d_x)?;
+            product = Some(d_x);
+        }
+        self.add(product.as_ref().unwrap_or(d), d_product, hidden)?;
+        Ok(product)
+    }
+
+    /// Adds the gradient of the residual stream that comes from a block's first product, whose gradient is `d_y`, to
+    /// `d`. `d_norm` sums the gradient of the norm before the block, where there is one; `x` is the norm's input.
+    fn input_of_block(
+        &self,
+        d_y: Rows<'_, D::Buffer>,
+        product: usize,
+        (x, norm, tensor): (&D::Buffer, &Normed<D>, usize),
+        d_norm: &mut D::Buffer,
+        d: &mut D::Buffer,
+    ) -> Result<()> {
+        let hidden = self.model.config.hidden_size;
+        if norm.x.is_some() {
+            let dst = RowsMut::packed(d, 0, hidden);
+            return self.input_grad(d_y, product, dst, Accumulate::Yes);
+        }
+        let mut own = self.own(hidden)?;
+        let dst = self.target(&mut own, d_norm, hidden);
+        self.input_grad(d_y, product, dst, Accumulate::No)?;
+        let d_normed = self.summed(&own, d_norm, hidden)?;
+        self.norm_grad(d_normed, x, &norm.rstd, tensor, d)
     }
 
     /// Backward of the MLP: from the layer's output to the residual stream before the MLP.
@@ -246,10 +305,13 @@ impl<'a, D: Device> Work<'a, D> {
         let (device, config) = (&self.model.device, &self.model.config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (_, derived, sums) = group.layers[l].parts();
-        self.add(d, &mut sums.d_next, hidden)?;
+        let (norm, tensor) = (&derived.mlp_norm, index::mlp_norm(l));
+        let to = [&mut sums.d_mlp_norm, &mut sums.d_down];
+        let product = self.block_grad(d, norm, tensor, to)?;
+        let d_down = Rows::packed(product.as_ref().unwrap_or(d), 0, hidden);
         let mut d_act = device.empty(Kind::Activation, self.rows * inner)?;
         let dst = RowsMut::packed(&mut d_act, 0, inner);
-        self.input_grad(Rows::packed(d, 0, hidden), index::down(l), dst)?;
+        self.input_grad(d_down, index::down(l), dst, Accumulate::No)?;
         let mut own = self.own(2 * inner)?;
         device.swiglu_grad(
             Rows::packed(&d_act, 0, inner),
@@ -259,13 +321,9 @@ impl<'a, D: Device> Work<'a, D> {
             self.target(&mut own, &mut sums.d_gate_up, 2 * inner),
         )?;
         let d_gate_up = self.summed(&own, &mut sums.d_gate_up, 2 * inner)?;
-        let mut own = self.own(hidden)?;
-        let dst = self.target(&mut own, &mut sums.d_mid_normed, hidden);
-        self.input_grad(d_gate_up, index::gate_up(l), dst)?;
-        let d_normed = self.summed(&own, &mut sums.d_mid_normed, hidden)?;
-        let (x, rstd) = (&derived.mid, &derived.mid_rstd);
-        self.norm_grad(d_normed, x, rstd, index::mlp_norm(l), d)?;
-        self.add(d, &mut sums.d_mid, hidden)
+        let norm = (&derived.mid, norm, tensor);
+        let to = &mut sums.d_mlp_norm;
+        self.input_of_block(d_gate_up, index::gate_up(l), norm, to, d)
     }
 
     /// Backward of attention: from the residual stream after it to q, k, v before rotation, as in [`Work::own`].
@@ -278,13 +336,18 @@ impl<'a, D: Device> Work<'a, D> {
     ) -> Result<Option<D::Buffer>> {
         let (hidden, q_width) = (self.model.config.hidden_size, self.plan.q_width());
         let device = &self.model.device;
+        let (_, derived, sums) = group.layers[l].parts();
+        let norm = (&derived.attention_norm, index::attention_norm(l));
+        let to = [&mut sums.d_attention_norm, &mut sums.d_output];
+        let product = self.block_grad(d, norm.0, norm.1, to)?;
         let mut d_attended = device.empty(Kind::Activation, self.rows * q_width)?;
         let dst = RowsMut::packed(&mut d_attended, 0, q_width);
-        self.input_grad(Rows::packed(d, 0, hidden), index::output(l), dst)?;
+        let d_output = Rows::packed(product.as_ref().unwrap_or(d), 0, hidden);
+        self.input_grad(d_output, index::output(l), dst, Accumulate::No)?;
         self.attention_op(l, group, &d_attended, arrivals)
     }
 
-    /// Backward of the q, k, v projection and its norm: from q, k, v before rotation to the layer's input.
+    /// Backward of the q, k, v projection and the norms around it: from q, k, v before rotation to the layer's input.
     fn qkv(
         &self,
         l: usize,
@@ -292,16 +355,58 @@ impl<'a, D: Device> Work<'a, D> {
         d_qkv: &Option<D::Buffer>,
         d: &mut D::Buffer,
     ) -> Result<()> {
-        let hidden = self.model.config.hidden_size;
-        let width = self.plan.q_width() + 2 * self.plan.kv_width();
+        let width = self.plan.qkv_width();
         let (tape, derived, sums) = group.layers[l].parts();
         let d_qkv = self.summed(d_qkv, &mut sums.d_qkv, width)?;
-        let mut own = self.own(hidden)?;
-        let dst = self.target(&mut own, &mut sums.d_x_normed, hidden);
-        self.input_grad(d_qkv, index::qkv(l), dst)?;
-        let d_normed = self.summed(&own, &mut sums.d_x_normed, hidden)?;
-        let (x, rstd) = (&tape.x, &derived.x_rstd);
-        self.norm_grad(d_normed, x, rstd, index::attention_norm(l), d)
+        let mut own = None;
+        let d_product = match (&derived.qk, &mut sums.d_raw_qkv) {
+            (Some(qk), Some(sum)) => {
+                let raw = own.insert(self.qk_norm_grad(l, qk, d_qkv)?);
+                self.add(raw, sum, width)?;
+                Rows::packed(raw, 0, width)
+            }
+            _ => d_qkv,
+        };
+        let norm = (&tape.x, &derived.attention_norm, index::attention_norm(l));
+        let to = &mut sums.d_attention_norm;
+        self.input_of_block(d_product, index::qkv(l), norm, to, d)
+    }
+
+    /// Backward of the norms of queries and keys: the gradient of the rows `[q | k | v]` before them.
+    fn qk_norm_grad(
+        &self,
+        l: usize,
+        qk: &QkNormed<D>,
+        d_y: Rows<'_, D::Buffer>,
+    ) -> Result<D::Buffer> {
+        let (model, device, plan) = (self.model, &self.model.device, self.plan);
+        let width = plan.qkv_width();
+        let mut d_x = device.zeros(Kind::Activation, self.rows * width)?;
+        for (part, rstd) in model
+            .qk_norms(plan, l)
+            .iter()
+            .flatten()
+            .zip([&qk.q_rstd, &qk.k_rstd])
+        {
+            device.rms_norm_grad(
+                d_y.column(part.column),
+                Rows::packed(&qk.raw, self.first, width).column(part.column),
+                Rows::packed(rstd, self.first, part.groups),
+                [self.rows, part.groups],
+                model.weights.vector(part.weight),
+                RowsMut::packed(&mut d_x, 0, width).column(part.column),
+            )?;
+        }
+        let v = plan.q_width() + plan.kv_width();
+        let dst = RowsMut::packed(&mut d_x, 0, width).column(v);
+        device.copy(
+            d_y.column(v),
+            dst,
+            self.rows,
+            plan.kv_width(),
+            Accumulate::No,
+        )?;
+        Ok(d_x)
     }
 
     /// Backward of the segment attention operation. Returns the gradient of q, k, v before rotation, as in
@@ -339,6 +444,7 @@ impl<'a, D: Device> Work<'a, D> {
         let mut d_gate = device.empty(Kind::Exact, spans.len() * heads.q)?;
         let call = Attention {
             heads,
+            scale: plan.scale,
             past_gate: &gates,
             prior_heads: &prior_heads,
             spans: &spans,
@@ -364,7 +470,7 @@ impl<'a, D: Device> Work<'a, D> {
             heads.q,
             self.accumulate(),
         )?;
-        let stride = q_width + 2 * kv_width;
+        let stride = plan.qkv_width();
         let mut own = self.own(stride)?;
         let angles = group.step.angles(plan);
         device.join_qkv(
@@ -374,12 +480,12 @@ impl<'a, D: Device> Work<'a, D> {
                 Rows::packed(&d_v, 0, kv_width),
             ],
             heads,
-            group.slots.tables(),
+            group.slots.tables(l),
             &angles[self.first..self.first + self.rows],
             self.target(&mut own, &mut sums.d_qkv, stride),
         )?;
         if send {
-            self.send(group, &d_prior, arrivals)?;
+            self.send(group.slots.tables(l), &d_prior, arrivals)?;
         }
         Ok(own)
     }
@@ -387,13 +493,13 @@ impl<'a, D: Device> Work<'a, D> {
     /// Writes the rows of `src` to `dst`, with the rotation by `angles` undone.
     fn unrotate(
         &self,
-        group: &Group<D>,
+        tables: (&D::Buffer, &D::Buffer),
         src: Rows<'_, D::Buffer>,
         dst: RowsMut<'_, D::Buffer>,
         heads: usize,
         angles: &[usize],
     ) -> Result<()> {
-        let (tables, dim) = (group.slots.tables(), self.plan.heads.dim);
+        let dim = self.plan.heads.dim;
         let device = &self.model.device;
         device.rope(src, dst, heads, dim, tables, angles, true, Accumulate::No)
     }
@@ -401,7 +507,7 @@ impl<'a, D: Device> Work<'a, D> {
     /// Sends the prior gradient of each span to the segments that computed the rows, as far as its stream goes back.
     fn send(
         &self,
-        group: &Group<D>,
+        tables: (&D::Buffer, &D::Buffer),
         d_prior: &(D::Buffer, D::Buffer),
         arrivals: &mut Arrivals<D>,
     ) -> Result<()> {
@@ -420,7 +526,7 @@ impl<'a, D: Device> Work<'a, D> {
                 let position = plan.origin() - tail;
                 let angles: Vec<usize> = rows.clone().map(|row| position + row).collect();
                 let dst = RowsMut::packed(&mut k, 0, width);
-                self.unrotate(group, from(&d_prior.0), dst, heads, &angles)?;
+                self.unrotate(tables, from(&d_prior.0), dst, heads, &angles)?;
                 let dst = RowsMut::packed(&mut v, 0, width);
                 device.copy(from(&d_prior.1), dst, rows.len(), width, Accumulate::No)?;
                 let rows = rows.len();
@@ -441,7 +547,7 @@ impl<'a, D: Device> Work<'a, D> {
         d_qkv: &mut Option<D::Buffer>,
     ) -> Result<()> {
         let (device, width) = (&self.model.device, self.plan.kv_width());
-        let (k_column, stride) = (self.plan.q_width(), self.plan.q_width() + 2 * width);
+        let (k_column, stride) = (self.plan.q_width(), self.plan.qkv_width());
         let (_, _, sums) = group.layers[l].parts();
         let spans = &group.step.spans[self.spans.clone()];
         for (span, (segment, sequence)) in spans.iter().zip(&self.span_indices) {

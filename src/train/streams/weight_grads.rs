@@ -7,7 +7,7 @@ use crate::device::{
     Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Role, TensorSpec, index};
+use crate::model::parameters::{Extra, Role, TensorSpec, index};
 use crate::model::state::Plan;
 
 /// Gradients of every tensor of a model, in the order of its specs. They accumulate until [`Gradients::clear`].
@@ -135,12 +135,20 @@ impl<D: Device> Gradients<D> {
     ) -> Result<()> {
         let hidden = model.config.hidden_size;
         let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
-        let d_y = Rows::packed(&group.d_embedded, row, hidden);
         let tokens = &group.step.tokens[row..row + rows];
-        match self.tensor_mut(index::EMBEDDING) {
-            Some(d_table) => model.device.embed_grad(d_y, hidden, tokens, d_table),
-            None => Ok(()),
+        let Some(d_table) = self.tensor_mut(index::EMBEDDING) else {
+            return Ok(());
+        };
+        let mut d_y = Rows::packed(&group.d_embedded, row, hidden);
+        let (device, factor) = (&model.device, model.config.switches.embedding_multiplier);
+        let mut scaled = None;
+        if factor != 1.0 {
+            let to = scaled.insert(device.empty(Kind::Activation, rows * hidden)?);
+            let dst = RowsMut::packed(to, 0, hidden);
+            device.scale(factor, d_y, dst, [rows, hidden], Accumulate::No)?;
+            d_y = Rows::packed(to, 0, hidden);
         }
+        device.embed_grad(d_y, hidden, tokens, d_table)
     }
 
     /// Adds the contribution of a span to the gradients of layer `l`, after its last pass through that layer.
@@ -154,7 +162,7 @@ impl<D: Device> Gradients<D> {
     ) -> Result<()> {
         let (device, config) = (&model.device, &model.config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let (q_width, qkv) = (plan.q_width(), plan.q_width() + 2 * plan.kv_width());
+        let (q_width, qkv) = (plan.q_width(), plan.qkv_width());
         let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
         let (tape, derived, sums) = group.layers[l].parts();
         let at = |buffer, width| Rows::packed(buffer, row, width);
@@ -168,49 +176,67 @@ impl<D: Device> Gradients<D> {
             let dst = RowsMut::packed(&mut act, 0, inner);
             device.swiglu(at(&derived.gate_up, 2 * inner), rows, inner, dst)?;
         }
+        let d_qkv = sums.d_raw_qkv.as_ref().unwrap_or(&sums.d_qkv);
+        let (first, second) = (&derived.attention_norm, &derived.mlp_norm);
         let gemms = [
             (
-                index::qkv(l),
-                at(&sums.d_qkv, qkv),
-                at(&derived.x_normed, hidden),
+                (index::qkv(l), Extra::QkvBias),
+                at(d_qkv, qkv),
+                at(first.y.as_ref().unwrap_or(&tape.x), hidden),
                 [qkv, hidden],
             ),
             (
-                index::output(l),
-                at(&sums.d_mid, hidden),
+                (index::output(l), Extra::OutputBias),
+                at(&sums.d_output, hidden),
                 at(&tape.attended, q_width),
                 [hidden, q_width],
             ),
             (
-                index::gate_up(l),
+                (index::gate_up(l), Extra::GateUpBias),
                 at(&sums.d_gate_up, 2 * inner),
-                at(&derived.mid_normed, hidden),
+                at(second.y.as_ref().unwrap_or(&derived.mid), hidden),
                 [2 * inner, hidden],
             ),
             (
-                index::down(l),
-                at(&sums.d_next, hidden),
+                (index::down(l), Extra::DownBias),
+                at(&sums.d_down, hidden),
                 Rows::packed(&act, 0, inner),
                 [hidden, inner],
             ),
         ];
-        for (tensor, d_y, x, shape) in gemms {
+        for ((tensor, bias), d_y, x, shape) in gemms {
             if let Some(tensor) = self.tensor_mut(tensor) {
                 device.linear_weight_grad(d_y, x, rows, shape, tensor)?;
             }
+            let bias = model.extra(l, bias);
+            if let Some(bias) = bias.and_then(|bias| self.tensor_mut(bias)) {
+                device.column_sums(d_y, rows, bias)?;
+            }
         }
-        let (x, mid) = (
-            (&tape.x, &derived.x_rstd),
-            (&derived.mid, &derived.mid_rstd),
-        );
         let norms = [
-            (index::attention_norm(l), &sums.d_x_normed, x),
-            (index::mlp_norm(l), &sums.d_mid_normed, mid),
+            (
+                index::attention_norm(l),
+                &sums.d_attention_norm,
+                first,
+                &tape.x,
+            ),
+            (index::mlp_norm(l), &sums.d_mlp_norm, second, &derived.mid),
         ];
-        for (tensor, d_y, (x, rstd)) in norms {
-            let (d_y, x, rstd) = (at(d_y, hidden), at(x, hidden), at(rstd, 1));
+        for (tensor, d_y, norm, before) in norms {
+            let x = norm.x.as_ref().unwrap_or(before);
+            let (d_y, x, rstd) = (at(d_y, hidden), at(x, hidden), at(&norm.rstd, 1));
             if let Some(tensor) = self.tensor_mut(tensor) {
-                device.rms_norm_weight_grad(d_y, x, rstd, rows, tensor)?;
+                device.rms_norm_weight_grad(d_y, x, rstd, [rows, 1], tensor)?;
+            }
+        }
+        if let Some(qk) = &derived.qk {
+            let parts = model.qk_norms(plan, l);
+            for (part, rstd) in parts.iter().flatten().zip([&qk.q_rstd, &qk.k_rstd]) {
+                let [d_y, x] = [&sums.d_qkv, &qk.raw].map(|all| at(all, qkv).column(part.column));
+                let (rstd, shape) = (at(rstd, part.groups), [rows, part.groups]);
+                if let Some(tensor) = self.tensor_mut(part.weight) {
+                    device.rms_norm_weight_grad(d_y, x, rstd, shape, tensor)?;
+                }
             }
         }
         let (heads, src) = (

@@ -1,0 +1,271 @@
+//! Every family and switch against Transformers: tiny random models, whose log-probabilities and gradients
+//! `tests/golden/families/make.py` writes. The same models with segments: equal bits (docs/contract.md, section 4).
+
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use segattn::device::Device;
+use segattn::device::cpu::Cpu;
+use segattn::device::reference::Reference;
+use segattn::model::config::ModelConfig;
+use segattn::model::decoder::Decoder;
+use segattn::model::parameters::specs;
+use segattn::model::session::{Feed, Session, score};
+use segattn::model::weights::{Checkpoint, SaveOptions, save};
+use segattn::train::streams::{Gradients, StreamConfig, accumulate};
+use serde_json::{Value, json};
+
+/// Largest error of a log-probability, and of a gradient relative to the largest of its tensor.
+const ERRORS: [f64; 2] = [2e-4, 1e-3];
+
+fn golden() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families");
+    let entries = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path());
+    let mut folders: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
+    folders.sort();
+    assert!(folders.len() >= 16, "{folders:?}");
+    folders
+}
+
+/// A tensor of numbers or of ids.
+fn numbers(file: &SafeTensors<'_>, name: &str) -> Vec<f64> {
+    let tensor = file.tensor(name).unwrap();
+    let bytes = tensor.data();
+    match tensor.dtype() {
+        safetensors::Dtype::F64 => (bytes.chunks(8))
+            .map(|b| f64::from_le_bytes(b.try_into().unwrap()))
+            .collect(),
+        safetensors::Dtype::F32 => (bytes.chunks(4))
+            .map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap())))
+            .collect(),
+        safetensors::Dtype::I64 => (bytes.chunks(8))
+            .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f64)
+            .collect(),
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+fn tokens(file: &SafeTensors<'_>) -> Vec<u32> {
+    numbers(file, "tokens").iter().map(|t| *t as u32).collect()
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |a, x| x.abs().max(a))
+}
+
+/// The model of a folder, with this `segment` object.
+fn load<D: Device>(device: D, folder: &Path, segment: Option<&Value>) -> Decoder<D> {
+    let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let mut json: Value = serde_json::from_str(&text).unwrap();
+    if let Some(segment) = segment {
+        json["segment"] = segment.clone();
+    }
+    let config = ModelConfig::from_json(json).unwrap_or_else(|e| panic!("{folder:?}: {e}"));
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    checkpoint.load(device, config, true).unwrap()
+}
+
+const STREAMS: StreamConfig = StreamConfig {
+    tbptt: 1,
+    segments_per_step: 2,
+    recompute: false,
+};
+
+/// Log-probabilities, and the gradients of their negative sum under the names of files.
+fn gradients<D: Device>(
+    model: &Decoder<D>,
+    tokens: &[u32],
+    streams: StreamConfig,
+) -> (Vec<f64>, Vec<(String, Vec<f64>)>) {
+    let mut gradients = Gradients::new(model).unwrap();
+    let scored = accumulate(model, &[tokens.to_vec()], streams, 1.0, &mut gradients).unwrap();
+    let mut named = Vec::new();
+    let buffers = gradients.finish(&model.device).unwrap();
+    for (spec, buffer) in model.specs.iter().zip(buffers) {
+        let mut values = model.device.read(buffer, 0..spec.role.len()).unwrap();
+        spec.for_file(&mut values);
+        let mut rest = values.as_slice();
+        for (name, shape) in &spec.parts {
+            let (part, more) = rest.split_at(shape.iter().product());
+            named.push((name.clone(), part.iter().map(|x| f64::from(*x)).collect()));
+            rest = more;
+        }
+    }
+    (scored.concat(), named)
+}
+
+fn agrees_with_transformers<D: Device + Copy>(device: D) {
+    let mut wrong = Vec::new();
+    for folder in golden() {
+        let family = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+        let expected = SafeTensors::deserialize(&bytes).unwrap();
+        let model = load(device, &folder, None);
+        let (scored, named) = gradients(&model, &tokens(&expected), STREAMS);
+        let scores = numbers(&expected, "log_probabilities");
+        assert_eq!(scored.len(), scores.len(), "{family}");
+        let mut check = |what: &str, got: &[f64], expected: &[f64], bound: f64| {
+            assert_eq!(got.len(), expected.len(), "{family}: {what}");
+            let errors: Vec<f64> = got.iter().zip(expected).map(|(a, b)| a - b).collect();
+            let error = largest(&errors);
+            // Written so that NaN is wrong too.
+            if !(error <= bound) {
+                wrong.push(format!(
+                    "{family}: {what} is off by {error:.2e}, allowed {bound:.2e}"
+                ));
+            }
+        };
+        check("log-probability", &scored, &scores, ERRORS[0]);
+        let mut compared = 0;
+        for (name, gradient) in &named {
+            if name.ends_with("past_gate") {
+                continue;
+            }
+            let wanted = numbers(&expected, &format!("grad.{name}"));
+            assert!(largest(&wanted) > 0.0, "{family}: {name} does not matter");
+            check(name, gradient, &wanted, ERRORS[1] * largest(&wanted));
+            compared += 1;
+        }
+        assert_eq!(
+            compared + 2,
+            expected.names().len(),
+            "{family}: all gradients"
+        );
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn log_probabilities_and_gradients_are_those_of_transformers_in_f64() {
+    agrees_with_transformers(Reference);
+}
+
+#[test]
+fn log_probabilities_and_gradients_are_those_of_transformers_on_the_cpu() {
+    agrees_with_transformers(Cpu);
+}
+
+/// Segments of 8 tokens; every head reads something else.
+fn segment(folder: &Path) -> Value {
+    let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let config = ModelConfig::from_json(serde_json::from_str(&text).unwrap()).unwrap();
+    let reads = [json!(["prior", "past"]), json!(["past"]), json!(["prior"])];
+    let layer = |l: usize| -> Value {
+        let heads = 0..config.num_key_value_heads;
+        heads.map(|h| reads[(l + h) % 3].clone()).collect()
+    };
+    let layers: Value = (0..config.num_hidden_layers).map(layer).collect();
+    json!({
+        "segment_len": 8, "prior_len": 4, "past_len": 4, "sink_len": 1, "head_reads": layers,
+        "retrieval": {"queries": 3, "window_len": 2},
+    })
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// The log-probabilities, fed in pieces of 1, 2, ... tokens.
+fn in_pieces<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
+    let mut session = Session::new(model, 1, tokens.len(), 1).unwrap();
+    let (mut scored, mut at) = (Vec::new(), 0);
+    for step in 1.. {
+        let end = (at + step).min(tokens.len() - 1);
+        let feed = Feed {
+            sequence: 0,
+            tokens: &tokens[at..end],
+            targets: &tokens[at + 1..=end],
+            breaks: &[],
+        };
+        scored.extend(session.feed(&[feed]).unwrap().remove(0));
+        at = end;
+        if at + 1 == tokens.len() {
+            break;
+        }
+    }
+    scored
+}
+
+fn equal_bits<D: Device + Copy>(device: D) {
+    for folder in golden() {
+        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+        let tokens = tokens(&SafeTensors::deserialize(&bytes).unwrap());
+        let model = load(device, &folder, Some(&segment(&folder)));
+        let expected = score(&model, &tokens, 1).unwrap();
+        assert!(expected.iter().all(|x| x.is_finite()), "{folder:?}");
+        assert_eq!(
+            bits(&score(&model, &tokens, 3).unwrap()),
+            bits(&expected),
+            "{folder:?}"
+        );
+        assert_eq!(
+            bits(&in_pieces(&model, &tokens)),
+            bits(&expected),
+            "{folder:?}"
+        );
+        let (scored, first) = gradients(&model, &tokens, STREAMS);
+        let scored: Vec<f32> = scored.iter().map(|x| *x as f32).collect();
+        assert_eq!(bits(&scored), bits(&expected), "{folder:?}, training");
+        let other = StreamConfig {
+            segments_per_step: usize::MAX,
+            recompute: true,
+            ..STREAMS
+        };
+        assert!(
+            gradients(&model, &tokens, other).1 == first,
+            "{folder:?}, gradients"
+        );
+    }
+}
+
+#[test]
+fn training_scoring_and_decoding_agree_to_the_bit_in_f64() {
+    equal_bits(Reference);
+}
+
+#[test]
+fn training_scoring_and_decoding_agree_to_the_bit_on_the_cpu() {
+    equal_bits(Cpu);
+}
+
+#[test]
+fn a_folder_is_written_as_it_was_read() {
+    for folder in golden() {
+        let config = ModelConfig::load(&folder).unwrap();
+        assert_eq!(config.ignored_keys(), Vec::<&str>::new(), "{folder:?}");
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let (out, specs) = (tempfile::tempdir().unwrap(), specs(&config));
+        let values = |i: usize| checkpoint.read(&specs[i]);
+        let options = SaveOptions::new(config.dtype.unwrap());
+        save(out.path(), &config, values, options).unwrap();
+        let written = Checkpoint::open(out.path()).unwrap();
+        assert_eq!(
+            written.fingerprint().unwrap(),
+            checkpoint.fingerprint().unwrap(),
+            "{folder:?}"
+        );
+        let read = |folder: &Path| -> Value {
+            serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+        };
+        let (before, after) = (read(&folder), read(out.path()));
+        for (key, value) in before.as_object().unwrap() {
+            assert_eq!(after[key], *value, "{folder:?}: {key}");
+        }
+    }
+}
+
+#[test]
+fn values_of_parts_survive_the_order_of_heads() {
+    let folder = golden().into_iter().find(|f| f.ends_with("phi3")).unwrap();
+    let config = ModelConfig::load(&folder).unwrap();
+    let spec = specs(&config)
+        .into_iter()
+        .find(|s| s.heads.is_some())
+        .unwrap();
+    let before: Vec<f32> = (0..spec.role.len()).map(|i| i as f32).collect();
+    let mut values = before.clone();
+    spec.keep(&mut values);
+    assert!(values != before);
+    spec.for_file(&mut values);
+    assert!(values == before);
+}
