@@ -52,11 +52,11 @@ SEGATTN_FN void rms_norm(const SegattnNormParams& p) {
     unpack_vector(r_x, r_held[i]);
     if (p.residual.data) {
       float r_residual[kVector];
-      load_vector(r_residual, row_of<const Bf16>(p.residual, row) + column);
+      load_vector(r_residual, group_of<const Bf16>(p, p.residual, row) + column);
 #pragma unroll
       for (int e = 0; e < kVector; e++) r_x[e] += r_residual[e];
       r_held[i] = pack_vector(r_x);
-      *(uint4*)(row_of<Bf16>(p.x_sum, row) + column) = r_held[i];
+      *(uint4*)(group_of<Bf16>(p, p.x_sum, row) + column) = r_held[i];
       unpack_vector(r_x, r_held[i]);
     }
 #pragma unroll

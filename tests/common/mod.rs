@@ -47,6 +47,7 @@ pub fn values(config: &ModelConfig, seed: u64) -> Vec<Vec<f64>> {
     let mut draw = |role: Role| match role {
         Role::Matrix { .. } => (0..role.len()).map(|_| 1.2 * next()).collect(),
         Role::Norm { .. } => (0..role.len()).map(|_| 1.0 + 0.3 * next()).collect(),
+        Role::Bias { .. } => (0..role.len()).map(|_| 0.5 * next()).collect(),
         // Gates are f32 on every device: multiples of 1/64 keep them, and steps on them, exact.
         Role::Gate { .. } => (0..role.len())
             .map(|_| 0.75 + (64.0 * next()).round() / 64.0)

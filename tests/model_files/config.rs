@@ -114,8 +114,8 @@ fn rope_parameters_mean_the_same_as_the_older_keys() {
     newer = with(newer, "/rope_parameters/rope_theta", json!(500000.0));
     let config = ModelConfig::from_json(newer.clone()).unwrap();
     assert_eq!(
-        (config.rope_theta, config.rope_scaling),
-        (old.rope_theta, old.rope_scaling)
+        (config.rope_theta, &config.rope_scaling),
+        (old.rope_theta, &old.rope_scaling)
     );
     let written = config.to_json();
     assert_eq!(written["rope_parameters"], newer["rope_parameters"]);

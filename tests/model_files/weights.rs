@@ -244,6 +244,7 @@ fn double_precision_and_names_without_their_beginning_load() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let spec = TensorSpec {
         role: Role::Norm { len: 4 },
+        heads: None,
         parts: vec![("x".to_owned(), vec![4])],
     };
     assert_eq!(checkpoint.read(&spec).unwrap(), numbers.map(|x| x as f32));

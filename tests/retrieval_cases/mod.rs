@@ -145,6 +145,7 @@ pub fn select<D: Device>(
         group: GROUP,
     };
     let selection = Selection {
+        scale: None,
         kv_heads: &HEADS,
         eligible,
         rows,

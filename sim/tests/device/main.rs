@@ -4,6 +4,7 @@ mod breaks;
 mod buffers;
 mod common;
 mod decode;
+mod families;
 mod faults;
 mod memory;
 mod model;

@@ -428,6 +428,7 @@ fn selections_that_a_pool_does_not_allow_are_errors() {
     let select = |probes: Probes<'_, Buffer>, kv_heads: &[usize], eligible: &[_], rule| {
         let (rows, of) = (4, eligible);
         let selection = Selection {
+            scale: None,
             kv_heads,
             eligible: of,
             rows,
@@ -476,6 +477,7 @@ fn attention_on_slots_that_are_not_there_is_an_error() {
     let attend = |step_rows: StepRows, spans: &[SlotSpan], lse_len: usize, kind: Kind| {
         let (mut out, mut lse) = (activations(&gpu, 4 * 64), gpu.zeros(kind, lse_len)?);
         let call = Attention {
+            scale: None,
             heads: Heads {
                 q: 2,
                 kv: 1,

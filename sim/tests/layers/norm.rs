@@ -59,14 +59,25 @@ struct Outputs {
 
 /// All three kernels, the gradients from the forward's results; rows `gap` elements apart.
 fn run(gpu: &mut Gpu, inputs: &Inputs, with_residual: bool, gap: usize) -> Outputs {
+    run_in_groups(gpu, inputs, with_residual, (gap, 1))
+}
+
+/// The same with `groups` rows of the norm in a row of memory.
+fn run_in_groups(
+    gpu: &mut Gpu,
+    inputs: &Inputs,
+    with_residual: bool,
+    (gap, groups): (usize, usize),
+) -> Outputs {
     let (rows, width) = (inputs.rows, inputs.width);
-    let size = [rows, width];
-    let x = Matrix::of(gpu, "x", &inputs.x, width, gap);
-    let residual = Matrix::of(gpu, "residual", &inputs.residual, width, gap + 8);
+    let in_memory = groups * width;
+    let size = [rows / groups, in_memory];
+    let x = Matrix::of(gpu, "x", &inputs.x, in_memory, gap);
+    let residual = Matrix::of(gpu, "residual", &inputs.residual, in_memory, gap + 8);
     let x_sum = Matrix::poisoned::<bf16>(gpu, "x_sum", size, gap + 16);
     let y = Matrix::poisoned::<bf16>(gpu, "y", size, gap);
-    let d_y = Matrix::of(gpu, "d_y", &inputs.d_y, width, gap);
-    let d_x = Matrix::of(gpu, "d_x", &inputs.d_x, width, gap);
+    let d_y = Matrix::of(gpu, "d_y", &inputs.d_y, in_memory, gap);
+    let d_x = Matrix::of(gpu, "d_x", &inputs.d_x, in_memory, gap);
     let rstd = gpu.alloc("rstd", rows * 4).expect("memory");
     let weight = gpu.input("weight", &inputs.weight).expect("memory");
     let d_weight = gpu.upload("d_weight", &inputs.d_weight).expect("memory");
@@ -86,6 +97,7 @@ fn run(gpu: &mut Gpu, inputs: &Inputs, with_residual: bool, gap: usize) -> Outpu
         d_weight: d_weight.ptr(),
         rows: rows as i64,
         width: width as i32,
+        groups: groups as i32,
         add: 1,
         eps: EPS,
     };
@@ -207,6 +219,7 @@ fn a_gradient_that_is_set_does_not_read_what_was_there() {
         d_weight: std::ptr::null_mut(),
         rows: 3,
         width: 264,
+        groups: 1,
         add: 0,
         eps: EPS,
     };
@@ -244,6 +257,49 @@ fn no_rows_leave_the_weight_gradient_as_it_is() {
     let outputs = run(&mut gpu(1), &inputs, true, 0);
     let before: Vec<u32> = inputs.d_weight.iter().map(|w| w.to_bits()).collect();
     assert_eq!(outputs.d_weight, before);
+}
+
+#[test]
+fn groups_of_a_row_are_normed_as_rows_are() {
+    let inputs = Inputs::new(84, 40);
+    let expected = run(&mut gpu(1), &inputs, true, 0);
+    for groups in [2, 3, 84] {
+        let got = run_in_groups(&mut gpu(2), &inputs, true, (8, groups));
+        assert_eq!(got, expected, "{groups} groups");
+    }
+}
+
+#[test]
+fn without_x_the_rows_are_summed() {
+    let (rows, width) = (300, 72);
+    let inputs = Inputs::new(rows, width);
+    let gpu = &mut gpu(1);
+    let d_y = Matrix::of(gpu, "d_y", &inputs.d_y, width, 8);
+    let d_weight = gpu.upload("sums", &inputs.d_weight).expect("memory");
+    let params = SegattnNormParams {
+        x: NO_ROWS,
+        residual: NO_ROWS,
+        x_sum: NO_ROWS,
+        weight: std::ptr::null(),
+        y: NO_ROWS,
+        rstd: std::ptr::null_mut(),
+        d_y: d_y.view(),
+        d_x: NO_ROWS,
+        d_weight: d_weight.ptr(),
+        rows: rows as i64,
+        width: width as i32,
+        groups: 1,
+        add: 0,
+        eps: EPS,
+    };
+    let (kernel, blocks) = ("rms_norm_weight_grad_bf16", width.div_ceil(16));
+    launch(gpu, norm(), kernel, blocks, None, &params);
+    let mut expected = inputs.d_weight.clone();
+    for row in inputs.d_y.chunks(width) {
+        let terms = expected.iter_mut().zip(row);
+        terms.for_each(|(sum, x)| *sum += x.to_f32());
+    }
+    assert_eq!(gpu.download::<f32>(d_weight), expected);
 }
 
 #[test]
@@ -331,6 +387,7 @@ fn offsets_beyond_32_bits_are_kept() {
         d_weight: std::ptr::null_mut(),
         rows: rows as i64,
         width: width as i32,
+        groups: 1,
         add: 0,
         eps: EPS,
     };
@@ -360,6 +417,7 @@ fn another_number_of_threads_is_refused() {
         d_weight: std::ptr::null_mut(),
         rows: 1,
         width: 64,
+        groups: 1,
         add: 0,
         eps: EPS,
     };

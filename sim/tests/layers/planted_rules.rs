@@ -136,11 +136,11 @@ pub const SURVIVORS: [[&str; 3]; 6] = [
     ],
 ];
 
-const NORM: [Rule; 19] = [
+const NORM: [Rule; 23] = [
     drop_statement("__syncthreads()"),
     drop_statement("if (column >= p.width) break"),
     replace("r_x[e] += r_residual[e]", "r_x[e] = r_residual[e]"),
-    drop_statement("*(uint4*)(row_of<Bf16>(p.x_sum"),
+    drop_statement("*(uint4*)(group_of<Bf16>(p, p.x_sum"),
     // The sum must be taken of what was rounded.
     replace("      unpack_vector(r_x, r_held[i]);\n    }", "    }"),
     replace("+ p.eps", "- p.eps"),
@@ -169,6 +169,10 @@ const NORM: [Rule; 19] = [
         "first + C::kRows + tile_row, column",
         "first + C::kRows + tile_row + 1, column",
     ),
+    replace("row % p.groups * p.width", "0"),
+    replace("row_of<T>(rows, row / p.groups)", "row_of<T>(rows, row)"),
+    drop_statement("if (!p.x.data) continue"),
+    replace("    if (p.x.data) {", "    {"),
 ];
 
 const REDUCE: [Rule; 8] = [
