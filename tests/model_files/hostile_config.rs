@@ -26,10 +26,10 @@ pub fn refused(value: Value, key: &str) {
 #[test]
 fn unsupported_features_say_what_is_supported() {
     for (key, value) in [
-        ("model_type", json!("mistral")),
+        ("model_type", json!("mixtral")),
         ("hidden_act", json!("gelu")),
-        ("attention_bias", json!(true)),
-        ("mlp_bias", json!(true)),
+        ("use_bias", json!(true)),
+        ("qk_norm", json!(true)),
         ("pretraining_tp", json!(2)),
         ("partial_rotary_factor", json!(0.5)),
         ("architectures", json!(["MistralForCausalLM"])),
@@ -37,7 +37,7 @@ fn unsupported_features_say_what_is_supported() {
         ("torch_dtype", json!("int8")),
         (
             "rope_scaling",
-            json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}),
+            json!({"rope_type": "proportional", "factor": 2.0}),
         ),
         ("is_causal", json!(false)),
         ("sliding_window", json!(4096)),
@@ -67,6 +67,84 @@ fn unsupported_features_say_what_is_supported() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn families_that_are_not_computed_are_refused_with_what_is_missing() {
+    for (name, missing) in [
+        ("gemma3_text", "soft caps"),
+        ("gpt_oss", "sink logits"),
+        ("mixtral", "experts"),
+        ("qwen3_moe", "experts"),
+        ("olmo3", "sliding windows"),
+        ("phi", "layer norms"),
+        ("ministral3", "queries scaled"),
+        ("nobody_knows", "llama, qwen2"),
+    ] {
+        let error = ModelConfig::from_json(with(small(), "/model_type", json!(name))).unwrap_err();
+        assert_eq!(key_of(&error), "model_type");
+        assert!(error.to_string().contains(missing), "{error}");
+    }
+}
+
+#[test]
+fn families_refuse_what_they_do_not_compute_by_key() {
+    let base = |model_type: &str, class: &str| {
+        let named = with(small(), "/model_type", json!(model_type));
+        with(named, "/architectures", json!([class]))
+    };
+    let mistral = base("mistral", "MistralForCausalLM");
+    // Left out, the window is 4096.
+    refused(mistral.clone(), "sliding_window");
+    refused(
+        with(mistral.clone(), "/sliding_window", json!(4096)),
+        "sliding_window",
+    );
+    for window in [Value::Null, json!(131_072)] {
+        ModelConfig::from_json(with(mistral.clone(), "/sliding_window", window)).unwrap();
+    }
+    let plain = with(mistral, "/sliding_window", Value::Null);
+    refused(
+        with(plain, "/attention_bias", json!(true)),
+        "attention_bias",
+    );
+    let qwen = base("qwen2", "Qwen2ForCausalLM");
+    ModelConfig::from_json(with(qwen.clone(), "/sliding_window", json!(4096))).unwrap();
+    let windowed = with(qwen.clone(), "/use_sliding_window", json!(true));
+    refused(
+        with(windowed, "/sliding_window", json!(4096)),
+        "sliding_window",
+    );
+    let layers = json!(["full_attention", "sliding_attention"]);
+    refused(with(qwen.clone(), "/layer_types", layers), "layer_types");
+    refused(
+        with(qwen, "/architectures", json!(["LlamaForCausalLM"])),
+        "architectures",
+    );
+    let smollm = base("smollm3", "SmolLM3ForCausalLM");
+    for list in [json!([1]), json!([1, 2]), json!([1, "0"])] {
+        refused(
+            with(smollm.clone(), "/no_rope_layers", list),
+            "no_rope_layers",
+        );
+    }
+    let granite = base("granite", "GraniteForCausalLM");
+    refused(with(granite, "/logits_scaling", json!(0)), "logits_scaling");
+    let phi = base("phi3", "Phi3ForCausalLM");
+    refused(
+        with(phi.clone(), "/partial_rotary_factor", json!(0)),
+        "partial_rotary_factor",
+    );
+    let short = json!({"rope_type": "longrope", "short_factor": [1], "long_factor": [1, 1, 1, 1]});
+    refused(
+        with(phi.clone(), "/rope_scaling", short.clone()),
+        "rope_scaling.original_max_position_embeddings",
+    );
+    let original = with(phi, "/original_max_position_embeddings", json!(64));
+    refused(
+        with(original, "/rope_scaling", short),
+        "rope_scaling.short_factor",
+    );
 }
 
 #[test]
