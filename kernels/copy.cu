@@ -1,6 +1,6 @@
 // Copies of rows [rows, width] between buffers of either precision: dst = factor src, or dst += factor src, in f32 and
-// rounded to dst once. No sums over elements, so an element's bits are its own. Bytes an element: those of both sides (and dst
-// once more for +=).
+// rounded to dst once. No sums over elements, so an element's bits are its own. Bytes an element: those of both sides
+// (and dst once more for +=).
 #include "vectors.cuh"
 
 struct CopyConfig {

@@ -10,15 +10,21 @@
 //! 3. one attention call over all slots;
 //! 4. the MLP.
 //!
-//! Biases, further norms and factors are as the model's switches say (`model::switches`). Rows interact only in attention.
+//! Biases, further norms and factors are as the model's switches say (`model::switches`, `decoder::blocks`). Rows
+//! interact only in attention.
+
+mod blocks;
+mod tape;
 
 use super::config::ModelConfig;
 use super::parameters::{Extra, TensorSpec, Weights, index, specs};
 use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
-use super::switches::QkNorm;
 use crate::device::{
     Accumulate, Attention, Device, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan, StepRows,
 };
+
+use blocks::Block;
+pub use tape::{Derived, LayerTape, Normed, QkNormed};
 
 /// Rows of one segment of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,56 +97,6 @@ impl Step {
             spans,
         }
     }
-}
-
-/// Activations of a layer that its backward pass needs and that cannot be recomputed without attention.
-#[derive(Debug)]
-pub struct LayerTape<D: Device> {
-    /// The layer's input `[rows, hidden]`.
-    pub x: D::Buffer,
-    /// Attention's output `[rows, q_heads * head_dim]`.
-    pub attended: D::Buffer,
-    /// Attention's log-sum-exp, `[q_heads, rows]` for each span, spans packed.
-    pub lse: D::Buffer,
-}
-
-/// The other activations that the backward pass needs. [`Decoder::derive`] recomputes them from the tape.
-#[derive(Debug)]
-pub struct Derived<D: Device> {
-    /// The norm of attention: of the layer's input, or of what attention adds to it.
-    pub attention_norm: Normed<D>,
-    /// Rotated queries.
-    pub q: D::Buffer,
-    /// Queries and keys before their norm, where they have one.
-    pub qk: Option<QkNormed<D>>,
-    /// The residual stream between attention and MLP.
-    pub mid: D::Buffer,
-    /// The norm of the MLP: of `mid`, or of what the MLP adds to it.
-    pub mlp_norm: Normed<D>,
-    /// Gate and up `[rows, 2 * inner]`.
-    pub gate_up: D::Buffer,
-}
-
-/// A norm of rows as wide as the residual stream.
-#[derive(Debug)]
-pub struct Normed<D: Device> {
-    /// What is normed, where it is kept nowhere else: where the norm stands after the block.
-    pub x: Option<D::Buffer>,
-    /// Its norm; `None` where it was added to the residual stream and is not needed any more.
-    pub y: Option<D::Buffer>,
-    /// Reciprocal root mean square of each row.
-    pub rstd: D::Buffer,
-}
-
-/// The input of the norms of queries and keys.
-#[derive(Debug)]
-pub struct QkNormed<D: Device> {
-    /// Rows `[q | k | v]` before the norms.
-    pub raw: D::Buffer,
-    /// Reciprocal root mean squares of the queries, `[rows, groups]`.
-    pub q_rstd: D::Buffer,
-    /// Those of the keys.
-    pub k_rstd: D::Buffer,
 }
 
 /// A model on a device.
@@ -265,54 +221,6 @@ impl<D: Device> Decoder<D> {
         self.times(self.config.switches.embedding_multiplier, x, [rows, hidden])
     }
 
-    /// `factor * x`; `x` itself where the factor is 1.
-    pub(crate) fn times(
-        &self,
-        factor: f64,
-        x: D::Buffer,
-        [rows, width]: [usize; 2],
-    ) -> Result<D::Buffer> {
-        if factor == 1.0 {
-            return Ok(x);
-        }
-        let device = &self.device;
-        let mut y = device.empty(Kind::Activation, rows * width)?;
-        let (src, dst) = (
-            Rows::packed(&x, 0, width),
-            RowsMut::packed(&mut y, 0, width),
-        );
-        device.scale(factor, src, dst, [rows, width], Accumulate::No)?;
-        Ok(y)
-    }
-
-    /// Position of a tensor that not every model has.
-    pub(crate) fn extra(&self, l: usize, extra: Extra) -> Option<usize> {
-        index::extra(&self.config, l, extra)
-    }
-
-    /// Adds a bias, where the model has it, to `rows` rows.
-    fn add_bias(
-        &self,
-        l: usize,
-        bias: Extra,
-        y: RowsMut<'_, D::Buffer>,
-        rows: usize,
-    ) -> Result<()> {
-        let Some(bias) = self.extra(l, bias) else {
-            return Ok(());
-        };
-        let buffer = self.weights.vector(bias);
-        let (src, width) = (
-            Rows {
-                buffer,
-                start: 0,
-                stride: 0,
-            },
-            self.device.len(buffer),
-        );
-        self.device.copy(src, y, rows, width, Accumulate::Yes)
-    }
-
     fn layer(
         &self,
         plan: &Plan,
@@ -380,37 +288,6 @@ impl<D: Device> Decoder<D> {
         Ok(derived)
     }
 
-    /// Norm of rows of the residual stream by the weight at `weight`, and the reciprocal root mean squares.
-    fn norm(&self, x: &D::Buffer, rows: usize, weight: usize) -> Result<(D::Buffer, D::Buffer)> {
-        let hidden = self.config.hidden_size;
-        let (mut y, mut rstd) = (
-            self.device.empty(Kind::Activation, rows * hidden)?,
-            self.device.empty(Kind::Exact, rows)?,
-        );
-        self.device.rms_norm(
-            Rows::packed(x, 0, hidden),
-            [rows, 1],
-            self.weights.vector(weight),
-            self.config.rms_norm_eps,
-            RowsMut::packed(&mut y, 0, hidden),
-            RowsMut::packed(&mut rstd, 0, 1),
-        )?;
-        Ok((y, rstd))
-    }
-
-    /// The norm before a block, where there is one.
-    fn norm_before(&self, x: &D::Buffer, rows: usize, weight: usize) -> Result<Option<Normed<D>>> {
-        if self.config.switches.norm_after {
-            return Ok(None);
-        }
-        let (y, rstd) = self.norm(x, rows, weight)?;
-        Ok(Some(Normed {
-            x: None,
-            y: Some(y),
-            rstd,
-        }))
-    }
-
     /// Rotated queries of all rows. `take` extracts them from the rows `[q | k | v]`.
     fn queries(
         &self,
@@ -442,62 +319,6 @@ impl<D: Device> Decoder<D> {
             RowsMut::packed(&mut q, 0, q_width),
         )?;
         Ok(FromInput { norm, q, qk })
-    }
-
-    /// Queries and keys of the rows `[q | k | v]` normed, where the model norms them, and the rows before.
-    fn norm_qk(
-        &self,
-        plan: &Plan,
-        l: usize,
-        raw: D::Buffer,
-        rows: usize,
-    ) -> Result<(D::Buffer, Option<QkNormed<D>>)> {
-        let Some(parts) = self.qk_norms(plan, l) else {
-            return Ok((raw, None));
-        };
-        let (device, stride) = (&self.device, plan.qkv_width());
-        let mut normed = device.empty(Kind::Activation, rows * stride)?;
-        let norm = |part: &QkNormPart, normed: &mut D::Buffer| -> Result<D::Buffer> {
-            let mut rstd = device.empty(Kind::Exact, rows * part.groups)?;
-            device.rms_norm(
-                Rows::packed(&raw, 0, stride).column(part.column),
-                [rows, part.groups],
-                self.weights.vector(part.weight),
-                self.config.rms_norm_eps,
-                RowsMut::packed(normed, 0, stride).column(part.column),
-                RowsMut::packed(&mut rstd, 0, part.groups),
-            )?;
-            Ok(rstd)
-        };
-        let (q_rstd, k_rstd) = (norm(&parts[0], &mut normed)?, norm(&parts[1], &mut normed)?);
-        let v = plan.q_width() + plan.kv_width();
-        let (src, dst) = (
-            Rows::packed(&raw, 0, stride).column(v),
-            RowsMut::packed(&mut normed, 0, stride).column(v),
-        );
-        device.copy(src, dst, rows, plan.kv_width(), Accumulate::No)?;
-        let qk = QkNormed {
-            raw,
-            q_rstd,
-            k_rstd,
-        };
-        Ok((normed, Some(qk)))
-    }
-
-    /// The norms of queries and of keys of a layer, where the model has them.
-    pub(crate) fn qk_norms(&self, plan: &Plan, l: usize) -> Option<[QkNormPart; 2]> {
-        let head = self.config.switches.qk_norm == QkNorm::Head;
-        let part = |weight, heads, column| QkNormPart {
-            weight,
-            groups: if head { heads } else { 1 },
-            column,
-        };
-        let weights = [Extra::QueryNorm, Extra::KeyNorm].map(|extra| self.extra(l, extra));
-        let [q, k] = [weights[0]?, weights[1]?];
-        Some([
-            part(q, plan.heads.q, 0),
-            part(k, plan.heads.kv, plan.q_width()),
-        ])
     }
 
     /// Opens the segments that begin and closes those that are complete, in the order of the spans.
@@ -575,66 +396,6 @@ impl<D: Device> Decoder<D> {
         )
     }
 
-    /// What a block adds to the residual stream `x`, and the sum: `x + m norm(y wᵀ + bias)`, with the norm and the
-    /// factor m as the model has them. Without `sum` only what the backward pass needs of it is computed.
-    fn add_block(
-        &self,
-        x: &D::Buffer,
-        y: &D::Buffer,
-        block: &Block,
-        rows: usize,
-        sum: bool,
-    ) -> Result<(Option<Normed<D>>, Option<D::Buffer>)> {
-        let (device, hidden, switches) =
-            (&self.device, self.config.hidden_size, &self.config.switches);
-        let factor = switches.residual_multiplier;
-        let empty = || device.empty(Kind::Activation, rows * hidden);
-        let (y, weight) = (
-            Rows::packed(y, 0, block.width),
-            self.weights.matrix(block.weight),
-        );
-        let residual = Rows::packed(x, 0, hidden);
-        if !switches.norm_after && factor == 1.0 {
-            if !sum {
-                return Ok((None, None));
-            }
-            let mut out = empty()?;
-            let dst = RowsMut::packed(&mut out, 0, hidden);
-            device.linear_residual(y, rows, weight, residual, dst, hidden)?;
-            let dst = RowsMut::packed(&mut out, 0, hidden);
-            self.add_bias(block.layer, block.bias, dst, rows)?;
-            return Ok((None, Some(out)));
-        }
-        if !switches.norm_after && !sum {
-            return Ok((None, None));
-        }
-        let mut added = empty()?;
-        let dst = RowsMut::packed(&mut added, 0, hidden);
-        device.linear(y, rows, weight, dst, Accumulate::No)?;
-        let dst = RowsMut::packed(&mut added, 0, hidden);
-        self.add_bias(block.layer, block.bias, dst, rows)?;
-        let normed = match switches.norm_after {
-            true => {
-                let (y, rstd) = self.norm(&added, rows, block.norm)?;
-                let x = Some(std::mem::replace(&mut added, y));
-                Some(Normed { x, y: None, rstd })
-            }
-            false => None,
-        };
-        if !sum {
-            return Ok((normed, None));
-        }
-        let mut out = empty()?;
-        let dst = RowsMut::packed(&mut out, 0, hidden);
-        device.copy(residual, dst, rows, hidden, Accumulate::No)?;
-        let (src, dst) = (
-            Rows::packed(&added, 0, hidden),
-            RowsMut::packed(&mut out, 0, hidden),
-        );
-        device.scale(factor, src, dst, [rows, hidden], Accumulate::Yes)?;
-        Ok((normed, Some(out)))
-    }
-
     /// From attention's output to the layer's, which is left out where nobody asks for the `output`.
     fn after_attention(
         &self,
@@ -707,25 +468,4 @@ struct FromInput<D: Device> {
     norm: Option<Normed<D>>,
     q: D::Buffer,
     qk: Option<QkNormed<D>>,
-}
-
-/// The norm of queries or of keys.
-pub(crate) struct QkNormPart {
-    /// Its weight.
-    pub weight: usize,
-    /// Norms of a row.
-    pub groups: usize,
-    /// First column in `[q | k | v]`.
-    pub column: usize,
-}
-
-/// The last projection of attention or of the MLP.
-struct Block {
-    layer: usize,
-    weight: usize,
-    /// Columns of its input.
-    width: usize,
-    bias: Extra,
-    /// The norm that stands before or after the block.
-    norm: usize,
 }

@@ -4,7 +4,8 @@
 //!
 //! 1. keys of known architectures ([`KEYS`]) may have only a value that changes nothing, unless the model's family
 //!    reads them;
-//! 2. keys that this crate reads ([`READ`], and those of the family) and notes of libraries ([`HARMLESS`]) are accepted;
+//! 2. keys that this crate reads ([`READ`], and those of the family) and notes of libraries ([`HARMLESS`]) are
+//!    accepted;
 //! 3. an unknown key whose name says that it sets what a model computes ([`COMPUTING`]) is refused, unless its value
 //!    says that it is off;
 //! 4. any other unknown key is ignored, and [`ignored`] names it.

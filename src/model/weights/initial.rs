@@ -15,7 +15,8 @@ const PIECE: usize = 1 << 16;
 /// The values of an untrained model.
 ///
 /// Matrices are normal with standard deviation 0.02, those that write to the residual stream (attention's
-/// output, down) with `0.02 / sqrt(2 * layers)` (Radford et al. 2019, section 2.3); norms and past gates are 1, biases 0.
+/// output, down) with `0.02 / sqrt(2 * layers)` (Radford et al. 2019, section 2.3); norms and past gates are
+/// 1, biases 0.
 #[derive(Debug)]
 pub struct Initial {
     specs: Vec<TensorSpec>,
