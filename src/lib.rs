@@ -20,6 +20,7 @@
 //! | [`model`] | a Llama-family decoder in the Hugging Face layout, its state, pool and retrieval, sessions |
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
+//! | `serve` | a server by OpenAI's interface; with the feature `serve` |
 //! | [`convert`] | GGUF files of the Llama family made into model folders |
 //! | [`eval`] | perplexity and synthetic long-context tasks |
 //! | [`experiment`] | definitions of experiments, rows of results, tables and plots of them |
@@ -41,8 +42,9 @@
 //!
 //! # Features
 //!
-//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files. `cuda`: the GPU; it needs
-//! nvcc to build and no GPU. Without features the library needs neither command-line nor GPU crates.
+//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files. `serve`: the server, and its
+//! command. `cuda`: the GPU; it needs nvcc to build and no GPU. Without features the library needs neither
+//! command-line nor GPU crates.
 #![deny(missing_docs)]
 
 pub mod attention;
@@ -55,6 +57,8 @@ pub mod generate;
 pub mod isa;
 pub mod model;
 mod random;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod train;
 
 /// The code of the README is compiled as documentation tests.

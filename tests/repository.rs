@@ -35,12 +35,13 @@ const WRITTEN: [&str; 10] = ["rs", "cu", "cuh", "h", "c", "md", "toml", "py", "s
 const COLUMNS: usize = 120;
 
 /// What each folder of `src/` may use of the others (docs/architecture.md).
-const FLOORS: [(&str, &[&str]); 10] = [
+const FLOORS: [(&str, &[&str]); 11] = [
     ("cuda", &[]),
     ("attention", &["cuda", "isa"]),
     ("device", &["attention", "cuda", "isa"]),
     ("model", &["device"]),
     ("generate", &["device", "model"]),
+    ("serve", &["device", "generate", "model"]),
     ("eval", &["device", "generate", "model"]),
     ("train", &["device", "model"]),
     ("convert", &["model"]),
@@ -57,6 +58,7 @@ const FLOORS: [(&str, &[&str]); 10] = [
             "generate",
             "isa",
             "model",
+            "serve",
             "train",
         ],
     ),

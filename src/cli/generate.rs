@@ -95,19 +95,13 @@ struct SamplingArgs {
 impl SamplingArgs {
     /// The flags over the model's own settings over the defaults.
     fn over(&self, model: &GenerationSettings) -> SamplerConfig {
-        let temperature = match model.greedy() {
-            true => Some(0.0),
-            false => model.temperature,
-        };
+        let model = model.sampler();
         SamplerConfig {
-            temperature: self.temperature.or(temperature).unwrap_or(1.0),
-            top_k: self.top_k.or(model.top_k).unwrap_or(0),
-            top_p: self.top_p.or(model.top_p).unwrap_or(1.0),
-            min_p: self.min_p.or(model.min_p).unwrap_or(0.0),
-            repetition_penalty: self
-                .repetition_penalty
-                .or(model.repetition_penalty)
-                .unwrap_or(1.0),
+            temperature: self.temperature.unwrap_or(model.temperature),
+            top_k: self.top_k.unwrap_or(model.top_k),
+            top_p: self.top_p.unwrap_or(model.top_p),
+            min_p: self.min_p.unwrap_or(model.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(model.repetition_penalty),
             seed: self.seed,
         }
     }

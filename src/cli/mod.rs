@@ -24,6 +24,8 @@ mod reproduce;
 mod resume;
 mod run;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod signals;
 mod text;
 mod threads;
@@ -75,6 +77,9 @@ enum Command {
     Resume(resume::Args),
     /// Continue prompts, one or several in a batch
     Generate(generate::Args),
+    /// Serve a model over HTTP, by OpenAI's interface
+    #[cfg(feature = "serve")]
+    Serve(serve::Args),
     /// Log-probability of each token of a text, and its perplexity
     Score(score::Args),
     /// Gradient of the mean next-token loss, for comparison with other programs
@@ -135,6 +140,8 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Train(args) => train::run(&args, quiet),
         Command::Resume(args) => resume::run(&args, quiet),
         Command::Generate(args) => generate::run(&args, quiet),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(&args, quiet),
         Command::Score(args) => score::run(&args, quiet),
         Command::Grad(args) => grad::run(&args),
         Command::Eval(args) => eval::run(&args, quiet),

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use segattn::device::Purpose;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
+use segattn::generate::GenerateError;
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
@@ -151,10 +152,21 @@ impl Opened {
 
     /// The model, on a device that has taken the memory for these readings.
     pub fn load<D: Planned>(&self, device: D, readings: &[Reading]) -> Result<Decoder<D>> {
+        self.load_for(device, |model| {
+            let mut each = readings.iter();
+            each.try_for_each(|reading| dry_run(model, reading, || ()))
+        })
+    }
+
+    /// The model, on a device that has taken the memory for what `run` does.
+    pub fn load_for<D: Planned>(
+        &self,
+        device: D,
+        run: impl Fn(&Decoder<D::Dry>) -> Result<(), GenerateError>,
+    ) -> Result<Decoder<D>> {
         device.plan(self.pool, Purpose::Activations, |dry| {
             let model = Decoder::for_dry_run(dry, self.config.clone(), false)?;
-            let mut each = readings.iter();
-            Ok(each.try_for_each(|reading| dry_run(&model, reading, || ()))?)
+            Ok(run(&model)?)
         })?;
         Ok(self.weights.load(device, self.config.clone(), false)?)
     }

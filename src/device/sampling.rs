@@ -33,6 +33,20 @@ pub trait Samplers<D: Device>: Sized + Send + Sync + Debug {
         vocab: usize,
     ) -> Result<Self>;
 
+    /// Sets the sampler of one sequence anew: at the start of its random stream, with another history. The others go on
+    /// as they were. A selection made before is lost.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and a sequence that is not in the batch. Nothing has changed then.
+    fn set(
+        &mut self,
+        device: &D,
+        sequence: usize,
+        config: &SamplerConfig,
+        stream: u64,
+        history: &[u32],
+    ) -> Result<()>;
+
     /// Selects the sequences for which the next calls sample. Each may appear once.
     ///
     /// # Errors

@@ -70,6 +70,55 @@ pub fn dry_run<D: Device>(
     (0..2).try_for_each(|_| read(session, &one, false))
 }
 
+/// Runs what a server does ([`Generator::idle`]) on a dry-run device: `sequences` of `longest` tokens each that go on
+/// side by side while one of them reads `piece` tokens of a prompt that is scored.
+///
+/// # Errors
+/// [`GenerateError::Device`].
+pub fn dry_run_serving<D: Device>(
+    model: &Decoder<D>,
+    sequences: usize,
+    longest: usize,
+    piece: usize,
+) -> Result<(), GenerateError> {
+    const STEPS: usize = 6;
+    let session = &mut Session::new(model, sequences, longest, 1)?;
+    let piece = piece.min(longest.saturating_sub(STEPS)).max(1);
+    ahead(
+        session,
+        &vec![longest.saturating_sub(piece + STEPS); sequences],
+    )?;
+    let mut generator = Generator::idle(session);
+    let config = GeneratorConfig {
+        sampler: SamplerConfig::greedy(),
+        max_new: STEPS,
+        end_tokens: Vec::new(),
+    };
+    let tokens = vec![0; piece];
+    let prompt = |tokens| Prompt {
+        before: &[],
+        tokens,
+        breaks: &[],
+        stream: 0,
+    };
+    for sequence in 0..sequences {
+        generator.join(sequence, &prompt(&tokens[..1]), config.clone(), false)?;
+    }
+    let all: Vec<usize> = (0..sequences).collect();
+    while generator.read_prompts()? > 0 {}
+    // Of three steps in a segment one is recorded.
+    (0..STEPS / 2).try_for_each(|_| generator.advance(&all).map(drop))?;
+    // Whole segments are read in slots of their own, beside those of the sequences.
+    generator.leave(0)?;
+    generator.join(0, &prompt(&tokens), config, true)?;
+    generator.read(&[(0, piece)])?;
+    generator.session().likeliest(0, MOST_LIKELIEST)?;
+    (0..2).try_for_each(|_| generator.advance(&all).map(drop))
+}
+
+/// Most of the likeliest tokens that a server reports.
+const MOST_LIKELIEST: usize = 20;
+
 /// Moves sequences ahead by so many tokens each.
 fn ahead<D: Device>(session: &mut Session<'_, D>, tokens: &[usize]) -> Result<(), GenerateError> {
     for (sequence, tokens) in tokens.iter().enumerate() {

@@ -8,6 +8,7 @@ use super::sampler::{SamplerConfig, SamplerError};
 use crate::device::{Device, DeviceError, Sampled};
 use crate::model::segmentation;
 use crate::model::session::{Feed, Session};
+use crate::model::session_file::SavedSequence;
 use std::ops::ControlFlow;
 
 /// Generation that cannot begin or go on.
@@ -144,21 +145,57 @@ pub struct Generated {
 }
 
 /// A sequence being generated.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Sequence {
+    config: GeneratorConfig,
     /// The prompt and what came after it.
     history: Vec<u32>,
     /// Breaks of the prompt.
     breaks: Vec<usize>,
     /// Where the new tokens begin.
     prompt: usize,
+    /// Tokens that the session had read before these.
+    before: usize,
     /// Tokens of the history that the session has read.
     read: usize,
+    /// Whether the tokens of the prompt are scored as they are read.
+    scored: bool,
+    /// Of the prompt's tokens from the second on, as far as they have been read.
+    scores: Vec<f32>,
     log_probabilities: Vec<f32>,
     finish: Option<Finish>,
 }
 
 impl Sequence {
+    fn new(
+        prompt: &Prompt<'_>,
+        config: GeneratorConfig,
+        (before, after_prompt): (usize, bool),
+    ) -> Self {
+        Self {
+            before,
+            history: prompt.tokens.to_vec(),
+            breaks: breaks(prompt, after_prompt),
+            prompt: prompt.tokens.len(),
+            finish: (config.max_new == 0).then_some(Finish::Length),
+            config,
+            ..Self::default()
+        }
+    }
+
+    /// Of a sequence that nobody has joined.
+    fn idle() -> Self {
+        Self {
+            finish: Some(Finish::Stopped),
+            ..Self::default()
+        }
+    }
+
+    /// Whether its next token can be chosen.
+    fn ready(&self) -> bool {
+        self.finish.is_none() && self.read >= self.prompt
+    }
+
     fn prompt(&self) -> segmentation::Sequence<'_> {
         segmentation::Sequence {
             tokens: &self.history[..self.prompt],
@@ -171,7 +208,7 @@ impl Sequence {
     }
 
     /// Takes the token that it has chosen as number `index`; those before have been read.
-    fn take(&mut self, index: usize, sampled: Sampled, config: &GeneratorConfig) -> NewToken {
+    fn take(&mut self, index: usize, sampled: Sampled) -> NewToken {
         let Sampled {
             token,
             log_probability,
@@ -179,9 +216,9 @@ impl Sequence {
         self.read = self.history.len();
         self.history.push(token);
         self.log_probabilities.push(log_probability);
-        if config.end_tokens.contains(&token) {
+        if self.config.end_tokens.contains(&token) {
             self.finish = Some(Finish::EndToken);
-        } else if self.new_tokens() == config.max_new {
+        } else if self.new_tokens() == self.config.max_new {
             self.finish = Some(Finish::Length);
         }
         NewToken {
@@ -219,19 +256,12 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
                 got: prompts.len(),
             });
         }
-        let segment = session.model().config.segment.as_ref();
-        let after_prompt = segment.is_some_and(|segment| segment.break_after_prompt);
+        let after_prompt = breaks_after_prompt(session);
         let mut sequences = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.iter().enumerate() {
             check(session, i, prompt, config.max_new)?;
-            sequences.push(Sequence {
-                history: prompt.tokens.to_vec(),
-                breaks: breaks(prompt, after_prompt),
-                prompt: prompt.tokens.len(),
-                read: 0,
-                log_probabilities: Vec::new(),
-                finish: (config.max_new == 0).then_some(Finish::Length),
-            });
+            let place = (session.position(i), after_prompt);
+            sequences.push(Sequence::new(prompt, config.clone(), place));
         }
         let streams: Vec<u64> = prompts.iter().map(|p| p.stream).collect();
         let histories: Vec<Vec<u32>> = prompts
@@ -247,6 +277,68 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         })
     }
 
+    /// A generator over the sequences of `session`, none of which has anything to do until it is joined
+    /// ([`Generator::join`]). Sequences join and leave between steps, each with settings of its own.
+    pub fn idle(session: &'s mut Session<'m, D>) -> Self {
+        let sequences = (0..session.sequences()).map(|_| Sequence::idle());
+        Self {
+            sequences: sequences.collect(),
+            session,
+            config: GeneratorConfig::default(),
+        }
+    }
+
+    /// Gives a sequence a prompt, which it reads after what the session's sequence has read already. What it did
+    /// before is forgotten. With `scored`, the tokens of the prompt are scored as they are read
+    /// ([`Generator::scores`]).
+    ///
+    /// # Errors
+    /// As [`Generator::new`]; the sequence is idle then.
+    pub fn join(
+        &mut self,
+        sequence: usize,
+        prompt: &Prompt<'_>,
+        config: GeneratorConfig,
+        scored: bool,
+    ) -> Result<(), GenerateError> {
+        self.sequences[sequence] = Sequence::idle();
+        check(self.session, sequence, prompt, config.max_new)?;
+        let history = [prompt.before, prompt.tokens].concat();
+        let (sampler, stream) = (&config.sampler, prompt.stream);
+        (self.session).choose_one_by(sequence, sampler, stream, &history)?;
+        let before = self.session.position(sequence);
+        let place = (before, breaks_after_prompt(self.session));
+        self.sequences[sequence] = Sequence {
+            scored,
+            ..Sequence::new(prompt, config, place)
+        };
+        Ok(())
+    }
+
+    /// Puts the state after the first `tokens` tokens of a saved sequence in place of a sequence's own, for a prompt
+    /// that goes on from there.
+    ///
+    /// # Errors
+    /// [`GenerateError::Device`], as [`SavedSequence::restore`].
+    pub fn restore(
+        &mut self,
+        sequence: usize,
+        state: &SavedSequence,
+        tokens: usize,
+    ) -> Result<(), GenerateError> {
+        self.sequences[sequence] = Sequence::idle();
+        Ok(state.restore(self.session, sequence, tokens)?)
+    }
+
+    /// Empties a sequence, in the session too: it is free for another prompt.
+    ///
+    /// # Errors
+    /// [`GenerateError::Device`].
+    pub fn leave(&mut self, sequence: usize) -> Result<(), GenerateError> {
+        self.sequences[sequence] = Sequence::idle();
+        Ok(self.session.restart(sequence)?)
+    }
+
     /// Reads what is left of the prompts, at most a chunk of each, and says how many tokens are
     /// still to be read: 0 means that all have been.
     ///
@@ -254,27 +346,47 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     /// [`GenerateError::Device`].
     pub fn read_prompts(&mut self) -> Result<usize, GenerateError> {
         let chunk = self.session.chunk();
-        let end = |s: &Sequence| s.prompt.min(s.read.saturating_add(chunk));
-        let piece = |s: &Sequence| s.read..end(s).max(s.read);
-        let breaks = |s: &Sequence| s.prompt().breaks_within(piece(s));
-        let breaks: Vec<Vec<usize>> = self.sequences.iter().map(breaks).collect();
-        let feeds: Vec<Feed<'_>> = self
-            .sequences
+        let pieces: Vec<(usize, usize)> = (0..self.sequences.len()).map(|i| (i, chunk)).collect();
+        self.read(&pieces)?;
+        Ok(self.unread())
+    }
+
+    /// Reads so many more tokens of the prompts of these sequences, each named once, or what is left of them.
+    ///
+    /// # Errors
+    /// [`GenerateError::Device`]. What is left can be read then; the scores of what had been read are lost.
+    pub fn read(&mut self, pieces: &[(usize, usize)]) -> Result<(), GenerateError> {
+        let mut parts = Vec::new();
+        for (i, tokens) in pieces {
+            let s = &self.sequences[*i];
+            let piece = s.read..s.prompt.min(s.read.saturating_add(*tokens));
+            if !piece.is_empty() {
+                parts.push((*i, piece.clone(), s.prompt().breaks_within(piece)));
+            }
+        }
+        let feeds: Vec<Feed<'_>> = parts
             .iter()
-            .enumerate()
-            .filter(|(_, s)| s.read < s.prompt)
-            .map(|(sequence, s)| Feed {
-                sequence,
-                tokens: &s.history[piece(s)],
-                targets: &[],
-                breaks: &breaks[sequence],
+            .map(|(i, piece, breaks)| {
+                let s = &self.sequences[*i];
+                let known = piece.start + 1..s.prompt.min(piece.end + 1);
+                Feed {
+                    sequence: *i,
+                    tokens: &s.history[piece.clone()],
+                    targets: if s.scored { &s.history[known] } else { &[] },
+                    breaks,
+                }
             })
             .collect();
-        self.session.feed(&feeds)?;
-        for sequence in &mut self.sequences {
-            sequence.read = end(sequence).max(sequence.read);
+        let scores = self.session.feed(&feeds);
+        // A call that fails may have read a part.
+        for (i, ..) in &parts {
+            let s = &mut self.sequences[*i];
+            s.read = self.session.position(*i) - s.before;
         }
-        Ok(self.unread())
+        for ((i, ..), scores) in parts.into_iter().zip(scores?) {
+            self.sequences[i].scores.extend(scores);
+        }
+        Ok(())
     }
 
     /// The settings that all sequences share.
@@ -298,6 +410,23 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         self.sequences.iter().map(left).sum()
     }
 
+    /// Tokens of a sequence's prompt that are still to be read.
+    pub fn unread_of(&self, sequence: usize) -> usize {
+        let s = &self.sequences[sequence];
+        s.prompt.saturating_sub(s.read)
+    }
+
+    /// Log-probabilities of the tokens of a scored prompt, from its second token on, as far as it has been read.
+    pub fn scores(&self, sequence: usize) -> &[f32] {
+        &self.sequences[sequence].scores
+    }
+
+    /// Sequences whose prompt has been read and that have not ended.
+    pub fn ready(&self) -> Vec<usize> {
+        let each = self.sequences.iter().enumerate();
+        each.filter(|(_, s)| s.ready()).map(|(i, _)| i).collect()
+    }
+
     /// One more token for every sequence that has not ended; empty once all have. Reads the
     /// prompts first if they have not been read.
     ///
@@ -305,21 +434,31 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     /// [`GenerateError::Device`] and [`GenerateError::Sampler`].
     pub fn step(&mut self) -> Result<Vec<NewToken>, GenerateError> {
         while self.read_prompts()? > 0 {}
-        let going = |(_, s): &(usize, &Sequence)| s.finish.is_none();
-        let going = || self.sequences.iter().enumerate().filter(going);
-        // All have one more token than they have read, or, right after the prompts, none has.
-        let next: Vec<(usize, u32)> = going()
-            .filter(|(_, s)| s.read < s.history.len())
-            .map(|(i, s)| (i, s.history[s.read]))
-            .collect();
-        let going: Vec<usize> = going().map(|(i, _)| i).collect();
-        let sampled = match next.is_empty() {
-            true => self.session.sample(&going)?,
-            false => self.session.decode(&next)?,
+        self.advance(&self.ready())
+    }
+
+    /// One more token for each of these sequences that is ready ([`Generator::ready`]): for those alone that have none
+    /// yet, if there are any; then for all.
+    ///
+    /// # Errors
+    /// As [`Generator::step`]. The sequences are as they were then, and the same step can be made again.
+    pub fn advance(&mut self, sequences: &[usize]) -> Result<Vec<NewToken>, GenerateError> {
+        let of = |i: &usize| &self.sequences[*i];
+        let ready = sequences.iter().filter(|i| of(i).ready());
+        // All have one more token than they have read, but for those right after the prompts.
+        let (fresh, going): (Vec<usize>, Vec<usize>) =
+            ready.partition(|i| of(i).read == of(i).history.len());
+        let (chosen, sampled) = match fresh.is_empty() {
+            false => (fresh.clone(), self.session.sample(&fresh)?),
+            true => {
+                let next = going.iter().map(|i| (*i, of(i).history[of(i).read]));
+                let next: Vec<(usize, u32)> = next.collect();
+                (going, self.session.decode(&next)?)
+            }
         };
-        let (config, sequences) = (&self.config, &mut self.sequences);
-        let one = |(i, sampled): (usize, Sampled)| sequences[i].take(i, sampled, config);
-        Ok(going.into_iter().zip(sampled).map(one).collect())
+        let sequences = &mut self.sequences;
+        let one = |(i, sampled): (usize, Sampled)| sequences[i].take(i, sampled);
+        Ok(chosen.into_iter().zip(sampled).map(one).collect())
     }
 
     /// Ends a sequence that has not ended yet.
@@ -360,6 +499,12 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
             }
         }
     }
+}
+
+/// Whether the end of a prompt ends a segment.
+fn breaks_after_prompt<D: Device>(session: &Session<'_, D>) -> bool {
+    let segment = session.model().config.segment.as_ref();
+    segment.is_some_and(|segment| segment.break_after_prompt)
 }
 
 fn check<D: Device>(

@@ -141,6 +141,35 @@ impl<'m, D: Device> Session<'m, D> {
         })
     }
 
+    /// Empties a sequence, as if it had read nothing. The others stay as they are.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn restart(&mut self, sequence: usize) -> Result<()> {
+        let (device, plan) = (&self.model.device, &self.plan);
+        let layers = self.states[sequence].layers.iter_mut();
+        for (carry, reads) in layers.zip(&plan.reads) {
+            carry.clear(device, plan, reads)?;
+        }
+        self.cursors[sequence] = Cursor::default();
+        self.decoding.interrupt();
+        Ok(())
+    }
+
+    /// Where segments end in the next tokens of a sequence: after so many of `next`, ascending.
+    pub fn segment_ends(&self, sequence: usize, next: Sequence<'_>) -> Vec<usize> {
+        let (mut cursor, mut at, mut ends) = (self.cursors[sequence], 0, Vec::new());
+        while at < next.tokens.len() {
+            let part = self.plan.next_part(cursor.rows, next, at);
+            at += part.rows;
+            cursor.advance(part);
+            if part.closes {
+                ends.push(at);
+            }
+        }
+        ends
+    }
+
     /// Tokens that a sequence has read.
     pub fn position(&self, sequence: usize) -> usize {
         self.cursors[sequence].position
@@ -215,17 +244,43 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// Log-probability of `token` as the next token of a sequence that has read at least one.
     pub fn log_probability(&self, sequence: usize, token: u32) -> Result<f32> {
+        Ok(self.log_probabilities(sequence, &[token])?[0])
+    }
+
+    /// [`Session::log_probability`] of each of some tokens.
+    pub fn log_probabilities(&self, sequence: usize, tokens: &[u32]) -> Result<Vec<f32>> {
         let device = &self.model.device;
-        let vocab = self.model.config.vocab_size;
-        let mut logits = device.empty(Kind::Exact, vocab)?;
-        let row = RowsMut::packed(&mut logits, 0, vocab);
-        let src = Rows::packed(&self.logits, sequence, vocab);
-        device.copy(src, row, 1, vocab, Accumulate::No)?;
-        let row = RowsMut::packed(&mut logits, 0, vocab);
-        let mut score = device.empty(Kind::Exact, 1)?;
-        let scores = RowsMut::packed(&mut score, 0, 1);
-        device.log_probabilities(row, vocab, &[token], None, scores)?;
-        Ok(device.read(&score, 0..1)?[0])
+        let (vocab, rows) = (self.model.config.vocab_size, tokens.len());
+        let mut logits = device.empty(Kind::Exact, rows * vocab)?;
+        for row in 0..rows {
+            let src = Rows::packed(&self.logits, sequence, vocab);
+            let dst = RowsMut::packed(&mut logits, row, vocab);
+            device.copy(src, dst, 1, vocab, Accumulate::No)?;
+        }
+        let logits = RowsMut::packed(&mut logits, 0, vocab);
+        let mut scores = device.empty(Kind::Exact, rows)?;
+        let to = RowsMut::packed(&mut scores, 0, 1);
+        device.log_probabilities(logits, vocab, tokens, None, to)?;
+        device.read(&scores, 0..rows)
+    }
+
+    /// The `count` likeliest next tokens of a sequence that has read at least one, likeliest first, ties by id, with
+    /// their log-probabilities.
+    pub fn likeliest(&self, sequence: usize, count: usize) -> Result<Vec<(u32, f32)>> {
+        let logits = self.logits(sequence)?;
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        let count = count.min(ids.len());
+        let by_rank = |a: &u32, b: &u32| {
+            let logit = |id: &u32| logits[*id as usize];
+            logit(b).total_cmp(&logit(a)).then(a.cmp(b))
+        };
+        if count < ids.len() {
+            ids.select_nth_unstable_by(count, by_rank);
+            ids.truncate(count);
+        }
+        ids.sort_unstable_by(by_rank);
+        let scores = self.log_probabilities(sequence, &ids)?;
+        Ok(ids.into_iter().zip(scores).collect())
     }
 
     /// Reads tokens; returns the log-probabilities of each feed's targets, in the feeds' order.

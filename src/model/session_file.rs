@@ -1,4 +1,5 @@
-//! Sessions saved to a file and restored: a long prompt is read once and used again.
+//! Sessions saved to a file or, one sequence at a time, in memory ([`SavedSequence`]), and restored: a long prompt is
+//! read once and used again.
 //!
 //! The file is a safetensors file. Its metadata hold the format's name, the number of tokens each sequence has read,
 //! how many of them belong to its current segment, and what the state depends on in the model. Of each sequence `s` it
@@ -16,8 +17,11 @@
 //! device a restored session goes on to the same bits.
 
 mod layout;
+mod memory;
 mod reader;
+mod restore;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
@@ -27,10 +31,11 @@ use super::error::FileError;
 use super::files::{OutputFile, io_error};
 use super::segmentation::Cursor;
 use super::session::Session;
-use super::state::open_segment;
-use crate::device::{Accumulate, Device, DeviceError, PastPool, Rows, RowsMut, SelectedBlocks};
+use crate::device::{Device, DeviceError};
 use layout::{Part, Shapes, fingerprint};
+pub use memory::SavedSequence;
 use reader::Reader;
+use restore::Source;
 
 /// The format's name in the metadata.
 const FORMAT: &str = "segattn session 5";
@@ -209,82 +214,33 @@ impl StateFile {
         cursor: Cursor,
         session: &mut Session<'_, D>,
     ) -> Result<(), StateFileError> {
-        let shapes = Shapes::new(session, cursor);
-        session.cursors[to] = cursor;
         session.decoding = Default::default();
-        let logits = self.floats(from, Part::Logits, &shapes.logits())?;
-        let first = to * session.model.config.vocab_size;
-        session
-            .model
-            .device
-            .write(&mut session.logits, first, &logits)?;
-        for l in 0..session.model.config.num_hidden_layers {
-            self.restore_carry(from, to, l, &shapes, session)?;
-            if shapes.rows > 0 {
-                self.restore_segment(from, to, l, &shapes, session)?;
-            }
-        }
-        Ok(())
+        let file = self;
+        restore::sequence(&mut Saved { file, from }, to, cursor, session)
     }
+}
 
-    fn floats(
-        &mut self,
-        sequence: usize,
-        part: Part,
-        shape: &[usize],
-    ) -> Result<Vec<f32>, StateFileError> {
+/// A sequence of a file.
+struct Saved<'f> {
+    file: &'f mut StateFile,
+    from: usize,
+}
+
+impl Source for Saved<'_> {
+    type Error = StateFileError;
+
+    fn floats(&mut self, part: Part, shape: &[usize]) -> Result<Cow<'_, [f32]>, StateFileError> {
         if shape.contains(&0) {
-            return Ok(Vec::new());
+            return Ok(Cow::default());
         }
-        let bytes = self
-            .reader
-            .read(&part.name(sequence), Dtype::F32, Some(shape))?;
+        let name = part.name(self.from);
+        let bytes = (self.file.reader).read(&name, Dtype::F32, Some(shape))?;
         let numbers = bytes.as_chunks().0.iter();
         Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
     }
 
-    /// The prior tail, the pool and the choice of past rows of one layer.
-    fn restore_carry<D: Device>(
-        &mut self,
-        from: usize,
-        to: usize,
-        l: usize,
-        shapes: &Shapes,
-        session: &mut Session<'_, D>,
-    ) -> Result<(), StateFileError> {
-        let device = &session.model.device;
-        let prior = self.floats(from, Part::Prior(l), &shapes.prior(l))?;
-        let carry = &mut session.states[to].layers[l];
-        let (k, v) = prior.split_at(prior.len() / 2);
-        device.write(&mut carry.prior_k, 0, k)?;
-        device.write(&mut carry.prior_v, 0, v)?;
-        carry.prior_rows = shapes.prior(l)[1];
-        let sinks = self.floats(from, Part::Sinks(l), &shapes.sinks())?;
-        let (k, v) = sinks.split_at(sinks.len() / 2);
-        device.write(&mut carry.sinks.k, 0, k)?;
-        device.write(&mut carry.sinks.v, 0, v)?;
-        carry.tokens = shapes.completed;
-        let Some(pool) = &mut carry.pool else {
-            return Ok(());
-        };
-        let (heads, plan) = (shapes.past_heads(l), &session.plan);
-        *pool = D::Pool::new(device, heads, plan.heads.dim, plan.segment_len);
-        for part in 0..shapes.pool_parts() {
-            let values = self.floats(from, Part::Pool(l, part), &shapes.pool(l, part))?;
-            let (k, v) = values.split_at(values.len() / 2);
-            pool.write(device, k, v)?;
-        }
-        let block_len = session.plan.rule.block_len();
-        let selected: Vec<Vec<usize>> = (0..shapes.past_heads(l))
-            .map(|h| self.selected(from, l, h, shapes, block_len))
-            .collect::<Result<_, _>>()?;
-        carry.selected = D::Blocks::new(device, &selected, block_len)?;
-        Ok(())
-    }
-
     fn selected(
         &mut self,
-        sequence: usize,
         l: usize,
         h: usize,
         shapes: &Shapes,
@@ -293,8 +249,9 @@ impl StateFile {
         if shapes.completed == 0 {
             return Ok(Vec::new());
         }
-        let name = Part::Selected(l, h).name(sequence);
-        let bytes = self.reader.read(&name, Dtype::I64, None)?;
+        let name = Part::Selected(l, h).name(self.from);
+        let reader = &mut self.file.reader;
+        let bytes = reader.read(&name, Dtype::I64, None)?;
         let tokens = shapes.completed;
         let selected: Vec<usize> = bytes
             .as_chunks()
@@ -318,55 +275,9 @@ impl StateFile {
                 shapes.past_len
             );
             let what = format!("tensor `{name}`");
-            return Err(self.reader.malformed(&what, &expected, "other numbers"));
+            return Err(reader.malformed(&what, &expected, "other numbers"));
         }
         Ok(selected)
-    }
-
-    /// What has been read of the current segment, in its slot: prior and past rows come from the
-    /// carry, as when the segment began.
-    fn restore_segment<D: Device>(
-        &mut self,
-        from: usize,
-        to: usize,
-        l: usize,
-        shapes: &Shapes,
-        session: &mut Session<'_, D>,
-    ) -> Result<(), StateFileError> {
-        let rows = self.floats(from, Part::Segment(l), &shapes.segment())?;
-        let probes = self.floats(from, Part::Probes(l), &shapes.probes(l))?;
-        let device = &session.model.device;
-        let plan = &session.plan;
-        let slots = session.flight.open(device, plan)?;
-        let room = slots.room;
-        let (layer, tables) = slots.layer_mut(l);
-        let carry = &session.states[to].layers[l];
-        open_segment(device, plan, l, carry, layer, to, tables)?;
-        let width = plan.kv_width();
-        let first = to * room;
-        let (k, v) = rows.split_at(rows.len() / 2);
-        device.write(&mut layer.kv.v, first * width, v)?;
-        if device.len(&layer.kv.raw_k) == 0 {
-            device.write(&mut layer.kv.k, first * width, k)?;
-        } else {
-            device.write(&mut layer.kv.raw_k, first * width, k)?;
-            let angles: Vec<usize> = (0..shapes.rows).map(|p| plan.origin() + p).collect();
-            device.rope(
-                Rows::packed(&layer.kv.raw_k, first, width),
-                RowsMut::packed(&mut layer.kv.k, first, width),
-                plan.heads.kv,
-                plan.heads.dim,
-                tables,
-                &angles,
-                false,
-                Accumulate::No,
-            )?;
-        }
-        if let Some(buffer) = &mut layer.probes {
-            let start = to * plan.probe_rows * plan.q_width();
-            device.write(buffer, start, &probes)?;
-        }
-        Ok(())
     }
 }
 

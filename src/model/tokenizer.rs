@@ -9,6 +9,7 @@
 mod bounds;
 pub mod framing;
 mod generation;
+mod spelling;
 
 use std::path::Path;
 

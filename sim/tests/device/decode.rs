@@ -14,7 +14,7 @@ use segattn::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use segattn::model::decoder::Decoder;
 use segattn::model::files::OutputFile;
 use segattn::model::session::{Feed, Session, score};
-use segattn::model::session_file::{Origin, StateFile, save};
+use segattn::model::session_file::{Origin, SavedSequence, StateFile, save};
 use segattn_sim::{Checks, Driver};
 
 type Model = Decoder<Gpu<Driver>>;
@@ -188,6 +188,80 @@ fn a_sequence_that_ends_leaves_the_others_as_they_are() {
         assert_eq!(ended.finish, Some(expected));
     }
     assert_eq!(ended[1].finish, Some(Finish::EndToken));
+}
+
+/// Also where a sequence goes on from a state that was saved in memory, and others go on beside it.
+#[test]
+fn sequences_that_join_and_leave_yield_what_each_yields_alone() {
+    let config = config(true);
+    let model = model(gpu(9, Checks::All), &config, &values(&config, 26));
+    let settings = |i: usize| GeneratorConfig {
+        sampler: SamplerConfig {
+            seed: i as u64,
+            repetition_penalty: [1.3, 1.0][i % 2],
+            ..sampled()
+        },
+        max_new: 6 + 3 * i,
+        end_tokens: Vec::new(),
+    };
+    let prompts: Vec<Vec<u32>> = [7, 2, 12, 9].map(|n| tokens(n, n as usize, 27)).to_vec();
+    let each = prompts.iter().enumerate();
+    let alone =
+        each.map(|(i, p)| generate(&model, std::slice::from_ref(p), &settings(i)).remove(0));
+    let alone: Vec<Generated> = alone.collect();
+    let prompt = |before, tokens| Prompt {
+        before,
+        tokens,
+        breaks: &[],
+        stream: 0,
+    };
+    let mut session = Session::new(&model, 2, 48, 1).expect("a session");
+    let mut generator = Generator::idle(&mut session);
+    let (mut places, mut next, mut state) = ([None; 2], 0, None);
+    let mut got = vec![(Vec::new(), Vec::new()); 5];
+    while next < 5 || places.iter().any(Option::is_some) {
+        for place in 0..2 {
+            if places[place].is_some() || next == 5 {
+                continue;
+            }
+            // The last one is the third again, from its saved state on.
+            let i = next % 4;
+            let (before, tokens) =
+                prompts[if next == 4 { 2 } else { i }].split_at(if next == 4 { 9 } else { 0 });
+            if let (4, Some(state)) = (next, &state) {
+                let state: &SavedSequence = state;
+                let session = generator.session();
+                assert_eq!((state.position(), session.position(place)), (9, 0));
+                generator.restore(place, state, 9).expect("a state");
+            }
+            let settings = settings(if next == 4 { 2 } else { i });
+            generator
+                .join(place, &prompt(before, tokens), settings, false)
+                .expect("a prompt");
+            places[place] = Some(next);
+            next += 1;
+        }
+        generator.read(&[(0, 3), (1, 3)]).expect("tokens");
+        if let Some(place) = places.iter().position(|n| *n == Some(2))
+            && generator.session().position(place) == 9
+        {
+            state = Some(SavedSequence::new(generator.session(), place, None).expect("a state"));
+        }
+        for token in generator.advance(&generator.ready()).expect("tokens") {
+            let number = places[token.sequence].expect("one that has joined");
+            got[number].0.push(token.token);
+            got[number].1.push(token.log_probability.to_bits());
+            if token.finish.is_some() {
+                generator.leave(token.sequence).expect("a place");
+                places[token.sequence] = None;
+            }
+        }
+    }
+    for (number, (tokens, scores)) in got.iter().enumerate() {
+        let alone = &alone[if number == 4 { 2 } else { number }];
+        assert_eq!(*tokens, alone.tokens, "sequence {number}");
+        assert_eq!(*scores, bits(&alone.log_probabilities), "sequence {number}");
+    }
 }
 
 #[test]

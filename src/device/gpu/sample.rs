@@ -73,6 +73,28 @@ impl<D: Driver> device::Samplers<Gpu<D>> for Samplers<D> {
         })
     }
 
+    fn set(
+        &mut self,
+        _: &Gpu<D>,
+        sequence: usize,
+        config: &SamplerConfig,
+        stream: u64,
+        history: &[u32],
+    ) -> Result<()> {
+        config.validate()?;
+        check_selection(&[sequence], self.sequences)?;
+        check_histories(&[history], 1, self.vocab)?;
+        let entry = size_of::<SegattnSampler>();
+        self.read.state[sequence * entry..][..entry].copy_from_slice(&bytes(config, stream));
+        let pitch = self.vocab.div_ceil(WORD_TOKENS);
+        let marks = &mut self.read.seen[sequence * pitch..][..pitch];
+        marks.fill(0);
+        history.iter().for_each(|token| mark(marks, *token));
+        // The next selection uploads the host's copy.
+        self.unread = true;
+        Ok(())
+    }
+
     fn select(&mut self, gpu: &Gpu<D>, sequences: &[usize]) -> Result<()> {
         check_selection(sequences, self.sequences)?;
         if self.unread {

@@ -20,6 +20,20 @@ struct Sequence {
     history: Vec<u32>,
 }
 
+impl Sequence {
+    fn new(config: &SamplerConfig, stream: u64, history: &[u32]) -> Result<Self> {
+        let penalised = config.repetition_penalty != 1.0;
+        Ok(Self {
+            sampler: Sampler::new(*config, stream)?,
+            history: if penalised {
+                history.to_vec()
+            } else {
+                Vec::new()
+            },
+        })
+    }
+}
+
 impl<D: Device> Samplers<D> for HostSamplers {
     fn new(
         _: &D,
@@ -28,18 +42,8 @@ impl<D: Device> Samplers<D> for HostSamplers {
         histories: &[&[u32]],
         vocab: usize,
     ) -> Result<Self> {
-        let penalised = config.repetition_penalty != 1.0;
-        let sequence = |(stream, history): (&u64, &&[u32])| -> Result<Sequence> {
-            Ok(Sequence {
-                sampler: Sampler::new(*config, *stream)?,
-                history: if penalised {
-                    history.to_vec()
-                } else {
-                    Vec::new()
-                },
-            })
-        };
         check_histories(histories, streams.len(), vocab)?;
+        let sequence = |(stream, history): (&u64, &&[u32])| Sequence::new(config, *stream, history);
         Ok(Self {
             sequences: streams
                 .iter()
@@ -50,6 +54,22 @@ impl<D: Device> Samplers<D> for HostSamplers {
             chosen: Vec::new(),
             vocab,
         })
+    }
+
+    fn set(
+        &mut self,
+        _: &D,
+        sequence: usize,
+        config: &SamplerConfig,
+        stream: u64,
+        history: &[u32],
+    ) -> Result<()> {
+        check_selection(&[sequence], self.sequences.len())?;
+        check_histories(&[history], 1, self.vocab)?;
+        self.sequences[sequence] = Sequence::new(config, stream, history)?;
+        self.selected.clear();
+        self.chosen.clear();
+        Ok(())
     }
 
     fn select(&mut self, _: &D, sequences: &[usize]) -> Result<()> {

@@ -74,6 +74,28 @@ impl<D: Device> Session<'_, D> {
         Ok(())
     }
 
+    /// Sets how the tokens of one sequence are sampled, from the beginning of its random stream. The others go on as
+    /// they were. Until they are set, sequences take the likeliest token.
+    ///
+    /// # Errors
+    /// As [`Session::choose_by`].
+    pub fn choose_one_by(
+        &mut self,
+        sequence: usize,
+        config: &SamplerConfig,
+        stream: u64,
+        history: &[u32],
+    ) -> Result<()> {
+        if self.decoding.samplers.is_none() {
+            let sequences = self.sequences();
+            let (streams, histories) = (vec![0; sequences], vec![&[][..]; sequences]);
+            self.choose_by(&SamplerConfig::greedy(), &streams, &histories)?;
+        }
+        let device = &self.model.device;
+        let samplers = self.decoding.samplers();
+        samplers.set(device, sequence, config, stream, history)
+    }
+
     /// Samples the next token of each of these sequences. Each must have read at least one token.
     ///
     /// # Errors

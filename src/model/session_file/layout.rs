@@ -31,7 +31,7 @@ const MODEL_KEYS: [&str; 12] = [
 ];
 
 /// What is saved of a sequence; numbers are those of layer and head.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Part {
     Logits,
     /// The tokens read.
@@ -151,32 +151,44 @@ pub(super) fn parts<D: Device>(
     origin: Origin<'_>,
 ) -> Vec<(usize, Part, Vec<usize>)> {
     let mut parts = Vec::new();
-    for (s, cursor) in session.cursors.iter().enumerate() {
-        let shapes = Shapes::new(session, *cursor);
-        let mut push = |part, shape: &[usize]| {
-            if !shape.contains(&0) {
-                parts.push((s, part, shape.to_vec()));
-            }
-        };
-        push(Part::Logits, &shapes.logits());
-        push(Part::Tokens, &[origin.tokens.get(s).map_or(0, Vec::len)]);
-        for l in 0..session.states[s].layers.len() {
-            push(Part::Prior(l), &shapes.prior(l));
-            push(Part::Sinks(l), &shapes.sinks());
-            for part in 0..shapes.pool_parts() {
-                push(Part::Pool(l, part), &shapes.pool(l, part));
-            }
-            push(Part::Segment(l), &shapes.segment());
-            push(Part::Probes(l), &shapes.probes(l));
+    for s in 0..session.sequences() {
+        let tokens = origin.tokens.get(s).map_or(0, Vec::len);
+        let of_sequence = sequence_parts(session, s, tokens).into_iter();
+        parts.extend(of_sequence.map(|(part, shape)| (s, part, shape)));
+    }
+    parts
+}
+
+/// Every tensor of one sequence, of which `tokens` tokens are saved, with its shape, in the file's order.
+pub(super) fn sequence_parts<D: Device>(
+    session: &Session<'_, D>,
+    s: usize,
+    tokens: usize,
+) -> Vec<(Part, Vec<usize>)> {
+    let mut parts = Vec::new();
+    let shapes = Shapes::new(session, session.cursors[s]);
+    let mut push = |part, shape: &[usize]| {
+        if !shape.contains(&0) {
+            parts.push((part, shape.to_vec()));
         }
-        if shapes.completed == 0 {
-            continue;
+    };
+    push(Part::Logits, &shapes.logits());
+    push(Part::Tokens, &[tokens]);
+    for l in 0..session.states[s].layers.len() {
+        push(Part::Prior(l), &shapes.prior(l));
+        push(Part::Sinks(l), &shapes.sinks());
+        for part in 0..shapes.pool_parts() {
+            push(Part::Pool(l, part), &shapes.pool(l, part));
         }
-        for (l, carry) in session.states[s].layers.iter().enumerate() {
-            for h in 0..session.plan.reads[l].past.len() {
-                let count = carry.selected.count(h);
-                parts.push((s, Part::Selected(l, h), vec![count]));
-            }
+        push(Part::Segment(l), &shapes.segment());
+        push(Part::Probes(l), &shapes.probes(l));
+    }
+    if shapes.completed == 0 {
+        return parts;
+    }
+    for (l, carry) in session.states[s].layers.iter().enumerate() {
+        for h in 0..session.plan.reads[l].past.len() {
+            parts.push((Part::Selected(l, h), vec![carry.selected.count(h)]));
         }
     }
     parts
@@ -228,6 +240,41 @@ pub(super) fn bytes<D: Device>(
     sequence: usize,
     part: Part,
 ) -> Result<Vec<u8>> {
+    Ok(match part {
+        Part::Tokens => {
+            let tokens = &origin.tokens[sequence];
+            tokens.iter().flat_map(|t| t.to_le_bytes()).collect()
+        }
+        Part::Selected(l, h) => {
+            let selected = selected(session, sequence, l, h)?.into_iter();
+            selected
+                .flat_map(|token| (token as i64).to_le_bytes())
+                .collect()
+        }
+        part => {
+            let values = values(session, sequence, part)?.into_iter();
+            values.flat_map(f32::to_le_bytes).collect()
+        }
+    })
+}
+
+/// The tokens that a head of a layer's pool has selected.
+pub(super) fn selected<D: Device>(
+    session: &Session<'_, D>,
+    sequence: usize,
+    l: usize,
+    h: usize,
+) -> Result<Vec<usize>> {
+    let carry = &session.states[sequence].layers[l];
+    Ok(carry.selected.tokens(&session.model.device)?.swap_remove(h))
+}
+
+/// The values of one tensor of numbers; none of a tensor of ids.
+pub(super) fn values<D: Device>(
+    session: &Session<'_, D>,
+    sequence: usize,
+    part: Part,
+) -> Result<Vec<f32>> {
     let (device, plan) = (&session.model.device, &session.plan);
     let carry = |l: usize| &session.states[sequence].layers[l];
     let shapes = Shapes::new(session, session.cursors[sequence]);
@@ -240,10 +287,7 @@ pub(super) fn bytes<D: Device>(
     let width = plan.kv_width();
     let values = match part {
         Part::Logits => session.logits(sequence)?,
-        Part::Tokens => {
-            let tokens = &origin.tokens[sequence];
-            return Ok(tokens.iter().flat_map(|t| t.to_le_bytes()).collect());
-        }
+        Part::Tokens | Part::Selected(..) => Vec::new(),
         Part::Prior(l) => {
             let range = 0..carry(l).prior_rows * width;
             let mut values = device.read(&carry(l).prior_k, range.clone())?;
@@ -264,13 +308,6 @@ pub(super) fn bytes<D: Device>(
             }
             None => Vec::new(),
         },
-        Part::Selected(l, h) => {
-            let selected = carry(l).selected.tokens(device)?;
-            return Ok(selected[h]
-                .iter()
-                .flat_map(|token| (*token as i64).to_le_bytes())
-                .collect());
-        }
         Part::Segment(l) => match layer(l) {
             Some((layer, room)) => {
                 let first = sequence * room * width;
@@ -294,7 +331,7 @@ pub(super) fn bytes<D: Device>(
             None => Vec::new(),
         },
     };
-    Ok(values.iter().flat_map(|x| x.to_le_bytes()).collect())
+    Ok(values)
 }
 
 /// What a state depends on in the model: its shape, how it runs, and a digest of its last norm and

@@ -93,6 +93,22 @@ impl<D: Device> Carry<D> {
         }
     }
 
+    /// Empties the state, as it was before the first token.
+    pub(in crate::model) fn clear(
+        &mut self,
+        device: &D,
+        plan: &Plan,
+        reads: &LayerReads,
+    ) -> Result<()> {
+        let none = vec![Vec::new(); reads.past.len()];
+        self.selected = D::Blocks::new(device, &none, plan.rule.block_len())?;
+        if let Some(pool) = &mut self.pool {
+            pool.truncate(0);
+        }
+        (self.prior_rows, self.tokens) = (0, 0);
+        Ok(())
+    }
+
     /// Makes the last rows of a complete segment the tail: `rows` keys before rotation and values, `width` elements
     /// each. Where they are fewer than `len`, the last rows of the tail before move up in front of them.
     fn move_tail(

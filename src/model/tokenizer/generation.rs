@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::device::sampler::SamplerConfig;
 use crate::model::config::{ModelConfig, token_id_list};
 use crate::model::error::TokenizerError;
 use crate::model::files;
@@ -130,6 +131,25 @@ impl GenerationSettings {
             ignored: ignored.collect(),
             ..settings
         })
+    }
+
+    /// How tokens are chosen by these settings, where nothing else is asked for.
+    pub fn sampler(&self) -> SamplerConfig {
+        let default = SamplerConfig::default();
+        let temperature = match self.greedy() {
+            true => Some(0.0),
+            false => self.temperature,
+        };
+        SamplerConfig {
+            temperature: temperature.unwrap_or(default.temperature),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(default.repetition_penalty),
+            seed: default.seed,
+        }
     }
 
     /// Whether the file asks for the likeliest token every time.
