@@ -144,11 +144,15 @@ impl Case<f64> {
                 b * kv_heads + g
             }]
         };
+        let share_heads = shape.arrangement == Arrangement::SharedHeads;
         let mut tensor = |heads: usize, len: &dyn Fn(usize, usize) -> i32, key: bool| {
             let lens = (0..batch).flat_map(|b| (0..heads).map(move |g| len(b, g)));
             let rows = lens.max().unwrap_or(0) as usize + spare;
             let mut tensor =
                 Tensor::new([batch, rows, heads, head_dim], shape.arrangement, f64::NAN);
+            if share_heads && !key {
+                tensor.share_heads();
+            }
             for b in 0..batch {
                 for g in 0..heads {
                     for row in 0..len(b, g) as usize {

@@ -16,6 +16,8 @@ pub enum Arrangement {
     BatchInside8,
     /// As `Offsets`, but all strides and offsets are multiples of 8.
     Offsets8,
+    /// Packed; all heads have the same queries and the same values, with a stride of 0 between heads.
+    SharedHeads,
 }
 
 #[derive(Debug, Clone)]
@@ -37,7 +39,9 @@ impl<T: Copy> Tensor<T> {
             _ => 1,
         };
         let (row_stride, head_stride, batch_stride) = match arrangement {
-            Arrangement::Packed => (heads * head_dim, head_dim, rows * heads * head_dim),
+            Arrangement::Packed | Arrangement::SharedHeads => {
+                (heads * head_dim, head_dim, rows * heads * head_dim)
+            }
             Arrangement::HeadsOutside => (head_dim, rows * head_dim, rows * heads * head_dim),
             Arrangement::BatchInside | BatchInside8 => {
                 let head = head_dim + 3 * unit;
@@ -65,6 +69,11 @@ impl<T: Copy> Tensor<T> {
             batch_stride,
             offsets,
         }
+    }
+
+    /// Gives all heads the rows of the first.
+    pub fn share_heads(&mut self) {
+        self.head_stride = 0;
     }
 
     pub fn layout(&self) -> Layout<'_> {

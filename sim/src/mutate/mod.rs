@@ -14,7 +14,8 @@ use std::ops::Range;
 /// What a rule does with an occurrence.
 #[derive(Clone, Debug)]
 pub enum Change {
-    /// Removes the statement that begins with the text, up to its semicolon.
+    /// Removes the statement that begins with the text, or with the object whose member the text names, up to its
+    /// semicolon.
     DropStatement,
     /// Puts another text in its place.
     Replace(&'static str),
@@ -96,22 +97,33 @@ fn prefix_len(text: &str, find: &str) -> Option<usize> {
 }
 
 fn apply(text: &str, rule: &Rule, found: Range<usize>) -> Option<Mutant> {
-    let at = found.start;
-    let (end, by) = match rule.change {
-        Change::Replace(by) => (found.end, by),
+    let (at, end, by) = match rule.change {
+        Change::Replace(by) => (found.start, found.end, by),
         // The semicolon stays: the statement may be all there is under an `if`.
-        Change::DropStatement => (at + text[at..].find(';')?, ""),
+        Change::DropStatement => {
+            let end = found.start + text[found.start..].find(';')?;
+            (object_start(&text[..found.start]), end, "")
+        }
     };
     let lines = |text: &str| text.matches('\n').count();
     let newlines = "\n".repeat(lines(&text[at..end]).saturating_sub(lines(by)));
     let line = lines(&text[..at]) + 1;
-    let text = format!("{}{by}{newlines}{}", &text[..at], &text[end..]);
+    let text = format!("{}{newlines}{by}{}", &text[..at], &text[end..]);
     Some(Mutant {
         find: rule.find,
         change: rule.change.clone(),
         line,
         text,
     })
+}
+
+/// Where the object begins whose member `before` ends with (`a.b[c].`), or else the end.
+fn object_start(before: &str) -> usize {
+    if !before.ends_with('.') {
+        return before.len();
+    }
+    let is_part = |c: char| c.is_alphanumeric() || "._[]".contains(c);
+    before.trim_end_matches(is_part).len()
 }
 
 #[cfg(test)]
@@ -145,6 +157,20 @@ mod tests {
             &[replace("f(a, b)", "c()"), drop_statement("g( a,b )")],
         );
         let texts: Vec<&str> = found.iter().map(|m| m.text.as_str()).collect();
-        assert_eq!(texts, ["c()\n;\ng(a, b);\n", "f(a,\n  b);\n;\n"]);
+        assert_eq!(texts, ["\nc();\ng(a, b);\n", "f(a,\n  b);\n;\n"]);
+    }
+
+    #[test]
+    fn a_member_s_statement_begins_with_its_object() {
+        let text = "if (x) shared.rings[i].wait(1);\n";
+        let found = mutants(text, &[drop_statement("wait(")]);
+        assert_eq!(found[0].text, "if (x) ;\n");
+    }
+
+    #[test]
+    fn what_replaces_a_text_stays_before_what_follows_it() {
+        let text = "sync();\n// Then the\n// next.\n";
+        let found = mutants(text, &[replace("sync();\n// Then", "// Then")]);
+        assert_eq!(found[0].text, "\n// Then the\n// next.\n");
     }
 }

@@ -278,35 +278,60 @@ fn draws_from_tokens_of_like_weight_fall_to_every_warp() {
     assert!(thirds.iter().all(|&count| count > 0), "{thirds:?}");
 }
 
-/// Number and mass both cut the same equal tokens: of one token of weight 30 and many of weight 1, `top_k` keeps 31,
-/// and `top_p` of their mass of 60 the first and six others.
-#[test]
-fn number_and_mass_cut_the_same_ties() {
-    let vocab = 300;
-    let both = |seed| SamplerConfig {
-        top_k: 31,
-        top_p: 0.595,
-        ..config(seed)
-    };
+/// The tokens that the kernel and the host draw from the same logits with 24 seeds, which must agree.
+fn drawn(logits: &[f32], settings: SamplerConfig) -> Vec<u32> {
     let batch = Batch {
-        vocab,
-        configs: (0..24).map(both).collect(),
+        vocab: logits.len(),
+        configs: (0..24)
+            .map(|seed| SamplerConfig { seed, ..settings })
+            .collect(),
         histories: vec![Vec::new(); 24],
     };
-    let mut row = vec![0f32; vocab];
-    row[200] = 30f32.ln();
     let gpu = &mut gpu(1);
     let at = batch.upload(gpu);
-    let matrix = Matrix::of(gpu, "logits", &row.repeat(24), vocab, 0);
+    let matrix = Matrix::of(gpu, "logits", &logits.repeat(24), batch.vocab, 0);
     batch.step(gpu, &at, &matrix);
     let chosen: Vec<u32> = gpu.download(at.tokens);
     for (i, (token, config)) in chosen.iter().zip(&batch.configs).enumerate() {
         let mut host = Sampler::new(*config, STREAM + i as u64).expect("settings");
         host.set_position(POSITION);
-        assert_eq!(*token, host.sample(&row, &[]).expect("a token"), "row {i}");
-        assert!(*token < 6 || *token == 200, "row {i}: {token}");
+        assert_eq!(
+            *token,
+            host.sample(logits, &[]).expect("a token"),
+            "row {i}"
+        );
     }
-    assert!(chosen.iter().any(|token| *token < 6), "{chosen:?}");
+    chosen
+}
+
+/// Number and mass both cut the same equal tokens: of one token of weight 6 and many of weight 1, `top_k` keeps the
+/// first and `others`, and `top_p` of their mass the first and six others. With 1500 the kernel has no list of them.
+#[test]
+fn number_and_mass_cut_the_same_ties() {
+    for (vocab, others) in [(300, 30), (3000, 1500)] {
+        let mut logits = vec![0f32; vocab];
+        logits[200] = 6f32.ln();
+        let settings = SamplerConfig {
+            top_k: others + 1,
+            top_p: 11.5 / (6.0 + others as f32),
+            ..config(0)
+        };
+        let tokens = drawn(&logits, settings);
+        assert!(tokens.iter().all(|t| *t < 6 || *t == 200), "{tokens:?}");
+        assert!(tokens.iter().any(|t| *t < 6), "{tokens:?}");
+    }
+}
+
+/// Of 3000 tokens of one weight, the 1024 of the kernel's list do not have nine tenths of the mass.
+#[test]
+fn mass_beyond_the_list_is_drawn_from() {
+    let settings = SamplerConfig {
+        top_p: 0.9,
+        ..config(0)
+    };
+    let tokens = drawn(&[0.0; 3000], settings);
+    assert!(tokens.iter().all(|t| *t < 2700), "{tokens:?}");
+    assert!(tokens.iter().any(|t| *t >= 1024), "{tokens:?}");
 }
 
 #[test]

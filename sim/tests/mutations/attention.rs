@@ -100,6 +100,15 @@ fn split(head_dim: usize) -> Shape {
     }
 }
 
+/// More sinks than a key tile has, and a head that reads no other past rows.
+fn closed_gate(head_dim: usize) -> Shape {
+    Shape {
+        sink_len: vec![150],
+        past_gate: vec![0.0, 1.0],
+        ..Shape::plain(1, 2, head_dim, [3, 0, 160])
+    }
+}
+
 /// Runs everything that a bug could show in; panics where one does.
 fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
     let gpu = || Simulated::of(3, kernels);
@@ -125,6 +134,8 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
     };
     check(&shape, start(&shape), options);
     let shape = split(head_dim);
+    check(&shape, start(&shape), phase(Phase::Prefill));
+    let shape = closed_gate(head_dim);
     check(&shape, start(&shape), phase(Phase::Prefill));
     if !forward {
         suite::gates_keep_their_bound(&mut gpu(), Dtype::Bf16, head_dim);
@@ -183,6 +194,12 @@ fn hopper_suite(kernels: &Kernels, head_dim: usize) {
     // The first row sees all keys of a tile but one.
     check(&Shape::plain(1, 1, head_dim, [70, 0, 0]), vec![62]);
     bits::rows_stand_alone(&mut Simulated::of(3, kernels), Dtype::Bf16, head_dim);
+    // Queries and values that no tensor map describes, and keys that one does.
+    let shared = Shape {
+        arrangement: Arrangement::SharedHeads,
+        ..Shape::plain(2, 1, head_dim, [130, 66, 0])
+    };
+    check(&shared, vec![0]);
     // Beside short entries, which have fewer items than there are numbers for.
     let split = Shape {
         segment_len: vec![3, 1, 2, 1, 1],

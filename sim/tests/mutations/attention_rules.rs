@@ -133,7 +133,42 @@ pub static TARGETS: [Target; 18] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 17] = [
+pub const SURVIVORS: [[&str; 3]; 24] = [
+    [
+        "attention_forward_hopper.cu",
+        "first + 64 <= work.query_rows",
+        "rows of a copy beyond the last query are padding, whose results are not stored",
+    ],
+    [
+        "ring.cuh",
+        "cp_async_wait<",
+        "of `arrive`: the forward's producers arrive once a warp; caught in the gradients",
+    ],
+    [
+        "ring.cuh",
+        "fence_proxy_async_shared()",
+        "of `arrive`: the forward's producers arrive once a warp; caught in the gradients",
+    ],
+    [
+        "ring.cuh",
+        "mbarrier_arrive(&full",
+        "of `arrive`: the forward's producers arrive once a warp; caught in the gradients",
+    ],
+    [
+        "products.cuh",
+        "a_row + m * 16",
+        "of load_fragments: a warp has one row tile where it is called",
+    ],
+    [
+        "tile.cuh",
+        "row % 8 == 0 ? origin",
+        "the threads of this instance copy a multiple of 8 rows at a time",
+    ],
+    [
+        "tile.cuh",
+        "row * Tile::kRowBytes + k % 64 * 2, 0, 8",
+        "A begins at row 0 of its tile in the forward",
+    ],
     [
         "query_grad_hopper.cuh",
         "shared.row_ring.release(",
@@ -147,7 +182,7 @@ pub const SURVIVORS: [[&str; 3]; 17] = [
     [
         "key_grad_hopper.cuh",
         "index >= work_tiles",
-        "an work beyond the last has no rows",
+        "a work tile beyond the last has no rows",
     ],
     [
         "key_grad_hopper.cuh",
@@ -172,7 +207,7 @@ pub const SURVIVORS: [[&str; 3]; 17] = [
     [
         "attention_forward.cu",
         "work.split >= work.splits",
-        "an work of no keys, whose results those of the tile's first work replace",
+        "a KV split of no keys, whose results those of the work tile's first split replace",
     ],
     [
         "key_grad.cuh",
@@ -192,7 +227,7 @@ pub const SURVIVORS: [[&str; 3]; 17] = [
     [
         "attention_gradients.cuh",
         "{head + 1, work.first_query}",
-        "queries before the keys are masked_score: more work, the same sums",
+        "queries before the keys are masked: more work, the same sums",
     ],
     [
         "attention_gradients.cuh",

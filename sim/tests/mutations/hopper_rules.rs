@@ -205,10 +205,9 @@ const TWO_PANELS: [Rule; 4] = [
     drop_statement("shared.work_ring.wait_empty("),
 ];
 
-const ROWS: [Rule; 3] = [
+const ROWS: [Rule; 2] = [
     replace("k / 64 * Tile::kPanelBytes", "k / 64 * 64"),
     replace("advance(first_a, k_major_offset<TileA>(k))", "first_a"),
-    replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
 ];
 
 const OPERANDS: [Rule; 5] = [

@@ -36,7 +36,7 @@ pub const RING: [Rule; 11] = [
     drop_statement("mbarrier_arrive_expect_bytes("),
 ];
 
-pub const WARPGROUPS: [Rule; 11] = [
+pub const WARPGROUPS: [Rule; 12] = [
     drop_statement("__syncwarp()"),
     replace("wgmma<false, false>", "wgmma<true, false>"),
     replace("k % 64 * 2", "k % 64"),
@@ -51,6 +51,7 @@ pub const WARPGROUPS: [Rule; 11] = [
     replace("at < len", "at <= len"),
     replace("if (at < rows)", "if (at <= rows)"),
     replace("(n + lane % 4) * 8", "n * 8"),
+    replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
 ];
 
 pub const WORK_TILES: [Rule; 13] = [
