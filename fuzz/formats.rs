@@ -166,6 +166,7 @@ fn read_data(bytes: &[u8], folder: &Path, name: &str) {
         before: &[1],
         after: &[2],
         encode: &Bytes,
+        break_before_answers: false,
         tokenizer: "bytes",
         cache: None,
         scratch: folder,

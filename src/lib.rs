@@ -42,9 +42,9 @@
 //!
 //! # Features
 //!
-//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files. `serve`: the server, and its
-//! command. `cuda`: the GPU; it needs nvcc to build and no GPU. Without features the library needs neither
-//! command-line nor GPU crates.
+//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files and chat templates. `serve`:
+//! the server, and its command. `cuda`: the GPU; it needs nvcc to build and no GPU. Without features the library needs
+//! neither command-line nor GPU crates.
 #![deny(missing_docs)]
 
 pub mod attention;

@@ -53,7 +53,7 @@ fn a_perfect_model_scores_a_hundred_and_half_an_answer_its_share() {
     };
     let mut seen = Vec::new();
     let report = run(&config, &mut oracle, |p| {
-        assert_eq!(p.total, 12 * 2 * 5);
+        assert_eq!(p.total, 14 * 2 * 5);
         seen.push(p.done);
     })
     .unwrap();
@@ -64,7 +64,10 @@ fn a_perfect_model_scores_a_hundred_and_half_an_answer_its_share() {
     let half = run(&config, &mut oracle, |_| ()).unwrap();
     for cell in half.cells {
         let expected = match cell.task {
-            TaskKind::CommonWords | TaskKind::NiahMultivalue | TaskKind::NiahMultiquery => 50.0,
+            TaskKind::CommonWords
+            | TaskKind::NiahMultivalue
+            | TaskKind::NiahMultiquery
+            | TaskKind::Ordinal => 50.0,
             TaskKind::VariableTracking => 60.0,
             TaskKind::FrequentWords => 100.0 * 2.0 / 3.0,
             _ => 100.0,

@@ -313,6 +313,13 @@ fn the_tokens_of_needles_are_those_of_the_statements_that_the_answer_needs() {
                         "{statement}"
                     );
                 }
+            } else if task == TaskKind::MultiHop {
+                assert!(statements[0].contains(" picked up the "), "{statements:?}");
+                assert!(statements[1].contains(" gave the "), "{statements:?}");
+                assert!(
+                    statements[2].contains(&by_bytes.references[0]),
+                    "{statements:?}"
+                );
             } else {
                 for (statement, value) in statements.iter().zip(&by_bytes.references) {
                     assert!(statement.starts_with("The ") && statement.contains(value));
@@ -324,11 +331,85 @@ fn the_tokens_of_needles_are_those_of_the_statements_that_the_answer_needs() {
             for range in &by_pairs.needles {
                 let text = &by_pairs.prompt[range.start * 2..range.end * 2];
                 assert!(
-                    text.contains("The ") || text.contains("VAR "),
+                    text.contains("The ") || text.contains("VAR ") || task == TaskKind::MultiHop,
                     "{task}: {text:?}"
                 );
                 assert!(text.trim_end().contains('.'), "{task}: {text:?}");
             }
         }
+    }
+}
+
+#[test]
+fn the_verse_asked_for_is_that_of_its_place_among_those_of_its_title() {
+    for index in 0..8 {
+        let sample = sample(TaskKind::Ordinal, 9_000, index, 4);
+        let question = &sample.prompt[sample.question_at..];
+        let ordinals = ["first", "second", "third", "fourth"];
+        let place = ordinals.iter().position(|o| question.contains(o)).unwrap();
+        let title = question.split_once("Answer: The ").unwrap().1;
+        let title = title
+            .strip_suffix(" goes:")
+            .unwrap()
+            .split_once(' ')
+            .unwrap()
+            .1;
+        let verses: Vec<&str> = haystack(&sample)
+            .split("The ")
+            .filter_map(|s| s.strip_prefix(title)?.strip_prefix(" goes: "))
+            .collect();
+        assert_eq!(verses.len(), 4);
+        let words: Vec<&str> = verses[place]
+            .trim_end()
+            .trim_end_matches('.')
+            .split(' ')
+            .collect();
+        assert_eq!(words, sample.references);
+        for word in &sample.references {
+            assert_eq!(occurrences(&sample.prompt, word), 1);
+        }
+    }
+    let options = |depth| TaskOptions {
+        depth: Some(depth),
+        ..TaskOptions::default()
+    };
+    for depth in [0.0, 0.5, 1.0] {
+        let sample = generate(TaskKind::Ordinal, 9_000, 1, 4, options(depth), &bytes).unwrap();
+        assert_eq!(sample.depths, [depth]);
+    }
+}
+
+#[test]
+fn the_thing_is_where_its_last_holder_went_last() {
+    for index in 0..8 {
+        let sample = sample(TaskKind::MultiHop, 9_000, index, 4);
+        let question = &sample.prompt[sample.question_at..];
+        let thing = question
+            .split_once("Where is the ")
+            .unwrap()
+            .1
+            .split_once(' ')
+            .unwrap()
+            .0;
+        let (mut holder, mut places) = ("", HashMap::new());
+        for sentence in haystack(&sample)
+            .split(". ")
+            .map(|s| s.trim_end_matches('.'))
+        {
+            let words: Vec<&str> = sentence.split(' ').collect();
+            match words[..] {
+                [who, "picked", "up", "the", what] if what == thing => holder = who,
+                [who, "gave", "the", what, "to", whom] if what == thing => {
+                    assert_eq!(who, holder);
+                    holder = whom;
+                }
+                [who, "went", "to", place] => {
+                    places.insert(who, place);
+                }
+                [_, "picked", "up", "the", _] | [_, "gave", "the", _, "to", _] => {}
+                _ => panic!("{sentence:?}"),
+            }
+        }
+        assert_eq!(places[holder], sample.references[0]);
     }
 }

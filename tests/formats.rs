@@ -112,6 +112,7 @@ fn state() -> Vec<u8> {
     let origin = Origin {
         tokens: &tokens,
         weights: "",
+        ..Origin::default()
     };
     save(&session, origin, &OutputFile::open(&path).unwrap()).unwrap();
     std::fs::read(path).unwrap()

@@ -117,6 +117,7 @@ fn a_flipped_bit_anywhere_is_found_and_other_weights_or_tokens_are_refused() {
     let origin = Origin {
         tokens: &read,
         weights: "these",
+        ..Origin::default()
     };
     let place = OutputFile::open(&path).unwrap();
     save(&session, origin, &place).unwrap();
@@ -134,6 +135,7 @@ fn a_flipped_bit_anywhere_is_found_and_other_weights_or_tokens_are_refused() {
         Origin {
             tokens: &fewer,
             weights: "",
+            ..Origin::default()
         },
         &place,
     );

@@ -88,6 +88,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         before: &[],
         after: &[],
         encode: &Bytes,
+        break_before_answers: false,
         tokenizer: "bytes",
         cache: None,
         scratch: scratch.path(),

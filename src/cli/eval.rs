@@ -1,5 +1,7 @@
 //! `segattn eval`: perplexity on documents and synthetic long-context tasks, as a table and as JSON.
 
+mod choices;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -7,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::builder::RangedU64ValueParser;
 use indicatif::ProgressBar;
 use segattn::device::Device;
+use segattn::eval::choice::ChoiceReport;
 use segattn::eval::run::Cell;
 use segattn::eval::{
     Document, EvalError, Greedy, PerplexityConfig, PerplexityReport, Report, RunConfig, TaskKind,
@@ -17,6 +20,8 @@ use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
 
+use choices::Choices;
+
 use super::device::{DeviceArgs, Planned, on_device};
 use super::documents::read_documents;
 use super::files::{BreakArgs, Results as Place};
@@ -24,8 +29,9 @@ use super::generate::progress;
 use super::model::{Adapt, ModelArgs};
 use super::out::out;
 
-/// The task that is no synthetic one.
+/// The tasks that are no synthetic ones.
 pub const PERPLEXITY: &str = "perplexity";
+const LONGBENCH: &str = "longbench_v2";
 
 /// Runs the tasks one after the other and prints a table of each kind.
 #[derive(Debug, clap::Args)]
@@ -34,7 +40,8 @@ pub struct Args {
     model: ModelArgs,
     /// perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah (its
     /// needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
-    /// vt (tracked variables), cwe, fwe (common and frequent words)
+    /// vt (tracked variables), cwe, fwe (common and frequent words), ordinal (the n-th of equal titles),
+    /// multi_hop (three facts), longbench_v2 (multiple choice, needs --questions)
     #[arg(
         short,
         long,
@@ -64,6 +71,10 @@ pub struct Args {
     /// and `breaks`)
     #[arg(long, value_name = "PATH")]
     data: Vec<PathBuf>,
+    /// Questions of LongBench v2, a JSON array or one a line; of longer ones than --lengths the middle of the text is
+    /// left out
+    #[arg(long, value_name = "FILE")]
+    questions: Option<PathBuf>,
     #[command(flatten)]
     breaks: BreakArgs,
     /// Tokens between the starts of two windows of perplexity [default: windows share one token]
@@ -96,6 +107,8 @@ struct Results {
     segment: Option<serde_json::Value>,
     perplexity: Vec<WindowResult>,
     tasks: Option<Report>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    choices: Option<ChoiceReport>,
 }
 
 /// Perplexity with windows of one length.
@@ -109,6 +122,7 @@ pub struct WindowResult {
 pub enum Found {
     Perplexity(WindowResult),
     Task(Cell),
+    Choices(ChoiceReport),
 }
 
 /// Who asks for an evaluation: which parts, and where they go as soon as they are there.
@@ -130,6 +144,7 @@ pub trait Watch {
 struct Everything {
     perplexity: Vec<WindowResult>,
     cells: Vec<Cell>,
+    choices: Option<ChoiceReport>,
 }
 
 impl Watch for Everything {
@@ -137,6 +152,7 @@ impl Watch for Everything {
         match found {
             Found::Perplexity(result) => self.perplexity.push(result),
             Found::Task(cell) => self.cells.push(cell),
+            Found::Choices(report) => self.choices = Some(report),
         }
         Ok(())
     }
@@ -165,11 +181,15 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         segment: ran.segment,
         perplexity: everything.perplexity,
         tasks,
+        choices: everything.choices,
     };
     // Before the tables, whose reader may leave.
     place.write(&serde_json::to_vec_pretty(&results)?)?;
     tracing::info!("every answer: {}", args.out.display());
     print_perplexity(&results.perplexity)?;
+    if let Some(report) = &results.choices {
+        choices::print(report)?;
+    }
     if let Some(report) = &results.tasks {
         out!("{}", report.table())?;
         ensure!(
@@ -193,7 +213,8 @@ fn evaluate_on<D: Planned>(
     quiet: bool,
 ) -> Result<Ran> {
     let (tasks, with_perplexity) = args.parts()?;
-    let opened = args.model.open_as(!tasks.is_empty(), adapt)?;
+    let needs_text = !tasks.is_empty() || args.questions.is_some();
+    let opened = args.model.open_as(needs_text, adapt)?;
     let segment = opened.config.segment.as_ref();
     ensure!(
         !args.oracle || segment.is_some_and(|s| s.break_after_prompt),
@@ -205,9 +226,23 @@ fn evaluate_on<D: Planned>(
         false => Vec::new(),
     };
     args.breaks.over_only(&mut documents)?;
-    let model = opened.load(device, &args.readings(&documents, &tasks))?;
+    let choices = args.choices()?;
+    let mut readings = args.readings(&documents, &tasks);
+    if let (Some(choices), Some(text)) = (&choices, text) {
+        readings.push(Reading {
+            sequences: vec![[0, choices.longest_prompt(text)?]],
+            scored: false,
+            new: 0,
+            segments_per_step: args.segments_per_step,
+        });
+    }
+    let model = opened.load(device, &readings)?;
     if with_perplexity {
         args.perplexity(&model, &documents, watch, quiet)?;
+    }
+    if let (Some(choices), Some(text)) = (&choices, text) {
+        let report = choices.run(&model, text, &|| watch.working(), quiet)?;
+        watch.found(Found::Choices(report))?;
     }
     if !tasks.is_empty() {
         let text = text.context("the model has no tokenizer, which these tasks need")?;
@@ -228,11 +263,12 @@ fn parse_tasks(names: &[String]) -> Result<(Vec<TaskKind>, bool)> {
                 perplexity = true;
                 &[]
             }
+            LONGBENCH => &[],
             "ruler" => TaskKind::ruler(),
             "niah" => TaskKind::niah(),
             name => match TaskKind::from_str(name) {
                 Ok(task) => &[task],
-                Err(error) => bail!("{error}; or perplexity, ruler, niah"),
+                Err(error) => bail!("{error}; or perplexity, ruler, niah, {LONGBENCH}"),
             },
         };
         for task in more {
@@ -258,7 +294,18 @@ impl Args {
             self.data.is_empty() != with_perplexity,
             "--data and the task perplexity go together"
         );
+        let with_choices = self.task.iter().any(|task| task == LONGBENCH);
+        ensure!(
+            self.questions.is_some() == with_choices,
+            "--questions and the task {LONGBENCH} go together"
+        );
         Ok((tasks, with_perplexity))
+    }
+
+    fn choices(&self) -> Result<Option<Choices>> {
+        let longest = self.lengths.iter().copied().max();
+        let read = |path: &PathBuf| Choices::read(path, longest, self.segments_per_step);
+        self.questions.as_ref().map(read).transpose()
     }
 
     /// Every task (or `perplexity`) and length of which there will be a part.

@@ -71,7 +71,7 @@ pub struct Args {
 
 /// How tokens are chosen; what is left out is as the model's generation_config.json says.
 #[derive(Debug, clap::Args)]
-struct SamplingArgs {
+pub(super) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token every time [default: 1, or the model's]
     #[arg(short, long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
@@ -94,7 +94,7 @@ struct SamplingArgs {
 
 impl SamplingArgs {
     /// The flags over the model's own settings over the defaults.
-    fn over(&self, model: &GenerationSettings) -> SamplerConfig {
+    pub(super) fn over(&self, model: &GenerationSettings) -> SamplerConfig {
         let model = model.sampler();
         SamplerConfig {
             temperature: self.temperature.unwrap_or(model.temperature),
@@ -133,13 +133,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let state_out = args.state_out.as_deref().map(place).transpose()?;
     let opened = args.model.open(args.tokens.is_empty())?;
     let text = opened.text.as_ref();
-    let own = GenerationSettings::load(args.model.path())?;
-    if !own.ignored.is_empty() {
-        tracing::warn!(
-            "generation_config.json: not applied: {}",
-            own.ignored.join(", ")
-        );
-    }
+    let own = own_settings(args.model.path())?;
     let sampler = args.sampling.over(&own);
     let max_new = args.max_new.or(own.max_new_tokens).unwrap_or(256);
     let mut state = args.state_in.as_deref().map(StateFile::open).transpose()?;
@@ -201,6 +195,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         let origin = Origin {
             tokens: &tokens,
             weights: &weights,
+            ..Origin::default()
         };
         save(generator.session(), origin, place)?;
     }
@@ -224,6 +219,18 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         Some(place) => write_log_probabilities(place, &generated),
         None => Ok(()),
     }
+}
+
+/// The model's own settings; warns of those that are not applied.
+pub(super) fn own_settings(folder: &Path) -> Result<GenerationSettings> {
+    let own = GenerationSettings::load(folder)?;
+    if !own.ignored.is_empty() {
+        tracing::warn!(
+            "generation_config.json: not applied: {}",
+            own.ignored.join(", ")
+        );
+    }
+    Ok(own)
 }
 
 impl Args {
@@ -433,7 +440,10 @@ pub(super) fn progress(shown: bool, total: u64, what: &'static str) -> ProgressB
     bar
 }
 
-fn read_prompts<D: Device>(generator: &mut Generator<'_, '_, D>, quiet: bool) -> Result<()> {
+pub(super) fn read_prompts<D: Device>(
+    generator: &mut Generator<'_, '_, D>,
+    quiet: bool,
+) -> Result<()> {
     let total = generator.unread() as u64;
     let bar = progress(!quiet, total, "prompt");
     loop {

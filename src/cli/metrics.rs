@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use segattn::train::trainer::StepReport;
 use serde::{Deserialize, Serialize};
 
+use super::events::Events;
 use super::files::write_atomically;
 
 /// A line: a step, or a validation after `step` steps. Numbers that are not finite are left out.
@@ -72,6 +73,8 @@ fn finite(x: f64) -> Option<f64> {
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    /// The same for TensorBoard.
+    events: Option<Events>,
 }
 
 impl Metrics {
@@ -98,7 +101,15 @@ impl Metrics {
         Ok(Self {
             path: path.to_owned(),
             file: file.with_context(failed)?,
+            events: None,
         })
+    }
+
+    /// Writes further lines into a file of events beside it too.
+    pub fn with_events(mut self, step: u64) -> Result<Self> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        self.events = Some(Events::create(folder, step)?);
+        Ok(self)
     }
 
     pub fn path(&self) -> &Path {
@@ -109,7 +120,11 @@ impl Metrics {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
         let failed = || format!("cannot write {}", self.path.display());
-        self.file.write_all(&text).with_context(failed)
+        self.file.write_all(&text).with_context(failed)?;
+        match &mut self.events {
+            Some(events) => events.write(line),
+            None => Ok(()),
+        }
     }
 
     /// Makes the lines durable: a checkpoint must not know of steps that they do not.

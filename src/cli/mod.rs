@@ -1,12 +1,14 @@
 //! The command line: one file a command; this one parses, dispatches, and reports errors.
 
 mod alloc;
+mod chat;
 mod convert;
 mod demo;
 mod device;
 mod doctor;
 mod documents;
 mod eval;
+mod events;
 mod figure;
 mod files;
 mod generate;
@@ -77,6 +79,8 @@ enum Command {
     Resume(resume::Args),
     /// Continue prompts, one or several in a batch
     Generate(generate::Args),
+    /// Talk with a model by its chat template
+    Chat(chat::Args),
     /// Serve a model over HTTP, by OpenAI's interface
     #[cfg(feature = "serve")]
     Serve(serve::Args),
@@ -140,6 +144,7 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Train(args) => train::run(&args, quiet),
         Command::Resume(args) => resume::run(&args, quiet),
         Command::Generate(args) => generate::run(&args, quiet),
+        Command::Chat(args) => chat::run(&args, quiet),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(&args, quiet),
         Command::Score(args) => score::run(&args, quiet),

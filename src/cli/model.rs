@@ -19,9 +19,18 @@ use super::device::{DeviceArgs, DeviceName, Planned, Pool};
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Folder of the model: config.json, *.safetensors, tokenizer.json
-    #[arg(short, long, value_name = "DIR")]
-    model: PathBuf,
+    /// Folder of the model: config.json, *.safetensors, tokenizer.json; also as `-m`
+    #[arg(value_name = "MODEL", required_unless_present = "model")]
+    folder: Option<PathBuf>,
+    /// The same
+    #[arg(
+        short,
+        long,
+        value_name = "DIR",
+        conflicts_with = "folder",
+        hide = true
+    )]
+    model: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Run as the checkpoint says, in segments, or as full attention
@@ -66,7 +75,8 @@ impl ModelArgs {
     }
 
     pub fn path(&self) -> &Path {
-        &self.model
+        let given = self.folder.as_deref().or(self.model.as_deref());
+        given.unwrap_or(Path::new("."))
     }
 
     pub fn device(&self) -> DeviceName {
@@ -89,8 +99,8 @@ impl ModelArgs {
     /// The same, under a configuration that `adapt` has changed before the flags do.
     pub fn open_as(&self, needs_text: bool, adapt: Adapt<'_>) -> Result<Opened> {
         let mut config = self.config(adapt)?;
-        config.eos_token_id = end_ids(&self.model, &config)?;
-        let text = match Tokenizer::open(&self.model, &config) {
+        config.eos_token_id = end_ids(self.path(), &config)?;
+        let text = match Tokenizer::open(self.path(), &config) {
             Ok(text) => Some(text),
             Err(error) if needs_text => return Err(error.into()),
             Err(error) => {
@@ -98,7 +108,7 @@ impl ModelArgs {
                 None
             }
         };
-        let weights = Checkpoint::open(&self.model)?;
+        let weights = Checkpoint::open(self.path())?;
         weights.check(&config)?;
         Ok(Opened {
             config,
@@ -109,7 +119,7 @@ impl ModelArgs {
     }
 
     fn config(&self, adapt: Adapt<'_>) -> Result<ModelConfig> {
-        let mut config = load_config(&self.model)?;
+        let mut config = load_config(self.path())?;
         adapt(&mut config)?;
         let overrides = SegmentOverrides {
             segment_len: self.segment_len,

@@ -51,6 +51,7 @@ pub fn go_on(
         config.training.output = output.to_owned();
     }
     let text = Text::open(&config, Some(&folder))?;
+    let text = text.with_template(&config.data, &checkpoint.model)?;
     let before = &checkpoint.config;
     ensure!(
         config.model == before.model,

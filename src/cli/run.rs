@@ -71,6 +71,7 @@ impl<'a> Data<'a> {
             before: &before,
             after: &after,
             encode: text,
+            break_before_answers: (model.segment.as_ref()).is_some_and(|s| s.break_after_prompt),
             tokenizer: &text.identity(),
             cache: cache.as_deref(),
             scratch: output,
@@ -250,7 +251,10 @@ impl<'a, D: Planned> Run<'a, D> {
     ) -> Result<Self> {
         let training = &trainer.config().training;
         let step = trainer.progress().step;
-        let metrics = Metrics::open(&output.join(METRICS_FILE), step)?;
+        let mut metrics = Metrics::open(&output.join(METRICS_FILE), step)?;
+        if trainer.config().log.tensorboard {
+            metrics = metrics.with_events(step)?;
+        }
         let validation = data.validation(training.validation_sequences)?;
         let bar = progress_bar(training.steps, step, quiet);
         let flops = training_flops(&trainer.model().config, data.longest(training.sequence_len));

@@ -4,13 +4,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// Whether there is nothing to stop: the first signal ends the process then.
+static IDLE: AtomicBool = AtomicBool::new(false);
 
 /// Notes Ctrl-C, and on Unix SIGTERM and SIGHUP, from now on. A signal that the process was started to ignore
 /// (`nohup` ignores SIGHUP, a shell's background job SIGINT) stays ignored. `said` is printed at the first one.
 pub fn note_interrupts(said: Option<&'static str>) {
     let ignored = ignored();
     let noted = ctrlc::set_handler(move || {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) || IDLE.load(Ordering::SeqCst) {
             std::process::exit(130);
         }
         if let Some(said) = said {
@@ -27,6 +29,12 @@ pub fn note_interrupts(said: Option<&'static str>) {
 /// Whether such a signal has come.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Says that there is nothing to stop, or that there is again; a signal of before is forgotten.
+pub fn idle(idle: bool) {
+    INTERRUPTED.store(false, Ordering::SeqCst);
+    IDLE.store(idle, Ordering::SeqCst);
 }
 
 /// The flag that is set then.

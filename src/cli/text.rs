@@ -2,19 +2,31 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use segattn::model::chat::{Chat, TEMPLATE_FILE};
 use segattn::model::companions::companions;
 use segattn::model::config::ModelConfig;
 use segattn::model::error::TokenizerError;
 use segattn::model::tokenizer::{BYTES, TOKENIZER_FILE, Tokenizer, end_ids, is_tokenizer_file};
 use segattn::train::config::{Config, DataSection};
-use segattn::train::data::{Bytes, Encode, Located, hash_file};
+use segattn::train::data::{Bytes, Conversed, Encode, Located, converse, hash_file};
+
+use super::files::read_text;
+
+/// Largest chat template that is read, in bytes.
+pub const MAX_TEMPLATE: u64 = 4 << 20;
 
 /// How a run's texts become tokens.
 pub struct Text {
-    /// The folder that says so.
+    /// The model's folder.
     folder: Option<PathBuf>,
+    /// The folder of the tokenizer and of the chat template.
+    source: Option<PathBuf>,
+    /// Whether they are those of a checkpoint.
+    resumed: bool,
     kind: Kind,
+    /// For conversations, where there is a template; an error only of a run that reads them.
+    chat: Result<Option<(Chat, Tokenizer)>, String>,
 }
 
 enum Kind {
@@ -48,16 +60,52 @@ impl Text {
         };
         let model = checkpoint.or(config.model.folder.as_deref());
         Ok(Self {
+            source: folder.map(Path::to_owned),
             folder: model.map(Path::to_owned),
+            resumed: checkpoint.is_some(),
             kind,
+            chat: Ok(None),
         })
     }
 
-    /// Names the tokenizer: equal only for those that give equal tokens.
+    /// The same with a chat template: that of the checkpoint, of `data.chat_template`, or of the tokenizer's folder.
+    pub fn with_template(mut self, data: &DataSection, model: &ModelConfig) -> Result<Self> {
+        let tokenizer = match &self.kind {
+            Kind::Tokenizer(tokenizer, _) => tokenizer.clone(),
+            Kind::Bytes => Tokenizer::bytes(model),
+            Kind::Unreadable(_) => return Ok(self),
+        };
+        let tokenizer = tokenizer.limited_to(model.vocab_size);
+        let given = data.chat_template.as_deref().filter(|_| !self.resumed);
+        let chat = match (given, &self.source) {
+            (Some(path), _) => {
+                let chat = Chat::of_template(&read_text(path, MAX_TEMPLATE)?, &tokenizer);
+                Some(chat.with_context(|| path.display().to_string())?)
+            }
+            (None, Some(folder)) => match Chat::open(folder, &tokenizer) {
+                Ok(chat) => chat,
+                Err(error) => {
+                    self.chat = Err(error.to_string());
+                    None
+                }
+            },
+            (None, None) => None,
+        };
+        if let Some(chat) = chat {
+            self.chat = Ok(Some((chat, tokenizer)));
+        }
+        Ok(self)
+    }
+
+    /// Names the tokenizer and the chat template: equal only for those that give equal tokens.
     pub fn identity(&self) -> String {
-        match &self.kind {
+        let tokenizer = match &self.kind {
             Kind::Tokenizer(_, hash) => format!("{} {hash:x?}", env!("CARGO_PKG_VERSION")),
             Kind::Bytes | Kind::Unreadable(_) => "bytes".into(),
+        };
+        match &self.chat {
+            Ok(Some((chat, _))) => format!("{tokenizer} {:x?}", chat.digest()),
+            _ => tokenizer,
         }
     }
 
@@ -128,6 +176,18 @@ impl Encode for Text {
         }
     }
 
+    fn converse(&self, conversation: &str) -> Result<Conversed, String> {
+        match &self.chat {
+            Ok(Some((chat, tokenizer))) => converse(chat, tokenizer, conversation),
+            Ok(None) => Err(
+                "no chat template: give one by `data.chat_template`, or one in the folder of the \
+                             tokenizer"
+                    .into(),
+            ),
+            Err(error) => Err(error.clone()),
+        }
+    }
+
     fn ends_line(&self, id: u32) -> bool {
         match &self.kind {
             Kind::Tokenizer(tokenizer, _) => {
@@ -148,19 +208,26 @@ impl Encode for Text {
 }
 
 /// What lies beside the weights in the model's folder goes into each checkpoint; the files of the tokenizer come from
-/// `model.tokenizer` where it is given.
+/// `model.tokenizer`, and the chat template from `data.chat_template`, where these are given.
 pub fn companion_files(config: &Config) -> Result<Vec<(String, Vec<u8>)>> {
     let model = &config.model;
     let mut files = match &model.folder {
         Some(folder) => companions(folder)?,
         None => Vec::new(),
     };
-    let Some(folder) = &model.tokenizer else {
-        return Ok(files);
-    };
-    let of_tokenizer = |name: &str| is_tokenizer_file(name) || name.starts_with("chat_template");
-    files.retain(|(name, _)| !of_tokenizer(name));
-    let own = companions(folder)?.into_iter();
-    files.extend(own.filter(|(name, _)| of_tokenizer(name)));
+    if let Some(folder) = &model.tokenizer {
+        let of_tokenizer =
+            |name: &str| is_tokenizer_file(name) || name.starts_with("chat_template");
+        files.retain(|(name, _)| !of_tokenizer(name));
+        let own = companions(folder)?.into_iter();
+        files.extend(own.filter(|(name, _)| of_tokenizer(name)));
+    }
+    if let Some(path) = &config.data.chat_template {
+        files.retain(|(name, _)| name != TEMPLATE_FILE);
+        files.push((
+            TEMPLATE_FILE.to_owned(),
+            read_text(path, MAX_TEMPLATE)?.into_bytes(),
+        ));
+    }
     Ok(files)
 }

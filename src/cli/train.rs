@@ -51,6 +51,7 @@ pub fn begin(config: &Config, device: DeviceArgs, quiet: bool) -> Result<Ended> 
     );
     let text = Text::open(config, None)?;
     let (model, tensors) = start(config, &text)?;
+    let text = text.with_template(&config.data, &model)?;
     let data = Data::read(config, &model, &text, output, quiet)?;
     let (extra, pool) = (companion_files(config)?, device.pool);
     on_device!(device.device, device => {

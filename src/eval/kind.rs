@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A task. Parameters are those of RULER's `synthetic.yaml`.
+/// A task. Parameters of RULER's tasks are those of its `synthetic.yaml`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum TaskKind {
     /// A five-digit passkey in repeated noise (Mohtashami and Jaggi 2023, arXiv:2305.16300).
@@ -42,11 +42,17 @@ pub enum TaskKind {
     /// Frequent words: the three most frequent of words with zeta-distributed counts, alpha 2.
     #[serde(rename = "fwe")]
     FrequentWords,
+    /// Which of four texts of the same title, by its place in their order (as MRCR).
+    #[serde(rename = "ordinal")]
+    Ordinal,
+    /// Where a thing is that passed from hand to hand: three facts (as bAbI).
+    #[serde(rename = "multi_hop")]
+    MultiHop,
 }
 
 impl TaskKind {
     /// All tasks.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Passkey,
         Self::NiahSingle1,
         Self::NiahSingle2,
@@ -59,11 +65,13 @@ impl TaskKind {
         Self::VariableTracking,
         Self::CommonWords,
         Self::FrequentWords,
+        Self::Ordinal,
+        Self::MultiHop,
     ];
 
-    /// RULER's tasks: all but the passkey.
+    /// RULER's tasks.
     pub fn ruler() -> &'static [Self] {
-        &Self::ALL[1..]
+        &Self::ALL[1..12]
     }
 
     /// The needle tasks.
@@ -86,13 +94,16 @@ impl TaskKind {
             Self::VariableTracking => "vt",
             Self::CommonWords => "cwe",
             Self::FrequentWords => "fwe",
+            Self::Ordinal => "ordinal",
+            Self::MultiHop => "multi_hop",
         }
     }
 
-    /// Most tokens the answer may have: RULER's, and 16 for the passkey.
+    /// Most tokens the answer may have: RULER's where it is one of RULER's tasks.
     pub fn max_new(self) -> usize {
         match self {
-            Self::Passkey => 16,
+            Self::Passkey | Self::MultiHop => 16,
+            Self::Ordinal => 40,
             Self::VariableTracking => 30,
             Self::CommonWords => 120,
             Self::FrequentWords => 50,

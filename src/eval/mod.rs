@@ -1,10 +1,12 @@
 //! Evaluation: perplexity, and synthetic long-context tasks that need no download.
 //!
 //! The tasks are passkey retrieval and those of RULER (Hsieh et al. 2024, arXiv:2404.06654) that
-//! use no question-answering corpus, with RULER's parameters, answer lengths and scoring. Wording,
-//! words and filler text are this crate's own, generated from a seed, so scores compare between
-//! models run here; they are close to, but not the same as, published RULER scores.
+//! use no question-answering corpus, with RULER's parameters, answer lengths and scoring; and two
+//! in the manner of MRCR and bAbI. Wording, words and filler text are this crate's own, generated
+//! from a seed, so scores compare between models run here; they are close to, but not the same as,
+//! published scores. [`choice`] reads LongBench v2's questions from a file.
 
+pub mod choice;
 pub mod error;
 pub mod execution;
 pub mod heads;
@@ -20,6 +22,7 @@ mod fit;
 mod needle;
 mod recall;
 mod seeds;
+mod stories;
 mod text;
 
 pub use error::EvalError;

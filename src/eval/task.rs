@@ -6,6 +6,7 @@ use super::fit::{Draft, fit};
 use super::kind::TaskKind;
 use super::needle::{Filler, Needles, Plan, Value};
 use super::seeds::Seeds;
+use super::stories::{MultiHop, Ordinal};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::str::FromStr;
@@ -30,8 +31,8 @@ impl FromStr for TaskKind {
 #[serde(deny_unknown_fields, default)]
 pub struct TaskOptions {
     /// Share of the filler, 0 to 1, before the statements that the answer needs; drawn at random,
-    /// each for itself, where left out. Of a chain of variables it places the first statement; the
-    /// others follow it at random depths.
+    /// each for itself, where left out. Of a chain (of variables, or of hands) it places the first
+    /// statement; the others follow it at random depths.
     pub depth: Option<f64>,
     /// Takes [`TaskKind::max_new`] off the prompt's length, as RULER does, so that prompt and
     /// answer together fit in it.
@@ -158,6 +159,8 @@ fn draft(seeds: Seeds, depth: Option<f64>) -> Box<dyn Draft> {
         TaskKind::VariableTracking => return Box::new(VariableTracking::new(seeds, depth)),
         TaskKind::CommonWords => return Box::new(CommonWords::new(seeds)),
         TaskKind::FrequentWords => return Box::new(FrequentWords::new(seeds)),
+        TaskKind::Ordinal => return Box::new(Ordinal::new(seeds, depth)),
+        TaskKind::MultiHop => return Box::new(MultiHop::new(seeds, depth)),
         TaskKind::Passkey => Plan {
             filler: Filler::Noise,
             value: Value::Passkey,

@@ -157,7 +157,7 @@ pub(crate) fn prose(random: &mut Random) -> String {
     capital(&sentence)
 }
 
-fn capital(s: &str) -> String {
+pub(crate) fn capital(s: &str) -> String {
     let mut chars = s.chars();
     let first = chars.next().map(|c| c.to_ascii_uppercase());
     first.into_iter().chain(chars).collect()

@@ -1,5 +1,7 @@
 //! Generation: the loop over a session, the choice of tokens and the end of a text.
 
+#[cfg(feature = "tokenizer")]
+pub mod dialogue;
 pub mod dry_run;
 pub mod generator;
 pub mod stop;

@@ -346,3 +346,52 @@ pub enum TokenizerError {
         message: String,
     },
 }
+
+/// A chat template that is missing or cannot be used, or messages that it does not take.
+#[cfg(feature = "tokenizer")]
+#[derive(Debug, thiserror::Error)]
+pub enum ChatError {
+    /// A file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The text that the template wrote has no tokens.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The folder has templates, but not the one asked for.
+    #[error("{folder}: expected the chat template `{expected}`, found {found}")]
+    Name {
+        /// The model folder.
+        folder: PathBuf,
+        /// The template asked for.
+        expected: String,
+        /// Those that the folder has.
+        found: NameList,
+    },
+    /// The template is not one of the language, or it fails on these messages, or it refuses them itself.
+    #[error("chat template: {message}")]
+    Template {
+        /// What its engine or the template said.
+        message: String,
+    },
+    /// Messages that no template takes.
+    #[error("messages: {what}: expected {expected}, got {got}")]
+    Messages {
+        /// Which part of them.
+        what: String,
+        /// What would be accepted.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+    /// The template does not say which text is the assistant's, and its text does not show it.
+    #[error(
+        "chat template: message {message}: {what}, so the assistant's text cannot be told from the rest; expected a \
+         template with {{% generation %}} around what the assistant writes"
+    )]
+    Answer {
+        /// Which message, from 0.
+        message: usize,
+        /// What the template does.
+        what: &'static str,
+    },
+}

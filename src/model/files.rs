@@ -58,6 +58,24 @@ pub(super) fn read_json(path: &Path, limit: u64) -> Result<serde_json::Value, Fi
     parse_json(&bytes, path)
 }
 
+/// The object of a JSON file of at most `limit` bytes, an empty one where there is no file.
+#[cfg(feature = "tokenizer")]
+pub(super) fn read_object(
+    path: &Path,
+    limit: u64,
+) -> Result<serde_json::Map<String, serde_json::Value>, FileError> {
+    if fs::symlink_metadata(path).is_err() {
+        return Ok(serde_json::Map::new());
+    }
+    match read_json(path, limit)? {
+        serde_json::Value::Object(object) => Ok(object),
+        _ => Err(FileError::Json {
+            path: path.to_owned(),
+            message: "expected an object".into(),
+        }),
+    }
+}
+
 /// The value of JSON text; `path` is for messages.
 pub(super) fn parse_json<'a, T: serde::Deserialize<'a>>(
     bytes: &'a [u8],

@@ -1,5 +1,7 @@
 //! The model: configuration, weights, decoder, and what a sequence carries from segment to segment.
 
+#[cfg(feature = "tokenizer")]
+pub mod chat;
 pub mod companions;
 pub mod config;
 pub mod decoder;

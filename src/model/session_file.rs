@@ -92,6 +92,8 @@ pub struct Origin<'a> {
     pub tokens: &'a [Vec<u32>],
     /// A digest of the model's weights: a state of other weights is not restored.
     pub weights: &'a str,
+    /// Whatever the caller wants to have with the state; may be empty.
+    pub note: &'a str,
 }
 
 /// A saved session, checked against its own header and checksum.
@@ -148,6 +150,11 @@ impl StateFile {
         let bytes = self.reader.read(&name, Dtype::U32, Some(&shape))?;
         let ids = bytes.as_chunks().0.iter();
         Ok(ids.map(|b| u32::from_le_bytes(*b)).collect())
+    }
+
+    /// What [`Origin::note`] was.
+    pub fn note(&self) -> &str {
+        self.reader.metadata("note").unwrap_or_default()
     }
 
     /// Tokens that each sequence has read.

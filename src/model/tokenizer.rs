@@ -9,6 +9,8 @@
 mod bounds;
 pub mod framing;
 mod generation;
+#[cfg(feature = "tokenizer")]
+mod place;
 mod spelling;
 
 use std::path::Path;
@@ -18,6 +20,8 @@ use super::error::TokenizerError;
 use super::files;
 use framing::Framing;
 pub use generation::{GENERATION_FILE, GenerationSettings, end_ids};
+#[cfg(feature = "tokenizer")]
+pub(super) use place::{Placed, place_by};
 
 /// The file's name in a model folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -224,12 +228,18 @@ impl Tokenizer {
         if framed {
             ids.extend_from_slice(&self.framing.after);
         }
-        match ids.iter().max() {
-            Some(largest) if *largest as usize >= self.limit => Err(TokenizerError::Vocabulary {
-                largest: *largest,
+        self.check(ids.iter().copied())?;
+        Ok(ids)
+    }
+
+    /// Refuses ids that the model has not.
+    pub(super) fn check(&self, ids: impl Iterator<Item = u32>) -> Result<(), TokenizerError> {
+        match ids.max() {
+            Some(largest) if largest as usize >= self.limit => Err(TokenizerError::Vocabulary {
+                largest,
                 vocab_size: self.limit,
             }),
-            _ => Ok(ids),
+            _ => Ok(()),
         }
     }
 

@@ -59,8 +59,11 @@ pub struct DataSection {
     pub validation: Vec<PathBuf>,
     /// Which files of a folder are read, by the end of their names.
     pub extensions: Vec<String>,
-    /// Field of a JSONL line that holds its text (a string) or tokens (a list of ids).
+    /// Field of a JSONL line that holds its text (a string) or tokens (a list of ids). A line without it may have
+    /// `messages`.
     pub jsonl_field: String,
+    /// File with the chat template that writes the `messages` of JSONL lines. `None`: that of the tokenizer's folder.
+    pub chat_template: Option<PathBuf>,
     /// Width of the ids in `.bin` files.
     pub bin_type: BinType,
     /// Id that ends a document inside a `.bin` file.
@@ -87,6 +90,7 @@ impl Default for DataSection {
             validation: Vec::new(),
             extensions: ["txt", "md", "jsonl"].map(String::from).to_vec(),
             jsonl_field: "text".into(),
+            chat_template: None,
             bin_type: BinType::U16,
             document_end: None,
             add_bos: true,
@@ -267,6 +271,8 @@ pub struct LogSection {
     pub every: u64,
     /// Whether to draw the loss at the end.
     pub plot: bool,
+    /// Whether to write the metrics for TensorBoard too.
+    pub tensorboard: bool,
 }
 
 impl Default for LogSection {
@@ -274,6 +280,7 @@ impl Default for LogSection {
         Self {
             every: 1,
             plot: true,
+            tensorboard: true,
         }
     }
 }

@@ -15,6 +15,8 @@ mod example;
 mod ids;
 mod listing;
 mod marks;
+#[cfg(feature = "tokenizer")]
+mod messages;
 mod mixture;
 mod permutation;
 mod pieces;
@@ -30,9 +32,11 @@ pub use encoded::hash_file;
 pub use example::{AsExample, Example, ExampleRef};
 pub use ids::parse_ids;
 pub use listing::{Format, list_files};
+#[cfg(feature = "tokenizer")]
+pub use messages::converse;
 pub use mixture::Mixture;
 pub use permutation::Permutation;
-pub use pieces::{Bytes, Encode, Located};
+pub use pieces::{Bytes, Conversed, Encode, Located};
 pub use reading::Reading;
 pub use tasks::Tasks;
 

@@ -6,6 +6,8 @@ use std::path::Path;
 pub const CHECKPOINTS: &str = "checkpoints";
 /// One line a step and a validation.
 pub const METRICS_FILE: &str = "metrics.jsonl";
+/// How the names of files of events begin, which TensorBoard reads.
+pub const EVENTS_PREFIX: &str = "events.out.tfevents";
 /// The picture of the loss.
 pub const PICTURE_FILE: &str = "loss.svg";
 /// The file that is locked.
@@ -19,7 +21,10 @@ pub fn is_output(path: &Path) -> bool {
         return false;
     };
     let has = |name: &str| folder.join(name).exists();
-    names.iter().any(|own| name == *own)
+    let events = name
+        .as_encoded_bytes()
+        .starts_with(EVENTS_PREFIX.as_bytes());
+    (names.iter().any(|own| name == *own) || events)
         && (has(LOCK_FILE) || (has(METRICS_FILE) && has(CHECKPOINTS)))
 }
 

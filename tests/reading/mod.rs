@@ -17,6 +17,7 @@ pub fn reading<'a>(section: &'a DataSection, scratch: &'a Path) -> Reading<'a> {
         before: &[256],
         after: &[257],
         encode: &Bytes,
+        break_before_answers: false,
         tokenizer: "bytes",
         cache: None,
         scratch,

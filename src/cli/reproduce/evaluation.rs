@@ -131,6 +131,8 @@ impl Watch for Collect<'_> {
         let row = match found {
             Found::Perplexity(result) => self.loss(&result),
             Found::Task(cell) => self.score(&cell),
+            // A definition names no file of questions.
+            Found::Choices(_) => return Ok(()),
         };
         let seconds = self.began.elapsed().as_secs_f64();
         self.began = Instant::now();

@@ -206,13 +206,16 @@ pub(super) fn header<D: Device>(
         let numbers: Vec<usize> = session.cursors.iter().map(f).collect();
         json!(numbers).to_string()
     };
-    let metadata = json!({
+    let mut metadata = json!({
         "format": format,
         "positions": of_each(|cursor| cursor.position),
         "rows": of_each(|cursor| cursor.rows),
         "model": fingerprint(session.model)?,
         "weights": origin.weights,
     });
+    if !origin.note.is_empty() {
+        metadata["note"] = origin.note.into();
+    }
     header.insert("__metadata__".to_owned(), metadata);
     let mut start = 0;
     for (sequence, part, shape) in parts {

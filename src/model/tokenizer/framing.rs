@@ -14,7 +14,7 @@
 use std::path::Path;
 
 #[cfg(feature = "tokenizer")]
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::model::config::ModelConfig;
 #[cfg(feature = "tokenizer")]
@@ -24,7 +24,7 @@ use crate::model::files;
 
 /// Largest `tokenizer_config.json` accepted, in bytes; those of vocabularies of 256,000 list their added tokens.
 #[cfg(feature = "tokenizer")]
-const MAX_FILE: u64 = 16 << 20;
+pub(in crate::model) const MAX_FILE: u64 = 16 << 20;
 
 /// Tokens around a text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -110,8 +110,8 @@ impl Framing {
         folder: &Path,
     ) -> Result<(), FileError> {
         let (config, map) = (
-            object(&folder.join("tokenizer_config.json"))?,
-            object(&folder.join("special_tokens_map.json"))?,
+            files::read_object(&folder.join("tokenizer_config.json"), MAX_FILE)?,
+            files::read_object(&folder.join("special_tokens_map.json"), MAX_FILE)?,
         );
         let named = |key: &str| {
             let name = config.get(key).or_else(|| map.get(key))?;
@@ -143,20 +143,5 @@ impl Framing {
         self.bos = self.before.first().copied().or(bos);
         self.eos = eos.or(self.eos);
         Ok(())
-    }
-}
-
-/// The object of a small JSON file, an empty one where there is no file.
-#[cfg(feature = "tokenizer")]
-fn object(path: &Path) -> Result<Map<String, Value>, FileError> {
-    if std::fs::symlink_metadata(path).is_err() {
-        return Ok(Map::new());
-    }
-    match files::read_json(path, MAX_FILE)? {
-        Value::Object(object) => Ok(object),
-        _ => Err(FileError::Json {
-            path: path.to_owned(),
-            message: "expected an object".into(),
-        }),
     }
 }

@@ -26,7 +26,7 @@ const MIN_CACHED: u64 = 1 << 20;
 /// Tokens that are read at a time while hashing and checking.
 const SCAN: u64 = 1 << 16;
 /// Part of every key of the cache: another way to make tokens has another number.
-const ENCODING: &str = "segattn tokens 2";
+const ENCODING: &str = "segattn tokens 3";
 
 /// A run of tokens in one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -343,6 +343,7 @@ fn key(sources: &mut [Source], reading: &Reading<'_>) -> Result<String> {
         key.update((ids.len() as u64).to_le_bytes());
         key.update(bytes(ids));
     }
+    key.update([u8::from(reading.break_before_answers)]);
     for source in sources {
         key.update([source.format as u8]);
         key.update(source.hash.unwrap_or_default());

@@ -11,13 +11,15 @@ use sha2::{Digest, Sha256};
 use super::error::{data_error, io_error};
 use super::ids::{Listed, read_ids};
 use super::listing::Format;
-use super::pieces::{Joiner, OVERLAP, PIECE, Place, Tokens, boundary, cut, encode};
+use super::pieces::{Conversed, Joiner, OVERLAP, PIECE, Place, Tokens, boundary, cut, encode};
 use super::reading::Reading;
 use super::store::{Stored, Writer};
 use crate::train::error::Result;
 
 /// Longest line of a JSONL file, in bytes.
 const MAX_LINE: u64 = 1 << 28;
+/// The field of a JSONL line with a conversation.
+const MESSAGES: &str = "messages";
 /// What some programs put before a text in UTF-8.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
@@ -132,8 +134,36 @@ enum Item<'a> {
         place: Place,
         line: Option<usize>,
     },
+    /// A whole document: a conversation in JSON, and its line.
+    Conversation { json: String, line: usize },
     /// The open document is complete.
     End,
+}
+
+/// What items become that are encoded side by side.
+enum Made {
+    Piece(Tokens),
+    Conversation(Conversed),
+}
+
+/// The conversation with its breaks, and the weight of each of its tokens: 1 where the assistant writes it, else 0.
+fn weighed(conversed: Conversed, breaks: bool) -> (Listed, Vec<f32>) {
+    let Conversed { ids, answers } = conversed;
+    let mut weights = vec![0.0; ids.len()];
+    for answer in &answers {
+        weights[answer.clone()].fill(1.0);
+    }
+    let mut starts: Vec<usize> = answers
+        .iter()
+        .filter(|a| breaks && !a.is_empty())
+        .map(|a| a.start)
+        .collect();
+    starts.dedup();
+    let listed = Listed {
+        tokens: ids,
+        breaks: starts,
+    };
+    (listed, weights)
 }
 
 /// Items that wait to be encoded together.
@@ -238,12 +268,19 @@ impl<'a> Queue<'a> {
         let field = &self.reading.section.jsonl_field;
         let wrong = |got: String| {
             let expected = format!(
-                "an object with `{field}`, a string, or a list of ids with or without `breaks` and `weights`"
+                "an object with `{field}`, a string, or a list of ids with or without `breaks` and `weights`; or with \
+                 `messages`"
             );
             data_error(path, Some(number), &expected, got)
         };
         let mut object: serde_json::Map<String, Value> =
             serde_json::from_slice(line).map_err(|e| wrong(e.to_string()))?;
+        let has = |key: &str| object.contains_key(key);
+        if has(MESSAGES) && (field == MESSAGES || !has(field) && !has("tokens")) {
+            let json = String::from_utf8_lossy(line).into_owned();
+            self.add(Item::Conversation { json, line: number })?;
+            return self.add(Item::End);
+        }
         let content = object.remove(field).or_else(|| object.remove("tokens"));
         match content {
             Some(Value::String(_)) if object.contains_key("weights") => {
@@ -287,6 +324,7 @@ impl<'a> Queue<'a> {
     fn add(&mut self, item: Item<'a>) -> Result<()> {
         self.bytes += match &item {
             Item::Piece { text, .. } => text.len(),
+            Item::Conversation { json, .. } => json.len(),
             Item::Tokens(tokens) => size_of_val(&tokens[..]),
             Item::Broken(listed) => size_of_val(&listed.tokens[..]),
             Item::Weights(weights) => size_of_val(&weights[..]),
@@ -306,15 +344,16 @@ impl<'a> Queue<'a> {
         let items = std::mem::take(&mut self.items);
         self.bytes = 0;
         let by = self.reading.encode;
-        let encoded: Vec<Option<std::result::Result<Tokens, String>>> = items
+        let made: Vec<Option<std::result::Result<Made, String>>> = items
             .par_iter()
             .map(|item| match item {
-                Item::Piece { text, place, .. } => Some(encode(by, text, *place)),
+                Item::Piece { text, place, .. } => Some(encode(by, text, *place).map(Made::Piece)),
+                Item::Conversation { json, .. } => Some(by.converse(json).map(Made::Conversation)),
                 _ => None,
             })
             .collect();
-        for (item, encoded) in items.into_iter().zip(encoded) {
-            self.write(item, encoded)?;
+        for (item, made) in items.into_iter().zip(made) {
+            self.write(item, made)?;
         }
         Ok(())
     }
@@ -322,8 +361,9 @@ impl<'a> Queue<'a> {
     fn write(
         &mut self,
         item: Item<'a>,
-        encoded: Option<std::result::Result<Tokens, String>>,
+        made: Option<std::result::Result<Made, String>>,
     ) -> Result<()> {
+        let made = made.transpose();
         match item {
             Item::File(path) => self.writer.begin_file(path),
             Item::Tokens(tokens) => self.writer.push(&tokens)?,
@@ -332,13 +372,23 @@ impl<'a> Queue<'a> {
             Item::End => self.writer.end_document(),
             Item::Piece { text, place, line } => {
                 let by = self.reading.encode;
-                let tokens = encoded
-                    .unwrap_or_else(|| Ok(Vec::new()))
-                    .and_then(|tokens| self.joiner.push(by, &text, tokens, place));
+                let tokens = made.and_then(|made| match made {
+                    Some(Made::Piece(tokens)) => self.joiner.push(by, &text, tokens, place),
+                    _ => Ok(Vec::new()),
+                });
                 let failed =
                     |e| data_error(self.writer.source(), line, "text the tokenizer accepts", e);
                 let tokens = tokens.map_err(failed)?;
                 self.writer.push(&tokens)?;
+            }
+            Item::Conversation { line, .. } => {
+                let expected = "`messages` that the model's chat template takes, with the assistant's among them";
+                let failed = |e| data_error(self.writer.source(), Some(line), expected, e);
+                if let Some(Made::Conversation(conversed)) = made.map_err(failed)? {
+                    let (listed, weights) = weighed(conversed, self.reading.break_before_answers);
+                    self.writer.push_broken(listed.tokens, &listed.breaks)?;
+                    self.writer.push_weights(&weights)?;
+                }
             }
         }
         Ok(())

@@ -9,6 +9,8 @@
 //! compares sums of scores from the beginning of the word ([`Encode::needs_whole_words`]). There the rest of the text
 //! is encoded as one.
 
+use std::ops::Range;
+
 /// A token, and where it stands in its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Located {
@@ -18,6 +20,15 @@ pub struct Located {
     pub start: usize,
     /// Whether a word begins with it: a stretch of text that the tokenizer encodes by itself.
     pub begins_word: bool,
+}
+
+/// A conversation's tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Conversed {
+    /// Their ids.
+    pub ids: Vec<u32>,
+    /// Which of them the assistant writes: ranges of `ids`, in order. They alone are targets of the loss.
+    pub answers: Vec<Range<usize>>,
 }
 
 /// Turns text into tokens. Called from several threads.
@@ -33,6 +44,14 @@ pub trait Encode: Sync {
     /// # Errors
     /// As [`Encode::encode`].
     fn locate(&self, text: &str) -> Result<Vec<Located>, String>;
+
+    /// Tokens of a conversation, an object of JSON with `messages`, as the model's chat template writes it.
+    ///
+    /// # Errors
+    /// Why it has no tokens, in words.
+    fn converse(&self, _conversation: &str) -> Result<Conversed, String> {
+        Err("no chat template".into())
+    }
 
     /// Whether a line of text ends with the token `id`.
     fn ends_line(&self, id: u32) -> bool;

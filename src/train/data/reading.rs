@@ -17,7 +17,10 @@ pub struct Reading<'a> {
     pub after: &'a [u32],
     /// The tokenizer.
     pub encode: &'a dyn Encode,
-    /// Names the tokenizer: equal only for those that give equal tokens.
+    /// Whether a segment ends before each answer of a conversation, as it does when the model generates
+    /// (`segment.break_after_prompt`).
+    pub break_before_answers: bool,
+    /// Names the tokenizer and the chat template: equal only for those that give equal tokens.
     pub tokenizer: &'a str,
     /// Folder that keeps the tokens of large texts for the next run.
     pub cache: Option<&'a Path>,

@@ -1,0 +1,199 @@
+//! Conversations as training data: what the assistant writes is learned, and segments end before it.
+
+#![cfg(feature = "tokenizer")]
+
+mod reading;
+
+use reading::reading;
+use segattn::model::chat::Chat;
+use segattn::model::config::ModelConfig;
+use segattn::model::tokenizer::Tokenizer;
+use segattn::train::TrainError;
+use segattn::train::config::DataSection;
+use segattn::train::data::{Bytes, Conversed, Corpus, Encode, Example, Located, converse};
+use std::path::Path;
+
+const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}\
+                        {{ m.content }}#{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}\
+                        {% if add_generation_prompt %}[assistant]{% endif %}";
+
+struct Templated(Chat, Tokenizer);
+
+impl Templated {
+    fn new(template: &str) -> Self {
+        let json = serde_json::json!({
+            "model_type": "llama", "vocab_size": 300, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+        });
+        let tokenizer = Tokenizer::bytes(&ModelConfig::from_json(json).unwrap());
+        Self(Chat::of_template(template, &tokenizer).unwrap(), tokenizer)
+    }
+}
+
+impl Encode for Templated {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        Bytes.encode(text)
+    }
+
+    fn locate(&self, text: &str) -> Result<Vec<Located>, String> {
+        Bytes.locate(text)
+    }
+
+    fn converse(&self, conversation: &str) -> Result<Conversed, String> {
+        converse(&self.0, &self.1, conversation)
+    }
+
+    fn ends_line(&self, id: u32) -> bool {
+        Bytes.ends_line(id)
+    }
+}
+
+fn read(
+    by: &dyn Encode,
+    lines: &str,
+    breaks: bool,
+    section: &DataSection,
+) -> Result<Vec<Example>, TrainError> {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("data.jsonl");
+    std::fs::write(&path, lines).unwrap();
+    let reading = segattn::train::data::Reading {
+        encode: by,
+        break_before_answers: breaks,
+        ..reading(section, scratch.path())
+    };
+    let corpus = Corpus::read(&[&[path]], &reading)?;
+    let documents = corpus.documents().iter();
+    documents.map(|d| corpus.example(d, 0..d.len)).collect()
+}
+
+const LINES: &str = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So"}, {"role": "assistant", "content": "No"}], "id": 7}
+{"text": "plain"}
+{"messages": [{"role": "assistant", "content": "First"}]}
+"#;
+
+/// The text of the targets that count, with `|` where a segment ends.
+fn learned(example: &Example) -> String {
+    let weights = example.weights.as_ref().unwrap();
+    let mut text = String::new();
+    for (i, (id, weight)) in example.tokens.iter().zip(weights).enumerate() {
+        if example.breaks.contains(&i) {
+            text.push('|');
+        }
+        assert!(*weight == 0.0 || *weight == 1.0);
+        text.push(if *weight == 1.0 {
+            char::from(*id as u8)
+        } else {
+            '.'
+        });
+    }
+    text
+}
+
+#[test]
+fn what_the_assistant_writes_is_learned_in_whole_documents() {
+    let by = Templated::new(TEMPLATE);
+    let section = DataSection::default();
+    for breaks in [false, true] {
+        let examples = read(&by, LINES, breaks, &section).unwrap();
+        let shown = learned(&examples[0]);
+        // [user]Hi\n[assistant]Yes#\n[user]So\n[assistant]No#\n
+        let expected = format!("{}|Yes#{}|No#.", ".".repeat(20), ".".repeat(21));
+        assert_eq!(
+            shown,
+            if breaks {
+                expected
+            } else {
+                expected.replace('|', "")
+            }
+        );
+        // Nothing stands around a conversation, and a text beside it stays a text.
+        assert_eq!(examples[0].tokens[0], u32::from(b'['));
+        assert_eq!(examples[1].tokens[0], 256);
+        assert_eq!(examples[1].weights, None);
+        assert_eq!(examples.len(), 3);
+    }
+    // By what a message adds to the text, where the template does not say it.
+    let silent = TEMPLATE
+        .replace("{% generation %}", "")
+        .replace("{% endgeneration %}", "");
+    let silent = Templated::new(&silent);
+    let lines = LINES.split_inclusive('\n').take(2).collect::<String>();
+    let examples = read(&silent, &lines, true, &section).unwrap();
+    let expected = format!("{}|Yes#\n{}|No#\n", ".".repeat(20), ".".repeat(20));
+    assert_eq!(learned(&examples[0]), expected);
+    // Another field of the same line comes first where it is asked for.
+    let line = r#"{"text": "plain", "messages": [{"role": "assistant", "content": "x"}]}"#;
+    assert_eq!(read(&by, line, false, &section).unwrap()[0].weights, None);
+    let messages = DataSection {
+        jsonl_field: "messages".into(),
+        ..section
+    };
+    assert!(
+        read(&by, line, false, &messages).unwrap()[0]
+            .weights
+            .is_some()
+    );
+}
+
+#[test]
+fn conversations_that_cannot_be_learned_from_are_refused_with_their_line() {
+    let by = Templated::new(TEMPLATE);
+    let section = DataSection::default();
+    let refused = |by: &dyn Encode, line: &str, expected: &str| {
+        let failed =
+            read(by, &format!("{{\"text\": \"x\"}}\n{line}"), false, &section).unwrap_err();
+        let text = failed.to_string();
+        assert!(text.contains("line 2") || text.contains(":2"), "{text}");
+        assert!(text.contains(expected), "{text}");
+    };
+    let one = r#"{"messages": [{"role": "user", "content": "x"}]}"#;
+    refused(&by, one, "no message of the assistant");
+    refused(&by, r#"{"messages": []}"#, "at least one message");
+    refused(&by, r#"{"messages": "x"}"#, "expected a sequence");
+    let silent = TEMPLATE
+        .replace("{% generation %}", "")
+        .replace("{% endgeneration %}", "");
+    let first = r#"{"messages": [{"role": "assistant", "content": "x"}]}"#;
+    refused(
+        &Templated::new(&silent),
+        first,
+        "message 0: nothing is said before it",
+    );
+    refused(&Bytes, one, "no chat template");
+    refused(
+        &Templated::new("{{ raise_exception('Not so.') }}"),
+        one,
+        "Not so.",
+    );
+}
+
+#[test]
+fn tokens_of_conversations_are_kept_under_what_they_depend_on() {
+    let (by, section) = (Templated::new(TEMPLATE), DataSection::default());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("data.jsonl");
+    // Large enough for the cache.
+    std::fs::write(&path, LINES.repeat(6000)).unwrap();
+    let cache = folder.path().join("cache");
+    let with = |breaks: bool, by: &dyn Encode| -> Vec<usize> {
+        let reading = segattn::train::data::Reading {
+            encode: by,
+            break_before_answers: breaks,
+            cache: Some(Path::new(&cache)),
+            ..reading(&section, folder.path())
+        };
+        let corpus = Corpus::read(&[std::slice::from_ref(&path)], &reading).unwrap();
+        corpus
+            .example(
+                &corpus.documents()[0],
+                0..u64::MAX.min(corpus.documents()[0].len),
+            )
+            .unwrap()
+            .breaks
+    };
+    assert_eq!(with(true, &by), [20, 45]);
+    // From the cache: this tokenizer could not make them.
+    assert_eq!(with(true, &Bytes), [20, 45]);
+    assert_eq!(with(false, &by), [] as [usize; 0]);
+}
