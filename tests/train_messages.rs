@@ -67,10 +67,13 @@ fn read(
     documents.map(|d| corpus.example(d, 0..d.len)).collect()
 }
 
-const LINES: &str = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So"}, {"role": "assistant", "content": "No"}], "id": 7}
-{"text": "plain"}
-{"messages": [{"role": "assistant", "content": "First"}]}
-"#;
+const LINES: &str = concat!(
+    r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, "#,
+    r#"{"role": "user", "content": "So"}, {"role": "assistant", "content": "No"}], "id": 7}"#,
+    "\n{\"text\": \"plain\"}\n",
+    r#"{"messages": [{"role": "assistant", "content": "First"}]}"#,
+    "\n",
+);
 
 /// The text of the targets that count, with `|` where a segment ends.
 fn learned(example: &Example) -> String {
