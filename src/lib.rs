@@ -33,6 +33,7 @@
 //! | [`device::cpu`], [`mod@device::reference`] | the CPU in f32; a reference in f64 |
 //! | [`device::gpu`] | a GPU in bf16, over CUDA's driver, a dry run for memory plans, or a simulated GPU |
 //! | [`cuda`] | CUDA's driver, loaded at run time, and [`cuda::kernels`], the registry of the compiled kernels |
+//! | [`ranks`] | several processes that compute one run: how they meet and exchange buffers |
 //! | [`isa`] | which vector instructions the CPU's kernels use |
 //!
 //! # Equal bits
@@ -57,6 +58,7 @@ pub mod generate;
 pub mod isa;
 pub mod model;
 mod random;
+pub mod ranks;
 #[cfg(feature = "serve")]
 pub mod serve;
 pub mod train;

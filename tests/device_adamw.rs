@@ -15,6 +15,7 @@ struct Param<D: Device> {
     grads: D::Buffer,
     m: D::Buffer,
     v: D::Buffer,
+    len: usize,
 }
 
 /// How a parameter is updated: decay, factor on the learning rate, floor.
@@ -36,6 +37,7 @@ impl<D: Device> Param<D> {
             grads: upload(grads),
             m: zeros(),
             v: zeros(),
+            len: values.len(),
         }
     }
 
@@ -43,6 +45,7 @@ impl<D: Device> Param<D> {
         GradTensor {
             values: &mut self.values,
             grads: &self.grads,
+            range: 0..self.len,
             m: &mut self.m,
             v: &mut self.v,
             decay,
@@ -52,7 +55,7 @@ impl<D: Device> Param<D> {
     }
 
     fn step(&mut self, device: &D, how: How, update: &AdamW) -> Update {
-        device.adamw(&mut [self.tensor(how)], update).unwrap()
+        adamw(device, &mut [self.tensor(how)], update)
     }
 
     fn values(&self, device: &D) -> Vec<f64> {
@@ -67,6 +70,17 @@ impl<D: Device> Param<D> {
             .map(f64::to_bits)
             .collect()
     }
+}
+
+/// An update of tensors that are all there are.
+fn adamw<D: Device>(
+    device: &D,
+    tensors: &mut [GradTensor<'_, D::Buffer>],
+    update: &AdamW,
+) -> Update {
+    let grads: Vec<_> = tensors.iter().map(|t| (t.grads, t.range.clone())).collect();
+    let squares = device.grad_squares(&grads).unwrap();
+    device.adamw(tensors, &squares, update).unwrap()
 }
 
 fn update(lr: f64, step: u64) -> AdamW {
@@ -163,7 +177,7 @@ proptest! {
         let mut parts = [first, second].map(|grads| Param::new(&Cpu, grads, grads));
         let [a, b] = &mut parts;
         let measure = AdamW { only_measure: true, ..update(1.0, 1) };
-        let got = Cpu.adamw(&mut [a.tensor(PLAIN), b.tensor(PLAIN)], &measure).unwrap();
+        let got = adamw(&Cpu, &mut [a.tensor(PLAIN), b.tensor(PLAIN)], &measure);
         let exact = norm_of(&all);
         prop_assert!((got.grad_norm - exact).abs() <= 1e-12 * exact);
         prop_assert!(!got.applied);
@@ -187,7 +201,7 @@ fn untouched<D: Device>(device: &D, grads: &[f32]) {
     let mut second = Param::new(device, &numbers(grads.len(), 3), grads);
     let before = (first.bits(device), second.bits(device));
     let mut tensors = [first.tensor(PLAIN), second.tensor(PLAIN)];
-    let got = device.adamw(&mut tensors, &update(1e-3, 1)).unwrap();
+    let got = adamw(device, &mut tensors, &update(1e-3, 1));
     assert!(!got.applied && !got.grad_norm.is_finite());
     assert!(before == (first.bits(device), second.bits(device)));
 }
@@ -212,7 +226,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
                 clip_norm: Some(1.0),
                 ..update(1e-3, t)
             };
-            let done = Cpu.adamw(&mut tensors, &clipped).unwrap();
+            let done = adamw(&Cpu, &mut tensors, &clipped);
             norms.push(done.grad_norm.to_bits());
         }
         (
@@ -274,4 +288,48 @@ fn the_first_update_has_the_size_of_the_learning_rate_and_a_factor_of_zero_leave
     let before = p.bits(&Cpu);
     assert!(p.step(&Cpu, How(true, 0.0, None), &first).applied);
     assert_eq!(p.bits(&Cpu), before);
+}
+
+#[test]
+fn parts_of_a_tensor_updated_apart_have_the_bits_of_the_whole() {
+    fn check<D: Device>(device: &D) {
+        let chunk = device.norm_chunk().unwrap();
+        let len = 3 * chunk + 17;
+        let (values, grads) = (numbers(len, 5), numbers(len, 6));
+        let clipped = AdamW {
+            clip_norm: Some(0.5),
+            ..update(1e-2, 1)
+        };
+        let mut whole = Param::new(device, &values, &grads);
+        let expected = whole.step(device, PLAIN, &clipped);
+        let mut parts = Param::new(device, &values, &grads);
+        let cuts = [0..chunk, chunk..3 * chunk, 3 * chunk..len];
+        let squares = cuts
+            .clone()
+            .map(|range| device.grad_squares(&[(&parts.grads, range)]));
+        let squares: Vec<f64> = squares.into_iter().flat_map(Result::unwrap).collect();
+        assert_eq!(squares.len(), 4);
+        let mut moments: [Vec<u64>; 2] = [Vec::new(), Vec::new()];
+        for range in cuts {
+            let zeros = || device.zeros(Kind::Exact, range.len()).unwrap();
+            let (mut m, mut v) = (zeros(), zeros());
+            let tensor = GradTensor {
+                range: range.clone(),
+                m: &mut m,
+                v: &mut v,
+                ..parts.tensor(PLAIN)
+            };
+            let got = device.adamw(&mut [tensor], &squares, &clipped).unwrap();
+            assert_eq!(got, expected);
+            for (all, part) in moments.iter_mut().zip([&m, &v]) {
+                let part = device.read_wide(part, 0..range.len()).unwrap();
+                all.extend(part.into_iter().map(f64::to_bits));
+            }
+        }
+        let values: Vec<u64> = parts.values(device).into_iter().map(f64::to_bits).collect();
+        let [m, v] = moments;
+        assert!([values, m, v].concat() == whole.bits(device));
+    }
+    check(&Cpu);
+    check(&Reference);
 }

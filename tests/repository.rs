@@ -35,15 +35,16 @@ const WRITTEN: [&str; 10] = ["rs", "cu", "cuh", "h", "c", "md", "toml", "py", "s
 const COLUMNS: usize = 120;
 
 /// What each folder of `src/` may use of the others (docs/architecture.md).
-const FLOORS: [(&str, &[&str]); 11] = [
+const FLOORS: [(&str, &[&str]); 12] = [
     ("cuda", &[]),
     ("attention", &["cuda", "isa"]),
     ("device", &["attention", "cuda", "isa"]),
+    ("ranks", &["device"]),
     ("model", &["device"]),
     ("generate", &["device", "model"]),
     ("serve", &["device", "generate", "model"]),
     ("eval", &["device", "generate", "model"]),
-    ("train", &["device", "model"]),
+    ("train", &["device", "model", "ranks"]),
     ("convert", &["model"]),
     ("experiment", &["eval", "train"]),
     (
@@ -58,6 +59,7 @@ const FLOORS: [(&str, &[&str]); 11] = [
             "generate",
             "isa",
             "model",
+            "ranks",
             "serve",
             "train",
         ],

@@ -36,6 +36,11 @@ impl fmt::Display for DeviceName {
 /// The value of an expression that may use `$device`, the device of that name.
 macro_rules! on_device {
     ($name:expr, $device:ident => $value:expr) => {
+        $crate::cli::device::on_device!($name, 0, $device => $value)
+    };
+    // The number of the GPU, too.
+    ($name:expr, $ordinal:expr, $device:ident => $value:expr) => {{
+        let _ordinal: usize = $ordinal;
         match $name {
             $crate::cli::device::DeviceName::Cpu => {
                 let $device = segattn::device::cpu::Cpu;
@@ -43,7 +48,7 @@ macro_rules! on_device {
             }
             #[cfg(feature = "cuda")]
             $crate::cli::device::DeviceName::Cuda => {
-                let $device = $crate::cli::device::open_gpu()?;
+                let $device = $crate::cli::device::open_gpu(_ordinal)?;
                 $value
             }
             #[cfg(not(feature = "cuda"))]
@@ -51,14 +56,14 @@ macro_rules! on_device {
                 "--device cuda: this program was built without it; build with `cargo build --release --features cuda`"
             ),
         }
-    };
+    }};
 }
 pub(crate) use on_device;
 
-/// The first GPU.
+/// A GPU by its number.
 #[cfg(feature = "cuda")]
-pub fn open_gpu() -> Result<Gpu<Cuda>> {
-    Ok(Gpu::new(Cuda::open(0, Choice::SameBits)?))
+pub fn open_gpu(ordinal: usize) -> Result<Gpu<Cuda>> {
+    Ok(Gpu::new(Cuda::open(ordinal, Choice::SameBits)?))
 }
 
 /// Which device.

@@ -21,6 +21,7 @@ mod out;
 mod overrides;
 mod plan;
 mod plot;
+mod ranks;
 mod report;
 mod reproduce;
 mod resume;

@@ -9,6 +9,7 @@ use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, PoolPlacement};
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::ranks::Ranks;
 use segattn::train::config::Config;
 use segattn::train::trainer::Trainer;
 use serde::Serialize;
@@ -157,7 +158,8 @@ impl Planner<'_> {
         drop(model);
         let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
             let model = self.config.clone();
-            let mut trainer = Trainer::for_dry_run(dry.clone(), model, config.clone())?;
+            let mut trainer =
+                Trainer::for_dry_run(dry.clone(), model, config.clone(), Ranks::alone())?;
             made.set(used(&dry));
             let sequence = vec![0; tokens + 1];
             trainer.step_on(&[vec![sequence.clone(); self.batch]])?;

@@ -6,13 +6,13 @@ use anyhow::{Result, ensure};
 use segattn::device::Purpose;
 use segattn::train::checkpoint::{list, load_latest};
 use segattn::train::config::Config;
-use segattn::train::trainer::Trainer;
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
+use super::ranks::{Party, RanksArgs};
 use super::run::{Data, Ended, Run, checkpoints, claim};
 use super::text::Text;
-use super::train::{dry_run, estimate};
+use super::train::{PREPARED, dry_run, estimate, trainer};
 
 /// The run goes on under its own configuration; keys given here replace its own, such as --training.steps.
 #[derive(Debug, clap::Args)]
@@ -23,11 +23,16 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     #[command(flatten)]
+    ranks: RanksArgs,
+    #[command(flatten)]
     overrides: Overrides,
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    go_on(&args.output, &args.overrides.0, args.device, quiet)?.conclude(quiet)
+    let Some(party) = args.ranks.start()? else {
+        return Ok(());
+    };
+    go_on(&args.output, &args.overrides.0, args.device, &party, quiet)?.conclude(quiet)
 }
 
 /// The run in the folder `output`, from its newest checkpoint that holds, with `overrides` over its configuration.
@@ -35,6 +40,19 @@ pub fn go_on(
     output: &Path,
     overrides: &[(String, String)],
     device: DeviceArgs,
+    party: &Party,
+    quiet: bool,
+) -> Result<Ended> {
+    let quiet = quiet || !party.leads();
+    party.take_part(|| go_on_alone(output, overrides, device, party, quiet))
+}
+
+/// This process's part.
+fn go_on_alone(
+    output: &Path,
+    overrides: &[(String, String)],
+    device: DeviceArgs,
+    party: &Party,
     quiet: bool,
 ) -> Result<Ended> {
     let root = checkpoints(output);
@@ -43,7 +61,8 @@ pub fn go_on(
         "there is no checkpoint in {}; start a run with `segattn train`",
         root.display()
     );
-    let _lock = claim(output)?;
+    let _lock = party.leads().then(|| claim(output)).transpose()?;
+    party.wait(PREPARED)?;
     let (folder, checkpoint) = load_latest(&root)?;
     let mut config = Config::parse(&checkpoint.config.to_toml()?, overrides)?;
     // The folder may have been moved since; a name that is not UTF-8 cannot be noted.
@@ -76,11 +95,11 @@ pub fn go_on(
     data.check_order(before, &config)?;
     let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
     let pool = device.pool;
-    on_device!(device.device, device => {
+    on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
         device.warn_of(estimate(&checkpoint.model, &config.training, data.longest(config.training.sequence_len)));
-        device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data))?;
-        let trainer = Trainer::new(device, checkpoint.model, config, tensors, progress)?;
+        device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data, party))?;
+        let trainer = trainer(device, checkpoint.model, config, &data, tensors, progress, party)?;
         Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()
     })
 }

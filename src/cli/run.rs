@@ -216,6 +216,8 @@ pub struct Ended {
     output: PathBuf,
     loss: Option<f64>,
     validation: Option<f64>,
+    /// Whether this process speaks for the run.
+    leads: bool,
 }
 
 /// A run.
@@ -226,7 +228,8 @@ pub struct Run<'a, D: Planned> {
     data: Data<'a>,
     extra: Vec<(String, Vec<u8>)>,
     validation: Vec<Example>,
-    metrics: Metrics,
+    /// Rank 0's.
+    metrics: Option<Metrics>,
     bar: ProgressBar,
     quiet: bool,
     /// Smoothed loss, and seconds a token.
@@ -251,9 +254,13 @@ impl<'a, D: Planned> Run<'a, D> {
     ) -> Result<Self> {
         let training = &trainer.config().training;
         let step = trainer.progress().step;
-        let mut metrics = Metrics::open(&output.join(METRICS_FILE), step)?;
+        let leads = trainer.ranks().rank() == 0;
+        let metrics = leads.then(|| Metrics::open(&output.join(METRICS_FILE), step));
+        let mut metrics = metrics.transpose()?;
         if trainer.config().log.tensorboard {
-            metrics = metrics.with_events(step)?;
+            metrics = metrics
+                .map(|metrics| metrics.with_events(step))
+                .transpose()?;
         }
         let validation = data.validation(training.validation_sequences)?;
         let bar = progress_bar(training.steps, step, quiet);
@@ -286,9 +293,9 @@ impl<'a, D: Planned> Run<'a, D> {
         self.bar.finish_and_clear();
         self.save()?;
         let config = self.trainer.config();
-        if config.log.plot {
+        if let (true, Some(metrics)) = (config.log.plot, &self.metrics) {
             let picture = self.output.join(PICTURE_FILE);
-            plot::draw(self.metrics.path(), &picture)?;
+            plot::draw(metrics.path(), &picture)?;
         }
         let progress = self.trainer.progress();
         Ok(Ended {
@@ -299,6 +306,7 @@ impl<'a, D: Planned> Run<'a, D> {
             output: self.output,
             loss: self.shown.map(|s| s.0),
             validation: self.validated,
+            leads: self.metrics.is_some(),
         })
     }
 
@@ -327,11 +335,11 @@ impl<'a, D: Planned> Run<'a, D> {
             if report.stop {
                 return Ok(End::TooManySkipped);
             }
-            if interrupted() {
-                return Ok(End::Interrupted);
-            }
-            if limit.is_some_and(|limit| started.elapsed() >= limit) {
-                return Ok(End::OutOfTime);
+            let late = limit.is_some_and(|limit| started.elapsed() >= limit);
+            match self.trainer.any([interrupted(), late])? {
+                [true, _] => return Ok(End::Interrupted),
+                [_, true] => return Ok(End::OutOfTime),
+                _ => {}
             }
             if due(every) {
                 self.save()?;
@@ -363,7 +371,7 @@ impl<'a, D: Planned> Run<'a, D> {
                 model_flops_utilisation: utilisation,
                 ..Line::step(report, seconds)
             };
-            self.metrics.write(&line)?;
+            self.write(&line)?;
         }
         Ok(())
     }
@@ -381,6 +389,13 @@ impl<'a, D: Planned> Run<'a, D> {
         message
     }
 
+    fn write(&mut self, line: &Line) -> Result<()> {
+        match &mut self.metrics {
+            Some(metrics) => metrics.write(line),
+            None => Ok(()),
+        }
+    }
+
     fn validate(&mut self) -> Result<()> {
         let loss = match self.trainer.validate(&self.validation) {
             // Seen again after it.
@@ -389,7 +404,7 @@ impl<'a, D: Planned> Run<'a, D> {
         };
         if let Some(loss) = loss {
             let step = self.trainer.progress().step;
-            self.metrics.write(&Line::validation(step, loss))?;
+            self.write(&Line::validation(step, loss))?;
             self.bar.set_prefix(format!("validation {loss:.4}"));
             self.validated = Some(loss);
         }
@@ -401,9 +416,14 @@ impl<'a, D: Planned> Run<'a, D> {
         if self.saved.as_ref().is_some_and(|s| s.0 == step) {
             return Ok(());
         }
-        self.metrics.sync()?;
         let data = self.data.fingerprints();
         let checkpoint = self.trainer.checkpoint(&data, &self.extra)?;
+        // The others have sent what they own; one of them writes.
+        let Some(metrics) = &mut self.metrics else {
+            self.saved = Some((step, PathBuf::new()));
+            return Ok(());
+        };
+        metrics.sync()?;
         let root = checkpoints(&self.output);
         let folder = save(&mut Disk, &root, &checkpoint, config.checkpoint.keep)?;
         self.saved = Some((step, folder));
@@ -440,6 +460,7 @@ impl Ended {
         let resume = format!("segattn resume {}", self.output.display());
         let step = self.step;
         match self.how {
+            _ if !self.leads => {}
             End::TooManySkipped => bail!(
                 "stopped after step {step}: too many steps were skipped (see metrics.jsonl); lower the learning \
                  rate and go on with `{resume} --schedule.lr ...`"

@@ -8,16 +8,21 @@ use segattn::model::config::ModelConfig;
 use segattn::model::memory::{Use, memory};
 use segattn::model::parameters::specs;
 use segattn::model::weights;
+use segattn::train::agreement::agreement;
 use segattn::train::checkpoint::list;
 use segattn::train::config::{Config, TrainingSection};
-use segattn::train::progress::Tensors;
+use segattn::train::progress::{Progress, Tensors};
 use segattn::train::trainer::Trainer;
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
+use super::ranks::{Party, RanksArgs};
 use super::run::{Data, Ended, Run, checkpoints, claim};
 use super::text::{Text, companion_files};
+
+/// What the others wait for while rank 0 makes a run's folder its own.
+pub const PREPARED: &str = "rank 0 prepares the run's folder";
 
 /// Every key of the configuration is a flag too, and the flag wins; in brackets, what holds without either.
 #[derive(Debug, clap::Args)]
@@ -28,6 +33,8 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     #[command(flatten)]
+    ranks: RanksArgs,
+    #[command(flatten)]
     overrides: Overrides,
 }
 
@@ -36,31 +43,72 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         Some(path) => Config::load(path, &args.overrides.0)?,
         None => Config::parse("", &args.overrides.0)?,
     };
-    begin(&config, args.device, quiet)?.conclude(quiet)
+    match args.ranks.start()? {
+        Some(party) => begin(&config, args.device, &party, quiet)?.conclude(quiet),
+        None => Ok(()),
+    }
 }
 
 /// A run under this configuration, from its first step.
-pub fn begin(config: &Config, device: DeviceArgs, quiet: bool) -> Result<Ended> {
+pub fn begin(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) -> Result<Ended> {
+    party.take_part(|| begin_alone(config, device, party, quiet || !party.leads()))
+}
+
+/// This process's part.
+fn begin_alone(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) -> Result<Ended> {
     let output = &config.training.output;
-    let _lock = claim(output)?;
+    let _lock = party.leads().then(|| claim(output)).transpose()?;
     ensure!(
-        list(&checkpoints(output))?.is_empty(),
+        !party.leads() || list(&checkpoints(output))?.is_empty(),
         "{0} holds checkpoints already; go on with `segattn resume {0}`, or name another folder with \
          --training.output",
         output.display()
     );
+    party.wait(PREPARED)?;
     let text = Text::open(config, None)?;
     let (model, tensors) = start(config, &text)?;
     let text = text.with_template(&config.data, &model)?;
     let data = Data::read(config, &model, &text, output, quiet)?;
     let (extra, pool) = (companion_files(config)?, device.pool);
-    on_device!(device.device, device => {
+    on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
         device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len)));
-        device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &model, config, &data))?;
-        let trainer = Trainer::new(device, model, config.clone(), &tensors, None)?;
+        device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &model, config, &data, party))?;
+        let trainer = trainer(device, model, config.clone(), &data, &tensors, None, party)?;
         Run::new(output, trainer, data, extra, peak, quiet)?.go()
     })
+}
+
+/// A trainer, once all processes have said that they are of one run.
+pub fn trainer<D: Device>(
+    device: D,
+    model: ModelConfig,
+    config: Config,
+    data: &Data<'_>,
+    tensors: &Tensors,
+    progress: Option<Progress>,
+    party: &Party,
+) -> Result<Trainer<D>> {
+    if let Some(mesh) = party.mesh() {
+        let (device, data) = (device.description(), data.fingerprints());
+        let progress = progress.as_ref();
+        agreement(&device, &config, &model, &data, tensors, progress)?.check(mesh)?;
+    }
+    let trainer = Trainer::on_ranks(device, model, config, tensors, progress, party.ranks())?;
+    let training = &trainer.config().training;
+    let (world, sequences) = (
+        trainer.ranks().world(),
+        training.batch * training.accumulation,
+    );
+    let groups = sequences.div_ceil(training.group);
+    if party.leads() && world > groups {
+        tracing::warn!(
+            "a step of {sequences} sequences in groups of {} gives work to {groups} of {world} ranks; `training.group` \
+             and `training.batch` say how much there is to share",
+            training.group
+        );
+    }
+    Ok(trainer)
 }
 
 /// A step on the longest sequences there may be, and a validation: all that a run does, for its memory.
@@ -69,11 +117,13 @@ pub fn dry_run<D: Device>(
     model: &ModelConfig,
     config: &Config,
     data: &Data<'_>,
+    party: &Party,
 ) -> Result<()> {
     let training = &config.training;
     let sequence = vec![0u32; data.longest(training.sequence_len) + 1];
-    let mut trainer = Trainer::for_dry_run(device, model.clone(), config.clone())?;
-    trainer.step_on(&[vec![sequence.clone(); training.batch]])?;
+    let mut trainer = Trainer::for_dry_run(device, model.clone(), config.clone(), party.planned())?;
+    let sequences = training.batch * training.accumulation;
+    trainer.step_on(&[vec![sequence.clone(); sequences]])?;
     trainer.validate(&[sequence])?;
     Ok(())
 }

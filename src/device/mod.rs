@@ -324,10 +324,24 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         grad: AttentionGrad<'_, Self::Buffer>,
     ) -> Result<()>;
 
-    /// Computes the norm of all gradients, then one AdamW update of every tensor. If the norm is not finite, or if
-    /// `update.only_measure` is set, no tensor changes.
-    fn adamw(&self, tensors: &mut [GradTensor<'_, Self::Buffer>], update: &AdamW)
-    -> Result<Update>;
+    /// Elements of a chunk, see [`Device::grad_squares`].
+    ///
+    /// # Errors
+    /// What the device says.
+    fn norm_chunk(&self) -> Result<usize>;
+    /// The sum of squares of every chunk of these ranges of gradients, in f64, where squares of f32 cannot overflow. A
+    /// range is cut into chunks of [`Device::norm_chunk`] elements; the last may be shorter. A sum depends on the
+    /// elements of its chunk alone.
+    fn grad_squares(&self, grads: &[(&Self::Buffer, Range<usize>)]) -> Result<Vec<f64>>;
+    /// Computes the norm of all gradients from the sums of squares of all their chunks, in an order that depends on
+    /// the number of chunks alone, then one AdamW update of `tensors`. These may be a part of all. If the norm is not
+    /// finite, or if `update.only_measure` is set, no tensor changes.
+    fn adamw(
+        &self,
+        tensors: &mut [GradTensor<'_, Self::Buffer>],
+        squares: &[f64],
+        update: &AdamW,
+    ) -> Result<Update>;
 }
 
 /// Calls of a device that were recorded, see [`Device::record`].

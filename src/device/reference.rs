@@ -29,6 +29,9 @@ pub struct Weight {
 
 type Buf = Vec<f64>;
 
+/// Elements of a chunk of the gradients' norm.
+const NORM_CHUNK: usize = 4096;
+
 impl<'a> Rows<'a, Buf> {
     fn row(&self, r: usize, width: usize) -> &'a [f64] {
         let at = self.start + r * self.stride;
@@ -434,12 +437,24 @@ impl Device for Reference {
         Ok(spans::backward::<Self>(call, grad)?)
     }
 
-    fn adamw(&self, tensors: &mut [GradTensor<'_, Buf>], update: &AdamW) -> Result<Update> {
-        let grad_norm = tensors
+    fn norm_chunk(&self) -> Result<usize> {
+        Ok(NORM_CHUNK)
+    }
+
+    fn grad_squares(&self, grads: &[(&Buf, Range<usize>)]) -> Result<Vec<f64>> {
+        let chunks = grads
             .iter()
-            .map(|t| dot(t.grads, t.grads))
-            .sum::<f64>()
-            .sqrt();
+            .flat_map(|(grads, range)| grads[range.clone()].chunks(NORM_CHUNK));
+        Ok(chunks.map(|chunk| dot(chunk, chunk)).collect())
+    }
+
+    fn adamw(
+        &self,
+        tensors: &mut [GradTensor<'_, Buf>],
+        squares: &[f64],
+        update: &AdamW,
+    ) -> Result<Update> {
+        let grad_norm = squares.iter().sum::<f64>().sqrt();
         if !grad_norm.is_finite() || update.only_measure {
             return Ok(Update {
                 grad_norm,
@@ -458,15 +473,16 @@ impl Device for Reference {
             } else {
                 0.0
             };
-            for i in 0..t.values.len() {
-                let g = t.grads[i] * clip;
+            let values = t.values[t.range.clone()].iter_mut();
+            for (i, (value, grad)) in values.zip(&t.grads[t.range.clone()]).enumerate() {
+                let g = grad * clip;
                 t.m[i] = b1 * t.m[i] + (1.0 - b1) * g;
                 t.v[i] = b2 * t.v[i] + (1.0 - b2) * g * g;
                 let step = (t.m[i] / correct[0]) / ((t.v[i] / correct[1]).sqrt() + update.eps);
-                let next = t.values[i] * (1.0 - decay) - lr * step;
-                t.values[i] = match t.floor {
-                    Some(floor) if t.values[i] > 0.0 => next.max(floor),
-                    Some(_) => t.values[i],
+                let next = *value * (1.0 - decay) - lr * step;
+                *value = match t.floor {
+                    Some(floor) if *value > 0.0 => next.max(floor),
+                    Some(_) => *value,
                     None => next,
                 };
             }

@@ -325,16 +325,18 @@ pub struct PastHeads<'a> {
     pub ends: &'a [usize],
 }
 
-/// One parameter tensor of an update.
+/// A part of a parameter tensor, or all of it, in an update.
 #[derive(Debug)]
 pub struct GradTensor<'a, B> {
-    /// The weights.
+    /// The weights of the whole tensor.
     pub values: &'a mut B,
     /// Their gradients.
     pub grads: &'a B,
-    /// First moment.
+    /// Which elements of both are updated.
+    pub range: Range<usize>,
+    /// First moment of these elements alone.
     pub m: &'a mut B,
-    /// Second moment.
+    /// Second moment, likewise.
     pub v: &'a mut B,
     /// Whether weight decay applies.
     pub decay: bool,

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::device::DeviceError;
+use crate::ranks::RankError;
 
 /// An error of the training side: configuration, data, optimizer, checkpoints, metrics.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,9 @@ pub enum TrainError {
     /// The device could not carry out a call.
     #[error(transparent)]
     Device(DeviceError),
+    /// Another rank of the run is lost, too slow, or not of this run.
+    #[error(transparent)]
+    Ranks(#[from] RankError),
     /// A file or folder could not be read, written, synced or renamed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

@@ -1,5 +1,6 @@
 //! Training: exact TBPTT by gradient streams.
 
+pub mod agreement;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
@@ -11,7 +12,10 @@ pub mod lock;
 pub mod optimizer;
 pub mod progress;
 pub mod schedule;
+mod shards;
+mod spread;
 pub mod streams;
+mod sums;
 pub mod trainer;
 
 pub use error::{Result, TrainError};

@@ -16,6 +16,7 @@
 //! layers exist only for groups that wait for another pass.
 
 use std::collections::{HashMap, VecDeque};
+use std::slice::from_mut;
 
 mod pass;
 mod tail;
@@ -113,10 +114,48 @@ pub fn accumulate<D: Device, S: AsExample>(
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
     let sequences: Vec<ExampleRef<'_>> = sequences.iter().map(AsExample::as_example).collect();
+    let group = sequences.len().max(1);
+    accumulate_groups(model, &sequences, group, config, scale, from_mut(gradients))
+}
+
+/// As [`accumulate`], with gradients for each group of `group` sequences. They have the bits of a group computed alone.
+///
+/// # Errors
+/// As [`accumulate`].
+pub(super) fn accumulate_groups<D: Device>(
+    model: &Decoder<D>,
+    sequences: &[ExampleRef<'_>],
+    group: usize,
+    config: StreamConfig,
+    scale: f64,
+    gradients: &mut [Gradients<D>],
+) -> Result<Vec<Vec<f64>>> {
     sequences.iter().try_for_each(ExampleRef::check)?;
+    let mut groups = Groups {
+        gradients,
+        sequences: group,
+    };
     let device = &model.device;
-    let scored = device.together(|| run(model, &sequences, config, scale, gradients));
+    let scored = device.together(|| run(model, sequences, config, scale, &mut groups));
     scored.map_err(|error| error.wanted_for(Purpose::Backward))
+}
+
+/// Gradients of groups of sequences.
+struct Groups<'a, D: Device> {
+    gradients: &'a mut [Gradients<D>],
+    /// Sequences of a group.
+    sequences: usize,
+}
+
+impl<D: Device> Groups<'_, D> {
+    /// Those that a sequence adds to.
+    fn of(&mut self, sequence: usize) -> &mut Gradients<D> {
+        &mut self.gradients[sequence / self.sequences]
+    }
+
+    fn check_stop(&self) -> Result<()> {
+        self.gradients.iter().try_for_each(Gradients::check_stop)
+    }
 }
 
 /// Body of [`accumulate`], inside [`Device::together`].
@@ -125,7 +164,7 @@ fn run<D: Device>(
     sequences: &[ExampleRef<'_>],
     config: StreamConfig,
     scale: f64,
-    gradients: &mut Gradients<D>,
+    gradients: &mut Groups<'_, D>,
 ) -> Result<Vec<Vec<f64>>> {
     let inputs = sequences.iter().map(|s| s.sequence().inputs());
     let longest = inputs.clone().map(|s| s.tokens.len()).max().unwrap_or(0);
@@ -167,7 +206,7 @@ impl<'a, D: Device> Streams<'a, D> {
         first: usize,
         next: usize,
         states: &mut [SequenceState<D>],
-        gradients: &mut Gradients<D>,
+        gradients: &mut Groups<'_, D>,
     ) -> Result<()> {
         let (mut step, mut segments) = (Step::default(), Vec::new());
         for segment in first..next {
@@ -223,7 +262,7 @@ impl<'a, D: Device> Streams<'a, D> {
         step: &Step,
         segments: &[usize],
         forward: &Forward<D>,
-        gradients: &mut Gradients<D>,
+        gradients: &mut Groups<'_, D>,
     ) -> Result<D::Buffer> {
         let (device, config) = (&self.model.device, &self.model.config);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
@@ -256,6 +295,7 @@ impl<'a, D: Device> Streams<'a, D> {
                     d_x,
                     crate::device::Accumulate::No,
                 )?;
+                let gradients = gradients.of(span.sequence);
                 gradients.add_head(device, d_logits, x, rows, [vocab, hidden])?;
             }
         }
@@ -270,8 +310,13 @@ impl<'a, D: Device> Streams<'a, D> {
             Rows::packed(&forward.rstd, 0, 1),
             Rows::packed(&d_hidden, 0, hidden),
         );
-        if let Some(tensor) = gradients.tensor_mut(norm) {
-            device.rms_norm_weight_grad(d_y, x, rstd, [rows, 1], tensor)?;
+        for Span { sequence, rows, .. } in &step.spans {
+            let at = |buffer, width| Rows::packed(buffer, rows.row, width);
+            if let Some(tensor) = gradients.of(*sequence).tensor_mut(norm) {
+                let (d_y, x) = (at(&d_hidden, hidden), at(&forward.x, hidden));
+                let rstd = at(&forward.rstd, 1);
+                device.rms_norm_weight_grad(d_y, x, rstd, [rows.rows, 1], tensor)?;
+            }
         }
         let weight = self.model.weights.vector(norm);
         let d_x = RowsMut::packed(&mut d_top, 0, hidden);
@@ -299,7 +344,7 @@ impl<'a, D: Device> Streams<'a, D> {
         first: usize,
         next: usize,
         end: usize,
-        gradients: &mut Gradients<D>,
+        gradients: &mut Groups<'_, D>,
     ) -> Result<()> {
         let mut passes = self.due_passes(first, next, end)?;
         let due = self.due_spans(next, end);
@@ -313,6 +358,7 @@ impl<'a, D: Device> Streams<'a, D> {
                 let group = &mut self.alive[due.group];
                 // A pass with zero upstream gradient does not prepare the layer.
                 group.prepare(self.model, self.plan, l)?;
+                let gradients = gradients.of(due.sequence);
                 gradients.add_layer(self.model, self.plan, group, due.span, l)?;
             }
             let recompute = self.config.recompute;
@@ -323,7 +369,8 @@ impl<'a, D: Device> Streams<'a, D> {
             work.embedding(&mut self.alive[work.group])?;
         }
         for due in &due {
-            gradients.add_embedding(self.model, &self.alive[due.group], due.span)?;
+            let (gradients, group) = (gradients.of(due.sequence), &self.alive[due.group]);
+            gradients.add_embedding(self.model, group, due.span)?;
         }
         while self.alive.front().is_some_and(Group::is_finished) {
             self.alive.pop_front();

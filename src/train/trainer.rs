@@ -1,4 +1,4 @@
-//! The training step: gradients of several batches, the guard's decision, AdamW, prepared weights.
+//! The training step: gradients of several groups of sequences, the guard's decision, AdamW, prepared weights.
 //!
 //! Nothing reaches weights or moments before the guard has seen loss and gradient norm, so a skipped step
 //! leaves both as they are. Counters, data and learning rate go on (see [`schedule`](super::schedule)).
@@ -8,22 +8,27 @@
 //! never failed. What comes after the update, bringing the new weights into the form that the model computes with, is
 //! made up for before the next use if it fails.
 
+mod update;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::checkpoint::{Checkpoint, Fingerprints};
 use super::config::Config;
-use super::data::{AsExample, Corpus, Example, Mixture, Position};
+use super::data::{AsExample, Corpus, Example, ExampleRef, Mixture, Position};
 use super::error::{Result, TrainError};
 use super::guard::{Guard, SkipReason, Verdict};
-use super::optimizer::{MIN_GATE, decays, updated};
+use super::optimizer::updated;
 use super::progress::{Progress, Tensors};
 use super::schedule::Schedule;
-use super::streams::{Gradients, StreamConfig, accumulate};
-use crate::device::{AdamW, Device, GradTensor, Kind, Purpose};
+use super::shards::Part;
+use super::spread::Spread;
+use super::streams::{Gradients, StreamConfig};
+use crate::device::{Device, Kind, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Role, TensorSpec, Weights, index, specs};
+use crate::model::parameters::{TensorSpec, Weights, specs};
 use crate::model::session::score;
+use crate::ranks::Ranks;
 
 /// What a step did.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,9 +96,12 @@ pub struct Trainer<D: Device> {
     schedule: Schedule,
     model: Decoder<D>,
     values: Vec<D::Buffer>,
+    /// Moments of what this rank owns, part by part.
     m: Vec<D::Buffer>,
     v: Vec<D::Buffer>,
-    gradients: Gradients<D>,
+    /// Of groups that are computed side by side. The first has the sums of a step.
+    gradients: Vec<Gradients<D>>,
+    spread: Spread<D>,
     /// Which tensors change.
     updated: Vec<bool>,
     progress: Progress,
@@ -117,24 +125,50 @@ impl<D: Device> Trainer<D> {
         tensors: &Tensors,
         progress: Option<Progress>,
     ) -> Result<Self> {
+        Self::on_ranks(device, model, config, tensors, progress, Ranks::alone())
+    }
+
+    /// [`Trainer::new`] on one of several ranks. All of them call each function of the trainer together, and have
+    /// results of the same bits as a trainer alone (docs/contract.md, section 4).
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; also [`TrainError::Argument`] for a device whose weights are not f32.
+    pub fn on_ranks(
+        device: D,
+        model: ModelConfig,
+        config: Config,
+        tensors: &Tensors,
+        progress: Option<Progress>,
+        ranks: Ranks<D>,
+    ) -> Result<Self> {
         check_sizes(&specs(&model), tensors)?;
+        let bytes = device.element_bytes(Kind::Exact);
+        if ranks.world() > 1 && bytes != size_of::<f32>() {
+            let expected = "one whose weights have 4 bytes, where there are several ranks";
+            return Err(TrainError::argument("device", expected, bytes));
+        }
         let lists = [&tensors.values, &tensors.m, &tensors.v];
-        let tensor = |device: &D, kind: Kept, i: usize| {
-            let mut buffer = room(device, lists[kind as usize][i].len())?;
-            device.write(&mut buffer, 0, &lists[kind as usize][i])?;
+        let tensor = |device: &D, kind: Kept, part: &Part| {
+            let values = &lists[kind as usize][part.tensor][part.range.clone()];
+            let mut buffer = room(device, values.len())?;
+            device.write(&mut buffer, 0, values)?;
             Ok(buffer)
         };
-        Self::made(device, model, config, progress, tensor)
+        Self::made(device, model, config, progress, ranks, tensor)
     }
 
     /// A trainer at the start of a run, with arbitrary tensors: for dry runs, which only measure memory.
     ///
     /// # Errors
     /// [`TrainError::Config`], [`TrainError::Device`].
-    pub fn for_dry_run(device: D, model: ModelConfig, config: Config) -> Result<Self> {
-        let lens: Vec<usize> = specs(&model).iter().map(|s| s.role.len()).collect();
-        let tensor = |device: &D, _, i: usize| room(device, lens[i]);
-        Self::made(device, model.for_dry_run(), config, None, tensor)
+    pub fn for_dry_run(
+        device: D,
+        model: ModelConfig,
+        config: Config,
+        ranks: Ranks<D>,
+    ) -> Result<Self> {
+        let tensor = |device: &D, _, part: &Part| room(device, part.range.len());
+        Self::made(device, model.for_dry_run(), config, None, ranks, tensor)
     }
 
     fn made(
@@ -142,13 +176,25 @@ impl<D: Device> Trainer<D> {
         model: ModelConfig,
         config: Config,
         progress: Option<Progress>,
-        tensor: impl Fn(&D, Kept, usize) -> crate::device::Result<D::Buffer>,
+        ranks: Ranks<D>,
+        tensor: impl Fn(&D, Kept, &Part) -> crate::device::Result<D::Buffer>,
     ) -> Result<Self> {
-        let count = specs(&model).len();
-        let all = |kind| -> Result<Vec<D::Buffer>> {
-            (0..count).map(|i| Ok(tensor(&device, kind, i)?)).collect()
+        let specs = specs(&model);
+        let updated = updated(&specs, &config.training)?;
+        let lens: Vec<usize> = specs.iter().map(|spec| spec.role.len()).collect();
+        let spread = Spread::new(&device, &lens, &updated, ranks)?;
+        let whole = |i: usize| Part {
+            tensor: i,
+            range: 0..lens[i],
         };
-        let [values, m, v] = [all(Kept::Values)?, all(Kept::M)?, all(Kept::V)?];
+        let values = (0..lens.len())
+            .map(|i| Ok(tensor(&device, Kept::Values, &whole(i))?))
+            .collect::<Result<Vec<_>>>()?;
+        let own = |kind| -> Result<Vec<D::Buffer>> {
+            let parts = spread.own().iter();
+            parts.map(|part| Ok(tensor(&device, kind, part)?)).collect()
+        };
+        let (m, v) = (own(Kept::M)?, own(Kept::V)?);
         let progress = match progress {
             // The settings may be others than when the run was saved.
             Some(progress) => Progress {
@@ -163,20 +209,19 @@ impl<D: Device> Trainer<D> {
                 guard: Guard::new(config.guard.clone())?,
             },
         };
-        let specs = specs(&model);
         // The model prepares values of its own, one tensor at a time.
-        let weights =
-            Weights::prepare(&device, &specs, |i| tensor(&device, Kept::Values, i), true)?;
+        let value = |i| tensor(&device, Kept::Values, &whole(i));
+        let weights = Weights::prepare(&device, &specs, value, true)?;
         let model = Decoder {
             device,
             config: model,
             specs,
             weights,
         };
-        let updated = updated(&model.specs, &config.training)?;
         Ok(Self {
             schedule: config.schedule()?,
-            gradients: Gradients::of(&model, &updated)?,
+            gradients: vec![Gradients::of(&model, &updated)?],
+            spread,
             updated,
             config,
             model,
@@ -191,10 +236,30 @@ impl<D: Device> Trainer<D> {
     }
 
     /// Ends steps and validations with [`TrainError::Interrupted`] once `flag` is set, between two segments or
-    /// sequences. The run is where it was then.
+    /// sequences. The run is where it was then. Of several ranks none stops in the middle, since the others would wait
+    /// for it: see [`Trainer::any`].
     pub fn interrupt_by(&mut self, flag: &'static AtomicBool) {
-        self.gradients.interrupt_by(flag);
-        self.stop = Stop(Some(flag));
+        if self.spread.ranks.world() == 1 {
+            self.stop = Stop(Some(flag));
+        }
+    }
+
+    /// The ranks of the run.
+    pub fn ranks(&self) -> &Ranks<D> {
+        &self.spread.ranks
+    }
+
+    /// Whether each of these is so on any rank. All ranks ask together, and hear the same.
+    ///
+    /// # Errors
+    /// [`TrainError::Ranks`].
+    pub fn any<const N: usize>(&self, here: [bool; N]) -> Result<[bool; N]> {
+        let doing = "the ranks agree whether to go on";
+        let all = here.map(f64::from).to_vec();
+        let all = self.spread.ranks.concat(all, doing)?;
+        Ok(std::array::from_fn(|i| {
+            all.iter().skip(i).step_by(N).any(|there| *there != 0.0)
+        }))
     }
 
     /// Makes up for what the last step may have left undone after its update, see [`trainer`](self).
@@ -225,27 +290,25 @@ impl<D: Device> Trainer<D> {
         &self.progress
     }
 
-    /// Weights and moments, read back.
+    /// Weights and moments, read back. On ranks but 0 the moments of what others own are zeros.
     ///
     /// # Errors
-    /// [`TrainError::Device`].
+    /// [`TrainError::Device`], [`TrainError::Ranks`].
     pub fn tensors(&self) -> Result<Tensors> {
         let device = &self.model.device;
-        let read = |list: &[D::Buffer]| -> Result<Vec<Vec<f32>>> {
-            let one = |b: &D::Buffer| Ok(device.read(b, 0..device.len(b))?);
-            list.iter().map(one).collect()
-        };
-        Ok(Tensors {
-            values: read(&self.values)?,
-            m: read(&self.m)?,
-            v: read(&self.v)?,
-        })
+        let one = |b: &D::Buffer| Ok(device.read(b, 0..device.len(b))?);
+        let values = self.values.iter().map(one);
+        let mut tensors = Tensors::new(values.collect::<Result<_>>()?);
+        self.spread.collect(device, &self.m, &mut tensors.m)?;
+        self.spread.collect(device, &self.v, &mut tensors.v)?;
+        Ok(tensors)
     }
 
-    /// All that a resumed run needs. `extra`: files for the model folder.
+    /// All that a resumed run needs. `extra`: files for the model folder. Whole on rank 0 only, see
+    /// [`Trainer::tensors`].
     ///
     /// # Errors
-    /// [`TrainError::Device`].
+    /// [`TrainError::Device`], [`TrainError::Ranks`].
     pub fn checkpoint(
         &self,
         data: &Fingerprints,
@@ -299,8 +362,8 @@ impl<D: Device> Trainer<D> {
     /// [`TrainError::Device`], also for weights and breaks that do not fit; [`TrainError::Argument`] for a sequence
     /// without a prediction and for targets none of which has a weight.
     pub fn step_on<S: AsExample>(&mut self, batches: &[Vec<S>]) -> Result<StepReport> {
-        let sequences = batches.iter().flatten().map(AsExample::as_example);
-        if sequences.clone().any(|s| s.targets() == 0) || sequences.clone().next().is_none() {
+        let sequences: Vec<ExampleRef<'_>> = batches.iter().flatten().map(S::as_example).collect();
+        if sequences.iter().any(|s| s.targets() == 0) || sequences.is_empty() {
             let expected = "sequences of at least two tokens";
             return Err(TrainError::argument(
                 "batches",
@@ -308,23 +371,24 @@ impl<D: Device> Trainer<D> {
                 "none or a shorter one",
             ));
         }
-        sequences.clone().try_for_each(|s| s.check())?;
-        let tokens: usize = sequences.clone().map(|s| s.targets()).sum();
-        let weight: f64 = sequences.map(|s| s.total_weight()).sum();
+        sequences.iter().try_for_each(ExampleRef::check)?;
+        let tokens: usize = sequences.iter().map(ExampleRef::targets).sum();
+        let weight: f64 = sequences.iter().map(ExampleRef::total_weight).sum();
         if weight.is_nan() || weight <= 0.0 {
             let expected = "a sum above 0 over a step's targets; train with more sequences a step, or leave out those \
                             whose targets all weigh 0";
             return Err(TrainError::argument("weights", expected, weight));
         }
         self.settle()?;
-        let loss = self.gradient(batches, 1.0 / weight)?;
+        let loss = self.gradient(&sequences, 1.0 / weight)?;
         let step = self.progress.step;
         let lr = self.schedule.lr(step);
-        let grad_norm = self.adamw(lr, true)?;
+        let squares = self.squares()?;
+        let grad_norm = self.adamw(lr, &squares, true)?;
         let mut guard = self.progress.guard.clone();
         let verdict = guard.decide(step, loss, grad_norm);
         if verdict == Verdict::Apply {
-            self.adamw(lr, false)?;
+            self.adamw(lr, &squares, false)?;
             // From here on the step is done.
             self.progress.updates += 1;
             self.stale = true;
@@ -332,8 +396,11 @@ impl<D: Device> Trainer<D> {
         self.progress.guard = guard;
         self.progress.step += 1;
         self.progress.tokens += tokens as u64;
-        if let Err(error) = self.settle() {
-            tracing::warn!("{error}; tried again before the next use of the model");
+        match self.settle() {
+            Ok(()) => {}
+            // The others are not where this one is.
+            Err(error) if self.spread.ranks.world() > 1 => return Err(error),
+            Err(error) => tracing::warn!("{error}; tried again before the next use of the model"),
         }
         let (skipped, stop) = match verdict {
             Verdict::Apply => (None, false),
@@ -357,15 +424,16 @@ impl<D: Device> Trainer<D> {
     /// [`TrainError::Device`]; [`TrainError::Interrupted`] as [`Trainer::interrupt_by`] says.
     pub fn validate<S: AsExample>(&mut self, sequences: &[S]) -> Result<Option<f64>> {
         self.settle()?;
-        let (mut sum, mut count) = (0.0, 0usize);
-        for sequence in sequences {
+        let mut sums = Vec::new();
+        for sequence in &sequences[self.spread.share(sequences.len())] {
             self.stop.check()?;
             let sequence = sequence.as_example().sequence();
             let scored = score(&self.model, sequence, self.streams().segments_per_step)?;
-            sum -= scored.iter().map(|x| f64::from(*x)).sum::<f64>();
-            count += scored.len();
+            sums.push(scored.iter().map(|x| f64::from(*x)).sum::<f64>());
         }
-        Ok((count > 0).then(|| sum / count as f64))
+        let sums = self.spread.ranks.concat(sums, "losses are added up")?;
+        let count: usize = sequences.iter().map(|s| s.as_example().targets()).sum();
+        Ok((count > 0).then(|| -sums.iter().sum::<f64>() / count as f64))
     }
 
     fn streams(&self) -> StreamConfig {
@@ -378,111 +446,6 @@ impl<D: Device> Trainer<D> {
             },
             recompute: training.recompute,
         }
-    }
-
-    /// Leaves the gradient of the mean loss in `gradients` and returns the loss.
-    fn gradient<S: AsExample>(&mut self, batches: &[Vec<S>], scale: f64) -> Result<f64> {
-        self.gradients.clear(&self.model.device)?;
-        self.price_gates()?;
-        let (streams, mut sum) = (self.streams(), 0.0);
-        for batch in batches {
-            self.stop.check()?;
-            let scored = accumulate(&self.model, batch, streams, scale, &mut self.gradients)?;
-            let weighted = batch.iter().zip(&scored);
-            let weighted = weighted.flat_map(|(s, scores)| s.as_example().weighted(scores));
-            sum += weighted.sum::<f64>();
-        }
-        self.gradients.finish(&self.model.device)?;
-        Ok(-sum * scale)
-    }
-
-    /// Adds the gradient of `gate_l1` times the mean of the gates that are read, those above 0 of heads that read the
-    /// past.
-    fn price_gates(&mut self) -> Result<()> {
-        let (price, config) = (self.config.training.gate_l1, &self.model.config);
-        if price == 0.0 {
-            return Ok(());
-        }
-        let group = config.num_attention_heads / config.num_key_value_heads;
-        let open = |l: usize| {
-            let gates = self
-                .model
-                .weights
-                .gate(index::past_gate(l))
-                .iter()
-                .enumerate();
-            gates.map(move |(h, gate)| *gate > 0.0 && config.reads_past(l, h / group))
-        };
-        let layers = 0..config.num_hidden_layers;
-        let count = layers.clone().flat_map(open).filter(|open| *open).count();
-        let each = (price / count.max(1) as f64) as f32;
-        for l in layers {
-            let price: Vec<f32> = open(l).map(|open| if open { each } else { 0.0 }).collect();
-            let gates = index::past_gate(l);
-            self.gradients.write(&self.model.device, gates, &price)?;
-        }
-        Ok(())
-    }
-
-    /// The gradients' norm; applies the update too unless `only_measure`.
-    fn adamw(&mut self, lr: f64, only_measure: bool) -> Result<f64> {
-        let optimizer = &self.config.optimizer;
-        let device = &self.model.device;
-        let moments = self.m.iter_mut().zip(&mut self.v);
-        let buffers = self.values.iter_mut().zip(self.gradients.finish(device)?);
-        let mut tensors = Vec::with_capacity(self.model.specs.len());
-        let specs = self.model.specs.iter().zip(&self.updated);
-        for (((spec, updated), (values, grads)), (m, v)) in specs.zip(buffers).zip(moments) {
-            if !updated {
-                continue;
-            }
-            let gate = matches!(spec.role, Role::Gate { .. });
-            let (name, shape) = &spec.parts[0];
-            tensors.push(GradTensor {
-                values,
-                grads,
-                m,
-                v,
-                decay: decays(name, shape, optimizer.decay_embeddings),
-                lr_scale: if gate { optimizer.gate_lr_scale } else { 1.0 },
-                floor: gate.then_some(f64::from(MIN_GATE)),
-            });
-        }
-        let update = AdamW {
-            lr,
-            betas: optimizer.betas,
-            eps: optimizer.eps,
-            weight_decay: optimizer.weight_decay,
-            clip_norm: optimizer.clip_norm,
-            step: self.progress.updates + 1,
-            only_measure,
-        };
-        Ok(device.adamw(&mut tensors, &update)?.grad_norm)
-    }
-
-    /// Brings weights and moments to f32 on a device that computes in more, since that is what a checkpoint
-    /// holds: a run that is resumed goes on to the same bits there too. Doing it twice changes nothing.
-    fn round(&mut self) -> Result<()> {
-        let device = &self.model.device;
-        if device.element_bytes(Kind::Exact) <= size_of::<f32>() {
-            return Ok(());
-        }
-        for buffer in self.values.iter_mut().chain(&mut self.m).chain(&mut self.v) {
-            let rounded = device.read(buffer, 0..device.len(buffer))?;
-            device.write(buffer, 0, &rounded)?;
-        }
-        Ok(())
-    }
-
-    /// Takes over the changed values wherever the model holds prepared ones.
-    fn refresh(&mut self) -> Result<()> {
-        for i in 0..self.values.len() {
-            if self.updated[i] {
-                let (device, values) = (&self.model.device, &self.values[i]);
-                self.model.weights.refresh(device, i, values)?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -16,6 +16,7 @@ use super::plan::Planned;
 use super::{STOPPED, Session, State, folder_name, stop_if_interrupted};
 use crate::cli::files::write_atomically;
 use crate::cli::metrics;
+use crate::cli::ranks::Party;
 use crate::cli::run::{End, checkpoints};
 use crate::cli::{resume, train};
 
@@ -100,12 +101,18 @@ impl Session<'_> {
             true => {
                 let limit = limit.map_or("none".to_owned(), |limit| limit.to_string());
                 let overrides = [(TIME_LIMIT.to_owned(), limit)];
-                resume::go_on(&folder, &overrides, self.device, self.quiet)?
+                resume::go_on(
+                    &folder,
+                    &overrides,
+                    self.device,
+                    &Party::alone(),
+                    self.quiet,
+                )?
             }
             false => {
                 let mut config = arm.config(seed, &before, &folder)?;
                 config.training.time_limit_minutes = limit;
-                train::begin(&config, self.device, self.quiet)?
+                train::begin(&config, self.device, &Party::alone(), self.quiet)?
             }
         };
         match ended.how {

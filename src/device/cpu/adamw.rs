@@ -11,18 +11,24 @@
 //!
 //! Elements are independent. They are computed in f32, with scalars computed in f64.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Buffer;
 use crate::device::{AdamW, GradTensor, Update};
 
 /// Elements of one partial sum of the norm. It defines the order of the sum, and with it the bits.
-const NORM_CHUNK: usize = 4096;
+pub(super) const NORM_CHUNK: usize = 4096;
 /// Elements that one task updates; does not affect the result.
 const UPDATE_CHUNK: usize = 1 << 15;
 
-pub(super) fn step(tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Update {
-    let grad_norm = norm(tensors);
+pub(super) fn step(
+    tensors: &mut [GradTensor<'_, Buffer>],
+    squares: &[f64],
+    update: &AdamW,
+) -> Update {
+    let grad_norm = squares.iter().sum::<f64>().sqrt();
     let applied = grad_norm.is_finite() && !update.only_measure;
     if applied {
         let clip = match update.clip_norm {
@@ -35,13 +41,15 @@ pub(super) fn step(tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Up
     Update { grad_norm, applied }
 }
 
-/// `sqrt(sum g^2)` in f64, where squares of f32 cannot overflow. It is finite if and only if every gradient is.
-fn norm(tensors: &[GradTensor<'_, Buffer>]) -> f64 {
-    let sums = |t: &GradTensor<'_, Buffer>| -> Vec<f64> {
-        t.grads.par_chunks(NORM_CHUNK).map(squares).collect()
+/// `sum g^2` of each chunk in f64, where squares of f32 cannot overflow. All are finite if and only if every gradient
+/// is.
+pub(super) fn chunk_squares(grads: &[(&Buffer, Range<usize>)]) -> Vec<f64> {
+    let sums = |(grads, range): &(&Buffer, Range<usize>)| -> Vec<f64> {
+        let chunks = grads[range.clone()].par_chunks(NORM_CHUNK);
+        chunks.map(squares).collect()
     };
-    let sums: Vec<Vec<f64>> = tensors.par_iter().map(sums).collect();
-    sums.iter().flatten().sum::<f64>().sqrt()
+    let sums: Vec<Vec<f64>> = grads.par_iter().map(sums).collect();
+    sums.into_iter().flatten().collect()
 }
 
 /// Eight interleaved sums, so that the loop is vectorized, added in a fixed order.
@@ -96,9 +104,9 @@ fn apply(t: &mut GradTensor<'_, Buffer>, s: &Scalars) {
     let state =
         t.m.par_chunks_mut(UPDATE_CHUNK)
             .zip(t.v.par_chunks_mut(UPDATE_CHUNK));
-    t.values
+    t.values[t.range.clone()]
         .par_chunks_mut(UPDATE_CHUNK)
-        .zip(t.grads.par_chunks(UPDATE_CHUNK))
+        .zip(t.grads[t.range.clone()].par_chunks(UPDATE_CHUNK))
         .zip(state)
         .for_each(|((values, grads), (m, v))| apply_chunk(s, values, grads, m, v));
 }

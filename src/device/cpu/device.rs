@@ -426,7 +426,20 @@ impl Device for Cpu {
         Ok(spans::backward::<Self>(call, grad)?)
     }
 
-    fn adamw(&self, tensors: &mut [GradTensor<'_, Buffer>], update: &AdamW) -> Result<Update> {
-        Ok(adamw::step(tensors, update))
+    fn norm_chunk(&self) -> Result<usize> {
+        Ok(adamw::NORM_CHUNK)
+    }
+
+    fn grad_squares(&self, grads: &[(&Buffer, Range<usize>)]) -> Result<Vec<f64>> {
+        Ok(adamw::chunk_squares(grads))
+    }
+
+    fn adamw(
+        &self,
+        tensors: &mut [GradTensor<'_, Buffer>],
+        squares: &[f64],
+        update: &AdamW,
+    ) -> Result<Update> {
+        Ok(adamw::step(tensors, squares, update))
     }
 }

@@ -426,7 +426,20 @@ impl<D: Driver> Device for Gpu<D> {
         attend::backward(self, call, &grad)
     }
 
-    fn adamw(&self, tensors: &mut [GradTensor<'_, Buffer<D>>], update: &AdamW) -> Result<Update> {
-        optimizer::adamw(self, tensors, update)
+    fn norm_chunk(&self) -> Result<usize> {
+        optimizer::norm_chunk(self)
+    }
+
+    fn grad_squares(&self, grads: &[(&Buffer<D>, Range<usize>)]) -> Result<Vec<f64>> {
+        optimizer::squares(self, grads)
+    }
+
+    fn adamw(
+        &self,
+        tensors: &mut [GradTensor<'_, Buffer<D>>],
+        squares: &[f64],
+        update: &AdamW,
+    ) -> Result<Update> {
+        optimizer::adamw(self, tensors, squares, update)
     }
 }

@@ -61,6 +61,12 @@ impl AsExample for Example {
     }
 }
 
+impl AsExample for ExampleRef<'_> {
+    fn as_example(&self) -> ExampleRef<'_> {
+        *self
+    }
+}
+
 impl From<Vec<u32>> for Example {
     fn from(tokens: Vec<u32>) -> Self {
         Self {

@@ -7,13 +7,16 @@ use crate::device::{
     Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Extra, Role, TensorSpec, index};
+use crate::model::parameters::{Extra, index};
 use crate::model::state::Plan;
 
 /// Gradients of every tensor of a model, in the order of its specs. They accumulate until [`Gradients::clear`].
 #[derive(Debug)]
 pub struct Gradients<D: Device> {
+    /// None between [`Gradients::take`] and [`Gradients::renew`].
     tensors: Vec<D::Buffer>,
+    /// Elements of each tensor.
+    lens: Vec<usize>,
     /// Which of them are computed; the others are empty.
     wanted: Vec<bool>,
     /// Gradient of a tied embedding from its use as the head. It is kept apart so that the order of additions, and with
@@ -26,6 +29,11 @@ pub struct Gradients<D: Device> {
     stop: Option<&'static AtomicBool>,
 }
 
+fn zeros<D: Device>(device: &D, len: usize) -> Result<D::Buffer> {
+    let zeros = device.zeros(Kind::Exact, len);
+    zeros.map_err(|error| error.wanted_for(Purpose::Optimizer))
+}
+
 impl<D: Device> Gradients<D> {
     /// Zeros for every tensor.
     pub fn new(model: &Decoder<D>) -> Result<Self> {
@@ -34,30 +42,48 @@ impl<D: Device> Gradients<D> {
 
     /// Zeros for the tensors that are `wanted`. For the others nothing is computed.
     pub fn of(model: &Decoder<D>, wanted: &[bool]) -> Result<Self> {
-        let zeros = |role: Role| {
-            let zeros = model.device.zeros(Kind::Exact, role.len());
-            zeros.map_err(|error| error.wanted_for(Purpose::Optimizer))
-        };
-        let tensor = |(spec, wanted): (&TensorSpec, &bool)| match wanted {
-            true => zeros(spec.role),
-            false => model.device.empty(Kind::Exact, 0),
-        };
+        let lens = model.specs.iter().zip(wanted);
+        let lens: Vec<usize> = lens
+            .map(|(spec, wanted)| if *wanted { spec.role.len() } else { 0 })
+            .collect();
         let tied = model.config.tie_word_embeddings && wanted[index::EMBEDDING];
-        Ok(Self {
-            tensors: model
-                .specs
-                .iter()
-                .zip(wanted)
-                .map(tensor)
-                .collect::<Result<_>>()?,
-            wanted: wanted.to_vec(),
+        let mut gradients = Self {
+            tensors: Vec::new(),
             tied_head: tied
-                .then(|| zeros(model.specs[index::EMBEDDING].role))
+                .then(|| zeros(&model.device, lens[index::EMBEDDING]))
                 .transpose()?,
+            lens,
+            wanted: wanted.to_vec(),
             apart: false,
             head: index::head(model.config.num_hidden_layers),
             stop: None,
-        })
+        };
+        gradients.renew(&model.device, || None)?;
+        Ok(gradients)
+    }
+
+    /// Takes the complete gradients out. They are missing until [`Gradients::give`] or [`Gradients::renew`].
+    pub(in crate::train) fn take(&mut self, device: &D) -> Result<Vec<D::Buffer>> {
+        self.finish(device)?;
+        Ok(std::mem::take(&mut self.tensors))
+    }
+
+    /// Puts gradients in, where they are missing.
+    pub(in crate::train) fn give(&mut self, tensors: Vec<D::Buffer>) {
+        self.tensors = tensors;
+    }
+
+    /// Puts in what `spare` has, or new buffers, where gradients are missing. What they hold is not said.
+    pub(in crate::train) fn renew(
+        &mut self,
+        device: &D,
+        spare: impl FnOnce() -> Option<Vec<D::Buffer>>,
+    ) -> Result<&mut [D::Buffer]> {
+        if self.tensors.is_empty() {
+            let new = || self.lens.iter().map(|len| zeros(device, *len)).collect();
+            self.tensors = spare().map_or_else(new, Ok)?;
+        }
+        Ok(&mut self.tensors)
     }
 
     /// Ends [`accumulate`](super::accumulate) with [`DeviceError::Interrupted`] between two segments once `flag` is

@@ -1,0 +1,175 @@
+//! What moves parts of device buffers between ranks.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::error::Result;
+use super::mesh::Mesh;
+use crate::device::Device;
+
+/// A part of a buffer that goes to another rank or comes from there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The other rank.
+    pub peer: usize,
+    /// Index of the buffer in the list of an exchange.
+    pub buffer: usize,
+    /// Its elements.
+    pub range: Range<usize>,
+}
+
+/// Moves parts of buffers of f32 ([`Kind::Exact`](crate::device::Kind::Exact)) between ranks.
+pub trait Engine<D: Device>: Debug + Send + Sync {
+    /// The connections by which the ranks have met.
+    fn mesh(&self) -> &Mesh;
+
+    /// Sends and receives pieces of `buffers`, without changing a bit. All ranks call it together. The pieces that one
+    /// rank sends to another are, in order, those that the other one receives from it. No piece that is received
+    /// overlaps another piece.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`], and what the device says.
+    fn exchange(
+        &self,
+        device: &D,
+        buffers: &mut [&mut D::Buffer],
+        sends: &[Piece],
+        receives: &[Piece],
+        doing: &'static str,
+    ) -> Result<()>;
+}
+
+/// By way of host memory: for every device whose exact elements are f32.
+impl<D: Device> Engine<D> for Mesh {
+    fn mesh(&self) -> &Mesh {
+        self
+    }
+
+    fn exchange(
+        &self,
+        device: &D,
+        buffers: &mut [&mut D::Buffer],
+        sends: &[Piece],
+        receives: &[Piece],
+        doing: &'static str,
+    ) -> Result<()> {
+        let read = |piece: &Piece| Ok(device.read(buffers[piece.buffer], piece.range.clone())?);
+        let values: Vec<Vec<f32>> = sends.iter().map(read).collect::<Result<_>>()?;
+        let mut parts: Vec<Vec<&[u8]>> = vec![Vec::new(); self.world()];
+        for (piece, values) in sends.iter().zip(&values) {
+            parts[piece.peer].push(bytemuck::cast_slice(values));
+        }
+        let mut lens = vec![0; self.world()];
+        for piece in receives {
+            lens[piece.peer] += piece.range.len() * size_of::<f32>();
+        }
+        self.swap(&parts, &lens, doing, |rank, next| {
+            for piece in receives.iter().filter(|piece| piece.peer == rank) {
+                let mut values = vec![0f32; piece.range.len()];
+                next(bytemuck::cast_slice_mut(&mut values))?;
+                device.write(buffers[piece.buffer], piece.range.start, &values)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+impl<D: Device> Engine<D> for Arc<Mesh> {
+    fn mesh(&self) -> &Mesh {
+        self
+    }
+
+    fn exchange(
+        &self,
+        device: &D,
+        buffers: &mut [&mut D::Buffer],
+        sends: &[Piece],
+        receives: &[Piece],
+        doing: &'static str,
+    ) -> Result<()> {
+        Engine::exchange(&**self, device, buffers, sends, receives, doing)
+    }
+}
+
+/// The ranks of a run, as one of them sees them.
+#[derive(Debug)]
+pub struct Ranks<D: Device> {
+    rank: usize,
+    world: usize,
+    /// `None` for one rank alone, and for a plan of several.
+    engine: Option<Box<dyn Engine<D>>>,
+}
+
+impl<D: Device> Ranks<D> {
+    /// One rank alone.
+    pub fn alone() -> Self {
+        Self::planned(0, 1)
+    }
+
+    /// Rank `rank` of `world`, for dry runs: nothing is exchanged.
+    pub fn planned(rank: usize, world: usize) -> Self {
+        Self {
+            rank,
+            world,
+            engine: None,
+        }
+    }
+
+    /// Ranks that have met.
+    pub fn new(engine: impl Engine<D> + 'static) -> Self {
+        let (rank, world) = (engine.mesh().rank(), engine.mesh().world());
+        Self {
+            rank,
+            world,
+            engine: (world > 1).then(|| Box::new(engine) as Box<dyn Engine<D>>),
+        }
+    }
+
+    /// This process's rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Number of ranks.
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// The connections to the other ranks, if there are any.
+    pub fn mesh(&self) -> Option<&Mesh> {
+        self.engine.as_ref().map(|engine| engine.mesh())
+    }
+
+    /// The numbers of all ranks, in the order of the ranks.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`].
+    pub fn concat(&self, mine: Vec<f64>, doing: &'static str) -> Result<Vec<f64>> {
+        let Some(mesh) = self.mesh() else {
+            return Ok(mine);
+        };
+        let all = mesh.gather(bytemuck::cast_slice(&mine), doing)?;
+        // Messages lie at any address.
+        let numbers = |bytes: Vec<u8>| bytemuck::pod_collect_to_vec::<u8, f64>(&bytes);
+        Ok(all.into_iter().flat_map(numbers).collect())
+    }
+
+    /// As [`Engine::exchange`]; nothing for one rank and for a plan.
+    ///
+    /// # Errors
+    /// As [`Engine::exchange`].
+    pub fn exchange(
+        &self,
+        device: &D,
+        buffers: &mut [&mut D::Buffer],
+        sends: &[Piece],
+        receives: &[Piece],
+        doing: &'static str,
+    ) -> Result<()> {
+        match &self.engine {
+            Some(engine) => engine.exchange(device, buffers, sends, receives, doing),
+            None => Ok(()),
+        }
+    }
+}
