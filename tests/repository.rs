@@ -14,6 +14,8 @@ const FOLDERS: &[&str] = &[
     "experiments",
     "fuzz",
     "kernels",
+    "prebuilt/src",
+    "prebuilt/tests",
     "python",
     "sim/golden",
     "sim/include",

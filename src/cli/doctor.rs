@@ -43,8 +43,14 @@ struct Gpu {
     driver: Option<PathBuf>,
     /// Models that the driver has taken, whether or not they can be used.
     names: Vec<String>,
+    /// The driver's own version, such as "580.95.05".
+    driver_release: Option<String>,
     /// What this build's kernels were compiled for; `None` in a build without the feature `cuda`.
     kernels: Option<&'static str>,
+    /// Whether they came with the source, or the build has compiled them.
+    kernels_from: Option<&'static str>,
+    /// The drivers that load them, such as "driver 580 or newer".
+    kernels_need: Option<String>,
     /// The CUDA version that the driver knows.
     driver_version: Option<String>,
     /// GPUs that can be used.
@@ -142,7 +148,10 @@ fn gpu() -> Gpu {
     let gpu = Gpu {
         driver: find(&driver_folders(), driver_names()),
         names: gpu_names(Path::new("/proc/driver/nvidia/gpus")),
+        driver_release: driver_release(Path::new("/proc/driver/nvidia/version")),
         kernels: None,
+        kernels_from: None,
+        kernels_need: None,
         driver_version: None,
         devices: Vec::new(),
         error: None,
@@ -157,6 +166,8 @@ fn gpu() -> Gpu {
 fn asked(mut gpu: Gpu) -> Gpu {
     use segattn::cuda;
     gpu.kernels = Some(cuda::KERNEL_ARCHITECTURES);
+    gpu.kernels_from = Some(cuda::KERNEL_ORIGIN);
+    gpu.kernels_need = Some(cuda::toolkit().driver());
     gpu.driver_version = cuda::driver_version().ok().map(|v| v.to_string());
     let devices = match cuda::devices() {
         Ok(devices) => devices,
@@ -186,6 +197,15 @@ fn asked(mut gpu: Gpu) -> Gpu {
         }
     }
     gpu
+}
+
+/// The driver's version: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Mon ...".
+fn driver_release(file: &Path) -> Option<String> {
+    let text = fs::read_to_string(file).ok()?;
+    let words = text.lines().next()?.split_whitespace();
+    let is_release =
+        |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    words.into_iter().find(is_release).map(str::to_owned)
 }
 
 /// Models of the GPUs that the driver has taken.
@@ -254,7 +274,7 @@ fn advice(report: &Report) -> Vec<String> {
     }
     if gpu.kernels.is_none() && !gpu.names.is_empty() && report.nvcc.is_none() {
         advice.push(
-            "no nvcc: needed only to build from source for the GPU; set CUDA_HOME where it is"
+            "no nvcc: needed only where kernels/ has changed since its compiled kernels were made"
                 .into(),
         );
     }
@@ -307,13 +327,19 @@ fn text(report: &Report) -> String {
         line("gpu", if names.is_empty() { none() } else { names });
     }
     let driver = gpu.driver.as_ref().map(|path| {
+        let release = gpu.driver_release.as_ref();
+        let release = release.map(|release| format!("{release}, "));
         let version = gpu.driver_version.as_ref();
-        let version = version.map(|version| format!("CUDA {version}, "));
-        format!("{}{}", version.unwrap_or_default(), path.display())
+        let version = version.map(|version| format!("knows CUDA {version}, "));
+        let [release, version] = [release, version].map(Option::unwrap_or_default);
+        format!("{release}{version}{}", path.display())
     });
     line("driver", driver.unwrap_or_else(none));
-    let kernels = gpu.kernels.unwrap_or("none: built without --features cuda");
-    line("kernels", kernels.to_owned());
+    let kernels = match (gpu.kernels, gpu.kernels_from, &gpu.kernels_need) {
+        (Some(archs), Some(from), Some(need)) => format!("{archs}; {from}; need {need}"),
+        _ => "none: built without --features cuda".to_owned(),
+    };
+    line("kernels", kernels);
     let nvcc = report.nvcc.as_ref().map(|nvcc| {
         let version = nvcc.version.as_deref().unwrap_or("unknown version");
         format!("{version}, {}", nvcc.path.display())
@@ -334,6 +360,16 @@ mod tests {
         let said = "Cuda compilation tools, release 12.8, V12.8.61\n";
         assert_eq!(release(said).as_deref(), Some("12.8"));
         assert_eq!(release("command not found"), None);
+    }
+
+    #[test]
+    fn the_drivers_release_is_read_from_its_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let said = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23\nGCC version: 12.2.0\n";
+        fs::write(&file, said).unwrap();
+        assert_eq!(driver_release(file.path()).as_deref(), Some("580.95.05"));
+        fs::write(&file, "").unwrap();
+        assert_eq!(driver_release(file.path()), None);
     }
 
     #[test]
@@ -362,8 +398,11 @@ mod tests {
             memory: HostMemory::now(),
             gpu: Gpu {
                 driver: None,
+                driver_release: None,
                 names: vec!["X".into()],
                 kernels: None,
+                kernels_from: None,
+                kernels_need: None,
                 driver_version: None,
                 devices: Vec::new(),
                 error: None,
@@ -372,7 +411,7 @@ mod tests {
             advice: Vec::new(),
         };
         assert!(advice(&report).iter().any(|a| a.contains("no libcuda")));
-        assert!(advice(&report).iter().any(|a| a.contains("CUDA_HOME")));
+        assert!(advice(&report).iter().any(|a| a.contains("no nvcc")));
         report.gpu.names.clear();
         assert!(
             advice(&report)

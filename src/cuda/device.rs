@@ -11,8 +11,11 @@ use super::error::{Error, Version};
 /// The architectures that the kernels were compiled for, such as "sm_80, sm_90, PTX 80".
 pub const KERNEL_ARCHITECTURES: &str = env!("SEGATTN_KERNEL_ARCHS");
 
-/// Version of the CUDA toolkit that compiled the kernels.
-pub(super) fn toolkit() -> Version {
+/// Where the kernels' images came from: "prebuilt", or "compiled by the build: " and the files.
+pub const KERNEL_ORIGIN: &str = env!("SEGATTN_KERNEL_ORIGIN");
+
+/// The CUDA version that compiled the kernels: the driver must know it, or a later one of the same major number.
+pub fn toolkit() -> Version {
     Version(env!("SEGATTN_NVCC_VERSION").parse().unwrap_or(0))
 }
 
@@ -43,12 +46,18 @@ pub fn driver_error(doing: &str, DriverError(code): DriverError) -> Error {
     })
 }
 
-/// Loads the driver.
-fn start() -> Result<(), Error> {
-    // SAFETY: loading the driver's library only runs its constructors.
+/// Loads the driver's library; a program that links it would not have started without it.
+fn load() -> Result<(), Error> {
+    #[cfg(not(feature = "linked-driver"))]
+    // SAFETY: loading the library only runs its constructors.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::NoDriver);
     }
+    Ok(())
+}
+
+fn start() -> Result<(), Error> {
+    load()?;
     result::init().map_err(|error| driver_error("starting the driver", error))
 }
 
@@ -57,10 +66,7 @@ fn start() -> Result<(), Error> {
 /// # Errors
 /// [`Error::NoDriver`].
 pub fn driver_version() -> Result<Version, Error> {
-    // SAFETY: as in `start`.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Error::NoDriver);
-    }
+    load()?;
     let mut version = 0;
     // SAFETY: the pointer is to an int.
     let code = unsafe { sys::cuDriverGetVersion(&mut version) };

@@ -12,6 +12,18 @@ impl fmt::Display for Version {
     }
 }
 
+impl Version {
+    /// The first driver for Linux that loads images of this CUDA version, compressed as this build's are: such as
+    /// "driver 580 or newer".
+    pub fn driver(self) -> String {
+        match self.0 / 1000 {
+            12 => "driver 550 or newer".to_owned(),
+            13 => "driver 580 or newer".to_owned(),
+            major => format!("a driver for CUDA {major}"),
+        }
+    }
+}
+
 /// A failed driver call. Later calls can succeed, except after [`Error::ContextLost`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -53,7 +65,8 @@ pub enum Error {
     /// The driver is older than the toolkit that compiled the kernels.
     #[error(
         "the NVIDIA driver supports CUDA {driver}, but the kernels were compiled by CUDA {toolkit}: install a driver \
-         for CUDA {toolkit} or later, or build with an older nvcc (NVCC, CUDA_HOME)"
+         for CUDA {toolkit} or later ({}), or compile the kernels with an older nvcc (SEGATTN_KERNELS=compile, NVCC)",
+        toolkit.driver()
     )]
     DriverTooOld {
         /// The newest CUDA version that the driver supports.
@@ -249,5 +262,6 @@ mod tests {
                 .to_string()
                 .contains("supports CUDA 12.8, but the kernels were compiled by CUDA 13.0")
         );
+        assert!(error.to_string().contains("or later (driver 580 or newer)"));
     }
 }

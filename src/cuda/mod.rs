@@ -14,7 +14,8 @@ mod module;
 
 #[cfg(feature = "cuda")]
 pub use device::{
-    DeviceInfo, KERNEL_ARCHITECTURES, alloc, devices, driver_error, driver_version, open,
+    DeviceInfo, KERNEL_ARCHITECTURES, KERNEL_ORIGIN, alloc, devices, driver_error, driver_version,
+    open, toolkit,
 };
 pub use error::{Error, Version};
 #[cfg(feature = "cuda")]

@@ -90,6 +90,7 @@ impl std::fmt::Debug for CublasLt {
 impl CublasLt {
     /// Loads cuBLASLt in the current context.
     pub fn new(choice: Choice) -> Result<Self, Error> {
+        #[cfg(not(feature = "linked-driver"))]
         // SAFETY: loading the library runs its constructors and nothing else.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::NoLibrary {
