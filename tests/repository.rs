@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 const FOLDERS: &[&str] = &[
     ".ci",
     "benches",
+    "candle",
     "capi",
     "configs",
     "docs",
@@ -14,8 +15,7 @@ const FOLDERS: &[&str] = &[
     "experiments",
     "fuzz",
     "kernels",
-    "prebuilt/src",
-    "prebuilt/tests",
+    "prebuilt",
     "python",
     "sim/golden",
     "sim/include",
