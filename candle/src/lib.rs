@@ -39,8 +39,8 @@ pub struct Options {
     pub segment_len: Option<Vec<i32>>,
     /// `[batch]`: valid rows of `prior_kv`; `None`: all.
     pub prior_len: Option<Vec<i32>>,
-    /// `[batch]`: the position of the first query row in the segment, for decoding; `None`: 0. There is no backward pass
-    /// for other positions.
+    /// `[batch]`: the position of the first query row in the segment, for decoding; `None`: 0. There is no backward
+    /// pass for other positions.
     pub query_start: Option<Vec<i32>>,
     /// Factor on the scores; `None`: `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
@@ -61,15 +61,15 @@ pub struct Past {
 
 /// Attention of one segment, like `q`.
 ///
-/// `q` is `[batch, rows, q_heads, head_dim]`; `kv` `[batch, segment, 2, kv_heads, head_dim]` has the keys of a row, then
-/// its values; `prior_kv` `[batch, prior, 2, kv_heads, head_dim]` is the tail of the segment before. All three get
+/// `q` is `[batch, rows, q_heads, head_dim]`; `kv` `[batch, segment, 2, kv_heads, head_dim]` has the keys of a row,
+/// then its values; `prior_kv` `[batch, prior, 2, kv_heads, head_dim]` is the tail of the segment before. All three get
 /// gradients. On the CPU they are f32, with a `head_dim` that is a multiple of 8 up to 256, or f64 for tests (slow, any
 /// `head_dim`); on CUDA bf16 or f16, with a `head_dim` of 32, 64, 96, 128 or 256. Tensors that are not contiguous are
 /// copied. Padding rows of the result are 0.
 ///
 /// # Errors
-/// A shape, length, gate, dtype or device that does not fit, with what was expected and what came; what the GPU's driver
-/// says.
+/// A shape, length, gate, dtype or device that does not fit, with what was expected and what came; what the GPU's
+/// driver says.
 pub fn segment_attn(
     q: &Tensor,
     kv: &Tensor,

@@ -1,5 +1,5 @@
-//! The operation as candle's autograd knows it. Candle gives a backward pass one result of the forward pass, so the other
-//! one, the log-sum-exp of each row, is kept here.
+//! The operation as candle's autograd knows it. Candle gives a backward pass one result of the forward pass, so the
+//! other one, the log-sum-exp of each row, is kept here.
 
 use std::sync::{Mutex, PoisonError};
 

@@ -1,8 +1,8 @@
-//! Makes those images in `prebuilt/images` anew whose sources have changed: `cargo run -p segattn-kernels --example make`.
-//! Needs nvcc, and some minutes for all of them.
+//! Makes those images in `prebuilt/images` anew whose sources have changed. Needs nvcc, and some minutes for all:
+//! `cargo run -p segattn-kernels --example make`.
 //!
-//! With `--check` nothing is changed: all kernels are compiled, and where an image is of the present sources, every byte
-//! of it is compared.
+//! With `--check` nothing is changed: all kernels are compiled, and where an image is of the present sources, every
+//! byte of it is compared.
 
 use std::fs;
 use std::path::Path;

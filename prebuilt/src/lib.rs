@@ -1,4 +1,4 @@
-//! The CUDA kernels of segattn, compiled: `images/NAME.fatbin` for each `kernels/NAME.cu`, and what they were made from.
+//! The CUDA kernels of segattn, compiled: `images/NAME.fatbin` for each `kernels/NAME.cu`, and what they were made of.
 //!
 //! The build of segattn takes these images where the hash of its `kernels/` fits, and needs no nvcc then ([`provide`]).
 //! Where sources have changed since, it compiles them ([`Compiler`]).
@@ -177,8 +177,8 @@ pub struct Provided {
     pub compiled: Vec<String>,
 }
 
-/// Puts the images of the folder `kernels` into `out`: the ones of this crate where their sources are the same, else what
-/// nvcc makes. `SEGATTN_KERNELS=compile` takes nvcc for all.
+/// Puts the images of the folder `kernels` into `out`: the ones of this crate where their sources are the same, else
+/// what nvcc makes. `SEGATTN_KERNELS=compile` takes nvcc for all.
 ///
 /// # Errors
 /// There is no nvcc where it is needed, or what it says.
