@@ -205,62 +205,57 @@ fn sequences_that_join_and_leave_yield_what_each_yields_alone() {
         end_tokens: Vec::new(),
     };
     let prompts: Vec<Vec<u32>> = [7, 2, 12, 9].map(|n| tokens(n, n as usize, 27)).to_vec();
-    let each = prompts.iter().enumerate();
-    let alone =
-        each.map(|(i, p)| generate(&model, std::slice::from_ref(p), &settings(i)).remove(0));
-    let alone: Vec<Generated> = alone.collect();
-    let prompt = |before, tokens| Prompt {
-        before,
-        tokens,
-        breaks: &[],
-        stream: 0,
-    };
+    let alone = |i: usize| generate(&model, &prompts[i..=i], &settings(i)).remove(0);
+    let alone: Vec<Generated> = (0..4).map(alone).collect();
+    // The third comes again at the end, from the state after so many of its tokens.
+    const KEPT: usize = 9;
+    let all = [0, 1, 2, 3, 2];
     let mut session = Session::new(&model, 2, 48, 1).expect("a session");
     let mut generator = Generator::idle(&mut session);
-    let (mut places, mut next, mut state) = ([None; 2], 0, None);
-    let mut got = vec![(Vec::new(), Vec::new()); 5];
-    while next < 5 || places.iter().any(Option::is_some) {
-        for place in 0..2 {
-            if places[place].is_some() || next == 5 {
-                continue;
+    let (mut places, mut joined, mut state) = ([None; 2], 0, None::<SavedSequence>);
+    let mut got = vec![(Vec::new(), Vec::new()); all.len()];
+    while joined < all.len() || places.iter().any(Option::is_some) {
+        let free: Vec<usize> = (0..2).filter(|place| places[*place].is_none()).collect();
+        for place in free.into_iter().take(all.len() - joined) {
+            let kept = state.as_ref().filter(|_| joined == 4);
+            if let Some(state) = kept {
+                generator.restore(place, state, KEPT).expect("a state");
             }
-            // The last one is the third again, from its saved state on.
-            let i = next % 4;
-            let (before, tokens) =
-                prompts[if next == 4 { 2 } else { i }].split_at(if next == 4 { 9 } else { 0 });
-            if let (4, Some(state)) = (next, &state) {
-                let state: &SavedSequence = state;
-                let session = generator.session();
-                assert_eq!((state.position(), session.position(place)), (9, 0));
-                generator.restore(place, state, 9).expect("a state");
-            }
-            let settings = settings(if next == 4 { 2 } else { i });
+            let i = all[joined];
+            let (before, tokens) = prompts[i].split_at(kept.map_or(0, |_| KEPT));
+            let prompt = Prompt {
+                before,
+                tokens,
+                breaks: &[],
+                stream: 0,
+            };
             generator
-                .join(place, &prompt(before, tokens), settings, false)
+                .join(place, &prompt, settings(i), false)
                 .expect("a prompt");
-            places[place] = Some(next);
-            next += 1;
+            places[place] = Some(joined);
+            joined += 1;
         }
         generator.read(&[(0, 3), (1, 3)]).expect("tokens");
-        if let Some(place) = places.iter().position(|n| *n == Some(2))
-            && generator.session().position(place) == 9
-        {
-            state = Some(SavedSequence::new(generator.session(), place, None).expect("a state"));
+        let session = generator.session();
+        let third =
+            (0..2).find(|place| places[*place] == Some(2) && session.position(*place) == KEPT);
+        if let Some(third) = third {
+            state = Some(SavedSequence::new(session, third, None).expect("a state"));
         }
         for token in generator.advance(&generator.ready()).expect("tokens") {
-            let number = places[token.sequence].expect("one that has joined");
-            got[number].0.push(token.token);
-            got[number].1.push(token.log_probability.to_bits());
+            let (tokens, scores) = &mut got[places[token.sequence].expect("one that joined")];
+            tokens.push(token.token);
+            scores.push(token.log_probability.to_bits());
             if token.finish.is_some() {
                 generator.leave(token.sequence).expect("a place");
                 places[token.sequence] = None;
             }
         }
     }
-    for (number, (tokens, scores)) in got.iter().enumerate() {
-        let alone = &alone[if number == 4 { 2 } else { number }];
-        assert_eq!(*tokens, alone.tokens, "sequence {number}");
-        assert_eq!(*scores, bits(&alone.log_probabilities), "sequence {number}");
+    assert!(state.is_some());
+    for (i, (tokens, scores)) in all.into_iter().zip(&got) {
+        assert_eq!(*tokens, alone[i].tokens, "sequence {i}");
+        assert_eq!(*scores, bits(&alone[i].log_probabilities), "sequence {i}");
     }
 }
 
