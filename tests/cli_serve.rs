@@ -444,6 +444,132 @@ fn wrong_requests_are_explained() {
     );
 }
 
+const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}\
+                        {% if add_generation_prompt %}<assistant>{% endif %}";
+
+/// A model with a chat template, whose prompts end segments where `breaks`.
+fn chat_folder(breaks: bool) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.segment.as_mut().unwrap().break_after_prompt = breaks;
+    save(folder.path(), &config);
+    std::fs::write(folder.path().join("chat_template.jinja"), TEMPLATE).unwrap();
+    folder
+}
+
+#[test]
+fn chats_have_the_bits_of_the_templates_text() {
+    for breaks in [false, true] {
+        let dir = chat_folder(breaks);
+        let serving = Serving::start(dir.path(), &[]);
+        let parts =
+            json!([{"type": "text", "text": "What is a segment"}, {"type": "text", "text": "?"}]);
+        let mut messages = vec![
+            json!({"role": "system", "content": "Be short."}),
+            json!({"role": "user", "content": parts}),
+        ];
+        let first = "<system>Be short.\n<user>What is a segment?\n<assistant>";
+        let second = format!("{first}A part.\n<user>Of what?\n<assistant>");
+        for (text, earlier) in [(first, None), (&second, Some(first.len()))] {
+            let ids: Vec<u32> = text.bytes().map(u32::from).collect();
+            let tokens = json!({"tokens": ids, "breaks": earlier.filter(|_| breaks).as_slice()});
+            std::fs::write(dir.path().join("t.json"), tokens.to_string()).unwrap();
+            let fixed = [
+                "generate",
+                "-m",
+                ".",
+                "-q",
+                "-n",
+                "20",
+                "--logprobs",
+                "out.json",
+                "--tokens",
+                "t.json",
+            ];
+            printed(dir.path(), &[&fixed[..], &SAMPLING].concat());
+            let expected = json(&dir.path().join("out.json"));
+            let mut wanted = request(&[]);
+            wanted["messages"] = messages.clone().into();
+            wanted["logprobs"] = true.into();
+            wanted["top_logprobs"] = 2.into();
+            let answer = serving.good("/v1/chat/completions", &wanted);
+            assert_eq!(answer["prompt_token_ids"], json!(ids));
+            let choice = &answer["choices"][0];
+            assert_eq!(choice["token_ids"], expected["tokens"]);
+            let places = choice["logprobs"]["content"].as_array().unwrap();
+            let scores: Vec<&Value> = places.iter().map(|place| &place["logprob"]).collect();
+            assert_eq!(json!(scores), expected["logprobs"]);
+            for (place, id) in places.iter().zip(expected["tokens"].as_array().unwrap()) {
+                assert_eq!(place["bytes"], json!([id]));
+                assert_eq!(place["top_logprobs"].as_array().unwrap().len(), 2);
+            }
+            // The second turn begins from the state after the first prompt.
+            let cached = &answer["usage"]["prompt_tokens_details"]["cached_tokens"];
+            assert_eq!(*cached, earlier.unwrap_or(0));
+            wanted["stream"] = true.into();
+            let chunks = serving.stream("/v1/chat/completions", &wanted);
+            assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+            let parts = chunks
+                .iter()
+                .map(|c| c["choices"][0]["delta"]["content"].as_str().unwrap());
+            assert_eq!(
+                json!(parts.collect::<String>()),
+                choice["message"]["content"]
+            );
+            assert_eq!(
+                chunks.last().unwrap()["choices"][0]["finish_reason"],
+                choice["finish_reason"]
+            );
+            messages.push(json!({"role": "assistant", "content": "A part."}));
+            messages.push(json!({"role": "user", "content": "Of what?"}));
+        }
+        for messages in [
+            json!(null),
+            json!([]),
+            json!(["hello"]),
+            json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+        ] {
+            let (status, answer) =
+                serving.post("/v1/chat/completions", &json!({"messages": messages}));
+            assert_eq!(
+                (status, &answer["error"]["param"]),
+                (400, &json!("messages")),
+                "{answer}"
+            );
+        }
+    }
+    let dir = folder();
+    let serving = Serving::start(dir.path(), &[]);
+    let wanted = json!({"messages": [{"role": "user", "content": "x"}]});
+    let (status, answer) = serving.post("/v1/chat/completions", &wanted);
+    assert!(
+        status == 400 && answer.to_string().contains("no chat template"),
+        "{answer}"
+    );
+}
+
+/// Needs a Python with the package `openai`: `SEGATTN_OPENAI_PYTHON` names it.
+#[test]
+fn the_openai_package_agrees() {
+    let Some(python) = std::env::var_os("SEGATTN_OPENAI_PYTHON") else {
+        println!("not run: SEGATTN_OPENAI_PYTHON names no Python");
+        return;
+    };
+    let dir = chat_folder(false);
+    let serving = Serving::start(dir.path(), &["--api-key", "secret"]);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/serving/openai_client.py");
+    let url = format!("http://{}/v1", serving.address);
+    let output = std::process::Command::new(python)
+        .arg(script)
+        .args([&url, "secret"])
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr]
+        .map(|text| String::from_utf8(text).unwrap())
+        .concat();
+    assert!(output.status.success(), "{said}");
+}
+
 #[test]
 fn a_key_keeps_others_out() {
     let dir = folder();

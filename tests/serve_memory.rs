@@ -43,7 +43,7 @@ fn a_server_holds_no_more_than_its_dry_run() {
         let limits = Limits {
             running: 3,
             waiting: 100,
-            longest: 600,
+            longest: 300,
             read_at_once,
             cache_bytes: 1 << 30,
         };
@@ -58,11 +58,11 @@ fn a_server_holds_no_more_than_its_dry_run() {
         let (handle, inbox) = engine::connect(shared.clone());
         let (to, mut from) = unbounded_channel();
         let jobs = [
-            (580, 20, None),
-            (1, 599, None),
-            (590, 10, Some(0)),
-            (300, 300, None),
-            (580, 3, Some(2)),
+            (280, 20, None),
+            (1, 299, None),
+            (290, 10, Some(0)),
+            (150, 150, None),
+            (100, 3, Some(2)),
             (64, 60, None),
         ];
         let places = handle.places(jobs.len()).expect("places");
@@ -102,7 +102,7 @@ fn a_server_holds_no_more_than_its_dry_run() {
                 Event::Failed(failure) => panic!("{failure}"),
             }
         }
-        assert_eq!((tokens, ended), (20 + 599 + 10 + 300 + 3 + 60, jobs.len()));
+        assert_eq!((tokens, ended), (20 + 299 + 10 + 150 + 3 + 60, jobs.len()));
         assert!(cached > 0);
         for (held, planned) in [
             (held.buffers, planned.buffers),

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use segattn::generate::dry_run::dry_run_serving;
+use segattn::model::chat::Chat;
 use segattn::model::config::ModelConfig;
 use segattn::model::tokenizer::GenerationSettings;
 use segattn::serve::http::{Server, serve};
@@ -103,12 +104,17 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         model.config.vocab_size,
         break_after_prompt,
     ));
+    let chat = match &opened.text {
+        Some(text) => Chat::open(args.model.path(), text)?,
+        None => None,
+    };
     let (handle, inbox) = engine::connect(shared.clone());
     let server = Server {
         handle: handle.clone(),
         name: args.name()?,
         created: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
         text: opened.text.clone(),
+        chat,
         sampler: own.sampler(),
         max_new: own.max_new_tokens,
         end_tokens: model.config.eos_token_id.clone(),

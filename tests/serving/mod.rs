@@ -14,7 +14,7 @@ use serde_json::Value;
 /// A server on a port of its own; ended with the value.
 pub struct Serving {
     pub process: Child,
-    address: String,
+    pub address: String,
 }
 
 impl Serving {

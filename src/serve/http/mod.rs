@@ -1,6 +1,7 @@
 //! The HTTP side: OpenAI's interface over the [engine](super::engine).
 
 mod answer;
+mod chat;
 mod completions;
 mod error;
 mod fields;
@@ -28,6 +29,7 @@ use serde_json::{Value, json};
 
 use super::job::Handle;
 use crate::device::sampler::SamplerConfig;
+use crate::model::chat::Chat;
 use crate::model::tokenizer::Tokenizer;
 pub use error::ApiError;
 
@@ -47,6 +49,8 @@ pub struct Server {
     pub created: u64,
     /// The model's tokenizer, where it has one.
     pub text: Option<Tokenizer>,
+    /// Its chat template, where it has one.
+    pub chat: Option<Chat>,
     /// The model's own settings, which requests change.
     pub sampler: SamplerConfig,
     /// New tokens where a request does not say how many.
@@ -109,6 +113,7 @@ fn router(server: Arc<Server>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/chat/completions", post(chat::completions))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .fallback(async || ApiError::of(StatusCode::NOT_FOUND, "there is nothing at this path"))
