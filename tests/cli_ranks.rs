@@ -36,7 +36,14 @@ fn same(folder: &Path, a: &str, b: &str) {
     assert_eq!(losses(&folder.join(a)), losses(&folder.join(b)));
 }
 
-const SHORT: [&str; 4] = ["--training.steps", "8", "--training.batch", "3"];
+const SHORT: [&str; 6] = [
+    "--training.steps",
+    "8",
+    "--training.batch",
+    "3",
+    "--training.group",
+    "1",
+];
 
 #[test]
 fn a_run_of_several_processes_has_the_bits_and_files_of_one_and_goes_on_with_another_number() {

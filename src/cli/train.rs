@@ -100,12 +100,12 @@ pub fn trainer<D: Device>(
         trainer.ranks().world(),
         training.batch * training.accumulation,
     );
-    let groups = sequences.div_ceil(training.group);
+    let groups = sequences.div_ceil(training.group());
     if party.leads() && world > groups {
         tracing::warn!(
-            "a step of {sequences} sequences in groups of {} gives work to {groups} of {world} ranks; `training.group` \
-             and `training.batch` say how much there is to share",
-            training.group
+            "a step of {sequences} sequences in groups of {} gives work to {groups} of {world} ranks; a lower \
+             `training.group` (1, say) or a larger `training.batch` gives work to more",
+            training.group()
         );
     }
     Ok(trainer)

@@ -142,9 +142,9 @@ pub struct TrainingSection {
     pub batch: usize,
     /// Batches whose gradients are added up in one step.
     pub accumulation: usize,
-    /// Sequences whose gradients are one sum, a power of two. The sums of groups are added by a tree, and groups are
-    /// spread over ranks.
-    pub group: usize,
+    /// Sequences whose gradients are one sum, a power of two; by default [`group`](Self::group) of the batch. The sums
+    /// of groups are added by a tree, and groups are spread over ranks.
+    pub group: Option<usize>,
     /// Tokens predicted in a sequence at most; longer documents are cut. 0: documents run whole.
     pub sequence_len: usize,
     /// Segments that a loss reaches back (TBPTT); 0 detaches the state.
@@ -175,7 +175,7 @@ impl Default for TrainingSection {
             seed: 0,
             batch: 8,
             accumulation: 1,
-            group: 1,
+            group: None,
             sequence_len: 4096,
             tbptt: 1,
             segments_per_step: 1,
@@ -388,14 +388,22 @@ impl DataSection {
 }
 
 impl TrainingSection {
+    /// Sequences of a group: by default the largest power of two up to `batch`, so that a batch needs one set of
+    /// gradients.
+    pub fn group(&self) -> usize {
+        self.group.unwrap_or(1 << self.batch.max(1).ilog2())
+    }
+
     fn validate(&self) -> Result<()> {
         at_least_one("training.steps", self.steps)?;
         at_least_one("training.batch", self.batch as u64)?;
         at_least_one("training.accumulation", self.accumulation as u64)?;
         at_most("training.batch", self.batch, MAX_SEQUENCES)?;
-        if !self.group.is_power_of_two() {
+        if let Some(group) = self.group
+            && !group.is_power_of_two()
+        {
             let (key, expected) = ("training.group", "a power of two, such as 1 or 8");
-            return Err(TrainError::config(key, expected, self.group));
+            return Err(TrainError::config(key, expected, group));
         }
         if !(self.gate_l1.is_finite() && self.gate_l1 >= 0.0) {
             let (key, expected) = ("training.gate_l1", "a finite number >= 0");

@@ -5,7 +5,6 @@ use std::ops::Range;
 use super::{Stop, Trainer};
 use crate::device::{AdamW, Device, GradTensor, Kind};
 use crate::model::parameters::{Role, index};
-use crate::train::config::TrainingSection;
 use crate::train::data::ExampleRef;
 use crate::train::error::Result;
 use crate::train::optimizer::{MIN_GATE, decays};
@@ -16,7 +15,8 @@ impl<D: Device> Trainer<D> {
     pub(super) fn gradient(&mut self, sequences: &[ExampleRef<'_>], scale: f64) -> Result<f64> {
         self.spread.begin();
         let (streams, mut sums) = (self.streams(), Vec::new());
-        let TrainingSection { batch, group, .. } = self.config.training;
+        let training = &self.config.training;
+        let (batch, group) = (training.batch, training.group());
         let groups = sequences.len().div_ceil(group);
         let mut own = self.spread.share(groups);
         while !own.is_empty() {
