@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::Document;
 use segattn::model::segmentation::Tokens;
 use segattn::model::tokenizer::Tokenizer;
-use segattn::train::data::{Format, list_files};
+use segattn::train::data::{Format, is_compressed, list_files};
 use serde::Deserialize;
 
 use super::files::{read_text, read_tokens};
@@ -42,6 +42,11 @@ fn read_file(
     documents: &mut Vec<Document>,
 ) -> Result<()> {
     let format = Format::of(path);
+    ensure!(
+        !is_compressed(path),
+        "{}: expected a file that is not compressed, got a .zst file",
+        path.display()
+    );
     match format {
         Format::Ids => {
             let Tokens { ids, breaks } = read_tokens(path, vocab)?;
@@ -52,8 +57,8 @@ fn read_file(
             });
             return Ok(());
         }
-        Format::Binary => bail!(
-            "{}: expected text, JSONL or a list of token ids (.json), got a .bin file",
+        Format::Binary | Format::Table => bail!(
+            "{}: expected text, JSONL or a list of token ids (.json), got a .bin or .parquet file",
             path.display()
         ),
         Format::Lines | Format::Text => {}

@@ -88,7 +88,7 @@ impl Default for DataSection {
         Self {
             train: Vec::new(),
             validation: Vec::new(),
-            extensions: ["txt", "md", "jsonl"].map(String::from).to_vec(),
+            extensions: ["txt", "md", "jsonl", "parquet"].map(String::from).to_vec(),
             jsonl_field: "text".into(),
             chat_template: None,
             bin_type: BinType::U16,

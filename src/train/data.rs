@@ -22,6 +22,7 @@ mod permutation;
 mod pieces;
 mod reading;
 mod store;
+mod table;
 mod tasks;
 mod token_files;
 
@@ -31,7 +32,7 @@ pub use corpus::{Corpus, Document, fingerprint};
 pub use encoded::hash_file;
 pub use example::{AsExample, Example, ExampleRef};
 pub use ids::parse_ids;
-pub use listing::{Format, list_files};
+pub use listing::{Format, is_compressed, list_files};
 #[cfg(feature = "tokenizer")]
 pub use messages::converse;
 pub use mixture::Mixture;

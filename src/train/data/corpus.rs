@@ -10,9 +10,9 @@ use sha2::{Digest, Sha256};
 
 use super::cache::Cache;
 use super::encoded::{Source, encode_all, hash_file};
-use super::error::{io_error, vocabulary_error};
+use super::error::{data_error, io_error, vocabulary_error};
 use super::example::Example;
-use super::listing::{Format, list_files};
+use super::listing::{Format, is_compressed, list_files};
 use super::marks::{id, unmark};
 use super::reading::Reading;
 use super::store::{Entry, Stored, Writer};
@@ -74,6 +74,15 @@ impl Corpus {
         for (group, paths) in groups.iter().enumerate() {
             for path in list_files(paths, Some(&reading.section.extensions))? {
                 let format = Format::of(&path);
+                if is_compressed(&path) && matches!(format, Format::Binary | Format::Table) {
+                    let expected = "text, JSONL or JSON in a .zst file";
+                    return Err(data_error(
+                        &path,
+                        None,
+                        expected,
+                        "a table or ids in binary",
+                    ));
+                }
                 match format {
                     Format::Binary => files.push((group, Some(path))),
                     _ => {

@@ -10,16 +10,25 @@ use sha2::{Digest, Sha256};
 
 use super::error::{data_error, io_error};
 use super::ids::{Listed, read_ids};
-use super::listing::Format;
+use super::listing::{Format, is_compressed};
 use super::pieces::{Conversed, Joiner, OVERLAP, PIECE, Place, Tokens, boundary, cut, encode};
 use super::reading::Reading;
 use super::store::{Stored, Writer};
-use crate::train::error::Result;
+use super::table;
+use crate::train::error::{Result, TrainError};
 
 /// Longest line of a JSONL file, in bytes.
 const MAX_LINE: u64 = 1 << 28;
 /// The field of a JSONL line with a conversation.
 const MESSAGES: &str = "messages";
+/// What is read beside it, and beside ids.
+const BESIDE: [&str; 5] = [
+    "tools",
+    "documents",
+    "chat_template_kwargs",
+    "breaks",
+    "weights",
+];
 /// What some programs put before a text in UTF-8.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
@@ -66,6 +75,12 @@ pub(super) fn encode_all(
     for source in sources {
         queue.add(Item::File(&source.path))?;
         let file = File::open(&source.path).map_err(|e| io_error("read", &source.path, e))?;
+        if source.format == Format::Table {
+            done += file.metadata().map_or(0, |found| found.len());
+            queue.read_table(source, file)?;
+            (reading.progress)(done.min(total), total);
+            continue;
+        }
         let mut input = BufReader::new(Watched {
             file,
             hash: source.hash.map(|_| Sha256::new()),
@@ -74,15 +89,23 @@ pub(super) fn encode_all(
                 (reading.progress)(done.min(total), total);
             },
         });
-        queue.read(source, &mut input)?;
+        if is_compressed(&source.path) {
+            queue.read(source, &mut table::decompressed(&source.path, &mut input)?)?;
+        } else {
+            queue.read(source, &mut input)?;
+        }
         let found = input.into_inner().hash.map(|hash| hash.finalize().into());
         if found != source.hash {
-            let expected = "a file that does not change while it is read";
-            return Err(data_error(&source.path, None, expected, "a change"));
+            return Err(changed(&source.path));
         }
     }
     queue.flush()?;
     queue.writer.finish()
+}
+
+fn changed(path: &Path) -> TrainError {
+    let expected = "a file that does not change while it is read";
+    data_error(path, None, expected, "a change")
 }
 
 /// A file whose bytes are counted and hashed as they are read.
@@ -193,7 +216,25 @@ impl<'a> Queue<'a> {
                 self.flush()?;
                 read_ids(path, input, &mut self.writer)
             }
-            Format::Text | Format::Binary => self.read_text(path, input),
+            Format::Text | Format::Binary | Format::Table => self.read_text(path, input),
+        }
+    }
+
+    /// One document a row, as if each were a line of JSONL.
+    fn read_table(&mut self, source: &'a Source, file: File) -> Result<()> {
+        let path = &source.path;
+        let reading = self.reading;
+        let field = &reading.section.jsonl_field;
+        table::rows(
+            path,
+            file,
+            &[field, "tokens", MESSAGES],
+            &BESIDE,
+            |row, line| self.read_line(path, row, line),
+        )?;
+        match source.hash {
+            Some(hash) if hash_file(path)? != hash => Err(changed(path)),
+            _ => Ok(()),
         }
     }
 

@@ -25,17 +25,20 @@ pub enum Format {
     Ids,
     /// Token ids in binary: `.bin`.
     Binary,
+    /// A table with columns of texts, conversations or token ids: `.parquet`.
+    Table,
     /// Text: every other name.
     Text,
 }
 
 impl Format {
-    /// The format of the file `path`.
+    /// The format of the file `path`; of a compressed one ([`is_compressed`]) that of what is in it.
     pub fn of(path: &Path) -> Self {
         match extension(path).as_str() {
             name if LINES.contains(&name) => Self::Lines,
             "json" => Self::Ids,
             "bin" => Self::Binary,
+            "parquet" => Self::Table,
             _ => Self::Text,
         }
     }
@@ -174,7 +177,18 @@ impl Folder<'_> {
     }
 }
 
+/// Whether the file's name says that it is compressed: `.zst`.
+pub fn is_compressed(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|end| end.eq_ignore_ascii_case("zst"))
+}
+
+/// The end of the name, of a compressed file that of the name before `.zst`.
 fn extension(path: &Path) -> String {
-    let extension = path.extension().unwrap_or_default();
+    let inner = path.file_stem().filter(|_| is_compressed(path));
+    let extension = inner
+        .map_or(path, Path::new)
+        .extension()
+        .unwrap_or_default();
     extension.to_string_lossy().to_lowercase()
 }

@@ -1,0 +1,83 @@
+//! Data that others have packed: tables in Parquet files, and files compressed by Zstandard.
+
+use std::fs::File;
+use std::io::BufRead;
+use std::path::Path;
+
+use super::error::data_error;
+use crate::train::error::Result;
+
+/// What is in a compressed file.
+#[cfg(feature = "datasets")]
+pub(super) fn decompressed<'a, R: BufRead>(
+    path: &Path,
+    input: &'a mut R,
+) -> Result<impl BufRead + use<'a, R>> {
+    let decoder = zstd::Decoder::with_buffer(input);
+    Ok(std::io::BufReader::new(
+        decoder.map_err(|e| super::error::io_error("read", path, e))?,
+    ))
+}
+
+/// Calls `each` with every row of a table, from 1, as an object of JSON: the columns of `one_of`, of which the table
+/// must have one, and those of `more`. Nulls are left out.
+#[cfg(feature = "datasets")]
+pub(super) fn rows(
+    path: &Path,
+    file: File,
+    one_of: &[&str],
+    more: &[&str],
+    mut each: impl FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<()> {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    use parquet::schema::types::Type;
+    let failed =
+        |row, error: &dyn std::fmt::Display| data_error(path, row, "a Parquet file", error);
+    let reader = SerializedFileReader::new(file).map_err(|e| failed(None, &e))?;
+    let columns = reader.metadata().file_metadata().schema().get_fields();
+    if !columns.iter().any(|column| one_of.contains(&column.name())) {
+        let names: Vec<&str> = columns.iter().map(|column| column.name()).collect();
+        let expected = format!("a column {}", one_of.join(" or "));
+        return Err(data_error(path, None, &expected, names.join(", ")));
+    }
+    let wanted = |name: &str| one_of.contains(&name) || more.contains(&name);
+    let wanted = columns.iter().filter(|column| wanted(column.name()));
+    let schema = Type::group_type_builder("schema").with_fields(wanted.cloned().collect());
+    let schema = schema.build().map_err(|e| failed(None, &e))?;
+    let rows = reader
+        .get_row_iter(Some(schema))
+        .map_err(|e| failed(None, &e))?;
+    for (i, row) in rows.enumerate() {
+        let row = row.map_err(|e| failed(Some(i + 1), &e))?;
+        let mut object = row.to_json_value();
+        if let Some(object) = object.as_object_mut() {
+            object.retain(|_, value| !value.is_null());
+        }
+        each(i + 1, object.to_string().as_bytes())?;
+    }
+    Ok(())
+}
+
+/// This build reads no such files.
+#[cfg(not(feature = "datasets"))]
+pub(super) fn decompressed<'a, R: BufRead>(path: &Path, _: &'a mut R) -> Result<&'a mut R> {
+    Err(not_built_in(path))
+}
+
+/// This build reads no such files.
+#[cfg(not(feature = "datasets"))]
+pub(super) fn rows(
+    path: &Path,
+    _: File,
+    _: &[&str],
+    _: &[&str],
+    _: impl FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<()> {
+    Err(not_built_in(path))
+}
+
+#[cfg(not(feature = "datasets"))]
+fn not_built_in(path: &Path) -> crate::train::TrainError {
+    let expected = "a build with the feature `datasets`, which reads .parquet and .zst files";
+    data_error(path, None, expected, "one without")
+}
