@@ -43,10 +43,10 @@
 //!
 //! # Features
 //!
-//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files and chat templates. `datasets`
-//! (in `cli`): `.parquet` and `.zst` files as training data. `serve`: the server, and its command. `cuda`: the GPU; the
-//! kernels come compiled, and the build needs no GPU. `linked-driver`: `cuda` in a program that links the driver.
-//! Without features the library needs neither command-line nor GPU crates.
+//! `cli` (default): the command `segattn`. `tokenizer` (in `cli`): `tokenizer.json` files and chat templates.
+//! `datasets` (in `cli`): `.parquet` and `.zst` files as training data. `serve`: the server, and its command. `cuda`:
+//! the GPU; the kernels come compiled, and the build needs no GPU. `linked-driver`: `cuda` in a program that links the
+//! driver. Without features the library needs neither command-line nor GPU crates.
 #![deny(missing_docs)]
 
 pub mod attention;
