@@ -125,6 +125,23 @@ fn floor(file: &str) -> Option<&str> {
     Some(name.trim_end_matches(".rs"))
 }
 
+/// Build folders and data that a commit has taken along by mistake.
+#[test]
+fn no_file_is_tracked_that_is_ignored() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if !root.join(".git").exists() {
+        return; // A package, not a clone.
+    }
+    let list = std::process::Command::new("git")
+        .args(["ls-files", "--cached", "--ignored", "--exclude-standard"])
+        .current_dir(root)
+        .output()
+        .expect("git");
+    assert!(list.status.success(), "git: {}", list.status);
+    let files = String::from_utf8_lossy(&list.stdout);
+    assert!(files.is_empty(), "tracked, and ignored:\n{files}");
+}
+
 #[test]
 fn a_floor_uses_only_those_below_it() {
     let mut wrong = Vec::new();
