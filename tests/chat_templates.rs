@@ -158,36 +158,42 @@ fn a_message_cannot_end_its_turn() {
 fn answers_are_found_by_the_text_that_they_add() {
     let tokenizer = tokenizer();
     let written = |template: &str, on: &str| {
-        let rendered = chat(template, &tokenizer)
+        let texts = chat(template, &tokenizer)
             .answers(&conversation(on))
             .unwrap();
-        let each = rendered.generated.iter();
-        each.map(|range| rendered.text[range.clone()].to_owned())
-            .collect::<Vec<_>>()
+        let of = |r: &Rendered| -> Vec<String> {
+            let each = r.generated.iter();
+            each.map(|range| r.text[range.clone()].to_owned()).collect()
+        };
+        texts.iter().map(of).collect::<Vec<_>>()
     };
     // The line's end behind the control token is the template's.
     assert_eq!(
         written("chatml_tools", "turns"),
-        ["\n4, of course. <|im_end|>", "Fünf\n\n<|im_end|>"]
+        [["\n4, of course. <|im_end|>", "Fünf\n\n<|im_end|>"]]
     );
     assert_eq!(
         written("headers", "turns"),
-        ["4, of course.<|eot_id|>", "Fünf<|eot_id|>"]
+        [["4, of course.<|eot_id|>", "Fünf<|eot_id|>"]]
     );
-    let failed = chat("reasoning", &tokenizer)
-        .answers(&conversation("answered"))
-        .unwrap_err();
-    assert!(
-        failed
-            .to_string()
-            .contains("message 1: its text is another one"),
-        "{failed}"
+    // What was thought stands in the last answer alone, so each has a text in which it is the last.
+    let answered = [
+        "<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>",
+        "<think>\nThree twice.\n</think>\n\nSix.<|im_end|>",
+    ];
+    assert_eq!(
+        written("reasoning", "answered"),
+        answered.map(|text| [text])
     );
     // The template's own marks come first.
-    assert_eq!(
-        written("generation", "answered")[1],
-        "<think>\nThree twice.\n</think>\n\nSix.<|im_end|>"
-    );
+    assert_eq!(written("generation", "answered"), [answered]);
+    let other =
+        "{{ 'x' if add_generation_prompt }}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let failed = of_template(other)
+        .answers(&conversation("turns"))
+        .unwrap_err();
+    let expected = "message 2: its text does not go on from the prompt for it";
+    assert!(failed.to_string().contains(expected), "{failed}");
 }
 
 #[test]

@@ -141,3 +141,44 @@ fn wrong_use_is_explained() {
     std::fs::write(dir.join("bad.jsonl"), "{\"text\": 3}\n").unwrap();
     fails(&["--task", "perplexity", "--data", "bad.jsonl"], "line 1");
 }
+
+#[test]
+fn questions_of_longbench_are_answered_by_letter() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &config());
+    let question = |id: usize| {
+        serde_json::json!({
+            "_id": id.to_string(), "difficulty": "easy", "length": "short", "question": "Which?",
+            "choice_A": "one", "choice_B": "two", "choice_C": "three", "choice_D": "four", "answer": "C",
+            "context": "Some words. ".repeat(20 + id),
+        })
+    };
+    let questions = serde_json::json!([question(0), question(1)]).to_string();
+    std::fs::write(dir.path().join("questions.json"), questions).unwrap();
+    let args = ["eval", ".", "-q", "--task", "longbench_v2"];
+    let shown = printed(
+        dir.path(),
+        &[
+            &args[..],
+            &["--questions", "questions.json", "--lengths", "300"],
+        ]
+        .concat(),
+    );
+    assert!(
+        shown.contains("questions") && shown.contains("easy"),
+        "{shown}"
+    );
+    let results = json(&dir.path().join("eval.json"));
+    let choices = results["choices"]["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 2);
+    for choice in choices {
+        assert_eq!(choice["prompt_tokens"], 300);
+        assert!(choice["left_out"].as_u64().unwrap() > 0);
+        assert_eq!(choice["log_probabilities"].as_array().unwrap().len(), 4);
+    }
+    fails(
+        dir.path(),
+        &args,
+        "--questions and the task longbench_v2 go together",
+    );
+}

@@ -39,7 +39,7 @@ impl Encode for Templated {
         Bytes.locate(text)
     }
 
-    fn converse(&self, conversation: &str) -> Result<Conversed, String> {
+    fn converse(&self, conversation: &str) -> Result<Vec<Conversed>, String> {
         converse(&self.0, &self.1, conversation)
     }
 
@@ -125,6 +125,20 @@ fn what_the_assistant_writes_is_learned_in_whole_documents() {
     let examples = read(&silent, &lines, true, &section).unwrap();
     let expected = format!("{}|Yes#\n{}|No#\n", ".".repeat(20), ".".repeat(20));
     assert_eq!(learned(&examples[0]), expected);
+    // Each answer by itself, where an earlier one is written otherwise than the last.
+    let shortened = "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }}#\
+                     {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    let examples = read(&Templated::new(shortened), &lines, true, &section).unwrap();
+    let expected = [
+        format!("{}|Yes#", ".".repeat(20)),
+        format!("{}|No#", ".".repeat(42)),
+    ];
+    assert_eq!(
+        examples[..2].iter().map(learned).collect::<Vec<_>>(),
+        expected
+    );
+    let text: Vec<u8> = examples[1].tokens.iter().map(|id| *id as u8).collect();
+    assert_eq!(text, b"[user]Hi#[assistant]-#[user]So#[assistant]No#");
     // Another field of the same line comes first where it is asked for.
     let line = r#"{"text": "plain", "messages": [{"role": "assistant", "content": "x"}]}"#;
     assert_eq!(read(&by, line, false, &section).unwrap()[0].weights, None);

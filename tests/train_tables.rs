@@ -29,13 +29,13 @@ impl Encode for Json {
         Bytes.locate(text)
     }
 
-    fn converse(&self, conversation: &str) -> Result<Conversed, String> {
+    fn converse(&self, conversation: &str) -> Result<Vec<Conversed>, String> {
         let ids = Bytes.encode(conversation)?;
         let last = ids.len() - 1..ids.len();
-        Ok(Conversed {
+        Ok(vec![Conversed {
             ids,
             answers: vec![last],
-        })
+        }])
     }
 
     fn ends_line(&self, id: u32) -> bool {

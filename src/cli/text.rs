@@ -176,7 +176,7 @@ impl Encode for Text {
         }
     }
 
-    fn converse(&self, conversation: &str) -> Result<Conversed, String> {
+    fn converse(&self, conversation: &str) -> Result<Vec<Conversed>, String> {
         match &self.chat {
             Ok(Some((chat, tokenizer))) => converse(chat, tokenizer, conversation),
             Ok(None) => Err(

@@ -162,41 +162,55 @@ impl Chat {
         Ok(marks.take(&text, &self.controls))
     }
 
-    /// The text of a whole conversation, with all that the assistant writes in it: what stands in `{% generation %}`,
-    /// or where the template has none, for each message of the assistant what it adds to the text, without white space
-    /// after its last control token.
+    /// A conversation as texts in which every answer stands as the assistant writes it: what stands in
+    /// `{% generation %}`, or where the template has none, what the message adds to the text before it, without white
+    /// space after its last control token.
+    ///
+    /// That is one text. But a template without `{% generation %}` may write an answer otherwise when messages follow,
+    /// such as without what was thought. Then each answer has a text of its own, which ends with it.
     ///
     /// # Errors
-    /// As [`Chat::render`]; [`ChatError::Answer`] for a template without `{% generation %}` that writes earlier
-    /// messages otherwise when others follow.
-    pub fn answers(&self, conversation: &Conversation) -> Result<Rendered> {
+    /// As [`Chat::render`]; [`ChatError::Answer`] where the text of an answer does not begin with the prompt for it.
+    pub fn answers(&self, conversation: &Conversation) -> Result<Vec<Rendered>> {
         let mut whole = self.render(conversation, false)?;
         if !whole.generated.is_empty() {
-            return Ok(whole);
+            return Ok(vec![whole]);
         }
+        let mut each = Vec::new();
         for message in conversation.answers() {
-            let failed = |what| ChatError::Answer { message, what };
-            if message == 0 {
-                return Err(failed("nothing is said before it"));
-            }
-            let before = self.render(&conversation.first(message), true)?.text;
-            let after = self.render(&conversation.first(message + 1), false)?.text;
-            if !after.starts_with(&before) {
-                return Err(failed("its text does not go on from the prompt for it"));
-            }
-            if !whole.text.starts_with(&after) {
-                return Err(failed("its text is another one when messages follow"));
-            }
-            let written = &after[before.len()..];
-            let control = self.controls.find(written).last().map_or(0, |c| c.end);
-            let rest = &written[control..];
-            let end = match control > 0 && rest.trim().is_empty() {
-                true => before.len() + control,
-                false => after.len(),
-            };
-            whole.generated.push(before.len()..end);
+            each.push(self.answer(conversation, message)?);
         }
-        Ok(whole)
+        if each
+            .iter()
+            .all(|answer| whole.text.starts_with(&answer.text))
+        {
+            whole.generated = each
+                .into_iter()
+                .flat_map(|answer| answer.generated)
+                .collect();
+            each = vec![whole];
+        }
+        Ok(each)
+    }
+
+    /// The text up to the end of one answer.
+    fn answer(&self, conversation: &Conversation, message: usize) -> Result<Rendered> {
+        let failed = |what| ChatError::Answer { message, what };
+        if message == 0 {
+            return Err(failed("nothing is said before it"));
+        }
+        let start = self.render(&conversation.first(message), true)?.text;
+        let mut text = self.render(&conversation.first(message + 1), false)?;
+        let Some(written) = text.text.strip_prefix(&start) else {
+            return Err(failed("its text does not go on from the prompt for it"));
+        };
+        let control = self.controls.find(written).last().map_or(0, |c| c.end);
+        let end = match control > 0 && written[control..].trim().is_empty() {
+            true => start.len() + control,
+            false => text.text.len(),
+        };
+        text.generated.push(start.len()..end);
+        Ok(text)
     }
 
     /// What the template writes between the text of the last answer, which the model has written itself, and its next

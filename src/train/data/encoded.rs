@@ -157,7 +157,7 @@ enum Item<'a> {
         place: Place,
         line: Option<usize>,
     },
-    /// A whole document: a conversation in JSON, and its line.
+    /// Whole documents, mostly one: a conversation in JSON, and its line.
     Conversation { json: String, line: usize },
     /// The open document is complete.
     End,
@@ -166,7 +166,7 @@ enum Item<'a> {
 /// What items become that are encoded side by side.
 enum Made {
     Piece(Tokens),
-    Conversation(Conversed),
+    Conversation(Vec<Conversed>),
 }
 
 /// The conversation with its breaks, and the weight of each of its tokens: 1 where the assistant writes it, else 0.
@@ -319,8 +319,7 @@ impl<'a> Queue<'a> {
         let has = |key: &str| object.contains_key(key);
         if has(MESSAGES) && (field == MESSAGES || !has(field) && !has("tokens")) {
             let json = String::from_utf8_lossy(line).into_owned();
-            self.add(Item::Conversation { json, line: number })?;
-            return self.add(Item::End);
+            return self.add(Item::Conversation { json, line: number });
         }
         let content = object.remove(field).or_else(|| object.remove("tokens"));
         match content {
@@ -425,10 +424,14 @@ impl<'a> Queue<'a> {
             Item::Conversation { line, .. } => {
                 let expected = "`messages` that the model's chat template takes, with the assistant's among them";
                 let failed = |e| data_error(self.writer.source(), Some(line), expected, e);
-                if let Some(Made::Conversation(conversed)) = made.map_err(failed)? {
+                let Some(Made::Conversation(texts)) = made.map_err(failed)? else {
+                    return Ok(());
+                };
+                for conversed in texts {
                     let (listed, weights) = weighed(conversed, self.reading.break_before_answers);
                     self.writer.push_broken(listed.tokens, &listed.breaks)?;
                     self.writer.push_weights(&weights)?;
+                    self.writer.end_document();
                 }
             }
         }

@@ -45,11 +45,12 @@ pub trait Encode: Sync {
     /// As [`Encode::encode`].
     fn locate(&self, text: &str) -> Result<Vec<Located>, String>;
 
-    /// Tokens of a conversation, an object of JSON with `messages`, as the model's chat template writes it.
+    /// Tokens of a conversation, an object of JSON with `messages`, as the model's chat template writes it: of one
+    /// text, or of several.
     ///
     /// # Errors
     /// Why it has no tokens, in words.
-    fn converse(&self, _conversation: &str) -> Result<Conversed, String> {
+    fn converse(&self, _conversation: &str) -> Result<Vec<Conversed>, String> {
         Err("no chat template".into())
     }
 
