@@ -2,6 +2,7 @@
 //! `tests/golden/families/make.py` writes. The same models with segments: equal bits (docs/contract.md, section 4).
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use safetensors::SafeTensors;
 use segattn::device::Device;
@@ -9,9 +10,14 @@ use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
-use segattn::model::parameters::specs;
+use segattn::model::parameters::{Role, specs};
 use segattn::model::session::{Feed, Session, score};
 use segattn::model::weights::{Checkpoint, SaveOptions, save};
+use segattn::train::checkpoint;
+use segattn::train::config::Config;
+use segattn::train::data::Position;
+use segattn::train::guard::{Guard, GuardConfig};
+use segattn::train::progress::{Progress, Tensors};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use serde_json::{Value, json};
 
@@ -250,6 +256,98 @@ fn a_folder_is_written_as_it_was_read() {
         let (before, after) = (read(&folder), read(out.path()));
         for (key, value) in before.as_object().unwrap() {
             assert_eq!(after[key], *value, "{folder:?}: {key}");
+        }
+    }
+}
+
+/// A checkpoint of the model after a step against its gradient, as training writes it.
+fn trained(folder: &Path, tokens: &[u32]) -> (tempfile::TempDir, PathBuf, Tensors) {
+    let model = load(Cpu, folder, None);
+    let mut gradients = Gradients::new(&model).unwrap();
+    accumulate(&model, &[tokens.to_vec()], STREAMS, 1e-3, &mut gradients).unwrap();
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let mut tensors = Tensors::initial(&model.config, 0);
+    let steps = gradients.finish(&model.device).unwrap();
+    for (i, (spec, step)) in model.specs.iter().zip(steps).enumerate() {
+        let step = model.device.read(step, 0..spec.role.len()).unwrap();
+        tensors.values[i] = checkpoint.read(spec).unwrap();
+        tensors.m[i].copy_from_slice(&step);
+        // Gates that no head uses have no place in a file.
+        if !matches!(spec.role, Role::Gate { .. }) {
+            let values = tensors.values[i].iter_mut().zip(&step);
+            values.for_each(|(value, step)| *value -= step);
+        }
+    }
+    let train = [("data.train".to_owned(), "x".to_owned())];
+    let saved = checkpoint::Checkpoint {
+        config: Config::parse("", &train).unwrap(),
+        model: model.config.clone(),
+        tensors: tensors.clone(),
+        progress: Progress {
+            step: 1,
+            updates: 1,
+            tokens: tokens.len() as u64,
+            position: Position::default(),
+            guard: Guard::new(GuardConfig::default()).unwrap(),
+        },
+        data: checkpoint::Fingerprints {
+            train: String::new(),
+            validation: String::new(),
+        },
+        extra: Vec::new(),
+    };
+    let root = tempfile::tempdir().unwrap();
+    let place = checkpoint::save(&mut checkpoint::Disk, root.path(), &saved, 2).unwrap();
+    (root, place, tensors)
+}
+
+#[test]
+fn a_checkpoint_of_training_holds_the_same_values() {
+    for folder in golden() {
+        let (_root, place, tensors) = trained(&folder, &[3, 1, 4, 1, 5, 9, 2, 6]);
+        let again = checkpoint::load(&place).unwrap();
+        assert!(again.tensors == tensors, "{folder:?}");
+        let config = ModelConfig::load(&place).unwrap();
+        let weights = Checkpoint::open(&place).unwrap();
+        for (spec, values) in specs(&config).iter().zip(&tensors.values) {
+            assert!(
+                weights.read(spec).unwrap() == *values,
+                "{folder:?}: {spec:?}"
+            );
+        }
+    }
+}
+
+/// Needs Python with Transformers: `SEGATTN_PYTHON`, or `python3`. Without, the test says so and passes, unless
+/// `SEGATTN_REQUIRE_TORCH` is set.
+#[test]
+fn transformers_loads_what_training_wrote() {
+    let python = std::env::var("SEGATTN_PYTHON").unwrap_or("python3".to_owned());
+    let run = |args: &[&str]| Command::new(&python).args(args).output();
+    let is_there = run(&["-c", "import torch, transformers"]);
+    if !is_there.is_ok_and(|output| output.status.success()) {
+        let required = std::env::var_os("SEGATTN_REQUIRE_TORCH").is_some();
+        assert!(!required, "{python} has no Transformers");
+        eprintln!("{python} has no Transformers: not tested");
+        return;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/families/load.py");
+    for folder in golden() {
+        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+        let tokens = tokens(&SafeTensors::deserialize(&bytes).unwrap());
+        let (_root, place, _) = trained(&folder, &tokens);
+        let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
+        let output = run(&[script, place.to_str().unwrap(), &ids.join(",")]).unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{folder:?}: {errors}");
+        let theirs: Vec<f64> = serde_json::from_slice(&output.stdout).unwrap();
+        let ours = score(&load(Reference, &place, None), &tokens, 1).unwrap();
+        assert_eq!(ours.len(), theirs.len());
+        for (ours, theirs) in ours.iter().zip(&theirs) {
+            assert!(
+                (f64::from(*ours) - theirs).abs() <= ERRORS[0],
+                "{folder:?}: {ours}, {theirs}"
+            );
         }
     }
 }

@@ -5,7 +5,7 @@
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
-use common::{config, model, random, values};
+use common::{config, model, random, switched, values};
 use std::ops::Range;
 
 use segattn::device::Device;
@@ -217,11 +217,21 @@ fn gradient_is_exact_through_sinks() {
 }
 
 #[test]
+fn gradient_is_exact_with_every_switch() {
+    for (after, k, recompute) in [(false, 1, true), (true, 2, false)] {
+        let mut config = switched(after);
+        config.segment.as_mut().unwrap().sink_len = 1;
+        check_gradient(&config, &broken(), k, recompute);
+    }
+}
+
+#[test]
 fn any_number_of_segments_per_step_and_recomputation_give_the_same_bits() {
     for (config, sequences) in [
         (config(true), sequences()),
         (config_with_break(false), broken()),
         (with_sinks(config(false)), broken()),
+        (switched(true), broken()),
     ] {
         let model = model(&config, &values(&config, 3));
         for k in [0, 1, 2, 4, usize::MAX] {

@@ -14,7 +14,7 @@ use super::device::DeviceName;
 use past_heads::PastHeads;
 
 /// Writes a model folder in the Hugging Face layout: `config.json`, `model.safetensors`, `tokenizer.json` and what
-/// stands beside them. Without segment flags the model is plain Llama, which is full attention.
+/// stands beside them. Without segment flags the model runs as full attention.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// GGUF file of a Llama, or a model folder

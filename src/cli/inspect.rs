@@ -117,6 +117,7 @@ impl Args {
 
 fn architecture(config: &ModelConfig) -> Value {
     json!({
+        "family": config.family.model_type,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,
@@ -243,7 +244,8 @@ fn text(report: &Value) -> String {
     line(
         "shape",
         format!(
-            "{} layers, hidden {}, MLP {}, {} query / {} KV heads of {}, vocabulary {}{}",
+            "{}, {} layers, hidden {}, MLP {}, {} query / {} KV heads of {}, vocabulary {}{}",
+            a["family"].as_str().unwrap_or_default(),
             a["layers"],
             a["hidden"],
             a["inner"],

@@ -119,7 +119,7 @@ impl Layer<'_> {
         let (heads, kv_width) = (self.plan.heads, self.plan.kv_width());
         let query = &self.queries[i * self.plan.q_width() + head * heads.dim..][..heads.dim];
         let kv_head = head / (heads.q / heads.kv);
-        let scale = (heads.dim as f64).sqrt().recip();
+        let scale = (self.plan.scale).map_or((heads.dim as f64).sqrt().recip(), f64::from);
         let score = |key: &[f32]| {
             let key = &key[kv_head * heads.dim..][..heads.dim];
             let products = query

@@ -9,6 +9,7 @@ use segattn::device::{Device, Kind};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, specs};
+use segattn::model::switches::{QkNorm, Switches};
 
 pub fn config(tied: bool) -> ModelConfig {
     config_of(tied, 4)
@@ -40,6 +41,26 @@ pub fn config_of(tied: bool, head_dim: usize) -> ModelConfig {
         },
     });
     ModelConfig::from_json(json).unwrap()
+}
+
+/// The same model with switches (`model::switches`): between the two of them, every one is on.
+pub fn switched(after: bool) -> ModelConfig {
+    let mut config = config_of(!after, 8);
+    config.switches = Switches {
+        qkv_bias: true,
+        output_bias: after,
+        mlp_bias: true,
+        qk_norm: if after { QkNorm::Full } else { QkNorm::Head },
+        norm_after: after,
+        rotary_dim: if after { None } else { Some(4) },
+        unrotated: if after { vec![1] } else { Vec::new() },
+        embedding_multiplier: 1.5,
+        residual_multiplier: if after { 0.75 } else { 1.25 },
+        attention_scale: Some(0.5),
+        logits_divisor: 2.0,
+    };
+    config.validate().unwrap();
+    config
 }
 
 pub fn values(config: &ModelConfig, seed: u64) -> Vec<Vec<f64>> {

@@ -4,7 +4,6 @@ mod breaks;
 mod buffers;
 mod common;
 mod decode;
-mod families;
 mod faults;
 mod memory;
 mod model;
@@ -14,3 +13,4 @@ mod retrieval;
 #[path = "../../../tests/retrieval_cases/mod.rs"]
 mod retrieval_cases;
 mod safe_calls;
+mod switches;

@@ -13,6 +13,7 @@ use crate::model::parameters::index;
 use crate::model::segmentation::Cursor;
 use crate::model::session::Session;
 use crate::model::state::Plan;
+use crate::model::switches::Switches;
 
 /// Keys of the configuration that a state depends on.
 const MODEL_KEYS: [&str; 12] = [
@@ -364,6 +365,11 @@ pub(super) fn fingerprint<D: Device>(model: &Decoder<D>) -> Result<String> {
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
+    let (family, switches) = (model.config.family, &model.config.switches);
+    if *switches != Switches::PLAIN || model.config.rope_length.is_some() {
+        let of = (family, switches, model.config.rope_length);
+        shown.insert("switches".to_owned(), format!("{of:?}").into());
+    }
     shown.insert("weights".to_owned(), hex.into());
     Ok(Value::Object(shown).to_string())
 }
