@@ -17,7 +17,7 @@
 //!
 //! | module | what it has |
 //! |---|---|
-//! | [`model`] | a decoder of Llama, Qwen and others in the Hugging Face layout, its state, pool and retrieval, sessions |
+//! | [`model`] | a decoder of Hugging Face folders, its state, pool and retrieval, sessions |
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
 //! | `serve` | a server by OpenAI's interface; with the feature `serve` |

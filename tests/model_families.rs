@@ -323,8 +323,8 @@ fn a_checkpoint_of_training_holds_the_same_values() {
 #[test]
 fn transformers_loads_what_training_wrote() {
     let python = std::env::var("SEGATTN_PYTHON").unwrap_or("python3".to_owned());
-    let run = |args: &[&str]| Command::new(&python).args(args).output();
-    let is_there = run(&["-c", "import torch, transformers"]);
+    let run = |args: &[String]| Command::new(&python).args(args).output();
+    let is_there = run(&["-c".to_owned(), "import torch, transformers".to_owned()]);
     if !is_there.is_ok_and(|output| output.status.success()) {
         let required = std::env::var_os("SEGATTN_REQUIRE_TORCH").is_some();
         assert!(!required, "{python} has no Transformers");
@@ -332,22 +332,28 @@ fn transformers_loads_what_training_wrote() {
         return;
     }
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/families/load.py");
+    let (mut args, mut written) = (vec![script.to_owned()], Vec::new());
     for folder in golden() {
         let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
         let tokens = tokens(&SafeTensors::deserialize(&bytes).unwrap());
-        let (_root, place, _) = trained(&folder, &tokens);
+        let (root, place, _) = trained(&folder, &tokens);
         let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
-        let output = run(&[script, place.to_str().unwrap(), &ids.join(",")]).unwrap();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{folder:?}: {errors}");
-        let theirs: Vec<f64> = serde_json::from_slice(&output.stdout).unwrap();
-        let ours = score(&load(Reference, &place, None), &tokens, 1).unwrap();
+        args.extend([place.to_str().unwrap().to_owned(), ids.join(",")]);
+        written.push((root, place, tokens));
+    }
+    let output = run(&args).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(printed.lines().count(), written.len(), "{printed}");
+    for (line, (_root, place, tokens)) in printed.lines().zip(&written) {
+        let theirs: Vec<f64> = serde_json::from_str(line).unwrap();
+        let model = load(Reference, place, None);
+        let (ours, family) = (score(&model, tokens, 1).unwrap(), model.config.family);
         assert_eq!(ours.len(), theirs.len());
         for (ours, theirs) in ours.iter().zip(&theirs) {
-            assert!(
-                (f64::from(*ours) - theirs).abs() <= ERRORS[0],
-                "{folder:?}: {ours}, {theirs}"
-            );
+            let error = (f64::from(*ours) - theirs).abs();
+            assert!(error <= ERRORS[0], "{family:?}: {ours}, {theirs}");
         }
     }
 }

@@ -7,6 +7,7 @@
 pub(super) mod fields;
 mod retrieval;
 mod rope_keys;
+mod rope_scaling;
 mod segment;
 mod supported;
 
@@ -21,8 +22,8 @@ use super::families::{self, Family, Sizes};
 use super::files;
 use super::switches::Switches;
 pub use retrieval::RetrievalConfig;
-pub use rope_keys::RopeScaling;
 pub(super) use rope_keys::rotary_dim;
+pub use rope_scaling::RopeScaling;
 pub use segment::{HeadReads, MAX_SEGMENT_LEN, SegmentConfig};
 
 /// The file's name in a model folder.
@@ -352,7 +353,7 @@ impl ModelConfig {
                 self.rms_norm_eps,
             );
         }
-        rope_keys::validate(self.rope_theta, &self.rope_scaling, rotary)?;
+        rope_scaling::validate(self.rope_theta, &self.rope_scaling, rotary)?;
         match &self.segment {
             Some(segment) => segment.validate([self.num_hidden_layers, kv_heads], self.vocab_size),
             None => Ok(()),
