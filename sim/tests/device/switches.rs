@@ -1,5 +1,5 @@
-//! The switches of the decoder (`model::switches`) on a simulated GPU: scores and gradients agree with the CPU's, and section 4
-//! of the contract holds by bits.
+//! The switches of the decoder (`model::switches`) on a simulated GPU: scores and gradients agree with the CPU's, and
+//! section 4 of the contract holds by bits.
 
 use crate::common::{config, gpu, model, tokens, values};
 use crate::model::{SCORE_BOUND, assert_close, decoded, gradients, streams};
