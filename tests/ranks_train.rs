@@ -24,6 +24,7 @@ fn config(overrides: &[(&str, &str)]) -> Config {
         ("schedule.lr", "1e-2"),
         ("optimizer.clip_norm", "0.5"),
         ("training.learn_gates", "true"),
+        ("training.group", "1"),
     ];
     let all = base.iter().chain(overrides);
     let all: Vec<_> = all

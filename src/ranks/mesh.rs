@@ -93,11 +93,9 @@ impl Mesh {
             .map(|(_, link)| (link, vec![message]))
             .collect();
         self.exchanged(&sends, doing, || {
-            let one = |link: &Option<Link>| match link {
-                Some(link) => link.receive(doing),
-                None => Ok(message.to_vec()),
-            };
-            self.links.iter().map(one).collect()
+            let mut all = self.each(|_, link| link.receive(doing))?;
+            all.insert(self.rank, message.to_vec());
+            Ok(all)
         })
     }
 
@@ -109,10 +107,8 @@ impl Mesh {
         match &self.links[0] {
             Some(first) => self.exchanged(&[(first, vec![message])], doing, || Ok(None)),
             None => self.exchanged(&[], doing, || {
-                let mut all = vec![message.to_vec()];
-                for (_, link) in self.others() {
-                    all.push(link.receive(doing)?);
-                }
+                let mut all = self.each(|_, link| link.receive(doing))?;
+                all.insert(0, message.to_vec());
                 Ok(Some(all))
             }),
         }
@@ -134,10 +130,13 @@ impl Mesh {
             .map(|(rank, link)| (link, parts[rank].clone()))
             .collect();
         self.exchanged(&sends, doing, || {
-            for (rank, link) in self.others().filter(|(rank, _)| lens[*rank] > 0) {
+            self.each(|rank, link| {
+                if lens[rank] == 0 {
+                    return Ok(());
+                }
                 link.expect(lens[rank], doing)?;
-                part(rank, &|bytes| link.part(bytes, doing))?;
-            }
+                part(rank, &|bytes| link.part(bytes, doing))
+            })?;
             Ok(())
         })
     }
@@ -152,6 +151,16 @@ impl Mesh {
     fn others(&self) -> impl Iterator<Item = (usize, &Link)> {
         let links = self.links.iter().enumerate();
         links.filter_map(|(rank, link)| Some((rank, link.as_ref()?)))
+    }
+
+    /// What `receive` makes of each other rank, or the first error. The rest is read even then: a connection that is
+    /// closed with something unread takes along what this rank has sent.
+    fn each<T>(&self, mut receive: impl FnMut(usize, &Link) -> Result<T>) -> Result<Vec<T>> {
+        let all: Vec<Result<T>> = self
+            .others()
+            .map(|(rank, link)| receive(rank, link))
+            .collect();
+        all.into_iter().collect()
     }
 
     /// Sends messages while `receive` reads. After an error the others are told of it.
