@@ -73,8 +73,16 @@ fn lines_of_a_script_are_answered_and_a_saved_chat_goes_on() {
         "user: Hello\nassistant: ",
     ];
     assert_eq!(printed(dir, &prompt).into_bytes(), first);
-    std::fs::write(dir.join("other.jinja"), "{{ messages[-1].content }}").unwrap();
-    assert_ne!(answers(dir, &["--template", "other.jinja"], "Hello"), first);
+    // Another template, which knows the tokens that the folder names.
+    let template = "{{ bos_token }} {{ messages[-1].content }}";
+    std::fs::write(dir.join("other.jinja"), template).unwrap();
+    std::fs::write(dir.join("tokenizer_config.json"), r#"{"bos_token": "Say"}"#).unwrap();
+    let mut config = cli_model::json(&dir.join("config.json"));
+    config["byte_tokens"] = true.into();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let prompt = [&prompt[..7], &["--prompt", "Say Hello"]].concat();
+    let other = answers(dir, &["--template", "other.jinja"], "Hello");
+    assert_eq!(printed(dir, &prompt).into_bytes(), other);
 }
 
 #[test]

@@ -105,11 +105,12 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
 
 impl Args {
     fn chat(&self, tokenizer: &Tokenizer) -> Result<Chat> {
+        let folder = self.model.path();
         if let Some(path) = &self.template {
             let chat = Chat::of_template(&read_text(path, MAX_TEMPLATE)?, tokenizer);
-            return chat.with_context(|| path.display().to_string());
+            let chat = chat.with_context(|| path.display().to_string())?;
+            return Ok(chat.with_tokens_of(folder)?);
         }
-        let folder = self.model.path();
         Chat::open(folder, tokenizer)?.ok_or_else(|| {
             anyhow!(
                 "{}: has no chat template (chat_template.jinja, or `chat_template` in tokenizer_config.json); \

@@ -78,9 +78,13 @@ impl Text {
         let tokenizer = tokenizer.limited_to(model.vocab_size);
         let given = data.chat_template.as_deref().filter(|_| !self.resumed);
         let chat = match (given, &self.source) {
-            (Some(path), _) => {
+            (Some(path), folder) => {
                 let chat = Chat::of_template(&read_text(path, MAX_TEMPLATE)?, &tokenizer);
-                Some(chat.with_context(|| path.display().to_string())?)
+                let chat = chat.with_context(|| path.display().to_string())?;
+                Some(match folder {
+                    Some(folder) => chat.with_tokens_of(folder)?,
+                    None => chat,
+                })
             }
             (None, Some(folder)) => match Chat::open(folder, &tokenizer) {
                 Ok(chat) => chat,

@@ -108,17 +108,29 @@ impl Chat {
         let Some(template) = source.template(name, folder)? else {
             return Ok(None);
         };
-        let mut chat = Self::of_template(template, tokenizer)?;
-        let mut digest = Sha256::new_with_prefix(chat.digest);
-        for (name, value) in &source.tokens {
-            digest.update(format!("{name}={value:?};"));
-        }
-        chat.digest = digest.finalize().into();
-        chat.tokens = source.tokens;
-        Ok(Some(chat))
+        let chat = Self::of_template(template, tokenizer)?;
+        Ok(Some(chat.with_tokens(source.tokens)))
     }
 
-    /// A template by its text. It knows no `bos_token` and the like.
+    /// The same with `bos_token` and the like as a model folder names them.
+    ///
+    /// # Errors
+    /// [`ChatError::File`].
+    pub fn with_tokens_of(self, folder: &Path) -> Result<Self> {
+        Ok(self.with_tokens(Source::read(folder)?.tokens))
+    }
+
+    fn with_tokens(mut self, tokens: Vec<(String, Value)>) -> Self {
+        let mut digest = Sha256::new_with_prefix(self.digest);
+        for (name, value) in &tokens {
+            digest.update(format!("{name}={value:?};"));
+        }
+        self.digest = digest.finalize().into();
+        self.tokens = tokens;
+        self
+    }
+
+    /// A template by its text. It knows no `bos_token` and the like, see [`Chat::with_tokens_of`].
     ///
     /// # Errors
     /// [`ChatError::Template`].
