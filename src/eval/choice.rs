@@ -4,6 +4,7 @@
 //! nothing is generated and no answer has to be understood. The wording of the prompt is this crate's own.
 
 use super::error::EvalError;
+use super::lookups::EncodeFramed;
 use super::score::interval;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
@@ -114,7 +115,7 @@ impl Question {
 /// How questions are read.
 pub struct Reading<'a> {
     /// Tokens of a text; with what stands around a text where it is told so.
-    pub encode: &'a dyn Fn(&str, bool) -> Result<Vec<u32>, EvalError>,
+    pub encode: &'a EncodeFramed<'a>,
     /// Most tokens of a prompt: of longer ones the middle of the text is left out, as LongBench does. `None` for all.
     pub longest: Option<usize>,
     /// Segments computed side by side.

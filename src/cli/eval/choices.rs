@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use segattn::device::Device;
 use segattn::eval::EvalError;
 use segattn::eval::choice::{ChoiceReport, Question, Reading, read};
+use segattn::eval::lookups::EncodeFramed;
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 
@@ -61,7 +62,7 @@ impl Choices {
         Ok(report)
     }
 
-    fn reading<'a>(&self, encode: &'a Encoder<'a>) -> Reading<'a> {
+    fn reading<'a>(&self, encode: &'a EncodeFramed<'a>) -> Reading<'a> {
         Reading {
             encode,
             longest: self.longest,
@@ -70,9 +71,7 @@ impl Choices {
     }
 }
 
-type Encoder<'a> = dyn Fn(&str, bool) -> Result<Vec<u32>, EvalError> + 'a;
-
-fn encoder(text: &Tokenizer) -> Box<Encoder<'_>> {
+fn encoder(text: &Tokenizer) -> Box<EncodeFramed<'_>> {
     Box::new(|s, framed| {
         // What stands behind a text has no place before the question.
         let mut ids = if framed {
