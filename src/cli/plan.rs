@@ -66,7 +66,7 @@ pub struct Row {
 /// Plans for these lengths, with the kernels of the machine's GPU or, where there is none, assumed ones.
 pub fn rows(planner: &Planner<'_>, contexts: &[usize]) -> Result<(Place, Vec<Row>)> {
     #[cfg(feature = "cuda")]
-    match super::device::open_gpu() {
+    match super::device::open_gpu(0) {
         Ok(gpu) => {
             use segattn::device::gpu::Driver;
             let kernels = gpu.driver().shared_kernels();
