@@ -136,14 +136,14 @@ fn a_rank_that_is_stopped_ends_the_run_within_the_time_limit() {
     wait_for_lines(&folder.path().join("run"), 5);
     send("-STOP", &children[2]);
     let stopped = Instant::now();
-    let still = children.pop().unwrap();
+    let mut still = children.pop().unwrap();
     let ends = ends(children);
     assert!(
         stopped.elapsed() < Duration::from_secs(15),
         "{:?}",
         stopped.elapsed()
     );
-    send("-KILL", &still);
+    still.kill().and_then(|()| still.wait()).unwrap();
     for (code, said) in &ends {
         assert_eq!(*code, Some(1), "{said}");
         assert!(said.contains("rank 2"), "{said}");

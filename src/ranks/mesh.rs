@@ -239,7 +239,7 @@ impl Meeting<'_> {
             table[rank] = SocketAddr::new(peer.ip(), hello.port);
             Ok(())
         });
-        let table = met.and_then(|()| Ok(serde_json::to_vec(&table).expect("addresses")));
+        let table = met.map(|()| serde_json::to_vec(&table).expect("addresses"));
         for link in links.iter().flatten() {
             match &table {
                 Ok(table) => link.send(&[table], MEETING)?,

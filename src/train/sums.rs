@@ -158,7 +158,11 @@ mod tests {
                 }
                 let Ok(()) = all.close(add, drop);
                 let sums: Vec<String> = all.take().collect();
-                assert_eq!(sums, [expected.clone()], "{count} groups, {world} ranks");
+                assert_eq!(
+                    sums,
+                    std::slice::from_ref(&expected),
+                    "{count} groups, {world} ranks"
+                );
             }
         }
     }

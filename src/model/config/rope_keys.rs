@@ -71,10 +71,11 @@ pub(super) fn from_json(
     ))
 }
 
-/// The objects that are there, with their names.
-fn objects<'a>(
-    fields: &Fields<'a>,
-) -> Result<Vec<(&'static str, &'a Map<String, Value>)>, ConfigError> {
+/// An object of the configuration, with its name.
+type Named<'a> = (&'static str, &'a Map<String, Value>);
+
+/// The objects that are there.
+fn objects<'a>(fields: &Fields<'a>) -> Result<Vec<Named<'a>>, ConfigError> {
     let mut found = Vec::new();
     for name in ["rope_parameters", "rope_scaling"] {
         if let Some(object) = fields.object(name)? {

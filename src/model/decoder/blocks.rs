@@ -6,6 +6,9 @@ use crate::model::parameters::{Extra, index};
 use crate::model::state::Plan;
 use crate::model::switches::QkNorm;
 
+/// What a block adds to the residual stream, where the backward pass needs it, and the sum, where it was asked for.
+type Added<D> = (Option<Normed<D>>, Option<<D as Device>::Buffer>);
+
 impl<D: Device> Decoder<D> {
     /// `factor * x`; `x` itself where the factor is 1.
     pub(crate) fn times(
@@ -161,7 +164,7 @@ impl<D: Device> Decoder<D> {
         block: &Block,
         rows: usize,
         sum: bool,
-    ) -> Result<(Option<Normed<D>>, Option<D::Buffer>)> {
+    ) -> Result<Added<D>> {
         let (device, hidden, switches) =
             (&self.device, self.config.hidden_size, &self.config.switches);
         let factor = switches.residual_multiplier;
