@@ -13,7 +13,7 @@ pub struct LayerTape<D: Device> {
     pub lse: D::Buffer,
 }
 
-/// The other activations that the backward pass needs. [`Decoder::derive`] recomputes them from the tape.
+/// The other activations that the backward pass needs. `Decoder::derive` recomputes them from the tape.
 #[derive(Debug)]
 pub struct Derived<D: Device> {
     /// The norm of attention: of the layer's input, or of what attention adds to it.
