@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 #[cfg(feature = "cuda")]
@@ -13,6 +14,11 @@ use segattn::device::gpu::cuda_driver::{Choice, Cuda};
 #[cfg(feature = "cuda")]
 use segattn::device::gpu::{DryRun, Gpu};
 use segattn::device::{Device, HostMemory, Purpose};
+#[cfg(feature = "cuda")]
+use segattn::ranks::Nccl;
+use segattn::ranks::{Mesh, Ranks};
+
+use super::ranks::EngineName;
 
 /// A device by name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -136,6 +142,17 @@ pub trait Planned: Device {
         Ok(None)
     }
 
+    /// Ranks that have met and exchange this device's buffers.
+    ///
+    /// # Errors
+    /// That the device has no such engine, or what the engine says.
+    fn ranks(&self, mesh: &Arc<Mesh>, engine: EngineName) -> Result<Ranks<Self>> {
+        match engine {
+            EngineName::Host => Ok(Ranks::new(mesh.clone())),
+            EngineName::Nccl => bail!("--rank-engine nccl: expected --device cuda, got another"),
+        }
+    }
+
     /// Bytes of the device's own memory that are taken.
     fn memory_taken(&self) -> Option<usize> {
         None
@@ -189,6 +206,13 @@ impl Planned for Gpu<Cuda> {
             gib(plan.host_bytes())
         );
         Ok(())
+    }
+
+    fn ranks(&self, mesh: &Arc<Mesh>, engine: EngineName) -> Result<Ranks<Self>> {
+        Ok(match engine {
+            EngineName::Host => Ranks::new(mesh.clone()),
+            EngineName::Nccl => Ranks::new(Nccl::new(mesh.clone(), self)?),
+        })
     }
 
     fn peak_flops(&self) -> Result<Option<f64>> {

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use segattn::device::Device;
 use segattn::ranks::{Mesh, Place, Ranks};
 
+use super::device::Planned;
 use super::signals::{interrupted, note_interrupts};
 
 /// Most processes that are started on one machine.
@@ -31,12 +32,26 @@ pub struct RanksArgs {
     /// Seconds that a process may keep the others waiting: then the run ends
     #[arg(long, value_name = "S", default_value = "600")]
     rank_timeout: NonZeroU64,
+    /// How processes exchange what lies on GPUs
+    #[arg(long, value_enum, default_value_t)]
+    rank_engine: EngineName,
+}
+
+/// What moves buffers between processes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineName {
+    /// By way of host memory.
+    #[default]
+    Host,
+    /// From GPU to GPU by NCCL, which is loaded from the system's folders or from SEGATTN_NCCL.
+    Nccl,
 }
 
 /// This process among those of a run.
 #[derive(Debug, Clone)]
 pub struct Party {
     mesh: Option<Arc<Mesh>>,
+    engine: EngineName,
     local_rank: usize,
 }
 
@@ -58,6 +73,7 @@ impl RanksArgs {
                 let mesh = mesh.with_context(|| format!("rank {}", place.rank))?;
                 Ok(Some(Party {
                     mesh: (place.world > 1).then(|| Arc::new(mesh)),
+                    engine: self.rank_engine,
                     local_rank: place.local_rank,
                 }))
             }
@@ -79,6 +95,7 @@ impl Party {
     pub fn alone() -> Self {
         Self {
             mesh: None,
+            engine: EngineName::Host,
             local_rank: 0,
         }
     }
@@ -98,11 +115,11 @@ impl Party {
         self.mesh.as_deref()
     }
 
-    /// The ranks for a trainer.
-    pub fn ranks<D: Device>(&self) -> Ranks<D> {
+    /// The ranks for a trainer on this device.
+    pub fn ranks<D: Planned>(&self, device: &D) -> Result<Ranks<D>> {
         match &self.mesh {
-            Some(mesh) => Ranks::new(mesh.clone()),
-            None => Ranks::alone(),
+            Some(mesh) => device.ranks(mesh, self.engine),
+            None => Ok(Ranks::alone()),
         }
     }
 

@@ -80,7 +80,7 @@ fn begin_alone(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) 
 }
 
 /// A trainer, once all processes have said that they are of one run.
-pub fn trainer<D: Device>(
+pub fn trainer<D: Planned>(
     device: D,
     model: ModelConfig,
     config: Config,
@@ -94,7 +94,8 @@ pub fn trainer<D: Device>(
         let progress = progress.as_ref();
         agreement(&device, &config, &model, &data, tensors, progress)?.check(mesh)?;
     }
-    let trainer = Trainer::on_ranks(device, model, config, tensors, progress, party.ranks())?;
+    let ranks = party.ranks(&device)?;
+    let trainer = Trainer::on_ranks(device, model, config, tensors, progress, ranks)?;
     let training = &trainer.config().training;
     let (world, sequences) = (
         trainer.ranks().world(),

@@ -105,6 +105,14 @@ pub enum RankError {
         /// What came.
         got: String,
     },
+    /// A library for collectives cannot be used.
+    #[error("{doing}: {reason}")]
+    Library {
+        /// What was being done.
+        doing: String,
+        /// What the library said.
+        reason: String,
+    },
     /// The device could not read or write what is exchanged.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -112,6 +112,26 @@ impl Link {
         Ok(())
     }
 
+    /// Looks whether the other rank has ended, without waiting.
+    pub fn look(&self, doing: &'static str) -> Result<()> {
+        let peek = || {
+            self.stream.set_nonblocking(true)?;
+            let seen = self.stream.peek(&mut [0]);
+            self.stream.set_nonblocking(false)?;
+            seen
+        };
+        let mut kind = [0];
+        match peek() {
+            Ok(0) => Err(self.failed(ErrorKind::UnexpectedEof.into(), doing)),
+            Ok(_) => match self.stream.peek(&mut kind) {
+                Ok(_) if kind[0] == FAREWELL => self.next(doing).map(drop),
+                _ => Ok(()),
+            },
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(self.failed(error, doing)),
+        }
+    }
+
     /// Why a message could not be sent: what the other rank has said before it ended, if it has. Nobody reads from this
     /// connection meanwhile or later.
     pub fn explained(&self, error: RankError) -> RankError {

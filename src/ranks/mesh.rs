@@ -45,6 +45,7 @@ pub struct Mesh {
     rank: usize,
     /// By rank; `None` at its own place.
     links: Vec<Option<Link>>,
+    limit: Duration,
     /// Whether the others were told that the run has ended.
     ended: AtomicBool,
 }
@@ -69,6 +70,7 @@ impl Mesh {
         Ok(Self {
             rank: place.rank,
             links,
+            limit,
             ended: AtomicBool::new(false),
         })
     }
@@ -81,6 +83,19 @@ impl Mesh {
     /// Number of ranks.
     pub fn world(&self) -> usize {
         self.links.len()
+    }
+
+    /// How long an exchange may be without any progress.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Looks whether a rank has ended, without waiting for anything.
+    ///
+    /// # Errors
+    /// [`RankError::Lost`], [`RankError::Told`].
+    pub fn look(&self, doing: &'static str) -> Result<()> {
+        self.others().try_for_each(|(_, link)| link.look(doing))
     }
 
     /// The messages of all ranks, by rank. No rank has this result before all have sent theirs.

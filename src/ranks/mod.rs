@@ -14,10 +14,14 @@ mod engine;
 mod error;
 mod link;
 mod mesh;
+#[cfg(feature = "cuda")]
+mod nccl;
 mod place;
 
 pub use agreement::Agreement;
 pub use engine::{Engine, Piece, Ranks};
 pub use error::{RankError, Result};
 pub use mesh::Mesh;
+#[cfg(feature = "cuda")]
+pub use nccl::Nccl;
 pub use place::{DEFAULT_PORT, Place};

@@ -29,6 +29,7 @@ mod selection;
 mod step;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use driver::{Driver, Epilogue, Gemm, Operand};
@@ -95,6 +96,16 @@ impl<D: Driver> Gpu<D> {
     /// The driver.
     pub fn driver(&self) -> &D {
         &self.memory.driver
+    }
+
+    /// Address of elements of a buffer of f32, for libraries that move device memory. It is valid as long as the
+    /// buffer.
+    ///
+    /// # Errors
+    /// [`DeviceError::Argument`](super::DeviceError::Argument) for a buffer of another kind or of another device, and
+    /// for elements that it does not have.
+    pub fn exact_address(&self, buffer: &Buffer<D>, range: Range<usize>) -> Result<u64> {
+        Ok(self.exact(buffer, range.start, range.len())? as usize as u64)
     }
 
     fn block(&self, bytes: usize) -> Result<Block<D>> {
