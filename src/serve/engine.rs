@@ -311,19 +311,18 @@ impl<D: Device> Engine<'_, '_, D> {
     }
 
     fn advance(&mut self, places: &[usize]) -> Vec<NewToken> {
-        let Err(error) = (match self.generator.advance(places) {
-            Ok(chosen) => return chosen,
-            error => error,
-        }) else {
-            return Vec::new();
-        };
-        if let [place] = places {
-            self.fail(*place, Failure::Engine(error.to_string()));
-            return Vec::new();
+        match (self.generator.advance(places), places) {
+            (Ok(chosen), _) => chosen,
+            (Err(error), [place]) => {
+                self.fail(*place, Failure::Engine(error.to_string()));
+                Vec::new()
+            }
+            // Each alone, so that only the one at fault ends.
+            (Err(_), _) => {
+                let each = places.iter().flat_map(|place| self.advance(&[*place]));
+                each.collect()
+            }
         }
-        // Each alone, so that only the one at fault ends.
-        let each = places.iter().flat_map(|place| self.advance(&[*place]));
-        each.collect()
     }
 
     /// Tells of a new token.

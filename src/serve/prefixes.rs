@@ -142,3 +142,35 @@ fn common(read: &Tokens, prompt: Sequence<'_>) -> usize {
         return tokens.min(differ.saturating_sub(1));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_alike_up_to_a_break_that_only_one_has() {
+        let read = |ids: &[u32], breaks: &[usize]| Tokens {
+            ids: ids.to_vec(),
+            breaks: breaks.to_vec(),
+        };
+        let long = [1, 2, 3, 4, 5];
+        for (entry, prompt, expected) in [
+            (read(&long, &[]), read(&long, &[]), 5),
+            (read(&[1, 2, 9], &[]), read(&long, &[]), 2),
+            (read(&long, &[2]), read(&long, &[2]), 5),
+            // After the second token one of them has ended a segment: only what is before it is the same.
+            (read(&long, &[2]), read(&long, &[]), 1),
+            (read(&long, &[]), read(&long, &[2, 4]), 1),
+            (read(&long, &[2]), read(&long, &[2, 4]), 3),
+            // A break behind what was read says nothing of it.
+            (read(&long[..3], &[]), read(&long, &[4]), 3),
+            (read(&long[..3], &[]), read(&long, &[3]), 2),
+        ] {
+            assert_eq!(
+                common(&entry, (&prompt).into()),
+                expected,
+                "{entry:?} {prompt:?}"
+            );
+        }
+    }
+}

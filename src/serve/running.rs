@@ -78,12 +78,11 @@ impl Running {
         }
     }
 
-    /// Whether reading pauses here, for the first time.
+    /// Whether reading has come to a pause.
     pub fn paused(&mut self, position: usize) -> bool {
-        match self.pauses.last() {
-            Some(at) if *at <= position => self.pauses.pop().is_some(),
-            _ => false,
-        }
+        let before = self.pauses.len();
+        self.pauses.retain(|at| *at > position);
+        self.pauses.len() < before
     }
 
     /// Takes a new token, which `ends` the text or is the `last` one anyway.
