@@ -389,6 +389,7 @@ fn example(tokens: &[u32], weights: Option<&[f32]>, breaks: &[usize]) -> Example
         tokens: tokens.to_vec(),
         weights: weights.map(<[f32]>::to_vec),
         breaks: breaks.to_vec(),
+        ..Example::default()
     }
 }
 

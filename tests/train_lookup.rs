@@ -62,6 +62,7 @@ fn example(next: &mut impl FnMut() -> f64) -> Example {
         tokens,
         weights: Some(weights),
         breaks: vec![at],
+        ..Example::default()
     }
 }
 

@@ -7,11 +7,12 @@ use common::{config_of, tokens};
 use segattn::device::Device;
 use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
+use segattn::model::config::ModelConfig;
 use segattn::model::parameters::{index, specs};
 use segattn::model::session::score;
 use segattn::train::TrainError;
 use segattn::train::config::Config;
-use segattn::train::data::Example;
+use segattn::train::data::{Example, Policy};
 use segattn::train::progress::Tensors;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use segattn::train::trainer::Trainer;
@@ -20,6 +21,12 @@ const STREAMS: StreamConfig = StreamConfig {
     tbptt: 1,
     segments_per_step: 2,
     recompute: false,
+};
+
+/// Every loss reaches every segment before it: the gradient is that of the whole objective.
+const FULL: StreamConfig = StreamConfig {
+    tbptt: usize::MAX,
+    ..STREAMS
 };
 
 fn config(overrides: &[(&str, &str)]) -> Config {
@@ -230,4 +237,114 @@ fn the_price_of_gates_is_the_gradient_of_their_mean() {
         norm(price)
     );
     assert_eq!(priced.loss, plain.loss);
+}
+
+/// The model without heads that read the past, through which no gradient flows.
+fn without_past() -> ModelConfig {
+    let mut model = config_of(true, 8);
+    let segment = model.segment.as_mut().unwrap();
+    for reads in segment.head_reads.iter_mut().flatten() {
+        reads.past = false;
+    }
+    model
+}
+
+/// Sequences of a policy gradient with old log-probabilities near those of the model.
+fn drawn() -> Vec<Example> {
+    let values = Tensors::initial(&without_past(), 3);
+    let trainer = Trainer::new(Cpu, without_past(), config(&[]), &values, None).unwrap();
+    let one = |(n, tokens): (usize, Vec<u32>)| {
+        let scored = score(trainer.model(), &tokens, 1).unwrap();
+        let moved = scored.iter().enumerate().map(|(i, x)| {
+            let by = 0.25 * ((i + n) % 5) as f32 - 0.5;
+            (x - by).min(0.0)
+        });
+        let len = tokens.len();
+        Example {
+            weights: Some((0..len).map(|i| [1.0, 0.0, 0.5][i % 3]).collect()),
+            policy: Some(Policy {
+                old: std::iter::once(0.0).chain(moved).collect(),
+                advantages: (0..len).map(|i| [1.5, -0.75, 0.3][(i / 2) % 3]).collect(),
+                clip: [0.2, 0.3],
+            }),
+            ..Example::from(tokens)
+        }
+    };
+    sequences().into_iter().enumerate().map(one).collect()
+}
+
+#[test]
+fn a_policy_gradient_is_that_of_the_clipped_objective_by_finite_differences() {
+    let batch = drawn();
+    // The objective as docs/contract.md, section 3 has it, and where it is not differentiable.
+    let loss = |scores: &[Vec<f64>]| -> f64 {
+        let mut sum = 0.0;
+        for (example, scores) in batch.iter().zip(scores) {
+            let (policy, weights) = (
+                example.policy.as_ref().unwrap(),
+                example.weights.as_ref().unwrap(),
+            );
+            for (i, x) in scores.iter().enumerate() {
+                let advantage = f64::from(policy.advantages[i + 1]);
+                let ratio = (x - f64::from(policy.old[i + 1])).exp();
+                let value = (ratio * advantage).min(ratio.clamp(0.8, 1.3) * advantage);
+                sum -= f64::from(weights[i + 1]) * value;
+            }
+        }
+        sum
+    };
+    let model = without_past();
+    let values = Tensors::initial(&model, 3).values;
+    let wide = |tensor: &Vec<f32>| tensor.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+    let values: Vec<Vec<f64>> = values.iter().map(wide).collect();
+    let start = common::model(&model, &values);
+    let mut gradients = Gradients::new(&start).unwrap();
+    let scored = accumulate(&start, &batch, FULL, 1.0, &mut gradients).unwrap();
+    let gradient = gradients.finish(&Reference).unwrap().to_vec();
+    let ratios = |i: usize| {
+        let policy = batch[i].policy.as_ref().unwrap();
+        let old = policy.old[1..].iter().map(|x| f64::from(*x));
+        scored[i]
+            .iter()
+            .zip(old)
+            .map(|(x, old)| (x - old).exp())
+            .collect::<Vec<_>>()
+    };
+    let all: Vec<f64> = (0..batch.len()).flat_map(ratios).collect();
+    assert!(
+        all.iter().any(|r| *r < 0.8)
+            && all.iter().any(|r| *r > 1.3)
+            && all.iter().any(|r| (*r - 1.0).abs() < 0.01)
+    );
+    let step = 1e-6;
+    for (t, at) in [(0, 5), (1, 2), (2, 40), (4, 7), (6, 3)] {
+        let ends = [1.0, -1.0].map(|sign| {
+            let mut values = values.clone();
+            values[t][at] += sign * step;
+            let moved = common::model(&model, &values);
+            let mut unused = Gradients::new(&moved).unwrap();
+            loss(&accumulate(&moved, &batch, FULL, 1.0, &mut unused).unwrap())
+        });
+        let expected = (ends[0] - ends[1]) / (2.0 * step);
+        let got = gradient[t][at];
+        assert!(
+            (got - expected).abs() < 1e-6 * (1.0 + expected.abs()),
+            "{t}: {got}, {expected}"
+        );
+    }
+}
+
+#[test]
+fn tokens_that_the_model_does_not_have_are_named() {
+    for (at, id) in [(0, 1000), (29, 1000)] {
+        let mut batch = sequences();
+        batch[0][at] = id;
+        let error = trainer(Cpu, &[]).unwrap().step_on(&[batch]).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("sequences: expected ids below"),
+            "{error}"
+        );
+    }
 }

@@ -62,7 +62,7 @@ pub fn attention(py: Python<'_>, error: &Error) -> PyErr {
             expected,
             got,
         } => argument(py, name, None, expected, got),
-        other => self::other(py, other),
+        other => named(py, "Error", other.to_string()),
     }
 }
 
@@ -77,21 +77,11 @@ pub fn gpu(py: Python<'_>, error: segattn::attention::cuda::Error) -> PyErr {
             expected,
             got,
         } => argument(py, name, None, expected, got),
-        error => device(py, error),
+        error => named(py, "DeviceError", error.to_string()),
     }
 }
 
-/// A device that failed.
-#[cfg(feature = "cuda")]
-pub fn device(py: Python<'_>, error: impl Display) -> PyErr {
-    raise(py, "DeviceError", |class| {
-        Ok(class.call1((error.to_string(),))?.unbind())
-    })
-}
-
-/// An error that is about no argument.
-pub fn other(py: Python<'_>, error: impl Display) -> PyErr {
-    raise(py, "Error", |class| {
-        Ok(class.call1((error.to_string(),))?.unbind())
-    })
+/// An exception that has no more than a message.
+pub fn named(py: Python<'_>, class: &str, message: String) -> PyErr {
+    raise(py, class, |class| Ok(class.call1((message,))?.unbind()))
 }

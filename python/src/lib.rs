@@ -2,16 +2,26 @@
 //! keeps memory alive and chooses the device.
 
 mod arguments;
+mod engine;
 mod errors;
+mod failure;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod host;
+mod model;
+mod plan;
 mod tensor;
 
 #[pyo3::pymodule]
 mod _native {
     #[pymodule_export]
     use crate::host::{backward, forward};
+
+    #[pymodule_export]
+    use crate::model::Model;
+
+    #[pymodule_export]
+    use crate::plan::{SegmentPlan, segment_plan, segments, select};
 
     #[cfg(feature = "cuda")]
     #[pymodule_export]

@@ -20,7 +20,8 @@ use super::config::ModelConfig;
 use super::parameters::{Extra, TensorSpec, Weights, index, specs};
 use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
 use crate::device::{
-    Accumulate, Attention, Device, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan, StepRows,
+    Accumulate, Attention, Device, DeviceError, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan,
+    StepRows,
 };
 
 use blocks::Block;
@@ -124,6 +125,21 @@ pub struct Forward<D: Device> {
 }
 
 impl<D: Device> Decoder<D> {
+    /// Checks that the model has these token ids.
+    ///
+    /// # Errors
+    /// [`DeviceError::Argument`] under this name.
+    pub fn check_tokens(&self, argument: &'static str, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.config.vocab_size;
+        match tokens.iter().find(|id| **id as usize >= vocab_size) {
+            None => Ok(()),
+            Some(id) => {
+                let expected = format!("ids below {vocab_size}");
+                Err(DeviceError::argument(argument, expected, id))
+            }
+        }
+    }
+
     /// A model from its tensors' values, in the order of [`specs`].
     pub fn new(
         device: D,

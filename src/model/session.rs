@@ -287,11 +287,15 @@ impl<'m, D: Device> Session<'m, D> {
     /// Each sequence may be fed once a call, and not beyond the session's longest length.
     ///
     /// # Errors
-    /// Breaks that a feed cannot have, or errors of the device. Every sequence is then where the last complete step
+    /// Breaks or tokens that a feed cannot have, or errors of the device. Every sequence is then where the last complete step
     /// left it ([`Session::position`]). Reading the rest gives the same bits as without the error. [`Session::logits`]
     /// are undefined until then.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         feeds.iter().try_for_each(Feed::check)?;
+        for feed in feeds {
+            self.model.check_tokens("tokens", feed.tokens)?;
+            self.model.check_tokens("targets", feed.targets)?;
+        }
         let device = &self.model.device;
         let fed = device.together(|| self.feed_all(feeds));
         fed.map_err(|error| error.wanted_for(Purpose::Activations))

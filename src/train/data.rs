@@ -20,6 +20,7 @@ mod messages;
 mod mixture;
 mod permutation;
 mod pieces;
+mod policy;
 mod reading;
 mod store;
 mod table;
@@ -38,6 +39,7 @@ pub use messages::converse;
 pub use mixture::Mixture;
 pub use permutation::Permutation;
 pub use pieces::{Bytes, Conversed, Encode, Located};
+pub use policy::Policy;
 pub use reading::Reading;
 pub use tasks::Tasks;
 

@@ -97,8 +97,9 @@ struct Streams<'a, D: Device> {
     scores: Vec<(Vec<Span>, D::Buffer)>,
 }
 
-/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets. Targets are
-/// all tokens but the first of each sequence. `scale = 1 / sum of weights` gives the mean loss.
+/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets, or of what a
+/// policy gradient has instead of the log-probability. Targets are all tokens but the first of each sequence.
+/// `scale = 1 / sum of weights` gives the mean loss.
 ///
 /// Returns the log-probabilities of each sequence's targets. Sequences may have weights and breaks; each has at least
 /// two tokens, with ids below the size of the vocabulary.
@@ -131,6 +132,8 @@ pub(super) fn accumulate_groups<D: Device>(
     gradients: &mut [Gradients<D>],
 ) -> Result<Vec<Vec<f64>>> {
     sequences.iter().try_for_each(ExampleRef::check)?;
+    let mut tokens = sequences.iter().map(|sequence| sequence.tokens);
+    tokens.try_for_each(|tokens| model.check_tokens("sequences", tokens))?;
     let mut groups = Groups {
         gradients,
         sequences: group,
@@ -280,11 +283,23 @@ impl<'a, D: Device> Streams<'a, D> {
                 let x = Rows::packed(&forward.hidden, row, hidden);
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 device.linear(x, rows, head, out, crate::device::Accumulate::No)?;
+                let first = inputs.start + i * D::LOGIT_ROWS;
+                let known = match example.policy {
+                    None => vec![f64::NAN; rows],
+                    // The derivative depends on the log-probabilities, so they are computed and read first.
+                    Some(_) => {
+                        let out = RowsMut::packed(&mut logits, 0, vocab);
+                        let to = RowsMut::packed(&mut scores, row, 1);
+                        device.log_probabilities(out, vocab, targets, None, to)?;
+                        device.read_wide(&scores, row..row + rows)?
+                    }
+                };
+                let scales = known.iter().zip(first..);
+                let scales: Vec<f64> = scales
+                    .map(|(x, t)| self.scale * example.slope(t, *x))
+                    .collect();
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 let to = RowsMut::packed(&mut scores, row, 1);
-                let first = inputs.start + i * D::LOGIT_ROWS;
-                let scales = (first..first + rows).map(|t| self.scale * example.weight(t));
-                let scales: Vec<f64> = scales.collect();
                 device.log_probabilities(out, vocab, targets, Some(&scales), to)?;
                 let d_logits = Rows::packed(&logits, 0, vocab);
                 let d_x = RowsMut::packed(&mut d_hidden, row, hidden);

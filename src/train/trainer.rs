@@ -35,7 +35,7 @@ use crate::ranks::Ranks;
 pub struct StepReport {
     /// Its number, from 0.
     pub step: u64,
-    /// Mean negative log-probability of its targets, each by its weight.
+    /// Mean negative log-probability of its targets, each by its weight; of a policy gradient its own loss.
     pub loss: f64,
     /// Norm of all gradients before clipping.
     pub grad_norm: f64,
@@ -47,6 +47,8 @@ pub struct StepReport {
     pub skipped: Option<SkipReason>,
     /// Whether the guard ends the run.
     pub stop: bool,
+    /// Log-probabilities of the targets of each sequence that this rank computed, before the update.
+    pub log_probabilities: Vec<Vec<f64>>,
 }
 
 /// A step's sequences, and where in the data they lie.
@@ -380,7 +382,7 @@ impl<D: Device> Trainer<D> {
             return Err(TrainError::argument("weights", expected, weight));
         }
         self.settle()?;
-        let loss = self.gradient(&sequences, 1.0 / weight)?;
+        let (loss, log_probabilities) = self.gradient(&sequences, 1.0 / weight)?;
         let step = self.progress.step;
         let lr = self.schedule.lr(step);
         let squares = self.squares()?;
@@ -415,6 +417,7 @@ impl<D: Device> Trainer<D> {
             tokens,
             skipped,
             stop,
+            log_probabilities,
         })
     }
 

@@ -170,6 +170,7 @@ impl Corpus {
             tokens: tokens.ids,
             weights,
             breaks: tokens.breaks,
+            policy: None,
         })
     }
 

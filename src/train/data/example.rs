@@ -1,5 +1,6 @@
 //! What training reads: tokens, how much each counts as a target, and where segments end.
 
+use super::policy::Policy;
 use crate::device::{DeviceError, Result};
 use crate::model::segmentation::{Sequence, Tokens};
 
@@ -12,6 +13,8 @@ pub struct Example {
     pub weights: Option<Vec<f32>>,
     /// Breaks, ascending: a segment ends after so many tokens.
     pub breaks: Vec<usize>,
+    /// Makes the targets' objective that of a policy gradient; `None`: their log-probability.
+    pub policy: Option<Policy>,
 }
 
 /// An [`Example`], borrowed.
@@ -23,6 +26,8 @@ pub struct ExampleRef<'a> {
     pub weights: Option<&'a [f32]>,
     /// See [`Example::breaks`].
     pub breaks: &'a [usize],
+    /// See [`Example::policy`].
+    pub policy: Option<&'a Policy>,
 }
 
 /// What can be trained on: examples, or lists of tokens whose targets all count 1.
@@ -37,6 +42,7 @@ impl AsExample for Vec<u32> {
             tokens: self,
             weights: None,
             breaks: &[],
+            policy: None,
         }
     }
 }
@@ -47,6 +53,7 @@ impl AsExample for Tokens {
             tokens: &self.ids,
             weights: None,
             breaks: &self.breaks,
+            policy: None,
         }
     }
 }
@@ -57,6 +64,7 @@ impl AsExample for Example {
             tokens: &self.tokens,
             weights: self.weights.as_deref(),
             breaks: &self.breaks,
+            policy: self.policy.as_ref(),
         }
     }
 }
@@ -80,8 +88,8 @@ impl From<Tokens> for Example {
     fn from(tokens: Tokens) -> Self {
         Self {
             tokens: tokens.ids,
-            weights: None,
             breaks: tokens.breaks,
+            ..Self::default()
         }
     }
 }
@@ -90,8 +98,8 @@ impl<'a> ExampleRef<'a> {
     /// Checks what a step takes for granted.
     ///
     /// # Errors
-    /// [`DeviceError::Argument`] for fewer than two tokens, another number of weights than of tokens, and breaks that
-    /// the tokens cannot have.
+    /// [`DeviceError::Argument`] for fewer than two tokens, another number of weights than of tokens, and breaks or
+    /// numbers of a policy gradient that the tokens cannot have.
     pub fn check(&self) -> Result<()> {
         self.sequence().check()?;
         let len = self.tokens.len();
@@ -107,6 +115,7 @@ impl<'a> ExampleRef<'a> {
             let expected = format!("one for each of {len} tokens");
             return Err(DeviceError::argument("weights", expected, weights.len()));
         }
+        self.policy.map_or(Ok(()), |policy| policy.check(len))?;
         match weights.iter().find(|w| !w.is_finite() || **w < 0.0) {
             Some(weight) => {
                 let expected = "finite numbers of at least 0";
@@ -144,12 +153,22 @@ impl<'a> ExampleRef<'a> {
         }
     }
 
-    /// Weight times log-probability of each target; 0 for one that weighs nothing, whatever its log-probability is.
+    /// Weight times objective of each target; 0 for one that weighs nothing, whatever its log-probability is.
     pub fn weighted(self, log_probabilities: &'a [f64]) -> impl Iterator<Item = f64> + 'a {
         let all = log_probabilities.iter().enumerate();
-        all.map(move |(i, x)| match self.weight(i) {
-            0.0 => 0.0,
-            weight => weight * x,
+        all.map(move |(i, x)| match (self.weight(i), self.policy) {
+            (0.0, _) => 0.0,
+            (weight, None) => weight * x,
+            (weight, Some(policy)) => weight * policy.objective(i, *x)[0],
         })
+    }
+
+    /// Weight of target `i` times the derivative of its objective by its log-probability.
+    pub fn slope(&self, i: usize, log_probability: f64) -> f64 {
+        match (self.weight(i), self.policy) {
+            (0.0, _) => 0.0,
+            (weight, None) => weight,
+            (weight, Some(policy)) => weight * policy.objective(i, log_probability)[1],
+        }
     }
 }

@@ -11,10 +11,15 @@ use crate::train::optimizer::{MIN_GATE, decays};
 use crate::train::streams::{Gradients, accumulate_groups};
 
 impl<D: Device> Trainer<D> {
-    /// Leaves the gradient of the mean loss in `gradients`, as far as this rank owns it, and returns the loss.
-    pub(super) fn gradient(&mut self, sequences: &[ExampleRef<'_>], scale: f64) -> Result<f64> {
+    /// Leaves the gradient of the mean loss in `gradients`, as far as this rank owns it. Returns the loss,
+    /// and the log-probabilities of the targets of each sequence that this rank computed.
+    pub(super) fn gradient(
+        &mut self,
+        sequences: &[ExampleRef<'_>],
+        scale: f64,
+    ) -> Result<(f64, Vec<Vec<f64>>)> {
         self.spread.begin();
-        let (streams, mut sums) = (self.streams(), Vec::new());
+        let (streams, mut sums, mut log_probabilities) = (self.streams(), Vec::new(), Vec::new());
         let training = &self.config.training;
         let (batch, group) = (training.batch, training.group());
         let groups = sequences.len().div_ceil(group);
@@ -28,6 +33,7 @@ impl<D: Device> Trainer<D> {
             let scored = accumulate_groups(model, all, group, streams, scale, gradients)?;
             let weighted = all.iter().zip(&scored);
             sums.extend(weighted.map(|(s, scores)| s.weighted(scores).sum::<f64>()));
+            log_probabilities.extend(scored);
             for (i, gradients) in at_once.clone().zip(gradients) {
                 self.spread.push(&model.device, gradients, i)?;
             }
@@ -36,7 +42,7 @@ impl<D: Device> Trainer<D> {
         let sums = self.spread.ranks.concat(sums, "losses are added up")?;
         let device = &self.model.device;
         self.spread.sum(device, &mut self.gradients[0], groups)?;
-        Ok(-sums.iter().sum::<f64>() * scale)
+        Ok((-sums.iter().sum::<f64>() * scale, log_probabilities))
     }
 
     /// Makes gradients ready for these groups.

@@ -1,0 +1,151 @@
+//! `segattn._native.SegmentPlan`: where the segments of a model end, and which past rows its heads select, for models
+//! that run elsewhere.
+
+use pyo3::prelude::*;
+use segattn::attention::Error;
+use segattn::device::cpu::Cpu;
+use segattn::device::{Device, Kind, PastPool, Probes, Rows, SelectedBlocks, Selection};
+use segattn::model::config::ModelConfig;
+use segattn::model::segmentation::Sequence;
+use segattn::model::state::Plan;
+
+use crate::failure::Failure;
+use crate::tensor::Numbers;
+
+/// The segments of a model.
+#[pyclass(frozen, get_all)]
+pub struct SegmentPlan {
+    /// Most tokens of a segment.
+    segment_len: usize,
+    /// Rows of the tail.
+    prior_len: usize,
+    /// First rows of the sequence that every head of later segments reads.
+    sink_len: usize,
+    /// Last rows of a segment, whose queries choose the past.
+    probe_rows: usize,
+    /// `[layer][kv_head]`: whether it reads the tail.
+    prior_heads: Vec<Vec<bool>>,
+    /// `[layer]`: KV heads that read the past, ascending.
+    past_heads: Vec<Vec<usize>>,
+}
+
+/// The plan of a config.json for sequences of at most so many tokens.
+fn plan(config: &str, longest: usize) -> Result<Plan, Failure> {
+    let json = serde_json::from_str(config).map_err(Failure::other)?;
+    let config = ModelConfig::from_json(json).map_err(Failure::other)?;
+    Ok(Plan::new(&config, longest))
+}
+
+/// The plan of a model without its weights.
+#[pyfunction]
+pub fn segment_plan(py: Python<'_>, config: &str) -> PyResult<SegmentPlan> {
+    let plan = plan(config, usize::MAX).map_err(|failure| failure.raise(py))?;
+    Ok(SegmentPlan {
+        segment_len: plan.segment_len,
+        prior_len: plan.prior_len,
+        sink_len: plan.sink_len,
+        probe_rows: plan.probe_rows,
+        prior_heads: plan.reads.iter().map(|reads| reads.prior.clone()).collect(),
+        past_heads: plan.reads.into_iter().map(|reads| reads.past).collect(),
+    })
+}
+
+/// First and last position (excluded) of each segment of a sequence.
+#[pyfunction]
+pub fn segments(
+    py: Python<'_>,
+    config: &str,
+    tokens: Vec<u32>,
+    breaks: Vec<usize>,
+) -> PyResult<Vec<(usize, usize)>> {
+    let sequence = Sequence {
+        tokens: &tokens,
+        breaks: &breaks,
+    };
+    let cut = || {
+        sequence.check()?;
+        let segments = plan(config, tokens.len())?.segments(sequence);
+        Ok(segments
+            .into_iter()
+            .map(|segment| (segment.tokens.start, segment.tokens.end))
+            .collect())
+    };
+    cut().map_err(|failure: Failure| failure.raise(py))
+}
+
+/// Tokens that the past heads of a layer select, in order of position (docs/contract.md, section 2).
+///
+/// keys: `[tokens, past heads, head_dim]` f32 of all complete tokens; queries: `[rows, q_heads, head_dim]` f32 of the
+/// segment's last `probe_rows` tokens, both before rotation; `prior_rows`: rows of the tail.
+#[pyfunction]
+pub fn select(
+    py: Python<'_>,
+    config: &str,
+    layer: usize,
+    keys: Numbers,
+    queries: Numbers,
+    prior_rows: usize,
+) -> PyResult<Vec<Vec<usize>>> {
+    let selected = py.detach(|| -> Result<_, Failure> {
+        let plan = plan(config, usize::MAX)?;
+        let refused = |error: Error| Failure::other(error);
+        // SAFETY: the caller keeps the arrays.
+        let (keys, queries): (&[f32], &[f32]) = unsafe {
+            (
+                keys.slice("keys").map_err(refused)?,
+                queries.slice("queries").map_err(refused)?,
+            )
+        };
+        selected(&plan, layer, keys, queries, prior_rows)
+    });
+    selected.map_err(|failure| failure.raise(py))
+}
+
+fn selected(
+    plan: &Plan,
+    layer: usize,
+    keys: &[f32],
+    queries: &[f32],
+    prior_rows: usize,
+) -> Result<Vec<Vec<usize>>, Failure> {
+    let reads = plan
+        .reads
+        .get(layer)
+        .ok_or_else(|| Failure::argument("layer", format!("below {}", plan.reads.len()), layer))?;
+    let (heads, dim) = (reads.past.len(), plan.heads.dim);
+    let (key_width, query_width) = (heads * dim, plan.q_width());
+    let (tokens, rows) = (keys.len() / key_width.max(1), queries.len() / query_width);
+    if heads == 0 || tokens * key_width != keys.len() || rows * query_width != queries.len() {
+        let expected = format!("keys of {heads} heads and whole rows of queries");
+        return Err(Failure::argument("keys", expected, keys.len()));
+    }
+    let buffer = |values: &[f32]| {
+        let mut buffer = Cpu.empty(Kind::Activation, values.len())?;
+        Cpu.write(&mut buffer, 0, values)?;
+        Ok::<_, Failure>(buffer)
+    };
+    let (keys, queries) = (buffer(keys)?, buffer(queries)?);
+    let mut pool = <Cpu as Device>::Pool::new(&Cpu, heads, dim, tokens.max(1));
+    let all: Vec<usize> = (0..heads).collect();
+    // Only keys are looked at.
+    let kv = [Rows::packed(&keys, 0, key_width); 2];
+    pool.append(&Cpu, &all, kv, tokens)?;
+    let eligible = |head: &usize| plan.eligible(reads, *head, [tokens, prior_rows]);
+    let eligible: Vec<_> = reads.past.iter().map(eligible).collect();
+    let probes = Probes {
+        q: Rows::packed(&queries, 0, query_width),
+        rows,
+        first: 0,
+        capacity: rows,
+        group: plan.heads.q / plan.heads.kv,
+    };
+    let selection = Selection {
+        kv_heads: &reads.past,
+        eligible: &eligible,
+        rows: plan.past_len,
+        rule: plan.rule,
+        scale: plan.scale,
+    };
+    let blocks = pool.select(&Cpu, &probes, &selection)?;
+    Ok(SelectedBlocks::<Cpu>::tokens(&blocks, &Cpu)?)
+}
