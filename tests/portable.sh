@@ -48,6 +48,16 @@ else
   echo "no C program: cargo made no libsegattn_c.a"
 fi
 
+# The Python package with its tests, for a python3 there that has PyTorch and pytest.
+if cargo build --manifest-path python/Cargo.toml --features cuda --release; then
+  mkdir -p "$folder/python"
+  cp -r python/segattn python/tests python/examples "$folder/python/"
+  rm -f "$folder/python/segattn/_native.abi3.so"
+  strip -o "$folder/python/segattn/_native.abi3.so" python/target/release/lib_native.so
+else
+  echo "no Python package: it did not compile"
+fi
+
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
 if [ -n "$nvcc" ] && "$nvcc" -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -Ikernels \
@@ -92,6 +102,11 @@ step ./attention_slices
 step ./attention_pointers
 if [ -x attention_c ]; then step ./attention_c; step ./attention_c --cuda; fi
 if [ -x golden_record ]; then step golden; fi
+if [ -d python ] && python3 -c 'import torch, pytest'; then
+  PYTHONPATH=python step python3 -m pytest -q python/tests/test_cuda.py python/tests/test_torch.py
+else
+  echo "no tests of the Python package: python3 has no torch or no pytest"
+fi
 SEGATTN_REPEAT=$repeat step ./attention_cuda --test-threads 4
 step ./decode_cuda --test-threads 1
 step ./memory_cuda --test-threads 1

@@ -62,12 +62,13 @@ def main(rounds: int = 12, updates: int = 3) -> list:
 def plot(history: list, path: str) -> None:
     """Rewards by round, and the ratios of each update."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     # The same bytes for the same numbers.
-    pyplot.rcParams.update({"svg.hashsalt": "segattn", "font.size": 9})
+    pyplot.rcParams.update({"svg.hashsalt": "segattn", "svg.fonttype": "none", "font.size": 9})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     left.plot([reward for reward, _ in history], marker="o", markersize=3)
     left.set(xlabel="round", ylabel="share of vowels", ylim=(0, 1), title="Mean reward of 32 samples")
@@ -79,10 +80,12 @@ def plot(history: list, path: str) -> None:
     ]:
         at = [i for i in range(len(updates)) if chosen(i)]
         low, high = ([f(updates[i]) for i in at] for f in (np.min, np.max))
-        right.vlines(at, low, high, color=color, label=label)
-        right.plot(at, [np.median(updates[i]) for i in at], ".", color=color)
+        right.vlines(at, low, high, color=color)
+        right.plot(at, [np.median(updates[i]) for i in at], ".", color=color, label=label)
     right.axhspan(1 - CLIP, 1 + CLIP, color="0.9", zorder=0, label="not clipped")
     right.set(xlabel="update", ylabel="ratio", yscale="log", title="Ratios of all tokens: range and median")
+    right.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    right.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     right.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 

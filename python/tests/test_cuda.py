@@ -102,3 +102,16 @@ def test_devices_do_not_mix():
     given = case(torch.bfloat16)
     with pytest.raises(segattn.ArgumentError, match="k: expected a tensor on cuda:0 like q, got cpu"):
         segattn.segment_attention(**{**given, "k": given["k"].cpu()})
+
+
+def test_generation_scoring_and_training_have_the_same_bits():
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 128}
+    sizes = {"segment_len": 16, "prior_len": 8, "past_len": 8}
+    keys = {f"model.shape.{key}": value for key, value in shape.items()}
+    trainer = segattn.Trainer(None, {**keys, **{f"model.segment.{k}": n for k, n in sizes.items()}}, device="cuda")
+    generator = segattn.Generator(trainer)
+    samples = generator.generate([[1, 2, 3], [4] * 20], max_new=40)
+    step = trainer.policy_step(samples, [1.0, -1.0])
+    assert all((ratios == 1).all() for ratios in step.ratios(samples))
+    scored = generator.score([sample.prompt + sample.tokens for sample in samples])
+    assert scored[0].tolist() != step.logprobs[0].tolist()

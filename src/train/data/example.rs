@@ -163,7 +163,8 @@ impl<'a> ExampleRef<'a> {
         })
     }
 
-    /// Weight of target `i` times the derivative of its objective by its log-probability.
+    /// Weight of target `i` times the derivative of its objective by its log-probability, which only that of a policy
+    /// gradient depends on.
     pub fn slope(&self, i: usize, log_probability: f64) -> f64 {
         match (self.weight(i), self.policy) {
             (0.0, _) => 0.0,
