@@ -287,9 +287,9 @@ impl<'m, D: Device> Session<'m, D> {
     /// Each sequence may be fed once a call, and not beyond the session's longest length.
     ///
     /// # Errors
-    /// Breaks or tokens that a feed cannot have, or errors of the device. Every sequence is then where the last complete step
-    /// left it ([`Session::position`]). Reading the rest gives the same bits as without the error. [`Session::logits`]
-    /// are undefined until then.
+    /// Breaks or tokens that a feed cannot have, or errors of the device. Every sequence is then where the last
+    /// complete step left it ([`Session::position`]). Reading the rest gives the same bits as without the error.
+    /// [`Session::logits`] are undefined until then.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         feeds.iter().try_for_each(Feed::check)?;
         for feed in feeds {

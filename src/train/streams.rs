@@ -97,8 +97,8 @@ struct Streams<'a, D: Device> {
     scores: Vec<(Vec<Span>, D::Buffer)>,
 }
 
-/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets, or of what a
-/// policy gradient has instead of the log-probability. Targets are all tokens but the first of each sequence.
+/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets, or of what
+/// a policy gradient has instead of the log-probability. Targets are all tokens but the first of each sequence.
 /// `scale = 1 / sum of weights` gives the mean loss.
 ///
 /// Returns the log-probabilities of each sequence's targets. Sequences may have weights and breaks; each has at least
