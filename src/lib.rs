@@ -20,7 +20,7 @@
 //! | [`model`] | a decoder of Hugging Face folders, its state, pool and retrieval, sessions |
 //! | [`train`] | exact TBPTT by gradient streams, optimizer, data, checkpoints |
 //! | [`generate`] | sampling, stop strings, streaming text |
-//! | `serve` | a server by OpenAI's interface; with the feature `serve` |
+//! | `serve` | a server by OpenAI's interface; with the feature `serve`, on by default |
 //! | [`convert`] | GGUF files of the Llama family made into model folders |
 //! | [`eval`] | perplexity and synthetic long-context tasks |
 //! | [`experiment`] | definitions of experiments, rows of results, tables and plots of them |
