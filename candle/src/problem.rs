@@ -58,7 +58,7 @@ impl<'a> Roles<'a> {
     }
 
     /// The problem of keys and values.
-    pub fn problem<X: Copy>(
+    pub fn problem<X>(
         &self,
         q: X,
         [k, v]: [X; 2],
