@@ -21,8 +21,8 @@ pub struct Plan {
 }
 
 enum Call {
-    Forward(ForwardPlan),
-    Backward(BackwardPlan),
+    Forward(Box<ForwardPlan>),
+    Backward(Box<BackwardPlan>),
 }
 
 /// The kernels of a GPU, loaded once for the process.
@@ -68,7 +68,7 @@ pub fn plan_forward(
         let plan = ForwardPlan::new(&problem, &out, slice(lse), None, &*kernels)?;
         Ok(Plan {
             kernels,
-            call: Call::Forward(plan),
+            call: Call::Forward(Box::new(plan)),
         })
     });
     planned.map_err(|error| errors::gpu(py, error))
@@ -107,7 +107,7 @@ pub fn plan_backward(
         let plan = BackwardPlan::new(&problem, &saved, &gradients, &*kernels)?;
         Ok(Plan {
             kernels,
-            call: Call::Backward(plan),
+            call: Call::Backward(Box::new(plan)),
         })
     });
     planned.map_err(|error| errors::gpu(py, error))
