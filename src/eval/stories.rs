@@ -45,7 +45,7 @@ const TOPICS: &[&str] = &[
     "lamps", "rivers", "bees", "bells", "ropes", "salt", "moths", "ladders",
 ];
 const VERSES: &str =
-    "Below are short texts of invented words. Several have the same title; mind their order.\n\n";
+    "Below are short texts of invented words. Several have the same title; number those.\n\n";
 
 impl Ordinal {
     pub(crate) fn new(seeds: Seeds, depth: Option<f64>) -> Self {
