@@ -249,7 +249,8 @@ fn fresh(keys: &[(String, String)], vocab_size: usize) -> Result<Beginning> {
 fn gpu() -> Result<segattn::device::gpu::Gpu<segattn::device::gpu::cuda_driver::Cuda>> {
     use segattn::device::gpu::Gpu;
     use segattn::device::gpu::cuda_driver::{Choice, Cuda};
-    Ok(Gpu::new(Cuda::open(0, Choice::SameBits)?))
+    let opened = Cuda::open(0, Choice::SameBits).map_err(segattn::device::DeviceError::from)?;
+    Ok(Gpu::new(opened))
 }
 
 fn no_device(got: &str) -> Failure {
