@@ -53,7 +53,7 @@ pub trait Engine: Send {
 }
 
 enum Held<D: Device> {
-    Model(Decoder<D>),
+    Model(Box<Decoder<D>>),
     Training {
         trainer: Box<Trainer<D>>,
         /// Files that go along with the model.
@@ -169,12 +169,12 @@ pub fn open(folder: &Path, device: &str) -> Result<Box<dyn Engine>> {
     match device {
         "cpu" => {
             let model = files.load(Cpu, config, false).map_err(Failure::other)?;
-            Ok(Box::new(Held::Model(model)))
+            Ok(Box::new(Held::Model(Box::new(model))))
         }
         #[cfg(feature = "cuda")]
         "cuda" => {
             let model = files.load(gpu()?, config, false).map_err(Failure::other)?;
-            Ok(Box::new(Held::Model(model)))
+            Ok(Box::new(Held::Model(Box::new(model))))
         }
         other => Err(no_device(other)),
     }
