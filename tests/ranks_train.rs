@@ -88,6 +88,14 @@ fn run(world: usize, config: &Config, tied: bool, count: usize, from: Option<&At
             progress: trainer.progress().clone(),
         }
     });
+    // A report has the log-probabilities of its rank's sequences alone, which are consecutive.
+    for step in 0..all[0].reports.len() {
+        let own = all.iter_mut().map(|at| &mut at.reports[step]);
+        let of_all: Vec<_> = own.flat_map(|r| r.log_probabilities.drain(..)).collect();
+        for at in &mut all {
+            at.reports[step].log_probabilities = of_all.clone();
+        }
+    }
     for other in &all {
         assert_eq!(other.reports, all[0].reports);
         assert_eq!(other.validated, all[0].validated);
@@ -103,7 +111,12 @@ fn run(world: usize, config: &Config, tied: bool, count: usize, from: Option<&At
 
 fn same(a: &At, b: &At, what: &str) {
     let reports = |at: &At| -> Vec<_> {
-        let bits = |r: &StepReport| (r.step, r.loss.to_bits(), r.grad_norm.to_bits(), r.tokens);
+        let bits = |r: &StepReport| {
+            let scores = r.log_probabilities.iter().flatten();
+            let scores: Vec<u64> = scores.map(|x| x.to_bits()).collect();
+            let sums = [r.loss, r.grad_norm].map(f64::to_bits);
+            (r.step, sums, r.tokens, scores)
+        };
         at.reports.iter().map(bits).collect()
     };
     let (a_reports, b_reports) = (reports(a), reports(b));

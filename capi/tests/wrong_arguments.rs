@@ -200,7 +200,7 @@ fn null_is_refused_by_name() {
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
     refused(
-        |problem, _| problem.v.shape[2] = 2,
+        |problem, _| (problem.v.shape[2], problem.v.strides[2]) = (2, 0),
         Status::Argument,
         "v: expected 1 heads, got 2",
     );

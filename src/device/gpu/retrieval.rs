@@ -89,8 +89,9 @@ impl<D: Driver> SelectedBlocks<Gpu<D>> for Blocks<D> {
     fn tokens(&self, gpu: &Gpu<D>) -> Result<Vec<Vec<usize>>> {
         let at = gpu.at(&self.blocks)?;
         let head = |(i, count): (usize, &usize)| {
-            let mut blocks = vec![0i32; *count];
-            if *count > 0 {
+            // Those of a dry run, which selects nothing.
+            let mut blocks: Vec<i32> = (0..*count as i32).collect();
+            if *count > 0 && gpu.driver().computes() {
                 let at = at + (i * self.most * size_of::<i32>()) as u64;
                 let bytes = bytemuck::cast_slice_mut(&mut blocks);
                 // SAFETY: a head's row has `most` numbers, of which the first `count` are written.
