@@ -84,10 +84,11 @@ pub fn dry_run_serving<D: Device>(
     const STEPS: usize = 6;
     let session = &mut Session::new(model, sequences, longest, 1)?;
     let piece = piece.min(longest.saturating_sub(STEPS)).max(1);
-    ahead(
-        session,
-        &vec![longest.saturating_sub(piece + STEPS); sequences],
-    )?;
+    let mut before = vec![longest.saturating_sub(STEPS); sequences];
+    if let Some(first) = before.first_mut() {
+        *first = longest.saturating_sub(piece + STEPS);
+    }
+    ahead(session, &before)?;
     let mut generator = Generator::idle(session);
     let config = GeneratorConfig {
         sampler: SamplerConfig::greedy(),

@@ -144,15 +144,11 @@ impl Case<f64> {
                 b * kv_heads + g
             }]
         };
-        let share_heads = shape.arrangement == Arrangement::SharedHeads;
         let mut tensor = |heads: usize, len: &dyn Fn(usize, usize) -> i32, key: bool| {
             let lens = (0..batch).flat_map(|b| (0..heads).map(move |g| len(b, g)));
             let rows = lens.max().unwrap_or(0) as usize + spare;
             let mut tensor =
                 Tensor::new([batch, rows, heads, head_dim], shape.arrangement, f64::NAN);
-            if share_heads && !key {
-                tensor.share_heads();
-            }
             for b in 0..batch {
                 for g in 0..heads {
                     for row in 0..len(b, g) as usize {
@@ -165,11 +161,16 @@ impl Case<f64> {
         };
         let q = tensor(q_heads, &|b, _| query_len(b), false);
         let k = tensor(kv_heads, &|b, _| shape.segment_len[b], true);
-        let v = tensor(kv_heads, &|b, _| shape.segment_len[b], false);
+        let mut v = tensor(kv_heads, &|b, _| shape.segment_len[b], false);
         let prior_k = tensor(kv_heads, &|b, _| shape.prior_len[b], true);
-        let prior_v = tensor(kv_heads, &|b, _| shape.prior_len[b], false);
+        let mut prior_v = tensor(kv_heads, &|b, _| shape.prior_len[b], false);
         let past_k = tensor(kv_heads, &past_len, true);
-        let past_v = tensor(kv_heads, &past_len, false);
+        let mut past_v = tensor(kv_heads, &past_len, false);
+        if shape.arrangement == Arrangement::SharedValues {
+            for values in [&mut v, &mut prior_v, &mut past_v] {
+                values.share_heads();
+            }
+        }
         let d_out = tensor(q_heads, &|b, _| query_len(b), false);
         let rows = q.shape[1];
         let mut d_lse = vec![f64::NAN; batch * q_heads * rows];

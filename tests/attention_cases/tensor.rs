@@ -16,8 +16,8 @@ pub enum Arrangement {
     BatchInside8,
     /// As `Offsets`, but all strides and offsets are multiples of 8.
     Offsets8,
-    /// Packed; all heads have the same queries and the same values, with a stride of 0 between heads.
-    SharedHeads,
+    /// Packed; all heads have the same values, with a stride of 0 between heads.
+    SharedValues,
 }
 
 #[derive(Debug, Clone)]
@@ -39,7 +39,7 @@ impl<T: Copy> Tensor<T> {
             _ => 1,
         };
         let (row_stride, head_stride, batch_stride) = match arrangement {
-            Arrangement::Packed | Arrangement::SharedHeads => {
+            Arrangement::Packed | Arrangement::SharedValues => {
                 (heads * head_dim, head_dim, rows * heads * head_dim)
             }
             Arrangement::HeadsOutside => (head_dim, rows * head_dim, rows * heads * head_dim),

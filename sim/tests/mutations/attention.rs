@@ -194,9 +194,9 @@ fn hopper_suite(kernels: &Kernels, head_dim: usize) {
     // The first row sees all keys of a tile but one.
     check(&Shape::plain(1, 1, head_dim, [70, 0, 0]), vec![62]);
     bits::rows_stand_alone(&mut Simulated::of(3, kernels), Dtype::Bf16, head_dim);
-    // Queries and values that no tensor map describes, and keys that one does.
+    // Values that no tensor map describes, and keys that one does.
     let shared = Shape {
-        arrangement: Arrangement::SharedHeads,
+        arrangement: Arrangement::SharedValues,
         ..Shape::plain(2, 1, head_dim, [130, 66, 0])
     };
     check(&shared, vec![0]);
