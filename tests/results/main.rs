@@ -115,7 +115,9 @@ fn index(runs: &[Run]) -> String {
          [docs/gpu.md](../gpu.md).\n\n\
          ## The newest figures in short\n\n{newest}\n## Experiments\n\n\
          Made by `segattn report` from the rows in `experiments/results/`.\n\n\
-         {experiments}\n## All runs\n\n{list}"
+         {experiments}\n## Planted bugs\n\n\
+         [planted-bugs](planted-bugs.md): which bugs planted into the kernels their tests catch, by `sim/planted`.\n\n\
+         ## All runs\n\n{list}"
     )
 }
 
