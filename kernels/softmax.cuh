@@ -27,13 +27,13 @@ SEGATTN_FN float quad_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// The update of a row by a tile's highest score: the new maximum, the factor that rescales what was accumulated
-// before, and the offset of the tile's exponents.
+// The update of a row by a tile's highest score in base 2, bias included: the new maximum, the factor that rescales
+// what was accumulated before, and the offset of the tile's exponents.
 struct RowUpdate {
   float max, factor, offset;
 };
-SEGATTN_FN RowUpdate update_row(float row_max, float tile_max, float scale_log2, float bias) {
-  const float max = max_f32(row_max, fma_rn(tile_max, scale_log2, bias)), reference = finite_max(max);
+SEGATTN_FN RowUpdate update_row(float row_max, float tile_max_log2, float bias) {
+  const float max = max_f32(row_max, tile_max_log2), reference = finite_max(max);
   return {max, exp2_approx(row_max - reference), bias - reference};
 }
 SEGATTN_FN float probability(float score, float scale_log2, const RowUpdate& update) {
@@ -48,7 +48,7 @@ SEGATTN_FN float softmax_row(float (&s)[kColTiles][4], int half, RowState& row, 
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) tile_max = max_f32(tile_max, max_f32(s[n][half * 2], s[n][half * 2 + 1]));
   tile_max = quad_max(tile_max);
-  const RowUpdate update = update_row(row.max, tile_max, scale_log2, bias);
+  const RowUpdate update = update_row(row.max, fma_rn(tile_max, scale_log2, bias), bias);
   float even = 0.f, odd = 0.f;
 #pragma unroll
   for (int n = 0; n < kColTiles; n++) {

@@ -126,3 +126,24 @@ SEGATTN_FN void copy_rows_async(SharedAddress tile, Rows<T> rows, int first, int
     src += kRowsPerPass * rows.stride;
   }
 }
+
+// The same by one warp, for kRows rows from a multiple of 8 of the tile on, of which `left` are there. A lane keeps its
+// column of every panel: few addresses, and whole lines of 128 bytes where panels have them.
+template <class Tile, int kRows, class T>
+SEGATTN_FN void copy_rows_async_by_warp(SharedAddress rows_of_tile, const T* src, int64_t stride, int left,
+                                        uint32_t lane) {
+  constexpr int kRowsPerPass = 32 / Tile::kPanelChunks;
+  static_assert(kRows % 8 == 0 && 8 % kRowsPerPass == 0, "whole passes, whole swizzle periods");
+  const int row0 = lane / Tile::kPanelChunks, column = lane % Tile::kPanelChunks;
+  const SharedAddress origin = Tile::chunk(rows_of_tile, row0, column);
+  src += row0 * stride + column * 8;
+#pragma unroll
+  for (int row = 0; row < kRows; row += kRowsPerPass) {
+    // Rows 4 apart differ in one bit of the swizzle, rows 8 apart in none.
+    const SharedAddress target = (row % 8 == 0 ? origin : origin ^ (4 << 4)) + row * Tile::kRowBytes;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kCols / Tile::kPanelCols; panel++)
+      cp_async_16(target + panel * Tile::kPanelBytes, src + panel * Tile::kPanelCols, row0 + row < left ? 16 : 0);
+    src += kRowsPerPass * stride;
+  }
+}

@@ -54,7 +54,13 @@ pub const WARPGROUPS: [Rule; 12] = [
     replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
 ];
 
-pub const WORK_TILES: [Rule; 13] = [
+pub const WORK_TILES: [Rule; 15] = [
+    replace("source == kPrior ? values", "source == kPast ? values"),
+    replace("(values ? v : k)[source]", "(values ? k : v)[source]"),
+    replace("? p.prior_v : p.prior_k", "? p.prior_k : p.prior_v"),
+    replace("values ? p.v : p.k", "values ? p.k : p.v"),
+    replace(": values ? p.past_v", ": !values ? p.past_v"),
+    replace("values = thread % 2", "values = thread / 4"),
     drop_statement("__syncwarp()"),
     replace("query < work.query_rows ?", "query <= work.query_rows ?"),
     replace("index % packed_heads)", "index / packed_heads)"),
@@ -68,16 +74,6 @@ pub const WORK_TILES: [Rule; 13] = [
         "(int64_t)split * p.batch + batch_index",
         "(int64_t)split * p.batch",
     ),
-    replace(
-        "k[kSinks] = Rows<const T>::of(p.past_k",
-        "k[kSinks] = Rows<const T>::of(p.prior_k",
-    ),
-    replace(
-        "v[kSinks] = Rows<const T>::of(p.past_v",
-        "v[kSinks] = Rows<const T>::of(p.past_k",
-    ),
-    replace("(p.prior_k, batch_index", "(p.past_k, batch_index"),
-    replace("(p.prior_v, batch_index", "(p.v, batch_index"),
     replace("q.query >= tensor.rows", "q.query > tensor.rows"),
     replace("q.position >= 0 ? value : make_uint4(0, 0, 0, 0)", "value"),
 ];
@@ -146,7 +142,7 @@ pub const PIPELINE: [Rule; 3] = [
     replace("iteration & 1", "0"),
 ];
 
-pub const TILE: [Rule; 16] = [
+pub const TILE: [Rule; 20] = [
     replace("n + (lane & 7), k / 8", "n, k / 8"),
     replace("k / 8 + (lane >> 3)", "k / 8"),
     replace("k + lane, n / 8", "k, n / 8"),
@@ -169,6 +165,10 @@ pub const TILE: [Rule; 16] = [
     replace("src += kRowsPerPass * rows.stride", "src += kRowsPerPass"),
     replace("left = end - first - row0", "left = end - first"),
     replace("row % 8 == 0 ? origin", "true ? origin"),
+    replace("row0 + row < left", "row < left"),
+    replace("src += kRowsPerPass * stride", "src += kRowsPerPass"),
+    replace("src + panel * Tile::kPanelCols", "src"),
+    replace("src += row0 * stride + column * 8", "src += row0 * stride"),
 ];
 
 pub const PRODUCTS: [Rule; 8] = [
