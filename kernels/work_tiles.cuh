@@ -82,16 +82,16 @@ template <class T>
 struct SourceRows {
   Rows<const T> k[4], v[4];
 
-  // Called by all threads; the first eight write, on one path, so that what they load is in flight together.
+  // Called by all threads; the first eight write.
   __device__ __forceinline__ void fill(const SegattnProblem& p, int batch_index, int kv_head, int thread) {
-    if (thread < 0 || thread >= 8) return;
-    const int source = thread / 2;
-    const bool values = thread % 2;
-    const SegattnTensor& tensor = source == kCurrent ? values ? p.v : p.k
-                                  : source == kPrior ? values ? p.prior_v : p.prior_k
-                                  : values           ? p.past_v
-                                                     : p.past_k;
-    (values ? v : k)[source] = Rows<const T>::of(tensor, batch_index, kv_head);
+    if (thread == 0) k[kPast] = Rows<const T>::of(p.past_k, batch_index, kv_head);
+    if (thread == 1) v[kPast] = Rows<const T>::of(p.past_v, batch_index, kv_head);
+    if (thread == 2) k[kPrior] = Rows<const T>::of(p.prior_k, batch_index, kv_head);
+    if (thread == 3) v[kPrior] = Rows<const T>::of(p.prior_v, batch_index, kv_head);
+    if (thread == 4) k[kCurrent] = Rows<const T>::of(p.k, batch_index, kv_head);
+    if (thread == 5) v[kCurrent] = Rows<const T>::of(p.v, batch_index, kv_head);
+    if (thread == 6) k[kSinks] = Rows<const T>::of(p.past_k, batch_index, kv_head);
+    if (thread == 7) v[kSinks] = Rows<const T>::of(p.past_v, batch_index, kv_head);
   }
 };
 

@@ -336,7 +336,7 @@ const FORWARD: [Rule; 30] = [
     replace("rows.first_row + m * 16, 1", "rows.first_row, 1"),
 ];
 
-const DECODE: [Rule; 59] = [
+const DECODE: [Rule; 57] = [
     drop_statement("__syncthreads()"),
     drop_statement("__syncwarp()"),
     drop_statement("cp_async_commit()"),
@@ -354,7 +354,6 @@ const DECODE: [Rule; 59] = [
         "index < tiles : round < tiles",
         "index < tiles : round < tiles - 1",
     ),
-    replace("index < tiles ? tile.end - first : 0", "tile.end - first"),
     replace("? tile.end - first", "? tile.end - first + 1"),
     replace("sources.v[tile.source] :", "sources.k[tile.source] :"),
     replace(
@@ -373,7 +372,6 @@ const DECODE: [Rule; 59] = [
         "fma_rn(tile_max, scale, bias[half])",
         "mul_rn(tile_max, scale)",
     ),
-    replace("tile < warp ?", "tile <= warp ?"),
     replace("tile < warp ?", "tile + 1 < warp ?"),
     replace("float before = max[half]", "float before = max[0]"),
     replace("row = half * 8 + lane / 4;", "row = lane / 4;"),

@@ -54,13 +54,7 @@ pub const WARPGROUPS: [Rule; 12] = [
     replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
 ];
 
-pub const WORK_TILES: [Rule; 15] = [
-    replace("source == kPrior ? values", "source == kPast ? values"),
-    replace("(values ? v : k)[source]", "(values ? k : v)[source]"),
-    replace("? p.prior_v : p.prior_k", "? p.prior_k : p.prior_v"),
-    replace("values ? p.v : p.k", "values ? p.k : p.v"),
-    replace(": values ? p.past_v", ": !values ? p.past_v"),
-    replace("values = thread % 2", "values = thread / 4"),
+pub const WORK_TILES: [Rule; 13] = [
     drop_statement("__syncwarp()"),
     replace("query < work.query_rows ?", "query <= work.query_rows ?"),
     replace("index % packed_heads)", "index / packed_heads)"),
@@ -74,6 +68,16 @@ pub const WORK_TILES: [Rule; 15] = [
         "(int64_t)split * p.batch + batch_index",
         "(int64_t)split * p.batch",
     ),
+    replace(
+        "k[kSinks] = Rows<const T>::of(p.past_k",
+        "k[kSinks] = Rows<const T>::of(p.prior_k",
+    ),
+    replace(
+        "v[kSinks] = Rows<const T>::of(p.past_v",
+        "v[kSinks] = Rows<const T>::of(p.past_k",
+    ),
+    replace("(p.prior_k, batch_index", "(p.past_k, batch_index"),
+    replace("(p.prior_v, batch_index", "(p.v, batch_index"),
     replace("q.query >= tensor.rows", "q.query > tensor.rows"),
     replace("q.position >= 0 ? value : make_uint4(0, 0, 0, 0)", "value"),
 ];
