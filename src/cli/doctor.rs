@@ -1,5 +1,6 @@
 //! `segattn doctor`: what this machine offers, what is missing, and what to do about it.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -55,8 +56,10 @@ struct Gpu {
     driver_version: Option<String>,
     /// GPUs that can be used.
     devices: Vec<Device>,
-    /// Why there are none.
+    /// Why there are none, or what is wrong with one of them.
     error: Option<String>,
+    /// Whether cuBLASLt is there, which models need; `None` where no GPU can be used.
+    cublaslt: Option<bool>,
 }
 
 /// A GPU as its driver describes it.
@@ -69,6 +72,15 @@ struct Device {
     memory: u64,
     free: Option<u64>,
     multiprocessors: u32,
+    /// `None` where it could not load the kernels.
+    loading: Option<Loading>,
+}
+
+/// Times in milliseconds.
+#[derive(Debug, Serialize)]
+struct Loading {
+    files: BTreeMap<&'static str, f64>,
+    all: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -155,6 +167,7 @@ fn gpu() -> Gpu {
         driver_version: None,
         devices: Vec::new(),
         error: None,
+        cublaslt: None,
     };
     #[cfg(feature = "cuda")]
     let gpu = asked(gpu);
@@ -176,27 +189,42 @@ fn asked(mut gpu: Gpu) -> Gpu {
             return gpu;
         }
     };
+    gpu.cublaslt = Some(segattn::device::gpu::cuda_driver::load_library().is_ok());
     for (ordinal, info) in devices.into_iter().enumerate() {
-        // Opening it also shows whether it works.
+        // Opening it and loading the kernels also shows whether they work.
         let opened = cuda::open(ordinal);
-        let free = opened.map(|context| context.mem_get_info().ok().map(|(free, _)| free));
+        let free = opened
+            .as_ref()
+            .ok()
+            .and_then(|context| context.mem_get_info().ok());
+        let loading = opened
+            .map_err(anyhow::Error::from)
+            .and_then(|context| loading(&context));
         gpu.devices.push(Device {
             name: info.name,
             architecture: format!("sm_{}{}", info.architecture.0, info.architecture.1),
             memory: info.memory as u64,
-            free: free
-                .as_ref()
-                .ok()
-                .copied()
-                .flatten()
-                .map(|free| free as u64),
+            free: free.map(|(free, _)| free as u64),
             multiprocessors: info.multiprocessors,
+            loading: loading
+                .map_err(|error| gpu.error = Some(error.to_string()))
+                .ok(),
         });
-        if let Err(error) = free {
-            gpu.error = Some(error.to_string());
-        }
     }
     gpu
+}
+
+/// Loads all kernels.
+#[cfg(feature = "cuda")]
+fn loading(context: &std::sync::Arc<cudarc::driver::CudaContext>) -> Result<Loading> {
+    use segattn::cuda::kernels::DriverKernels;
+    let loaded = DriverKernels::new(context)?.load_all()?;
+    let files: BTreeMap<_, _> = loaded
+        .into_iter()
+        .map(|(file, time)| (file.stem(), 1e3 * time.as_secs_f64()))
+        .collect();
+    let all = files.values().sum();
+    Ok(Loading { files, all })
 }
 
 /// The driver's version: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Mon ...".
@@ -267,6 +295,13 @@ fn advice(report: &Report) -> Vec<String> {
     if let (Some(error), true) = (&gpu.error, gpu.driver.is_some()) {
         advice.push(error.clone());
     }
+    if gpu.cublaslt == Some(false) {
+        advice.push(
+            "no libcublasLt: the operation runs, models do not; it comes with the CUDA toolkit and with \
+             `pip install nvidia-cublas`; add its folder to LD_LIBRARY_PATH"
+                .into(),
+        );
+    }
     if gpu.kernels.is_none() && !gpu.names.is_empty() {
         advice.push(
             "this segattn was built without GPU kernels: build it with --features cuda".into(),
@@ -313,6 +348,7 @@ fn text(report: &Report) -> String {
             name,
             architecture,
             multiprocessors,
+            loading,
             ..
         } = device;
         line(
@@ -321,6 +357,10 @@ fn text(report: &Report) -> String {
                 "{name}, {architecture}, {multiprocessors} multiprocessors, {total}, {free} free"
             ),
         );
+        if let Some(Loading { files, all }) = loading {
+            let text = format!("{} files of kernels loaded in {all:.0} ms", files.len());
+            line("", text);
+        }
     }
     if gpu.devices.is_empty() {
         let names = gpu.names.join(", ");
@@ -340,6 +380,9 @@ fn text(report: &Report) -> String {
         _ => "none: built without --features cuda".to_owned(),
     };
     line("kernels", kernels);
+    if let Some(there) = gpu.cublaslt {
+        line("cublasLt", if there { "found".into() } else { none() });
+    }
     let nvcc = report.nvcc.as_ref().map(|nvcc| {
         let version = nvcc.version.as_deref().unwrap_or("unknown version");
         format!("{version}, {}", nvcc.path.display())
@@ -389,34 +432,75 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_gpu_without_its_library_gets_advice() {
-        let mut report = Report {
+    /// A machine with a GPU and all that this build needs.
+    fn well() -> Report {
+        Report {
             version: "",
             system: String::new(),
             cpu: cpu(),
             memory: HostMemory::now(),
             gpu: Gpu {
-                driver: None,
-                driver_release: None,
+                driver: Some("libcuda.so.1".into()),
+                driver_release: Some("580.95.05".into()),
                 names: vec!["X".into()],
-                kernels: None,
-                kernels_from: None,
-                kernels_need: None,
-                driver_version: None,
-                devices: Vec::new(),
+                kernels: Some("sm_80, PTX 80"),
+                kernels_from: Some("prebuilt"),
+                kernels_need: Some("driver 580 or newer".into()),
+                driver_version: Some("13.0".into()),
+                devices: vec![Device {
+                    name: "X".into(),
+                    architecture: "sm_90".into(),
+                    memory: 1 << 30,
+                    free: None,
+                    multiprocessors: 132,
+                    loading: Some(Loading {
+                        files: BTreeMap::from([("copy", 1.5), ("loss", 2.0)]),
+                        all: 3.5,
+                    }),
+                }],
                 error: None,
+                cublaslt: Some(true),
             },
             nvcc: None,
             advice: Vec::new(),
-        };
-        assert!(advice(&report).iter().any(|a| a.contains("no libcuda")));
-        assert!(advice(&report).iter().any(|a| a.contains("no nvcc")));
+        }
+    }
+
+    fn advises(report: &Report, what: &str) -> bool {
+        advice(report).iter().any(|advice| advice.contains(what))
+    }
+
+    #[test]
+    fn what_a_gpu_can_load_is_said() {
+        let mut report = well();
+        assert!(!advises(&report, "GPU") && !advises(&report, "driver"));
+        let said = text(&report);
+        for what in [
+            "580.95.05, knows CUDA 13.0, libcuda.so.1",
+            "sm_80, PTX 80; prebuilt; need driver 580 or newer",
+            "2 files of kernels loaded in 4 ms",
+            "cublasLt  found",
+        ] {
+            assert!(said.contains(what), "{what}: {said}");
+        }
+        report.gpu.cublaslt = Some(false);
+        assert!(advises(&report, "pip install nvidia-cublas"));
+        report.gpu.devices[0].loading = None;
+        assert!(!text(&report).contains("files of kernels"));
+        report.gpu.error = Some("the NVIDIA driver supports CUDA 12.4, but".into());
+        assert!(advises(&report, "supports CUDA 12.4"));
+    }
+
+    #[test]
+    fn a_gpu_without_its_library_gets_advice() {
+        let mut report = well();
+        report.gpu.driver = None;
+        assert!(advises(&report, "no libcuda"));
+        report.gpu.kernels = None;
+        assert!(advises(&report, "no nvcc") && advises(&report, "--features cuda"));
         report.gpu.names.clear();
-        assert!(
-            advice(&report)
-                .iter()
-                .any(|a| a.contains("runs on the CPU"))
-        );
+        assert!(advises(&report, "runs on the CPU"));
+        report.gpu.driver = Some("libcuda.so.1".into());
+        assert!(advises(&report, "nvidia-smi"));
     }
 }

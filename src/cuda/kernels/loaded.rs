@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUstream};
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -102,6 +103,22 @@ impl DriverKernels {
             layout.check(file)?;
         }
         Ok(place.get_or_init(|| module))
+    }
+
+    /// Loads all files for this GPU that are not loaded yet, and says how long each took. Plans load what they need, so
+    /// this is for finding out whether the driver takes all, or for having no delay later. The driver may leave the code
+    /// of a kernel until its first launch, unless `CUDA_MODULE_LOADING=EAGER` is in the environment.
+    ///
+    /// # Errors
+    /// What the driver says of the first file that it refuses.
+    pub fn load_all(&self) -> Result<Vec<(File, Duration)>, Error> {
+        let files = File::ALL.into_iter();
+        let files = files.filter(|file| self.hopper || !file.is_for_hopper());
+        let load = |file| {
+            let started = Instant::now();
+            self.module(file).map(|_| (file, started.elapsed()))
+        };
+        files.map(load).collect()
     }
 
     fn function(&self, entry: Entry) -> Result<Arc<Function>, Error> {

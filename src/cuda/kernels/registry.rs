@@ -76,6 +76,11 @@ impl File {
     pub fn has_layout(self) -> bool {
         self.stem().starts_with("attention")
     }
+
+    /// Whether the file has kernels for sm_90 alone.
+    pub fn is_for_hopper(self) -> bool {
+        self.stem().ends_with("_hopper")
+    }
 }
 
 /// An `extern "C"` kernel. Its metadata is the constant `<name>_info` of the same file, if it has one.

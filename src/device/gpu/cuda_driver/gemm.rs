@@ -87,16 +87,25 @@ impl std::fmt::Debug for CublasLt {
     }
 }
 
+/// Loads cuBLASLt, which models need beside the driver; the operation alone does not.
+///
+/// # Errors
+/// [`Error::NoLibrary`].
+pub fn load_library() -> Result<(), Error> {
+    #[cfg(not(feature = "linked-driver"))]
+    // SAFETY: loading the library runs its constructors and nothing else.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::NoLibrary {
+            library: "libcublasLt",
+        });
+    }
+    Ok(())
+}
+
 impl CublasLt {
     /// Loads cuBLASLt in the current context.
     pub fn new(choice: Choice) -> Result<Self, Error> {
-        #[cfg(not(feature = "linked-driver"))]
-        // SAFETY: loading the library runs its constructors and nothing else.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::NoLibrary {
-                library: "libcublasLt",
-            });
-        }
+        load_library()?;
         let handle =
             cudarc::cublaslt::result::create_handle().map_err(|e| said("cublasLtCreate", e.0))?;
         // From here on the handle is destroyed on every path.

@@ -14,8 +14,8 @@ use crate::cuda::kernels::{DriverKernels, DriverStream, Error, Launch, Launcher}
 use crate::cuda::{self, DeviceInfo, driver_error};
 use crate::device::{DeviceError, OutOfMemory};
 
-pub use gemm::Choice;
 use gemm::CublasLt;
+pub use gemm::{Choice, load_library};
 
 /// Smallest size of an allocation from the driver.
 const REGION_BYTES: usize = 256 << 20;
