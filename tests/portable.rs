@@ -49,6 +49,8 @@ fn make_folder(options: &[&str]) {
         "segattn",
         "bench_attention",
         "bench_model",
+        "candle_gpu",
+        "many_clients.py",
         "run.sh",
     ] {
         assert!(folder.join(file).exists(), "{options:?}: no {file}; {said}");

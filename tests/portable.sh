@@ -42,7 +42,8 @@ cp benches/model/gpu/peers.py "$folder/model_peers.py"
 archive=$(cargo build -p segattn-capi --features cuda --message-format=json-render-diagnostics "$@" |
   sed -n 's/.*"\([^"]*libsegattn_c\.a\)".*/\1/p')
 if [ -n "$archive" ]; then
-  ${CC:-cc} -O2 -Icapi/include capi/examples/attention.c "$archive" -lpthread -ldl -lm -o "$folder/attention_c"
+  ${CC:-cc} -O2 -Icapi/include capi/examples/attention.c "$archive" -Wl,--gc-sections -lpthread -ldl -lm \
+    -o "$folder/attention_c"
   strip "$folder/attention_c"
 else
   echo "no C program: cargo made no libsegattn_c.a"
@@ -51,12 +52,22 @@ fi
 # The Python package with its tests, for a python3 there that has PyTorch and pytest.
 if cargo build --manifest-path python/Cargo.toml --features cuda --release; then
   mkdir -p "$folder/python"
-  cp -r python/segattn python/tests python/examples "$folder/python/"
+  cp -r python/segattn python/tests python/examples python/README.md "$folder/python/"
   rm -f "$folder/python/segattn/_native.abi3.so"
   strip -o "$folder/python/segattn/_native.abi3.so" python/target/release/lib_native.so
 else
   echo "no Python package: it did not compile"
 fi
+
+# The crate for candle, whose own kernels and libraries need a CUDA toolkit here and there.
+if (cd candle && take test --no-run --test gpu "$@"); then
+  mv "$folder/gpu" "$folder/candle_gpu"
+else
+  echo "no test of candle: it did not compile"
+fi
+
+# A server with many clients.
+cp tests/serving/many_clients.py configs/train.toml "$folder/"
 
 # Golden vectors of the instruction wrappers, recorded again there and compared bit by bit.
 nvcc=${NVCC:-$(command -v nvcc || true)}
@@ -69,16 +80,17 @@ fi
 
 cat > "$folder/run.sh" <<'RUN'
 #!/usr/bin/env bash
-# run.sh [--repeat N] [--sanitizer] [--bench] [--model]
-#   tests on GPU 0; --repeat: equal bits over N repetitions (default 1000); --sanitizer: once more, small, under
-#   compute-sanitizer's memcheck and racecheck; --bench, --model: afterwards the bench of attention, of whole models,
-#   against PyTorch where python3 has it
+# run.sh [--repeat N] [--serve SECONDS] [--sanitizer] [--bench] [--model]
+#   tests on GPU 0; --repeat: equal bits over N repetitions (default 1000); --serve: how long 64 clients ask a server
+#   (default 30); --sanitizer: once more, small, under compute-sanitizer's memcheck and racecheck; --bench, --model:
+#   afterwards the bench of attention, of whole models, against PyTorch where python3 has it
 set -uo pipefail
 cd "$(dirname "$0")"
-repeat=1000 sanitizer= bench= model=
+repeat=1000 serve=30 sanitizer= bench= model=
 while [ $# -gt 0 ]; do
   case "$1" in
     --repeat) repeat=$2; shift ;;
+    --serve) serve=$2; shift ;;
     --sanitizer) sanitizer=1 ;;
     --bench) bench=1 ;;
     --model) model=1 ;;
@@ -96,14 +108,23 @@ step() {
 golden() {
   ./golden_record golden_here.safetensors && cmp golden_here.safetensors golden.safetensors
 }
+# A model that has seen a little text, and a server of it.
+served() {
+  ./segattn train train.toml --device cuda --data.train many_clients.py \
+    --training.sequence-len 512 --training.steps 3 --training.output served &&
+    python3 many_clients.py ./segattn served/checkpoints/step-* "$serve" --device cuda
+}
 export SEGATTN_REQUIRE_GPU=1
 step ./segattn doctor
 step ./attention_slices
 step ./attention_pointers
 if [ -x attention_c ]; then step ./attention_c; step ./attention_c --cuda; fi
 if [ -x golden_record ]; then step golden; fi
+if [ -x candle_gpu ]; then step ./candle_gpu; fi
+rm -rf served
+step served
 if [ -d python ] && python3 -c 'import torch, pytest'; then
-  PYTHONPATH=python step python3 -m pytest -q python/tests/test_cuda.py python/tests/test_torch.py
+  PYTHONPATH=python step python3 -m pytest -q python/tests
 else
   echo "no tests of the Python package: python3 has no torch or no pytest"
 fi

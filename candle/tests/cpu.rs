@@ -1,6 +1,9 @@
 //! The operation on the CPU: against plain candle operations, and gradients against finite differences in f64.
 
+mod numbers;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
+use numbers::numbers;
 use segattn_candle::{Options, Past, segment_attn};
 
 const BATCH: usize = 2;
@@ -10,19 +13,6 @@ const PAST: usize = 4;
 const Q_HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 8;
-
-/// Numbers between -1 and 1 that look random.
-fn numbers(shape: &[usize], seed: u64) -> Result<Tensor> {
-    let mut state = seed;
-    let mut number = || {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.0
-    };
-    let data: Vec<f64> = (0..shape.iter().product()).map(|_| number()).collect();
-    Tensor::from_vec(data, shape, &Device::Cpu)
-}
 
 /// q, kv, prior_kv.
 fn inputs() -> Result<[Tensor; 3]> {
