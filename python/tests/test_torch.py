@@ -1,5 +1,7 @@
 """The operation as an op of PyTorch: its registration, its gradients, and against attention in plain PyTorch."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import optional
@@ -210,3 +212,19 @@ def test_a_backward_pass_of_decoding_is_refused():
     out = segattn.segment_attention(case["q"][:, -1:], case["k"], case["v"], query_start=[8, 8])
     with pytest.raises(segattn.ArgumentError, match="query_start.0.: expected 0 in a backward pass, got 8"):
         out.sum().backward()
+
+
+def test_the_readme_s_packed_rows_have_the_results_of_each_sequence_alone():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    [block] = [block for block in text.split("```") if "cu_seqlens.diff()" in block]
+    ends = [0, 5, 6, 18, 27]
+    q, k, v = (torch.randn(ends[-1], heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    names = {"torch": torch, "segattn": segattn, "q": q, "k": k, "v": v, "cu_seqlens": torch.tensor(ends)}
+    exec(block.removeprefix("python"), names)
+    out = names["out"]
+    assert out.shape == q.shape
+    for begin, end in zip(ends, ends[1:]):
+        alone = segattn.segment_attention(*(x[None, begin:end] for x in (q, k, v)))
+        assert torch.equal(out[begin:end], alone[0])
+    for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v)):
+        assert grad.shape == x.shape and grad.abs().sum() > 0

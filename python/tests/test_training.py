@@ -1,6 +1,10 @@
 """Models: generation, scoring and training by token ids."""
 
 import importlib.util
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +190,31 @@ def test_the_example_learns(capsys):
     rewards = [reward for reward, _ in example().main()]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1, rewards
     assert "exactly 1 before the first update" in capsys.readouterr().out
+
+
+def ctrl_c_in(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def test_ctrl_c_ends_generation():
+    generator = Generator(Trainer(None, KEYS))
+    ctrl_c_in(0.2)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate([TEXT], max_new=1_000_000, end_tokens=[])
+    assert time.monotonic() - started < 5
+    assert len(generator.generate([TEXT], max_new=4, end_tokens=[])[0].tokens) == 4
+
+
+def test_ctrl_c_comes_after_a_whole_training_step():
+    trainer, other = Trainer(None, KEYS), Trainer(None, KEYS)
+    sequences = 20 * [20 * TEXT]
+    ctrl_c_in(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(sequences)
+        # Where the step was done before the signal came.
+        time.sleep(5)
+    other.step(sequences)
+    got, expected = trainer.step([TEXT]), other.step([TEXT])
+    assert got.step == expected.step == 1
+    assert bits(got.logprobs[0]) == bits(expected.logprobs[0])

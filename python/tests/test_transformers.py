@@ -67,14 +67,15 @@ def logprobs(model, tokens, **more):
 
 
 def test_log_probabilities_are_those_of_the_crate(folder):
-    model = ours.from_pretrained(folder)
+    # Not in f32: which rows are retrieved may hang on the last bit, and sums in another order have other bits.
+    model = ours.from_pretrained(folder, dtype=torch.float64)
     assert model.config._attn_implementation == "segattn"
     # Sequences with break ids end segments at different places: one at a time.
     for tokens in TOKENS:
         expected = segattn.Generator(folder).score([tokens])[0]
         with torch.no_grad():
             got = logprobs(model, [tokens])[0].numpy()
-        # Both compute in f32, with matrix products of different order.
+        # The crate computes in f32, and so do the norms of Transformers.
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-4)
         breaks = [5, 21, 22, 70]
         expected = segattn.Generator(folder).score([tokens], breaks=[breaks])[0]
@@ -109,9 +110,17 @@ def test_sequences_of_a_batch_do_not_see_each_other(folder):
     torch.testing.assert_close(both[1], alone[0], rtol=0, atol=1e-5)
 
 
+def in_f64(norm):
+    """Transformers computes norms in f32 whatever the model's type, too coarsely for small differences."""
+    norm.forward = lambda x: norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+
 def test_gradients_are_those_of_finite_differences(folder):
-    # In f64, and without retrieved rows, through which no gradient flows.
+    # Without retrieved rows, through which no gradient flows.
     model = ours.from_pretrained(folder, dtype=torch.float64)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            in_f64(module)
     segment = {**model.config.segment, "past_len": 0, "sink_len": 0}
     model.model.forward = model.model.forward.whole
     ours.run_in_segments(model, segment)
@@ -127,8 +136,7 @@ def test_gradients_are_those_of_finite_differences(folder):
             weight += sign * step * along
             ends.append(logprobs(model, tokens).sum())
     difference = (ends[0] - ends[1]) / (2 * step)
-    # The rotary tables of Transformers are f32.
-    assert abs(slope - difference) < 1e-4 * (1 + abs(difference)), (slope, difference)
+    assert abs(slope - difference) < 1e-6 * (1 + abs(difference)), (slope, difference)
 
 
 def test_gates_learn_and_the_state_can_be_detached(folder):
