@@ -46,8 +46,8 @@ compiles segattn-capi --features cuda
 compiles segattn-candle
 echo
 for features in "" cuda; do
-  maturin build --release --manifest-path python/Cargo.toml --target-dir "$folder/target" --out "$folder/wheel$features" \
-    ${features:+--features "$features"} "$@" >&2
+  maturin build --release --manifest-path python/Cargo.toml --target-dir "$folder/target" \
+    --out "$folder/wheel$features" ${features:+--features "$features"} "$@" >&2
   for wheel in "$folder/wheel$features"/*.whl; do
     echo "$(basename "$wheel")${features:+ with $features}: $(size "$wheel")"
   done

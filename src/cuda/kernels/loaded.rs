@@ -106,8 +106,8 @@ impl DriverKernels {
     }
 
     /// Loads all files for this GPU that are not loaded yet, and says how long each took. Plans load what they need, so
-    /// this is for finding out whether the driver takes all, or for having no delay later. The driver may leave the code
-    /// of a kernel until its first launch, unless `CUDA_MODULE_LOADING=EAGER` is in the environment.
+    /// this is for finding out whether the driver takes all, or for having no delay later. The driver may leave the
+    /// code of a kernel until its first launch, unless `CUDA_MODULE_LOADING=EAGER` is in the environment.
     ///
     /// # Errors
     /// What the driver says of the first file that it refuses.
