@@ -239,6 +239,7 @@ pub fn checkpoint_files() -> &'static [(String, Vec<u8>)] {
             data: Fingerprints {
                 train: "documents".into(),
                 validation: "others".into(),
+                base: None,
             },
             extra: vec![("tokenizer.json".into(), b"{}".to_vec())],
         };

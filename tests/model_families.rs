@@ -297,6 +297,7 @@ fn trained(folder: &Path, tokens: &[u32]) -> (tempfile::TempDir, PathBuf, Tensor
         data: checkpoint::Fingerprints {
             train: String::new(),
             validation: String::new(),
+            base: None,
         },
         extra: Vec::new(),
     };

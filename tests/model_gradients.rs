@@ -12,6 +12,7 @@ use segattn::device::Device;
 use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::{Decoder, Step};
+use segattn::model::lora::{Lora, LoraConfig};
 use segattn::model::segmentation::{Segment, Sequence, Tokens};
 use segattn::model::state::{Angles, Plan, SequenceState, Slots};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
@@ -222,6 +223,36 @@ fn gradient_is_exact_with_every_switch() {
         let mut config = switched(after);
         config.segment.as_mut().unwrap().sink_len = 1;
         check_gradient(&config, &broken(), k, recompute);
+    }
+}
+
+#[test]
+fn gradient_is_exact_through_adapters() {
+    let all: &[&str] = &["all-linear"];
+    for (after, targets, k) in [
+        (true, all, 2),
+        (false, all, 1),
+        (
+            false,
+            &["v_proj", "1.self_attn.o_proj", "gate_proj", "down_proj"][..],
+            1,
+        ),
+    ] {
+        let mut config = switched(after);
+        let settings = LoraConfig {
+            rank: 3,
+            alpha: 2.0,
+            rslora: after,
+            targets: targets.iter().map(|t| (*t).to_owned()).collect(),
+        };
+        config.lora = Some(Lora::new(&config, settings).unwrap());
+        check_gradient(&config, &broken(), k, k == 1);
+        let (gradients, _) =
+            gradients(&model(&config, &values(&config, 1)), &broken(), k, 2, false);
+        let adapters = config.lora.as_ref().unwrap().adapters();
+        assert_eq!(adapters.len(), if targets == all { 14 } else { 7 });
+        let mut of_adapters = adapters.iter().flat_map(|a| [a.down, a.up()]);
+        assert!(of_adapters.all(|i| gradients[i].iter().any(|g| *g != 0.0)));
     }
 }
 

@@ -45,6 +45,7 @@ fn checkpoint(step: u64) -> Checkpoint {
         data: Fingerprints {
             train: "documents".into(),
             validation: "others".into(),
+            base: None,
         },
         extra: vec![("tokenizer.json".into(), b"{}".to_vec())],
     }

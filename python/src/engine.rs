@@ -146,6 +146,7 @@ impl<D: Device> Engine for Held<D> {
         let data = Fingerprints {
             train: String::new(),
             validation: String::new(),
+            base: None,
         };
         let checkpoint = trainer.checkpoint(&data, extra)?;
         Ok(save(&mut Disk, root, &checkpoint, keep)?)

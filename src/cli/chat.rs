@@ -266,7 +266,7 @@ impl<D: Planned> Talk<'_, D> {
 
     fn weights(&mut self) -> Result<String> {
         if self.weights.is_none() {
-            self.weights = Some(self.opened.weights.fingerprint()?);
+            self.weights = Some(self.opened.fingerprint()?);
         }
         Ok(self.weights.clone().unwrap_or_default())
     }

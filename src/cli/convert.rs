@@ -38,10 +38,20 @@ pub struct Args {
 
 /// Number formats of a safetensors file.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Format {
+pub enum Format {
     F32,
     F16,
     Bf16,
+}
+
+impl Format {
+    pub fn weights(self) -> WeightType {
+        match self {
+            Self::F32 => WeightType::F32,
+            Self::F16 => WeightType::F16,
+            Self::Bf16 => WeightType::Bf16,
+        }
+    }
 }
 
 /// Sinks of a model that gets segments.
@@ -105,12 +115,8 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         None => ModelConfig::load(&args.input)?,
     };
     args.segments.apply(&mut config)?;
-    let dtype = match args.dtype {
-        Some(Format::F32) => WeightType::F32,
-        Some(Format::F16) => WeightType::F16,
-        Some(Format::Bf16) => WeightType::Bf16,
-        None => config.dtype.unwrap_or(WeightType::F32),
-    };
+    let own = config.dtype.unwrap_or(WeightType::F32);
+    let dtype = args.dtype.map_or(own, Format::weights);
     match gguf {
         Some(gguf) => gguf.save(&args.out, &config, dtype, tokenizer)?,
         None => folder::convert(&args.input, &args.out, &config, dtype)?,

@@ -114,7 +114,7 @@ impl FromStr for Pool {
 }
 
 /// Devices whose memory is planned before a run.
-pub trait Planned: Device {
+pub trait Planned: Device + Clone {
     /// A device that counts memory and does nothing else.
     type Dry: Device;
 

@@ -148,7 +148,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let before = |i: usize| saved.get(i).or(saved.first()).copied().unwrap_or(0);
     // A fingerprint reads all weights, so it is made only where a state needs one.
     let weights = match state.is_some() || state_out.is_some() {
-        true => opened.weights.fingerprint()?,
+        true => opened.fingerprint()?,
         false => String::new(),
     };
     let each = inputs.iter().enumerate();

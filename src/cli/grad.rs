@@ -48,9 +48,14 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn run_on<D: Planned>(device: D, args: &Args) -> Result<()> {
     let results = Results::at(&args.out)?;
+    let opened = args.model.open(false)?;
+    ensure!(
+        opened.config.lora.is_none(),
+        "--adapter: expected no adapter, since the gradients are those of the model's own weights"
+    );
     let Opened {
         config, weights, ..
-    } = args.model.open(false)?;
+    } = opened;
     let tokens = read_tokens(&args.tokens, config.vocab_size)?;
     let tokens = args.breaks.over(tokens)?;
     ensure!(

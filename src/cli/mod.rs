@@ -14,6 +14,7 @@ mod files;
 mod generate;
 mod grad;
 mod inspect;
+mod merge_lora;
 mod metrics;
 mod model;
 mod op;
@@ -97,6 +98,8 @@ enum Command {
     Report(report::Args),
     /// Make a model folder of a GGUF file or of another folder, with segments if asked for
     Convert(convert::Args),
+    /// Make a model folder whose weights have adapters added
+    MergeLora(merge_lora::Args),
     /// What a model folder holds, and how much memory it takes at which length
     Inspect(inspect::Args),
     /// What this machine offers, what is missing, and what to do
@@ -154,6 +157,7 @@ fn run(command: Command, quiet: bool) -> Result<()> {
         Command::Reproduce(args) => reproduce::run(&args, quiet),
         Command::Report(args) => report::run(&args),
         Command::Convert(args) => convert::run(&args, quiet),
+        Command::MergeLora(args) => merge_lora::run(&args, quiet),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {

@@ -10,8 +10,9 @@ use segattn::generate::GenerateError;
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
+use segattn::model::lora::folder::{ADAPTER_CONFIG_FILE, AdapterFolder};
 use segattn::model::tokenizer::{Tokenizer, end_ids};
-use segattn::model::weights::Checkpoint;
+use segattn::model::weights::{Checkpoint, INDEX_FILE, WEIGHTS_FILE};
 use segattn::train::checkpoint::list;
 
 use super::device::{DeviceArgs, DeviceName, Planned, Pool};
@@ -31,6 +32,9 @@ pub struct ModelArgs {
         hide = true
     )]
     model: Option<PathBuf>,
+    /// Folder with adapters for the model, in PEFT's layout or as `train` saved it
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Run as the checkpoint says, in segments, or as full attention
@@ -110,16 +114,25 @@ impl ModelArgs {
         };
         let weights = Checkpoint::open(self.path())?;
         weights.check(&config)?;
+        let adapter = match &self.adapter {
+            Some(folder) => Some(AdapterFolder::open(folder, &config)?),
+            None => None,
+        };
+        config.lora = adapter.as_ref().map(|adapter| adapter.lora().clone());
         Ok(Opened {
             config,
             text,
             weights,
+            adapter,
             pool: self.device.pool,
         })
     }
 
     fn config(&self, adapt: Adapt<'_>) -> Result<ModelConfig> {
         let mut config = load_config(self.path())?;
+        if let Some(folder) = &self.adapter {
+            AdapterFolder::set_segments(folder, &mut config)?;
+        }
         adapt(&mut config)?;
         let overrides = SegmentOverrides {
             segment_len: self.segment_len,
@@ -144,6 +157,8 @@ pub struct Opened {
     pub text: Option<Tokenizer>,
     /// Its weights.
     pub weights: Checkpoint,
+    /// Its adapters, where it has some.
+    adapter: Option<AdapterFolder>,
     pool: Pool,
 }
 
@@ -156,6 +171,7 @@ impl Opened {
             config,
             text: None,
             weights,
+            adapter: None,
             pool: Pool(segattn::device::gpu::PoolPlacement::Auto),
         })
     }
@@ -178,7 +194,25 @@ impl Opened {
             let model = Decoder::for_dry_run(dry, self.config.clone(), false)?;
             Ok(run(&model)?)
         })?;
-        Ok(self.weights.load(device, self.config.clone(), false)?)
+        self.on(device)
+    }
+
+    /// The model on a device.
+    fn on<D: Planned>(&self, device: D) -> Result<Decoder<D>> {
+        let base = self.weights.load(device, self.config.clone(), false)?;
+        match &self.adapter {
+            Some(adapter) => Ok(adapter.over(&base)?),
+            None => Ok(base),
+        }
+    }
+
+    /// Names the weights, those of adapters too. Reads all of them.
+    pub fn fingerprint(&self) -> Result<String> {
+        let base = self.weights.fingerprint()?;
+        Ok(match &self.adapter {
+            Some(adapter) => format!("{base} {}", adapter.fingerprint()?),
+            None => base,
+        })
     }
 }
 
@@ -193,5 +227,18 @@ pub fn load_config(folder: &Path) -> Result<ModelConfig> {
             newest.display()
         );
     }
+    if folder.join(ADAPTER_CONFIG_FILE).exists() && !has_weights(folder) {
+        bail!(
+            "{} holds adapters, not a model; name the model that they were trained on, and this folder by --adapter",
+            folder.display()
+        );
+    }
     Ok(ModelConfig::load(folder)?)
+}
+
+/// Whether the weights of a model lie in the folder.
+fn has_weights(folder: &Path) -> bool {
+    [WEIGHTS_FILE, INDEX_FILE]
+        .iter()
+        .any(|name| folder.join(name).exists())
 }

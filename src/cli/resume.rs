@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use segattn::device::Purpose;
 use segattn::train::checkpoint::{list, load_latest};
-use segattn::train::config::Config;
+use segattn::train::config::{Config, ModelSection};
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
 use super::ranks::{Party, RanksArgs};
 use super::run::{Data, Ended, Run, checkpoints, claim};
 use super::text::Text;
-use super::train::{PREPARED, dry_run, estimate, trainer};
+use super::train::{PREPARED, base, dry_run, estimate, trainer};
 
 /// The run goes on under its own configuration; keys given here replace its own, such as --training.steps.
 #[derive(Debug, clap::Args)]
@@ -72,13 +72,32 @@ fn go_on_alone(
     let text = Text::open(&config, Some(&folder))?;
     let text = text.with_template(&config.data, &checkpoint.model)?;
     let before = &checkpoint.config;
+    // The weights under adapters may have been moved; that they are the same is known by their content.
+    let model = ModelSection {
+        folder: match config.lora.is_on() {
+            true => before.model.folder.clone(),
+            false => config.model.folder.clone(),
+        },
+        ..config.model.clone()
+    };
     ensure!(
-        config.model == before.model,
+        config.lora == before.lora,
+        "`lora`: expected the keys of {}; for other adapters start a new run",
+        folder.display()
+    );
+    ensure!(
+        model == before.model,
         "`model`: expected the keys of {}, since a run goes on with the same model; for another start a new run with \
          --model.folder {0}",
         folder.display()
     );
-    let data = Data::read(&config, &checkpoint.model, &text, output, quiet)?;
+    let mut data = Data::read(&config, &checkpoint.model, &text, output, quiet)?;
+    data.base = base(&config)?.map(|base| base.fingerprint()).transpose()?;
+    ensure!(
+        data.base == checkpoint.data.base,
+        "the weights in `model.folder` are others than when {} was saved; adapters go on over the same weights",
+        folder.display()
+    );
     let now = data.fingerprints();
     ensure!(
         now.train == checkpoint.data.train,

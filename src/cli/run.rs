@@ -49,6 +49,8 @@ pub fn claim(output: &Path) -> Result<RunLock> {
 /// The data of a run.
 pub struct Data<'a> {
     pub corpus: Corpus,
+    /// Fingerprint of the weights that adapters are added to.
+    pub base: Option<String>,
     train: Mixture<'a>,
     validation: Sequences,
 }
@@ -114,6 +116,7 @@ impl<'a> Data<'a> {
         let data = Self {
             train: Mixture::new(train, sections, parts, text, vocab_size)?,
             corpus,
+            base: None,
             validation,
         };
         data.check_step(&config.training)?;
@@ -137,6 +140,7 @@ impl<'a> Data<'a> {
         Fingerprints {
             train: self.train.fingerprint(),
             validation: self.validation.fingerprint(),
+            base: self.base.clone(),
         }
     }
 

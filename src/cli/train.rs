@@ -68,7 +68,8 @@ fn begin_alone(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) 
     let text = Text::open(config, None)?;
     let (model, tensors) = start(config, &text)?;
     let text = text.with_template(&config.data, &model)?;
-    let data = Data::read(config, &model, &text, output, quiet)?;
+    let mut data = Data::read(config, &model, &text, output, quiet)?;
+    data.base = base(config)?.map(|base| base.fingerprint()).transpose()?;
     let (extra, pool) = (companion_files(config)?, device.pool);
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
@@ -95,7 +96,13 @@ pub fn trainer<D: Planned>(
         agreement(&device, &config, &model, &data, tensors, progress)?.check(mesh)?;
     }
     let ranks = party.ranks(&device)?;
-    let trainer = Trainer::on_ranks(device, model, config, tensors, progress, ranks)?;
+    let trainer = match base(&config)? {
+        Some(base) => {
+            let base = base.load(device, model.clone(), false)?;
+            Trainer::adapting(&base, model, config, tensors, progress, ranks)?
+        }
+        None => Trainer::on_ranks(device, model, config, tensors, progress, ranks)?,
+    };
     let training = &trainer.config().training;
     let (world, sequences) = (
         trainer.ranks().world(),
@@ -145,6 +152,13 @@ pub fn estimate(model: &ModelConfig, training: &TrainingSection, longest: usize)
         .saturating_add(each.saturating_mul(training.batch as u64))
 }
 
+/// The weights that adapters are added to, where the run trains adapters.
+pub fn base(config: &Config) -> Result<Option<weights::Checkpoint>> {
+    let folder = config.model.folder.as_deref();
+    let folder = folder.filter(|_| config.lora.is_on());
+    Ok(folder.map(weights::Checkpoint::open).transpose()?)
+}
+
 /// The model before its first step.
 fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     let Some(folder) = &config.model.folder else {
@@ -158,6 +172,11 @@ fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     config.model.apply_segments(&mut model)?;
     let files = weights::Checkpoint::open(folder)?;
     files.check(&model)?;
+    model.lora = config.lora.adapters(&model)?;
+    if model.lora.is_some() {
+        let tensors = Tensors::initial(&model, config.training.seed);
+        return Ok((model, tensors));
+    }
     let values = specs(&model).into_iter().map(|spec| files.read(&spec));
     let values = values.collect::<Result<_, _>>()?;
     Ok((model, Tensors::new(values)))

@@ -24,8 +24,13 @@ const WEIGHTS: [&str; 12] = [
     ".onnx",
     ".npz",
 ];
-/// What a run's checkpoint holds beside its model.
-const STATE: [&str; 3] = ["manifest.json", "state.json", "run.toml"];
+/// What a run's checkpoint or an adapter holds beside its model.
+const STATE: [&str; 4] = [
+    "adapter_config.json",
+    "manifest.json",
+    "state.json",
+    "run.toml",
+];
 
 /// The files of `folder`, name and content in order of the names, that are neither weights, nor `config.json`, nor the
 /// state of a training run. Hidden files and folders inside are passed over; a file too large for memory is left

@@ -20,6 +20,7 @@ pub(super) use self::fields::token_id_list;
 use super::error::ConfigError;
 use super::families::{self, Family, Sizes};
 use super::files;
+use super::lora::Lora;
 use super::switches::Switches;
 pub use retrieval::RetrievalConfig;
 pub(super) use rope_keys::rotary_dim;
@@ -124,6 +125,8 @@ pub struct ModelConfig {
     pub dtype: Option<WeightType>,
     /// Segments; without, the sequence is one.
     pub segment: Option<SegmentConfig>,
+    /// Adapters of the projections, which no `config.json` holds.
+    pub lora: Option<Lora>,
     /// Everything the file holds, known keys included. [`Self::to_json`] writes the fields above over it.
     pub source: Map<String, Value>,
 }
@@ -160,6 +163,7 @@ impl ModelConfig {
             eos_token_id: Vec::new(),
             dtype: None,
             segment: None,
+            lora: None,
             source: Map::new(),
         };
         config.validate()?;
@@ -256,6 +260,7 @@ impl ModelConfig {
             eos_token_id: token_ids(&fields, "eos_token_id")?,
             dtype: weight_type(&fields)?,
             segment,
+            lora: None,
             source: Map::new(),
         };
         config.validate()?;

@@ -10,13 +10,15 @@
 //! 3. one attention call over all slots;
 //! 4. the MLP.
 //!
-//! Biases, further norms and factors are as the model's switches say (`model::switches`, `decoder::blocks`). Rows
-//! interact only in attention.
+//! Biases, further norms and factors are as the model's switches say (`model::switches`, `decoder::blocks`).
+//! Projections may have adapters (`decoder::adapters`). Rows interact only in attention.
 
+mod adapters;
 mod blocks;
 mod tape;
 
 use super::config::ModelConfig;
+use super::lora::Product;
 use super::parameters::{Extra, TensorSpec, Weights, index, specs};
 use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
 use crate::device::{
@@ -319,9 +321,8 @@ impl<D: Device> Decoder<D> {
         let (q_width, stride) = (plan.q_width(), plan.qkv_width());
         let mut qkv = device.empty(Kind::Activation, rows * stride)?;
         let input = Rows::packed(input, 0, self.config.hidden_size);
-        let weight = self.weights.matrix(index::qkv(l));
         let target = RowsMut::packed(&mut qkv, 0, stride);
-        device.linear(input, rows, weight, target, Accumulate::No)?;
+        self.project((l, Product::Qkv), input, rows, target)?;
         self.add_bias(
             l,
             Extra::QkvBias,
@@ -424,7 +425,7 @@ impl<D: Device> Decoder<D> {
         let (device, hidden) = (&self.device, self.config.hidden_size);
         let block = Block {
             layer: l,
-            weight: index::output(l),
+            product: Product::Output,
             width: self.config.q_dim(),
             bias: Extra::OutputBias,
             norm: index::attention_norm(l),
@@ -442,13 +443,9 @@ impl<D: Device> Decoder<D> {
             .unwrap_or(&mid);
         let inner = self.config.intermediate_size;
         let mut gate_up = device.empty(Kind::Activation, rows * 2 * inner)?;
-        device.linear(
-            Rows::packed(input, 0, hidden),
-            rows,
-            self.weights.matrix(index::gate_up(l)),
-            RowsMut::packed(&mut gate_up, 0, 2 * inner),
-            Accumulate::No,
-        )?;
+        let target = RowsMut::packed(&mut gate_up, 0, 2 * inner);
+        let input = Rows::packed(input, 0, hidden);
+        self.project((l, Product::GateUp), input, rows, target)?;
         let dst = RowsMut::packed(&mut gate_up, 0, 2 * inner);
         self.add_bias(l, Extra::GateUpBias, dst, rows)?;
         let (after, next) = match output || self.config.switches.norm_after {
@@ -458,7 +455,7 @@ impl<D: Device> Decoder<D> {
                 device.swiglu(src, rows, inner, RowsMut::packed(&mut act, 0, inner))?;
                 let block = Block {
                     layer: l,
-                    weight: index::down(l),
+                    product: Product::Down,
                     width: inner,
                     bias: Extra::DownBias,
                     norm: index::mlp_norm(l),

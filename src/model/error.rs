@@ -17,6 +17,9 @@ pub enum ModelError {
     /// The tokenizer cannot be read, or does not fit the configuration.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The adapter cannot be read, or is not one of the model.
+    #[error(transparent)]
+    Adapter(#[from] super::lora::AdapterError),
     /// The device cannot take the model.
     #[error(transparent)]
     Device(#[from] crate::device::DeviceError),

@@ -6,14 +6,15 @@ use super::state::Plan;
 
 /// Floating-point operations that training needs for a token of a sequence of `tokens`, on average: 6 for each weight
 /// of a GEMM and 12 for each element of a query and key that it sees (Chowdhery et al. 2022, PaLM, appendix B;
-/// forward a third of both). What is computed again, or a second time for another gradient stream, does not count.
+/// forward a third of both); 4 for a frozen weight, which has no gradient. What is computed again, or a second time
+/// for another gradient stream, does not count.
 pub fn training_flops(config: &ModelConfig, tokens: usize) -> f64 {
     let plan = Plan::new(config, tokens);
     let matrices = specs(config).into_iter().enumerate().map(|(i, spec)| {
         // The embedding is a GEMM only where it is the head too.
         let counts = i != index::EMBEDDING || config.tie_word_embeddings;
         match spec.role {
-            Role::Matrix { .. } if counts => spec.role.len(),
+            Role::Matrix { .. } if counts => spec.role.len() * if spec.frozen { 4 } else { 6 },
             _ => 0,
         }
     });
@@ -37,7 +38,7 @@ pub fn training_flops(config: &ModelConfig, tokens: usize) -> f64 {
     }
     let group = plan.heads.q / plan.heads.kv;
     let attention = 12.0 * pairs * (group * plan.heads.dim) as f64 / tokens.max(1) as f64;
-    6.0 * weights as f64 + attention
+    weights as f64 + attention
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! while it works and the device's own padding are left out.
 
 use super::config::ModelConfig;
-use super::parameters::{Role, specs};
+use super::parameters::{Role, TensorSpec, specs};
 use super::state::Plan;
 use super::switches::QkNorm;
 
@@ -101,23 +101,22 @@ struct Count<'a> {
 impl Count<'_> {
     fn weights(&self, training: bool) -> usize {
         let specs = specs(self.config);
-        let all: usize = specs.iter().map(|s| s.role.len()).sum();
+        let sum = |of: &dyn Fn(&&TensorSpec) -> bool| -> usize {
+            specs.iter().filter(of).map(|s| s.role.len()).sum()
+        };
+        let all = sum(&|_| true);
         if !training {
             return all;
         }
-        let matrix = |role: Role| matches!(role, Role::Matrix { .. });
-        let matrices: usize = specs
-            .iter()
-            .filter(|s| matrix(s.role))
-            .map(|s| s.role.len())
-            .sum();
+        // Frozen weights are there once.
+        let trained = sum(&|s| !s.frozen);
+        let matrices = sum(&|s| !s.frozen && matches!(s.role, Role::Matrix { .. }));
         // The head's share of a tied embedding's gradient is kept apart.
-        let tied = if self.config.tie_word_embeddings {
-            specs[0].role.len()
-        } else {
-            0
+        let tied = match self.config.tie_word_embeddings && !specs[0].frozen {
+            true => specs[0].role.len(),
+            false => 0,
         };
-        5 * all + matrices + tied
+        all + 4 * trained + matrices + tied
     }
 
     /// As `Slots::new` allocates them.

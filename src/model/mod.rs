@@ -9,6 +9,7 @@ pub mod error;
 pub mod families;
 pub mod files;
 pub mod flops;
+pub mod lora;
 pub mod memory;
 pub mod parameters;
 pub mod rope;

@@ -5,9 +5,11 @@
 //! Row-major weights stack by concatenation, so a stacked tensor is its parts one after the other. Families that store
 //! the stacked tensor have one part.
 
+mod weights;
+
 use super::config::ModelConfig;
 use super::switches::{QkNorm, Switches};
-use crate::device::{Device, Purpose, Result};
+pub use weights::{Weight, Weights};
 
 /// What a tensor is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +54,7 @@ impl Role {
 }
 
 /// One tensor of the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TensorSpec {
     /// Checkpoint names and shapes of the parts it is stacked from.
     pub parts: Vec<(String, Vec<usize>)>,
@@ -60,6 +62,10 @@ pub struct TensorSpec {
     pub role: Role,
     /// Elements of its heads stand in another order than in files.
     pub heads: Option<HeadOrder>,
+    /// Factor on the matrix that products read: of an adapter.
+    pub factor: f64,
+    /// Training keeps it as it is: it has neither gradient, nor moments, nor values in f32 beside the prepared ones.
+    pub frozen: bool,
 }
 
 /// The order of the elements of a head. The devices rotate element `i` together with `i + head_dim/2`. Where only the
@@ -87,6 +93,13 @@ impl HeadOrder {
             true => second * turning + i,
             false => self.rotary_dim + second * (half - turning) + i - turning,
         }
+    }
+
+    /// The order of columns `[column, column + out)`, as that of a tensor of their own; `None` where it is that of
+    /// files. Columns are whole heads.
+    pub(super) fn part(self, column: usize, out: usize) -> Option<Self> {
+        let heads = (self.heads * self.head_dim).saturating_sub(column).min(out) / self.head_dim;
+        (heads > 0).then_some(Self { heads, ..self })
     }
 
     fn reorder(&self, values: &mut [f32], to_file: bool) {
@@ -215,8 +228,18 @@ pub mod index {
     }
 }
 
-/// Every tensor of a model, in the order of [`index`].
+/// Every tensor of a model: those of [`base_specs`], which are frozen where it has adapters, and those of the adapters.
 pub fn specs(config: &ModelConfig) -> Vec<TensorSpec> {
+    let mut specs = base_specs(config);
+    if let Some(lora) = &config.lora {
+        specs.iter_mut().for_each(|spec| spec.frozen = true);
+        specs.extend(lora.specs());
+    }
+    specs
+}
+
+/// The tensors of a model without its adapters, in the order of [`index`].
+pub fn base_specs(config: &ModelConfig) -> Vec<TensorSpec> {
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
     let names = &config.family.names;
     let mut specs = vec![matrix(
@@ -318,13 +341,15 @@ fn head_order(config: &ModelConfig, heads: usize, width: usize) -> Option<HeadOr
 }
 
 /// Stacked matrices of so many rows each, or one of all of them.
-fn matrix(names: &[String], rows: &[usize], inner: usize) -> TensorSpec {
+pub(super) fn matrix(names: &[String], rows: &[usize], inner: usize) -> TensorSpec {
     let out = rows.iter().sum();
     let shape = |rows: usize| vec![rows, inner];
     TensorSpec {
         parts: parts(names, rows, shape),
         role: Role::Matrix { out, inner },
         heads: None,
+        factor: 1.0,
+        frozen: false,
     }
 }
 
@@ -334,6 +359,8 @@ fn vector(names: &[String], lens: &[usize], role: Role) -> TensorSpec {
         parts: parts(names, lens, |len| vec![len]),
         role,
         heads: None,
+        factor: 1.0,
+        frozen: false,
     }
 }
 
@@ -367,105 +394,18 @@ impl Parameter {
     }
 }
 
-/// The named tensors of a model: the parts of [`specs`], in their order, less the gates of layers in
-/// which no head reads the past.
+/// The named tensors of a model without its adapters: the parts of [`base_specs`], in their order, less the gates of
+/// layers in which no head reads the past.
 pub fn parameters(config: &ModelConfig) -> Vec<Parameter> {
     let reads_past = |l| (0..config.num_key_value_heads).any(|head| config.reads_past(l, head));
     let unused: Vec<usize> = (0..config.num_hidden_layers)
         .filter(|l| !reads_past(*l))
         .map(index::past_gate)
         .collect();
-    let specs = specs(config).into_iter().enumerate();
+    let specs = base_specs(config).into_iter().enumerate();
     specs
         .filter(|(i, _)| !unused.contains(i))
         .flat_map(|(_, spec)| spec.parts)
         .map(|(name, shape)| Parameter { name, shape })
         .collect()
-}
-
-/// A weight as the forward uses it.
-#[derive(Debug)]
-pub enum Weight<D: Device> {
-    /// Packed for GEMMs.
-    Matrix(D::Matrix),
-    /// A norm's weight, or a bias.
-    Vector(D::Buffer),
-    /// Past gates, on the host too since they decide which work is done.
-    Gate(Vec<f32>),
-}
-
-/// All weights of a model on a device, in the order of [`specs`].
-#[derive(Debug)]
-pub struct Weights<D: Device> {
-    weights: Vec<Weight<D>>,
-}
-
-impl<D: Device> Weights<D> {
-    /// Prepares every tensor's values; `training` also prepares gradients of inputs.
-    pub fn prepare<E: From<crate::device::DeviceError>>(
-        device: &D,
-        specs: &[TensorSpec],
-        mut values: impl FnMut(usize) -> std::result::Result<D::Buffer, E>,
-        training: bool,
-    ) -> std::result::Result<Self, E> {
-        let prepare = |(i, spec): (usize, &TensorSpec)| -> std::result::Result<_, E> {
-            let buffer = values(i)?;
-            Ok(match spec.role {
-                Role::Matrix { out, inner } => {
-                    let matrix = device.matrix(&buffer, out, inner, training);
-                    Weight::Matrix(matrix.map_err(|e| e.wanted_for(Purpose::Weights))?)
-                }
-                Role::Norm { .. } | Role::Bias { .. } => Weight::Vector(buffer),
-                Role::Gate { len } => Weight::Gate(device.read(&buffer, 0..len)?),
-            })
-        };
-        Ok(Self {
-            weights: specs
-                .iter()
-                .enumerate()
-                .map(prepare)
-                .collect::<std::result::Result<_, E>>()?,
-        })
-    }
-
-    /// Takes over the values of tensor `i`.
-    pub fn refresh(&mut self, device: &D, i: usize, values: &D::Buffer) -> Result<()> {
-        match &mut self.weights[i] {
-            Weight::Matrix(matrix) => device.refresh(matrix, values),
-            Weight::Vector(vector) => {
-                let len = device.len(vector);
-                let rows = crate::device::Rows::packed(values, 0, len);
-                let target = crate::device::RowsMut::packed(vector, 0, len);
-                device.copy(rows, target, 1, len, crate::device::Accumulate::No)
-            }
-            Weight::Gate(gate) => {
-                *gate = device.read(values, 0..gate.len())?;
-                Ok(())
-            }
-        }
-    }
-
-    /// The matrix at `i`; the index functions name only matrices here.
-    pub(crate) fn matrix(&self, i: usize) -> &D::Matrix {
-        match &self.weights[i] {
-            Weight::Matrix(matrix) => matrix,
-            _ => unreachable!("tensor {i} is a matrix by its spec"),
-        }
-    }
-
-    /// The norm weight or bias at `i`.
-    pub(crate) fn vector(&self, i: usize) -> &D::Buffer {
-        match &self.weights[i] {
-            Weight::Vector(vector) => vector,
-            _ => unreachable!("tensor {i} is a vector by its spec"),
-        }
-    }
-
-    /// The past gates at `i`.
-    pub(crate) fn gate(&self, i: usize) -> &[f32] {
-        match &self.weights[i] {
-            Weight::Gate(gate) => gate,
-            _ => unreachable!("tensor {i} is a gate by its spec"),
-        }
-    }
 }

@@ -21,7 +21,7 @@ use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::{ModelError, NameList, WeightsError};
 use super::files;
-use super::parameters::{Role, TensorSpec, Weights, specs};
+use super::parameters::{Role, TensorSpec, Weights, base_specs};
 use crate::device::{Device, Kind, Purpose};
 use header::{Entry, FloatType, Format, Header, malformed, shown};
 use index::Index;
@@ -112,6 +112,34 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// The tensors of this file alone.
+    ///
+    /// # Errors
+    /// [`WeightsError`]: a file that cannot be read or breaks its format.
+    pub fn of_file(path: &Path) -> Result<Self, WeightsError> {
+        let mut checkpoint = Self {
+            folder: path.parent().unwrap_or(Path::new("")).to_owned(),
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        checkpoint.add(path.to_owned())?;
+        Ok(checkpoint)
+    }
+
+    /// Whether the parts of a tensor are there, in their shapes and in formats that are read.
+    ///
+    /// # Errors
+    /// [`WeightsError::Names`], [`WeightsError::Shape`], [`WeightsError::NumberFormat`].
+    pub fn check_spec(&self, spec: &TensorSpec) -> Result<(), WeightsError> {
+        for (name, shape) in &spec.parts {
+            match self.tensors.get(name) {
+                Some((_, entry)) => float(name, shape, entry).map(drop)?,
+                None => return Err(self.names(vec![name.clone()], Vec::new())),
+            }
+        }
+        Ok(())
+    }
+
     /// Files of the decoder alone, without the head, leave out the names' beginning.
     fn name_in_full(&mut self) {
         let part = self.tensors.contains_key("embed_tokens.weight");
@@ -190,7 +218,7 @@ impl Checkpoint {
     /// [`WeightsError::Names`], [`WeightsError::Shape`], [`WeightsError::NumberFormat`],
     /// [`WeightsError::TiedHead`].
     pub fn check(&self, config: &ModelConfig) -> Result<(), WeightsError> {
-        let specs = specs(config);
+        let specs = base_specs(config);
         let tied = config.tie_word_embeddings && self.tensors.contains_key(HEAD);
         let (mut missing, mut known) = (Vec::new(), std::collections::HashSet::new());
         for spec in &specs {
@@ -303,7 +331,7 @@ impl Checkpoint {
         Ok(values)
     }
 
-    /// The model on a device. Host memory beside it: one tensor. `training` also prepares what
+    /// The model on a device, without adapters. Host memory beside it: one tensor. `training` also prepares what
     /// gradients need.
     ///
     /// # Errors
@@ -316,7 +344,7 @@ impl Checkpoint {
         training: bool,
     ) -> Result<Decoder<D>, ModelError> {
         self.check(&config)?;
-        let specs = specs(&config);
+        let specs = base_specs(&config);
         let upload = |i: usize| -> Result<D::Buffer, ModelError> {
             let values = self.read(&specs[i])?;
             let buffer = device.empty(Kind::Exact, values.len());
@@ -327,7 +355,10 @@ impl Checkpoint {
         let weights = Weights::prepare(&device, &specs, upload, training)?;
         Ok(Decoder {
             device,
-            config,
+            config: ModelConfig {
+                lora: None,
+                ..config
+            },
             specs,
             weights,
         })
@@ -344,7 +375,7 @@ pub fn load<D: Device>(device: D, folder: &Path, training: bool) -> Result<Decod
 }
 
 /// Files in the folder that hold weights of another kind or have other names.
-fn other_weights(folder: &Path) -> NameList {
+pub(super) fn other_weights(folder: &Path) -> NameList {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let ends = [

@@ -48,6 +48,10 @@ pub fn agreement(
         .on("training data (hash)", &data.train)
         .on("validation data (hash)", &data.validation)
         .on(
+            "weights under adapters (hash)",
+            data.base.as_deref().unwrap_or("none"),
+        )
+        .on(
             "model configuration (hash)",
             hash_of(&[model.to_json().to_string().as_bytes()]),
         )

@@ -9,6 +9,9 @@
 //!   manifest.json          SHA-256 of every file and of every tensor
 //! ```
 //!
+//! Where adapters are trained, `adapter_model.safetensors` and `adapter_config.json` (PEFT's layout) stand in the place
+//! of `model.safetensors`.
+//!
 //! A checkpoint is written beside its place, every file synced, then renamed, and the folder above synced;
 //! only then are older ones removed, and at least the one before is kept. So whenever the power goes, the
 //! newest folder with a manifest that holds is a whole checkpoint.
@@ -24,13 +27,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use manifest::{Manifest, Writer};
-use names::{MODEL, OPTIMIZER, OWN, RUN, STATE, damaged, is_extra};
+use names::{MODEL, OPTIMIZER, OWN, OWN_OF_ADAPTERS, RUN, STATE, damaged, is_extra};
 pub use storage::{Disk, Storage, create_folder};
 
 use super::config::Config;
 use super::error::{Result, TrainError};
 use super::progress::{Progress, Tensors};
 use crate::model::config::{CONFIG_FILE, ModelConfig};
+use crate::model::lora::Lora;
+use crate::model::lora::folder::{self, ADAPTER_CONFIG_FILE, ADAPTER_FILE};
 
 /// Start of the names of folders that are being written or removed.
 const BESIDE: &str = ".writing-";
@@ -53,14 +58,17 @@ pub struct Checkpoint {
     pub extra: Vec<(String, Vec<u8>)>,
 }
 
-/// [`fingerprint`](super::data::fingerprint)s of a run's documents.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// [`fingerprint`](super::data::fingerprint)s of a run's documents, and of weights that it does not change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fingerprints {
     /// Of those it trains on.
     pub train: String,
     /// Of those it validates on.
     pub validation: String,
+    /// Of the weights that adapters are added to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -100,7 +108,11 @@ pub fn save(
         }
         return Err(error);
     }
-    prune(storage, root, &place, keep.max(2))?;
+    let own = match checkpoint.model.lora {
+        Some(_) => OWN_OF_ADAPTERS,
+        None => OWN,
+    };
+    prune(storage, root, (&place, own), keep.max(2))?;
     Ok(place)
 }
 
@@ -121,15 +133,20 @@ fn write_and_rename(
     storage::run("sync", root, |p| storage.sync_folder(p))
 }
 
-/// Removes what is older than the newest `keep` checkpoints that hold, `saved` among them.
-fn prune(storage: &mut dyn Storage, root: &Path, saved: &Path, keep: usize) -> Result<()> {
+/// Removes what is older than the newest `keep` checkpoints that hold, `saved` among them. `own`: their files.
+fn prune(
+    storage: &mut dyn Storage,
+    root: &Path,
+    (saved, own): (&Path, &[&str]),
+    keep: usize,
+) -> Result<()> {
     let mut kept = 1;
     for (_, folder) in list(root)? {
         if folder == saved {
             continue;
         }
         if kept < keep {
-            match Manifest::read(&folder).and_then(|m| m.check(&folder, &OWN)) {
+            match Manifest::read(&folder).and_then(|m| m.check(&folder, own)) {
                 Ok(()) => kept += 1,
                 Err(error) => tracing::warn!("{error}; it does not count among those to keep"),
             }
@@ -145,11 +162,24 @@ fn write(storage: &mut dyn Storage, folder: &Path, checkpoint: &Checkpoint) -> R
     let Checkpoint { config, model, .. } = checkpoint;
     let mut writer = Writer::new(storage, folder);
     let weights = tensors::parts(model, "", &checkpoint.tensors.values);
-    writer.tensors(MODEL, &weights)?;
+    let name = match &model.lora {
+        Some(lora) => {
+            let base = config.model.folder.as_deref();
+            let json = format!("{:#}\n", folder::to_json(&lora.config, base));
+            writer.file(ADAPTER_CONFIG_FILE, json.as_bytes())?;
+            ADAPTER_FILE
+        }
+        None => MODEL,
+    };
+    writer.tensors(name, &weights)?;
     let mut moments = tensors::parts(model, "m.", &checkpoint.tensors.m);
     moments.extend(tensors::parts(model, "v.", &checkpoint.tensors.v));
     writer.tensors(OPTIMIZER, &moments)?;
-    let json = format!("{:#}\n", model.to_json());
+    let json = match model.lora {
+        Some(_) => folder::model_json(model),
+        None => model.to_json(),
+    };
+    let json = format!("{json:#}\n");
     writer.file(CONFIG_FILE, json.as_bytes())?;
     writer.file(RUN, config.to_toml()?.as_bytes())?;
     let state = State {
@@ -180,8 +210,17 @@ pub fn load(folder: &Path) -> Result<Checkpoint> {
     let name = CONFIG_FILE;
     let json = manifest.read_file(folder, name)?;
     let json = serde_json::from_slice(&json).map_err(|e| broken(name, e.to_string()))?;
-    let model = ModelConfig::from_json(json).map_err(|e| broken(name, e.to_string()))?;
-    let weights = manifest.read_tensors(folder, MODEL)?;
+    let mut model = ModelConfig::from_json(json).map_err(|e| broken(name, e.to_string()))?;
+    let mut weights = MODEL;
+    if config.lora.is_on() {
+        let name = ADAPTER_CONFIG_FILE;
+        let json = manifest.read_file(folder, name)?;
+        let json = serde_json::from_slice(&json).map_err(|e| broken(name, e.to_string()))?;
+        let lora = folder::from_json(&json).and_then(|lora| Lora::new(&model, lora));
+        model.lora = Some(lora.map_err(|e| broken(name, e.to_string()))?);
+        weights = ADAPTER_FILE;
+    }
+    let weights = manifest.read_tensors(folder, weights)?;
     let values = weights.take(folder, &model, "", 1.0)?;
     let moments = manifest.read_tensors(folder, OPTIMIZER)?;
     let extra = state.extra.into_iter().map(|name| {

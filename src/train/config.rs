@@ -5,6 +5,7 @@
 //! of each section, explanations in the commented example, from which `--help` takes them too.
 
 mod flags;
+mod lora;
 mod mixture;
 mod model;
 mod overrides;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use flags::{EXAMPLE, Flag, flags};
+pub use lora::LoraSection;
 pub use mixture::{MixtureSection, TaskSection};
 pub use model::{ModelSection, SegmentSection, ShapeSection};
 pub(crate) use overrides::typed;
@@ -33,6 +35,8 @@ const MAX_SEQUENCES: usize = 1 << 16;
 pub struct Config {
     /// What is trained.
     pub model: ModelSection,
+    /// Adapters that are trained in place of the model's own weights.
+    pub lora: LoraSection,
     /// What it is trained on.
     pub data: DataSection,
     /// How it is trained.
@@ -341,6 +345,7 @@ impl Config {
     /// [`TrainError::Config`] for the first key out of range.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
+        self.lora.validate(&self.model, &self.training)?;
         self.data.validate()?;
         self.training.validate()?;
         self.optimizer.validate()?;

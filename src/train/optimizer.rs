@@ -20,7 +20,8 @@ pub fn decays(name: &str, shape: &[usize], decay_embeddings: bool) -> bool {
     shape.len() >= 2 && (decay_embeddings || !name.contains("embed_tokens"))
 }
 
-/// For each tensor whether a run updates it: those that `train_only` names, or all, and gates as `learn_gates` says.
+/// For each tensor whether a run updates it: those that `train_only` names, or all, and gates as `learn_gates` says; of
+/// a model with adapters theirs alone.
 ///
 /// # Errors
 /// [`TrainError::Config`] for a pattern that no tensor has in its name, and for one that only some of several matrices
@@ -41,6 +42,9 @@ pub fn updated(specs: &[TensorSpec], training: &TrainingSection) -> Result<Vec<b
         return Err(TrainError::config("training.train_only", expected, pattern));
     }
     let updated = |spec: &TensorSpec| {
+        if spec.frozen {
+            return Ok(false);
+        }
         if patterns.is_empty() {
             return Ok(training.learn_gates || !is_gate(spec));
         }

@@ -23,7 +23,7 @@ pub struct Progress {
     pub guard: Guard,
 }
 
-/// Values of every tensor, in the order of the model's specs.
+/// Values of every tensor, in the order of the model's specs; none of tensors that are frozen.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensors {
     /// Weights.
@@ -35,10 +35,15 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Random weights of a new model, see [`initial`].
+    /// Random weights of a new model or of new adapters, see [`initial`].
     pub fn initial(model: &ModelConfig, seed: u64) -> Self {
         let weights = initial(model, seed);
-        Self::new((0..specs(model).len()).map(|i| weights.tensor(i)).collect())
+        let specs = specs(model).into_iter().enumerate();
+        let values = specs.map(|(i, spec)| match spec.frozen {
+            true => Vec::new(),
+            false => weights.tensor(i),
+        });
+        Self::new(values.collect())
     }
 
     /// Weights that have not been updated yet.

@@ -26,7 +26,7 @@ use super::streams::{Gradients, StreamConfig};
 use crate::device::{Device, Kind, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{TensorSpec, Weights, specs};
+use crate::model::parameters::{TensorSpec, Weights, base_specs, specs};
 use crate::model::session::score;
 use crate::ranks::Ranks;
 
@@ -143,6 +143,37 @@ impl<D: Device> Trainer<D> {
         progress: Option<Progress>,
         ranks: Ranks<D>,
     ) -> Result<Self> {
+        Self::on_weights(None, device, model, config, tensors, progress, ranks)
+    }
+
+    /// [`Trainer::on_ranks`] of adapters (`model.lora`) over the weights of `base`, which are shared with it.
+    ///
+    /// # Errors
+    /// As [`Trainer::on_ranks`].
+    pub fn adapting(
+        base: &Decoder<D>,
+        model: ModelConfig,
+        config: Config,
+        tensors: &Tensors,
+        progress: Option<Progress>,
+        ranks: Ranks<D>,
+    ) -> Result<Self>
+    where
+        D: Clone,
+    {
+        let (device, base) = (base.device.clone(), Some(&base.weights));
+        Self::on_weights(base, device, model, config, tensors, progress, ranks)
+    }
+
+    fn on_weights(
+        base: Option<&Weights<D>>,
+        device: D,
+        model: ModelConfig,
+        config: Config,
+        tensors: &Tensors,
+        progress: Option<Progress>,
+        ranks: Ranks<D>,
+    ) -> Result<Self> {
         check_sizes(&specs(&model), tensors)?;
         let bytes = device.element_bytes(Kind::Exact);
         if ranks.world() > 1 && bytes != size_of::<f32>() {
@@ -156,7 +187,7 @@ impl<D: Device> Trainer<D> {
             device.write(&mut buffer, 0, values)?;
             Ok(buffer)
         };
-        Self::made(device, model, config, progress, ranks, tensor)
+        Self::made(base, device, model, config, progress, ranks, tensor)
     }
 
     /// A trainer at the start of a run, with arbitrary tensors: for dry runs, which only measure memory.
@@ -170,10 +201,20 @@ impl<D: Device> Trainer<D> {
         ranks: Ranks<D>,
     ) -> Result<Self> {
         let tensor = |device: &D, _, part: &Part| room(device, part.range.len());
-        Self::made(device, model.for_dry_run(), config, None, ranks, tensor)
+        let model = model.for_dry_run();
+        let base = match model.lora {
+            None => None,
+            Some(_) => {
+                let specs = base_specs(&model);
+                let values = |i: usize| device.empty(Kind::Exact, specs[i].role.len());
+                Some(Weights::prepare(&device, &specs, values, false)?)
+            }
+        };
+        Self::made(base.as_ref(), device, model, config, None, ranks, tensor)
     }
 
     fn made(
+        base: Option<&Weights<D>>,
         device: D,
         model: ModelConfig,
         config: Config,
@@ -183,7 +224,8 @@ impl<D: Device> Trainer<D> {
     ) -> Result<Self> {
         let specs = specs(&model);
         let updated = updated(&specs, &config.training)?;
-        let lens: Vec<usize> = specs.iter().map(|spec| spec.role.len()).collect();
+        check_adapters(&model, &config, base.is_some())?;
+        let lens: Vec<usize> = specs.iter().map(kept).collect();
         let spread = Spread::new(&device, &lens, &updated, ranks)?;
         let whole = |i: usize| Part {
             tensor: i,
@@ -212,8 +254,17 @@ impl<D: Device> Trainer<D> {
             },
         };
         // The model prepares values of its own, one tensor at a time.
-        let value = |i| tensor(&device, Kept::Values, &whole(i));
-        let weights = Weights::prepare(&device, &specs, value, true)?;
+        let shared = if base.is_some() {
+            base_specs(&model).len()
+        } else {
+            0
+        };
+        let value = |i: usize| tensor(&device, Kept::Values, &whole(shared + i));
+        let own = Weights::prepare(&device, &specs[shared..], value, true)?;
+        let weights = match base {
+            Some(base) => base.with(shared, own),
+            None => own,
+        };
         let model = Decoder {
             device,
             config: model,
@@ -465,6 +516,23 @@ fn room<D: Device>(device: &D, len: usize) -> crate::device::Result<D::Buffer> {
     buffer.map_err(|error| error.wanted_for(Purpose::Optimizer))
 }
 
+/// Elements of a tensor that a run keeps in f32.
+fn kept(spec: &TensorSpec) -> usize {
+    if spec.frozen { 0 } else { spec.role.len() }
+}
+
+/// Adapters need the weights that they are added to, and the configuration says whether there are any.
+fn check_adapters(model: &ModelConfig, config: &Config, base: bool) -> Result<()> {
+    let adapters = model.lora.is_some();
+    if adapters == base && adapters == config.lora.is_on() {
+        return Ok(());
+    }
+    let expected = "a model with adapters and the weights that they are added to where `lora.r` is given, and \
+                    neither where it is not";
+    let got = format!("adapters: {adapters}, weights: {base}");
+    Err(TrainError::argument("model", expected, got))
+}
+
 fn check_sizes(specs: &[TensorSpec], tensors: &Tensors) -> Result<()> {
     for (kind, list) in [
         ("values", &tensors.values),
@@ -476,9 +544,9 @@ fn check_sizes(specs: &[TensorSpec], tensors: &Tensors) -> Result<()> {
             return Err(TrainError::argument(kind, expected, list.len()));
         }
         for (spec, tensor) in specs.iter().zip(list) {
-            if tensor.len() != spec.role.len() {
+            if tensor.len() != kept(spec) {
                 let name = format!("{kind} of `{}`", spec.parts[0].0);
-                let expected = format!("{} elements", spec.role.len());
+                let expected = format!("{} elements", kept(spec));
                 return Err(TrainError::argument(name, expected, tensor.len()));
             }
         }

@@ -245,6 +245,8 @@ fn double_precision_and_names_without_their_beginning_load() {
     let spec = TensorSpec {
         role: Role::Norm { len: 4 },
         heads: None,
+        factor: 1.0,
+        frozen: false,
         parts: vec![("x".to_owned(), vec![4])],
     };
     assert_eq!(checkpoint.read(&spec).unwrap(), numbers.map(|x| x as f32));

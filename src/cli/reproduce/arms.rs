@@ -165,6 +165,7 @@ impl Session<'_> {
             data: Fingerprints {
                 train: String::new(),
                 validation: String::new(),
+                base: None,
             },
             extra: Vec::new(),
         };

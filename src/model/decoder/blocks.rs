@@ -2,6 +2,7 @@
 
 use super::{Decoder, Normed, QkNormed};
 use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
+use crate::model::lora::Product;
 use crate::model::parameters::{Extra, index};
 use crate::model::state::Plan;
 use crate::model::switches::QkNorm;
@@ -169,9 +170,9 @@ impl<D: Device> Decoder<D> {
             (&self.device, self.config.hidden_size, &self.config.switches);
         let factor = switches.residual_multiplier;
         let empty = || device.empty(Kind::Activation, rows * hidden);
-        let (y, weight) = (
+        let (y, product) = (
             Rows::packed(y, 0, block.width),
-            self.weights.matrix(block.weight),
+            (block.layer, block.product),
         );
         let residual = Rows::packed(x, 0, hidden);
         if !switches.norm_after && factor == 1.0 {
@@ -180,7 +181,9 @@ impl<D: Device> Decoder<D> {
             }
             let mut out = empty()?;
             let dst = RowsMut::packed(&mut out, 0, hidden);
+            let weight = self.weights.matrix(block.product.weight(block.layer));
             device.linear_residual(y, rows, weight, residual, dst, hidden)?;
+            self.adapt(product, y, rows, RowsMut::packed(&mut out, 0, hidden))?;
             let dst = RowsMut::packed(&mut out, 0, hidden);
             self.add_bias(block.layer, block.bias, dst, rows)?;
             return Ok((None, Some(out)));
@@ -190,7 +193,7 @@ impl<D: Device> Decoder<D> {
         }
         let mut added = empty()?;
         let dst = RowsMut::packed(&mut added, 0, hidden);
-        device.linear(y, rows, weight, dst, Accumulate::No)?;
+        self.project(product, y, rows, dst)?;
         let dst = RowsMut::packed(&mut added, 0, hidden);
         self.add_bias(block.layer, block.bias, dst, rows)?;
         let normed = match switches.norm_after {
@@ -229,7 +232,7 @@ pub(crate) struct QkNormPart {
 /// The last projection of attention or of the MLP.
 pub(super) struct Block {
     pub(super) layer: usize,
-    pub(super) weight: usize,
+    pub(super) product: Product,
     /// Columns of its input.
     pub(super) width: usize,
     pub(super) bias: Extra,

@@ -5,7 +5,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
 use crate::model::config::ModelConfig;
-use crate::model::parameters::{Role, TensorSpec, index, specs};
+use crate::model::parameters::{Role, TensorSpec, base_specs, index, specs};
 
 /// Standard deviation of matrices.
 const STD: f64 = 0.02;
@@ -16,10 +16,12 @@ const PIECE: usize = 1 << 16;
 ///
 /// Matrices are normal with standard deviation 0.02, those that write to the residual stream (attention's
 /// output, down) with `0.02 / sqrt(2 * layers)` (Radford et al. 2019, section 2.3); norms and past gates are
-/// 1, biases 0.
+/// 1, biases 0. Of an adapter `A` is uniform within `1 / sqrt(inner)`, as in PEFT, and `B` is 0: it adds nothing yet.
 #[derive(Debug)]
 pub struct Initial {
     specs: Vec<TensorSpec>,
+    /// Tensors before those of adapters.
+    base: usize,
     layers: usize,
     seed: u64,
 }
@@ -28,6 +30,7 @@ pub struct Initial {
 pub fn initial(config: &ModelConfig, seed: u64) -> Initial {
     Initial {
         specs: specs(config),
+        base: base_specs(config).len(),
         layers: config.num_hidden_layers,
         seed,
     }
@@ -45,6 +48,14 @@ impl Initial {
             Role::Bias { len } => return vec![0.0; len],
             Role::Norm { len } | Role::Gate { len } => return vec![1.0; len],
         }
+        if let (Some(at), Role::Matrix { inner, .. }) = (i.checked_sub(self.base), role) {
+            let bound = if at % 2 == 0 {
+                1.0 / (inner as f64).sqrt()
+            } else {
+                0.0
+            };
+            return self.uniform(i, bound);
+        }
         let residual = (0..self.layers).any(|l| i == index::output(l) || i == index::down(l));
         let std = match residual {
             true => STD / (2.0 * self.layers as f64).sqrt(),
@@ -57,6 +68,14 @@ impl Initial {
             values.fill_with(|| (std * normal.draw()) as f32);
         });
         values
+    }
+
+    fn uniform(&self, i: usize, bound: f64) -> Vec<f32> {
+        let mut random = Normal::new(self.seed, (i as u64) << 40);
+        let len = self.specs[i].role.len();
+        (0..len)
+            .map(|_| (bound * random.uniform()) as f32)
+            .collect()
     }
 }
 

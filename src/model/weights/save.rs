@@ -15,7 +15,7 @@ use super::super::error::{FileError, WeightsError};
 use super::super::files;
 use super::{INDEX_FILE, WEIGHTS_FILE, numbers};
 use crate::model::config::{ModelConfig, WeightType};
-use crate::model::parameters::{Role, TensorSpec, specs};
+use crate::model::parameters::{Role, TensorSpec, base_specs};
 
 /// Bytes of tensors in one file where nothing else is asked for.
 pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
@@ -44,7 +44,7 @@ impl SaveOptions {
 }
 
 /// Writes `config.json` and the weights into `folder`, which is made where it is missing. `values(i)`
-/// gives tensor `i` in the order of [`specs`]; one is held at a time. Past gates are asked for twice; those
+/// gives tensor `i` in the order of [`base_specs`]; one is held at a time. Past gates are asked for twice; those
 /// of a layer that does not read the past and has all of them 1 are left out.
 ///
 /// # Errors
@@ -56,7 +56,7 @@ pub fn save<E: From<WeightsError>>(
     mut values: impl FnMut(usize) -> Result<Vec<f32>, E>,
     options: SaveOptions,
 ) -> Result<(), E> {
-    let specs = specs(config);
+    let specs = base_specs(config);
     let mut kept = Vec::new();
     for (i, spec) in specs.iter().enumerate() {
         if !matches!(spec.role, Role::Gate { .. })

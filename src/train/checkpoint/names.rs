@@ -3,20 +3,30 @@
 use std::path::{Component, Path, PathBuf};
 
 use crate::model::config::CONFIG_FILE;
+use crate::model::lora::folder::{ADAPTER_CONFIG_FILE, ADAPTER_FILE};
 use crate::train::error::TrainError;
 
 pub(super) const MODEL: &str = "model.safetensors";
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 pub(super) const STATE: &str = "state.json";
 pub(super) const RUN: &str = "run.toml";
-/// Files that every checkpoint has beside its manifest.
-pub(super) const OWN: [&str; 5] = [MODEL, OPTIMIZER, STATE, RUN, CONFIG_FILE];
+/// Files that every checkpoint of a whole model has beside its manifest.
+pub(super) const OWN: &[&str] = &[MODEL, OPTIMIZER, STATE, RUN, CONFIG_FILE];
+/// Those of a checkpoint of adapters.
+pub(super) const OWN_OF_ADAPTERS: &[&str] = &[
+    ADAPTER_FILE,
+    ADAPTER_CONFIG_FILE,
+    OPTIMIZER,
+    STATE,
+    RUN,
+    CONFIG_FILE,
+];
 /// The manifest, which lists the others.
 pub(super) const MANIFEST: &str = "manifest.json";
 
 /// Whether `name` is that of a file inside the folder that no part of the checkpoint has.
 pub(super) fn is_extra(name: &str) -> bool {
-    let own = OWN.iter().chain([&MANIFEST]);
+    let own = OWN.iter().chain(OWN_OF_ADAPTERS).chain([&MANIFEST]);
     is_inside(name) && own.into_iter().all(|own| !own.eq_ignore_ascii_case(name))
 }
 

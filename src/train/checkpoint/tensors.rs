@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::names::damaged;
 use crate::model::config::ModelConfig;
+use crate::model::lora::Adapter;
 use crate::model::parameters::{parameters, specs};
 use crate::train::error::Result;
 
@@ -15,15 +16,25 @@ pub(super) type Part<'a> = (String, Vec<usize>, Cow<'a, [f32]>);
 /// Named tensors of a file: shape and values.
 pub(super) struct Named(pub(super) BTreeMap<String, (Vec<usize>, Vec<f32>)>);
 
-/// The parts of all tensors, each name behind `prefix`. Gates that no head uses have no place in a file.
+/// Names that have a place in a file: all but those of gates that no head uses.
+fn known(model: &ModelConfig) -> HashSet<String> {
+    let adapters = model.lora.iter().flat_map(|lora| lora.adapters());
+    let own = parameters(model).into_iter().map(|p| p.name);
+    own.chain(adapters.flat_map(Adapter::names)).collect()
+}
+
+/// The parts of all tensors that are not frozen, each name behind `prefix`.
 pub(super) fn parts<'a>(
     model: &ModelConfig,
     prefix: &str,
     tensors: &'a [Vec<f32>],
 ) -> Vec<Part<'a>> {
-    let known: HashSet<String> = parameters(model).into_iter().map(|p| p.name).collect();
+    let known = known(model);
     let mut parts = Vec::new();
     for (spec, values) in specs(model).into_iter().zip(tensors) {
+        if spec.frozen {
+            continue;
+        }
         let mut values = Cow::Borrowed(values.as_slice());
         if spec.heads.is_some() {
             spec.for_file(values.to_mut());
@@ -53,9 +64,13 @@ impl Named {
         prefix: &str,
         absent: f32,
     ) -> Result<Vec<Vec<f32>>> {
-        let known: HashSet<String> = parameters(model).into_iter().map(|p| p.name).collect();
+        let known = known(model);
         let mut tensors = Vec::new();
         for spec in specs(model) {
+            if spec.frozen {
+                tensors.push(Vec::new());
+                continue;
+            }
             let mut values = Vec::with_capacity(spec.role.len());
             for (name, shape) in &spec.parts {
                 if !known.contains(name) {

@@ -10,6 +10,7 @@ use crate::device::{
     Accumulate, Attention, AttentionGrad, Device, Kind, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
+use crate::model::lora::Product;
 use crate::model::parameters::index;
 use crate::model::segmentation::Segment;
 use crate::model::state::Plan;
@@ -219,16 +220,24 @@ impl<'a, D: Device> Work<'a, D> {
         }
     }
 
-    /// Input gradient of a GEMM.
+    /// Input gradient of a product of layer `l`, with that of its adapters.
     fn input_grad(
         &self,
         d_y: Rows<'_, D::Buffer>,
-        tensor: usize,
-        d_x: RowsMut<'_, D::Buffer>,
+        (l, product): (usize, Product),
+        mut d_x: RowsMut<'_, D::Buffer>,
         accumulate: Accumulate,
     ) -> Result<()> {
-        let (device, weight) = (&self.model.device, self.model.weights.matrix(tensor));
-        device.linear_input_grad(d_y, self.rows, weight, d_x, accumulate)
+        let (model, device) = (self.model, &self.model.device);
+        let weight = model.weights.matrix(product.weight(l));
+        device.linear_input_grad(d_y, self.rows, weight, d_x.reborrow(), accumulate)?;
+        for adapter in model.adapters((l, product)) {
+            let d_h = model.lowered_grad(adapter, d_y, self.rows)?;
+            let d_h = Rows::packed(&d_h, 0, model.rank());
+            let (down, d_x) = (model.weights.matrix(adapter.down), d_x.reborrow());
+            device.linear_input_grad(d_h, self.rows, down, d_x, Accumulate::Yes)?;
+        }
+        Ok(())
     }
 
     /// Adds the input gradient of a norm of rows of the residual stream to `d`.
@@ -262,7 +271,7 @@ impl<'a, D: Device> Work<'a, D> {
         let d_down = Rows::packed(product.as_ref().unwrap_or(d), 0, hidden);
         let mut d_act = device.empty(Kind::Activation, self.rows * inner)?;
         let dst = RowsMut::packed(&mut d_act, 0, inner);
-        self.input_grad(d_down, index::down(l), dst, Accumulate::No)?;
+        self.input_grad(d_down, (l, Product::Down), dst, Accumulate::No)?;
         let mut own = self.own(2 * inner)?;
         device.swiglu_grad(
             Rows::packed(&d_act, 0, inner),
@@ -274,7 +283,7 @@ impl<'a, D: Device> Work<'a, D> {
         let d_gate_up = self.summed(&own, &mut sums.d_gate_up, 2 * inner)?;
         let norm = (&derived.mid, norm, tensor);
         let to = &mut sums.d_mlp_norm;
-        self.input_of_block(d_gate_up, index::gate_up(l), norm, to, d)
+        self.input_of_block(d_gate_up, (l, Product::GateUp), norm, to, d)
     }
 
     /// Backward of attention: from the residual stream after it to q, k, v before rotation, as in [`Work::own`].
@@ -294,7 +303,7 @@ impl<'a, D: Device> Work<'a, D> {
         let mut d_attended = device.empty(Kind::Activation, self.rows * q_width)?;
         let dst = RowsMut::packed(&mut d_attended, 0, q_width);
         let d_output = Rows::packed(product.as_ref().unwrap_or(d), 0, hidden);
-        self.input_grad(d_output, index::output(l), dst, Accumulate::No)?;
+        self.input_grad(d_output, (l, Product::Output), dst, Accumulate::No)?;
         self.attention_op(l, group, &d_attended, arrivals)
     }
 
@@ -320,7 +329,7 @@ impl<'a, D: Device> Work<'a, D> {
         };
         let norm = (&tape.x, &derived.attention_norm, index::attention_norm(l));
         let to = &mut sums.d_attention_norm;
-        self.input_of_block(d_product, index::qkv(l), norm, to, d)
+        self.input_of_block(d_product, (l, Product::Qkv), norm, to, d)
     }
 
     /// Backward of the segment attention operation. Returns the gradient of q, k, v before rotation, as in

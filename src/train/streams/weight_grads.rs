@@ -7,6 +7,7 @@ use crate::device::{
     Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
+use crate::model::lora::Product;
 use crate::model::parameters::{Extra, index};
 use crate::model::state::Plan;
 
@@ -35,9 +36,10 @@ fn zeros<D: Device>(device: &D, len: usize) -> Result<D::Buffer> {
 }
 
 impl<D: Device> Gradients<D> {
-    /// Zeros for every tensor.
+    /// Zeros for every tensor that is not frozen.
     pub fn new(model: &Decoder<D>) -> Result<Self> {
-        Self::of(model, &vec![true; model.specs.len()])
+        let wanted: Vec<bool> = model.specs.iter().map(|spec| !spec.frozen).collect();
+        Self::of(model, &wanted)
     }
 
     /// Zeros for the tensors that are `wanted`. For the others nothing is computed.
@@ -192,13 +194,9 @@ impl<D: Device> Gradients<D> {
         let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
         let (tape, derived, sums) = group.layers[l].parts();
         let at = |buffer, width| Rows::packed(buffer, row, width);
-        let down = if self.wanted[index::down(l)] {
-            rows * inner
-        } else {
-            0
-        };
-        let mut act = device.empty(Kind::Activation, down)?;
-        if down > 0 {
+        let down = self.wanted[index::down(l)] || !model.adapters((l, Product::Down)).is_empty();
+        let mut act = device.empty(Kind::Activation, if down { rows * inner } else { 0 })?;
+        if down {
             let dst = RowsMut::packed(&mut act, 0, inner);
             device.swiglu(at(&derived.gate_up, 2 * inner), rows, inner, dst)?;
         }
@@ -206,34 +204,35 @@ impl<D: Device> Gradients<D> {
         let (first, second) = (&derived.attention_norm, &derived.mlp_norm);
         let gemms = [
             (
-                (index::qkv(l), Extra::QkvBias),
+                (Product::Qkv, Extra::QkvBias),
                 at(d_qkv, qkv),
                 at(first.y.as_ref().unwrap_or(&tape.x), hidden),
                 [qkv, hidden],
             ),
             (
-                (index::output(l), Extra::OutputBias),
+                (Product::Output, Extra::OutputBias),
                 at(&sums.d_output, hidden),
                 at(&tape.attended, q_width),
                 [hidden, q_width],
             ),
             (
-                (index::gate_up(l), Extra::GateUpBias),
+                (Product::GateUp, Extra::GateUpBias),
                 at(&sums.d_gate_up, 2 * inner),
                 at(second.y.as_ref().unwrap_or(&derived.mid), hidden),
                 [2 * inner, hidden],
             ),
             (
-                (index::down(l), Extra::DownBias),
+                (Product::Down, Extra::DownBias),
                 at(&sums.d_down, hidden),
                 Rows::packed(&act, 0, inner),
                 [hidden, inner],
             ),
         ];
-        for ((tensor, bias), d_y, x, shape) in gemms {
-            if let Some(tensor) = self.tensor_mut(tensor) {
+        for ((product, bias), d_y, x, shape) in gemms {
+            if let Some(tensor) = self.tensor_mut(product.weight(l)) {
                 device.linear_weight_grad(d_y, x, rows, shape, tensor)?;
             }
+            self.add_adapters(model, (l, product), [d_y, x], rows)?;
             let bias = model.extra(l, bias);
             if let Some(bias) = bias.and_then(|bias| self.tensor_mut(bias)) {
                 device.column_sums(d_y, rows, bias)?;
@@ -276,5 +275,31 @@ impl<D: Device> Gradients<D> {
             }
             None => Ok(()),
         }
+    }
+
+    /// Adds the gradients of the adapters of a product, from the gradient `d_y` of its result and from its input `x`:
+    /// `d_B += d_yᵀ (x A'ᵀ)` and `d_A += s (d_y B)ᵀ x`.
+    fn add_adapters(
+        &mut self,
+        model: &Decoder<D>,
+        product: (usize, Product),
+        [d_y, x]: [Rows<'_, D::Buffer>; 2],
+        rows: usize,
+    ) -> Result<()> {
+        let (device, rank) = (&model.device, model.rank());
+        for adapter in model.adapters(product) {
+            if let Some(d_up) = self.tensor_mut(adapter.up()) {
+                let h = model.lowered(adapter, x, rows)?;
+                let (h, d_y) = (Rows::packed(&h, 0, rank), d_y.column(adapter.column));
+                device.linear_weight_grad(d_y, h, rows, [adapter.out, rank], d_up)?;
+            }
+            if let Some(d_down) = self.tensor_mut(adapter.down) {
+                let d_h = model.lowered_grad(adapter, d_y, rows)?;
+                let d_h = model.times(model.specs[adapter.down].factor, d_h, [rows, rank])?;
+                let d_h = Rows::packed(&d_h, 0, rank);
+                device.linear_weight_grad(d_h, x, rows, [rank, adapter.inner], d_down)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -166,7 +166,8 @@ impl<D: Device> Trainer<D> {
         for i in 0..self.values.len() {
             if self.updated[i] {
                 let (device, values) = (&self.model.device, &self.values[i]);
-                self.model.weights.refresh(device, i, values)?;
+                let spec = &self.model.specs[i];
+                self.model.weights.refresh(device, i, spec, values)?;
             }
         }
         Ok(())

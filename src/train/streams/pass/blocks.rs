@@ -3,6 +3,7 @@
 use super::Work;
 use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
 use crate::model::decoder::{Normed, QkNormed};
+use crate::model::lora::Product;
 
 impl<D: Device> Work<'_, D> {
     /// From the gradient `d` of the sum of the residual stream and a block to that of the block's last product, which
@@ -39,7 +40,7 @@ impl<D: Device> Work<'_, D> {
     pub(super) fn input_of_block(
         &self,
         d_y: Rows<'_, D::Buffer>,
-        product: usize,
+        product: (usize, Product),
         (x, norm, tensor): (&D::Buffer, &Normed<D>, usize),
         d_norm: &mut D::Buffer,
         d: &mut D::Buffer,
