@@ -21,7 +21,7 @@ fn prepare(folder: &Path) {
     std::fs::write(folder.join("ids.json"), ids.to_string()).unwrap();
 }
 
-const TRAIN: [&str; 22] = [
+const TRAIN: [&str; 24] = [
     "train",
     "--data.train",
     "text.txt",
@@ -41,6 +41,8 @@ const TRAIN: [&str; 22] = [
     "0",
     "--schedule.lr",
     "1e-2",
+    "--schedule.kind",
+    "constant",
     "--model.segment.segment-len",
     "32",
     "-q",

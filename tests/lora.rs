@@ -442,7 +442,9 @@ fn training_changes_adapters_alone_lowers_the_loss_and_goes_on_from_a_checkpoint
     let (place, checkpoint) = saved.unwrap();
     assert!(!place.join("model.safetensors").exists() && place.join(ADAPTER_FILE).exists());
     let read = checkpoint::load(&place).unwrap();
-    assert!(read == checkpoint);
+    assert!(read.tensors == checkpoint.tensors && read.progress == checkpoint.progress);
+    assert!(read.data == checkpoint.data && read.config == checkpoint.config);
+    assert!(read.model.lora == checkpoint.model.lora);
     let mut again = start(&read.tensors, Some(read.progress));
     for _ in 3..6 {
         again.step_on(&[batch(0)]).unwrap();

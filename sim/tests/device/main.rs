@@ -5,7 +5,6 @@ mod buffers;
 mod common;
 mod decode;
 mod faults;
-mod lora;
 mod memory;
 mod model;
 mod pool;

@@ -25,7 +25,8 @@ pub struct Gradients<D: Device> {
     tied_head: Option<D::Buffer>,
     /// Whether `tied_head` has changed since it was last added to the embedding's gradient.
     apart: bool,
-    head: usize,
+    /// The head, where it is a tensor of its own.
+    head: Option<usize>,
     /// Interrupts [`accumulate`](super::accumulate) when it is set.
     stop: Option<&'static AtomicBool>,
 }
@@ -57,7 +58,8 @@ impl<D: Device> Gradients<D> {
             lens,
             wanted: wanted.to_vec(),
             apart: false,
-            head: index::head(model.config.num_hidden_layers),
+            head: (!model.config.tie_word_embeddings)
+                .then(|| index::head(model.config.num_hidden_layers)),
             stop: None,
         };
         gradients.renew(&model.device, || None)?;
@@ -143,13 +145,13 @@ impl<D: Device> Gradients<D> {
         rows: usize,
         shape: [usize; 2],
     ) -> Result<()> {
-        let target = match &mut self.tied_head {
-            Some(head) => {
+        let target = match (&mut self.tied_head, self.head) {
+            (Some(head), _) => {
                 self.apart = true;
                 head
             }
-            None if self.wanted.get(self.head) == Some(&true) => &mut self.tensors[self.head],
-            None => return Ok(()),
+            (None, Some(head)) if self.wanted[head] => &mut self.tensors[head],
+            (None, _) => return Ok(()),
         };
         device.linear_weight_grad(d_logits, hidden, rows, shape, target)
     }

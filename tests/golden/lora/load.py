@@ -17,7 +17,7 @@ for folder, adapter, tokens in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3
     tokens = torch.tensor([int(token) for token in tokens.split(",")])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = PeftModel.from_pretrained(model, adapter).eval()
     with torch.no_grad():
         scores = model(tokens[None]).logits[0, :-1].log_softmax(-1)
