@@ -8,9 +8,12 @@
 //! never failed. What comes after the update, bringing the new weights into the form that the model computes with, is
 //! made up for before the next use if it fails.
 
+mod kept;
 mod update;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use kept::{Kept, check_adapters, check_sizes, kept, room};
 
 use super::checkpoint::{Checkpoint, Fingerprints};
 use super::config::Config;
@@ -23,10 +26,10 @@ use super::schedule::Schedule;
 use super::shards::Part;
 use super::spread::Spread;
 use super::streams::{Gradients, StreamConfig};
-use crate::device::{Device, Kind, Purpose};
+use crate::device::{Device, Kind};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{TensorSpec, Weights, base_specs, specs};
+use crate::model::parameters::{Weights, base_specs, specs};
 use crate::model::session::score;
 use crate::ranks::Ranks;
 
@@ -501,55 +504,4 @@ impl<D: Device> Trainer<D> {
             recompute: training.recompute,
         }
     }
-}
-
-/// What is kept of each tensor, in the order of [`Tensors`]' fields.
-#[derive(Clone, Copy)]
-enum Kept {
-    Values,
-    M,
-    V,
-}
-
-fn room<D: Device>(device: &D, len: usize) -> crate::device::Result<D::Buffer> {
-    let buffer = device.empty(Kind::Exact, len);
-    buffer.map_err(|error| error.wanted_for(Purpose::Optimizer))
-}
-
-/// Elements of a tensor that a run keeps in f32.
-fn kept(spec: &TensorSpec) -> usize {
-    if spec.frozen { 0 } else { spec.role.len() }
-}
-
-/// Adapters need the weights that they are added to, and the configuration says whether there are any.
-fn check_adapters(model: &ModelConfig, config: &Config, base: bool) -> Result<()> {
-    let adapters = model.lora.is_some();
-    if adapters == base && adapters == config.lora.is_on() {
-        return Ok(());
-    }
-    let expected = "a model with adapters and the weights that they are added to where `lora.r` is given, and \
-                    neither where it is not";
-    let got = format!("adapters: {adapters}, weights: {base}");
-    Err(TrainError::argument("model", expected, got))
-}
-
-fn check_sizes(specs: &[TensorSpec], tensors: &Tensors) -> Result<()> {
-    for (kind, list) in [
-        ("values", &tensors.values),
-        ("m", &tensors.m),
-        ("v", &tensors.v),
-    ] {
-        if list.len() != specs.len() {
-            let expected = format!("{} tensors", specs.len());
-            return Err(TrainError::argument(kind, expected, list.len()));
-        }
-        for (spec, tensor) in specs.iter().zip(list) {
-            if tensor.len() != kept(spec) {
-                let name = format!("{kind} of `{}`", spec.parts[0].0);
-                let expected = format!("{} elements", kept(spec));
-                return Err(TrainError::argument(name, expected, tensor.len()));
-            }
-        }
-    }
-    Ok(())
 }
