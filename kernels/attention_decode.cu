@@ -203,7 +203,7 @@ SEGATTN_FN void accumulate_pv(float (&out)[C::kOutTiles][4], const uint4 (&probs
 template <class C>
 SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q,
                               const float (&out)[C::kOutTiles][4], float sum, int half, int warp, int lane) {
-  if (q.query >= p.problem.q.rows) return;
+  if (q.query >= work.rows) return;
   const int column = warp * C::kOutTiles * 8 + lane % 4 * 2;
   if (work.splits > 1) {
     float* g_out =
@@ -226,7 +226,7 @@ SEGATTN_FN void store_columns(const SegattnForwardParams& p, const WorkTile& wor
 // Stores lse of the rows of one half, or the state of a partial result.
 SEGATTN_FN void store_state(const SegattnForwardParams& p, const WorkTile& work, const QueryRow& q, const RowState& row,
                             int lane) {
-  if (q.query >= p.problem.q.rows || lane % 4 != 0) return;
+  if (q.query >= work.rows || lane % 4 != 0) return;
   if (work.splits > 1)
     ((float2*)p.partial_state)[partial_row(p.problem, work.split, work.batch_index, q.head, q.query)] =
         make_float2(row.max, row.sum);

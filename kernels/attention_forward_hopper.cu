@@ -328,7 +328,7 @@ SEGATTN_FN void store_final_rows(const SegattnForwardParams& p, const WorkTile& 
   finish_rows<C>(p, work, acc, first_row, lane);
   const int query = work.query_tile * C::kRows + first_row + lane / 4;
   const auto rows = Rows<typename C::T>::of(p.out, work.batch_index, work.head);
-  store_rows(acc.out[0], 1.f, rows, query, work.query_rows, (int)p.problem.q.rows, lane);
+  store_rows(acc.out[0], 1.f, rows, query, work.query_rows, work.rows, lane);
 }
 
 template <class C>

@@ -82,6 +82,7 @@ struct KeyWorkTile {
   int batch_index, kv_head, end_head;  // the group ends before query head end_head
   int first;                           // first key row
   int len;                             // valid keys of the source
+  int rows;                            // rows of the gradients, valid and padding together
   int query_rows, first_query;
   bool prior;
 };
@@ -126,6 +127,7 @@ SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) 
   work.first = (work.prior ? tile : tile - prior_tiles) * C::kKeys;
   const int segment_len = p.problem.segment_len[work.batch_index];
   work.len = work.prior ? p.problem.prior_len[work.batch_index] : segment_len;
+  work.rows = work.prior ? (int)p.d_prior_k.rows : p.problem.row_offsets ? segment_len : (int)p.d_k.rows;
   work.query_rows = work.first < work.len ? min(segment_len, (int)p.problem.q.rows) : 0;
   work.first_query = work.prior ? 0 : work.first / C::kQueries * C::kQueries;
   return work;
@@ -146,7 +148,7 @@ SEGATTN_FN void attention_query_grad_sum(const SegattnBackwardParams& p) {
   const int query_rows = keys.query_rows((int)p.problem.q.rows);
   constexpr int kSplitTiles = C::kSplitKeys / C::kKeys;
   const int splits = ceil_div(visible_kv_tiles<C::kRows, C::kKeys>(keys, query / C::kRows, 1, query_rows), kSplitTiles);
-  if (splits > 1) {
+  if (splits > 1 && query < written_rows(p.problem, query_rows)) {
     const float4* parts =
         (const float4*)(p.partial_d_q + partial_row(p.problem, 0, batch_index, head, query) * C::kHeadDim);
     const int64_t pitch = partial_row(p.problem, 1, 0, 0, 0) * C::kHeadDim / 4;

@@ -50,7 +50,7 @@ SEGATTN_FN void attention_prepare(const SegattnBackwardParams& p) {
     for (int mask = R::kLanes / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
     if (chunk != 0) continue;
     if (query < rows) {
-      const int64_t row = ((int64_t)batch_index * p.problem.q_heads + head) * p.problem.q.rows + query;
+      const int64_t row = partial_row(p.problem, 0, batch_index, head, query);
       if (p.d_lse) delta -= p.d_lse[row];
       lse = p.lse[row] * kLog2E;
     }

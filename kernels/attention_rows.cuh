@@ -173,7 +173,7 @@ SEGATTN_FN void finish_rows(const SegattnForwardParams& p, const WorkTile& work,
         acc.out[m][n][half * 2 + 1] = finish_value(acc.out[m][n][half * 2 + 1], inverse);
       }
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, packed_heads);
-      if (lane % 4 == 0 && q.query < p.problem.q.rows)
+      if (lane % 4 == 0 && q.query < work.rows)
         p.lse[partial_row(p.problem, 0, work.batch_index, q.head, q.query)] =
             q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF;
     }
@@ -245,6 +245,7 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
   const int splits = ceil_div(kv_tiles, C::kSplitKeys / C::kKeys);
   griddep_wait();           // what is read above was written before the attention kernel
   if (splits <= 1) return;  // the attention kernel stored the final result
+  if (query >= written_rows(p.problem, query_rows)) return;
 
   constexpr int kSectionSplits = kSectionChunks * kChunkKeys / C::kSplitKeys;
   CombinedRow<C> total, partials[kSectionSplits];
@@ -265,7 +266,9 @@ SEGATTN_FN void attention_combine(const SegattnForwardParams& p) {
 #pragma unroll
   for (int i = 0; i < CombinedRow<C>::kValues; i++)
     out[i * 32 + lane] = query < query_rows ? (uint16_t)pack<T>(finish_value(total.out[i], inverse), 0.f) : (uint16_t)0;
-  if (lane == 0) p.lse[index] = query < query_rows ? row_lse(total.state) : SEGATTN_NEG_INF;
+  if (lane == 0)
+    p.lse[partial_row(p.problem, 0, batch_index, head, query)] =
+        query < query_rows ? row_lse(total.state) : SEGATTN_NEG_INF;
 }
 
 struct CombineConfig {

@@ -129,7 +129,7 @@ SEGATTN_FN void store_key_rows(const float (&x)[C::kRowTiles][C::kOutTiles][4], 
   const Rows<T> rows = Rows<T>::of(tensor, work.batch_index, work.kv_head);
   for (int i = thread; i < C::kKeys * kRowChunks; i += C::kThreads) {
     const int row = i / kRowChunks, chunk = i % kRowChunks;
-    if (work.first + row >= tensor.rows) continue;
+    if (work.first + row >= work.rows) continue;
     const uint4 value = *(const uint4*)((unsigned char*)&tile + (KT::chunk(base, row, chunk) - base));
     *(uint4*)(rows.row(work.first + row) + chunk * 8) = work.first + row < work.len ? value : make_uint4(0, 0, 0, 0);
   }

@@ -270,9 +270,9 @@ SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
     const Rows<T> d_v_rows = Rows<T>::of(d_v, work.batch_index, work.kv_head);
     // The gradients are staged where the warpgroup's products read k and v.
     sync_consumer_warpgroup<C>(thread / 128);
-    store_rows(grads.d_k, p.problem.scale, shared.k[kv_stage], warp_row, d_k_rows, work.first, work.len, (int)d_k.rows,
+    store_rows(grads.d_k, p.problem.scale, shared.k[kv_stage], warp_row, d_k_rows, work.first, work.len, work.rows,
                lane);
-    store_rows(grads.d_v, 1.f, shared.v[kv_stage], warp_row, d_v_rows, work.first, work.len, (int)d_v.rows, lane);
+    store_rows(grads.d_v, 1.f, shared.v[kv_stage], warp_row, d_v_rows, work.first, work.len, work.rows, lane);
     shared.kv_ring.release(n, lane);
   }
 }

@@ -28,6 +28,7 @@
                                                          offsetof(SegattnProblem, past_len),                      \
                                                          offsetof(SegattnProblem, sink_len),                      \
                                                          offsetof(SegattnProblem, query_start),                   \
+                                                         offsetof(SegattnProblem, row_offsets),                   \
                                                          offsetof(SegattnProblem, past_gate),                     \
                                                          offsetof(SegattnProblem, prior_heads),                   \
                                                          offsetof(SegattnProblem, past_len_batch_stride),         \

@@ -27,6 +27,9 @@ typedef struct SegattnProblem {
   const int32_t* past_len;    /* [batch] or [batch, kv_heads], see the two strides */
   const int32_t* sink_len;    /* like past_len, with strides of its own, or null: 0; at most past_len */
   const int32_t* query_start; /* [batch] or null: 0 */
+  /* [batch + 1] or null: the query rows before each batch element, and of all. Then there are no padding rows of q,
+   * out, d_out, d_q, d_k and d_v: behind an element's valid rows, those of the next may begin. */
+  const int32_t* row_offsets;
   const float* past_gate;     /* [q_heads], 0: of the past only the sinks are read */
   const uint8_t* prior_heads; /* [q_heads], whether the prior rows are read */
   int32_t past_len_batch_stride;
@@ -43,7 +46,7 @@ typedef struct SegattnProblem {
 typedef struct SegattnForwardParams {
   SegattnProblem problem;
   SegattnTensor out;      /* like q */
-  float* lse;             /* [batch, q_heads, rows] */
+  float* lse;             /* [batch, q_heads, rows]; with row_offsets element by element, [q_heads, its rows] each */
   float* partial_out;     /* [splits of a tile, batch, q_heads, rows, head_dim], only if there are several */
   float* partial_state;   /* [splits of a tile, batch, q_heads, rows, 2]: running maximum (base 2) and sum */
   float* chunk_totals;    /* [blocks of the grid, head_dim * tile rows]: totals of chunks before the current one */

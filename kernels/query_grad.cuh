@@ -146,7 +146,7 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, float (&d_q)[C:
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const QueryRow q = query_row<C::kRows>(work, first_row + m * 16 + half * 8 + lane / 4, 1);
-      if (q.query >= p.problem.q.rows) continue;
+      if (q.query >= work.rows) continue;
       float2* out = (float2*)(p.partial_d_q +
                               partial_row(p.problem, work.split, work.batch_index, q.head, q.query) * C::kHeadDim);
 #pragma unroll

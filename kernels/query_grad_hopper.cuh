@@ -237,14 +237,13 @@ SEGATTN_FN void query_grad_mainloop(float (&d_q)[C::kOutTiles][4], const QueryFr
 template <class C>
 SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d_q)[C::kOutTiles][4],
                                  const WorkTile& work, int query, int lane) {
-  const int rows = (int)p.problem.q.rows;
   if (work.splits == 1) {
     const auto target = Rows<typename C::T>::of(p.d_q, work.batch_index, work.head);
-    return store_rows(d_q, p.problem.scale, target, query, work.query_rows, rows, lane);
+    return store_rows(d_q, p.problem.scale, target, query, work.query_rows, work.rows, lane);
   }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    if (query + half * 8 >= rows) continue;
+    if (query + half * 8 >= work.rows) continue;
     const int64_t row = partial_row(p.problem, work.split, work.batch_index, work.head, query + half * 8);
     float2* out = (float2*)(p.partial_d_q + row * C::kHeadDim);
 #pragma unroll

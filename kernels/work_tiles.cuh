@@ -11,6 +11,7 @@ struct WorkTile {
   int first_kv_tile, end_kv_tile;  // of the head's list of key tiles
   int splits;                      // KV splits of the query tile; 1: the results are final
   int query_rows;                  // valid queries of the element of the batch
+  int rows;                        // those that are written: valid ones and padding
   KeyList keys;
 };
 
@@ -27,6 +28,11 @@ SEGATTN_FN QueryRow query_row(const WorkTile& work, int tile_row, int packed_hea
   return {query, head, query < work.query_rows ? work.keys.query_start + query : -1};
 }
 
+// Query rows of an element of the batch that are written: the valid ones and padding, if there is any.
+SEGATTN_FN int written_rows(const SegattnProblem& p, int query_rows) {
+  return p.row_offsets ? query_rows : (int)p.q.rows;
+}
+
 // Number of key tiles that some row of the query tile sees.
 template <int kRows, int kKeys>
 SEGATTN_FN int visible_kv_tiles(const KeyList& keys, int tile, int packed_heads, int query_rows) {
@@ -41,9 +47,11 @@ template <int kRows, int kKeys, int kSplitKeys>
 SEGATTN_FN void locate_split(WorkTile& work, const SegattnProblem& p, int packed_heads) {
   work.keys = KeyList::of(p, work.batch_index, work.head);
   work.query_rows = work.keys.query_rows((int)p.q.rows);
+  work.rows = written_rows(p, work.query_rows);
   const int kv_tiles = visible_kv_tiles<kRows, kKeys>(work.keys, work.query_tile, packed_heads, work.query_rows);
   constexpr int kSplitTiles = kSplitKeys / kKeys;
-  work.splits = max(1, ceil_div(kv_tiles, kSplitTiles));
+  // A tile of padding rows is a work tile, whose results are zeros. With row_offsets there is no such tile.
+  work.splits = max(p.row_offsets ? 0 : 1, ceil_div(kv_tiles, kSplitTiles));
   work.first_kv_tile = work.split * kSplitTiles;
   work.end_kv_tile = min(kv_tiles, work.first_kv_tile + kSplitTiles);
 }
@@ -74,6 +82,10 @@ SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, 
 
 // Index of a row of a split's partial results, [split, batch, q_heads, rows].
 SEGATTN_FN int64_t partial_row(const SegattnProblem& p, int split, int batch_index, int head, int query) {
+  if (p.row_offsets) {
+    const int first = p.row_offsets[batch_index], rows = p.row_offsets[batch_index + 1] - first;
+    return ((int64_t)split * p.row_offsets[p.batch] + first) * p.q_heads + (int64_t)head * rows + query;
+  }
   return (((int64_t)split * p.batch + batch_index) * p.q_heads + head) * p.q.rows + query;
 }
 
@@ -119,7 +131,7 @@ SEGATTN_FN void store_query_rows(const float (&x)[kRowTiles][Tile::kCols / 8][4]
   for (int i = lane; i < kRowTiles * 16 * kRowChunks; i += 32) {
     const int row = row0 + i / kRowChunks, column = i % kRowChunks;
     const QueryRow q = query_row<Tile::kRows>(work, row, packed_heads);
-    if (q.query >= tensor.rows) continue;
+    if (q.query >= work.rows) continue;
     const uint4 value = *(const uint4*)(shared + (Tile::chunk(tile, row, column) - origin));
     T* target = Rows<T>::of(tensor, work.batch_index, q.head).row(q.query) + column * 8;
     *(uint4*)target = q.position >= 0 ? value : make_uint4(0, 0, 0, 0);

@@ -14,6 +14,9 @@ pub enum Batch<'a> {
     },
     /// That of index `b` begins at element `offsets[b]`: caches that lie anywhere in one buffer.
     Offsets(&'a [usize]),
+    /// `[batch + 1]`, from 0 on: that of index `b` has the rows `[offsets[b], offsets[b + 1])` of the data and no
+    /// padding. So sequences of unequal length lie one after another.
+    Packed(&'a [usize]),
 }
 
 impl Batch<'_> {
@@ -22,6 +25,7 @@ impl Batch<'_> {
         match self {
             Batch::Stride { len, .. } => *len,
             Batch::Offsets(offsets) => offsets.len(),
+            Batch::Packed(offsets) => offsets.len().saturating_sub(1),
         }
     }
 
@@ -29,19 +33,12 @@ impl Batch<'_> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-
-    fn start(&self, batch_index: usize) -> Option<usize> {
-        match self {
-            Batch::Stride { stride, .. } => batch_index.checked_mul(*stride),
-            Batch::Offsets(offsets) => Some(offsets[batch_index]),
-        }
-    }
 }
 
 /// Shape and strides of a `[batch, rows, heads, head_dim]` tensor, in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout<'a> {
-    /// Rows of each batch element, valid and padding together.
+    /// Rows of each batch element, valid and padding together; of packed ones the most that one has.
     pub rows: usize,
     /// Heads of each row.
     pub heads: usize,
@@ -53,6 +50,22 @@ pub struct Layout<'a> {
     pub head_stride: usize,
     /// Where the batch elements begin.
     pub batch: Batch<'a>,
+}
+
+impl<'a> Layout<'a> {
+    /// The layout of contiguous `[rows, heads, head_dim]`, the rows of all batch elements one after another, without
+    /// padding. Element `b` has the rows `[offsets[b], offsets[b + 1])`.
+    pub fn ragged(offsets: &'a [usize], [heads, head_dim]: [usize; 2]) -> Self {
+        let rows = |pair: &[usize]| pair[1].saturating_sub(pair[0]);
+        Layout {
+            rows: offsets.windows(2).map(rows).max().unwrap_or(0),
+            heads,
+            head_dim,
+            row_stride: heads.saturating_mul(head_dim),
+            head_stride: head_dim,
+            batch: Batch::Packed(offsets),
+        }
+    }
 }
 
 impl Layout<'_> {
@@ -96,16 +109,41 @@ impl Layout<'_> {
     /// assert_eq!(keys.extent(), Some(3 * 5 * 32 - 2 * 8));
     /// ```
     pub fn extent(&self) -> Option<usize> {
-        if self.rows == 0 || self.heads == 0 || self.head_dim == 0 {
+        if self.heads == 0 || self.head_dim == 0 {
             return Some(0);
         }
-        let end = |batch_index| self.end(batch_index, self.rows - 1, self.heads - 1);
+        let end = |batch_index| match self.rows_of(batch_index) {
+            0 => Some(0),
+            rows => self.end(batch_index, rows - 1, self.heads - 1),
+        };
         match self.batch {
             Batch::Stride { len: 0, .. } => Some(0),
             Batch::Stride { len, .. } => end(len - 1),
-            Batch::Offsets(offsets) => (0..offsets.len())
+            Batch::Offsets(_) | Batch::Packed(_) => (0..self.batch.len())
                 .map(end)
                 .try_fold(0, |extent, end| Some(extent.max(end?))),
+        }
+    }
+
+    /// Rows of a batch element, valid and padding together.
+    pub fn rows_of(&self, batch_index: usize) -> usize {
+        match self.batch {
+            Batch::Packed(offsets) => offsets[batch_index + 1].saturating_sub(offsets[batch_index]),
+            Batch::Stride { .. } | Batch::Offsets(_) => self.rows,
+        }
+    }
+
+    /// Whether batch elements have no padding.
+    pub(super) fn is_packed(&self) -> bool {
+        matches!(self.batch, Batch::Packed(_))
+    }
+
+    /// The element at which a batch element begins; `None` if that overflows.
+    pub(super) fn start(&self, batch_index: usize) -> Option<usize> {
+        match self.batch {
+            Batch::Stride { stride, .. } => batch_index.checked_mul(stride),
+            Batch::Offsets(offsets) => Some(offsets[batch_index]),
+            Batch::Packed(offsets) => offsets[batch_index].checked_mul(self.row_stride),
         }
     }
 
@@ -114,6 +152,7 @@ impl Layout<'_> {
         let start = match self.batch {
             Batch::Stride { stride, .. } => batch_index * stride,
             Batch::Offsets(offsets) => offsets[batch_index],
+            Batch::Packed(offsets) => offsets[batch_index] * self.row_stride,
         };
         start + row * self.row_stride + head * self.head_stride
     }
@@ -122,8 +161,7 @@ impl Layout<'_> {
     fn end(&self, batch_index: usize, row: usize, head: usize) -> Option<usize> {
         let row = row.checked_mul(self.row_stride)?;
         let head = head.checked_mul(self.head_stride)?;
-        self.batch
-            .start(batch_index)?
+        self.start(batch_index)?
             .checked_add(row)?
             .checked_add(head)?
             .checked_add(self.head_dim)
@@ -150,12 +188,16 @@ impl Layout<'_> {
         }
     }
 
-    /// Whether two of the `heads * rows * batch` rows share an element. All rows lie within `len`.
+    /// Whether two of the rows of all heads and batch elements share an element. All rows lie within `len`.
     pub(super) fn overlaps(&self, len: usize) -> bool {
         let (heads, head_dim) = (self.heads, self.head_dim);
-        let count = [self.rows, heads, head_dim]
+        let rows =
+            (0..self.batch.len()).try_fold(0usize, |rows, b| rows.checked_add(self.rows_of(b)));
+        let count = [heads, head_dim]
             .iter()
-            .try_fold(self.batch.len(), |product, &n| product.checked_mul(n));
+            .try_fold(rows.unwrap_or(usize::MAX), |product, &n| {
+                product.checked_mul(n)
+            });
         match count {
             Some(0) => return false,
             // More elements than the data has.
@@ -167,7 +209,9 @@ impl Layout<'_> {
             return false;
         }
         let mut starts: Vec<usize> = (0..self.batch.len())
-            .flat_map(|batch_index| (0..self.rows).map(move |row| (batch_index, row)))
+            .flat_map(|batch_index| {
+                (0..self.rows_of(batch_index)).map(move |row| (batch_index, row))
+            })
             .flat_map(|(batch_index, row)| {
                 (0..heads).map(move |head| self.offset(batch_index, row, head))
             })
@@ -182,6 +226,8 @@ impl Layout<'_> {
         match self.batch {
             Batch::Stride { len, stride } => dims.push((stride, len)),
             Batch::Offsets(offsets) if offsets.len() > 1 => return false,
+            // The rows of all batch elements are one dimension.
+            Batch::Packed(offsets) => dims[0].1 = offsets.last().map_or(0, |rows| *rows),
             Batch::Offsets(_) => {}
         }
         dims.retain(|&(_, size)| size > 1);

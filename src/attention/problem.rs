@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::layout::{Strided, View, ViewMut};
+use super::layout::{Batch, Strided, View, ViewMut};
 use super::lengths::{Len, Lengths, PastLen};
 use super::source::{Part, Source};
 
@@ -204,9 +204,31 @@ impl<X: Strided> Problem<'_, X> {
         self.q.layout().batch.len()
     }
 
-    /// Rows of `q`, valid and padding together.
+    /// Rows of `q`, valid and padding together; of packed batch elements the most that one has.
     pub fn rows(&self) -> usize {
         self.q.layout().rows
+    }
+
+    /// Rows of a batch element in `q`, valid and padding together.
+    pub fn rows_of(&self, batch_index: usize) -> usize {
+        self.q.layout().rows_of(batch_index)
+    }
+
+    /// Rows of all batch elements in `q`, valid and padding together.
+    pub(super) fn all_rows(&self) -> usize {
+        match self.q.layout().batch {
+            Batch::Packed(offsets) => offsets.last().map_or(0, |rows| *rows),
+            batch => batch.len().saturating_mul(self.rows()),
+        }
+    }
+
+    /// Index of a row in numbers `[batch, q_heads, rows]`, such as `lse`.
+    pub(super) fn row_index(&self, [batch_index, row, head]: [usize; 3]) -> usize {
+        let before = match self.q.layout().batch {
+            Batch::Packed(offsets) => offsets[batch_index],
+            _ => batch_index * self.rows(),
+        };
+        before * self.q_heads() + head * self.rows_of(batch_index) + row
     }
 
     /// Number of query heads.
@@ -229,9 +251,19 @@ impl<X: Strided> Problem<'_, X> {
         self.q_heads() / self.kv_heads()
     }
 
-    /// Rows that a source's tensors have, valid and padding together; 0 where it is not there.
+    /// Rows of a batch element that a source's tensors have, valid and padding together; 0 where it is not there. Of
+    /// packed batch elements the most that one has.
     pub fn capacity(&self, source: Source) -> usize {
         let rows = |[k, v]: [&X; 2]| k.layout().rows.min(v.layout().rows);
+        self.source(source).map_or(0, rows)
+    }
+
+    /// [`Problem::capacity`] of one batch element.
+    pub(super) fn capacity_of(&self, source: Source, batch_index: usize) -> usize {
+        let rows = |[k, v]: [&X; 2]| {
+            let of = |tensor: &X| tensor.layout().rows_of(batch_index);
+            of(k).min(of(v))
+        };
         self.source(source).map_or(0, rows)
     }
 
@@ -241,8 +273,12 @@ impl<X: Strided> Problem<'_, X> {
             None => 0,
             Some(Len::Host(start)) => start[batch_index] as usize,
             Some(Len::Device(_)) => match self.lengths.segment_len {
-                Some(Len::Host(len)) => (len[batch_index] as usize).saturating_sub(self.rows()),
-                _ => self.capacity(Source::Current).saturating_sub(self.rows()),
+                Some(Len::Host(len)) => {
+                    (len[batch_index] as usize).saturating_sub(self.rows_of(batch_index))
+                }
+                _ => self
+                    .capacity_of(Source::Current, batch_index)
+                    .saturating_sub(self.rows_of(batch_index)),
             },
         }
     }
@@ -263,10 +299,10 @@ impl<X: Strided> Problem<'_, X> {
             (Some(rows), _) => rows,
             // No more than there are query rows for.
             (None, Source::Current) if len.is_some() => {
-                let end = self.query_start(batch_index) + self.rows();
-                end.min(self.capacity(source))
+                let end = self.query_start(batch_index) + self.rows_of(batch_index);
+                end.min(self.capacity_of(source, batch_index))
             }
-            _ => self.capacity(source),
+            _ => self.capacity_of(source, batch_index),
         }
     }
 
@@ -308,7 +344,8 @@ impl<X: Strided> Problem<'_, X> {
 }
 
 /// What a backward pass reads besides the problem. `X` is a tensor like `q`; `F` is a slice `[batch, q_heads, rows]` of
-/// f32, or of f64 in the reference.
+/// f32, or of f64 in the reference. Where `q` is [packed](super::Batch::Packed), the slice has `[q_heads, rows]` of one
+/// batch element after another, each with its own number of rows.
 #[derive(Debug, Clone, Copy)]
 pub struct Saved<X, F> {
     /// What the forward pass wrote.

@@ -92,16 +92,11 @@ pub fn backward(
 
 /// Calls `f(batch element, head, row, lse_idx)` for every query row, padding included.
 fn for_each_query(problem: &HostProblem<'_, f64>, mut f: impl FnMut(usize, usize, usize, usize)) {
-    let (heads, rows) = (problem.q_heads(), problem.rows());
     for batch_index in 0..problem.batch() {
-        for head in 0..heads {
-            for row in 0..rows {
-                f(
-                    batch_index,
-                    head,
-                    row,
-                    (batch_index * heads + head) * rows + row,
-                );
+        for head in 0..problem.q_heads() {
+            for row in 0..problem.rows_of(batch_index) {
+                let lse_idx = problem.row_index([batch_index, row, head]);
+                f(batch_index, head, row, lse_idx);
             }
         }
     }
@@ -154,7 +149,7 @@ fn clear(grads: &mut HostGradients<'_, f64>) {
     for view in views {
         let layout = view.layout;
         for batch_index in 0..layout.batch.len() {
-            for row in 0..layout.rows {
+            for row in 0..layout.rows_of(batch_index) {
                 for head in 0..layout.heads {
                     view.row([batch_index, row, head]).fill(0.0);
                 }

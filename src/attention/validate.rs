@@ -1,7 +1,7 @@
 //! The checks of an attention call's shapes, lengths and gates: once, for every backend.
 
 use super::error::Error;
-use super::layout::{Elements, Layout, Strided};
+use super::layout::{Batch, Elements, Layout, Strided};
 use super::lengths::{Len, PastLen};
 use super::problem::{Gates, Gradients, Problem, Saved};
 use super::source::{PerSource, Source};
@@ -38,7 +38,8 @@ impl<X: Strided> Problem<'_, X> {
         Ok(())
     }
 
-    /// Checks everything that a forward pass gets: `out` like `q`, and `lse` `[batch, q_heads, rows]`.
+    /// Checks everything that a forward pass gets: `out` like `q`, and `lse` `[batch, q_heads, rows]`, or `[q_heads,
+    /// rows]` of each packed batch element.
     pub(super) fn validate_forward(
         &self,
         out: &impl Strided,
@@ -64,13 +65,20 @@ impl<X: Strided> Problem<'_, X> {
             self.check_lse("d_lse", d_lse)?;
         }
         self.check_output("d_q", &gradients.d_q, ("q", &self.q))?;
-        self.check_output("d_k", &gradients.d_k, ("k", &self.k))?;
-        self.check_output("d_v", &gradients.d_v, ("v", &self.v))?;
+        self.check_key_output("d_k", &gradients.d_k, ("k", &self.k))?;
+        self.check_key_output("d_v", &gradients.d_v, ("v", &self.v))?;
         match (&gradients.d_prior, &self.prior) {
             (None, _) => {}
             (Some((d_k, d_v)), Some(prior)) => {
-                self.check_output("d_prior_k", d_k, ("prior_k", &prior.k))?;
-                self.check_output("d_prior_v", d_v, ("prior_v", &prior.v))?;
+                for (name, tensor, like) in [
+                    ("d_prior_k", d_k, ("prior_k", &prior.k)),
+                    ("d_prior_v", d_v, ("prior_v", &prior.v)),
+                ] {
+                    self.check_output(name, tensor, like)?;
+                    if tensor.layout().is_packed() {
+                        return Err(shape(name, "batch elements of equal rows", "packed ones"));
+                    }
+                }
             }
             (Some(_), None) => {
                 let expected = "none, as the problem has no prior";
@@ -95,6 +103,7 @@ impl<X: Strided> Problem<'_, X> {
         if self.head_dim() == 0 {
             return Err(shape("head_dim", "at least 1", 0));
         }
+        check_packed("q", &self.q.layout())?;
         self.tensors()[1..].iter().try_for_each(|(name, tensor)| {
             tensor.map_or(Ok(()), |tensor| self.check_shape(name, tensor, kv_heads))
         })
@@ -107,6 +116,7 @@ impl<X: Strided> Problem<'_, X> {
         heads: usize,
     ) -> Result<(), Error> {
         let layout = tensor.layout();
+        check_packed(argument, &layout)?;
         let (got, batch) = (layout.batch.len(), self.batch());
         if got != batch {
             return Err(shape(argument, format!("{batch} batch elements"), got));
@@ -197,18 +207,37 @@ impl<X: Strided> Problem<'_, X> {
                 lengths.find(|(name, _)| *name == len_name),
                 self.source(source),
             ) {
-                (Some((name, Len::Host(len))), _) => {
-                    check_range(name, len, self.capacity(source))?;
-                }
-                (None, Some([k, v])) if v.layout().rows != k.layout().rows => {
-                    let expected = rows_of(NAMES[source][0], k.layout().rows);
-                    return Err(shape(v_name, expected, v.layout().rows));
+                (Some((name, Len::Host(len))), _) => self.check_range(source, name, len)?,
+                (None, Some([k, v])) => {
+                    check_same_rows(v_name, &v.layout(), (NAMES[source][0], &k.layout()))?;
                 }
                 _ => {}
             }
         }
         self.check_sinks()?;
         (0..self.batch()).try_for_each(|batch_index| self.check_query_rows(batch_index))
+    }
+
+    /// Lengths in host memory against the rows of their source. There may be one for each KV head.
+    fn check_range(
+        &self,
+        source: Source,
+        argument: &'static str,
+        lengths: &[i32],
+    ) -> Result<(), Error> {
+        let each = (lengths.len() / self.batch().max(1)).max(1);
+        for (index, &len) in lengths.iter().enumerate() {
+            let rows = self.capacity_of(source, index / each);
+            if !usize::try_from(len).is_ok_and(|len| len <= rows) {
+                return Err(Error::Length {
+                    argument,
+                    index,
+                    expected: format!("0 to {rows} rows"),
+                    got: len.into(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Sinks are rows of the past.
@@ -254,11 +283,18 @@ impl<X: Strided> Problem<'_, X> {
         if start < 0 || start > end as i64 {
             return refused("query_start", format!("0 to segment_len = {end}"), start);
         }
-        if end - start as usize > self.rows() {
-            let expected = format!("query_start + at most {} rows of q", self.rows());
-            return refused("segment_len", expected, end as i64);
+        let (rows, own) = (end - start as usize, self.rows_of(batch_index));
+        match self.q.layout().is_packed() {
+            true if rows != own => {
+                let expected = format!("query_start + the {own} rows of q, which is packed");
+                refused("segment_len", expected, end as i64)
+            }
+            false if rows > own => {
+                let expected = format!("query_start + at most {own} rows of q");
+                refused("segment_len", expected, end as i64)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn check_no_query_start(&self) -> Result<(), Error> {
@@ -313,10 +349,26 @@ impl<X: Strided> Problem<'_, X> {
 
     /// Checks `[batch, q_heads, rows]` numbers.
     fn check_lse(&self, argument: &'static str, numbers: &impl Elements) -> Result<(), Error> {
-        let rows = self.q_heads().saturating_mul(self.rows());
-        let expected = self.batch().saturating_mul(rows);
+        let expected = self.q_heads().saturating_mul(self.all_rows());
         let meaning = "batch * q_heads * rows of q";
         check_count(argument, numbers.elements(), expected, meaning)
+    }
+
+    /// Checks the gradient of current keys or values. Where the queries are packed, it is packed like them, whatever
+    /// the layout of the keys.
+    fn check_key_output(
+        &self,
+        argument: &'static str,
+        tensor: &impl Strided,
+        (like_name, like): (&str, &X),
+    ) -> Result<(), Error> {
+        let (layout, q) = (tensor.layout(), self.q.layout());
+        if !q.is_packed() && !layout.is_packed() {
+            return self.check_output(argument, tensor, (like_name, like));
+        }
+        self.check_shape(argument, tensor, like.layout().heads)?;
+        check_same_rows(argument, &layout, ("q", &q))?;
+        self.check_written(argument, tensor)
     }
 
     /// Checks a tensor that is written: shaped like `like`, every row inside the data, none overlapping.
@@ -326,14 +378,20 @@ impl<X: Strided> Problem<'_, X> {
         tensor: &impl Strided,
         (like_name, like): (&str, &X),
     ) -> Result<(), Error> {
-        let (layout, elements) = (tensor.layout(), tensor.elements());
+        let layout = tensor.layout();
         self.check_shape(argument, tensor, like.layout().heads)?;
         check_same_rows(argument, &layout, (like_name, &like.layout()))?;
+        self.check_written(argument, tensor)
+    }
+
+    /// Every row inside the data, none overlapping.
+    fn check_written(&self, argument: &'static str, tensor: &impl Strided) -> Result<(), Error> {
+        let (layout, elements) = (tensor.layout(), tensor.elements());
         for batch_index in 0..self.batch() {
             layout.check_rows(
                 argument,
                 elements,
-                [batch_index, layout.rows, layout.heads - 1],
+                [batch_index, layout.rows_of(batch_index), layout.heads - 1],
             )?;
         }
         match layout.overlaps(elements) {
@@ -385,10 +443,38 @@ fn check_same_rows(
     layout: &Layout<'_>,
     (like_name, like): (&str, &Layout<'_>),
 ) -> Result<(), Error> {
-    if layout.rows == like.rows {
-        return Ok(());
+    match (layout.batch, like.batch) {
+        (Batch::Packed(got), Batch::Packed(expected)) if got == expected => Ok(()),
+        (Batch::Packed(_), _) | (_, Batch::Packed(_)) => {
+            let expected = format!("rows like those of {like_name}, {:?}", like.batch);
+            Err(shape(argument, expected, format!("{:?}", layout.batch)))
+        }
+        _ if layout.rows == like.rows => Ok(()),
+        _ => Err(shape(argument, rows_of(like_name, like.rows), layout.rows)),
     }
-    Err(shape(argument, rows_of(like_name, like.rows), layout.rows))
+}
+
+/// Checks that the offsets of packed batch elements ascend from 0 on, and the rows that an element has at most.
+fn check_packed(argument: &'static str, layout: &Layout<'_>) -> Result<(), Error> {
+    let Batch::Packed(offsets) = layout.batch else {
+        return Ok(());
+    };
+    let rows = |pair: &[usize]| pair[1].checked_sub(pair[0]);
+    let most = (offsets.windows(2)).try_fold(0, |most, pair| Some(rows(pair)?.max(most)));
+    if offsets.first() != Some(&0) || most.is_none() {
+        let expected = "row offsets that ascend from 0 on";
+        return Err(shape(argument, expected, format!("{offsets:?}")));
+    }
+    match most == Some(layout.rows) {
+        true => Ok(()),
+        false => {
+            let expected = format!(
+                "the most rows of a packed batch element, {}",
+                most.unwrap_or(0)
+            );
+            Err(shape(argument, expected, layout.rows))
+        }
+    }
 }
 
 fn check_count(
@@ -405,17 +491,4 @@ fn check_count(
         format!("{meaning} = {expected} elements"),
         got,
     ))
-}
-
-fn check_range(argument: &'static str, lengths: &[i32], rows: usize) -> Result<(), Error> {
-    let wrong = |len: &i32| *len < 0 || *len as usize > rows;
-    match lengths.iter().position(wrong) {
-        None => Ok(()),
-        Some(index) => Err(Error::Length {
-            argument,
-            index,
-            expected: format!("0 to {rows} rows"),
-            got: lengths[index].into(),
-        }),
-    }
 }

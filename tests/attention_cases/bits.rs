@@ -3,7 +3,7 @@
 use segattn::attention::cuda::{Dtype, Phase};
 
 use super::gpu::{self, Gpu, Grads, Options, Outcome};
-use super::{Case, Shape};
+use super::{Arrangement, Case, Shape};
 
 /// Runs a forward pass.
 fn forward(gpu: &mut impl Gpu, case: &Case<f64>, dtype: Dtype, phase: Phase) -> Outcome {
@@ -132,4 +132,122 @@ pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim:
             "d_past_gate of batch element {batch_index}"
         );
     }
+}
+
+/// Batch elements of unequal lengths without padding have, to the bit, the results that they have with padding. Nothing
+/// is written behind the last.
+pub fn packing_changes_no_bit(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
+    let [rows, keys] = [128, 64];
+    let past = Shape {
+        segment_len: vec![3, 0, 1, 40],
+        prior_len: vec![5, 1, 0, 9],
+        past_len: vec![8192 + 40, 7, 0, 66],
+        past_gate: vec![2.0, 0.5],
+        ..Shape::plain(1, 2, head_dim, [0; 3])
+    };
+    let lengths = Shape {
+        segment_len: vec![0, rows + 1, 1, rows - 1, 7, rows],
+        prior_len: vec![keys + 1, 0, 1, keys - 1, keys, 4],
+        past_len: vec![1, keys + 1, keys - 1, 0, keys, 9],
+        sink_len: vec![0, 4, 3, 0, keys, 9],
+        past_gate: vec![0.25, 1.0, 0.0],
+        prior_heads: vec![true, false, true],
+        ..Shape::plain(1, 3, head_dim, [0; 3])
+    };
+    let decoded = Some(vec![0, rows, 0, rows - 4, 5, rows - 1]);
+    let runs = [
+        (&past, None, Some(Phase::Prefill)),
+        (&lengths, None, None),
+        (&lengths, decoded.clone(), Some(Phase::Prefill)),
+        (&lengths, decoded, Some(Phase::Decode)),
+    ];
+    for (i, (shape, query_start, phase)) in runs.into_iter().enumerate() {
+        let arranged = [
+            Arrangement::Packed,
+            Arrangement::Ragged,
+            Arrangement::RaggedKeys,
+        ];
+        let run = |gpu: &mut _, arrangement| {
+            let shape = Shape {
+                arrangement,
+                ..shape.clone()
+            };
+            let case = Case::starting_at(&shape, query_start.clone()).rounded(dtype);
+            let options = Options {
+                phase,
+                with_d_lse: i % 2 == 1,
+                ..Options::new(dtype)
+            };
+            results(gpu, &case, options)
+        };
+        let [padded, others @ ..] = arranged.map(|arrangement| run(gpu, arrangement));
+        for (other, arrangement) in others.into_iter().zip(&arranged[1..]) {
+            for ((name, expected), (_, got)) in padded.iter().zip(other) {
+                assert!(
+                    *expected == got,
+                    "{name} of {arrangement:?}, run {i}, {dtype} D {head_dim}: other bits"
+                );
+            }
+        }
+    }
+}
+
+/// The bits of every result, without padding, by name. Gradients where the queries are whole segments.
+fn results(
+    gpu: &mut impl Gpu,
+    case: &Case<f64>,
+    options: Options,
+) -> Vec<(&'static str, Vec<u32>)> {
+    let loaded = gpu::load(gpu, case, options.dtype);
+    let written = gpu::forward(gpu, &loaded.problem, options.phase)
+        .unwrap_or_else(|e| panic!("{e}: {:?}", case.shape));
+    let outcome = gpu::outcome(gpu, case, &written);
+    let (shape, heads) = (&case.shape, case.shape.q_heads());
+    let start = |b: usize| case.query_start.as_ref().map_or(0, |start| start[b]);
+    let lens: Vec<usize> = (0..shape.batch())
+        .map(|b| (shape.segment_len[b] - start(b)) as usize)
+        .collect();
+    let lse = (0..shape.batch()).flat_map(|b| (0..heads).map(move |head| (b, head)));
+    let lse = lse.flat_map(|(b, head)| &outcome.lse[case.q.first_number(b, head)..][..lens[b]]);
+    let row_starts = |rows: &dyn Fn(usize) -> usize| {
+        let mut starts = vec![0];
+        for b in 0..shape.batch() {
+            starts.push(starts[b] + rows(b));
+        }
+        starts
+    };
+    // The valid rows of a tensor with so many rows of each batch element.
+    let valid = |bits: &[u16], width: usize, rows: &dyn Fn(usize) -> usize, lens: &[usize]| {
+        let starts = row_starts(rows);
+        let of = |b: usize| &bits[starts[b] * width..][..lens[b] * width];
+        (0..shape.batch())
+            .flat_map(of)
+            .map(|x| u32::from(*x))
+            .collect::<Vec<u32>>()
+    };
+    let (dim, of_q) = (shape.head_dim, |b: usize| case.q.rows_of(b));
+    let mut results = vec![
+        ("lse", lse.copied().collect()),
+        ("out", valid(&outcome.rows, heads * dim, &of_q, &lens)),
+    ];
+    if case.query_start.is_some() {
+        return results;
+    }
+    let grads = gpu::backward(gpu, case, &loaded, &written, options)
+        .unwrap_or_else(|e| panic!("{e}: {:?}", case.shape));
+    let prior: Vec<usize> = shape.prior_len.iter().map(|rows| *rows as usize).collect();
+    let kv_width = shape.kv_heads * dim;
+    for (name, bits) in &grads.tensors {
+        let bits = match *name {
+            "d_q" => valid(bits, heads * dim, &of_q, &lens),
+            "d_prior_k" | "d_prior_v" => {
+                valid(bits, kv_width, &|b| case.prior_k.rows_of(b), &prior)
+            }
+            _ if case.q.is_ragged() => valid(bits, kv_width, &of_q, &lens),
+            _ => valid(bits, kv_width, &|b| case.k.rows_of(b), &lens),
+        };
+        results.push((name, bits));
+    }
+    results.push(("d_past_gate", grads.d_past_gate));
+    results
 }

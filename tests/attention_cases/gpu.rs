@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use segattn::attention::cuda::{self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Phase};
-use segattn::attention::{Gradients, Prior, Problem, Saved};
+use segattn::attention::{Batch, Gradients, Layout, Prior, Problem, Saved};
 use segattn::cuda::kernels::Kernels;
 
 use super::{Case, Tensor};
@@ -153,6 +153,26 @@ fn like<'a>(gpu: &mut impl Gpu, name: &str, tensor: &cuda::Tensor<'a>) -> cuda::
     }
 }
 
+/// The gradient of current keys or values: like the tensor, or without padding where the queries have none.
+fn like_key<'a>(
+    gpu: &mut impl Gpu,
+    name: &str,
+    tensor: &cuda::Tensor<'a>,
+    q: &cuda::Tensor<'a>,
+) -> cuda::Tensor<'a> {
+    let Batch::Packed(offsets) = q.layout.batch else {
+        return like(gpu, name, tensor);
+    };
+    let layout = Layout::ragged(offsets, [tensor.layout.heads, tensor.layout.head_dim]);
+    let len = layout.extent().expect("few rows") + 24;
+    let packed = cuda::Tensor {
+        len,
+        layout,
+        ..*tensor
+    };
+    like(gpu, name, &packed)
+}
+
 fn workspace(gpu: &mut impl Gpu, bytes: usize) -> DeviceSlice {
     DeviceSlice::new(gpu.output("workspace", bytes), bytes)
 }
@@ -163,7 +183,8 @@ pub fn forward<'a>(
     problem: &GpuProblem<'a>,
     phase: Option<Phase>,
 ) -> Result<Written<'a>, Error> {
-    let rows = problem.batch() * problem.q_heads() * problem.rows();
+    let rows: usize = (0..problem.batch()).map(|b| problem.rows_of(b)).sum();
+    let rows = rows * problem.q_heads();
     let out = like(gpu, "out", &problem.q);
     let lse = DeviceSlice::new(gpu.output("lse", 4 * rows), rows);
     let plan = ForwardPlan::new(problem, &out, lse, phase, gpu.kernels())?;
@@ -181,10 +202,10 @@ fn rows_of(
 ) -> (Vec<u16>, Vec<u16>) {
     let bytes = gpu.download(at.data, at.len * Dtype::BYTES);
     let all: Vec<u16> = bytemuck::allocation::pod_collect_to_vec(&bytes);
-    let [batch, rows, heads, head_dim] = shape;
+    let [batch, _, heads, head_dim] = shape;
     let (mut found, mut between) = (Vec::new(), all.clone());
     for batch_index in 0..batch {
-        for row in 0..rows {
+        for row in 0..at.layout.rows_of(batch_index) {
             for head in 0..heads {
                 let start = at.layout.offset(batch_index, row, head);
                 found.extend_from_slice(&all[start..start + head_dim]);
@@ -238,8 +259,8 @@ pub fn backward_arguments<'a>(
     });
     let gradients = Gradients {
         d_q: like(gpu, "d_q", &problem.q),
-        d_k: like(gpu, "d_k", &problem.k),
-        d_v: like(gpu, "d_v", &problem.v),
+        d_k: like_key(gpu, "d_k", &problem.k, &problem.q),
+        d_v: like_key(gpu, "d_v", &problem.v, &problem.q),
         d_prior,
         d_past_gate: DeviceSlice::new(gpu.output("d_past_gate", 4 * gates), gates),
     };

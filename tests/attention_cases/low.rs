@@ -6,7 +6,7 @@ use segattn::attention::cuda::Dtype;
 use segattn::attention::{HostProblem, PerSource, Source, View};
 
 use super::gpu::{to_bits, to_f64};
-use super::{Case, Tensor};
+use super::{Backward, Case, Tensor};
 
 /// Gradients by name, in row-major order.
 pub type Named = Vec<(&'static str, Vec<f64>)>;
@@ -137,7 +137,7 @@ fn group(
         };
         let d_out = row(&case.d_out.view(), [batch_index, i, head], dim);
         let d_lse = if with_d_lse {
-            case.d_lse[(batch_index * p.q_heads() + head) * rows + i]
+            case.d_lse[case.q.first_number(batch_index, head) + i]
         } else {
             0.0
         };
@@ -171,13 +171,18 @@ pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
         .collect();
     // From [batch element, kv_head][inner head, rows, dim] to [batch element, rows, heads, dim], rounded.
     let merge = |like: &Tensor<f64>, inner: usize, part: &dyn Fn(&Group) -> &[f64]| {
-        let [_, rows, heads, dim] = like.shape;
-        let mut merged = vec![0.0; like.shape.iter().product()];
+        let [batch, _, heads, dim] = like.shape;
+        let before = |b: usize| (0..b).map(|b| like.rows_of(b)).sum::<usize>();
+        let mut merged = vec![0.0; before(batch) * heads * dim];
         for (g, from) in groups.iter().enumerate() {
-            for (i, row) in part(from).chunks(dim.max(1)).enumerate() {
-                let head = g % kv_heads * inner + i / rows.max(1);
-                let to = ((g / kv_heads * rows + i % rows) * heads + head) * dim;
-                merged[to..to + dim].copy_from_slice(row);
+            let (b, from) = (g / kv_heads, part(from));
+            let rows = (from.len() / (inner * dim).max(1)).max(1);
+            for (i, row) in from.chunks(dim.max(1)).enumerate() {
+                if i % rows < like.rows_of(b) {
+                    let head = g % kv_heads * inner + i / rows;
+                    let to = ((before(b) + i % rows) * heads + head) * dim;
+                    merged[to..to + dim].copy_from_slice(row);
+                }
             }
         }
         merged
@@ -190,10 +195,11 @@ pub fn run(case: &Case<f64>, dtype: Dtype, backward: Option<bool>) -> Low {
         grads: Vec::new(),
     };
     if backward.is_some() {
+        let written = Backward::for_case(case, 0.0, true);
         low.grads = vec![
             ("d_q", merge(&case.q, p.group(), &|g| &g.d_q)),
-            ("d_k", merge(&case.k, 1, &|g| &g.d_kv.current[0])),
-            ("d_v", merge(&case.v, 1, &|g| &g.d_kv.current[1])),
+            ("d_k", merge(&written.d_k, 1, &|g| &g.d_kv.current[0])),
+            ("d_v", merge(&written.d_v, 1, &|g| &g.d_kv.current[1])),
             (
                 "d_past_gate",
                 groups.iter().flat_map(|g| g.d_gate.clone()).collect(),

@@ -172,11 +172,21 @@ impl Case<f64> {
             }
         }
         let d_out = tensor(q_heads, &|b, _| query_len(b), false);
-        let rows = q.shape[1];
-        let mut d_lse = vec![f64::NAN; batch * q_heads * rows];
+        let without = |tensor: Tensor<f64>, wanted: bool, len: &dyn Fn(usize) -> i32| match wanted {
+            true => {
+                let rows = (0..batch).map(|b| len(b) as usize).collect();
+                tensor.without_padding(rows, f64::NAN)
+            }
+            false => tensor,
+        };
+        let keys = shape.arrangement == Arrangement::RaggedKeys;
+        let queries = keys || shape.arrangement == Arrangement::Ragged;
+        let [q, d_out] = [q, d_out].map(|tensor| without(tensor, queries, &query_len));
+        let [k, v] = [k, v].map(|tensor| without(tensor, keys, &|b| shape.segment_len[b]));
+        let mut d_lse = vec![f64::NAN; q.numbers()];
         for b in 0..batch {
             for h in 0..q_heads {
-                let start = (b * q_heads + h) * rows;
+                let start = q.first_number(b, h);
                 d_lse[start..start + query_len(b) as usize]
                     .fill_with(|| draw(&mut rng, Values::Centered, false));
             }
@@ -338,10 +348,13 @@ pub struct Forward<T> {
 impl<T: Copy> Forward<T> {
     /// Outputs for `case`, filled with `nan`.
     pub fn for_case(case: &Case<T>, nan: T) -> Self {
-        let shape = case.q.shape;
+        let out = match case.q.is_ragged() {
+            true => case.q.map(|_| nan),
+            false => Tensor::new(case.q.shape, case.shape.arrangement, nan),
+        };
         Forward {
-            out: Tensor::new(shape, case.shape.arrangement, nan),
-            lse: vec![nan; shape[0] * shape[1] * shape[2]],
+            out,
+            lse: vec![nan; case.q.numbers()],
         }
     }
 }
@@ -360,10 +373,17 @@ impl<T: Copy> Backward<T> {
     /// Gradients for `case`, filled with `nan`.
     pub fn for_case(case: &Case<T>, nan: T, read_only_prior: bool) -> Self {
         let like = |tensor: &Tensor<T>| tensor.map(|_| nan);
+        let of_keys = |tensor: &Tensor<T>| match case.q.is_ragged() {
+            true => {
+                let rows: Vec<usize> = (0..case.shape.batch()).map(|b| case.q.rows_of(b)).collect();
+                Tensor::ragged(&rows, [case.shape.kv_heads, case.shape.head_dim], nan)
+            }
+            false => like(tensor),
+        };
         Backward {
             d_q: like(&case.q),
-            d_k: like(&case.k),
-            d_v: like(&case.v),
+            d_k: of_keys(&case.k),
+            d_v: of_keys(&case.v),
             d_prior: (!read_only_prior).then(|| (like(&case.prior_k), like(&case.prior_v))),
             d_past_gate: vec![nan; case.shape.batch() * case.shape.q_heads()],
         }

@@ -209,6 +209,8 @@ pub fn arrangements_and_values() -> Vec<Named> {
         Arrangement::HeadsOutside,
         Arrangement::BatchInside8,
         Arrangement::Offsets8,
+        Arrangement::Ragged,
+        Arrangement::RaggedKeys,
     ];
     let arranged = arrangements
         .into_iter()

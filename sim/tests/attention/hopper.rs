@@ -121,6 +121,13 @@ fn gradients_do_not_depend_on_the_neighbours_in_the_batch() {
 }
 
 #[test]
+fn batch_elements_of_unequal_lengths_need_no_padding() {
+    for (dtype, head_dim) in [(Dtype::Bf16, 64), (Dtype::F16, 128)] {
+        bits::packing_changes_no_bit(&mut Simulated::of(6, kernels()), dtype, head_dim);
+    }
+}
+
+#[test]
 fn gradients_of_gates_keep_their_bound() {
     for (dtype, head_dim) in [(Dtype::Bf16, 64), (Dtype::F16, 128)] {
         suite::gates_keep_their_bound(&mut Simulated::of(5, kernels()), dtype, head_dim);

@@ -100,6 +100,15 @@ fn split(head_dim: usize) -> Shape {
     }
 }
 
+/// The same without padding. The lengths need not be those of a tile.
+fn ragged(shape: Shape) -> Shape {
+    Shape {
+        arrangement: Arrangement::Ragged,
+        spare_rows: 0,
+        ..shape
+    }
+}
+
 /// More sinks than a key tile has, and a head that reads no other past rows.
 fn closed_gate(head_dim: usize) -> Shape {
     Shape {
@@ -137,6 +146,10 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
     check(&shape, start(&shape), phase(Phase::Prefill));
     let shape = closed_gate(head_dim);
     check(&shape, start(&shape), phase(Phase::Prefill));
+    for shape in [lengths(head_dim), split(head_dim)] {
+        let shape = ragged(shape);
+        check(&shape, start(&shape), phase(Phase::Prefill));
+    }
     if !forward {
         suite::gates_keep_their_bound(&mut gpu(), Dtype::Bf16, head_dim);
         // So many queries and keys that a ring of four stages turns within an item, a gate's gradient from several
@@ -149,11 +162,9 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
         return check(&Shape::plain(1, 2, head_dim, [40, 9, 0]), None, options);
     }
     check(&split(head_dim), Some(vec![1, 0]), phase(Phase::Decode));
-    check(
-        &lengths(head_dim),
-        Some(vec![126, 0, 34]),
-        phase(Phase::Decode),
-    );
+    for shape in [lengths(head_dim), ragged(lengths(head_dim))] {
+        check(&shape, Some(vec![126, 0, 34]), phase(Phase::Decode));
+    }
     let shape = Shape {
         past_gate: vec![0.25, 1.0, 3.0],
         scale: Some(-0.4),
@@ -180,6 +191,7 @@ fn hopper_suite(kernels: &Kernels, head_dim: usize) {
         drop(suite::check(gpu, shape, Some(start), options))
     };
     check(&lengths(head_dim), vec![0; 3]);
+    check(&ragged(lengths(head_dim)), vec![0; 3]);
     let negative = Shape {
         scale: Some(-0.4),
         values: Values::HeavyTails,

@@ -405,7 +405,7 @@ const DECODE: [Rule; 57] = [
     replace("if (warp < 2) sum", "if (warp < 1) sum"),
     replace("tile < tiles; tile++", "tile + 1 < tiles; tile++"),
     replace("work.split, work.batch_index", "0, work.batch_index"),
-    replace("q.query >= p.problem.q.rows", "q.query > p.problem.q.rows"),
+    replace("q.query >= work.rows", "q.query > work.rows"),
     replace("q.position >= 0 ? two : 0", "two"),
     replace(
         "q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF",
@@ -420,7 +420,8 @@ const DECODE: [Rule; 57] = [
     replace("index % heads * p.packed_heads", "index % heads"),
 ];
 
-const ROWS: [Rule; 22] = [
+const ROWS: [Rule; 23] = [
+    drop_statement("if (query >= written_rows(p.problem, query_rows)) return"),
     drop_statement("__syncwarp()"),
     replace("n * 8 >= limit", "n * 8 > limit"),
     replace("n * 8 + 1 >= limit", "n * 8 + 1 > limit"),
@@ -432,10 +433,7 @@ const ROWS: [Rule; 22] = [
     replace("if (thread % 4 == 0) total = row", "total = row"),
     replace("m * C::kOutTiles * C::kConsumerThreads + thread", "thread"),
     replace("* kLn2", "* 1.f"),
-    replace(
-        "lane % 4 == 0 && q.query < p.problem.q.rows",
-        "lane % 4 == 0",
-    ),
+    replace("lane % 4 == 0 && q.query < work.rows", "lane % 4 == 0"),
     replace(
         "q.position >= 0 ? row_lse(row) : SEGATTN_NEG_INF",
         "row_lse(row)",

@@ -23,7 +23,7 @@ pub const QUERY_GRAD: [Rule; 22] = [
     replace("dp[m][n][half * 2 + e] - delta", "dp[m][n][half * 2 + e]"),
     replace("- tile.first - lane % 4 * 2", "- lane % 4 * 2"),
     replace("work.splits == 1", "true"),
-    drop_statement("if (q.query >= p.problem.q.rows) continue"),
+    drop_statement("if (q.query >= work.rows) continue"),
     replace("d_q[m][n][e] *= p.problem.scale", "d_q[m][n][e] *= 1.f"),
     replace(
         "tile.first >= work.keys.limit(tile, last_query)",
@@ -64,8 +64,8 @@ pub const KEY_GRAD: [Rule; 20] = [
     drop_statement("cp_async_commit()"),
     replace("p.row_delta + row", "p.row_lse + row"),
     replace(
-        "work.first + row >= tensor.rows",
-        "work.first + row > tensor.rows",
+        "work.first + row >= work.rows",
+        "work.first + row > work.rows",
     ),
     replace("work.first + row < work.len ? value", "true ? value"),
     replace("(d_k, p.problem.scale", "(d_k, 1.f"),
@@ -99,8 +99,13 @@ pub const KEY_GRAD: [Rule; 20] = [
     ),
 ];
 
-pub const GRADIENTS: [Rule; 20] = [
-    replace("(splits > 1)", "(splits > 2)"),
+pub const GRADIENTS: [Rule; 22] = [
+    replace("(splits > 1 &&", "(splits > 2 &&"),
+    replace("&& query < written_rows(p.problem, query_rows)", ""),
+    replace(
+        "p.problem.row_offsets ? segment_len : (int)p.d_k.rows",
+        "(int)p.d_k.rows",
+    ),
     replace("sum.x * scale", "sum.x"),
     replace("sum / gate", "sum"),
     replace(
@@ -162,7 +167,7 @@ pub const QUERY_GRAD_HOPPER: [Rule; 39] = [
     replace("past ? kPastGrad : kOtherGrad", "kPastGrad"),
     replace("if (past) add_row_sums", "if (gated) add_row_sums"),
     replace("work.splits == 1", "true"),
-    replace("if (query + half * 8 >= rows) continue", ";"),
+    replace("if (query + half * 8 >= work.rows) continue", ";"),
     replace("scale < 0.f ? INFINITY : -INFINITY", "-INFINITY"),
     drop_statement("sync_producers<"),
     drop_statement("shared.row_ring.release("),
@@ -182,7 +187,8 @@ pub const QUERY_GRAD_HOPPER: [Rule; 39] = [
     replace("release(busy", "release(busy + 1"),
 ];
 
-pub const KEY_GRAD_HOPPER: [Rule; 38] = [
+pub const KEY_GRAD_HOPPER: [Rule; 39] = [
+    replace("work.len, work.rows, lane", "work.len, (int)d_k.rows, lane"),
     drop_statement("cp_async_commit()"),
     drop_statement("wgmma_fence()"),
     drop_statement("wgmma_commit()"),

@@ -130,8 +130,8 @@ const FORWARD: [Rule; 90] = [
     replace("work.splits > 1)", "work.splits > 2)"),
     drop_statement("finish_rows<C>"),
     replace(
-        "query, work.query_rows, (int)",
-        "query, (int)p.problem.q.rows, (int)",
+        "query, work.query_rows, work.rows",
+        "query, work.rows, work.rows",
     ),
     // Rings: counts, waits, iterations, releases.
     replace("work_ring.init(1,", "work_ring.init(2,"),

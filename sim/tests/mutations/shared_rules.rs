@@ -54,10 +54,22 @@ pub const WARPGROUPS: [Rule; 12] = [
     replace("<TileA>(a, a_row, 0)", "<TileA>(a, 0, 0)"),
 ];
 
-pub const WORK_TILES: [Rule; 13] = [
+pub const WORK_TILES: [Rule; 19] = [
     drop_statement("__syncwarp()"),
     replace("query < work.query_rows ?", "query <= work.query_rows ?"),
     replace("index % packed_heads)", "index / packed_heads)"),
+    replace(
+        "p.row_offsets ? query_rows : (int)p.q.rows",
+        "(int)p.q.rows",
+    ),
+    replace(
+        "p.row_offsets[batch_index + 1] - first",
+        "p.row_offsets[batch_index + 1]",
+    ),
+    replace("p.row_offsets ? 0 : 1", "0"),
+    replace("split * p.row_offsets[p.batch]", "split * first"),
+    replace("(int64_t)head * rows", "(int64_t)head"),
+    replace("q.query >= work.rows", "q.query >= tensor.rows"),
     replace(
         "work.first_kv_tile + kSplitTiles)",
         "work.first_kv_tile + kSplitTiles - 1)",
@@ -78,7 +90,7 @@ pub const WORK_TILES: [Rule; 13] = [
     ),
     replace("(p.prior_k, batch_index", "(p.past_k, batch_index"),
     replace("(p.prior_v, batch_index", "(p.v, batch_index"),
-    replace("q.query >= tensor.rows", "q.query > tensor.rows"),
+    replace("q.query >= work.rows", "q.query > work.rows"),
     replace("q.position >= 0 ? value : make_uint4(0, 0, 0, 0)", "value"),
 ];
 

@@ -45,10 +45,10 @@ pub(super) fn run(
     let prior = d_prior.map(|(d_k, d_v)| [d_k, d_v].map(SharedRows::new));
     clear(&d_q);
     current.iter().chain(prior.iter().flatten()).for_each(clear);
-    let (rows, q_heads) = (problem.rows(), problem.q_heads());
+    let q_heads = problem.q_heads();
     let any_past = (0..q_heads).any(|head| problem.reads(Source::Past, head));
-    let summed = if any_past { rows } else { 0 };
-    let mut sums = [(); 2].map(|()| vec![[0.0; 2]; problem.batch() * q_heads * summed]);
+    let summed = if any_past { problem.all_rows() } else { 0 };
+    let mut sums = [(); 2].map(|()| vec![[0.0; 2]; q_heads * summed]);
     let [others, past] = &mut sums;
     let delta = deltas(problem, saved, kernels);
     let pass = Pass {
@@ -63,8 +63,14 @@ pub(super) fn run(
     };
     pass.run();
     for (idx, d_gate) in d_past_gate.iter_mut().enumerate() {
-        let gate = problem.gate(idx % q_heads);
-        let sum: f64 = (idx * summed..(idx + 1) * summed)
+        let (batch_index, head) = (idx / q_heads, idx % q_heads);
+        let gate = problem.gate(head);
+        let rows = match any_past {
+            true => problem.rows_of(batch_index),
+            false => 0,
+        };
+        let first = problem.row_index([batch_index, 0, head]);
+        let sum: f64 = (first..first + rows)
             .map(|row| {
                 let d_lse = saved.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[row]));
                 past_gradient(sums[0][row], sums[1][row], d_lse)
@@ -89,14 +95,19 @@ fn past_gradient([p0, pd0]: [f64; 2], [p1, pd1]: [f64; 2], d_lse: f64) -> f64 {
 }
 
 fn clear(view: &SharedRows<'_>) {
-    let (rows, heads) = (view.rows(), view.layout().heads);
-    let batch = view.layout().batch.len();
-    (0..batch * rows).into_par_iter().for_each(|idx| {
-        for head in 0..heads {
-            // SAFETY: each row is one iteration's only.
-            unsafe { view.row([idx / rows, idx % rows, head]) }.fill(0.0);
-        }
-    });
+    let layout = view.layout();
+    (0..layout.batch.len())
+        .into_par_iter()
+        .flat_map(|batch_index| {
+            let rows = 0..layout.rows_of(batch_index);
+            rows.into_par_iter().map(move |row| (batch_index, row))
+        })
+        .for_each(|(batch_index, row)| {
+            for head in 0..layout.heads {
+                // SAFETY: each row is one iteration's only.
+                unsafe { view.row([batch_index, row, head]) }.fill(0.0);
+            }
+        });
 }
 
 /// `d_out . out - d_lse` of every valid query row, `[batch, q_heads, rows]`.
@@ -105,25 +116,25 @@ fn deltas(
     saved: &HostSaved<'_, f32>,
     kernels: &Kernels,
 ) -> Vec<f32> {
-    let (rows, q_heads) = (problem.rows(), problem.q_heads());
-    let mut delta = vec![0.0; problem.batch() * q_heads * rows];
-    if rows == 0 {
-        return delta;
-    }
-    delta
-        .par_chunks_mut(rows)
-        .enumerate()
-        .for_each(|(idx, delta)| {
+    let q_heads = problem.q_heads();
+    let mut delta = vec![0.0; problem.all_rows() * q_heads];
+    let all = SharedSlice::new(&mut delta);
+    (0..problem.batch() * q_heads)
+        .into_par_iter()
+        .for_each(|idx| {
             let (batch_index, head) = (idx / q_heads, idx % q_heads);
             let valid = problem.query_rows(batch_index);
             if valid == 0 {
                 return;
             }
+            let first = problem.row_index([batch_index, 0, head]);
+            // SAFETY: the rows of this head are this iteration's only.
+            let delta = unsafe { all.part(first, valid) };
             let [d_out, out] =
                 [saved.d_out, saved.out].map(|t| source_rows(&t, [batch_index, 0, head]));
-            kernels.dots(d_out, out, problem.head_dim(), &mut delta[..valid]);
+            kernels.dots(d_out, out, problem.head_dim(), delta);
             if let Some(d_lse) = saved.d_lse {
-                for (delta, d_lse) in delta[..valid].iter_mut().zip(&d_lse[idx * rows..]) {
+                for (delta, d_lse) in delta.iter_mut().zip(&d_lse[first..]) {
                     *delta -= d_lse;
                 }
             }
@@ -380,7 +391,7 @@ impl Cell<'_> {
                 s,
             });
         }
-        let lse = (batch_index * problem.q_heads() + chunk.q_head) * problem.rows() + chunk.first;
+        let lse = problem.row_index([batch_index, chunk.first, chunk.q_head]);
         let past = keys.part == Part::Gated;
         let (first, count) = match problem.reads(Source::Past, chunk.q_head) {
             true => (lse, chunk.rows),

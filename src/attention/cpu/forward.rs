@@ -37,7 +37,7 @@ pub(super) fn run(
     lse: &SharedSlice<'_, f32>,
     kernels: &Kernels,
 ) {
-    let tasks = Tasks::new(problem, out.rows());
+    let tasks = Tasks::new(problem);
     (0..tasks.count())
         .into_par_iter()
         .with_max_len(1)
@@ -80,27 +80,29 @@ fn run_task(heads: &mut [Head<'_>], rows: usize, out: &SharedRows<'_>, lse: &Sha
 
 /// Division of a problem's query rows into tasks: batch element, KV heads, range of rows.
 struct Tasks {
-    rows: usize,
+    /// Rows of each batch element.
+    rows: Vec<usize>,
     tile: usize,
-    tiles: usize,
+    /// Tiles of rows of the batch elements before each, and at last of all.
+    tiles: Vec<usize>,
     kv_heads: usize,
     /// Number of groups of KV heads.
     parts: usize,
-    batch: usize,
 }
 
 impl Tasks {
-    fn new(problem: &HostProblem<'_, f32>, rows: usize) -> Self {
-        let heads = problem.batch() * problem.kv_heads();
+    fn new(problem: &HostProblem<'_, f32>) -> Self {
+        let rows: Vec<usize> = (0..problem.batch()).map(|b| problem.rows_of(b)).collect();
+        let tiles_of = |tile: usize| rows.iter().map(|rows| rows.div_ceil(tile)).sum::<usize>();
         let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
         let mut task_rows = TASK_ROWS;
-        while task_rows > LEAST_TASK_ROWS
-            && heads * (rows * problem.group()).div_ceil(task_rows) < wanted
+        let tile = |task_rows: usize| (task_rows / problem.group()).max(1);
+        while task_rows > LEAST_TASK_ROWS && problem.kv_heads() * tiles_of(tile(task_rows)) < wanted
         {
             task_rows /= 2;
         }
-        let tile = (task_rows / problem.group()).max(1);
-        let parts = if rows * problem.group() <= LEAST_TASK_ROWS {
+        let tile = tile(task_rows);
+        let parts = if problem.rows() * problem.group() <= LEAST_TASK_ROWS {
             let threads = rayon::current_num_threads();
             threads
                 .div_ceil(problem.batch().max(1))
@@ -108,29 +110,38 @@ impl Tasks {
         } else {
             problem.kv_heads()
         };
+        let mut tiles = vec![0];
+        for rows in &rows {
+            tiles.push(tiles[tiles.len() - 1] + rows.div_ceil(tile));
+        }
         Tasks {
             rows,
             tile,
-            tiles: rows.div_ceil(tile),
+            tiles,
             kv_heads: problem.kv_heads(),
             parts,
-            batch: problem.batch(),
         }
     }
 
     fn count(&self) -> usize {
-        self.batch * self.parts * self.tiles
+        self.parts * self.tiles[self.rows.len()]
     }
 
     /// The last rows of a head come first, because they see the most keys.
     fn get(&self, idx: usize) -> (usize, Range<usize>, Range<usize>) {
-        let first = (self.tiles - 1 - idx % self.tiles) * self.tile;
-        let (batch_index, part) = (idx / self.tiles / self.parts, idx / self.tiles % self.parts);
+        let before = |batch_index: usize| self.tiles[batch_index] * self.parts;
+        let batch_index = (1..self.rows.len())
+            .find(|&next| idx < before(next))
+            .unwrap_or(self.rows.len())
+            - 1;
+        let idx = idx - before(batch_index);
+        let tiles = self.tiles[batch_index + 1] - self.tiles[batch_index];
+        let (first, part) = ((tiles - 1 - idx % tiles) * self.tile, idx / tiles);
         let kv_heads = self.kv_heads * part / self.parts..self.kv_heads * (part + 1) / self.parts;
         (
             batch_index,
             kv_heads,
-            first..self.rows.min(first + self.tile),
+            first..self.rows[batch_index].min(first + self.tile),
         )
     }
 }
@@ -330,8 +341,9 @@ impl Head<'_> {
         let (group, head_dim) = (self.problem.group(), self.problem.head_dim());
         for head in 0..group {
             let q_head = self.kv_head * group + head;
-            let lse_start =
-                (self.batch_index * self.problem.q_heads() + q_head) * out.rows() + self.first;
+            let lse_start = self
+                .problem
+                .row_index([self.batch_index, self.first, q_head]);
             // SAFETY: these rows of this head are this task's only, and taken once.
             let lse = unsafe { lse.part(lse_start, rows) };
             for (row, lse) in lse.iter_mut().enumerate() {

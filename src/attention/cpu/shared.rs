@@ -56,17 +56,13 @@ impl<'a> SharedRows<'a> {
         &self.layout
     }
 
-    pub(super) fn rows(&self) -> usize {
-        self.layout.rows
-    }
-
     pub(super) fn row_stride(&self) -> usize {
         self.layout.row_stride
     }
 
     /// Offset of a row; `count` rows from it on are in bounds.
     pub(super) fn pointer(&self, [batch_index, row, head]: [usize; 3], count: usize) -> *mut f32 {
-        assert!(row + count <= self.layout.rows);
+        assert!(row + count <= self.layout.rows_of(batch_index));
         let start = self.layout.offset(batch_index, row, head);
         assert!(
             count == 0

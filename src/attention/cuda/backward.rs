@@ -113,12 +113,12 @@ impl BackwardPlan {
             partial_d_q: workspace.reserve(
                 "partial_d_q",
                 4,
-                &[split, batch, heads, rows, problem.head_dim()],
+                &[split, problem.all_rows(), heads, problem.head_dim()],
             )?,
             partial_gate: workspace.reserve(
                 "partial_gate",
                 4,
-                &[max_splits, batch, heads, rows, GATE_SUMS],
+                &[max_splits, problem.all_rows(), heads, GATE_SUMS],
             )?,
             work_counter: match hopper {
                 Some(_) => workspace.reserve("work_counter", 4, &[WORK_COUNTERS])?,

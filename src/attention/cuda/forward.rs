@@ -45,7 +45,8 @@ pub struct ForwardPlan {
 }
 
 impl ForwardPlan {
-    /// Plans a call that writes `out` (like `q`, but with a layout of its own) and `lse` `[batch, q_heads, rows]` f32.
+    /// Plans a call that writes `out` (like `q`, but with a layout of its own) and `lse` `[batch, q_heads, rows]` f32
+    /// (`[q_heads, rows]` of each batch element where `q` is packed).
     /// Without a `phase` the number of query rows decides.
     ///
     /// # Errors
@@ -112,7 +113,8 @@ impl ForwardPlan {
         };
         let query_rows = [batch, q_heads, rows];
         let is_split = max_splits > 1 && work_tiles > 0;
-        let partial_rows = [usize::from(is_split) * max_splits, batch, q_heads, rows];
+        let split_rows = usize::from(is_split) * max_splits;
+        let partial_rows = [split_rows, problem.all_rows(), q_heads];
         kernels.ready(entry)?;
         kernels.ready(combine)?;
         let combined = info_blocks(kernels, combine, &query_rows)?;

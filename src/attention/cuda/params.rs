@@ -36,12 +36,10 @@ impl TensorParams {
         limit(what, layout.rows, i32::MAX as usize - 128)?;
         let (stride, offsets) = match layout.batch {
             Batch::Stride { stride, .. } => (stride, Address::NULL),
-            Batch::Offsets(offsets) => {
-                let offsets = offsets.iter().map(|&x| elements(what, x));
-                (
-                    0,
-                    workspace.upload(&offsets.collect::<Result<Vec<_>, _>>()?),
-                )
+            Batch::Offsets(_) | Batch::Packed(_) => {
+                let starts = (0..layout.batch.len()).map(|b| layout.start(b));
+                let starts = starts.map(|x| elements(what, x.unwrap_or(usize::MAX)));
+                (0, workspace.upload(&starts.collect::<Result<Vec<_>, _>>()?))
             }
         };
         Ok(TensorParams {
@@ -84,6 +82,7 @@ pub(super) struct ProblemParams {
     sink_len: Address,
     sink_len_strides: [i32; 2],
     query_start: Address,
+    row_offsets: Address,
     past_gate: Address,
     prior_heads: Address,
     counts: [i32; 3],
@@ -120,7 +119,10 @@ impl ProblemParams {
             Some(Len::Host(len)) => workspace.upload(len),
             Some(Len::Device(address)) => Address::Device(address),
             // Every row of the tensors, whose number fits in 31 bits: see `TensorParams::new`.
-            None => workspace.upload(&vec![problem.capacity(source) as i32; batch]),
+            None => {
+                let rows = (0..batch).map(|b| problem.capacity_of(source, b) as i32);
+                workspace.upload(&rows.collect::<Vec<_>>())
+            }
         };
         Ok(ProblemParams {
             tensors,
@@ -138,6 +140,13 @@ impl ProblemParams {
                 Some(Len::Host(start)) if start.iter().any(|&x| x != 0) => workspace.upload(start),
                 Some(Len::Device(address)) => Address::Device(address),
                 Some(Len::Host(_)) | None => Address::NULL,
+            },
+            row_offsets: match problem.q.layout.batch {
+                Batch::Packed(offsets) => {
+                    let offsets = offsets.iter().map(|&rows| count("rows of q", rows));
+                    workspace.upload(&offsets.collect::<Result<Vec<i32>, _>>()?)
+                }
+                Batch::Stride { .. } | Batch::Offsets(_) => Address::NULL,
             },
             past_gate: match problem.past.map(|past| past.gates) {
                 Some(Gates::Host(gates)) => workspace.upload(gates),
@@ -180,6 +189,7 @@ impl ProblemParams {
             past_len: self.past_len.at(bases),
             sink_len: self.sink_len.at(bases),
             query_start: self.query_start.at(bases),
+            row_offsets: self.row_offsets.at(bases),
             past_gate: self.past_gate.at(bases),
             prior_heads: self.prior_heads.at(bases),
             past_len_batch_stride,

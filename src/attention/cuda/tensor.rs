@@ -59,6 +59,7 @@ impl Tensor<'_> {
         let batch: &[usize] = match &layout.batch {
             Batch::Stride { stride, .. } => std::slice::from_ref(stride),
             Batch::Offsets(offsets) => offsets,
+            Batch::Packed(_) => &[],
         };
         let strides = [layout.row_stride, layout.head_stride];
         match batch.iter().chain(&strides).find(|x| !x.is_multiple_of(8)) {

@@ -71,6 +71,7 @@ fn batch_unit(layout: &Layout<'_>) -> usize {
     match layout.batch {
         Batch::Stride { stride, .. } => stride,
         Batch::Offsets(offsets) => offsets.iter().fold(0, |unit, &x| gcd(unit, x)),
+        Batch::Packed(_) => layout.row_stride,
     }
 }
 
@@ -78,6 +79,7 @@ fn coordinate(layout: &Layout<'_>, unit: usize, batch_index: usize) -> usize {
     match layout.batch {
         Batch::Stride { .. } => batch_index,
         Batch::Offsets(offsets) => offsets[batch_index].checked_div(unit).unwrap_or(0),
+        Batch::Packed(offsets) => offsets[batch_index],
     }
 }
 

@@ -26,7 +26,7 @@ const HOST: &[Item] = layout! {
     SegattnTensor { data, batch_offsets, batch_stride, row_stride, head_stride, rows }
     SegattnProblem {
         q, k, v, prior_k, prior_v, past_k, past_v, segment_len, prior_len, past_len, sink_len, query_start,
-        past_gate, prior_heads, past_len_batch_stride, past_len_head_stride, sink_len_batch_stride,
+        row_offsets, past_gate, prior_heads, past_len_batch_stride, past_len_head_stride, sink_len_batch_stride,
         sink_len_head_stride, batch, q_heads, kv_heads, scale,
     }
     SegattnForwardParams {
@@ -88,7 +88,7 @@ mod tests {
         let fields = flat.matches("[\"Offset of field: ").count();
         let structs = flat.matches("[\"Size of ").count();
         assert_eq!(HOST.len(), fields + structs);
-        assert!(HOST.contains(&("SegattnProblem.scale", 420)));
+        assert!(HOST.contains(&("SegattnProblem.scale", 428)));
     }
 
     #[test]

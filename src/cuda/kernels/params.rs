@@ -43,6 +43,7 @@ pub struct SegattnProblem {
     pub past_len: *const i32,
     pub sink_len: *const i32,
     pub query_start: *const i32,
+    pub row_offsets: *const i32,
     pub past_gate: *const f32,
     pub prior_heads: *const u8,
     pub past_len_batch_stride: i32,
@@ -56,7 +57,7 @@ pub struct SegattnProblem {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnProblem"][::core::mem::size_of::<SegattnProblem>() - 424usize];
+    ["Size of SegattnProblem"][::core::mem::size_of::<SegattnProblem>() - 432usize];
     ["Alignment of SegattnProblem"][::core::mem::align_of::<SegattnProblem>() - 8usize];
     ["Offset of field: SegattnProblem::q"][::core::mem::offset_of!(SegattnProblem, q) - 0usize];
     ["Offset of field: SegattnProblem::k"][::core::mem::offset_of!(SegattnProblem, k) - 48usize];
@@ -79,26 +80,28 @@ const _: () = {
         [::core::mem::offset_of!(SegattnProblem, sink_len) - 360usize];
     ["Offset of field: SegattnProblem::query_start"]
         [::core::mem::offset_of!(SegattnProblem, query_start) - 368usize];
+    ["Offset of field: SegattnProblem::row_offsets"]
+        [::core::mem::offset_of!(SegattnProblem, row_offsets) - 376usize];
     ["Offset of field: SegattnProblem::past_gate"]
-        [::core::mem::offset_of!(SegattnProblem, past_gate) - 376usize];
+        [::core::mem::offset_of!(SegattnProblem, past_gate) - 384usize];
     ["Offset of field: SegattnProblem::prior_heads"]
-        [::core::mem::offset_of!(SegattnProblem, prior_heads) - 384usize];
+        [::core::mem::offset_of!(SegattnProblem, prior_heads) - 392usize];
     ["Offset of field: SegattnProblem::past_len_batch_stride"]
-        [::core::mem::offset_of!(SegattnProblem, past_len_batch_stride) - 392usize];
+        [::core::mem::offset_of!(SegattnProblem, past_len_batch_stride) - 400usize];
     ["Offset of field: SegattnProblem::past_len_head_stride"]
-        [::core::mem::offset_of!(SegattnProblem, past_len_head_stride) - 396usize];
+        [::core::mem::offset_of!(SegattnProblem, past_len_head_stride) - 404usize];
     ["Offset of field: SegattnProblem::sink_len_batch_stride"]
-        [::core::mem::offset_of!(SegattnProblem, sink_len_batch_stride) - 400usize];
+        [::core::mem::offset_of!(SegattnProblem, sink_len_batch_stride) - 408usize];
     ["Offset of field: SegattnProblem::sink_len_head_stride"]
-        [::core::mem::offset_of!(SegattnProblem, sink_len_head_stride) - 404usize];
+        [::core::mem::offset_of!(SegattnProblem, sink_len_head_stride) - 412usize];
     ["Offset of field: SegattnProblem::batch"]
-        [::core::mem::offset_of!(SegattnProblem, batch) - 408usize];
+        [::core::mem::offset_of!(SegattnProblem, batch) - 416usize];
     ["Offset of field: SegattnProblem::q_heads"]
-        [::core::mem::offset_of!(SegattnProblem, q_heads) - 412usize];
+        [::core::mem::offset_of!(SegattnProblem, q_heads) - 420usize];
     ["Offset of field: SegattnProblem::kv_heads"]
-        [::core::mem::offset_of!(SegattnProblem, kv_heads) - 416usize];
+        [::core::mem::offset_of!(SegattnProblem, kv_heads) - 424usize];
     ["Offset of field: SegattnProblem::scale"]
-        [::core::mem::offset_of!(SegattnProblem, scale) - 420usize];
+        [::core::mem::offset_of!(SegattnProblem, scale) - 428usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -116,28 +119,28 @@ pub struct SegattnForwardParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnForwardParams"][::core::mem::size_of::<SegattnForwardParams>() - 528usize];
+    ["Size of SegattnForwardParams"][::core::mem::size_of::<SegattnForwardParams>() - 536usize];
     ["Alignment of SegattnForwardParams"][::core::mem::align_of::<SegattnForwardParams>() - 8usize];
     ["Offset of field: SegattnForwardParams::problem"]
         [::core::mem::offset_of!(SegattnForwardParams, problem) - 0usize];
     ["Offset of field: SegattnForwardParams::out"]
-        [::core::mem::offset_of!(SegattnForwardParams, out) - 424usize];
+        [::core::mem::offset_of!(SegattnForwardParams, out) - 432usize];
     ["Offset of field: SegattnForwardParams::lse"]
-        [::core::mem::offset_of!(SegattnForwardParams, lse) - 472usize];
+        [::core::mem::offset_of!(SegattnForwardParams, lse) - 480usize];
     ["Offset of field: SegattnForwardParams::partial_out"]
-        [::core::mem::offset_of!(SegattnForwardParams, partial_out) - 480usize];
+        [::core::mem::offset_of!(SegattnForwardParams, partial_out) - 488usize];
     ["Offset of field: SegattnForwardParams::partial_state"]
-        [::core::mem::offset_of!(SegattnForwardParams, partial_state) - 488usize];
+        [::core::mem::offset_of!(SegattnForwardParams, partial_state) - 496usize];
     ["Offset of field: SegattnForwardParams::chunk_totals"]
-        [::core::mem::offset_of!(SegattnForwardParams, chunk_totals) - 496usize];
+        [::core::mem::offset_of!(SegattnForwardParams, chunk_totals) - 504usize];
     ["Offset of field: SegattnForwardParams::work_counter"]
-        [::core::mem::offset_of!(SegattnForwardParams, work_counter) - 504usize];
+        [::core::mem::offset_of!(SegattnForwardParams, work_counter) - 512usize];
     ["Offset of field: SegattnForwardParams::packed_heads"]
-        [::core::mem::offset_of!(SegattnForwardParams, packed_heads) - 512usize];
+        [::core::mem::offset_of!(SegattnForwardParams, packed_heads) - 520usize];
     ["Offset of field: SegattnForwardParams::tiles"]
-        [::core::mem::offset_of!(SegattnForwardParams, tiles) - 516usize];
+        [::core::mem::offset_of!(SegattnForwardParams, tiles) - 524usize];
     ["Offset of field: SegattnForwardParams::max_splits"]
-        [::core::mem::offset_of!(SegattnForwardParams, max_splits) - 520usize];
+        [::core::mem::offset_of!(SegattnForwardParams, max_splits) - 528usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -172,9 +175,9 @@ const _: () = {
     ["Offset of field: SegattnHopperForwardParams::forward"]
         [::core::mem::offset_of!(SegattnHopperForwardParams, forward) - 896usize];
     ["Offset of field: SegattnHopperForwardParams::batch_coordinates"]
-        [::core::mem::offset_of!(SegattnHopperForwardParams, batch_coordinates) - 1424usize];
+        [::core::mem::offset_of!(SegattnHopperForwardParams, batch_coordinates) - 1432usize];
     ["Offset of field: SegattnHopperForwardParams::mapped"]
-        [::core::mem::offset_of!(SegattnHopperForwardParams, mapped) - 1432usize];
+        [::core::mem::offset_of!(SegattnHopperForwardParams, mapped) - 1440usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -201,47 +204,47 @@ pub struct SegattnBackwardParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 840usize];
+    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 848usize];
     ["Alignment of SegattnBackwardParams"]
         [::core::mem::align_of::<SegattnBackwardParams>() - 8usize];
     ["Offset of field: SegattnBackwardParams::problem"]
         [::core::mem::offset_of!(SegattnBackwardParams, problem) - 0usize];
     ["Offset of field: SegattnBackwardParams::out"]
-        [::core::mem::offset_of!(SegattnBackwardParams, out) - 424usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, out) - 432usize];
     ["Offset of field: SegattnBackwardParams::d_out"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_out) - 472usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_out) - 480usize];
     ["Offset of field: SegattnBackwardParams::lse"]
-        [::core::mem::offset_of!(SegattnBackwardParams, lse) - 520usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, lse) - 528usize];
     ["Offset of field: SegattnBackwardParams::d_lse"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_lse) - 528usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_lse) - 536usize];
     ["Offset of field: SegattnBackwardParams::d_q"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_q) - 536usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_q) - 544usize];
     ["Offset of field: SegattnBackwardParams::d_k"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_k) - 584usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_k) - 592usize];
     ["Offset of field: SegattnBackwardParams::d_v"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_v) - 632usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_v) - 640usize];
     ["Offset of field: SegattnBackwardParams::d_prior_k"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_k) - 680usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_k) - 688usize];
     ["Offset of field: SegattnBackwardParams::d_prior_v"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_v) - 728usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_prior_v) - 736usize];
     ["Offset of field: SegattnBackwardParams::d_past_gate"]
-        [::core::mem::offset_of!(SegattnBackwardParams, d_past_gate) - 776usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, d_past_gate) - 784usize];
     ["Offset of field: SegattnBackwardParams::row_lse"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_lse) - 784usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_lse) - 792usize];
     ["Offset of field: SegattnBackwardParams::row_delta"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_delta) - 792usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_delta) - 800usize];
     ["Offset of field: SegattnBackwardParams::partial_d_q"]
-        [::core::mem::offset_of!(SegattnBackwardParams, partial_d_q) - 800usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, partial_d_q) - 808usize];
     ["Offset of field: SegattnBackwardParams::partial_gate"]
-        [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 808usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 816usize];
     ["Offset of field: SegattnBackwardParams::work_counter"]
-        [::core::mem::offset_of!(SegattnBackwardParams, work_counter) - 816usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, work_counter) - 824usize];
     ["Offset of field: SegattnBackwardParams::row_pitch"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 824usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 832usize];
     ["Offset of field: SegattnBackwardParams::tiles"]
-        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 828usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 836usize];
     ["Offset of field: SegattnBackwardParams::max_splits"]
-        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 832usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 840usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

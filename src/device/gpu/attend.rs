@@ -1,12 +1,11 @@
-//! Plans of the attention operation for the spans of a step. Consecutive spans of equal length form one call, so that
-//! no padding is computed.
+//! Plans of the attention operation for the spans of a step: one call, whatever their lengths.
 
 use super::bounds::{below, equal, int, of_kind, product};
 use super::driver::Stream;
 use super::{Buffer, Driver, Gpu, Step};
 use crate::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, ForwardPlan, Tensor};
 use crate::attention::{Gradients, Layout, Len, Lengths, Problem, Saved, Source};
-use crate::device::shared::spans::{Sources, SpanBatch, span_batches};
+use crate::device::shared::spans::{Sources, SpanBatch};
 use crate::device::{Attention, AttentionGrad, DeviceError, Kind, Result, Rows, RowsMut};
 
 /// Runs the operation forward over all spans of the step. `number` is the index of the call within the step.
@@ -23,28 +22,26 @@ pub(super) fn forward<D: Driver>(
         return Err(DeviceError::argument("spans of the step", expected, got));
     }
     let (heads, reach) = (call.heads, step.rows.reach);
-    for (launch, batch) in span_batches(call.spans).iter().enumerate() {
-        let [segment_len, query_start] = step.lengths(gpu, batch.spans.start)?;
-        let sources = Sources::of(call, batch).reaching(reach.min(call.cache.rows.current));
-        let problem = problem(gpu, call, batch, &sources)?;
-        // Segments grow from step to step, and so their lengths are the device's; the rest changes only with the
-        // segment.
-        let lengths = problem.lengths.query_start(Len::Device(query_start));
-        let problem = &problem.lengths(Lengths {
-            segment_len: Some(Len::Device(segment_len)),
-            ..lengths
-        });
-        let out = tensor(gpu, &out.shared(), batch, [heads.q, heads.dim])?;
-        let lse = log_sums(gpu, &lse.shared(), batch, heads.q)?;
-        let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
-        let workspace = gpu.block(plan.workspace_bytes())?;
-        let slice = DeviceSlice::new(workspace.address(), plan.workspace_bytes());
-        let geometry = geometry(gpu, call, batch, &sources)?;
-        let values = step.place_values(gpu, [number, launch], geometry, plan.values())?;
-        // SAFETY: the tensors lie in live buffers, which the plan has checked, and the step's lengths are those of its
-        // spans; the workspace is nobody else's, and whoever gets it next uses it after this call.
-        unsafe { plan.launch_with(&mut Stream(gpu.driver()), values, slice)? };
-    }
+    let batch = SpanBatch::of(call.spans);
+    let [segment_len, query_start] = step.lengths(gpu)?;
+    let sources = Sources::of(call).reaching(reach.min(call.cache.rows.current));
+    let problem = problem(gpu, call, &batch, &sources)?;
+    // Segments grow from step to step, and so their lengths are the device's; the rest changes only with the segment.
+    let lengths = problem.lengths.query_start(Len::Device(query_start));
+    let problem = &problem.lengths(Lengths {
+        segment_len: Some(Len::Device(segment_len)),
+        ..lengths
+    });
+    let out = tensor(gpu, &out.shared(), &batch, [heads.q, heads.dim])?;
+    let lse = log_sums(gpu, &lse.shared(), &batch, heads.q)?;
+    let plan = ForwardPlan::new(problem, &out, lse, None, gpu.driver().kernels())?;
+    let workspace = gpu.block(plan.workspace_bytes())?;
+    let slice = DeviceSlice::new(workspace.address(), plan.workspace_bytes());
+    let geometry = geometry(gpu, call, &sources)?;
+    let values = step.place_values(gpu, number, geometry, plan.values())?;
+    // SAFETY: the tensors lie in live buffers, which the plan has checked, and the step's lengths are those of its
+    // spans; the workspace is nobody else's, and whoever gets it next uses it after this call.
+    unsafe { plan.launch_with(&mut Stream(gpu.driver()), values, slice)? };
     Ok(())
 }
 
@@ -57,40 +54,36 @@ pub(super) fn backward<D: Driver>(
     check_call(call)?;
     let (heads, prior) = (call.heads, call.cache.rows.prior);
     let (q, kv) = ([heads.q, heads.dim], [heads.kv, heads.dim]);
-    for batch in &span_batches(call.spans) {
-        let sources = Sources::of(call, batch);
-        let problem = &problem(gpu, call, batch, &sources)?;
-        let read = |rows: &Rows<'_, _>| tensor(gpu, rows, batch, q);
-        let write = |rows: &RowsMut<'_, _>, heads| tensor(gpu, &rows.shared(), batch, heads);
-        let tail = |buffer: &Buffer<D>| {
-            let sizes = [batch.spans.start, prior, heads.kv, heads.dim];
-            let start = product("prior gradients", &sizes)?;
-            let shape = [batch.spans.len(), prior, heads.kv, heads.dim];
-            strided(gpu, buffer, start, Layout::packed(shape))
-        };
-        let (first, count) = (batch.spans.start * heads.q, batch.spans.len() * heads.q);
-        let saved = Saved {
-            out: read(&grad.out)?,
-            lse: log_sums(gpu, &grad.lse, batch, heads.q)?,
-            d_out: read(&grad.d_out)?,
-            d_lse: None,
-        };
-        let gradients = Gradients {
-            d_q: write(&grad.d_q, q)?,
-            d_k: write(&grad.d_k, kv)?,
-            d_v: write(&grad.d_v, kv)?,
-            d_prior: match &grad.d_prior {
-                Some((k, v)) => Some((tail(k)?, tail(v)?)),
-                None => None,
-            },
-            d_past_gate: DeviceSlice::new(gpu.exact(grad.d_past_gate, first, count)? as u64, count),
-        };
-        let plan = BackwardPlan::new(problem, &saved, &gradients, gpu.driver().kernels())?;
-        let workspace = gpu.block(plan.workspace_bytes())?;
-        let slice = DeviceSlice::new(workspace.address(), plan.workspace_bytes());
-        // SAFETY: as in the forward.
-        unsafe { plan.run(&mut Stream(gpu.driver()), slice)? };
-    }
+    let (batch, sources) = (SpanBatch::of(call.spans), Sources::of(call));
+    let problem = &problem(gpu, call, &batch, &sources)?;
+    let read = |rows: &Rows<'_, _>| tensor(gpu, rows, &batch, q);
+    let write = |rows: &RowsMut<'_, _>, heads| tensor(gpu, &rows.shared(), &batch, heads);
+    let tail = |buffer: &Buffer<D>| {
+        let shape = [batch.spans.len(), prior, heads.kv, heads.dim];
+        strided(gpu, buffer, 0, Layout::packed(shape))
+    };
+    let saved = Saved {
+        out: read(&grad.out)?,
+        lse: log_sums(gpu, &grad.lse, &batch, heads.q)?,
+        d_out: read(&grad.d_out)?,
+        d_lse: None,
+    };
+    let gates = product("gate gradients", &[batch.spans.len(), heads.q])?;
+    let gradients = Gradients {
+        d_q: write(&grad.d_q, q)?,
+        d_k: write(&grad.d_k, kv)?,
+        d_v: write(&grad.d_v, kv)?,
+        d_prior: match &grad.d_prior {
+            Some((k, v)) => Some((tail(k)?, tail(v)?)),
+            None => None,
+        },
+        d_past_gate: DeviceSlice::new(gpu.exact(grad.d_past_gate, 0, gates)? as u64, gates),
+    };
+    let plan = BackwardPlan::new(problem, &saved, &gradients, gpu.driver().kernels())?;
+    let workspace = gpu.block(plan.workspace_bytes())?;
+    let slice = DeviceSlice::new(workspace.address(), plan.workspace_bytes());
+    // SAFETY: as in the forward.
+    unsafe { plan.run(&mut Stream(gpu.driver()), slice)? };
     Ok(())
 }
 
@@ -123,7 +116,6 @@ fn check_call<D: Driver>(call: &Attention<'_, Buffer<D>>) -> Result<()> {
 fn geometry<D: Driver>(
     gpu: &Gpu<D>,
     call: &Attention<'_, Buffer<D>>,
-    batch: &SpanBatch,
     sources: &Sources,
 ) -> Result<Vec<u64>> {
     let (heads, cache) = (call.heads, call.cache);
@@ -140,21 +132,22 @@ fn geometry<D: Driver>(
         geometry.extend([gpu.range(buffer, 0, 0)?, buffer.len as u64]);
     }
     let rows = Source::ALL.map(|source| sources.layout(source).rows);
-    let sizes = [batch.spans.len(), batch.rows, heads.q, heads.kv, heads.dim];
+    // The rows of the spans are those of the step.
+    let sizes = [call.spans.len(), heads.q, heads.kv, heads.dim];
     geometry.extend(rows.into_iter().chain(sizes).map(|size| size as u64));
     Ok(geometry)
 }
 
 /// A batch's rows of heads.
-fn tensor<D: Driver>(
+fn tensor<'a, D: Driver>(
     gpu: &Gpu<D>,
     rows: &Rows<'_, Buffer<D>>,
-    batch: &SpanBatch,
+    batch: &'a SpanBatch<'_>,
     heads: [usize; 2],
-) -> Result<Tensor<'static>> {
-    let start = batch.row.saturating_mul(rows.stride);
+) -> Result<Tensor<'a>> {
     let layout = batch.layout(rows.stride, heads);
-    strided(gpu, rows.buffer, rows.start.saturating_add(start), layout)
+    let start = batch.start(rows.start, rows.stride);
+    strided(gpu, rows.buffer, start, layout)
 }
 
 /// Rows of a buffer of activations from an element on.
@@ -178,14 +171,11 @@ fn strided<'a, D: Driver>(
 fn log_sums<D: Driver>(
     gpu: &Gpu<D>,
     rows: &Rows<'_, Buffer<D>>,
-    batch: &SpanBatch,
+    batch: &SpanBatch<'_>,
     heads: usize,
 ) -> Result<DeviceSlice> {
-    let count = product("log-sum-exp", &[batch.spans.len(), batch.rows, heads])?;
-    let start = batch
-        .row
-        .saturating_mul(rows.stride)
-        .saturating_add(rows.start);
+    let count = product("log-sum-exp", &[batch.all_rows(), heads])?;
+    let start = batch.start(rows.start, rows.stride);
     Ok(DeviceSlice::new(
         gpu.exact(rows.buffer, start, count)? as u64,
         count,
@@ -196,7 +186,7 @@ fn log_sums<D: Driver>(
 fn problem<'a, D: Driver>(
     gpu: &Gpu<D>,
     call: &Attention<'a, Buffer<D>>,
-    batch: &SpanBatch,
+    batch: &'a SpanBatch<'_>,
     sources: &'a Sources,
 ) -> Result<Problem<'a, Tensor<'a>>> {
     let q = tensor(gpu, &call.q, batch, [call.heads.q, call.heads.dim])?;

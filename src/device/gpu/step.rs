@@ -61,11 +61,11 @@ pub struct Step<D: Driver> {
     tables: Block<D>,
     /// For each column, the bound that earlier calls rely on.
     limits: [AtomicUsize; COLUMNS.len()],
-    /// Values of each attention launch, by the number of the call and of the launch.
-    values: BTreeMap<[usize; 2], Values<D>>,
+    /// Values of each attention call, by its number.
+    values: BTreeMap<usize, Values<D>>,
 }
 
-/// The values of an attention launch, and their device memory.
+/// The values of an attention call, and their device memory.
 #[derive(Debug)]
 struct Values<D: Driver> {
     block: Block<D>,
@@ -135,9 +135,9 @@ impl<D: Driver> Step<D> {
         self.table(gpu, 3)
     }
 
-    /// Addresses of the lengths of segments and of the spans' starts, from a span on.
-    pub(super) fn lengths(&self, gpu: &Gpu<D>, span: usize) -> Result<[u64; 2]> {
-        let first = self.table(gpu, 4)?.wrapping_add(span);
+    /// Addresses of the lengths of segments and of the spans' starts.
+    pub(super) fn lengths(&self, gpu: &Gpu<D>) -> Result<[u64; 2]> {
+        let first = self.table(gpu, 4)?;
         Ok([first, first.wrapping_add(self.rows.spans.len())].map(|at| at as u64))
     }
 
@@ -146,20 +146,20 @@ impl<D: Driver> Step<D> {
         Ok(tables.wrapping_add(number * self.rows.tokens.len()))
     }
 
-    /// Address of the values of an attention launch. They are uploaded if they have changed.
+    /// Address of the values of an attention call. They are uploaded if they have changed.
     ///
     /// `geometry` is what they were checked against. Values with another geometry get memory of their own, so that a
-    /// recorded launch never reads values that were checked against other memory.
+    /// recorded call never reads values that were checked against other memory.
     pub(super) fn place_values(
         &mut self,
         gpu: &Gpu<D>,
-        launch: [usize; 2],
+        number: usize,
         geometry: Vec<u64>,
         bytes: &[u8],
     ) -> Result<u64> {
         let fits =
             |old: &&mut Values<D>| old.geometry == geometry && old.bytes.len() == bytes.len();
-        if let Some(old) = self.values.get_mut(&launch).filter(fits) {
+        if let Some(old) = self.values.get_mut(&number).filter(fits) {
             let at = gpu.at(&old.block)?;
             if old.bytes != bytes {
                 // SAFETY: the block holds as many bytes, and is the step's.
@@ -174,7 +174,7 @@ impl<D: Driver> Step<D> {
             bytes: bytes.to_vec(),
         };
         let at = gpu.at(&new.block)?;
-        self.values.insert(launch, new);
+        self.values.insert(number, new);
         Ok(at)
     }
 }

@@ -1,7 +1,6 @@
-//! Groups the spans of a step into calls of the attention operation. Consecutive spans of equal length form one batch,
-//! so that no padding is computed.
+//! The spans of a step as one call of the attention operation, whatever their lengths.
 //!
-//! All devices use [`span_batches`] and [`Sources`]. Devices with buffers in host memory also share [`forward`] and
+//! All devices use [`SpanBatch`] and [`Sources`]. Devices with buffers in host memory also share [`forward`] and
 //! [`backward`], each with its own [`Operation`].
 
 use std::ops::Range;
@@ -40,15 +39,15 @@ pub(in crate::device) fn forward<O: Operation>(
     out: RowsMut<'_, O::Buffer>,
     lse: RowsMut<'_, O::Buffer>,
 ) -> Result<(), Error> {
-    let (out_buffer, lse_buffer) = (out.buffer.as_mut(), lse.buffer.as_mut());
-    for_each(call, |problem, batch| {
-        let out = ViewMut {
-            data: &mut out_buffer[out.start + batch.row * out.stride..],
-            layout: batch.layout(out.stride, [call.heads.q, call.heads.dim]),
-        };
-        let first = lse.start + batch.row * lse.stride;
-        let count = batch.spans.len() * batch.rows * call.heads.q;
-        O::forward(problem, out, &mut lse_buffer[first..first + count])
+    with_problem(call, |problem, batch| {
+        let out = batch.write(
+            out.buffer,
+            out.start,
+            out.stride,
+            [call.heads.q, call.heads.dim],
+        );
+        let range = batch.log_sums(lse.start, lse.stride, call.heads.q);
+        O::forward(problem, out, &mut lse.buffer.as_mut()[range])
     })
 }
 
@@ -64,37 +63,30 @@ pub(in crate::device) fn backward<O: Operation>(
         d_q,
         d_k,
         d_v,
-        mut d_prior,
+        d_prior,
         d_past_gate,
     } = grad;
     let (heads, prior) = (call.heads, call.cache.rows.prior);
-    for_each(call, |problem, batch| {
-        let first = lse.start + batch.row * lse.stride;
-        let count = batch.spans.len() * batch.rows * heads.q;
+    with_problem(call, |problem, batch| {
         let prior_layout = Layout::packed([batch.spans.len(), prior, heads.kv, heads.dim]);
-        let prior_start = batch.spans.start * prior * heads.kv * heads.dim;
         let (q, kv) = ([heads.q, heads.dim], [heads.kv, heads.dim]);
         let grads = Gradients {
             d_q: batch.write(d_q.buffer, d_q.start, d_q.stride, q),
             d_k: batch.write(d_k.buffer, d_k.start, d_k.stride, kv),
             d_v: batch.write(d_v.buffer, d_v.start, d_v.stride, kv),
-            d_prior: d_prior.as_mut().map(|(k, v)| {
+            d_prior: d_prior.map(|(k, v)| {
                 let tail = |data| ViewMut {
                     data,
                     layout: prior_layout,
                 };
-                (
-                    tail(&mut k.as_mut()[prior_start..]),
-                    tail(&mut v.as_mut()[prior_start..]),
-                )
+                (tail(k.as_mut()), tail(v.as_mut()))
             }),
-            d_past_gate: &mut d_past_gate.as_mut()
-                [batch.spans.start * heads.q..batch.spans.end * heads.q],
+            d_past_gate: &mut d_past_gate.as_mut()[..batch.spans.len() * heads.q],
         };
         let [out, d_out] = [out, d_out].map(|rows| batch.read(rows, q));
         let saved = Saved {
             out,
-            lse: &lse.buffer.as_ref()[first..first + count],
+            lse: &lse.buffer.as_ref()[batch.log_sums(lse.start, lse.stride, heads.q)],
             d_out,
             d_lse: None,
         };
@@ -102,71 +94,91 @@ pub(in crate::device) fn backward<O: Operation>(
     })
 }
 
-/// Consecutive spans of equal length.
-pub(in crate::device) struct SpanBatch {
-    /// Indices of the spans.
-    pub spans: Range<usize>,
+/// The spans of a call as one batch. Their rows lie one after another.
+pub(in crate::device) struct SpanBatch<'a> {
+    pub spans: &'a [SlotSpan],
     /// Their first row in the call's buffers.
-    pub row: usize,
-    /// Number of rows of each span.
-    pub rows: usize,
+    row: usize,
+    /// Rows of the longest span.
+    rows: usize,
+    /// Rows before each span, and at last of all.
+    offsets: Vec<usize>,
 }
 
-impl SpanBatch {
-    /// The layout of rows with a distance of `stride` elements. Heads are packed within a row.
-    pub fn layout(&self, stride: usize, [heads, head_dim]: [usize; 2]) -> Layout<'static> {
+impl<'a> SpanBatch<'a> {
+    pub fn of(spans: &'a [SlotSpan]) -> Self {
+        let mut offsets = vec![0];
+        for span in spans {
+            offsets.push(offsets[offsets.len() - 1] + span.rows);
+        }
+        Self {
+            spans,
+            row: spans.first().map_or(0, |span| span.row),
+            rows: spans.iter().map(|span| span.rows).max().unwrap_or(0),
+            offsets,
+        }
+    }
+
+    /// Rows of all spans.
+    pub fn all_rows(&self) -> usize {
+        self.offsets[self.spans.len()]
+    }
+
+    /// The first element of the batch's rows, of rows that begin at element `start` and are `stride` elements apart.
+    pub fn start(&self, start: usize, stride: usize) -> usize {
+        self.row.saturating_mul(stride).saturating_add(start)
+    }
+
+    /// The layout of rows with a distance of `stride` elements. Heads are packed within a row. Spans of unequal length
+    /// are packed, so that no padding is computed.
+    pub fn layout(&self, stride: usize, [heads, head_dim]: [usize; 2]) -> Layout<'_> {
+        let equal = self.spans.iter().all(|span| span.rows == self.rows);
         Layout {
             rows: self.rows,
             heads,
             head_dim,
             row_stride: stride,
             head_stride: head_dim,
-            batch: Batch::Stride {
-                len: self.spans.len(),
-                stride: self.rows * stride,
+            batch: match equal {
+                true => Batch::Stride {
+                    len: self.spans.len(),
+                    stride: self.rows.saturating_mul(stride),
+                },
+                false => Batch::Packed(&self.offsets),
             },
         }
     }
 
     /// The rows of the batch in an input.
-    fn read<'a, T, B: AsRef<[T]>>(&self, rows: Rows<'a, B>, heads: [usize; 2]) -> View<'a, T> {
+    fn read<'b, T, B: AsRef<[T]>>(&'b self, rows: Rows<'b, B>, heads: [usize; 2]) -> View<'b, T> {
         View {
-            data: &rows.buffer.as_ref()[rows.start + self.row * rows.stride..],
+            data: &rows.buffer.as_ref()[self.start(rows.start, rows.stride)..],
             layout: self.layout(rows.stride, heads),
         }
     }
 
     /// The rows of the batch in an output.
-    fn write<'a, T>(
-        &self,
-        buffer: &'a mut impl AsMut<[T]>,
+    fn write<'b, T>(
+        &'b self,
+        buffer: &'b mut impl AsMut<[T]>,
         start: usize,
         stride: usize,
         heads: [usize; 2],
-    ) -> ViewMut<'a, T> {
+    ) -> ViewMut<'b, T> {
         ViewMut {
-            data: &mut buffer.as_mut()[start + self.row * stride..],
+            data: &mut buffer.as_mut()[self.start(start, stride)..],
             layout: self.layout(stride, heads),
         }
     }
-}
 
-pub(in crate::device) fn span_batches(spans: &[SlotSpan]) -> Vec<SpanBatch> {
-    let mut batches: Vec<SpanBatch> = Vec::new();
-    for (i, span) in spans.iter().enumerate() {
-        match batches.last_mut() {
-            Some(batch) if batch.rows == span.rows => batch.spans.end = i + 1,
-            _ => batches.push(SpanBatch {
-                spans: i..i + 1,
-                row: span.row,
-                rows: span.rows,
-            }),
-        }
+    /// The elements of the log-sum-exp of rows that begin at element `start` and are `stride` elements apart.
+    fn log_sums(&self, start: usize, stride: usize, heads: usize) -> Range<usize> {
+        let first = self.start(start, stride);
+        first..first + self.all_rows() * heads
     }
-    batches
 }
 
-/// The three sources that the spans of a batch read: the location of their slots, and the number of valid rows.
+/// The three sources that the spans of a call read: the location of their slots, and the number of valid rows.
 pub(in crate::device) struct Sources {
     /// Rows of a slot.
     rows: PerSource<usize>,
@@ -183,9 +195,9 @@ pub(in crate::device) struct Sources {
 }
 
 impl Sources {
-    pub fn of<B>(call: &Attention<'_, B>, batch: &SpanBatch) -> Self {
+    pub fn of<B>(call: &Attention<'_, B>) -> Self {
         let (heads, cache) = (call.heads, call.cache);
-        let spans = &call.spans[batch.spans.clone()];
+        let spans = call.spans;
         let width = heads.kv * heads.dim;
         let ints = |f: &dyn Fn(&SlotSpan) -> usize| -> Vec<i32> {
             spans.iter().map(|s| f(s) as i32).collect()
@@ -251,7 +263,7 @@ impl Sources {
         }
     }
 
-    /// The problem of a batch. `q` is the tensor of its queries; `tensor` makes one from a buffer and its layout.
+    /// The problem of a call. `q` is the tensor of its queries; `tensor` makes one from a buffer and its layout.
     pub fn problem<'a, B, X, E>(
         &'a self,
         call: &Attention<'a, B>,
@@ -272,19 +284,16 @@ impl Sources {
     }
 }
 
-/// Calls `f` with the problem of each batch.
-fn for_each<T, B: AsRef<[T]>>(
+/// Calls `f` with the problem of a call, and its rows.
+fn with_problem<T, B: AsRef<[T]>>(
     call: &Attention<'_, B>,
-    mut f: impl FnMut(&HostProblem<'_, T>, &SpanBatch) -> Result<(), Error>,
+    f: impl FnOnce(&HostProblem<'_, T>, &SpanBatch<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    for batch in span_batches(call.spans) {
-        let sources = Sources::of(call, &batch);
-        let q = batch.read(call.q, [call.heads.q, call.heads.dim]);
-        let problem = sources.problem(call, q, |buffer, layout| {
-            let data = buffer.as_ref();
-            Ok::<_, Error>(View { data, layout })
-        })?;
-        f(&problem, &batch)?;
-    }
-    Ok(())
+    let (batch, sources) = (SpanBatch::of(call.spans), Sources::of(call));
+    let q = batch.read(call.q, [call.heads.q, call.heads.dim]);
+    let problem = sources.problem(call, q, |buffer, layout| {
+        let data = buffer.as_ref();
+        Ok::<_, Error>(View { data, layout })
+    })?;
+    f(&problem, &batch)
 }
