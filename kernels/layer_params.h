@@ -57,6 +57,26 @@ typedef struct SegattnRopeParams {
   int32_t add;      /* dst += instead of = */
 } SegattnRopeParams;
 
+/* move_rows: rows of heads from one place to another, rotated or not. */
+typedef struct SegattnMove {
+  SegattnRows src; /* bf16 [rows, heads * head_dim] */
+  SegattnRows dst; /* bf16 [rows, heads * head_dim]; no other move's */
+  int32_t rows;
+  int32_t heads;
+  int32_t first_angle; /* row of the tables for the first row, those of the next rows follow; negative: not rotated */
+  int32_t first_block; /* blocks of the moves before */
+} SegattnMove;
+
+typedef struct SegattnMoveParams {
+  const SegattnMove* moves; /* [count], at least one block each */
+  const float* cos;         /* [positions, head_dim / 2] */
+  const float* sin;         /* [positions, head_dim / 2] */
+  int32_t count;
+  int32_t head_dim; /* a multiple of 16 */
+  int32_t inverse;  /* rotates backwards: the gradient */
+  int32_t add;      /* dst += instead of = */
+} SegattnMoveParams;
+
 /* split_qkv: from the product's rows to what attention reads; join_qkv: gradients back. */
 typedef struct SegattnQkvParams {
   SegattnRows qkv;         /* bf16 [rows, (q_heads + 2 kv_heads) * head_dim]: q, k, v; join: their gradients, set */

@@ -11,6 +11,7 @@ use segattn::model::weights;
 use segattn::train::agreement::agreement;
 use segattn::train::checkpoint::list;
 use segattn::train::config::{Config, TrainingSection};
+use segattn::train::data::Example;
 use segattn::train::progress::{Progress, Tensors};
 use segattn::train::trainer::Trainer;
 
@@ -119,7 +120,8 @@ pub fn trainer<D: Planned>(
     Ok(trainer)
 }
 
-/// A step on the longest sequences there may be, and a validation: all that a run does, for its memory.
+/// Steps on the longest sequences there may be, and a validation: all that a run does, for its memory. In segments there
+/// is one more step whose sequences have breaks: its buffers have other sizes, and leave gaps between those of the first.
 pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,
@@ -132,8 +134,33 @@ pub fn dry_run<D: Device>(
     let mut trainer = Trainer::for_dry_run(device, model.clone(), config.clone(), party.planned())?;
     let sequences = training.batch * training.accumulation;
     trainer.step_on(&[vec![sequence.clone(); sequences]])?;
+    if let Some(segment) = &model.segment {
+        let broken = |i| broken(&sequence, segment.segment_len, i);
+        trainer.step_on(&[(0..sequences).map(broken).collect::<Vec<_>>()])?;
+    }
     trainer.validate(&[sequence])?;
     Ok(())
+}
+
+/// A sequence with breaks up to `most` tokens apart, at other places for each `seed`.
+fn broken(sequence: &[u32], most: usize, seed: usize) -> Example {
+    let (mut random, mut at, mut breaks) = (seed as u64, 0, Vec::new());
+    loop {
+        // Knuth's multiplier; its upper bits are random enough.
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        at += 1 + (random >> 33) as usize % most;
+        if at >= sequence.len() {
+            break;
+        }
+        breaks.push(at);
+    }
+    Example {
+        tokens: sequence.to_vec(),
+        breaks,
+        ..Example::default()
+    }
 }
 
 /// Bytes that training takes where all numbers are f32, for sequences of `longest` predictions.

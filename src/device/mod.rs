@@ -34,8 +34,9 @@ pub use sampling::{Sampled, Samplers};
 pub use shared::blocks::HostBlocks;
 pub use shared::samplers::HostSamplers;
 pub use types::{
-    Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, PastHeads,
-    Probes, Rows, RowsMut, SegmentCache, Selection, SelectionRule, SlotSpan, StepRows, Update,
+    Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, Move,
+    PastHeads, Probes, Rows, RowsMut, SegmentCache, Selection, SelectionRule, SlotSpan, StepRows,
+    Update,
 };
 
 /// Results of device calls.
@@ -253,6 +254,20 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         inverse: bool,
         accumulate: Accumulate,
     ) -> Result<()>;
+    /// Moves many pieces of rows of heads, of `head_dim` elements each, to rows of the `targets`. What a move writes no
+    /// other move of the call reads or writes. With `inverse` the rotation is undone.
+    #[allow(clippy::too_many_arguments)]
+    fn move_rows(
+        &self,
+        moves: &[Move<'_, Self::Buffer>],
+        targets: &mut [&mut Self::Buffer],
+        head_dim: usize,
+        tables: (&Self::Buffer, &Self::Buffer),
+        inverse: bool,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        shared::moves::one_by_one(self, moves, targets, head_dim, tables, inverse, accumulate)
+    }
     /// Splits the step's rows `[q | k | v]`. Rotated queries go to `q`. `store` receives keys before and after
     /// rotation, values, and the queries before rotation that probes are made of.
     fn split_qkv(

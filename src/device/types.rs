@@ -108,6 +108,25 @@ impl<'a, B> RowsMut<'a, B> {
     }
 }
 
+/// Rows of heads on their way to another place, see [`Device::move_rows`](super::Device::move_rows).
+#[derive(Debug)]
+pub struct Move<'a, B> {
+    /// Where they lie `[rows, heads * head_dim]`.
+    pub src: Rows<'a, B>,
+    /// Index of the buffer that they go to.
+    pub target: usize,
+    /// Element of that buffer at which the first row begins.
+    pub start: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Number of rows, at least 1.
+    pub rows: usize,
+    /// Heads of a row.
+    pub heads: usize,
+    /// Row of the angle tables for the first row, those of the next rows follow; `None`: they are not rotated.
+    pub first_angle: Option<usize>,
+}
+
 /// Head counts and size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {

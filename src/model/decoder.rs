@@ -15,12 +15,13 @@
 
 mod adapters;
 mod blocks;
+mod hand_over;
 mod tape;
 
 use super::config::ModelConfig;
 use super::lora::Product;
 use super::parameters::{Extra, TensorSpec, Weights, index, specs};
-use super::state::{LayerSlots, Plan, SequenceState, Slots, close_segment, open_segment};
+use super::state::{LayerSlots, Plan, SequenceState, Slots};
 use crate::device::{
     Accumulate, Attention, Device, DeviceError, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan,
     StepRows,
@@ -336,35 +337,6 @@ impl<D: Device> Decoder<D> {
             RowsMut::packed(&mut q, 0, q_width),
         )?;
         Ok(FromInput { norm, q, qk })
-    }
-
-    /// Opens the segments that begin and closes those that are complete, in the order of the spans.
-    fn pass_on(
-        &self,
-        plan: &Plan,
-        l: usize,
-        step: &Step,
-        states: &mut [&mut SequenceState<D>],
-        slots: &mut Slots<D>,
-    ) -> Result<()> {
-        for Span {
-            sequence,
-            rows,
-            closes,
-        } in &step.spans
-        {
-            let carry = &mut states[*sequence].layers[l];
-            if rows.start == 0 {
-                let (layer, tables) = slots.layer_mut(l);
-                open_segment(&self.device, plan, l, carry, layer, rows.slot, tables)?;
-            }
-            if *closes {
-                let (layer, _) = slots.layer_mut(l);
-                let complete = (rows.slot, rows.start + rows.rows);
-                close_segment(&self.device, plan, l, layer, complete, carry)?;
-            }
-        }
-        Ok(())
     }
 
     fn attend(

@@ -8,7 +8,7 @@ pub use carry::{Carry, SequenceState};
 pub use sinks::Sinks;
 pub use slots::{Angles, LayerSlots, Slots};
 
-pub(in crate::model) use carry::{allocate_segment, close_segment, open_segment};
+pub(in crate::model) use carry::{Complete, allocate_segment, close_segments, open_segments};
 
 use std::ops::Range;
 

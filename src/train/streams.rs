@@ -9,15 +9,18 @@
 //! The losses of segments 0..=K are never truncated. They share one pass, which receives its own prior gradients.
 //!
 //! Upstream gradients of every GEMM are summed over passes. The weight gradients of a segment are computed once, after
-//! its last pass. Their order does not depend on the number of segments per step.
+//! its last pass, together with those of the same segment of the next sequences of its group, whose rows lie beside
+//! it. Their order does not depend on the number of segments per step.
 //!
 //! All passes that are due advance together, layer by layer. Once all segments of a group are at their last pass, the
 //! group frees the tape and the sums of each layer as soon as the layer's weight gradients are computed. So sums of all
 //! layers exist only for groups that wait for another pass.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::slice::from_mut;
 
+mod losses;
 mod pass;
 mod tail;
 mod weight_grads;
@@ -27,9 +30,8 @@ pub use weight_grads::Gradients;
 use pass::{LayerSums, Pass, Work};
 use tail::{Arrivals, StreamId};
 
-use crate::device::{Device, Kind, Purpose, Result, Rows, RowsMut};
-use crate::model::decoder::{Decoder, Derived, Forward, LayerTape, Span, Step};
-use crate::model::parameters::index;
+use crate::device::{Device, Kind, Purpose, Result};
+use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
 use crate::model::segmentation::Segment;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
 use crate::train::data::{AsExample, ExampleRef};
@@ -79,6 +81,15 @@ struct Due {
     sequence: usize,
     group: usize,
     span: usize,
+}
+
+impl Due {
+    /// Whether a span's rows lie behind this one's and belong to the same segment of another sequence. Such spans add
+    /// to the gradients of weights together, as far as they add to the same.
+    fn is_before(&self, next: &Due) -> bool {
+        let at = |due: &Due| (due.time, due.segment, due.group);
+        at(self) == at(next) && self.span + 1 == next.span
+    }
 }
 
 /// One gradient computation over a batch of sequences.
@@ -151,6 +162,21 @@ struct Groups<'a, D: Device> {
 }
 
 impl<D: Device> Groups<'_, D> {
+    /// Runs of spans that add to the same gradients together.
+    fn runs<'d>(&self, due: &'d [Due]) -> Vec<&'d [Due]> {
+        let group = |due: &Due| due.sequence / self.sequences;
+        let together = |a: &Due, b: &Due| a.is_before(b) && group(a) == group(b);
+        due.chunk_by(together).collect()
+    }
+
+    /// Runs of spans of one segment that add to the same gradients.
+    fn runs_of_segment(&self, step: &Step, segments: &[usize]) -> Vec<Range<usize>> {
+        let of = |span: usize| (segments[span], step.spans[span].sequence / self.sequences);
+        let spans: Vec<usize> = (0..step.spans.len()).collect();
+        let runs = spans.chunk_by(|a, b| of(*a) == of(*b));
+        runs.map(|run| run[0]..run[0] + run.len()).collect()
+    }
+
     /// Those that a sequence adds to.
     fn of(&mut self, sequence: usize) -> &mut Gradients<D> {
         &mut self.gradients[sequence / self.sequences]
@@ -258,100 +284,6 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(())
     }
 
-    /// Computes the log-probabilities of the step's targets. Returns the gradient of the losses with respect to the
-    /// input of the last norm.
-    fn losses(
-        &mut self,
-        step: &Step,
-        segments: &[usize],
-        forward: &Forward<D>,
-        gradients: &mut Groups<'_, D>,
-    ) -> Result<D::Buffer> {
-        let (device, config) = (&self.model.device, &self.model.config);
-        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let head = self.model.head();
-        let mut d_hidden = device.empty(Kind::Activation, step.tokens.len() * hidden)?;
-        let longest = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
-        let mut logits = device.empty(Kind::Exact, longest.min(D::LOGIT_ROWS) * vocab)?;
-        let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
-        for (span, segment) in step.spans.iter().zip(segments) {
-            let inputs = &self.segments[span.sequence][*segment].tokens;
-            let example = &self.sequences[span.sequence];
-            let targets = &example.tokens[inputs.start + 1..=inputs.end];
-            for (i, targets) in targets.chunks(D::LOGIT_ROWS).enumerate() {
-                let (row, rows) = (span.rows.row + i * D::LOGIT_ROWS, targets.len());
-                let x = Rows::packed(&forward.hidden, row, hidden);
-                let out = RowsMut::packed(&mut logits, 0, vocab);
-                device.linear(x, rows, head, out, crate::device::Accumulate::No)?;
-                let first = inputs.start + i * D::LOGIT_ROWS;
-                let known = match example.policy {
-                    None => vec![f64::NAN; rows],
-                    // The derivative depends on the log-probabilities, so they are computed and read first.
-                    Some(_) => {
-                        let out = RowsMut::packed(&mut logits, 0, vocab);
-                        let to = RowsMut::packed(&mut scores, row, 1);
-                        device.log_probabilities(out, vocab, targets, None, to)?;
-                        device.read_wide(&scores, row..row + rows)?
-                    }
-                };
-                let scales = known.iter().zip(first..);
-                let scales: Vec<f64> = scales
-                    .map(|(x, t)| self.scale * example.slope(t, *x))
-                    .collect();
-                let out = RowsMut::packed(&mut logits, 0, vocab);
-                let to = RowsMut::packed(&mut scores, row, 1);
-                device.log_probabilities(out, vocab, targets, Some(&scales), to)?;
-                let d_logits = Rows::packed(&logits, 0, vocab);
-                let d_x = RowsMut::packed(&mut d_hidden, row, hidden);
-                device.linear_input_grad(
-                    d_logits,
-                    rows,
-                    head,
-                    d_x,
-                    crate::device::Accumulate::No,
-                )?;
-                let gradients = gradients.of(span.sequence);
-                gradients.add_head(device, d_logits, x, rows, [vocab, hidden])?;
-            }
-        }
-        self.scores.push((step.spans.clone(), scores));
-        let rows = step.tokens.len();
-        let divisor = config.switches.logits_divisor;
-        let d_hidden = self.model.times(1.0 / divisor, d_hidden, [rows, hidden])?;
-        let mut d_top = device.zeros(Kind::Activation, rows * hidden)?;
-        let norm = index::final_norm(config.num_hidden_layers);
-        let x = Rows::packed(&forward.x, 0, hidden);
-        let (rstd, d_y) = (
-            Rows::packed(&forward.rstd, 0, 1),
-            Rows::packed(&d_hidden, 0, hidden),
-        );
-        for Span { sequence, rows, .. } in &step.spans {
-            let at = |buffer, width| Rows::packed(buffer, rows.row, width);
-            if let Some(tensor) = gradients.of(*sequence).tensor_mut(norm) {
-                let (d_y, x) = (at(&d_hidden, hidden), at(&forward.x, hidden));
-                let rstd = at(&forward.rstd, 1);
-                device.rms_norm_weight_grad(d_y, x, rstd, [rows.rows, 1], tensor)?;
-            }
-        }
-        let weight = self.model.weights.vector(norm);
-        let d_x = RowsMut::packed(&mut d_top, 0, hidden);
-        device.rms_norm_grad(d_y, x, rstd, [rows, 1], weight, d_x)?;
-        Ok(d_top)
-    }
-
-    /// Log-probabilities of every sequence's targets, in order.
-    fn log_probabilities(&self) -> Result<Vec<Vec<f64>>> {
-        let mut all = vec![Vec::new(); self.sequences.len()];
-        for (spans, scores) in &self.scores {
-            let rows = spans.iter().map(|s| s.rows.rows).sum();
-            let scores = self.model.device.read_wide(scores, 0..rows)?;
-            for Span { sequence, rows, .. } in spans {
-                all[*sequence].extend_from_slice(&scores[rows.row..rows.row + rows.rows]);
-            }
-        }
-        Ok(all)
-    }
-
     /// Runs every pass that segments `[first, next)` make due. Layer by layer, it then computes the weight gradients of
     /// the segments whose last pass this was.
     fn backward(
@@ -363,18 +295,19 @@ impl<'a, D: Device> Streams<'a, D> {
     ) -> Result<()> {
         let mut passes = self.due_passes(first, next, end)?;
         let due = self.due_spans(next, end);
+        let runs = gradients.runs(&due);
         let mut arrivals: Arrivals<D> = HashMap::new();
         let layers = self.model.config.num_hidden_layers;
         for l in (0..layers).rev() {
             for work in &mut passes {
                 work.layer(l, &mut self.alive[work.group], &mut arrivals)?;
             }
-            for due in &due {
-                let group = &mut self.alive[due.group];
+            for run in &runs {
+                let group = &mut self.alive[run[0].group];
                 // A pass with zero upstream gradient does not prepare the layer.
                 group.prepare(self.model, self.plan, l)?;
-                let gradients = gradients.of(due.sequence);
-                gradients.add_layer(self.model, self.plan, group, due.span, l)?;
+                let gradients = gradients.of(run[0].sequence);
+                gradients.add_layer(self.model, self.plan, group, spans(run), l)?;
             }
             let recompute = self.config.recompute;
             self.alive.iter_mut().for_each(|g| g.release(l, recompute));
@@ -383,9 +316,9 @@ impl<'a, D: Device> Streams<'a, D> {
         for work in passes {
             work.embedding(&mut self.alive[work.group])?;
         }
-        for due in &due {
-            let (gradients, group) = (gradients.of(due.sequence), &self.alive[due.group]);
-            gradients.add_embedding(self.model, group, due.span)?;
+        for run in &runs {
+            let (gradients, group) = (gradients.of(run[0].sequence), &self.alive[run[0].group]);
+            gradients.add_embedding(self.model, group, spans(run))?;
         }
         while self.alive.front().is_some_and(Group::is_finished) {
             self.alive.pop_front();
@@ -475,6 +408,17 @@ impl<'a, D: Device> Streams<'a, D> {
     }
 }
 
+/// First row of spans that lie one after another, and number of rows.
+fn rows_of(spans: &[Span]) -> [usize; 2] {
+    let rows = spans.iter().map(|span| span.rows.rows).sum();
+    [spans[0].rows.row, rows]
+}
+
+/// The spans of a run.
+fn spans(run: &[Due]) -> Range<usize> {
+    run[0].span..run[run.len() - 1].span + 1
+}
+
 impl<D: Device> Layer<D> {
     /// Tape, derived activations and sums, which [`Group::prepare`] has made available.
     fn parts(&mut self) -> (&LayerTape<D>, &Derived<D>, &mut LayerSums<D>) {
@@ -508,6 +452,11 @@ impl<D: Device> Group<D> {
         } else if recompute {
             self.layers[l].derived = None;
         }
+    }
+
+    /// First row of some spans, and number of rows.
+    fn rows(&self, spans: Range<usize>) -> [usize; 2] {
+        rows_of(&self.step.spans[spans])
     }
 
     fn is_finished(&self) -> bool {

@@ -211,7 +211,14 @@ const VECTORS: [Rule; 5] = [
     ),
 ];
 
-const ROPE: [Rule; 13] = [
+const ROPE: [Rule; 20] = [
+    replace("first_block <= block", "first_block < block"),
+    replace("high - low > 1", "high - low > 2"),
+    replace("else high = middle", "else high = middle - 1"),
+    replace("blockIdx.x - move.first_block", "blockIdx.x"),
+    replace("at.row >= move.rows", "at.row > move.rows"),
+    replace("if (move.first_angle >= 0)", "if (true)"),
+    replace("move.first_angle + at.row", "move.first_angle"),
     replace("unit % head_units) * kVector", "unit % head_units)"),
     replace(
         "if (at.row >= p.rows) return",

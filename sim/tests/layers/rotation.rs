@@ -1,7 +1,9 @@
 //! `kernels/rope.cu` under every check, against the formulas in f64.
 
 use half::bf16;
-use segattn::cuda::kernels::layer_params::{SegattnQkvParams, SegattnRopeParams};
+use segattn::cuda::kernels::layer_params::{
+    SegattnMove, SegattnMoveParams, SegattnQkvParams, SegattnRopeParams,
+};
 use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;
@@ -165,6 +167,105 @@ fn rope_gives_the_same_bits_under_twenty_schedules() {
     };
     let first = run_rope(0, &case)[2].clone();
     assert!((1..20).all(|seed| bits(&run_rope(seed, &case)[2]) == bits(&first)));
+}
+
+/// Pieces of rows: of several blocks, of a part of one, rotated or not.
+const MOVES: [(usize, usize, Option<i32>); 6] = [
+    (5, 3, Some(100)),
+    (1, 1, None),
+    (140, 2, Some(7)),
+    (33, 2, None),
+    (1, 4, Some(0)),
+    (3, 1, Some(299 - 2)),
+];
+
+/// Moves [`MOVES`] in one launch, beside what each alone gives: rotated by `rope`, or the same.
+fn check_moves(seed: u64, inverse: bool, add: bool) -> Vec<Vec<bf16>> {
+    let gpu = &mut gpu(seed);
+    let tables = Tables::new(gpu, POSITIONS, DIM);
+    let (mut list, mut expected, mut blocks) = (Vec::new(), Vec::new(), 0);
+    let mut targets = Vec::new();
+    for (i, (rows, heads, first_angle)) in MOVES.into_iter().enumerate() {
+        let width = heads * DIM;
+        let [src, before] = [1, 2].map(|n| bf16_values(rows * width, (10 * i + n) as u64));
+        let from = Matrix::of(gpu, "src", &src, width, 8 * (i % 2));
+        let to = match add {
+            true => Matrix::of(gpu, "dst", &before, width, 8),
+            false => Matrix::poisoned::<bf16>(gpu, "dst", [rows, width], 8),
+        };
+        list.push(SegattnMove {
+            src: from.view(),
+            dst: to.view(),
+            rows: rows as i32,
+            heads: heads as i32,
+            first_angle: first_angle.unwrap_or(-1),
+            first_block: blocks,
+        });
+        blocks += (rows * width / 16).div_ceil(256) as i32;
+        targets.push(to);
+        let formula = |round: fn(f64) -> f64| -> Vec<f64> {
+            let moved = match first_angle {
+                Some(first) => {
+                    let angles: Vec<i32> = (first..first + rows as i32).collect();
+                    let shape = [heads, DIM];
+                    turned(&wide(&src), shape, &tables.values, &angles, inverse, round)
+                }
+                None => wide(&src),
+            };
+            let sums = moved.iter().zip(&before);
+            sums.map(|(x, b)| if add { round(x + b.to_f64()) } else { *x })
+                .collect()
+        };
+        expected.push([formula(low), formula(|x| x)]);
+    }
+    let bytes: Vec<[u64; 6]> = list.iter().map(words).collect();
+    let moves = gpu.input("moves", &bytes).expect("memory");
+    let params = SegattnMoveParams {
+        moves: moves.ptr(),
+        cos: tables.buffers[0].ptr(),
+        sin: tables.buffers[1].ptr(),
+        count: list.len() as i32,
+        head_dim: DIM as i32,
+        inverse: inverse.into(),
+        add: add.into(),
+    };
+    let rope = module("rope.cu");
+    launch(gpu, &rope, "move_rows_bf16", blocks as usize, None, &params);
+    let got: Vec<Vec<bf16>> = targets.iter().map(|to| to.read(gpu)).collect();
+    for ((to, got), [low, exact]) in targets.iter().zip(&got).zip(&expected) {
+        to.assert_only_rows_written(gpu, "dst");
+        assert_close("moved", &wide(got), low, exact);
+    }
+    got
+}
+
+/// A move as the kernel reads it.
+fn words(at: &SegattnMove) -> [u64; 6] {
+    let pair = |low: i32, high: i32| u64::from(low as u32) | u64::from(high as u32) << 32;
+    [
+        at.src.data as u64,
+        at.src.stride as u64,
+        at.dst.data as u64,
+        at.dst.stride as u64,
+        pair(at.rows, at.heads),
+        pair(at.first_angle, at.first_block),
+    ]
+}
+
+#[test]
+fn many_moves_are_what_each_alone_gives() {
+    for (inverse, add) in [(false, false), (true, false), (false, true), (true, true)] {
+        check_moves(1, inverse, add);
+    }
+}
+
+#[test]
+fn moves_have_the_same_bits_under_ten_schedules() {
+    let first = check_moves(0, true, true);
+    for seed in 1..10 {
+        let again = check_moves(seed, true, true);
+        assert!(again.iter().zip(&first).all(|(a, b)| bits(a) == bits(b)));
+    }
 }
 
 const Q_HEADS: usize = 4;

@@ -140,6 +140,59 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnMove {
+    pub src: SegattnRows,
+    pub dst: SegattnRows,
+    pub rows: i32,
+    pub heads: i32,
+    pub first_angle: i32,
+    pub first_block: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnMove"][::core::mem::size_of::<SegattnMove>() - 48usize];
+    ["Alignment of SegattnMove"][::core::mem::align_of::<SegattnMove>() - 8usize];
+    ["Offset of field: SegattnMove::src"][::core::mem::offset_of!(SegattnMove, src) - 0usize];
+    ["Offset of field: SegattnMove::dst"][::core::mem::offset_of!(SegattnMove, dst) - 16usize];
+    ["Offset of field: SegattnMove::rows"][::core::mem::offset_of!(SegattnMove, rows) - 32usize];
+    ["Offset of field: SegattnMove::heads"][::core::mem::offset_of!(SegattnMove, heads) - 36usize];
+    ["Offset of field: SegattnMove::first_angle"]
+        [::core::mem::offset_of!(SegattnMove, first_angle) - 40usize];
+    ["Offset of field: SegattnMove::first_block"]
+        [::core::mem::offset_of!(SegattnMove, first_block) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnMoveParams {
+    pub moves: *const SegattnMove,
+    pub cos: *const f32,
+    pub sin: *const f32,
+    pub count: i32,
+    pub head_dim: i32,
+    pub inverse: i32,
+    pub add: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnMoveParams"][::core::mem::size_of::<SegattnMoveParams>() - 40usize];
+    ["Alignment of SegattnMoveParams"][::core::mem::align_of::<SegattnMoveParams>() - 8usize];
+    ["Offset of field: SegattnMoveParams::moves"]
+        [::core::mem::offset_of!(SegattnMoveParams, moves) - 0usize];
+    ["Offset of field: SegattnMoveParams::cos"]
+        [::core::mem::offset_of!(SegattnMoveParams, cos) - 8usize];
+    ["Offset of field: SegattnMoveParams::sin"]
+        [::core::mem::offset_of!(SegattnMoveParams, sin) - 16usize];
+    ["Offset of field: SegattnMoveParams::count"]
+        [::core::mem::offset_of!(SegattnMoveParams, count) - 24usize];
+    ["Offset of field: SegattnMoveParams::head_dim"]
+        [::core::mem::offset_of!(SegattnMoveParams, head_dim) - 28usize];
+    ["Offset of field: SegattnMoveParams::inverse"]
+        [::core::mem::offset_of!(SegattnMoveParams, inverse) - 32usize];
+    ["Offset of field: SegattnMoveParams::add"]
+        [::core::mem::offset_of!(SegattnMoveParams, add) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnQkvParams {
     pub qkv: SegattnRows,
     pub q: SegattnRows,

@@ -10,7 +10,7 @@ use super::{
     attend, bounds, bytes_of, optimizer, record, rotation, rows,
 };
 use crate::device::{
-    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Move,
     OutOfMemory, Result, Rows, RowsMut, StepRows, Update,
 };
 
@@ -350,6 +350,18 @@ impl<D: Driver> Device for Gpu<D> {
             inverse,
             accumulate,
         )
+    }
+
+    fn move_rows(
+        &self,
+        moves: &[Move<'_, Buffer<D>>],
+        targets: &mut [&mut Buffer<D>],
+        head_dim: usize,
+        tables: (&Buffer<D>, &Buffer<D>),
+        inverse: bool,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        rotation::move_rows(self, moves, targets, head_dim, tables, inverse, accumulate)
     }
 
     fn split_qkv(

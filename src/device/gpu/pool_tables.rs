@@ -19,10 +19,10 @@ pub(super) fn kv_width<D: Driver>(pool: &Pool<D>, kv_heads: &[usize]) -> Result<
     product("KV heads and head_dim", &[count, pool.head_dim])
 }
 
-/// Tables of a call: addresses of the chunks, and the parameters of each head.
+/// Tables of a call, in one upload: addresses of the chunks, then the parameters of each head.
 pub(super) struct Tables<D: Driver> {
-    chunks: Block<D>,
-    heads: Block<D>,
+    block: Block<D>,
+    chunks: usize,
 }
 
 impl<D: Driver> Tables<D> {
@@ -33,34 +33,34 @@ impl<D: Driver> Tables<D> {
         eligible: &[Range<usize>],
         ends: &[usize],
     ) -> Result<Self> {
-        let mut chunks: Vec<[u64; 2]> = Vec::with_capacity(pool.chunks.len());
+        let mut tables: Vec<[u64; 2]> = Vec::with_capacity(pool.chunks.len() + kv_heads.len());
         for chunk in &pool.chunks {
-            chunks.push([gpu.range(&chunk.k, 0, 0)?, gpu.range(&chunk.v, 0, 0)?]);
+            tables.push([gpu.range(&chunk.k, 0, 0)?, gpu.range(&chunk.v, 0, 0)?]);
         }
-        let mut heads: Vec<[i32; 4]> = Vec::with_capacity(kv_heads.len());
         for ((head, eligible), end) in kv_heads.iter().zip(eligible).zip(ends) {
             let token = |n: usize| int("eligible tokens", n);
-            heads.push([
+            tables.push(bytemuck::cast([
                 int("KV head", *head)?,
                 token(eligible.start)?,
                 token(eligible.end)?,
                 int("end of a head", *end)?,
-            ]);
+            ]));
         }
         const {
             assert!(size_of::<SegattnPoolChunk>() == size_of::<[u64; 2]>());
             assert!(size_of::<SegattnPoolHead>() == size_of::<[i32; 4]>());
         }
         Ok(Self {
-            chunks: gpu.upload(&chunks)?,
-            heads: gpu.upload(&heads)?,
+            block: gpu.upload(&tables)?,
+            chunks: pool.chunks.len(),
         })
     }
 
     pub(super) fn params(&self, pool: &Pool<D>) -> Result<SegattnRetrievalParams> {
+        let chunks = pointer::<SegattnPoolChunk>(&self.block);
         Ok(SegattnRetrievalParams {
-            chunks: pointer(&self.chunks),
-            head: pointer(&self.heads),
+            chunks,
+            head: chunks.wrapping_add(self.chunks).cast(),
             q: NONE,
             k: NONE,
             v: NONE,

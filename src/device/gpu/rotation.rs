@@ -4,9 +4,11 @@ use super::bounds::{NONE, VECTOR, int, pointer, product};
 use super::rows::{Grid, entry, launch};
 use super::step::Column;
 use super::{Buffer, Driver, Gpu, Step};
-use crate::cuda::kernels::File;
-use crate::cuda::kernels::layer_params::{SegattnQkvParams, SegattnRopeParams};
-use crate::device::{Accumulate, Heads, KeyStore, Result, Rows, RowsMut};
+use crate::cuda::kernels::layer_params::{
+    SegattnMove, SegattnMoveParams, SegattnQkvParams, SegattnRopeParams, SegattnRows,
+};
+use crate::cuda::kernels::{File, Kernels};
+use crate::device::{Accumulate, DeviceError, Heads, KeyStore, Move, Result, Rows, RowsMut};
 
 /// Rotates the heads of rows by their angles.
 #[allow(clippy::too_many_arguments)]
@@ -49,6 +51,78 @@ pub(super) fn rope<D: Driver>(
     };
     let threads = Grid::Threads(rows * width / (2 * VECTOR));
     launch(gpu, entry(File::Rope, "rope_bf16"), threads, &params)
+}
+
+/// Moves pieces of rows, in one launch.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn move_rows<D: Driver>(
+    gpu: &Gpu<D>,
+    moves: &[Move<'_, Buffer<D>>],
+    targets: &mut [&mut Buffer<D>],
+    head_dim: usize,
+    tables: (&Buffer<D>, &Buffer<D>),
+    inverse: bool,
+    accumulate: Accumulate,
+) -> Result<()> {
+    let last = |at: &Move<'_, _>| Some(at.first_angle?.saturating_add(at.rows).saturating_sub(1));
+    let [cos, sin] = gpu.angle_tables(tables, head_dim, moves.iter().filter_map(last).max())?;
+    let entry = entry(File::Rope, "move_rows_bf16");
+    let threads = gpu.driver().kernels().info(entry)?.threads as usize;
+    let (mut pieces, mut blocks) = (Vec::with_capacity(moves.len()), 0usize);
+    for at in moves.iter().filter(|at| at.rows > 0 && at.heads > 0) {
+        let width = product("heads and head_dim", &[at.heads, head_dim])?;
+        let buffer = targets.get_mut(at.target).map(|buffer| &mut **buffer);
+        let buffer = buffer.ok_or_else(|| {
+            DeviceError::argument("target of a move", "one of the targets", at.target)
+        })?;
+        let (start, stride) = (at.start, at.stride);
+        let dst = RowsMut {
+            buffer,
+            start,
+            stride,
+        };
+        pieces.push(Piece {
+            src: at_rows(gpu.input(&at.src, at.rows, width)?),
+            dst: at_rows(gpu.output(&dst, at.rows, width)?),
+            numbers: [
+                int("rows of a move", at.rows)?,
+                int("heads", at.heads)?,
+                at.first_angle.map_or(Ok(-1), |angle| int("angle", angle))?,
+                int("blocks of moves", blocks)?,
+            ],
+        });
+        let units = product("elements of a move", &[at.rows, width])? / (2 * VECTOR);
+        blocks = blocks.saturating_add(units.div_ceil(threads));
+    }
+    if pieces.is_empty() {
+        return Ok(());
+    }
+    let held = gpu.upload(&pieces)?;
+    let params = SegattnMoveParams {
+        moves: pointer(&held),
+        cos,
+        sin,
+        count: int("moves", pieces.len())?,
+        head_dim: int("head_dim", head_dim)?,
+        inverse: inverse.into(),
+        add: (accumulate == Accumulate::Yes).into(),
+    };
+    launch(gpu, entry, Grid::Blocks(blocks), &params)
+}
+
+/// A [`SegattnMove`] as numbers: address and stride of both sides, rows, heads, first angle, blocks before.
+#[derive(Clone, Copy, bytemuck::NoUninit)]
+#[repr(C)]
+struct Piece {
+    src: [u64; 2],
+    dst: [u64; 2],
+    numbers: [i32; 4],
+}
+
+const _: () = assert!(size_of::<Piece>() == size_of::<SegattnMove>());
+
+fn at_rows(rows: SegattnRows) -> [u64; 2] {
+    [rows.data as u64, rows.stride as u64]
 }
 
 /// Elements of a row of queries, of keys, and of `[q | k | v]`.

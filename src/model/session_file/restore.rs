@@ -6,7 +6,7 @@ use super::layout::{Part, Shapes};
 use crate::device::{Accumulate, Device, DeviceError, PastPool, Rows, RowsMut, SelectedBlocks};
 use crate::model::segmentation::Cursor;
 use crate::model::session::Session;
-use crate::model::state::open_segment;
+use crate::model::state::open_segments;
 
 /// Where the tensors of one sequence come from.
 pub(super) trait Source {
@@ -101,7 +101,7 @@ fn segment<D: Device, S: Source>(
     let room = slots.room;
     let (layer, tables) = slots.layer_mut(l);
     let carry = &session.states[to].layers[l];
-    open_segment(device, plan, l, carry, layer, to, tables)?;
+    open_segments(device, plan, l, &[(to, carry)], layer, tables)?;
     let width = plan.kv_width();
     let first = to * room;
     let rows = source.floats(Part::Segment(l), &shapes.segment())?;

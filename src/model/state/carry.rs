@@ -3,7 +3,7 @@
 
 use super::{LayerReads, LayerSlots, Plan, Sinks};
 use crate::device::{
-    Accumulate, Device, Kind, PastHeads, PastPool, Probes, Purpose, Result, Rows, RowsMut,
+    Accumulate, Device, Kind, Move, PastHeads, PastPool, Probes, Purpose, Result, Rows, RowsMut,
     SelectedBlocks, Selection,
 };
 
@@ -109,39 +109,20 @@ impl<D: Device> Carry<D> {
         Ok(())
     }
 
-    /// Makes the last rows of a complete segment the tail: `rows` keys before rotation and values, `width` elements
-    /// each. Where they are fewer than `len`, the last rows of the tail before move up in front of them.
-    fn move_tail(
-        &mut self,
-        device: &D,
-        [k, v]: [Rows<'_, D::Buffer>; 2],
-        rows: usize,
-        (len, width): (usize, usize),
-    ) -> Result<()> {
-        let new = rows.min(len);
-        let (before, kept) = (self.prior_rows, self.prior_rows.min(len - new));
+    /// Prepares the tail's buffers for the last rows of a complete segment, before which `kept` rows of the tail before
+    /// stay. Returns the old buffers, unless they are the backup of this step or are written in place.
+    fn make_room(&mut self, device: &D, kept: usize) -> Result<Option<[D::Buffer; 2]>> {
         // Rows that move up must not be overwritten before they are read, and a step that fails must find them again.
         let first_change = self.undo.as_ref().is_some_and(|undo| undo.tail.is_none());
-        if first_change || kept > 0 {
-            let replaced = self.replace_tail(device)?;
-            let undo = self.undo.as_mut().filter(|_| first_change);
-            let old = match undo {
-                Some(undo) => &undo.tail.insert((replaced, before)).0,
-                None => &replaced,
-            };
-            for (src, dst) in old.iter().zip([&mut self.prior_k, &mut self.prior_v]) {
-                let src = Rows::packed(src, before - kept, width);
-                let dst = RowsMut::packed(dst, 0, width);
-                device.copy(src, dst, kept, width, Accumulate::No)?;
-            }
+        if !first_change && kept == 0 {
+            return Ok(None);
         }
-        for (src, dst) in [(k, &mut self.prior_k), (v, &mut self.prior_v)] {
-            let start = src.start + (rows - new) * src.stride;
-            let dst = RowsMut::packed(dst, kept, width);
-            device.copy(Rows { start, ..src }, dst, new, width, Accumulate::No)?;
+        let (before, replaced) = (self.prior_rows, self.replace_tail(device)?);
+        match self.undo.as_mut().filter(|_| first_change) {
+            Some(undo) => undo.tail = Some((replaced, before)),
+            None => return Ok(Some(replaced)),
         }
-        self.prior_rows = kept + new;
-        Ok(())
+        Ok(None)
     }
 
     /// Puts new buffers in place of the tail's keys and values, and returns these.
@@ -187,129 +168,238 @@ impl<D: Device> SequenceState<D> {
     }
 }
 
-/// Writes the prior and past rows of a slot, sinks included, for the segment that begins in it.
-pub(in crate::model) fn open_segment<D: Device>(
+/// Writes the prior and past rows of slots, sinks included, for the segments that begin in them: each with the state of
+/// its sequence.
+pub(in crate::model) fn open_segments<D: Device>(
     device: &D,
     plan: &Plan,
     layer: usize,
-    carry: &Carry<D>,
+    opening: &[(usize, &Carry<D>)],
     slots: &mut LayerSlots<D>,
-    slot: usize,
     tables: (&D::Buffer, &D::Buffer),
 ) -> Result<()> {
     let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
     let kv = &mut slots.kv;
     let (prior_room, past_room) = (kv.rows.prior, kv.rows.past);
-    let rows = carry.prior_rows;
-    kv.prior_len[slot] = rows;
-    if rows > 0 {
-        let angles: Vec<usize> = (plan.origin() - rows..plan.origin()).collect();
-        let first = slot * prior_room;
-        device.rope(
-            Rows::packed(&carry.prior_k, 0, width),
-            RowsMut::packed(&mut kv.prior_k, first, width),
-            plan.heads.kv,
-            plan.heads.dim,
-            tables,
-            &angles,
-            false,
-            Accumulate::No,
-        )?;
-        let (src, dst) = (
-            Rows::packed(&carry.prior_v, 0, width),
-            RowsMut::packed(&mut kv.prior_v, first, width),
-        );
-        device.copy(src, dst, rows, width, Accumulate::No)?;
+    let (mut moves, mut ends) = (Vec::new(), Vec::new());
+    for &(slot, carry) in opening {
+        let rows = carry.prior_rows;
+        kv.prior_len[slot] = rows;
+        let prior = [
+            (&carry.prior_k, Some(plan.origin() - rows)),
+            (&carry.prior_v, None),
+        ];
+        for (target, (buffer, first_angle)) in prior.into_iter().enumerate() {
+            moves.push(Move {
+                src: Rows::packed(buffer, 0, width),
+                target,
+                start: slot * prior_room * width,
+                stride: width,
+                rows,
+                heads: plan.heads.kv,
+                first_angle,
+            });
+        }
+        // Of each KV head: its sinks, its selected rows behind them, and the row of the tables behind these.
+        let tail = |head| if reads.prior[head] { rows } else { 0 };
+        let heads = 0..plan.heads.kv;
+        let end: Vec<usize> = heads.clone().map(|h| plan.origin() - tail(h)).collect();
+        let sinks: Vec<usize> = heads.map(|h| plan.sinks(carry.tokens, tail(h))).collect();
+        let mut selected = vec![0; plan.heads.kv];
+        for (i, head) in reads.past.iter().enumerate() {
+            selected[*head] = carry.selected.count(i);
+        }
+        let before: Vec<usize> = end.iter().zip(&selected).map(|(e, n)| e - n).collect();
+        let lens = slot * plan.heads.kv..(slot + 1) * plan.heads.kv;
+        for (head, len) in kv.past_len[lens.clone()].iter_mut().enumerate() {
+            *len = sinks[head] + selected[head];
+        }
+        if plan.sink_len > 0 {
+            kv.sink_len[lens].copy_from_slice(&sinks);
+            let first = slot * past_room * width;
+            moves.extend(carry.sinks.place(plan, first, (&sinks, &before)));
+        }
+        ends.push(end);
     }
-    // Of each KV head: its sinks, its selected rows behind them, and the row of the tables behind these.
-    let tail = |head| if reads.prior[head] { rows } else { 0 };
-    let heads = 0..plan.heads.kv;
-    let ends: Vec<usize> = heads.clone().map(|h| plan.origin() - tail(h)).collect();
-    let sinks: Vec<usize> = heads.map(|h| plan.sinks(carry.tokens, tail(h))).collect();
-    let mut selected = vec![0; plan.heads.kv];
-    for (i, head) in reads.past.iter().enumerate() {
-        selected[*head] = carry.selected.count(i);
-    }
-    let before: Vec<usize> = ends.iter().zip(&selected).map(|(e, n)| e - n).collect();
-    let lens = slot * plan.heads.kv..(slot + 1) * plan.heads.kv;
-    for (head, len) in kv.past_len[lens.clone()].iter_mut().enumerate() {
-        *len = sinks[head] + selected[head];
-    }
-    if plan.sink_len > 0 {
-        kv.sink_len[lens].copy_from_slice(&sinks);
-        carry
-            .sinks
-            .place(device, plan, (&mut *kv, slot), (&sinks, &before), tables)?;
-    }
-    let Some(pool) = &carry.pool else {
-        return Ok(());
-    };
-    let ends: Vec<usize> = reads.past.iter().map(|&h| ends[h]).collect();
-    let past = PastHeads {
-        kv_heads: &reads.past,
-        ends: &ends,
-    };
-    // A head that has selected rows has all sinks before them: what is eligible begins after these.
-    let first = slot * past_room + plan.sink_len;
-    let k = RowsMut::packed(&mut kv.past_k, first, width);
-    let v = RowsMut::packed(&mut kv.past_v, first, width);
-    pool.gather(device, &carry.selected, &past, tables, [k, v])
-}
-
-/// Updates the state after a complete segment of `rows` rows: its tail, the sinks, its tokens in the pool, and the past
-/// rows that its probes select.
-pub(in crate::model) fn close_segment<D: Device>(
-    device: &D,
-    plan: &Plan,
-    layer: usize,
-    slots: &LayerSlots<D>,
-    (slot, rows): (usize, usize),
-    carry: &mut Carry<D>,
-) -> Result<()> {
-    let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
-    let kv = &slots.kv;
-    let first = slot * kv.rows.current;
-    let [prior, _] = plan.sources(reads);
-    let [k, v] = [&kv.raw_k, &kv.v].map(|buffer| Rows::packed(buffer, first, width));
-    if prior > 0 {
-        carry.move_tail(device, [k, v], rows, (prior, width))?;
-    }
-    carry.sinks.keep(device, plan, [k, v], carry.tokens, rows)?;
-    carry.tokens += rows;
-    let (Some(pool), Some(queries)) = (&mut carry.pool, &slots.probes) else {
-        return Ok(());
-    };
-    if let Some(undo) = &mut carry.undo {
-        undo.pool_tokens.get_or_insert(pool.tokens());
-    }
-    pool.append(device, &reads.past, [k, v], rows)?;
-    let tokens = pool.tokens();
-    let eligible = |head: &usize| plan.eligible(reads, *head, [tokens, carry.prior_rows]);
-    let eligible: Vec<_> = reads.past.iter().map(eligible).collect();
-    let queries_len = plan.probe_rows.min(rows);
-    let probes = Probes {
-        q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
-        rows: queries_len,
-        first: (rows - queries_len) % plan.probe_rows,
-        capacity: plan.probe_rows,
-        group: plan.heads.q / plan.heads.kv,
-    };
-    let selection = Selection {
-        kv_heads: &reads.past,
-        eligible: &eligible,
-        rows: plan.past_len,
-        rule: plan.rule,
-        scale: plan.scale,
-    };
-    let selected = pool.select(device, &probes, &selection)?;
-    let old = std::mem::replace(&mut carry.selected, selected);
-    if let Some(undo) = &mut carry.undo {
-        undo.selected.get_or_insert(old);
+    moves.retain(|at| at.rows > 0);
+    let mut targets: [&mut D::Buffer; 4] = [
+        &mut kv.prior_k,
+        &mut kv.prior_v,
+        &mut kv.past_k,
+        &mut kv.past_v,
+    ];
+    let (dim, add) = (plan.heads.dim, Accumulate::No);
+    device.move_rows(&moves, &mut targets, dim, tables, false, add)?;
+    for (&(slot, carry), ends) in opening.iter().zip(&ends) {
+        let Some(pool) = &carry.pool else {
+            continue;
+        };
+        let ends: Vec<usize> = reads.past.iter().map(|&h| ends[h]).collect();
+        let past = PastHeads {
+            kv_heads: &reads.past,
+            ends: &ends,
+        };
+        // A head that has selected rows has all sinks before them: what is eligible begins after these.
+        let first = slot * past_room + plan.sink_len;
+        let k = RowsMut::packed(&mut kv.past_k, first, width);
+        let v = RowsMut::packed(&mut kv.past_v, first, width);
+        pool.gather(device, &carry.selected, &past, tables, [k, v])?;
     }
     Ok(())
 }
 
-/// Allocates what [`close_segment`] would allocate for a segment of full length, with arbitrary contents. For dry runs.
+/// A segment that is complete: its slot, its rows, and the state of its sequence.
+pub(in crate::model) struct Complete<'a, D: Device> {
+    pub slot: usize,
+    pub rows: usize,
+    pub carry: &'a mut Carry<D>,
+}
+
+/// Updates the states of different sequences after complete segments: their tails, the sinks, their tokens in the pools,
+/// and the past rows that their probes select.
+pub(in crate::model) fn close_segments<D: Device>(
+    device: &D,
+    plan: &Plan,
+    layer: usize,
+    slots: &LayerSlots<D>,
+    closing: &mut [Complete<'_, D>],
+    tables: (&D::Buffer, &D::Buffer),
+) -> Result<()> {
+    move_tails(device, plan, layer, slots, closing, tables)?;
+    for complete in closing {
+        complete.remember(device, plan, layer, slots)?;
+    }
+    Ok(())
+}
+
+/// Makes the last rows of complete segments the tails, keys before rotation, and keeps those of the rows that are sinks.
+/// Where a segment has fewer rows than a tail, the last rows of the tail before move up in front of them.
+fn move_tails<D: Device>(
+    device: &D,
+    plan: &Plan,
+    layer: usize,
+    slots: &LayerSlots<D>,
+    closing: &mut [Complete<'_, D>],
+    tables: (&D::Buffer, &D::Buffer),
+) -> Result<()> {
+    let (width, kv) = (plan.kv_width(), &slots.kv);
+    let [len, _] = plan.sources(&plan.reads[layer]);
+    let shape = |complete: &Complete<'_, D>| {
+        let new = complete.rows.min(len);
+        [new, complete.carry.prior_rows.min(len - new)]
+    };
+    let shapes: Vec<[usize; 2]> = closing.iter().map(shape).collect();
+    let old = closing.iter_mut().zip(&shapes);
+    let old = old.map(|(complete, [_, kept])| match len {
+        0 => Ok(None),
+        _ => complete.carry.make_room(device, *kept),
+    });
+    let old = old.collect::<Result<Vec<_>>>()?;
+    let (mut moves, mut targets) = (Vec::new(), Vec::new());
+    for ((complete, old), [new, kept]) in closing.iter_mut().zip(&old).zip(&shapes) {
+        let rows_of =
+            |buffer, row| Rows::packed(buffer, complete.slot * kv.rows.current + row, width);
+        let Carry {
+            prior_k,
+            prior_v,
+            prior_rows,
+            sinks,
+            tokens,
+            undo,
+            ..
+        } = &mut *complete.carry;
+        let backup = undo.as_ref().and_then(|undo| undo.tail.as_ref());
+        let old = old.as_ref().or(backup.map(|(tail, _)| tail));
+        let of = |src, target, row: usize, rows| Move {
+            src,
+            target,
+            start: row * width,
+            stride: width,
+            rows,
+            heads: plan.heads.kv,
+            first_angle: None,
+        };
+        for (i, (from, to)) in [(&kv.raw_k, prior_k), (&kv.v, prior_v)]
+            .into_iter()
+            .enumerate()
+        {
+            if let (Some(old), 1..) = (old, *kept) {
+                let src = Rows::packed(&old[i], *prior_rows - kept, width);
+                moves.push(of(src, targets.len(), 0, *kept));
+            }
+            moves.push(of(
+                rows_of(from, complete.rows - new),
+                targets.len(),
+                *kept,
+                *new,
+            ));
+            targets.push(to);
+        }
+        let new = sinks.missing(plan, *tokens, complete.rows);
+        for (from, to) in [(&kv.raw_k, &mut sinks.k), (&kv.v, &mut sinks.v)] {
+            moves.push(of(rows_of(from, 0), targets.len(), *tokens, new));
+            targets.push(to);
+        }
+    }
+    moves.retain(|at| at.rows > 0);
+    let (dim, add) = (plan.heads.dim, Accumulate::No);
+    device.move_rows(&moves, &mut targets, dim, tables, false, add)?;
+    for (complete, [new, kept]) in closing.iter_mut().zip(shapes) {
+        complete.carry.prior_rows = kept + new;
+    }
+    Ok(())
+}
+
+impl<D: Device> Complete<'_, D> {
+    /// Appends the segment's tokens to the pool, and selects what the next segment reads of it.
+    fn remember(
+        &mut self,
+        device: &D,
+        plan: &Plan,
+        layer: usize,
+        slots: &LayerSlots<D>,
+    ) -> Result<()> {
+        let Self { slot, rows, carry } = self;
+        let (slot, rows) = (*slot, *rows);
+        let (reads, kv) = (&plan.reads[layer], &slots.kv);
+        carry.tokens += rows;
+        let (Some(pool), Some(queries)) = (&mut carry.pool, &slots.probes) else {
+            return Ok(());
+        };
+        if let Some(undo) = &mut carry.undo {
+            undo.pool_tokens.get_or_insert(pool.tokens());
+        }
+        let first = slot * kv.rows.current;
+        let rows_of = |buffer| Rows::packed(buffer, first, plan.kv_width());
+        pool.append(device, &reads.past, [&kv.raw_k, &kv.v].map(rows_of), rows)?;
+        let tokens = pool.tokens();
+        let eligible = |head: &usize| plan.eligible(reads, *head, [tokens, carry.prior_rows]);
+        let eligible: Vec<_> = reads.past.iter().map(eligible).collect();
+        let queries_len = plan.probe_rows.min(rows);
+        let probes = Probes {
+            q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
+            rows: queries_len,
+            first: (rows - queries_len) % plan.probe_rows,
+            capacity: plan.probe_rows,
+            group: plan.heads.q / plan.heads.kv,
+        };
+        let selection = Selection {
+            kv_heads: &reads.past,
+            eligible: &eligible,
+            rows: plan.past_len,
+            rule: plan.rule,
+            scale: plan.scale,
+        };
+        let selected = pool.select(device, &probes, &selection)?;
+        let old = std::mem::replace(&mut carry.selected, selected);
+        if let Some(undo) = &mut carry.undo {
+            undo.selected.get_or_insert(old);
+        }
+        Ok(())
+    }
+}
+
+/// Allocates what [`close_segments`] would allocate for a segment of full length, with arbitrary contents. For dry runs.
 pub(in crate::model) fn allocate_segment<D: Device>(
     device: &D,
     plan: &Plan,

@@ -1,7 +1,7 @@
 //! Sinks: the first rows of a sequence, which every head of every later segment reads (docs/contract.md, section 2).
 
 use super::Plan;
-use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut, SegmentCache};
+use crate::device::{Device, Kind, Move, Result, Rows};
 
 /// The first rows of a sequence in one layer. They are written once, by the segments that compute them.
 #[derive(Debug)]
@@ -33,77 +33,43 @@ impl<D: Device> Sinks<D> {
         })
     }
 
-    /// Keeps those of the rows of a complete segment that are sinks. `before` tokens of the sequence came before it.
-    pub(super) fn keep(
-        &mut self,
-        device: &D,
-        plan: &Plan,
-        [k, v]: [Rows<'_, D::Buffer>; 2],
-        before: usize,
-        rows: usize,
-    ) -> Result<()> {
-        let (new, width) = (
-            plan.sink_len.saturating_sub(before).min(rows),
-            plan.kv_width(),
-        );
-        if new == 0 {
-            return Ok(());
-        }
-        for (src, dst) in [(k, &mut self.k), (v, &mut self.v)] {
-            let dst = RowsMut::packed(dst, before, width);
-            device.copy(src, dst, new, width, Accumulate::No)?;
-        }
-        Ok(())
+    /// How many of the first rows of a complete segment are sinks. `before` tokens of the sequence came before it.
+    pub(super) fn missing(&self, plan: &Plan, before: usize, rows: usize) -> usize {
+        plan.sink_len.saturating_sub(before).min(rows)
     }
 
-    /// Writes the sinks of the segment that begins in a slot: to the first past rows of KV head `h` its first
-    /// `counts[h]` sinks, the keys rotated to the positions before the row `ends[h]` of the angle tables.
+    /// Moves to the past rows of the slot that begin at element `first`: to the first rows of KV head `h` its first
+    /// `counts[h]` sinks, the keys rotated to the positions before the row `ends[h]` of the angle tables. Their targets
+    /// are 2 for keys and 3 for values.
     pub(super) fn place(
         &self,
-        device: &D,
         plan: &Plan,
-        (kv, slot): (&mut SegmentCache<D::Buffer>, usize),
+        first: usize,
         (counts, ends): (&[usize], &[usize]),
-        tables: (&D::Buffer, &D::Buffer),
-    ) -> Result<()> {
+    ) -> Vec<Move<'_, D::Buffer>> {
         let (dim, width) = (plan.heads.dim, plan.kv_width());
-        let first = slot * kv.rows.past * width;
         let alike = |a: usize, b: usize| (counts[a], ends[a]) == (counts[b], ends[b]);
-        let mut head = 0;
+        let (mut head, mut moves) = (0, Vec::new());
         while head < plan.heads.kv {
             // Neighbouring heads that read alike go together.
             let end = (head..plan.heads.kv)
                 .find(|&h| !alike(h, head))
                 .unwrap_or(plan.heads.kv);
-            let (heads, count, column) = (end - head, counts[head], head * dim);
-            if count > 0 {
-                let angles: Vec<usize> = (ends[head] - count..ends[head]).collect();
-                let from = |buffer| Rows::packed(buffer, 0, width).column(column);
-                let to = |buffer| RowsMut {
-                    buffer,
+            let (column, rows) = (head * dim, counts[head]);
+            let angle = ends[head] - rows;
+            for (target, buffer, first_angle) in [(2, &self.k, Some(angle)), (3, &self.v, None)] {
+                moves.push(Move {
+                    src: Rows::packed(buffer, 0, width).column(column),
+                    target,
                     start: first + column,
                     stride: width,
-                };
-                device.rope(
-                    from(&self.k),
-                    to(&mut kv.past_k),
-                    heads,
-                    dim,
-                    tables,
-                    &angles,
-                    false,
-                    Accumulate::No,
-                )?;
-                device.copy(
-                    from(&self.v),
-                    to(&mut kv.past_v),
-                    count,
-                    heads * dim,
-                    Accumulate::No,
-                )?;
+                    rows,
+                    heads: end - head,
+                    first_angle,
+                });
             }
             head = end;
         }
-        Ok(())
+        moves
     }
 }

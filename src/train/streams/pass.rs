@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::Group;
 use super::tail::{Arrivals, Piece, StreamId, tail_pieces};
 use crate::device::{
-    Accumulate, Attention, AttentionGrad, Device, Kind, Result, Rows, RowsMut, SlotSpan,
+    Accumulate, Attention, AttentionGrad, Device, Kind, Move, Result, Rows, RowsMut, SlotSpan,
 };
 use crate::model::decoder::Decoder;
 use crate::model::lora::Product;
@@ -413,20 +413,6 @@ impl<'a, D: Device> Work<'a, D> {
         Ok(own)
     }
 
-    /// Writes the rows of `src` to `dst`, with the rotation by `angles` undone.
-    fn unrotate(
-        &self,
-        tables: (&D::Buffer, &D::Buffer),
-        src: Rows<'_, D::Buffer>,
-        dst: RowsMut<'_, D::Buffer>,
-        heads: usize,
-        angles: &[usize],
-    ) -> Result<()> {
-        let dim = self.plan.heads.dim;
-        let device = &self.model.device;
-        device.rope(src, dst, heads, dim, tables, angles, true, Accumulate::No)
-    }
-
     /// Sends the prior gradient of each span to the segments that computed the rows, as far as its stream goes back.
     fn send(
         &self,
@@ -436,6 +422,7 @@ impl<'a, D: Device> Work<'a, D> {
     ) -> Result<()> {
         let (device, plan) = (&self.model.device, self.plan);
         let (heads, width) = (plan.heads.kv, plan.kv_width());
+        let (mut sent, mut moves) = (Vec::new(), Vec::new());
         for (i, (segment, sequence)) in self.span_indices.iter().enumerate() {
             let segments = &self.segments[*sequence][..=*segment];
             let tail = plan.prior_len.min(segments[*segment].tokens.start);
@@ -443,19 +430,32 @@ impl<'a, D: Device> Work<'a, D> {
                 let Some(stream) = self.pass.stream.back(back) else {
                     break;
                 };
+                let angle = plan.origin() - tail + rows.start;
+                let parts = [(&d_prior.0, Some(angle)), (&d_prior.1, None)];
+                for (part, (buffer, first_angle)) in parts.into_iter().enumerate() {
+                    moves.push(Move {
+                        src: Rows::packed(buffer, i * plan.prior_len + rows.start, width),
+                        target: 2 * sent.len() + part,
+                        start: 0,
+                        stride: width,
+                        rows: rows.len(),
+                        heads,
+                        first_angle,
+                    });
+                }
                 let empty = || device.empty(Kind::Activation, rows.len() * width);
-                let (mut k, mut v) = (empty()?, empty()?);
-                let from = |buffer| Rows::packed(buffer, i * plan.prior_len + rows.start, width);
-                let position = plan.origin() - tail;
-                let angles: Vec<usize> = rows.clone().map(|row| position + row).collect();
-                let dst = RowsMut::packed(&mut k, 0, width);
-                self.unrotate(tables, from(&d_prior.0), dst, heads, &angles)?;
-                let dst = RowsMut::packed(&mut v, 0, width);
-                device.copy(from(&d_prior.1), dst, rows.len(), width, Accumulate::No)?;
-                let rows = rows.len();
-                let pieces = arrivals.entry((stream, segment - back, *sequence));
-                pieces.or_default().push(Piece { back, rows, k, v });
+                let (k, v, rows) = (empty()?, empty()?, rows.len());
+                let piece = Piece { back, rows, k, v };
+                sent.push(((stream, segment - back, *sequence), piece));
             }
+        }
+        let targets = sent
+            .iter_mut()
+            .flat_map(|(_, piece)| [&mut piece.k, &mut piece.v]);
+        let (mut targets, dim) = (targets.collect::<Vec<_>>(), plan.heads.dim);
+        device.move_rows(&moves, &mut targets, dim, tables, true, Accumulate::No)?;
+        for (to, piece) in sent {
+            arrivals.entry(to).or_default().push(piece);
         }
         Ok(())
     }
@@ -469,23 +469,39 @@ impl<'a, D: Device> Work<'a, D> {
         arrivals: &mut Arrivals<D>,
         d_qkv: &mut Option<D::Buffer>,
     ) -> Result<()> {
-        let (device, width) = (&self.model.device, self.plan.kv_width());
+        let (device, heads, width) = (&self.model.device, self.plan.heads, self.plan.kv_width());
         let (k_column, stride) = (self.plan.q_width(), self.plan.qkv_width());
-        let (_, _, sums) = group.layers[l].parts();
         let spans = &group.step.spans[self.spans.clone()];
-        for (span, (segment, sequence)) in spans.iter().zip(&self.span_indices) {
-            let key = (self.pass.stream, *segment, *sequence);
-            let mut pieces = arrivals.remove(&key).unwrap_or_default();
-            pieces.sort_unstable_by_key(|piece| piece.back);
-            for piece in &pieces {
-                let first = span.rows.row - self.first + span.rows.rows - piece.rows;
-                for (src, column) in [(&piece.k, k_column), (&piece.v, k_column + width)] {
-                    let dst = self.target(d_qkv, &mut sums.d_qkv, stride);
-                    let dst = dst.column(first * stride + column);
-                    let src = Rows::packed(src, 0, width);
-                    device.copy(src, dst, piece.rows, width, Accumulate::Yes)?;
-                }
-            }
+        let arrived: Vec<(usize, Vec<Piece<D>>)> = (spans.iter().zip(&self.span_indices))
+            .map(|(span, (segment, sequence))| {
+                let key = (self.pass.stream, *segment, *sequence);
+                let mut pieces = arrivals.remove(&key).unwrap_or_default();
+                pieces.sort_unstable_by_key(|piece| piece.back);
+                (span.rows.row - self.first + span.rows.rows, pieces)
+            })
+            .collect();
+        let most = arrived.iter().map(|(_, pieces)| pieces.len()).max();
+        let tables = group.slots.tables(l);
+        let (_, _, sums) = group.layers[l].parts();
+        // Pieces of one span may have rows in common, so they are added one after the other.
+        for round in 0..most.unwrap_or(0) {
+            let RowsMut { buffer, start, .. } = self.target(d_qkv, &mut sums.d_qkv, stride);
+            let pieces = arrived.iter();
+            let pieces = pieces.filter_map(|(end, pieces)| Some((*end, pieces.get(round)?)));
+            let moves = pieces.flat_map(|(end, piece)| {
+                let parts = [(&piece.k, k_column), (&piece.v, k_column + width)];
+                parts.map(|(from, column)| Move {
+                    src: Rows::packed(from, 0, width),
+                    target: 0,
+                    start: start + (end - piece.rows) * stride + column,
+                    stride,
+                    rows: piece.rows,
+                    heads: heads.kv,
+                    first_angle: None,
+                })
+            });
+            let (moves, add) = (moves.collect::<Vec<_>>(), Accumulate::Yes);
+            device.move_rows(&moves, &mut [buffer], heads.dim, tables, false, add)?;
         }
         Ok(())
     }

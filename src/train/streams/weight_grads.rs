@@ -1,11 +1,10 @@
-//! Gradients of the weights, and the contribution of one segment to them.
+//! Gradients of the weights, and the contribution of segments to them.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Group;
-use crate::device::{
-    Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut, SlotSpan,
-};
+use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use crate::model::decoder::Decoder;
 use crate::model::lora::Product;
 use crate::model::parameters::{Extra, index};
@@ -156,15 +155,15 @@ impl<D: Device> Gradients<D> {
         device.linear_weight_grad(d_logits, hidden, rows, shape, target)
     }
 
-    /// Adds the contribution of a span to the gradient of the embedding, after its last pass.
+    /// Adds the contribution of spans to the gradient of the embedding, after their last pass.
     pub(super) fn add_embedding(
         &mut self,
         model: &Decoder<D>,
         group: &Group<D>,
-        span: usize,
+        spans: Range<usize>,
     ) -> Result<()> {
         let hidden = model.config.hidden_size;
-        let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
+        let [row, rows] = group.rows(spans);
         let tokens = &group.step.tokens[row..row + rows];
         let Some(d_table) = self.tensor_mut(index::EMBEDDING) else {
             return Ok(());
@@ -181,19 +180,20 @@ impl<D: Device> Gradients<D> {
         device.embed_grad(d_y, hidden, tokens, d_table)
     }
 
-    /// Adds the contribution of a span to the gradients of layer `l`, after its last pass through that layer.
+    /// Adds the contribution of spans, whose rows lie one after another, to the gradients of layer `l`, after their last
+    /// pass through that layer.
     pub(super) fn add_layer(
         &mut self,
         model: &Decoder<D>,
         plan: &Plan,
         group: &mut Group<D>,
-        span: usize,
+        spans: Range<usize>,
         l: usize,
     ) -> Result<()> {
         let (device, config) = (&model.device, &model.config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (q_width, qkv) = (plan.q_width(), plan.qkv_width());
-        let SlotSpan { row, rows, .. } = group.step.spans[span].rows;
+        let [row, rows] = group.rows(spans.clone());
         let (tape, derived, sums) = group.layers[l].parts();
         let at = |buffer, width| Rows::packed(buffer, row, width);
         let down = self.wanted[index::down(l)] || !model.adapters((l, Product::Down)).is_empty();
@@ -266,17 +266,16 @@ impl<D: Device> Gradients<D> {
                 }
             }
         }
-        let (heads, src) = (
-            plan.heads.q,
-            Rows::packed(&sums.d_past_gate, span, plan.heads.q),
-        );
-        match self.tensor_mut(index::past_gate(l)) {
-            Some(gates) => {
-                let gates = RowsMut::packed(gates, 0, heads);
-                device.copy(src, gates, 1, heads, Accumulate::Yes)
-            }
-            None => Ok(()),
+        let heads = plan.heads.q;
+        let Some(gates) = self.tensor_mut(index::past_gate(l)) else {
+            return Ok(());
+        };
+        for span in spans {
+            let src = Rows::packed(&sums.d_past_gate, span, heads);
+            let gates = RowsMut::packed(gates, 0, heads);
+            device.copy(src, gates, 1, heads, Accumulate::Yes)?;
         }
+        Ok(())
     }
 
     /// Adds the gradients of the adapters of a product, from the gradient `d_y` of its result and from its input `x`:
