@@ -1,5 +1,5 @@
-//! Batch elements of unequal lengths without padding: on the CPU and in the reference they have, to the bit, the results
-//! that they have with padding.
+//! Batch elements of unequal lengths without padding: on the CPU and in the reference they have, to the bit, the
+//! results that they have with padding.
 
 mod attention_cases;
 

@@ -120,8 +120,8 @@ pub fn trainer<D: Planned>(
     Ok(trainer)
 }
 
-/// Steps on the longest sequences there may be, and a validation: all that a run does, for its memory. In segments there
-/// is one more step whose sequences have breaks: its buffers have other sizes, and leave gaps between those of the first.
+/// Steps on the longest sequences there may be, and a validation: all that a run does, for its memory. In segments
+/// there is one more step, whose sequences have breaks: its buffers have other sizes, and leave gaps between them.
 pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,

@@ -255,8 +255,8 @@ pub(in crate::model) struct Complete<'a, D: Device> {
     pub carry: &'a mut Carry<D>,
 }
 
-/// Updates the states of different sequences after complete segments: their tails, the sinks, their tokens in the pools,
-/// and the past rows that their probes select.
+/// Updates the states of different sequences after complete segments: their tails, the sinks, their tokens in the
+/// pools, and the past rows that their probes select.
 pub(in crate::model) fn close_segments<D: Device>(
     device: &D,
     plan: &Plan,
@@ -272,8 +272,8 @@ pub(in crate::model) fn close_segments<D: Device>(
     Ok(())
 }
 
-/// Makes the last rows of complete segments the tails, keys before rotation, and keeps those of the rows that are sinks.
-/// Where a segment has fewer rows than a tail, the last rows of the tail before move up in front of them.
+/// Makes the last rows of complete segments the tails, keys before rotation, and keeps those of the rows that are
+/// sinks. Where a segment has fewer rows than a tail, the last rows of the tail before move up in front of them.
 fn move_tails<D: Device>(
     device: &D,
     plan: &Plan,
@@ -399,7 +399,8 @@ impl<D: Device> Complete<'_, D> {
     }
 }
 
-/// Allocates what [`close_segments`] would allocate for a segment of full length, with arbitrary contents. For dry runs.
+/// Allocates what [`close_segments`] would allocate for a segment of full length, with arbitrary contents. For dry
+/// runs.
 pub(in crate::model) fn allocate_segment<D: Device>(
     device: &D,
     plan: &Plan,

@@ -180,8 +180,8 @@ impl<D: Device> Gradients<D> {
         device.embed_grad(d_y, hidden, tokens, d_table)
     }
 
-    /// Adds the contribution of spans, whose rows lie one after another, to the gradients of layer `l`, after their last
-    /// pass through that layer.
+    /// Adds the contribution of spans, whose rows lie one after another, to the gradients of layer `l`, after their
+    /// last pass through that layer.
     pub(super) fn add_layer(
         &mut self,
         model: &Decoder<D>,
