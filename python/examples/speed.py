@@ -5,8 +5,8 @@
 16,384 rows of 32 query heads and 8 KV heads of 128 elements in bfloat16, cut into segments. Each query reads its
 segment up to itself and all rows of a prior as long as the segment. Peers get both as one tensor of keys: PyTorch's
 scaled_dot_product_attention with a mask, and its FlexAttention, compiled, with a block mask. Times are of calls in
-turns, the median, by CUDA events; a backward pass is the time of both passes less that of the forward pass. At last the
-time that the host takes for a call. The plot needs matplotlib.
+turns, the median, by CUDA events; a backward pass is the time of both passes less that of the forward pass. Before that
+the time that the host takes for a call. The plot needs matplotlib.
 """
 
 import argparse
@@ -52,6 +52,8 @@ def peers(segment):
     def visible(b, h, row, column):
         return column <= segment + row
 
+    # Else it stops to compile after some shapes.
+    torch._dynamo.reset()
     blocks = create_block_mask(visible, None, None, segment, 2 * segment, device="cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -125,21 +127,23 @@ def host_microseconds(calls=300):
 def plot(results, path):
     import matplotlib
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    # The same bytes for the same numbers.
+    pyplot.rcParams.update({"svg.hashsalt": "segattn", "svg.fonttype": "none", "font.size": 9})
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
     for axis, which, title in zip(axes, range(2), ("forward", "backward")):
         for name in next(iter(results.values())):
             axis.plot(list(results), [row[name][which] for row in results.values()], marker="o", label=name)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(list(results), [f"{segment:,}" for segment in results])
+        axis.set_xticks(list(results), [f"{segment:,}" for segment in results], minor=False)
         axis.set_title(title)
         axis.set_xlabel("rows of a segment, and of its prior")
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("TFLOP/s of visible pairs")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -150,13 +154,13 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}; TFLOP/s of visible pairs")
+    mine, theirs = host_microseconds()
+    print(f"host time of a call: segment_attention {mine:.1f} us, scaled_dot_product_attention {theirs:.1f} us")
     results = {}
     for segment in SEGMENTS:
         results[segment] = measured(segment, options.seconds)
         for name, (forward, backward) in results[segment].items():
             print(f"segment {segment:5}  {name:35} forward {forward:6.1f}  backward {backward:6.1f}", flush=True)
-    mine, theirs = host_microseconds()
-    print(f"host time of a call: segment_attention {mine:.1f} us, scaled_dot_product_attention {theirs:.1f} us")
     if options.plot:
         plot(results, options.plot)
 

@@ -164,11 +164,11 @@ class _State:
 
     def attend(self, module, q, k, v):
         rows = q.shape[1]
-        current = torch.arange(rows, device=q.device)
+        current = torch.arange(rows, device=q.device)[:, None]
         given = {"softmax_scale": module.scaling, **self.roles}
         if self.tail is not None:
             count = self.tail[0].shape[1]
-            given["prior_k"] = self.rotate(self.tail[0], torch.arange(-count, 0, device=q.device))
+            given["prior_k"] = self.rotate(self.tail[0], torch.arange(-count, 0, device=q.device)[:, None])
             given["prior_v"] = self.tail[1]
         if self.tokens:
             given.update(self.past(module, q))
@@ -178,10 +178,10 @@ class _State:
         return out
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`[batch, rows, heads, head_dim]` at positions of shape [rows], or [batch, rows, heads]."""
-        cos, sin = self.runner.base.rotary_emb(x, positions)
-        if positions.ndim == 1:
-            cos, sin = cos[:, None], sin[:, None]
+        """`[batch, rows, heads, head_dim]` at positions of shape [rows, 1], or [batch, rows, heads]."""
+        # Transformers has positions of the shape [batch, rows].
+        tables = self.runner.base.rotary_emb(x, positions.reshape(1, -1))
+        cos, sin = (table.reshape(*positions.shape, -1) for table in tables)
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat((-second, first), -1) * sin
 
