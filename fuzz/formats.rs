@@ -7,6 +7,11 @@ use std::sync::OnceLock;
 
 use segattn::attention::{View, ViewMut, cpu};
 use segattn::convert::gguf::Gguf;
+use segattn::eval::choice;
+use segattn::experiment::definition::Definition;
+use segattn::experiment::report::report;
+use segattn::experiment::rows::{Rows, read as read_rows};
+use segattn::model::chat::{Chat, Conversation};
 use segattn::model::config::{CONFIG_FILE, ModelConfig, WeightType};
 use segattn::model::parameters::parameters;
 use segattn::model::session_file::StateFile;
@@ -17,7 +22,9 @@ use segattn::model::weights::header::Header;
 use segattn::model::weights::index::Index;
 use segattn::train::checkpoint::{self, Checkpoint, Disk, Fingerprints};
 use segattn::train::config::{Config, DataSection};
-use segattn::train::data::{Bytes, Corpus, Position, Reading, parse_ids};
+use segattn::train::data::{
+    Bytes, Conversed, Corpus, Encode, Located, Position, Reading, converse, parse_ids,
+};
 use segattn::train::guard::{Guard, GuardConfig};
 use segattn::train::progress::{Progress, Tensors};
 use sha2::{Digest, Sha256};
@@ -25,11 +32,13 @@ use sha2::{Digest, Sha256};
 #[allow(dead_code, reason = "the command uses all of it")]
 #[path = "../src/cli/op/case.rs"]
 mod case;
+#[path = "request.rs"]
+mod request;
 
 /// A format's name, and what is done with its bytes; `folder` is an empty one.
 pub type Format = (&'static str, fn(&[u8], &Path));
 
-pub const ALL: [Format; 13] = [
+pub const ALL: [Format; 23] = [
     ("safetensors", safetensors),
     ("index", index),
     ("config", config),
@@ -43,6 +52,16 @@ pub const ALL: [Format; 13] = [
     ("jsonl", jsonl),
     ("gguf", gguf),
     ("state_json", state_json),
+    ("bin", bin),
+    ("choices", choices),
+    ("experiment", experiment),
+    ("messages", messages),
+    ("parquet", parquet),
+    ("request", request::request),
+    ("rows", rows),
+    ("template", template),
+    ("tokenizer_config", tokenizer_config),
+    ("zst", zst),
 ];
 
 /// A weight file's header: its tensors lie within the file.
@@ -157,7 +176,177 @@ pub fn jsonl(bytes: &[u8], folder: &Path) {
     read_data(bytes, folder, "data.jsonl");
 }
 
+/// Packed ids, in front of them the number of the bytes that are their breaks.
+pub fn bin(bytes: &[u8], folder: &Path) {
+    let (breaks, ids) = bytes.split_first().map_or((0, bytes), |(n, rest)| {
+        (usize::from(*n).min(rest.len()), rest)
+    });
+    write(folder, "data.bin.breaks", &ids[..breaks]);
+    read_data(&ids[breaks..], folder, "data.bin");
+}
+
+/// A table of training data.
+pub fn parquet(bytes: &[u8], folder: &Path) {
+    read_data(bytes, folder, "data.parquet");
+}
+
+/// Compressed lines of JSON.
+pub fn zst(bytes: &[u8], folder: &Path) {
+    read_data(bytes, folder, "data.jsonl.zst");
+}
+
+/// Lines of conversations, by a template.
+pub fn messages(bytes: &[u8], folder: &Path) {
+    read_data_by(bytes, folder, "data.jsonl", &Conversing::get());
+}
+
+/// A chat template, on conversations of every kind: its marks and answers lie within its text.
+pub fn template(bytes: &[u8], folder: &Path) {
+    write(folder, "chat_template.jinja", bytes);
+    let tokenizer = byte_tokenizer();
+    let Ok(Some(chat)) = Chat::open(folder, &tokenizer) else {
+        return;
+    };
+    render(&chat, &tokenizer);
+}
+
+/// What stands beside a tokenizer: its framing, and its chat templates.
+pub fn tokenizer_config(bytes: &[u8], folder: &Path) {
+    static TOKENIZER: &[u8] = include_bytes!("../tests/golden/chat/tokenizer.json");
+    write(folder, TOKENIZER_FILE, TOKENIZER);
+    write(folder, "tokenizer_config.json", bytes);
+    let Ok(tokenizer) = Tokenizer::from_file(&folder.join(TOKENIZER_FILE)) else {
+        return;
+    };
+    let _ = tokenizer.encode("a text", true);
+    if let Ok(Some(chat)) = Chat::open(folder, &tokenizer) {
+        render(&chat, &tokenizer);
+    }
+}
+
+fn render(chat: &Chat, tokenizer: &Tokenizer) {
+    let conversations = [
+        r#"{"messages": [{"role": "user", "content": "<s>é"}, {"role": "assistant", "content": "b\n"}]}"#,
+        r#"{"messages": [{"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "t"}]},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1.5}}}]},
+            {"role": "tool", "content": "{}"}, {"role": "assistant", "content": "</s>"}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "documents": []}"#,
+    ];
+    for conversation in conversations {
+        let conversation: Conversation =
+            serde_json::from_str(conversation).expect("a conversation");
+        let rendered = chat.render(&conversation, true).into_iter();
+        let answers = chat.answers(&conversation).unwrap_or_default();
+        for rendered in rendered.chain(answers) {
+            for range in rendered.plain.iter().chain(&rendered.generated) {
+                assert!(rendered.text.get(range.clone()).is_some());
+            }
+            if let Ok(encoded) = chat.encode(tokenizer, &rendered) {
+                assert!(
+                    encoded
+                        .generated
+                        .iter()
+                        .all(|range| range.end <= encoded.ids.len())
+                );
+            }
+        }
+        let _ = chat.after_answer(&conversation, &conversation.messages);
+    }
+}
+
+fn byte_tokenizer() -> Tokenizer {
+    let mut config = ModelConfig::new(300, 8, 8, 1, 1, 1).expect("sizes that fit");
+    config.bos_token_id = vec![256];
+    Tokenizer::bytes(&config)
+}
+
+/// Bytes, and conversations by a template.
+struct Conversing {
+    chat: Chat,
+    tokenizer: Tokenizer,
+}
+
+impl Conversing {
+    fn get() -> Self {
+        let tokenizer = byte_tokenizer();
+        let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls }}\n{% endfor %}\
+                        {{ tools }}";
+        let chat = Chat::of_template(template, &tokenizer).expect("a template");
+        Self { chat, tokenizer }
+    }
+}
+
+impl Encode for Conversing {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        Bytes.encode(text)
+    }
+
+    fn locate(&self, text: &str) -> Result<Vec<Located>, String> {
+        Bytes.locate(text)
+    }
+
+    fn ends_line(&self, id: u32) -> bool {
+        Bytes.ends_line(id)
+    }
+
+    fn converse(&self, conversation: &str) -> Result<Vec<Conversed>, String> {
+        converse(&self.chat, &self.tokenizer, conversation)
+    }
+}
+
+/// Questions of LongBench v2: each has a prompt, or is refused.
+pub fn choices(bytes: &[u8], _: &Path) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let encode = |text: &str, _: bool| Ok(text.bytes().map(u32::from).collect());
+    for question in choice::read(text).unwrap_or_default() {
+        for longest in [None, Some(0), Some(200)] {
+            let reading = choice::Reading {
+                encode: &encode,
+                longest,
+                segments_per_step: 1,
+            };
+            if let (Ok(prompt), Some(longest)) = (reading.prompt(&question), longest) {
+                assert!(prompt.tokens.len() <= longest);
+            }
+        }
+    }
+}
+
+/// An experiment's definition: what can be read has runs with configurations.
+pub fn experiment(bytes: &[u8], _: &Path) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    for smoke in [false, true] {
+        if let Ok(definition) = Definition::parse("name", text, smoke, &[]) {
+            for (arm, seed) in definition.runs() {
+                let config = arm.config(seed, Path::new("model"), Path::new("run"));
+                config.expect("what was checked");
+                for evaluation in &arm.evaluations {
+                    let _ = definition.fingerprint(arm, evaluation);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of results: their report is made.
+pub fn rows(bytes: &[u8], folder: &Path) {
+    write(folder, "rows.jsonl", bytes);
+    if let Ok(rows) = read_rows(&folder.join("rows.jsonl")) {
+        let _ = report("name", "name", "rows.jsonl", &rows, None);
+    }
+    let _ = Rows::open(&folder.join("rows.jsonl"));
+}
+
 fn read_data(bytes: &[u8], folder: &Path, name: &str) {
+    read_data_by(bytes, folder, name, &Bytes);
+}
+
+fn read_data_by(bytes: &[u8], folder: &Path, name: &str, encode: &dyn Encode) {
     write(folder, name, bytes);
     let section = DataSection::default();
     let reading = Reading {
@@ -165,7 +354,7 @@ fn read_data(bytes: &[u8], folder: &Path, name: &str) {
         vocab_size: 300,
         before: &[1],
         after: &[2],
-        encode: &Bytes,
+        encode,
         break_before_answers: false,
         tokenizer: "bytes",
         cache: None,

@@ -318,6 +318,12 @@ fn hostile_templates_and_messages_are_errors() {
     );
     fails("{% include 'other' %}", "other");
     fails("{{ messages | tojson(indent=-1) }}", "");
+    fails(
+        "{{ messages | tojson(indent=10000000000) }}",
+        "expected at most",
+    );
+    let wide = of_template("{{ messages | tojson(indent=70000) }}").render(&one, true);
+    assert!(wide.unwrap().text.len() > 70_000);
     let refused = |json: &str, expected: &str| {
         let given: Result<Conversation, _> = serde_json::from_str(json);
         let text = match given {
@@ -338,5 +344,9 @@ fn hostile_templates_and_messages_are_errors() {
     refused(
         r#"{"messages": [{}], "chat_template_kwargs": 1}"#,
         "chat_template_kwargs: expected an object",
+    );
+    refused(
+        r#"{"messages": [{}], "chat_template_kwargs": {"messages": []}}"#,
+        "chat_template_kwargs: expected names",
     );
 }

@@ -236,6 +236,17 @@ fn results_that_are_no_numbers_are_errors() {
         fails(dir.path(), args, "finite");
         assert!(!dir.path().join("out").exists(), "{args:?}");
     }
+    // Each of its steps is skipped.
+    let run = [
+        "--training.output",
+        "run",
+        "--training.steps",
+        "2",
+        "--training.batch",
+        "1",
+    ];
+    let train = ["train", "--data.train", "t.txt", "--model.folder", "."];
+    fails(dir.path(), &[&train, &run[..]].concat(), "skipped");
 }
 
 #[test]
@@ -369,4 +380,101 @@ fn gates_too_small_for_f32_are_refused_by_name_and_computed_by_the_reference() {
         std::fs::write(dir.path().join("case"), op_case(gate)).unwrap();
         printed(dir.path(), &op("cpu"));
     }
+}
+
+#[test]
+fn a_model_s_folder_is_left_alone_by_a_conversion_that_it_refuses() {
+    let dir = folder();
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    save(&other, &config());
+    std::fs::write(other.join("generation_config.json"), "{}").unwrap();
+    let own = "{\"temperature\": 0.5}";
+    std::fs::write(dir.path().join("generation_config.json"), own).unwrap();
+    let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf/tiny.gguf");
+    for input in [".", gguf.to_str().unwrap()] {
+        fails(
+            dir.path(),
+            &["convert", input, "-o", "other"],
+            "already there",
+        );
+    }
+    let mut names: Vec<_> = std::fs::read_dir(&other)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        ["config.json", "generation_config.json", "model.safetensors"]
+    );
+    let kept = std::fs::read_to_string(other.join("generation_config.json"));
+    assert_eq!(kept.unwrap(), "{}");
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn a_server_takes_no_count_that_no_machine_has_and_no_key_that_is_not_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = folder();
+    for [flag, value] in [
+        ["--running", "9223372036854775807"],
+        ["--max-body", "17592186044416"],
+    ] {
+        fails(dir.path(), &["serve", "-m", ".", flag, value], flag);
+    }
+    // It would serve everyone.
+    let output = Command::new(env!("CARGO_BIN_EXE_segattn"))
+        .current_dir(dir.path())
+        .args(["serve", "-m", ".", "--port", "0"])
+        .env("SEGATTN_API_KEY", std::ffi::OsStr::from_bytes(b"k\xff"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("SEGATTN_API_KEY"), "{said}");
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_as_a_full_disk_is() {
+    let dir = folder();
+    let script = "ulimit -f 0; exec \"$0\" score -m . --tokens t.json -o out";
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_segattn")])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot write out"), "{said}");
+}
+
+#[test]
+fn what_stands_where_a_run_writes_is_found_before_the_first_step() {
+    let dir = folder();
+    let run = dir.path().join("run");
+    std::fs::create_dir(&run).unwrap();
+    let train = [
+        "train",
+        "--data.train",
+        "t.txt",
+        "--model.folder",
+        ".",
+        "--training.batch",
+        "1",
+    ];
+    let train = [
+        &train[..],
+        &["--training.output", "run", "--training.steps", "1"],
+    ]
+    .concat();
+    // Whose end never comes.
+    std::os::unix::fs::symlink("/dev/full", run.join("metrics.jsonl")).unwrap();
+    fails(dir.path(), &train, "metrics.jsonl: expected a regular file");
+    std::fs::remove_file(run.join("metrics.jsonl")).unwrap();
+    std::fs::create_dir(run.join("loss.svg")).unwrap();
+    fails(dir.path(), &train, "loss.svg");
+    assert!(!run.join("metrics.jsonl").exists());
+    std::fs::remove_dir(run.join("loss.svg")).unwrap();
+    printed(dir.path(), &train);
 }

@@ -53,7 +53,12 @@ fn a_run_of_several_processes_has_the_bits_and_files_of_one_and_goes_on_with_ano
     succeed(with(train(at, "one"), &SHORT));
     succeed(with(
         train(at, "two"),
-        &[&SHORT[..], &["--ranks", "2"]].concat(),
+        &[
+            &SHORT[..],
+            // A limit that no clock can be set to.
+            &["--ranks", "2", "--rank-timeout", "18446744073709551615"],
+        ]
+        .concat(),
     ));
     same(at, "one", "two");
     assert!(at.join("two/loss.svg").is_file());

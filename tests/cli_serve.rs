@@ -597,6 +597,8 @@ fn tokens_and_text_are_exchanged() {
     assert_eq!(answer["count"], 3);
     let answer = serving.good("/detokenize", &json!({"tokens": [0xc3, 0xa9, 0x21]}));
     assert_eq!(answer["prompt"], "é!");
+    let (status, answer) = serving.post("/detokenize", &json!({"tokens": [33, 256]}));
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("tokens")));
     let (_, models) = serving.get("/v1/models");
     let models: Value = serde_json::from_str(&models).unwrap();
     assert_eq!(models["data"][0]["id"], "tiny");

@@ -14,6 +14,7 @@ use segattn::model::chat::Chat;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::files::OutputFile;
+use segattn::model::parameters::{Role, specs};
 use segattn::model::session::Session;
 use segattn::model::tokenizer::Tokenizer;
 use std::ops::ControlFlow;
@@ -49,6 +50,38 @@ fn settings(max_new: usize, seed: u64) -> GeneratorConfig {
 fn take(dialogue: &mut Dialogue<'_, Cpu>, message: &str, max_new: usize) -> Answer {
     let go_on = |_: Progress<'_>| ControlFlow::Continue(());
     dialogue.turn(message, settings(max_new, 5), go_on).unwrap()
+}
+
+#[test]
+fn a_turn_that_failed_within_is_not_gone_on_from() {
+    let config = bytes(false);
+    let mut values = values(&config, 3);
+    for (spec, values) in specs(&config).iter().zip(&mut values) {
+        if matches!(spec.role, Role::Norm { .. }) {
+            values.fill(3e38);
+        }
+    }
+    let model = model_on(Cpu, &config, &values);
+    let tokenizer = Tokenizer::bytes(&config);
+    let chat = Chat::of_template(TEMPLATE, &tokenizer).unwrap();
+    let mut dialogue = Dialogue::new(&model, &chat, &tokenizer, None, (64, 1)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let place = OutputFile::open(&folder.path().join("state")).unwrap();
+    for _ in 0..2 {
+        let turn = |dialogue: &mut Dialogue<'_, Cpu>| {
+            dialogue.turn("Hello", settings(4, 5), |_| ControlFlow::Continue(()))
+        };
+        let failed = turn(&mut dialogue).unwrap_err();
+        assert!(
+            matches!(failed, DialogueError::Generate(GenerateError::Sampler(_))),
+            "{failed}"
+        );
+        assert!(matches!(turn(&mut dialogue), Err(DialogueError::Torn)));
+        let saved = dialogue.save("", &place);
+        assert!(matches!(saved, Err(DialogueError::Torn)));
+        dialogue.reset().unwrap();
+    }
+    dialogue.save("", &place).unwrap();
 }
 
 /// What the model generates after these tokens, read anew, with a break after each turn but the last.

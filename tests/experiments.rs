@@ -446,12 +446,39 @@ fn wrong_use_says_what_to_do() {
     );
     fails(SMALL, &["--set", "model"], &["KEY=VALUE"]);
     fails(SMALL, &["--minutes", "-1"], &["--minutes"]);
+    // More time than a clock has is no limit.
+    std::fs::write(&path, SMALL).unwrap();
+    let mut command = run_small(folder.path());
+    command.args(["--minutes", "2e17", "--dry-run"]);
+    succeed(command);
     let twice = SMALL.replace("[64, 96]", "[64, 64]");
     fails(&twice, &[], &["each task and length once", "label"]);
     let other = "{\"experiment\": \"small\", \"arm\": \"a\", \"seed\": 1, \"tokens\": 0, \"gpu_seconds\": 0.0, \
                  \"task\": \"loss\", \"length\": 64, \"metric\": \"nats\", \"value\": 1.0, \"samples\": 1}\n";
     std::fs::write(folder.path().join("rows.jsonl"), other).unwrap();
     fails(SMALL, &[], &["other settings", "--out"]);
+}
+
+#[test]
+fn names_in_rows_cannot_steer_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    let row = r#"{"experiment": "e", "arm": "a\u001b[31m", "seed": 1, "tokens": 0, "gpu_seconds": 0, "task": "t",
+                  "length": 8, "metric": "score", "value": 0.5, "samples": 2}"#;
+    std::fs::write(&rows, row.replace('\n', " ")).unwrap();
+    let mut command = segattn();
+    command
+        .current_dir(root())
+        .arg("report")
+        .arg(&rows)
+        .arg("--out")
+        .arg(folder.path());
+    succeed(command);
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains('\u{1b}'), "{}", path.display());
+    }
 }
 
 #[test]

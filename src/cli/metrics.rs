@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use segattn::train::trainer::StepReport;
 use serde::{Deserialize, Serialize};
 
@@ -171,5 +171,11 @@ pub fn read(path: &Path) -> Result<Vec<Line>> {
 }
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    let is_file = std::fs::metadata(path).map_or(true, |found| found.is_file());
+    ensure!(
+        is_file,
+        "{}: expected a regular file, got something else",
+        path.display()
+    );
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }

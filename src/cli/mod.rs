@@ -117,6 +117,7 @@ enum Command {
 /// 2 wrong usage.
 pub fn main() -> ExitCode {
     alloc::keep_freed_memory();
+    signals::let_large_writes_fail();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         // Help and versions come this way too.

@@ -8,7 +8,7 @@ use segattn::experiment::{Definition, rows};
 
 use super::figure;
 use super::files::write_atomically;
-use super::out::out;
+use super::out::{harmless, out};
 use super::reproduce::FOLDER;
 
 /// Ending of files of rows.
@@ -75,10 +75,14 @@ fn page(file: &Path, out: &Path) -> Result<PathBuf> {
     let source = file.to_string_lossy();
     let report = report(&name, &stem, &source, &rows, definition.as_ref());
     for one in &report.figures {
-        write_atomically(&out.join(&one.file), figure::draw(one)?.as_bytes())?;
+        write_atomically(
+            &out.join(&one.file),
+            harmless(&figure::draw(one)?).as_bytes(),
+        )?;
     }
     let page = out.join(format!("{stem}.md"));
-    write_atomically(&page, report.markdown.as_bytes())?;
+    // Names come from whoever made the rows, and pages are read on terminals too.
+    write_atomically(&page, harmless(&report.markdown).as_bytes())?;
     Ok(page)
 }
 

@@ -56,7 +56,10 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         let time = Duration::try_from_secs_f64(60.0 * minutes);
         time.map_err(|_| anyhow::anyhow!("--minutes: expected a number from 0 on, got {minutes}"))
     });
-    let limit = minutes.transpose()?.map(|time| Instant::now() + time);
+    // A time that is too long for the type is no limit.
+    let limit = minutes
+        .transpose()?
+        .and_then(|time| Instant::now().checked_add(time));
     let definition = args.definition()?;
     let work = args.work(&definition);
     let plan = Plan::new(&definition)?;

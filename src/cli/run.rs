@@ -17,6 +17,7 @@ use segattn::train::lock::RunLock;
 use segattn::train::trainer::{StepReport, Trainer};
 
 use super::device::Planned;
+use super::files::Results;
 use super::metrics::{Line, Metrics};
 use super::out::note;
 use super::plot;
@@ -259,6 +260,9 @@ impl<'a, D: Planned> Run<'a, D> {
         let training = &trainer.config().training;
         let step = trainer.progress().step;
         let leads = trainer.ranks().rank() == 0;
+        if leads && trainer.config().log.plot {
+            Results::at(&output.join(PICTURE_FILE))?;
+        }
         let metrics = leads.then(|| Metrics::open(&output.join(METRICS_FILE), step));
         let mut metrics = metrics.transpose()?;
         if trainer.config().log.tensorboard {
@@ -293,7 +297,12 @@ impl<'a, D: Planned> Run<'a, D> {
         note_interrupts((!self.quiet).then_some(said));
         self.trainer.interrupt_by(flag());
         self.introduce();
-        let end = self.steps()?;
+        let mut end = self.steps()?;
+        let done = self.trainer.progress();
+        // A model that is what it was before is no result.
+        if end == End::Complete && done.step > 0 && done.updates == 0 {
+            end = End::TooManySkipped;
+        }
         self.bar.finish_and_clear();
         self.save()?;
         let config = self.trainer.config();

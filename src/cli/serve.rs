@@ -1,5 +1,6 @@
 //! `segattn serve`: a model over HTTP, by OpenAI's interface.
 
+use std::env::VarError;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +23,10 @@ use super::signals;
 const KEY_VARIABLE: &str = "SEGATTN_API_KEY";
 /// Most tokens of a sequence by default.
 const DEFAULT_LONGEST: usize = 32 << 10;
+/// Most sequences that run side by side, each of which takes memory from the start.
+const MOST_RUNNING: i64 = 1 << 16;
+/// Most MiB of a request's body.
+const MOST_BODY: u64 = 1 << 20;
 /// How often it is asked whether a signal has come.
 const SIGNALS: Duration = Duration::from_millis(50);
 
@@ -43,7 +48,7 @@ pub struct Args {
     #[arg(long, value_name = "KEY")]
     api_key: Option<String>,
     /// Sequences that run side by side
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = 1..)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = 1..=MOST_RUNNING)]
     running: i64,
     /// Sequences that wait for a place; requests beyond are answered with 429
     #[arg(long, value_name = "N", default_value_t = 64)]
@@ -63,8 +68,8 @@ pub struct Args {
     )]
     cache: f64,
     /// Largest body of a request
-    #[arg(long, value_name = "MIB", default_value_t = 16)]
-    max_body: usize,
+    #[arg(long, value_name = "MIB", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=MOST_BODY))]
+    max_body: u64,
     /// Time that running requests get to end once the server is told to stop
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     grace: u64,
@@ -119,7 +124,7 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
         max_new: own.max_new_tokens,
         end_tokens: model.config.eos_token_id.clone(),
         api_key: args.key()?,
-        largest_body: args.max_body << 20,
+        largest_body: usize::try_from(args.max_body << 20)?,
     };
     signals::note_interrupts(Some("stopping; once more to stop at once"));
     if !quiet {
@@ -177,10 +182,15 @@ impl Args {
     }
 
     fn key(&self) -> Result<Option<String>> {
-        let key = self
-            .api_key
-            .clone()
-            .or_else(|| std::env::var(KEY_VARIABLE).ok());
+        let key = match (&self.api_key, std::env::var(KEY_VARIABLE)) {
+            (Some(key), _) => Some(key.clone()),
+            (None, Ok(key)) => Some(key),
+            (None, Err(VarError::NotPresent)) => None,
+            // Without a key the server would be open to all.
+            (None, Err(VarError::NotUnicode(_))) => {
+                bail!("{KEY_VARIABLE}: expected text in UTF-8, got other bytes")
+            }
+        };
         if let Some(key) = &key {
             ensure!(
                 !key.trim().is_empty(),

@@ -26,6 +26,13 @@ pub fn note_interrupts(said: Option<&'static str>) {
     }
 }
 
+/// Lets a write beyond the limit of files' sizes (`ulimit -f`) fail, as on a full disk, where the signal for it would
+/// end the process.
+pub fn let_large_writes_fail() {
+    #[cfg(unix)]
+    ignore(&[libc::SIGXFSZ]);
+}
+
 /// Whether such a signal has come.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)

@@ -7,7 +7,7 @@ use crate::model::companions::companions;
 use crate::model::config::{ModelConfig, WeightType};
 use crate::model::files;
 use crate::model::parameters::specs;
-use crate::model::weights::{Checkpoint, SaveOptions, save};
+use crate::model::weights::{Checkpoint, SaveOptions, check_free, save};
 
 /// Writes the model in `input` to `folder` with this configuration, which is that of `input` but for its segments, and
 /// weights in `dtype`. What lies beside the weights goes along.
@@ -23,6 +23,7 @@ pub fn convert(
 ) -> Result<(), ConvertError> {
     let checkpoint = Checkpoint::open(input)?;
     checkpoint.check(config)?;
+    check_free(folder)?;
     let beside = companions(input)?;
     std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
     for (name, content) in beside {

@@ -39,6 +39,12 @@ pub enum ExperimentError {
         #[source]
         source: io::Error,
     },
+    /// Another process appends rows to the file.
+    #[error("{}: expected a file of rows that no other process writes, got one in use", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
     /// A line of a file of rows is not a row.
     #[error("{}, line {line}: expected {expected}, got {got}", path.display())]
     Row {

@@ -1,7 +1,7 @@
 //! Results as lines of JSON, one a row, appended as soon as they are there.
 
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -93,7 +93,7 @@ impl Row {
 /// What a result answers: arm, seed, task, length.
 type Key = (String, u64, String, u64);
 
-/// A file of rows, open for more. The caller keeps other processes from appending.
+/// A file of rows, open for more, and locked: two processes that append to it would write over each other's rows.
 #[derive(Debug)]
 pub struct Rows {
     path: PathBuf,
@@ -106,15 +106,24 @@ impl Rows {
     /// Opens the file, or makes it. A last line that was torn is removed.
     ///
     /// # Errors
-    /// [`ExperimentError::Io`], or [`ExperimentError::Row`] for a line that is no row.
+    /// [`ExperimentError::Io`], [`ExperimentError::InUse`], or [`ExperimentError::Row`] for a line that is no row.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |action| ExperimentError::io(action, path);
         if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).map_err(ExperimentError::io("create", folder))?;
         }
+        check_kind(path)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         let mut file = options.open(path).map_err(failed("open"))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                let path = path.to_owned();
+                return Err(ExperimentError::InUse { path });
+            }
+            // Some network file systems have no locks.
+            Ok(()) | Err(TryLockError::Error(_)) => {}
+        }
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(failed("read"))?;
         let whole = text.rfind('\n').map_or(0, |at| at + 1);
@@ -176,8 +185,20 @@ fn key(row: &Row) -> Key {
 /// # Errors
 /// As [`Rows::open`].
 pub fn read(path: &Path) -> Result<Vec<Row>> {
+    check_kind(path)?;
     let text = std::fs::read_to_string(path).map_err(ExperimentError::io("read", path))?;
     parse(path, &text)
+}
+
+/// Refuses a device or a pipe, whose end may never come.
+fn check_kind(path: &Path) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            let error = std::io::Error::other("expected a regular file, got something else");
+            Err(ExperimentError::io("read", path)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Lines without a task are something else: progress of a training, for example.
@@ -237,10 +258,30 @@ mod tests {
         rows.append(row(2)).unwrap();
         assert!(rows.has("a", 2, "loss", 64));
         assert_eq!(read(&path).unwrap(), [row(1), row(2)]);
+        drop(rows);
         // A whole line without its end is kept, and the next one begins a line.
         std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         Rows::open(&path).unwrap().append(row(3)).unwrap();
         assert_eq!(read(&path).unwrap(), [row(1), row(3)]);
+    }
+
+    #[test]
+    fn a_file_of_rows_has_one_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        for open in [
+            read(folder.path()),
+            Rows::open(folder.path()).map(|_| Vec::new()),
+        ] {
+            assert!(open.unwrap_err().to_string().contains("regular file"));
+        }
+        let path = folder.path().join("rows.jsonl");
+        let mut first = Rows::open(&path).unwrap();
+        let second = Rows::open(&path).unwrap_err();
+        assert!(matches!(second, ExperimentError::InUse { .. }), "{second}");
+        first.append(row(1)).unwrap();
+        assert_eq!(read(&path).unwrap(), [row(1)]);
+        drop(first);
+        Rows::open(&path).unwrap();
     }
 
     #[test]

@@ -40,6 +40,11 @@ pub enum DialogueError {
     /// The state cannot be saved or restored.
     #[error(transparent)]
     State(#[from] StateFileError),
+    /// A turn failed within: what the model has read is not what has been said.
+    #[error(
+        "a turn has failed within: expected the chat to be begun anew, or a saved one to be loaded"
+    )]
+    Torn,
     /// A saved state that is not a chat's.
     #[error("{path}: expected the state of one chat, got {got}")]
     NotAChat {
@@ -93,6 +98,8 @@ pub struct Dialogue<'m, D: Device> {
     /// Tokens that the session has read.
     read: Vec<u32>,
     log: Log,
+    /// Whether a turn has begun and not ended.
+    torn: bool,
 }
 
 impl<'m, D: Device> Dialogue<'m, D> {
@@ -116,6 +123,7 @@ impl<'m, D: Device> Dialogue<'m, D> {
             stops: Vec::new(),
             read: Vec::new(),
             log: Log::default(),
+            torn: false,
         };
         dialogue.forget();
         Ok(dialogue)
@@ -139,6 +147,7 @@ impl<'m, D: Device> Dialogue<'m, D> {
 
     fn forget(&mut self) {
         self.read.clear();
+        self.torn = false;
         self.log = Log::default();
         if let Some(system) = &self.system {
             self.log.conversation.push("system", system);
@@ -155,15 +164,20 @@ impl<'m, D: Device> Dialogue<'m, D> {
     ///
     /// # Errors
     /// [`DialogueError`]. Before anything is read ([`DialogueError::Chat`], [`GenerateError::TooLong`]) the chat is as
-    /// it was; otherwise it can only be reset.
+    /// it was; otherwise it can only be reset, or another one loaded: all else is [`DialogueError::Torn`].
     pub fn turn(
         &mut self,
         message: &str,
         mut config: GeneratorConfig,
         mut each: impl FnMut(Progress<'_>) -> ControlFlow<()>,
     ) -> Result<Answer, DialogueError> {
+        if self.torn {
+            return Err(DialogueError::Torn);
+        }
         let (conversation, tokens) = self.next(message)?;
         config.sampler.seed = config.sampler.seed.wrapping_add(self.log.turns);
+        let mut stream =
+            TextStream::new(self.stops.clone())?.after(&[&self.read[..], &tokens].concat());
         let prompt = Prompt {
             before: &self.read,
             tokens: &tokens,
@@ -171,6 +185,7 @@ impl<'m, D: Device> Dialogue<'m, D> {
             stream: 0,
         };
         let mut generator = Generator::new(&mut self.session, &[prompt], config)?;
+        self.torn = true;
         loop {
             let left = generator.read_prompts()?;
             // A prompt that is read in part could not be gone on with.
@@ -180,8 +195,6 @@ impl<'m, D: Device> Dialogue<'m, D> {
             }
         }
         let decode = |tokens: &[u32]| self.tokenizer.decode(tokens, true);
-        let mut stream =
-            TextStream::new(self.stops.clone())?.after(&[&self.read[..], &tokens].concat());
         let mut text = String::new();
         while let Some(token) = generator.step()?.first().copied() {
             let mut part = String::new();
@@ -211,6 +224,7 @@ impl<'m, D: Device> Dialogue<'m, D> {
             unread,
             turns: self.log.turns + 1,
         };
+        self.torn = false;
         Ok(Answer {
             text,
             read: tokens,
@@ -243,8 +257,11 @@ impl<'m, D: Device> Dialogue<'m, D> {
     /// Saves the state with what has been said. `weights` is the digest of the model's weights, see [`Origin`].
     ///
     /// # Errors
-    /// [`DialogueError::State`].
+    /// [`DialogueError::State`], [`DialogueError::Torn`].
     pub fn save(&self, weights: &str, place: &OutputFile) -> Result<(), DialogueError> {
+        if self.torn {
+            return Err(DialogueError::Torn);
+        }
         let note = serde_json::to_string(&self.log).map_err(|error| DialogueError::NotAChat {
             path: place.path().display().to_string(),
             got: error.to_string(),
@@ -277,7 +294,7 @@ impl<'m, D: Device> Dialogue<'m, D> {
             self.reset().map_err(GenerateError::from)?;
             return Err(error.into());
         }
-        (self.read, self.log) = (read, log);
+        (self.read, self.log, self.torn) = (read, log, false);
         Ok(())
     }
 }

@@ -26,6 +26,7 @@ use crate::device::{Device, Kind, Purpose};
 use header::{Entry, FloatType, Format, Header, malformed, shown};
 use index::Index;
 pub use initial::{Initial, initial};
+pub(crate) use save::check_free;
 pub use save::{MAX_SHARD_BYTES, SaveOptions, save};
 use sha2::{Digest, Sha256};
 

@@ -50,6 +50,9 @@ pub struct Mesh {
     ended: AtomicBool,
 }
 
+/// Longer limits are this one, which a clock's time can be added to.
+const LONGEST: Duration = Duration::from_secs(1 << 32);
+
 impl Mesh {
     /// Meets the other ranks. Whatever is exchanged later, too, must make some progress within `limit`.
     ///
@@ -57,6 +60,7 @@ impl Mesh {
     /// [`RankError::PortInUse`], [`RankError::Io`]; [`RankError::Missing`] for ranks that do not come in time;
     /// [`RankError::Differs`] for ranks of another number of ranks, and for two of the same rank.
     pub fn connect(place: &Place, limit: Duration) -> Result<Self> {
+        let limit = limit.min(LONGEST);
         let meeting = Meeting {
             place,
             limit,

@@ -5,6 +5,9 @@ use super::error::{RankError, Result};
 /// The port of the rendezvous where no variable names one.
 pub const DEFAULT_PORT: u16 = 29500;
 
+/// Most ranks: each has a connection to every other one.
+const MOST_RANKS: usize = 1 << 16;
+
 /// A process among those of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -67,7 +70,8 @@ impl Place {
         let Some(names) = LAUNCHERS.iter().find(set) else {
             return Ok(None);
         };
-        let world = number(&get, names.world, 1, usize::MAX, "a number of at least 1")?;
+        let expected = format!("a number from 1 to {MOST_RANKS}");
+        let world = number(&get, names.world, 1, MOST_RANKS, &expected)?;
         let world = world.unwrap_or(1);
         let below = format!("a number below {world}, which is {}", names.world);
         let rank = number(&get, names.rank, 0, world - 1, &below)?.unwrap_or(0);
@@ -216,6 +220,10 @@ mod tests {
             (&[("RANK", "2"), ("WORLD_SIZE", "2")][..], "RANK"),
             (&[("RANK", "-1"), ("WORLD_SIZE", "2")], "RANK"),
             (&[("RANK", "0"), ("WORLD_SIZE", "0")], "WORLD_SIZE"),
+            (
+                &[("RANK", "0"), ("WORLD_SIZE", "18446744073709551615")],
+                "WORLD_SIZE",
+            ),
             (&[("RANK", "0"), ("WORLD_SIZE", "2")], "MASTER_ADDR"),
             (
                 &[("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "70000")],

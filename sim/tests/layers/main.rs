@@ -11,6 +11,7 @@ mod planted_rules;
 mod retrieval;
 mod rotation;
 mod rows;
+mod rows_rules;
 mod sampling;
 mod sampling_rules;
 mod windows;

@@ -3,6 +3,7 @@
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
+use super::rows_rules::{COPY, EMBEDDING, SWIGLU, VECTORS};
 use super::sampling_rules::{SAMPLING, SELECT};
 
 /// A file of `kernels/` and what is done to it.
@@ -15,7 +16,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
@@ -30,7 +31,7 @@ pub const TARGETS: [Target; 14] = [
     },
     Target {
         file: "vectors.cuh",
-        kernels: &["rope.cu", "swiglu.cu", "embedding.cu"],
+        kernels: &["copy.cu", "rope.cu", "swiglu.cu", "embedding.cu"],
         tests: &["rotation::", "rows::"],
         rules: &VECTORS,
     },
@@ -57,6 +58,12 @@ pub const TARGETS: [Target; 14] = [
         kernels: &["embedding.cu"],
         tests: &["rows::"],
         rules: &EMBEDDING,
+    },
+    Target {
+        file: "copy.cu",
+        kernels: &["copy.cu"],
+        tests: &["rows::"],
+        rules: &COPY,
     },
     Target {
         file: "row_softmax.cuh",
@@ -200,17 +207,6 @@ const REDUCE: [Rule; 8] = [
     ),
 ];
 
-const VECTORS: [Rule; 5] = [
-    replace("(uint16_t)(pairs[i] >> 16)", "(uint16_t)pairs[i]"),
-    replace("pack<Bf16>(x[2], x[3])", "pack<Bf16>(x[3], x[2])"),
-    replace("b = ((const float4*)p)[1]", "b = ((const float4*)p)[0]"),
-    replace("row * rows.stride", "row * (rows.stride + 8)"),
-    replace(
-        "blockIdx.x * blockDim.x + threadIdx.x",
-        "blockIdx.x * blockDim.x + threadIdx.x + 1",
-    ),
-];
-
 const ROPE: [Rule; 20] = [
     replace("first_block <= block", "first_block < block"),
     replace("high - low > 1", "high - low > 2"),
@@ -254,44 +250,6 @@ const ROTATION: [Rule; 4] = [
         "load_vector(r_sin, g_sin + at)",
         "load_vector(r_sin, g_cos + at)",
     ),
-];
-
-const SWIGLU: [Rule; 8] = [
-    replace("mul_rn(x, -kLog2E)", "mul_rn(x, kLog2E)"),
-    replace("if (row >= p.rows) return", "if (row > p.rows) return"),
-    replace("+ p.inner + column);\n#pragma", "+ column);\n#pragma"),
-    replace(
-        "fma_rn(r_gate[e], 1.f - s, 1.f)",
-        "fma_rn(r_gate[e], s, 1.f)",
-    ),
-    replace("mul_rn(r_d_y[e], silu)", "mul_rn(r_d_y[e], s)"),
-    replace("mul_rn(r_d_y[e], r_up[e])", "r_d_y[e]"),
-    replace(
-        "p.d_gate_up, row) + p.inner + column, r_d_up",
-        "p.d_gate_up, row) + p.inner + column, r_d_gate",
-    ),
-    replace("if (p.y.data) ", ""),
-];
-
-const EMBEDDING: [Rule; 9] = [
-    replace("p.table, p.tokens[row]", "p.table, row"),
-    replace("if (row >= p.rows) return", "if (row > p.rows) return"),
-    replace(
-        "if (run >= (uint32_t)p.runs) return",
-        "if (run > (uint32_t)p.runs) return",
-    ),
-    replace("p.run_start[run + 1]", "p.run_start[run + 1] - 1"),
-    replace("p.tokens[p.order[first]]", "p.tokens[first]"),
-    replace(
-        "if (inside) load_vector(r_sum, g_sum)",
-        "if (inside) load_vector(r_sum, (const float*)(g_sum + 8))",
-    ),
-    replace("p.order[at + lane] : 0", "at + lane : 0"),
-    replace(
-        "if (!inside || at + i >= end) continue",
-        "if (!inside) continue",
-    ),
-    replace("r_sum[e] += r_row[e]", "r_sum[e] = r_row[e]"),
 ];
 
 const ROW_SOFTMAX: [Rule; 7] = [

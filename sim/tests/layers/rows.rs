@@ -1,9 +1,11 @@
-//! `kernels/swiglu.cu` and `kernels/embedding.cu` under every check, against the formulas in f64.
+//! `kernels/copy.cu`, `kernels/swiglu.cu` and `kernels/embedding.cu` under every check, against their formulas.
 
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::cuda::kernels::layer_params::{SegattnEmbedParams, SegattnSwigluParams};
+use segattn::cuda::kernels::layer_params::{
+    SegattnCopyParams, SegattnEmbedParams, SegattnSwigluParams,
+};
 
 use super::common::*;
 
@@ -156,5 +158,81 @@ fn embedding_copies_rows_and_its_gradient_adds_them_in_order() {
     for seed in 2..22 {
         let [got, expected] = run_embed(seed, 30, 40, 4);
         assert!(got == expected, "seed {seed}");
+    }
+}
+
+/// An element of either precision.
+trait Element: bytemuck::Pod {
+    const NAME: &'static str;
+    fn of(x: f32) -> Self;
+    fn wide(self) -> f32;
+}
+
+impl Element for bf16 {
+    const NAME: &'static str = "bf16";
+    fn of(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+    fn of(x: f32) -> Self {
+        x
+    }
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+/// Copies rows, and compares every bit with the formula, rounded once.
+fn check_copy<Src: Element, Dst: Element>([rows, width]: [usize; 2], gap: usize, add: bool) {
+    let gpu = &mut gpu(1);
+    let of = |salt| values(rows * width, salt);
+    let from: Vec<Src> = of(1).into_iter().map(Src::of).collect();
+    let before: Vec<Dst> = of(2).into_iter().map(Dst::of).collect();
+    let src = Matrix::of(gpu, "src", &from, width, gap);
+    let dst = match add {
+        true => Matrix::of(gpu, "dst", &before, width, gap),
+        false => Matrix::poisoned::<Dst>(gpu, "dst", [rows, width], gap),
+    };
+    let vectors = width.is_multiple_of(8) && gap.is_multiple_of(8);
+    let factor = 1.7;
+    let params = SegattnCopyParams {
+        src: src.view(),
+        dst: dst.view(),
+        rows: rows as i64,
+        width: width as i32,
+        vectors: vectors.into(),
+        add: add.into(),
+        factor,
+    };
+    let threads = rows * width / if vectors { 8 } else { 1 };
+    let name = format!("copy_{}_{}", Src::NAME, Dst::NAME);
+    let blocks = threads.div_ceil(256);
+    launch(gpu, &module("copy.cu"), &name, blocks, None, &params);
+    dst.assert_only_rows_written(gpu, "dst");
+    let got = dst.read::<Dst>(gpu);
+    for (i, (src, dst)) in from.iter().zip(&before).enumerate() {
+        let term = factor * src.wide();
+        let sum = if add { dst.wide() + term } else { term };
+        let (got, expected) = (got[i].wide(), Dst::of(sum).wide());
+        assert_eq!(got.to_bits(), expected.to_bits(), "{name}, element {i}");
+    }
+}
+
+#[test]
+fn copies_of_either_precision_are_rounded_once() {
+    // Vectors and single elements, more than a block of threads of each.
+    for (size, gap) in [([9, 264], 8), ([3, 100], 3), ([1, 8], 1), ([0, 8], 0)] {
+        for add in [false, true] {
+            check_copy::<bf16, bf16>(size, gap, add);
+            check_copy::<bf16, f32>(size, gap, add);
+            check_copy::<f32, bf16>(size, gap, add);
+            check_copy::<f32, f32>(size, gap, add);
+        }
     }
 }

@@ -109,6 +109,10 @@ impl PastHeads {
                 }
             }
         };
+        check_finite(&scores).with_context(|| {
+            let folder = folder.display();
+            format!("{folder} is written, and no head of it reads the past")
+        })?;
         let chosen = best(&scores, *count);
         if !quiet {
             note!("heads that read the past, by {score}:");
@@ -123,6 +127,15 @@ impl PastHeads {
         add(&mut config, chosen.into_iter());
         config.validate()?;
         Ok(config.save(folder)?)
+    }
+}
+
+/// Where a model's numbers overflow, no head is better than another.
+fn check_finite(scores: &[Vec<f64>]) -> Result<()> {
+    let wrong = scores.iter().flatten().find(|score| !score.is_finite());
+    match wrong {
+        None => Ok(()),
+        Some(score) => bail!("--past-heads: expected a finite score of every head, got {score}"),
     }
 }
 
@@ -180,4 +193,18 @@ fn scores<D: Planned>(
     let scores = measure(&model, &prompts, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     Ok(scores)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_finite;
+
+    #[test]
+    fn scores_that_are_no_numbers_choose_no_head() {
+        assert!(check_finite(&[vec![0.5, 0.0], vec![1.0, 0.1]]).is_ok());
+        for wrong in [f64::NAN, f64::INFINITY] {
+            let error = check_finite(&[vec![0.5], vec![wrong]]).unwrap_err();
+            assert!(error.to_string().contains(&wrong.to_string()), "{error}");
+        }
+    }
 }

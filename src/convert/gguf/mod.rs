@@ -19,7 +19,7 @@ use crate::model::config::{ModelConfig, WeightType};
 use crate::model::files;
 use crate::model::parameters::specs;
 use crate::model::tokenizer::TOKENIZER_FILE;
-use crate::model::weights::{SaveOptions, save};
+use crate::model::weights::{SaveOptions, check_free, save};
 
 /// Factors of the rotary frequencies, where a file has them.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -72,6 +72,7 @@ impl Gguf {
         dtype: WeightType,
         tokenizer: Option<String>,
     ) -> Result<(), ConvertError> {
+        check_free(folder)?;
         let own = || tokenizer::tokenizer(&self.header).map(|json| format!("{json}\n"));
         let tokenizer = tokenizer.map_or_else(own, Ok)?;
         std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;

@@ -102,8 +102,17 @@ impl Conversation {
             ("documents".to_owned(), given(&self.documents)),
         ];
         if let Some(more) = &self.chat_template_kwargs {
-            let pairs = object("chat_template_kwargs", more)?;
-            values.extend(pairs.map(|(name, value)| (name.to_string(), value)));
+            for (name, value) in object("chat_template_kwargs", more)? {
+                let name = name.to_string();
+                if values.iter().any(|(own, _)| *own == name) {
+                    return Err(ChatError::Messages {
+                        what: "chat_template_kwargs".into(),
+                        expected: "names that the template does not have already".into(),
+                        got: name,
+                    });
+                }
+                values.push((name, value));
+            }
         }
         Ok(values)
     }

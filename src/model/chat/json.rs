@@ -1,11 +1,14 @@
 //! The filter `tojson` as chat templates expect it: JSON in the form of Python's `json.dumps`, without HTML escapes.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 
 use minijinja::value::{Kwargs, Rest};
 use minijinja::{Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, Serializer};
+
+/// Most bytes that a call writes: a template says how far lines are indented and what separates items.
+const MOST: usize = 1 << 28;
 
 /// `tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
 pub(super) fn tojson(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
@@ -33,15 +36,33 @@ pub(super) fn tojson(value: &Value, given: Rest<Value>, named: Kwargs) -> Result
     }
     let sorted = argument(3, "sort_keys")?.is_some_and(|v| v.is_true());
     named.assert_all_used()?;
-    let mut json = Vec::new();
+    let mut json = Bounded(Vec::new());
     let written = match sorted {
         true => sort_keys(value)?.serialize(&mut Serializer::with_formatter(&mut json, layout)),
         false => value.serialize(&mut Serializer::with_formatter(&mut json, layout)),
     };
     let failed = |error: String| Error::new(ErrorKind::InvalidOperation, error);
     written.map_err(|error| failed(error.to_string()))?;
-    let json = String::from_utf8(json).map_err(|error| failed(error.to_string()))?;
+    let json = String::from_utf8(json.0).map_err(|error| failed(error.to_string()))?;
     Ok(Value::from_safe_string(json))
+}
+
+/// Bytes up to a bound.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > MOST - self.0.len() {
+            let error = format!("tojson: expected at most {MOST} bytes of JSON, got more");
+            return Err(io::Error::other(error));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn sort_keys(value: &Value) -> Result<Value, Error> {
@@ -78,7 +99,11 @@ struct Layout {
 impl Layout {
     fn new_line<W: ?Sized + Write>(&self, out: &mut W) -> io::Result<()> {
         match self.indent {
-            Some(indent) => write!(out, "\n{:1$}", "", indent * self.depth),
+            Some(indent) => {
+                out.write_all(b"\n")?;
+                let spaces = indent.saturating_mul(self.depth) as u64;
+                io::copy(&mut io::repeat(b' ').take(spaces), out).map(drop)
+            }
             None => Ok(()),
         }
     }

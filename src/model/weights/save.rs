@@ -108,16 +108,25 @@ fn reads_past(config: &ModelConfig, i: usize) -> bool {
     })
 }
 
+/// Whether a model may be written into `folder`, which is looked at before anything in it changes.
+///
+/// # Errors
+/// [`WeightsError::AlreadyThere`] where it holds weights.
+pub(crate) fn check_free(folder: &Path) -> Result<(), WeightsError> {
+    let mut paths = [WEIGHTS_FILE, INDEX_FILE]
+        .map(|file| folder.join(file))
+        .into_iter();
+    match paths.find(|path| fs::symlink_metadata(path).is_ok()) {
+        Some(path) => Err(WeightsError::AlreadyThere { path }),
+        None => Ok(()),
+    }
+}
+
 fn prepare_folder(folder: &Path) -> Result<(), WeightsError> {
     let io = |error| WeightsError::File(files::io_error(folder, error));
     let made = !folder.exists();
     fs::create_dir_all(folder).map_err(io)?;
-    for file in [WEIGHTS_FILE, INDEX_FILE] {
-        let path = folder.join(file);
-        if fs::symlink_metadata(&path).is_ok() {
-            return Err(WeightsError::AlreadyThere { path });
-        }
-    }
+    check_free(folder)?;
     match folder.canonicalize().map_err(io)?.parent() {
         Some(parent) if made => Ok(files::sync_folder(parent)?),
         _ => Ok(()),

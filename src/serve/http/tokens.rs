@@ -44,6 +44,11 @@ pub async fn detokenize(
             "nothing",
         ));
     };
+    let vocab_size = server.handle.shared.vocab_size;
+    if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab_size) {
+        let expected = format!("ids below {vocab_size}");
+        return Err(ApiError::argument("tokens", expected, id));
+    }
     let text = server.tokenizer()?.decode(&tokens, false);
     let text = text.map_err(|error| ApiError::wrong(error.to_string()))?;
     Ok(Json(json!({ "prompt": text })))
