@@ -14,6 +14,7 @@ pub mod gemm;
 mod idle;
 mod kernel;
 mod math;
+mod narrow;
 mod packed;
 mod pool;
 pub mod rows;
