@@ -5,6 +5,7 @@ mod buffers;
 mod common;
 mod decode;
 mod faults;
+mod lora;
 mod memory;
 mod model;
 mod pool;
