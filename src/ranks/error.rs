@@ -93,6 +93,16 @@ pub enum RankError {
         /// What the other one has.
         got: String,
     },
+    /// Two ranks have one device, where each needs its own.
+    #[error(
+        "ranks {} have the same GPU: expected one each; LOCAL_RANK is the number of a rank's GPU among those that \
+         CUDA_VISIBLE_DEVICES shows",
+        list(ranks)
+    )]
+    SameDevice {
+        /// The ranks.
+        ranks: Vec<usize>,
+    },
     /// A message is not what comes next.
     #[error("rank {rank} while {doing}: expected {expected}, got {got}")]
     Message {

@@ -18,6 +18,8 @@ use crate::device::gpu::{self, Gpu};
 
 /// Names of the library; `SEGATTN_NCCL` names another file.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+/// Bytes of the name by which ranks find each other.
+const ID: usize = 128;
 /// NCCL's number of f32 among its types.
 const FLOAT32: c_int = 7;
 /// Between two looks whether an exchange is done: short at first, then longer.
@@ -28,7 +30,7 @@ const SHORT: usize = 500;
 /// The name by which ranks find each other in NCCL.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct UniqueId([c_char; 128]);
+struct UniqueId([c_char; ID]);
 
 type Communicator = *mut c_void;
 type Stream = *mut c_void;
@@ -109,20 +111,34 @@ impl Nccl {
     /// all of them, without a time limit.
     ///
     /// # Errors
-    /// [`RankError::Library`] where NCCL is not there or refuses; as [`Mesh::gather`].
+    /// [`RankError::Library`] where NCCL is not there or refuses; [`RankError::SameDevice`]; as [`Mesh::gather`].
     pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>) -> Result<Self> {
         let functions = Functions::load().map_err(|error| RankError::Library {
             doing: "loading NCCL".into(),
             reason: error.to_string(),
         })?;
         bind(gpu)?;
-        let mut id = UniqueId([0; 128]);
+        let mut id = UniqueId([0; ID]);
         if mesh.rank() == 0 {
             // SAFETY: the function writes an id.
             let code = unsafe { (functions.get_unique_id)(&mut id) };
             functions.check("naming the ranks", code)?;
         }
-        let all = mesh.gather(&id.0.map(|c| c as u8), "NCCL is started")?;
+        let uuid = gpu.driver().stream().context().uuid();
+        let uuid = uuid.map_err(|error| RankError::Library {
+            doing: "telling the GPU".into(),
+            reason: error.to_string(),
+        })?;
+        let mut message = id.0.map(|c| c as u8).to_vec();
+        message.extend(uuid.bytes.map(|c| c as u8));
+        let all = mesh.gather(&message, "NCCL is started")?;
+        let gpus: Vec<&[u8]> = all
+            .iter()
+            .map(|message| &message[ID.min(message.len())..])
+            .collect();
+        if let Some(ranks) = sharing(&gpus) {
+            return Err(RankError::SameDevice { ranks });
+        }
         for (to, from) in id.0.iter_mut().zip(&all[0]) {
             *to = *from as c_char;
         }
@@ -267,10 +283,30 @@ impl Drop for Nccl {
     }
 }
 
+/// The first ranks that have the same one of these, which are given by rank.
+fn sharing(devices: &[&[u8]]) -> Option<Vec<usize>> {
+    let same = |device: &&[u8]| {
+        let ranks = (0..devices.len()).filter(|rank| devices[*rank] == *device);
+        Some(ranks.collect::<Vec<_>>()).filter(|ranks| ranks.len() > 1)
+    };
+    devices.iter().find_map(same)
+}
+
 fn bind(gpu: &Gpu<Cuda>) -> Result<()> {
     let bound = gpu.driver().stream().context().bind_to_thread();
     bound.map_err(|error| RankError::Library {
         doing: "choosing the GPU".into(),
         reason: error.to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sharing;
+
+    #[test]
+    fn ranks_on_one_gpu_are_found() {
+        assert_eq!(sharing(&[b"a", b"b", b"c"]), None);
+        assert_eq!(sharing(&[b"a", b"b", b"a", b"b"]), Some(vec![0, 2]));
+    }
 }

@@ -1,6 +1,7 @@
 //! The parts of a step: the gradient over all groups, its norm, the update, and what follows it.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use super::{Stop, Trainer};
 use crate::device::{AdamW, Device, GradTensor, Kind};
@@ -24,6 +25,7 @@ impl<D: Device> Trainer<D> {
         let (batch, group) = (training.batch, training.group());
         let groups = sequences.len().div_ceil(group);
         let mut own = self.spread.share(groups);
+        let began = Instant::now();
         while !own.is_empty() {
             self.stop.check()?;
             let at_once = own.start..own.end.min(own.start + (batch / group).max(1));
@@ -39,9 +41,17 @@ impl<D: Device> Trainer<D> {
             }
             own.start = at_once.end;
         }
+        let computed = began.elapsed();
         let sums = self.spread.ranks.concat(sums, "losses are added up")?;
         let device = &self.model.device;
+        let waited = began.elapsed();
         self.spread.sum(device, &mut self.gradients[0], groups)?;
+        tracing::debug!(
+            "gradients: {:.4} s, waiting for others {:.4} s, sums over ranks {:.4} s",
+            computed.as_secs_f64(),
+            (waited - computed).as_secs_f64(),
+            (began.elapsed() - waited).as_secs_f64()
+        );
         Ok((-sums.iter().sum::<f64>() * scale, log_probabilities))
     }
 
@@ -161,8 +171,10 @@ impl<D: Device> Trainer<D> {
 
     /// Takes over the changed values, those of other ranks too, wherever the model holds prepared ones.
     pub(super) fn refresh(&mut self) -> Result<()> {
+        let began = Instant::now();
         self.spread
             .share_values(&self.model.device, &mut self.values)?;
+        tracing::debug!("weights shared: {:.4} s", began.elapsed().as_secs_f64());
         for i in 0..self.values.len() {
             if self.updated[i] {
                 let (device, values) = (&self.model.device, &self.values[i]);
