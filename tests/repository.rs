@@ -42,7 +42,7 @@ const FLOORS: [(&str, &[&str]); 12] = [
     ("attention", &["cuda", "isa"]),
     ("device", &["attention", "cuda", "isa"]),
     ("ranks", &["device"]),
-    ("model", &["device"]),
+    ("model", &["device", "ranks"]),
     ("generate", &["device", "model"]),
     ("serve", &["device", "generate", "model"]),
     ("eval", &["device", "generate", "model"]),

@@ -24,6 +24,8 @@ use super::device::{Planned, on_device};
 use super::files::{Results, read_tokens};
 use super::model::ModelArgs;
 use super::out::{harmless, note};
+use super::ranks::Party;
+use super::stages::StageArgs;
 
 /// Largest prompt file that is read, in bytes.
 const MAX_PROMPT_FILE: u64 = 1 << 30;
@@ -33,6 +35,8 @@ const MAX_PROMPT_FILE: u64 = 1 << 30;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    stages: StageArgs,
     /// Text to continue; several make a batch, and none sees the others
     #[arg(short, long, value_name = "TEXT")]
     prompt: Vec<String>,
@@ -122,16 +126,22 @@ struct LogProbs<'a> {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    on_device!(args.model.device(), device => run_on(device, args, quiet))
+    args.stages.run(&args.model, |party| {
+        on_device!(args.model.device(), party.local_rank(), device => run_on(device, args, party, quiet))
+    })
 }
 
-fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
+fn run_on<D: Planned>(device: D, args: &Args, party: &Party, quiet: bool) -> Result<()> {
     let log_probabilities = Results::maybe(args.logprobs.as_deref())?;
     let place = |path: &Path| {
         OutputFile::open(path).with_context(|| format!("cannot write {}", path.display()))
     };
     let state_out = args.state_out.as_deref().map(place).transpose()?;
-    let opened = args.model.open(args.tokens.is_empty())?;
+    ensure!(
+        party.world() == 1 || args.state_in.is_none() && args.state_out.is_none(),
+        "--stages: expected neither --state-in nor --state-out beside it"
+    );
+    let opened = args.model.open(args.tokens.is_empty())?.shared(party);
     let text = opened.text.as_ref();
     let own = own_settings(args.model.path())?;
     let sampler = args.sampling.over(&own);

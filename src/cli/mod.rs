@@ -31,6 +31,7 @@ mod score;
 #[cfg(feature = "serve")]
 mod serve;
 mod signals;
+mod stages;
 mod text;
 mod threads;
 mod train;

@@ -11,11 +11,14 @@ use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::lora::folder::{ADAPTER_CONFIG_FILE, AdapterFolder};
+use segattn::model::stage::Stage;
 use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::{Checkpoint, INDEX_FILE, WEIGHTS_FILE};
 use segattn::train::checkpoint::list;
 
 use super::device::{DeviceArgs, DeviceName, Planned, Pool};
+use super::ranks::Party;
+use super::stages::{agree, part};
 
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
@@ -125,6 +128,7 @@ impl ModelArgs {
             weights,
             adapter,
             pool: self.device.pool,
+            party: Party::alone(),
         })
     }
 
@@ -160,9 +164,19 @@ pub struct Opened {
     /// Its adapters, where it has some.
     adapter: Option<AdapterFolder>,
     pool: Pool,
+    /// The processes that have its layers.
+    party: Party,
 }
 
 impl Opened {
+    /// The same, its layers spread over these processes.
+    pub fn shared(self, party: &Party) -> Self {
+        Self {
+            party: party.clone(),
+            ..self
+        }
+    }
+
     /// The model of a folder by another configuration, without its tokenizer.
     pub fn of(config: ModelConfig, folder: &Path) -> Result<Self> {
         let weights = Checkpoint::open(folder)?;
@@ -173,15 +187,24 @@ impl Opened {
             weights,
             adapter: None,
             pool: Pool(segattn::device::gpu::PoolPlacement::Auto),
+            party: Party::alone(),
         })
     }
 
-    /// The model, on a device that has taken the memory for these readings.
+    /// The model, or this process's part of it, on a device that has taken the memory for these readings. What rank 0
+    /// reads counts for all.
     pub fn load<D: Planned>(&self, device: D, readings: &[Reading]) -> Result<Decoder<D>> {
-        self.load_for(device, |model| {
+        let readings = agree(&device, &self.config, readings, &self.party)?;
+        let config = part(&self.config, &readings, &self.party)?;
+        let ranks = self.party.ranks(&device)?;
+        let mut model = self.load_part(device, config, |model| {
             let mut each = readings.iter();
             each.try_for_each(|reading| dry_run(model, reading, || ()))
-        })
+        })?;
+        if ranks.world() > 1 {
+            model.stage = Stage::led(&model.config.part, ranks);
+        }
+        Ok(model)
     }
 
     /// The model, on a device that has taken the memory for what `run` does.
@@ -190,16 +213,25 @@ impl Opened {
         device: D,
         run: impl Fn(&Decoder<D::Dry>) -> Result<(), GenerateError>,
     ) -> Result<Decoder<D>> {
-        device.plan(self.pool, Purpose::Activations, |dry| {
-            let model = Decoder::for_dry_run(dry, self.config.clone(), false)?;
-            Ok(run(&model)?)
-        })?;
-        self.on(device)
+        self.load_part(device, self.config.clone(), run)
     }
 
-    /// The model on a device.
-    fn on<D: Planned>(&self, device: D) -> Result<Decoder<D>> {
-        let base = self.weights.load(device, self.config.clone(), false)?;
+    fn load_part<D: Planned>(
+        &self,
+        device: D,
+        config: ModelConfig,
+        run: impl Fn(&Decoder<D::Dry>) -> Result<(), GenerateError>,
+    ) -> Result<Decoder<D>> {
+        device.plan(self.pool, Purpose::Activations, |dry| {
+            let model = Decoder::for_dry_run(dry, config.clone(), false)?;
+            Ok(run(&model)?)
+        })?;
+        self.on(device, config)
+    }
+
+    /// The model on a device, or a part of it.
+    fn on<D: Planned>(&self, device: D, config: ModelConfig) -> Result<Decoder<D>> {
+        let base = self.weights.load(device, config, false)?;
         match &self.adapter {
             Some(adapter) => Ok(adapter.over(&base)?),
             None => Ok(base),

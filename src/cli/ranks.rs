@@ -29,6 +29,13 @@ pub struct RanksArgs {
     /// which start the processes themselves, it may be left out
     #[arg(long, value_name = "N")]
     ranks: Option<NonZeroUsize>,
+    #[command(flatten)]
+    links: LinkArgs,
+}
+
+/// How processes meet and exchange.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct LinkArgs {
     /// Seconds that a process may keep the others waiting: then the run ends
     #[arg(long, value_name = "S", default_value = "600")]
     rank_timeout: NonZeroU64,
@@ -53,18 +60,32 @@ pub struct Party {
     mesh: Option<Arc<Mesh>>,
     engine: EngineName,
     local_rank: usize,
+    both_ways: bool,
 }
 
 impl RanksArgs {
     /// What this process is to do: its part in the run, or, if it started the others, what has become of them.
     pub fn start(&self) -> Result<Option<Party>> {
+        self.links.start("--ranks", self.ranks, false)
+    }
+}
+
+impl LinkArgs {
+    /// What this process is to do where `flag` asks for so many processes: its part, or, if it started the others, what
+    /// has become of them. `both_ways`: whether whole buffers go to lower ranks and to higher ones.
+    pub fn start(
+        &self,
+        flag: &str,
+        wanted: Option<NonZeroUsize>,
+        both_ways: bool,
+    ) -> Result<Option<Party>> {
         let place = Place::from_env()?;
-        let wanted = self.ranks.map(NonZeroUsize::get);
+        let wanted = wanted.map(NonZeroUsize::get);
         match (place, wanted) {
             (Some(place), _) => {
                 ensure!(
                     wanted.is_none_or(|wanted| wanted == place.world),
-                    "--ranks: expected {}, the number of processes that the launcher has started, got {}",
+                    "{flag}: expected {}, the number of processes that the launcher has started, got {}",
                     place.world,
                     wanted.unwrap_or_default()
                 );
@@ -75,13 +96,14 @@ impl RanksArgs {
                     mesh: (place.world > 1).then(|| Arc::new(mesh)),
                     engine: self.rank_engine,
                     local_rank: place.local_rank,
+                    both_ways,
                 }))
             }
             (None, None | Some(1)) => Ok(Some(Party::alone())),
             (None, Some(wanted)) => {
                 ensure!(
                     wanted <= MOST,
-                    "--ranks: expected at most {MOST}, got {wanted}"
+                    "{flag}: expected at most {MOST}, got {wanted}"
                 );
                 launch(wanted)?;
                 Ok(None)
@@ -97,6 +119,7 @@ impl Party {
             mesh: None,
             engine: EngineName::Host,
             local_rank: 0,
+            both_ways: false,
         }
     }
 
@@ -110,6 +133,16 @@ impl Party {
         self.local_rank
     }
 
+    /// Number of processes.
+    pub fn world(&self) -> usize {
+        self.mesh().map_or(1, Mesh::world)
+    }
+
+    /// This process's rank.
+    pub fn rank(&self) -> usize {
+        self.mesh().map_or(0, Mesh::rank)
+    }
+
     /// The connections to the others, if there are any.
     pub fn mesh(&self) -> Option<&Mesh> {
         self.mesh.as_deref()
@@ -118,17 +151,14 @@ impl Party {
     /// The ranks for a trainer on this device.
     pub fn ranks<D: Planned>(&self, device: &D) -> Result<Ranks<D>> {
         match &self.mesh {
-            Some(mesh) => device.ranks(mesh, self.engine),
+            Some(mesh) => device.ranks(mesh, self.engine, self.both_ways),
             None => Ok(Ranks::alone()),
         }
     }
 
     /// The ranks for a trainer that only plans.
     pub fn planned<D: Device>(&self) -> Ranks<D> {
-        let [rank, world] = self
-            .mesh()
-            .map_or([0, 1], |mesh| [mesh.rank(), mesh.world()]);
-        Ranks::planned(rank, world)
+        Ranks::planned(self.rank(), self.world())
     }
 
     /// Returns once all processes are here.

@@ -13,6 +13,8 @@ use super::files::{BreakArgs, Results, read_tokens};
 use super::generate::{progress, read_prompt};
 use super::model::ModelArgs;
 use super::out::out;
+use super::ranks::Party;
+use super::stages::StageArgs;
 
 /// Prints the mean negative log-probability (natural logarithm) and the perplexity. The first token
 /// has no probability.
@@ -20,6 +22,8 @@ use super::out::out;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    stages: StageArgs,
     /// JSON array of token ids, or an object with `tokens` and `breaks`; no tokenizer is needed
     #[arg(long, value_name = "FILE", required_unless_present = "text")]
     tokens: Option<PathBuf>,
@@ -48,12 +52,14 @@ struct Scores {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
-    on_device!(args.model.device(), device => run_on(device, args, quiet))
+    args.stages.run(&args.model, |party| {
+        on_device!(args.model.device(), party.local_rank(), device => run_on(device, args, party, quiet))
+    })
 }
 
-fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
+fn run_on<D: Planned>(device: D, args: &Args, party: &Party, quiet: bool) -> Result<()> {
     let results = Results::maybe(args.out.as_deref())?;
-    let opened = args.model.open(args.tokens.is_none())?;
+    let opened = args.model.open(args.tokens.is_none())?.shared(party);
     let tokens = match (&args.tokens, &args.text, &opened.text) {
         (Some(path), ..) => read_tokens(path, opened.config.vocab_size)?,
         (None, Some(path), Some(text)) => Tokens {

@@ -36,6 +36,9 @@ pub enum DeviceError {
     /// The caller interrupted the work.
     #[error("interrupted")]
     Interrupted,
+    /// What other processes compute did not come, or did not go there.
+    #[error("{0}")]
+    Exchange(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Sampling a token failed.
     #[error(transparent)]
     Sampler(#[from] SamplerError),

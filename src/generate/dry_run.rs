@@ -7,10 +7,11 @@ use super::sampler::SamplerConfig;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
 use crate::model::session::{Feed, Session};
+use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 
 /// What is read and generated.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reading {
     /// Of each sequence the tokens that it has read before, in a saved state, and those that it reads.
     pub sequences: Vec<[usize; 2]>,

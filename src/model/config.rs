@@ -5,6 +5,7 @@
 //! trained. Other keys are kept and written back; [`ModelConfig::load`] warns of those that it does not know.
 
 pub(super) mod fields;
+mod part;
 mod retrieval;
 mod rope_keys;
 mod rope_scaling;
@@ -22,6 +23,7 @@ use super::families::{self, Family, Sizes};
 use super::files;
 use super::lora::Lora;
 use super::switches::Switches;
+pub use part::Part;
 pub use retrieval::RetrievalConfig;
 pub(super) use rope_keys::rotary_dim;
 pub use rope_scaling::RopeScaling;
@@ -127,6 +129,8 @@ pub struct ModelConfig {
     pub segment: Option<SegmentConfig>,
     /// Adapters of the projections, which no `config.json` holds.
     pub lora: Option<Lora>,
+    /// Which part of the model this is: all of it, in files.
+    pub part: Part,
     /// Everything the file holds, known keys included. [`Self::to_json`] writes the fields above over it.
     pub source: Map<String, Value>,
 }
@@ -164,6 +168,7 @@ impl ModelConfig {
             dtype: None,
             segment: None,
             lora: None,
+            part: Part::WHOLE,
             source: Map::new(),
         };
         config.validate()?;
@@ -261,6 +266,7 @@ impl ModelConfig {
             dtype: weight_type(&fields)?,
             segment,
             lora: None,
+            part: Part::WHOLE,
             source: Map::new(),
         };
         config.validate()?;

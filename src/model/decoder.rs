@@ -10,6 +10,9 @@
 //! 3. one attention call over all slots;
 //! 4. the MLP.
 //!
+//! A decoder may have a part of its model's layers (`model::stage`): then the residual stream comes from the part
+//! before, and goes on to the part behind.
+//!
 //! Biases, further norms and factors are as the model's switches say (`model::switches`, `decoder::blocks`).
 //! Projections may have adapters (`decoder::adapters`). Rows interact only in attention.
 
@@ -21,6 +24,7 @@ mod tape;
 use super::config::ModelConfig;
 use super::lora::Product;
 use super::parameters::{Extra, TensorSpec, Weights, index, specs};
+use super::stage::Stage;
 use super::state::{LayerSlots, Plan, SequenceState, Slots};
 use crate::device::{
     Accumulate, Attention, Device, DeviceError, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan,
@@ -114,6 +118,8 @@ pub struct Decoder<D: Device> {
     pub specs: Vec<TensorSpec>,
     /// The tensors on the device, packed for GEMMs.
     pub weights: Weights<D>,
+    /// Where the other layers are, if these are a part.
+    pub stage: Stage<D>,
 }
 
 /// Result of a forward.
@@ -153,6 +159,7 @@ impl<D: Device> Decoder<D> {
         let specs = specs(&config);
         let weights = Weights::prepare(&device, &specs, values, training)?;
         Ok(Self {
+            stage: Stage::planned(&config.part),
             device,
             config,
             specs,
@@ -168,6 +175,7 @@ impl<D: Device> Decoder<D> {
         let values = |i: usize| device.empty(Kind::Exact, specs[i].role.len());
         let weights = Weights::prepare(&device, &specs, values, training)?;
         Ok(Self {
+            stage: Stage::planned(&config.part),
             device,
             config,
             specs,
@@ -186,7 +194,7 @@ impl<D: Device> Decoder<D> {
     }
 
     /// Runs the rows of a step through all layers. `placed` is [`Step::rows`] on the device. `keep` receives the tape
-    /// and the derived activations of each layer.
+    /// and the derived activations of each layer. `None` from a part of the model that is not its end.
     pub fn forward(
         &self,
         plan: &Plan,
@@ -195,12 +203,16 @@ impl<D: Device> Decoder<D> {
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
         mut keep: impl FnMut(LayerTape<D>, Derived<D>),
-    ) -> Result<Forward<D>> {
-        let mut x = self.embed(placed)?;
+    ) -> Result<Option<Forward<D>>> {
+        let mut x = self.input(placed)?;
         for l in 0..self.config.num_hidden_layers {
             let (tape, derived, next) = self.layer(plan, l, x, (step, placed), states, slots)?;
             keep(tape, derived);
             x = next;
+        }
+        if !self.config.part.ends {
+            self.stage.to_after(&self.device, x)?;
+            return Ok(None);
         }
         let (rows, width) = (step.tokens.len(), self.config.hidden_size);
         let norm = index::final_norm(self.config.num_hidden_layers);
@@ -210,10 +222,11 @@ impl<D: Device> Decoder<D> {
             hidden,
             [rows, width],
         )?;
-        Ok(Forward { x, hidden, rstd })
+        Ok(Some(Forward { x, hidden, rstd }))
     }
 
-    /// [`Decoder::forward`] for rows whose output is not needed: it stops after the keys and values of the last layer.
+    /// [`Decoder::forward`] for rows whose output is not needed: it stops after the keys and values of the model's last
+    /// layer.
     pub fn advance(
         &self,
         plan: &Plan,
@@ -222,7 +235,11 @@ impl<D: Device> Decoder<D> {
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
     ) -> Result<()> {
-        let mut x = self.embed(placed)?;
+        if !self.config.part.ends {
+            let done = self.forward(plan, step, placed, states, slots, |_, _| ());
+            return done.map(drop);
+        }
+        let mut x = self.input(placed)?;
         let last = self.config.num_hidden_layers - 1;
         for l in 0..last {
             (_, _, x) = self.layer(plan, l, x, (step, placed), states, slots)?;
@@ -231,8 +248,12 @@ impl<D: Device> Decoder<D> {
         Ok(())
     }
 
-    fn embed(&self, placed: &mut D::Step) -> Result<D::Buffer> {
+    /// The residual stream before the first layer: embedded tokens, or what the part before has computed.
+    fn input(&self, placed: &mut D::Step) -> Result<D::Buffer> {
         let (rows, hidden) = (placed.as_ref().tokens.len(), self.config.hidden_size);
+        if !self.config.part.begins {
+            return self.stage.from_before(&self.device, rows * hidden);
+        }
         let mut x = self.device.empty(Kind::Activation, rows * hidden)?;
         let table = self.weights.matrix(index::EMBEDDING);
         let y = RowsMut::packed(&mut x, 0, hidden);

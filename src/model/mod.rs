@@ -16,6 +16,7 @@ pub mod rope;
 pub mod segmentation;
 pub mod session;
 pub mod session_file;
+pub mod stage;
 pub mod state;
 pub mod switches;
 pub mod tokenizer;

@@ -118,6 +118,20 @@ impl HeadOrder {
 }
 
 impl TensorSpec {
+    /// In the place of a tensor that another part of the model has.
+    const ABSENT: Self = Self {
+        parts: Vec::new(),
+        role: Role::Matrix { out: 0, inner: 0 },
+        heads: None,
+        factor: 1.0,
+        frozen: false,
+    };
+
+    /// Whether another part of the model has this tensor.
+    pub fn is_absent(&self) -> bool {
+        self.parts.is_empty()
+    }
+
     /// Brings the values of all parts, as files have them, to the order in which they are kept.
     pub fn keep(&self, values: &mut [f32]) {
         if let Some(order) = self.heads {
@@ -238,17 +252,20 @@ pub fn specs(config: &ModelConfig) -> Vec<TensorSpec> {
     specs
 }
 
-/// The tensors of a model without its adapters, in the order of [`index`].
+/// The tensors of a model without its adapters, in the order of [`index`]. Where a configuration is a part of a model,
+/// what stands before or behind its layers is absent: without names and elements.
 pub fn base_specs(config: &ModelConfig) -> Vec<TensorSpec> {
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-    let names = &config.family.names;
-    let mut specs = vec![matrix(
-        &["model.embed_tokens.weight".into()],
-        &[vocab],
-        hidden,
-    )];
+    let (names, part) = (&config.family.names, &config.part);
+    let embedding = "model.embed_tokens.weight".to_owned();
+    let is_used = part.begins || part.ends && config.tie_word_embeddings;
+    let mut specs = vec![match is_used {
+        true => matrix(&[embedding], &[vocab], hidden),
+        false => TensorSpec::ABSENT,
+    }];
     for layer in 0..config.num_hidden_layers {
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let number = part.first_layer + layer;
+        let name = |part: &str| format!("model.layers.{number}.{part}");
         let weight = |part: &str| name(&format!("{part}.weight"));
         let weights = |parts: &[&str]| parts.iter().map(|p| weight(p)).collect::<Vec<_>>();
         specs.push(vector(
@@ -279,10 +296,14 @@ pub fn base_specs(config: &ModelConfig) -> Vec<TensorSpec> {
         specs.push(vector(&[name("self_attn.past_gate")], &[heads], gate));
     }
     let role = Role::Norm { len: hidden };
-    specs.push(vector(&["model.norm.weight".into()], &[hidden], role));
+    let mut last = vec![vector(&["model.norm.weight".into()], &[hidden], role)];
     if !config.tie_word_embeddings {
-        specs.push(matrix(&["lm_head.weight".into()], &[vocab], hidden));
+        last.push(matrix(&["lm_head.weight".into()], &[vocab], hidden));
     }
+    if !part.ends {
+        last.fill(TensorSpec::ABSENT);
+    }
+    specs.extend(last);
     for layer in 0..config.num_hidden_layers {
         specs.extend(Extra::of(config).map(|extra| extra_spec(config, layer, extra)));
     }
@@ -320,9 +341,10 @@ fn extra_spec(config: &ModelConfig, layer: usize, extra: Extra) -> TensorSpec {
         Extra::QueryNorm | Extra::KeyNorm => ("weight", Role::Norm { len }),
         _ => ("bias", Role::Bias { len }),
     };
+    let number = config.part.first_layer + layer;
     let parts = parts
         .iter()
-        .map(|part| format!("model.layers.{layer}.{part}.{end}"));
+        .map(|part| format!("model.layers.{number}.{part}.{end}"));
     TensorSpec {
         heads: head_order(config, heads, 1),
         ..vector(&parts.collect::<Vec<_>>(), &rows, role)

@@ -4,17 +4,24 @@
 //! of tokens for any of the sequences. The bits of the results do not depend on how tokens are split into calls.
 
 mod decode;
+mod flight;
+mod follow;
 mod selection;
 
 use super::decoder::{Decoder, Forward, Span, Step};
 use super::segmentation::{Cursor, Sequence};
-use super::state::{Angles, Carry, Plan, SequenceState, Slots, allocate_segment};
+use super::state::{Carry, Plan, SequenceState, allocate_segment};
 use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
+pub(super) use flight::Flight;
+pub use follow::follow;
+use follow::{Command, Told};
 pub use selection::SelectedTokens;
 
 /// Tokens per step of a model without segments; it bounds the memory of activations.
 const PLAIN_CHUNK: usize = 1024;
+/// Steps that the stages of a model may be apart in one call: each call ends with the last stage.
+const STAGED_STEPS: usize = 64;
 
 /// Tokens for one sequence of a session.
 #[derive(Debug, Clone, Copy)]
@@ -64,44 +71,8 @@ pub struct Session<'m, D: Device> {
     side_by_side: usize,
     /// Samplers of the sequences, and the recorded decoding steps.
     pub(super) decoding: Decoding<D>,
-}
-
-/// Slots of a session's segments in flight, allocated on first use.
-#[derive(Debug)]
-pub(super) struct Flight<D: Device> {
-    angles: Angles<D>,
-    sequences: usize,
-    /// Capacity of a slot, in rows.
-    room: usize,
-    open: Option<Slots<D>>,
-    passing: Option<Slots<D>>,
-}
-
-impl<D: Device> Flight<D> {
-    /// One slot for each sequence, which keeps its segment across steps.
-    pub(super) fn open(&mut self, device: &D, plan: &Plan) -> Result<&mut Slots<D>> {
-        // The slots for whole segments are not needed any more: free them first.
-        self.passing = None;
-        if self.open.is_none() {
-            let slots = Slots::new(device, plan, &self.angles, self.sequences, self.room)?;
-            self.open = Some(slots);
-        }
-        Ok(self.open.as_mut().expect("just made"))
-    }
-
-    /// The slots of segments that are being read, if there are any.
-    pub(super) fn opened(&self) -> Option<&Slots<D>> {
-        self.open.as_ref()
-    }
-
-    /// `count` slots for whole segments.
-    fn passing(&mut self, device: &D, plan: &Plan, count: usize) -> Result<&mut Slots<D>> {
-        if self.passing.is_none() {
-            let slots = Slots::passing(device, plan, &self.angles, count, self.room)?;
-            self.passing = Some(slots);
-        }
-        Ok(self.passing.as_mut().expect("just made"))
-    }
+    /// The same session of the model's other stages.
+    told: Told<'m, D>,
 }
 
 impl<'m, D: Device> Session<'m, D> {
@@ -113,22 +84,27 @@ impl<'m, D: Device> Session<'m, D> {
         longest: usize,
         segments_per_step: usize,
     ) -> Result<Self> {
+        let told = Told::open(
+            model,
+            &Command::Open {
+                sequences,
+                longest,
+                segments_per_step,
+            },
+        )?;
         let plan = Plan::new(&model.config, longest);
         // Breaks can make more segments, of fewer rows: those follow in other steps.
         let needed = longest.div_ceil(plan.segment_len).max(1);
         let side_by_side = segments_per_step.clamp(1, needed);
         let room = plan.segment_len.min(longest.max(1));
-        let flight = Flight {
-            angles: Angles::new(&model.device, &model.config, &plan, room)?,
-            sequences,
-            room,
-            open: None,
-            passing: None,
-        };
+        let flight = Flight::new(model, &plan, sequences, room)?;
         let states = (0..sequences)
             .map(|_| SequenceState::new(&model.device, &plan))
             .collect::<Result<_>>()?;
-        let logits = sequences * model.config.vocab_size;
+        let logits = match model.config.part.ends {
+            true => sequences * model.config.vocab_size,
+            false => 0,
+        };
         Ok(Self {
             model,
             plan,
@@ -138,6 +114,7 @@ impl<'m, D: Device> Session<'m, D> {
             logits: model.device.empty(Kind::Exact, logits)?,
             side_by_side,
             decoding: Decoding::default(),
+            told,
         })
     }
 
@@ -146,6 +123,7 @@ impl<'m, D: Device> Session<'m, D> {
     /// # Errors
     /// Those of the device.
     pub fn restart(&mut self, sequence: usize) -> Result<()> {
+        self.told.tell(&Command::Restart(sequence))?;
         let (device, plan) = (&self.model.device, &self.plan);
         let layers = self.states[sequence].layers.iter_mut();
         for (carry, reads) in layers.zip(&plan.reads) {
@@ -154,6 +132,17 @@ impl<'m, D: Device> Session<'m, D> {
         self.cursors[sequence] = Cursor::default();
         self.decoding.interrupt();
         Ok(())
+    }
+
+    /// Refuses what looks at all layers where some are in other processes.
+    pub(super) fn check_whole(&self) -> Result<()> {
+        match self.model.stage.is_whole() {
+            true => Ok(()),
+            false => {
+                let (expected, got) = ("all of them in one process", "a part of them");
+                Err(DeviceError::argument("layers", expected, got))
+            }
+        }
     }
 
     /// Where segments end in the next tokens of a sequence: after so many of `next`, ascending.
@@ -203,7 +192,15 @@ impl<'m, D: Device> Session<'m, D> {
     /// segments, so that the memory of activations is bounded.
     pub fn chunk(&self) -> usize {
         match &self.model.config.segment {
-            Some(segment) => segment.segment_len.saturating_mul(self.side_by_side),
+            Some(segment) => {
+                let steps = if self.model.stage.is_whole() {
+                    1
+                } else {
+                    STAGED_STEPS
+                };
+                let step = segment.segment_len.saturating_mul(self.side_by_side);
+                step.saturating_mul(steps)
+            }
             None => PLAIN_CHUNK,
         }
     }
@@ -296,6 +293,14 @@ impl<'m, D: Device> Session<'m, D> {
             self.model.check_tokens("tokens", feed.tokens)?;
             self.model.check_tokens("targets", feed.targets)?;
         }
+        let told = |feed: &Feed<'_>| {
+            let (tokens, breaks) = (feed.tokens.to_vec(), feed.breaks.to_vec());
+            (feed.sequence, tokens, breaks)
+        };
+        if !self.model.stage.is_whole() {
+            let feeds = feeds.iter().map(told);
+            self.told.tell(&Command::Feed(feeds.collect()))?;
+        }
         let device = &self.model.device;
         let fed = device.together(|| self.feed_all(feeds));
         fed.map_err(|error| error.wanted_for(Purpose::Activations))
@@ -322,9 +327,10 @@ impl<'m, D: Device> Session<'m, D> {
         let done = step(self);
         match done {
             Ok(_) => carries(self, Carry::commit),
-            Err(_) => {
+            Err(ref error) => {
                 carries(self, Carry::roll_back);
                 self.cursors = cursors;
+                self.told.fail(error);
             }
         }
         done
@@ -363,6 +369,9 @@ impl<'m, D: Device> Session<'m, D> {
             return Ok(true);
         }
         let forward = model.forward(plan, &step, &mut placed, &mut states, slots, |_, _| ())?;
+        let Some(forward) = forward else {
+            return Ok(true);
+        };
         let mut ended = Vec::new();
         for (span, (feed, first)) in step.spans.iter().zip(owners) {
             let (known, rows) = (&feeds[feed].targets, span.rows.rows);

@@ -172,6 +172,7 @@ impl StateFile {
         session: &mut Session<'_, D>,
         weights: &str,
     ) -> Result<(), StateFileError> {
+        session.check_whole()?;
         let got = self.reader.metadata("weights")?;
         if got != weights {
             let got = got.to_owned();
@@ -301,6 +302,7 @@ pub fn save<D: Device>(
     origin: Origin<'_>,
     place: &OutputFile,
 ) -> Result<(), StateFileError> {
+    session.check_whole()?;
     for (sequence, tokens) in origin.tokens.iter().enumerate() {
         let expected = session.cursors.get(sequence).map_or(0, |c| c.position);
         if !tokens.is_empty() && tokens.len() != expected {

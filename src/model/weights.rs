@@ -17,11 +17,12 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Part};
 use super::decoder::Decoder;
 use super::error::{ModelError, NameList, WeightsError};
 use super::files;
 use super::parameters::{Role, TensorSpec, Weights, base_specs};
+use super::stage::Stage;
 use crate::device::{Device, Kind, Purpose};
 use header::{Entry, FloatType, Format, Header, malformed, shown};
 use index::Index;
@@ -332,8 +333,8 @@ impl Checkpoint {
         Ok(values)
     }
 
-    /// The model on a device, without adapters. Host memory beside it: one tensor. `training` also prepares what
-    /// gradients need.
+    /// The model on a device, or a part of it, without adapters. Host memory beside it: one tensor. `training` also
+    /// prepares what gradients need.
     ///
     /// # Errors
     /// [`ModelError::Weights`] as [`Checkpoint::check`] and [`Checkpoint::read`],
@@ -344,7 +345,9 @@ impl Checkpoint {
         config: ModelConfig,
         training: bool,
     ) -> Result<Decoder<D>, ModelError> {
-        self.check(&config)?;
+        if config.part == Part::WHOLE {
+            self.check(&config)?;
+        }
         let specs = base_specs(&config);
         let upload = |i: usize| -> Result<D::Buffer, ModelError> {
             let values = self.read(&specs[i])?;
@@ -356,6 +359,7 @@ impl Checkpoint {
         let weights = Weights::prepare(&device, &specs, upload, training)?;
         Ok(Decoder {
             device,
+            stage: Stage::planned(&config.part),
             config: ModelConfig {
                 lora: None,
                 ..config

@@ -19,7 +19,7 @@ pub struct Piece {
     pub range: Range<usize>,
 }
 
-/// Moves parts of buffers of f32 ([`Kind::Exact`](crate::device::Kind::Exact)) between ranks.
+/// Moves buffers, and parts of those of f32 ([`Kind::Exact`](crate::device::Kind::Exact)), between ranks.
 pub trait Engine<D: Device>: Debug + Send + Sync {
     /// The connections by which the ranks have met.
     fn mesh(&self) -> &Mesh;
@@ -36,6 +36,24 @@ pub trait Engine<D: Device>: Debug + Send + Sync {
         buffers: &mut [&mut D::Buffer],
         sends: &[Piece],
         receives: &[Piece],
+        doing: &'static str,
+    ) -> Result<()>;
+
+    /// Sends a buffer of any kind to one rank, after those before, and does not wait until it is there.
+    ///
+    /// # Errors
+    /// As [`Mesh::post`], and what the device says.
+    fn send(&self, device: &D, buffer: D::Buffer, to: usize, doing: &'static str) -> Result<()>;
+
+    /// Fills a buffer with the next one that a rank has sent, of the same kind and length, without changing a bit.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`], and what the device says.
+    fn receive(
+        &self,
+        device: &D,
+        buffer: &mut D::Buffer,
+        from: usize,
         doing: &'static str,
     ) -> Result<()>;
 }
@@ -73,6 +91,24 @@ impl<D: Device> Engine<D> for Mesh {
             Ok(())
         })
     }
+
+    fn send(&self, device: &D, buffer: D::Buffer, to: usize, doing: &'static str) -> Result<()> {
+        // f32 holds every number of a device of 16 or 32 bits.
+        let values = device.read(&buffer, 0..device.len(&buffer))?;
+        self.post(to, bytemuck::cast_slice(&values).to_vec(), doing)
+    }
+
+    fn receive(
+        &self,
+        device: &D,
+        buffer: &mut D::Buffer,
+        from: usize,
+        doing: &'static str,
+    ) -> Result<()> {
+        let mut values = vec![0f32; device.len(buffer)];
+        self.fill(from, bytemuck::cast_slice_mut(&mut values), doing)?;
+        Ok(device.write(buffer, 0, &values)?)
+    }
 }
 
 impl<D: Device> Engine<D> for Arc<Mesh> {
@@ -89,6 +125,20 @@ impl<D: Device> Engine<D> for Arc<Mesh> {
         doing: &'static str,
     ) -> Result<()> {
         Engine::exchange(&**self, device, buffers, sends, receives, doing)
+    }
+
+    fn send(&self, device: &D, buffer: D::Buffer, to: usize, doing: &'static str) -> Result<()> {
+        Engine::send(&**self, device, buffer, to, doing)
+    }
+
+    fn receive(
+        &self,
+        device: &D,
+        buffer: &mut D::Buffer,
+        from: usize,
+        doing: &'static str,
+    ) -> Result<()> {
+        Engine::receive(&**self, device, buffer, from, doing)
     }
 }
 
@@ -169,6 +219,40 @@ impl<D: Device> Ranks<D> {
     ) -> Result<()> {
         match &self.engine {
             Some(engine) => engine.exchange(device, buffers, sends, receives, doing),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Engine::send`]; the buffer is dropped where there is no other rank.
+    ///
+    /// # Errors
+    /// As [`Engine::send`].
+    pub fn send(
+        &self,
+        device: &D,
+        buffer: D::Buffer,
+        to: usize,
+        doing: &'static str,
+    ) -> Result<()> {
+        match &self.engine {
+            Some(engine) => engine.send(device, buffer, to, doing),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Engine::receive`]; nothing where there is no other rank.
+    ///
+    /// # Errors
+    /// As [`Engine::receive`].
+    pub fn receive(
+        &self,
+        device: &D,
+        buffer: &mut D::Buffer,
+        from: usize,
+        doing: &'static str,
+    ) -> Result<()> {
+        match &self.engine {
+            Some(engine) => engine.receive(device, buffer, from, doing),
             None => Ok(()),
         }
     }

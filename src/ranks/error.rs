@@ -144,3 +144,12 @@ impl RankError {
 
 /// Results between ranks.
 pub type Result<T> = std::result::Result<T, RankError>;
+
+impl From<RankError> for DeviceError {
+    fn from(error: RankError) -> Self {
+        match error {
+            RankError::Device(error) => error,
+            error => DeviceError::Exchange(Box::new(error)),
+        }
+    }
+}

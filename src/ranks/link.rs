@@ -68,6 +68,18 @@ impl Link {
         self.receive_at_most(usize::MAX, doing)
     }
 
+    /// The next message, however long it does not come.
+    pub fn receive_at_last(&self, doing: &'static str) -> Result<Vec<u8>> {
+        loop {
+            let came = self.stream.peek(&mut [0]);
+            match came {
+                Err(error) if is_late(&error) || error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(error, doing)),
+                Ok(_) => return self.receive(doing),
+            }
+        }
+    }
+
     /// The next message, which may have `most` bytes.
     pub fn receive_at_most(&self, most: usize, doing: &'static str) -> Result<Vec<u8>> {
         let len = self.next(doing)?;
@@ -208,7 +220,7 @@ impl Link {
     fn failed(&self, error: io::Error, doing: &'static str) -> RankError {
         let rank = self.peer;
         match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => RankError::Slow {
+            _ if is_late(&error) => RankError::Slow {
                 rank,
                 doing,
                 seconds: self.limit.as_secs(),
@@ -225,6 +237,11 @@ impl Link {
             },
         }
     }
+}
+
+/// Whether the time limit has passed.
+fn is_late(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
 fn head(kind: u8, len: usize) -> [u8; HEAD] {

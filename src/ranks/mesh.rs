@@ -5,6 +5,7 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{RankError, Result};
 use super::link::Link;
+use super::outbox::Outbox;
 use super::place::Place;
 
 /// What the ranks do while they meet.
@@ -44,7 +46,9 @@ struct Hello {
 pub struct Mesh {
     rank: usize,
     /// By rank; `None` at its own place.
-    links: Vec<Option<Link>>,
+    links: Vec<Option<Arc<Link>>>,
+    /// What waits to be sent, by rank.
+    outboxes: Vec<Outbox>,
     limit: Duration,
     /// Whether the others were told that the run has ended.
     ended: AtomicBool,
@@ -73,7 +77,8 @@ impl Mesh {
         };
         Ok(Self {
             rank: place.rank,
-            links,
+            outboxes: links.iter().map(|_| Outbox::default()).collect(),
+            links: links.into_iter().map(|link| link.map(Arc::new)).collect(),
             limit,
             ended: AtomicBool::new(false),
         })
@@ -160,6 +165,49 @@ impl Mesh {
         })
     }
 
+    /// Sends a message to one rank, after all that were sent there before, and does not wait until it is read.
+    ///
+    /// # Errors
+    /// [`RankError::Lost`], [`RankError::Slow`], also of a message before; [`RankError::Told`].
+    pub fn post(&self, to: usize, message: Vec<u8>, doing: &'static str) -> Result<()> {
+        self.alone(to, |link| self.outboxes[to].post(link, message, doing))
+    }
+
+    /// The next message of one rank.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`].
+    pub fn take(&self, from: usize, doing: &'static str) -> Result<Vec<u8>> {
+        self.alone(from, |link| link.receive(doing))
+    }
+
+    /// The next message of one rank, however long it does not come.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`], but for [`RankError::Slow`].
+    pub fn await_message(&self, from: usize, doing: &'static str) -> Result<Vec<u8>> {
+        self.alone(from, |link| link.receive_at_last(doing))
+    }
+
+    /// Reads the next message of one rank, which must have as many bytes.
+    pub(super) fn fill(&self, from: usize, bytes: &mut [u8], doing: &'static str) -> Result<()> {
+        self.alone(from, |link| {
+            link.expect(bytes.len(), doing)?;
+            link.part(bytes, doing)
+        })
+    }
+
+    /// Something with one rank alone. After an error the others are told of it.
+    fn alone<T>(&self, peer: usize, work: impl FnOnce(&Arc<Link>) -> Result<T>) -> Result<T> {
+        let link = self.links.get(peer).and_then(Option::as_ref);
+        let link = link.expect("another rank of this run");
+        let done = work(link).map_err(|error| link.explained(error));
+        if let Err(error) = &done {
+            self.end(&error.to_string());
+        }
+        done
+    }
+
     /// Tells the others that this rank ends the run, and why. Later calls do nothing.
     pub fn end(&self, why: &str) {
         if !self.ended.swap(true, Ordering::SeqCst) {
@@ -169,7 +217,7 @@ impl Mesh {
 
     fn others(&self) -> impl Iterator<Item = (usize, &Link)> {
         let links = self.links.iter().enumerate();
-        links.filter_map(|(rank, link)| Some((rank, link.as_ref()?)))
+        links.filter_map(|(rank, link)| Some((rank, link.as_deref()?)))
     }
 
     /// What `receive` makes of each other rank, or the first error. The rest is read even then: a connection that is
@@ -191,6 +239,8 @@ impl Mesh {
     ) -> Result<T> {
         let small = |parts: &[&[u8]]| parts.iter().map(|p| p.len()).sum::<usize>() <= SMALL;
         let done = std::thread::scope(|scope| {
+            // Messages arrive in the order in which they were sent.
+            self.outboxes.iter().try_for_each(Outbox::flush)?;
             let mut threads = Vec::new();
             for (link, parts) in sends {
                 let send = move || link.send(parts, doing);
@@ -218,6 +268,13 @@ impl Mesh {
             self.end(&error.to_string());
         }
         done
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        // Who has an error has said so by now.
+        self.outboxes.iter().for_each(|outbox| drop(outbox.flush()));
     }
 }
 

@@ -16,6 +16,7 @@ mod link;
 mod mesh;
 #[cfg(feature = "cuda")]
 mod nccl;
+mod outbox;
 mod place;
 
 pub use agreement::Agreement;

@@ -2,12 +2,14 @@
 //!
 //! Only sends and receives are used: NCCL's own reductions add in an order that depends on the number of ranks.
 
+use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use cudarc::driver::{CudaEvent, CudaStream};
 use libloading::Library;
 
 use super::engine::{Engine, Piece};
@@ -20,12 +22,14 @@ use crate::device::gpu::{self, Gpu};
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 /// Bytes of the name by which ranks find each other.
 const ID: usize = 128;
-/// NCCL's number of f32 among its types.
-const FLOAT32: c_int = 7;
-/// Between two looks whether an exchange is done: short at first, then longer.
-const PAUSES: [Duration; 2] = [Duration::from_micros(20), Duration::from_millis(5)];
-/// Looks after which the pauses are long, and other ranks are looked at too.
-const SHORT: usize = 500;
+/// NCCL's number of bytes among its types.
+const UINT8: c_int = 1;
+/// Buffers on their way in one lane before another one is sent: enough for a neighbour that is busy for a while.
+const WAITING: usize = 2;
+/// Between two looks whether an exchange is done.
+const PAUSE: Duration = Duration::from_micros(50);
+/// So many looks, and the other ranks are looked at too.
+const LOOKS: usize = 100;
 
 /// The name by which ranks find each other in NCCL.
 #[repr(C)]
@@ -91,14 +95,30 @@ impl Functions {
 pub struct Nccl {
     mesh: Arc<Mesh>,
     functions: Functions,
-    /// Null once an exchange has failed.
-    communicator: Mutex<Handle>,
+    /// Whole buffers go to higher ranks by the last lane and to lower ranks by the first. Parts of buffers go by the
+    /// first.
+    lanes: Vec<Mutex<Lane>>,
 }
 
-struct Handle(Communicator);
+/// A communicator of all ranks with a stream of its own.
+struct Lane {
+    /// Null once an exchange has failed.
+    communicator: Communicator,
+    stream: Arc<CudaStream>,
+    /// Buffers on their way to other ranks.
+    sending: VecDeque<(CudaEvent, gpu::Buffer<Cuda>)>,
+}
 
 // SAFETY: NCCL ties a communicator to a device, not to a thread; the mutex lets one thread use it at a time.
-unsafe impl Send for Handle {}
+unsafe impl Send for Lane {}
+
+/// Device memory that goes to a rank or comes from there.
+struct Transfer {
+    address: u64,
+    bytes: usize,
+    peer: usize,
+    sends: bool,
+}
 
 impl std::fmt::Debug for Nccl {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -107,110 +127,57 @@ impl std::fmt::Debug for Nccl {
 }
 
 impl Nccl {
-    /// Makes a communicator of all ranks, each on its own GPU. All ranks call it together. NCCL itself waits here for
-    /// all of them, without a time limit.
+    /// Makes communicators of all ranks, each on its own GPU. All ranks call it together. NCCL itself waits here for
+    /// all of them, without a time limit. `both_ways`: whether whole buffers go to higher ranks and to lower ones, so
+    /// that neither way waits for the other.
     ///
     /// # Errors
     /// [`RankError::Library`] where NCCL is not there or refuses; [`RankError::SameDevice`]; as [`Mesh::gather`].
-    pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>) -> Result<Self> {
-        let functions = Functions::load().map_err(|error| RankError::Library {
-            doing: "loading NCCL".into(),
-            reason: error.to_string(),
-        })?;
+    pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>, both_ways: bool) -> Result<Self> {
+        let functions = Functions::load().map_err(|e| library("loading NCCL", e))?;
         bind(gpu)?;
-        let mut id = UniqueId([0; ID]);
-        if mesh.rank() == 0 {
-            // SAFETY: the function writes an id.
-            let code = unsafe { (functions.get_unique_id)(&mut id) };
-            functions.check("naming the ranks", code)?;
-        }
-        let uuid = gpu.driver().stream().context().uuid();
-        let uuid = uuid.map_err(|error| RankError::Library {
-            doing: "telling the GPU".into(),
-            reason: error.to_string(),
-        })?;
-        let mut message = id.0.map(|c| c as u8).to_vec();
-        message.extend(uuid.bytes.map(|c| c as u8));
-        let all = mesh.gather(&message, "NCCL is started")?;
-        let gpus: Vec<&[u8]> = all
-            .iter()
-            .map(|message| &message[ID.min(message.len())..])
-            .collect();
+        let context = gpu.driver().stream().context();
+        let uuid = context.uuid().map_err(|e| library("telling the GPU", e))?;
+        let gpus = mesh.gather(&uuid.bytes.map(|c| c as u8), "NCCL is started")?;
         if let Some(ranks) = sharing(&gpus) {
             return Err(RankError::SameDevice { ranks });
         }
-        for (to, from) in id.0.iter_mut().zip(&all[0]) {
-            *to = *from as c_char;
+        let mut lanes = Vec::new();
+        for _ in 0..1 + usize::from(both_ways) {
+            let stream = context.new_stream();
+            lanes.push(Mutex::new(Lane {
+                communicator: functions.communicator(&mesh)?,
+                stream: stream.map_err(|e| library("making a stream", e))?,
+                sending: VecDeque::new(),
+            }));
         }
-        let mut communicator = ptr::null_mut();
-        let [world, rank] = [mesh.world(), mesh.rank()].map(|n| n as c_int);
-        // SAFETY: the function writes a communicator; this thread's device is the rank's GPU.
-        let code = unsafe { (functions.init_rank)(&mut communicator, world, id, rank) };
-        functions.check("starting NCCL", code)?;
         Ok(Self {
             mesh,
             functions,
-            communicator: Mutex::new(Handle(communicator)),
+            lanes,
         })
     }
 
-    /// Queues the sends and receives of an exchange.
-    fn queue(
-        &self,
-        communicator: Communicator,
-        gpu: &Gpu<Cuda>,
-        pieces: &[(u64, &Piece, bool)],
-    ) -> Result<()> {
-        let stream = gpu.driver().stream().cu_stream().cast();
-        let functions = &self.functions;
-        // SAFETY: the function only begins a group.
-        functions.check("starting a group", unsafe { (functions.group_start)() })?;
-        let mut done = Ok(());
-        for (address, piece, sends) in pieces {
-            let (len, peer) = (piece.range.len(), piece.peer as c_int);
-            // SAFETY: the address is that of `len` f32 in a buffer of this GPU, which outlives the exchange.
-            let code = unsafe {
-                match sends {
-                    true => (functions.send)(
-                        *address as *const c_void,
-                        len,
-                        FLOAT32,
-                        peer,
-                        communicator,
-                        stream,
-                    ),
-                    false => (functions.receive)(
-                        *address as *mut c_void,
-                        len,
-                        FLOAT32,
-                        peer,
-                        communicator,
-                        stream,
-                    ),
-                }
-            };
-            done = done.and_then(|()| functions.check("sending or receiving", code));
+    /// The lane from one rank to another.
+    fn lane(&self, from: usize, to: usize) -> Result<MutexGuard<'_, Lane>> {
+        let lane = &self.lanes[usize::from(from < to).min(self.lanes.len() - 1)];
+        let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+        match lane.communicator.is_null() {
+            false => Ok(lane),
+            true => Err(library("exchanging", "an exchange before has failed")),
         }
-        // SAFETY: the group was begun above.
-        let ended = functions.check("ending a group", unsafe { (functions.group_end)() });
-        done.and(ended)
     }
 
-    /// Waits until the stream has done what is queued, and looks at the other ranks meanwhile.
-    fn wait(&self, gpu: &Gpu<Cuda>, doing: &'static str) -> Result<()> {
-        let (stream, began) = (gpu.driver().stream(), Instant::now());
-        let event = stream
-            .record_event(None)
-            .map_err(|error| RankError::Library {
-                doing: "recording an event".into(),
-                reason: error.to_string(),
-            })?;
-        for look in 0.. {
-            if event.is_complete() {
+    /// Waits until an event has come, and looks at the other ranks meanwhile.
+    fn wait(&self, event: &CudaEvent, doing: &'static str) -> Result<()> {
+        let began = Instant::now();
+        for look in 1.. {
+            let is_complete = event.try_is_complete();
+            if is_complete.map_err(|e| library(doing, e))? {
                 break;
             }
-            sleep(PAUSES[usize::from(look > SHORT)]);
-            if look > SHORT {
+            sleep(PAUSE);
+            if look % LOOKS == 0 {
                 self.mesh.look(doing)?;
             }
             if began.elapsed() > self.mesh.limit() {
@@ -223,6 +190,97 @@ impl Nccl {
             }
         }
         Ok(())
+    }
+
+    /// After an error of `work` the others are told of it, and the lane is not used again.
+    fn ended_on_error<T>(
+        &self,
+        lane: &mut Lane,
+        work: impl FnOnce(&mut Lane) -> Result<T>,
+    ) -> Result<T> {
+        let done = work(lane);
+        if let Err(error) = &done {
+            self.mesh.end(&error.to_string());
+            self.abort(lane);
+        }
+        done
+    }
+
+    fn abort(&self, lane: &mut Lane) {
+        let communicator = std::mem::replace(&mut lane.communicator, ptr::null_mut());
+        if !communicator.is_null() {
+            // SAFETY: the communicator is this lane's, and not used again.
+            unsafe { (self.functions.abort)(communicator) };
+        }
+    }
+
+    /// Frees buffers that are sent, and waits until at most `most` are on their way.
+    fn free_sent(&self, lane: &mut Lane, most: usize, doing: &'static str) -> Result<()> {
+        while let Some((event, _)) = lane.sending.front() {
+            if lane.sending.len() > most {
+                self.wait(event, doing)?;
+            } else if !event.is_complete() {
+                break;
+            }
+            lane.sending.pop_front();
+        }
+        Ok(())
+    }
+}
+
+impl Functions {
+    /// A communicator of all ranks, which call it together.
+    fn communicator(&self, mesh: &Mesh) -> Result<Communicator> {
+        let mut id = UniqueId([0; ID]);
+        if mesh.rank() == 0 {
+            // SAFETY: the function writes an id.
+            let code = unsafe { (self.get_unique_id)(&mut id) };
+            self.check("naming the ranks", code)?;
+        }
+        let all = mesh.gather(&id.0.map(|c| c as u8), "NCCL is started")?;
+        for (to, from) in id.0.iter_mut().zip(&all[0]) {
+            *to = *from as c_char;
+        }
+        let mut communicator = ptr::null_mut();
+        let [world, rank] = [mesh.world(), mesh.rank()].map(|n| n as c_int);
+        // SAFETY: the function writes a communicator; this thread's device is the rank's GPU.
+        let code = unsafe { (self.init_rank)(&mut communicator, world, id, rank) };
+        self.check("starting NCCL", code)?;
+        Ok(communicator)
+    }
+
+    /// Queues sends and receives on a stream.
+    fn queue(
+        &self,
+        communicator: Communicator,
+        stream: &CudaStream,
+        transfers: &[Transfer],
+    ) -> Result<()> {
+        let stream = stream.cu_stream().cast();
+        // SAFETY: the function only begins a group.
+        self.check("starting a group", unsafe { (self.group_start)() })?;
+        let mut done = Ok(());
+        for transfer in transfers {
+            let Transfer { address, bytes, .. } = *transfer;
+            let peer = transfer.peer as c_int;
+            // SAFETY: so many bytes of this GPU's memory, which outlive the exchange.
+            let code = unsafe {
+                match transfer.sends {
+                    true => {
+                        let from = address as *const c_void;
+                        (self.send)(from, bytes, UINT8, peer, communicator, stream)
+                    }
+                    false => {
+                        let to = address as *mut c_void;
+                        (self.receive)(to, bytes, UINT8, peer, communicator, stream)
+                    }
+                }
+            };
+            done = done.and_then(|()| self.check("sending or receiving", code));
+        }
+        // SAFETY: the group was begun above.
+        let ended = self.check("ending a group", unsafe { (self.group_end)() });
+        done.and(ended)
     }
 }
 
@@ -239,53 +297,111 @@ impl Engine<Gpu<Cuda>> for Nccl {
         receives: &[Piece],
         doing: &'static str,
     ) -> Result<()> {
-        let mut handle = self
-            .communicator
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if handle.0.is_null() {
-            return Err(RankError::Library {
-                doing: doing.into(),
-                reason: "an exchange before has failed".into(),
-            });
-        }
+        let mut lane = self.lane(0, 0)?;
         bind(gpu)?;
-        let located = |piece, sends| -> Result<_> {
-            let Piece { buffer, range, .. }: &Piece = piece;
-            let address = gpu.exact_address(buffers[*buffer], range.clone())?;
-            Ok((address, piece, sends))
+        let located = |piece: &Piece, sends| -> Result<Transfer> {
+            let range = piece.range.clone();
+            Ok(Transfer {
+                bytes: range.len() * size_of::<f32>(),
+                address: gpu.exact_address(buffers[piece.buffer], range)?,
+                peer: piece.peer,
+                sends,
+            })
         };
         let sends = sends.iter().map(|piece| located(piece, true));
-        let pieces = sends.chain(receives.iter().map(|piece| located(piece, false)));
-        let pieces = pieces.collect::<Result<Vec<_>>>()?;
-        let done = self
-            .queue(handle.0, gpu, &pieces)
-            .and_then(|()| self.wait(gpu, doing));
-        if let Err(error) = &done {
-            self.mesh.end(&error.to_string());
-            // SAFETY: the communicator is this one's, and not used again.
-            unsafe { (self.functions.abort)(std::mem::replace(&mut handle.0, ptr::null_mut())) };
-        }
-        done
+        let transfers = sends.chain(receives.iter().map(|piece| located(piece, false)));
+        let transfers = transfers.collect::<Result<Vec<_>>>()?;
+        let stream = gpu.driver().stream();
+        self.ended_on_error(&mut lane, |lane| {
+            self.functions
+                .queue(lane.communicator, stream, &transfers)?;
+            let event = stream.record_event(None);
+            self.wait(&event.map_err(|e| library(doing, e))?, doing)
+        })
+    }
+
+    fn send(
+        &self,
+        gpu: &Gpu<Cuda>,
+        buffer: gpu::Buffer<Cuda>,
+        to: usize,
+        doing: &'static str,
+    ) -> Result<()> {
+        let mut lane = self.lane(self.mesh.rank(), to)?;
+        bind(gpu)?;
+        let (address, bytes) = gpu.bytes_of(&buffer)?;
+        self.ended_on_error(&mut lane, |lane| {
+            let ready = lane.stream.join(gpu.driver().stream());
+            ready.map_err(|e| library(doing, e))?;
+            let transfer = Transfer {
+                address,
+                bytes,
+                peer: to,
+                sends: true,
+            };
+            self.functions
+                .queue(lane.communicator, &lane.stream, &[transfer])?;
+            let event = lane.stream.record_event(None);
+            lane.sending
+                .push_back((event.map_err(|e| library(doing, e))?, buffer));
+            self.free_sent(lane, WAITING, doing)
+        })
+    }
+
+    fn receive(
+        &self,
+        gpu: &Gpu<Cuda>,
+        buffer: &mut gpu::Buffer<Cuda>,
+        from: usize,
+        doing: &'static str,
+    ) -> Result<()> {
+        let mut lane = self.lane(from, self.mesh.rank())?;
+        bind(gpu)?;
+        let (address, bytes) = gpu.bytes_of(buffer)?;
+        self.ended_on_error(&mut lane, |lane| {
+            // The memory may have been another buffer's, which queued calls still use.
+            let free = lane.stream.join(gpu.driver().stream());
+            free.map_err(|e| library(doing, e))?;
+            let transfer = Transfer {
+                address,
+                bytes,
+                peer: from,
+                sends: false,
+            };
+            self.functions
+                .queue(lane.communicator, &lane.stream, &[transfer])?;
+            let event = lane.stream.record_event(None);
+            let event = event.map_err(|e| library(doing, e))?;
+            let ordered = gpu.driver().stream().wait(&event);
+            ordered.map_err(|e| library(doing, e))?;
+            self.wait(&event, doing)
+        })
     }
 }
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        let handle = self
-            .communicator
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        if !handle.0.is_null() {
-            // SAFETY: as above. All exchanges have ended, so nothing is lost.
-            unsafe { (self.functions.abort)(handle.0) };
+        for lane in &self.lanes {
+            let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+            if !lane.communicator.is_null() {
+                // What does not arrive is seen by the rank that waits for it.
+                let _ = self.free_sent(&mut lane, 0, "the last buffers are sent");
+                self.abort(&mut lane);
+            }
         }
     }
 }
 
+fn library(doing: &str, reason: impl ToString) -> RankError {
+    RankError::Library {
+        doing: doing.into(),
+        reason: reason.to_string(),
+    }
+}
+
 /// The first ranks that have the same one of these, which are given by rank.
-fn sharing(devices: &[&[u8]]) -> Option<Vec<usize>> {
-    let same = |device: &&[u8]| {
+fn sharing(devices: &[Vec<u8>]) -> Option<Vec<usize>> {
+    let same = |device: &Vec<u8>| {
         let ranks = (0..devices.len()).filter(|rank| devices[*rank] == *device);
         Some(ranks.collect::<Vec<_>>()).filter(|ranks| ranks.len() > 1)
     };
@@ -294,10 +410,7 @@ fn sharing(devices: &[&[u8]]) -> Option<Vec<usize>> {
 
 fn bind(gpu: &Gpu<Cuda>) -> Result<()> {
     let bound = gpu.driver().stream().context().bind_to_thread();
-    bound.map_err(|error| RankError::Library {
-        doing: "choosing the GPU".into(),
-        reason: error.to_string(),
-    })
+    bound.map_err(|error| library("choosing the GPU", error))
 }
 
 #[cfg(test)]
@@ -306,7 +419,15 @@ mod tests {
 
     #[test]
     fn ranks_on_one_gpu_are_found() {
-        assert_eq!(sharing(&[b"a", b"b", b"c"]), None);
-        assert_eq!(sharing(&[b"a", b"b", b"a", b"b"]), Some(vec![0, 2]));
+        let gpus = |names: &[&str]| {
+            sharing(
+                &names
+                    .iter()
+                    .map(|n| n.as_bytes().to_vec())
+                    .collect::<Vec<_>>(),
+            )
+        };
+        assert_eq!(gpus(&["a", "b", "c"]), None);
+        assert_eq!(gpus(&["a", "b", "a", "b"]), Some(vec![0, 2]));
     }
 }

@@ -269,6 +269,7 @@ impl<'a, D: Device> Streams<'a, D> {
                 });
             },
         )?;
+        let forward = forward.expect("the model is whole");
         let d_top = self.losses(&step, &segments, &forward, gradients)?;
         let (rows, spans) = (step.tokens.len(), step.spans.len());
         let d_embedded = device.empty(Kind::Activation, rows * self.model.config.hidden_size)?;

@@ -31,6 +31,7 @@ use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::parameters::{Weights, base_specs, specs};
 use crate::model::session::score;
+use crate::model::stage::Stage;
 use crate::ranks::Ranks;
 
 /// What a step did.
@@ -269,6 +270,7 @@ impl<D: Device> Trainer<D> {
             None => own,
         };
         let model = Decoder {
+            stage: Stage::planned(&model.part),
             device,
             config: model,
             specs,

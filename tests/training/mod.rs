@@ -4,7 +4,7 @@
 // Every test program uses a part of this.
 #![allow(dead_code)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -170,4 +170,9 @@ pub fn send(signal: &str, child: &Child) {
 /// The newest checkpoint of a run.
 pub fn newest(run: &Path) -> Checkpoint {
     load_latest(&run.join("checkpoints")).unwrap().1
+}
+
+/// Its folder.
+pub fn newest_folder(run: &Path) -> PathBuf {
+    load_latest(&run.join("checkpoints")).unwrap().0
 }

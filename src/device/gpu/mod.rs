@@ -108,6 +108,15 @@ impl<D: Driver> Gpu<D> {
         Ok(self.exact(buffer, range.start, range.len())? as usize as u64)
     }
 
+    /// Address and number of the bytes of a buffer of any kind, as [`Gpu::exact_address`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Argument`](super::DeviceError::Argument) for a buffer of another device.
+    pub fn bytes_of(&self, buffer: &Buffer<D>) -> Result<(u64, usize)> {
+        let bytes = buffer.len * bytes_of(buffer.kind);
+        Ok((self.range(buffer, 0, buffer.len)?, bytes))
+    }
+
     fn block(&self, bytes: usize) -> Result<Block<D>> {
         let block = self.memory.block(Arena::Buffers, bytes)?;
         // Buffers have no budget: it is the number of bytes that is beyond all memory.

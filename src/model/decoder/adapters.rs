@@ -5,6 +5,7 @@ use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
 use crate::model::config::ModelConfig;
 use crate::model::lora::{Adapter, Lora, Product};
 use crate::model::parameters::{Weights, base_specs, specs};
+use crate::model::stage::Stage;
 
 impl<D: Device> Decoder<D> {
     /// This model with other adapters, or with none. The other weights are shared, not copied. `values(i)`: those of
@@ -43,6 +44,7 @@ impl<D: Device> Decoder<D> {
         Ok(Self {
             device: self.device.clone(),
             weights: self.weights.with(base, adapters),
+            stage: Stage::planned(&config.part),
             config,
             specs,
         })

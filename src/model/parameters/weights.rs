@@ -14,6 +14,8 @@ pub enum Weight<D: Device> {
     Vector(D::Buffer),
     /// Past gates, on the host too since they decide which work is done.
     Gate(Vec<f32>),
+    /// Of another part of the model.
+    Absent,
 }
 
 /// All weights of a model on a device, in the order of its specs. Models that differ in their adapters share the
@@ -32,6 +34,9 @@ impl<D: Device> Weights<D> {
         training: bool,
     ) -> std::result::Result<Self, E> {
         let prepare = |(i, spec): (usize, &TensorSpec)| -> std::result::Result<_, E> {
+            if spec.is_absent() {
+                return Ok(Arc::new(Weight::Absent));
+            }
             let buffer = values(i)?;
             Ok(Arc::new(match spec.role {
                 Role::Matrix { out, inner } => {
@@ -91,6 +96,7 @@ impl<D: Device> Weights<D> {
                 *gate = device.read(values, 0..gate.len())?;
                 Ok(())
             }
+            Weight::Absent => Ok(()),
         }
     }
 

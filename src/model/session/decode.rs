@@ -4,6 +4,7 @@
 //! normally, the second is recorded, and the following ones replay the recording. Steps in which a segment begins or
 //! ends run normally. The recording stays valid across them, because the buffers that it uses do not move.
 
+use super::follow::Command;
 use super::{Session, Step};
 use crate::device::sampler::SamplerConfig;
 use crate::device::{Device, Purpose, Recording, Result, Sampled, Samplers};
@@ -124,6 +125,9 @@ impl<D: Device> Session<'_, D> {
         if next.is_empty() {
             return Ok(Vec::new());
         }
+        if !self.model.stage.is_whole() {
+            self.told.tell(&Command::Decode(next.to_vec()))?;
+        }
         let sequences: Vec<usize> = next.iter().map(|(sequence, _)| *sequence).collect();
         let device = &self.model.device;
         self.undone_on_error(|session| {
@@ -133,12 +137,24 @@ impl<D: Device> Session<'_, D> {
         })
     }
 
+    /// [`Session::decode`] of a stage that is not the last: its layers' part of the step.
+    pub(super) fn pass_on_decoding(&mut self, next: &[(usize, u32)]) -> Result<()> {
+        let sequences = next.iter().map(|(sequence, _)| *sequence).collect();
+        let device = &self.model.device;
+        self.undone_on_error(|session| device.together(|| session.decode_step(next, sequences)))
+    }
+
     fn decode_step(&mut self, next: &[(usize, u32)], sequences: Vec<usize>) -> Result<()> {
         let device = &self.model.device;
         let step = self.next_rows(next);
-        self.decoding.samplers().select(device, &sequences)?;
+        let part = &self.model.config.part;
+        if part.ends {
+            self.decoding.samplers().select(device, &sequences)?;
+        }
         let mut steps = self.placed(&step, sequences)?;
-        if steps.warm && !self.hands_over(&step) {
+        // What comes from other stages cannot be recorded.
+        let is_whole = self.model.stage.is_whole();
+        if steps.warm && is_whole && !self.hands_over(&step) {
             if steps.recording.is_none() {
                 let placed = &mut steps.placed;
                 let recorded = device.record(|| self.run(&step, placed))?;
@@ -203,6 +219,9 @@ impl<D: Device> Session<'_, D> {
         let (model, plan) = (self.model, &self.plan);
         let slots = self.flight.open(&model.device, plan)?;
         let forward = model.forward(plan, step, placed, &mut states, slots, |_, _| ())?;
+        let Some(forward) = forward else {
+            return Ok(());
+        };
         let spans = step.spans.iter();
         let ended: Vec<(usize, usize)> = spans.map(|s| (s.sequence, s.rows.row)).collect();
         for ended in ended.chunks(D::LOGIT_ROWS) {

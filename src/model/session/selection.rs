@@ -24,6 +24,7 @@ impl<D: Device> Session<'_, D> {
     /// # Errors
     /// Those of the device.
     pub fn selected(&self, sequence: usize) -> Result<Vec<SelectedTokens>> {
+        self.check_whole()?;
         let mut selected = Vec::new();
         for (layer, carry) in self.states[sequence].layers.iter().enumerate() {
             let Some(pool) = &carry.pool else {
@@ -52,6 +53,7 @@ impl<D: Device> Session<'_, D> {
     /// [`DeviceError::Argument`] for a head that does not read the past or for tokens that it cannot select, or what
     /// the device says.
     pub fn replace_selected(&mut self, sequence: usize, selected: &[SelectedTokens]) -> Result<()> {
+        self.check_whole()?;
         for (layer, carry) in self.states[sequence].layers.iter_mut().enumerate() {
             let heads = &self.plan.reads[layer].past;
             let of_layer = || selected.iter().filter(|s| s.layer == layer);

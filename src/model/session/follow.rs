@@ -1,0 +1,146 @@
+//! Sessions of a model over several processes (`model::stage`). The rank with the last stage leads: before it reads
+//! tokens it tells the others which, and they do the same with theirs.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Feed, Session};
+use crate::device::{Device, DeviceError, Result};
+use crate::model::decoder::Decoder;
+use crate::model::stage::DISMISSAL;
+use crate::ranks::RankError;
+
+/// While the others wait for the first rank's next command.
+const WAITING: &str = "rank 0 says what to read next";
+
+/// What the other stages are to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Command {
+    /// As [`Session::new`].
+    Open {
+        sequences: usize,
+        longest: usize,
+        segments_per_step: usize,
+    },
+    /// As [`Session::feed`], without targets: sequence, tokens, breaks.
+    Feed(Vec<(usize, Vec<u32>, Vec<usize>)>),
+    /// As [`Session::decode`].
+    Decode(Vec<(usize, u32)>),
+    /// As [`Session::restart`].
+    Restart(usize),
+    /// The session is not needed any more.
+    Close,
+}
+
+/// A session's number, which all stages give it; on the rank that leads, dropping it ends the session on the others.
+#[derive(Debug)]
+pub(super) struct Told<'m, D: Device> {
+    model: &'m Decoder<D>,
+    number: u64,
+}
+
+impl<'m, D: Device> Told<'m, D> {
+    pub fn open(model: &'m Decoder<D>, command: &Command) -> Result<Self> {
+        let number = model.stage.next_session();
+        let told = Self { model, number };
+        told.tell(command)?;
+        Ok(told)
+    }
+
+    /// Tells the other stages, where there are any and this one leads.
+    pub fn tell(&self, command: &Command) -> Result<()> {
+        let Some(mesh) = self.model.stage.followers() else {
+            return Ok(());
+        };
+        let message = serde_json::to_vec(&(self.number, command)).expect("numbers");
+        for rank in 1..mesh.world() {
+            mesh.post(rank, message.clone(), WAITING)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the run of all stages after an error: the others are where this one is not.
+    pub fn fail(&self, error: &DeviceError) {
+        if let Some(mesh) = self.model.stage.mesh() {
+            mesh.end(&error.to_string());
+        }
+    }
+}
+
+impl<D: Device> Drop for Told<'_, D> {
+    fn drop(&mut self) {
+        // Who has an error has told it.
+        let _ = self.tell(&Command::Close);
+    }
+}
+
+/// Reads what rank 0 reads, with this rank's stage of the model, until rank 0 says that nothing more comes.
+///
+/// # Errors
+/// [`DeviceError::Exchange`] where another rank is lost, or what the device says.
+pub fn follow<D: Device>(model: &Decoder<D>) -> Result<()> {
+    let mut sessions: HashMap<u64, Session<'_, D>> = HashMap::new();
+    let Some(mesh) = model.stage.mesh() else {
+        return Ok(());
+    };
+    loop {
+        let message = mesh.await_message(0, WAITING)?;
+        if message == DISMISSAL {
+            return Ok(());
+        }
+        let wrong = |got: String| RankError::Message {
+            rank: 0,
+            doing: WAITING,
+            expected: "a command for one of its sessions".into(),
+            got,
+        };
+        let (number, command): (u64, Command) =
+            serde_json::from_slice(&message).map_err(|e| wrong(e.to_string()))?;
+        let done = obey(model, &mut sessions, number, &command);
+        if let Err(error) = &done {
+            mesh.end(&error.to_string());
+        }
+        if !done? {
+            return Err(wrong(format!("session {number}")).into());
+        }
+    }
+}
+
+/// Whether the session was known.
+fn obey<'m, D: Device>(
+    model: &'m Decoder<D>,
+    sessions: &mut HashMap<u64, Session<'m, D>>,
+    number: u64,
+    command: &Command,
+) -> Result<bool> {
+    if let Command::Open {
+        sequences,
+        longest,
+        segments_per_step,
+    } = *command
+    {
+        let session = Session::new(model, sequences, longest, segments_per_step)?;
+        sessions.insert(number, session);
+        return Ok(true);
+    }
+    let Some(session) = sessions.get_mut(&number) else {
+        return Ok(false);
+    };
+    match command {
+        Command::Open { .. } => {}
+        Command::Feed(feeds) => {
+            let feeds = feeds.iter().map(|(sequence, tokens, breaks)| Feed {
+                sequence: *sequence,
+                tokens,
+                targets: &[],
+                breaks,
+            });
+            session.feed(&feeds.collect::<Vec<_>>())?;
+        }
+        Command::Decode(next) => session.pass_on_decoding(next)?,
+        Command::Restart(sequence) => session.restart(*sequence)?,
+        Command::Close => drop(sessions.remove(&number)),
+    }
+    Ok(true)
+}

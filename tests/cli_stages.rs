@@ -1,0 +1,150 @@
+//! `--stages` as processes: the bits of one process, and an end where a stage is lost.
+#![cfg(all(feature = "cli", unix))]
+
+mod meeting;
+mod training;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use training::{prepare, segattn, send, succeed, train};
+
+/// A model of four layers, one of them without heads that read the past, and what it reads.
+fn model(folder: &Path) -> PathBuf {
+    prepare(folder);
+    let mut command = train(folder, "run");
+    command.args(["--training.steps", "2", "--checkpoint.every", "0"]);
+    command.args(["--training.validate_every", "0", "--log.plot", "false"]);
+    command.args(["--model.shape.num_hidden_layers", "4"]);
+    command.args(["--model.shape.tie_word_embeddings", "false"]);
+    command.args(["--model.segment.long_range_layers", "[0, 1, 3]"]);
+    command.args(["--model.segment.sink_len", "2"]);
+    succeed(command);
+    let tokens: Vec<u32> = (0..150).map(|i| (i * i + i / 3) % 251).collect();
+    let breaks = r#"{"tokens": TOKENS, "breaks": [20, 21, 70]}"#;
+    let text = breaks.replace("TOKENS", &format!("{tokens:?}"));
+    std::fs::write(folder.join("tokens.json"), text).unwrap();
+    training::newest_folder(&folder.join("run"))
+}
+
+fn on(model: &Path, command: &str, stages: &str) -> Command {
+    let mut called = segattn();
+    called.arg(command).arg("-m").arg(model);
+    if stages != "1" {
+        called.args(["--stages", stages]);
+    }
+    called
+}
+
+#[test]
+fn a_text_is_scored_to_the_same_bits_by_any_number_of_stages() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let score = |stages: &str, segments: &str| {
+        let out = at.join(format!("scores-{stages}-{segments}.json"));
+        let mut command = on(&model, "score", stages);
+        command.arg("--tokens").arg(at.join("tokens.json"));
+        command.args(["--segments-per-step", segments]);
+        command.arg("--out").arg(&out);
+        let said = succeed(command).stdout;
+        (std::fs::read_to_string(out).unwrap(), said)
+    };
+    let whole = score("1", "1");
+    assert!(whole.0.contains("logprobs"), "{}", whole.0);
+    for (stages, segments) in [("2", "1"), ("4", "1"), ("3", "2")] {
+        assert!(score(stages, segments) == whole, "{stages} stages");
+    }
+}
+
+#[test]
+fn a_text_goes_on_to_the_same_bits_on_any_number_of_stages() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let generate = |stages: &str| {
+        let out = at.join(format!("new-{stages}.json"));
+        let mut command = on(&model, "generate", stages);
+        for tokens in ["tokens.json", "tokens.json"] {
+            command.arg("--tokens").arg(at.join(tokens));
+        }
+        command.args(["-n", "40", "--seed", "3", "--ignore-eos"]);
+        command.arg("--logprobs").arg(&out);
+        let said = succeed(command).stdout;
+        (std::fs::read_to_string(out).unwrap(), said)
+    };
+    let whole = generate("1");
+    for stages in ["2", "4"] {
+        assert!(generate(stages) == whole, "{stages} stages");
+    }
+}
+
+/// The processes of two stages, as a launcher starts them.
+fn launched(model: &Path, arguments: &[&str]) -> Vec<Child> {
+    let port = meeting::free_port().to_string();
+    let start = |rank: usize| {
+        let mut command = on(model, "generate", "2");
+        command.args(arguments).args(["--rank-timeout", "20"]);
+        for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)] {
+            command.env(name, value.to_string());
+        }
+        command
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", &port);
+        command.env("RAYON_NUM_THREADS", "1").spawn().unwrap()
+    };
+    (0..2).map(start).collect()
+}
+
+#[test]
+fn a_stage_that_is_killed_ends_all_with_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let tokens = at.join("tokens.json");
+    let long = [
+        "--tokens",
+        tokens.to_str().unwrap(),
+        "-n",
+        "1000000",
+        "--ignore-eos",
+    ];
+    for killed in [1, 0] {
+        let mut children = launched(&model, &long);
+        std::thread::sleep(Duration::from_secs(1));
+        send("-KILL", &children[killed]);
+        let at = Instant::now();
+        children[killed].wait().unwrap();
+        let other = children.remove(1 - killed).wait_with_output().unwrap();
+        assert!(at.elapsed() < Duration::from_secs(15), "{:?}", at.elapsed());
+        let said = String::from_utf8_lossy(&other.stderr).into_owned();
+        assert_eq!(other.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("rank {killed}")), "{said}");
+    }
+}
+
+#[test]
+fn stages_that_cannot_be_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let tokens = at.join("tokens.json");
+    let fails = |mut command: Command| {
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let mut many = on(&model, "score", "5");
+    many.arg("--tokens").arg(&tokens);
+    let said = fails(many);
+    assert!(
+        said.contains("--stages: expected at most 4") && said.contains("got 5"),
+        "{said}"
+    );
+    let mut state = on(&model, "generate", "2");
+    state.arg("--tokens").arg(&tokens).arg("--state-out");
+    state.arg(at.join("state"));
+    let said = fails(state);
+    assert!(said.contains("--state-out"), "{said}");
+}
