@@ -49,6 +49,7 @@ fn segment_loss(
             &mut slots,
             |_, _| (),
         )
+        .unwrap()
         .unwrap();
     let (rows, width) = (end - start, model.config.vocab_size);
     let mut logits = vec![0.0; rows * width];

@@ -29,6 +29,37 @@ fn messages_of_all_sizes_arrive_by_rank() {
 }
 
 #[test]
+fn whole_buffers_of_both_kinds_arrive_in_order_while_the_others_are_looked_at() {
+    // More than a connection holds.
+    const LEN: usize = 5_000_000;
+    on_ranks(2, LIMIT, |rank, mesh| {
+        let mesh = mesh.unwrap();
+        let doing = "test";
+        for (turn, kind) in [Kind::Exact, Kind::Activation, Kind::Exact]
+            .into_iter()
+            .enumerate()
+        {
+            let values: Vec<f32> = (0..LEN + turn).map(|i| (i * (turn + 1)) as f32).collect();
+            let mut buffer = Cpu.zeros(kind, values.len()).unwrap();
+            if rank == 1 {
+                Cpu.write(&mut buffer, 0, &values).unwrap();
+                mesh.send(&Cpu, buffer, 0, doing).unwrap();
+                for _ in 0..50 {
+                    mesh.look(doing).unwrap();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            } else {
+                // The sender has to wait.
+                std::thread::sleep(Duration::from_millis(100));
+                mesh.receive(&Cpu, &mut buffer, 1, doing).unwrap();
+                assert!(Cpu.read(&buffer, 0..values.len()).unwrap() == values);
+            }
+        }
+        mesh.gather(&[], doing).unwrap();
+    });
+}
+
+#[test]
 fn pieces_of_buffers_go_where_they_belong_to_the_bit() {
     const LEN: usize = 100_000;
     on_ranks(3, LIMIT, |rank, mesh| {

@@ -202,7 +202,7 @@ impl Opened {
             each.try_for_each(|reading| dry_run(model, reading, || ()))
         })?;
         if ranks.world() > 1 {
-            model.stage = Stage::led(&model.config.part, ranks);
+            model.stage = Stage::connected(&model.device, &model.config.part, ranks)?;
         }
         Ok(model)
     }

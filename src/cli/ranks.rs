@@ -60,25 +60,19 @@ pub struct Party {
     mesh: Option<Arc<Mesh>>,
     engine: EngineName,
     local_rank: usize,
-    both_ways: bool,
 }
 
 impl RanksArgs {
     /// What this process is to do: its part in the run, or, if it started the others, what has become of them.
     pub fn start(&self) -> Result<Option<Party>> {
-        self.links.start("--ranks", self.ranks, false)
+        self.links.start("--ranks", self.ranks)
     }
 }
 
 impl LinkArgs {
     /// What this process is to do where `flag` asks for so many processes: its part, or, if it started the others, what
-    /// has become of them. `both_ways`: whether whole buffers go to lower ranks and to higher ones.
-    pub fn start(
-        &self,
-        flag: &str,
-        wanted: Option<NonZeroUsize>,
-        both_ways: bool,
-    ) -> Result<Option<Party>> {
+    /// has become of them.
+    pub fn start(&self, flag: &str, wanted: Option<NonZeroUsize>) -> Result<Option<Party>> {
         let place = Place::from_env()?;
         let wanted = wanted.map(NonZeroUsize::get);
         match (place, wanted) {
@@ -96,7 +90,6 @@ impl LinkArgs {
                     mesh: (place.world > 1).then(|| Arc::new(mesh)),
                     engine: self.rank_engine,
                     local_rank: place.local_rank,
-                    both_ways,
                 }))
             }
             (None, None | Some(1)) => Ok(Some(Party::alone())),
@@ -119,7 +112,6 @@ impl Party {
             mesh: None,
             engine: EngineName::Host,
             local_rank: 0,
-            both_ways: false,
         }
     }
 
@@ -151,7 +143,7 @@ impl Party {
     /// The ranks for a trainer on this device.
     pub fn ranks<D: Planned>(&self, device: &D) -> Result<Ranks<D>> {
         match &self.mesh {
-            Some(mesh) => device.ranks(mesh, self.engine, self.both_ways),
+            Some(mesh) => device.ranks(mesh, self.engine),
             None => Ok(Ranks::alone()),
         }
     }

@@ -34,7 +34,7 @@ impl StageArgs {
         if self.stages.is_none() {
             return lead(&Party::alone());
         }
-        match self.links.start("--stages", self.stages, false)? {
+        match self.links.start("--stages", self.stages)? {
             None => Ok(()),
             Some(party) if party.leads() => party.take_part(|| lead(&party)),
             Some(party) => party.take_part(|| {

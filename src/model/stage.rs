@@ -1,14 +1,15 @@
 //! A model over several processes: each computes consecutive layers, a *stage*, and hands the residual stream on.
 //!
 //! Rank 0 has the last stage, whose results are the model's; the highest rank has the first. The neighbour before is
-//! the next higher rank. Either rank 0 leads and tells the others what to read ([`follow`](super::session::follow)),
-//! or all ranks make the same calls.
+//! the next higher rank. Rank 0 leads: it tells the others what to read ([`follow`](super::session::follow)).
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use super::config::Part;
 use crate::device::{Device, Kind, Result};
-use crate::ranks::{Mesh, Ranks};
+use crate::ranks::{Mesh, ON_THEIR_WAY, Ranks};
 
 /// What a stage waits for, or sends.
 const ROWS: &str = "rows go from stage to stage";
@@ -21,8 +22,8 @@ pub(super) const DISMISSAL: &[u8] = b"";
 pub struct Stage<D: Device> {
     part: Part,
     ranks: Ranks<D>,
-    /// Whether rank 0 leads.
-    led: bool,
+    /// In a dry run, what would be on its way to the next stage.
+    sent: Mutex<VecDeque<D::Buffer>>,
     /// Sessions that were opened.
     sessions: AtomicU64,
 }
@@ -31,30 +32,32 @@ impl<D: Device> Stage<D> {
     /// Without its neighbours: what would come from them is not said, and what goes to them is dropped. It serves for
     /// dry runs, and is all there is of a whole model.
     pub fn planned(part: &Part) -> Self {
+        Self::on(part, Ranks::alone())
+    }
+
+    /// A part of a model whose other parts are on other ranks. All of them call it together.
+    ///
+    /// # Errors
+    /// That a neighbour cannot be reached.
+    pub fn connected(device: &D, part: &Part, ranks: Ranks<D>) -> Result<Self> {
+        let stage = Self::on(part, ranks);
+        // The first buffer between two ranks is slow with some engines: it is none that anybody waits for.
+        if !part.begins {
+            stage.from_before(device, 1)?;
+        }
+        if !part.ends {
+            stage.to_after(device, device.zeros(Kind::Activation, 1)?)?;
+        }
+        Ok(stage)
+    }
+
+    fn on(part: &Part, ranks: Ranks<D>) -> Self {
         Self {
             part: *part,
-            ranks: Ranks::alone(),
-            led: false,
+            ranks,
+            sent: Mutex::default(),
             sessions: AtomicU64::new(0),
         }
-    }
-
-    /// A part of a model whose other parts are on other ranks, which make the same calls.
-    pub fn together(part: &Part, ranks: Ranks<D>) -> Self {
-        let (part, sessions) = (*part, AtomicU64::new(0));
-        Self {
-            part,
-            ranks,
-            led: false,
-            sessions,
-        }
-    }
-
-    /// A part of a model whose other parts are on other ranks, which do what rank 0 tells them.
-    pub fn led(part: &Part, ranks: Ranks<D>) -> Self {
-        let mut stage = Self::together(part, ranks);
-        stage.led = true;
-        stage
     }
 
     /// The stage of a rank.
@@ -74,7 +77,7 @@ impl<D: Device> Stage<D> {
 
     /// The connections to the stages that do what this one tells them.
     pub(super) fn followers(&self) -> Option<&Mesh> {
-        self.mesh().filter(|mesh| self.led && mesh.rank() == 0)
+        self.mesh().filter(|mesh| mesh.rank() == 0)
     }
 
     /// The number of the next session, which all stages give it.
@@ -84,30 +87,24 @@ impl<D: Device> Stage<D> {
 
     /// Activations that the stage before has sent.
     pub fn from_before(&self, device: &D, len: usize) -> Result<D::Buffer> {
-        self.receive(device, len, self.ranks.rank() + 1)
+        let mut buffer = device.empty(Kind::Activation, len)?;
+        let from = self.ranks.rank() + 1;
+        self.ranks.receive(device, &mut buffer, from, ROWS)?;
+        Ok(buffer)
     }
 
     /// Sends activations to the stage after this one.
     pub fn to_after(&self, device: &D, buffer: D::Buffer) -> Result<()> {
-        let to = self.ranks.rank().saturating_sub(1);
-        Ok(self.ranks.send(device, buffer, to, ROWS)?)
-    }
-
-    /// Gradients that the stage after this one has sent.
-    pub fn from_after(&self, device: &D, len: usize) -> Result<D::Buffer> {
-        self.receive(device, len, self.ranks.rank().saturating_sub(1))
-    }
-
-    /// Sends gradients to the stage before.
-    pub fn to_before(&self, device: &D, buffer: D::Buffer) -> Result<()> {
-        let to = self.ranks.rank() + 1;
-        Ok(self.ranks.send(device, buffer, to, ROWS)?)
-    }
-
-    fn receive(&self, device: &D, len: usize, from: usize) -> Result<D::Buffer> {
-        let mut buffer = device.empty(Kind::Activation, len)?;
-        self.ranks.receive(device, &mut buffer, from, ROWS)?;
-        Ok(buffer)
+        if self.ranks.world() > 1 {
+            let to = self.ranks.rank() - 1;
+            return Ok(self.ranks.send(device, buffer, to, ROWS)?);
+        }
+        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        sent.push_back(buffer);
+        if sent.len() > ON_THEIR_WAY {
+            sent.pop_front();
+        }
+        Ok(())
     }
 }
 

@@ -19,6 +19,9 @@ pub struct Piece {
     pub range: Range<usize>,
 }
 
+/// Buffers on their way to a rank before a further one waits: enough for a neighbour that is busy for a while.
+pub const ON_THEIR_WAY: usize = 2;
+
 /// Moves buffers, and parts of those of f32 ([`Kind::Exact`](crate::device::Kind::Exact)), between ranks.
 pub trait Engine<D: Device>: Debug + Send + Sync {
     /// The connections by which the ranks have met.
@@ -39,7 +42,8 @@ pub trait Engine<D: Device>: Debug + Send + Sync {
         doing: &'static str,
     ) -> Result<()>;
 
-    /// Sends a buffer of any kind to one rank, after those before, and does not wait until it is there.
+    /// Sends a buffer of any kind to one rank, after those before. Does not wait until it is there, but while more than
+    /// [`ON_THEIR_WAY`] are on their way.
     ///
     /// # Errors
     /// As [`Mesh::post`], and what the device says.

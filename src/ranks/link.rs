@@ -126,6 +126,10 @@ impl Link {
 
     /// Looks whether the other rank has ended, without waiting.
     pub fn look(&self, doing: &'static str) -> Result<()> {
+        // Whoever sends waits by the same settings of the connection, and sees for itself.
+        let Ok(_sending) = self.sending.try_lock() else {
+            return Ok(());
+        };
         let peek = || {
             self.stream.set_nonblocking(true)?;
             let seen = self.stream.peek(&mut [0]);

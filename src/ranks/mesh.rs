@@ -173,14 +173,6 @@ impl Mesh {
         self.alone(to, |link| self.outboxes[to].post(link, message, doing))
     }
 
-    /// The next message of one rank.
-    ///
-    /// # Errors
-    /// As [`Mesh::gather`].
-    pub fn take(&self, from: usize, doing: &'static str) -> Result<Vec<u8>> {
-        self.alone(from, |link| link.receive(doing))
-    }
-
     /// The next message of one rank, however long it does not come.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ mod outbox;
 mod place;
 
 pub use agreement::Agreement;
-pub use engine::{Engine, Piece, Ranks};
+pub use engine::{Engine, ON_THEIR_WAY, Piece, Ranks};
 pub use error::{RankError, Result};
 pub use mesh::Mesh;
 #[cfg(feature = "cuda")]

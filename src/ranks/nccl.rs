@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use cudarc::driver::{CudaEvent, CudaStream};
 use libloading::Library;
 
-use super::engine::{Engine, Piece};
+use super::engine::{Engine, ON_THEIR_WAY, Piece};
 use super::error::{RankError, Result};
 use super::mesh::Mesh;
 use crate::device::gpu::cuda_driver::Cuda;
@@ -24,11 +24,11 @@ const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 const ID: usize = 128;
 /// NCCL's number of bytes among its types.
 const UINT8: c_int = 1;
-/// Buffers on their way in one lane before another one is sent: enough for a neighbour that is busy for a while.
-const WAITING: usize = 2;
-/// Between two looks whether an exchange is done.
+/// An exchange that is done within this time is awaited without pauses.
+const SHORT: Duration = Duration::from_millis(2);
+/// Then a pause between two looks whether it is done.
 const PAUSE: Duration = Duration::from_micros(50);
-/// So many looks, and the other ranks are looked at too.
+/// So many pauses, and the other ranks are looked at too.
 const LOOKS: usize = 100;
 
 /// The name by which ranks find each other in NCCL.
@@ -95,15 +95,14 @@ impl Functions {
 pub struct Nccl {
     mesh: Arc<Mesh>,
     functions: Functions,
-    /// Whole buffers go to higher ranks by the last lane and to lower ranks by the first. Parts of buffers go by the
-    /// first.
-    lanes: Vec<Mutex<Lane>>,
+    lane: Mutex<Lane>,
 }
 
-/// A communicator of all ranks with a stream of its own.
+/// A communicator of all ranks.
 struct Lane {
     /// Null once an exchange has failed.
     communicator: Communicator,
+    /// Of whole buffers, which go while the device computes.
     stream: Arc<CudaStream>,
     /// Buffers on their way to other ranks.
     sending: VecDeque<(CudaEvent, gpu::Buffer<Cuda>)>,
@@ -127,13 +126,12 @@ impl std::fmt::Debug for Nccl {
 }
 
 impl Nccl {
-    /// Makes communicators of all ranks, each on its own GPU. All ranks call it together. NCCL itself waits here for
-    /// all of them, without a time limit. `both_ways`: whether whole buffers go to higher ranks and to lower ones, so
-    /// that neither way waits for the other.
+    /// Makes a communicator of all ranks, each on its own GPU. All ranks call it together. NCCL itself waits here for
+    /// all of them, without a time limit.
     ///
     /// # Errors
     /// [`RankError::Library`] where NCCL is not there or refuses; [`RankError::SameDevice`]; as [`Mesh::gather`].
-    pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>, both_ways: bool) -> Result<Self> {
+    pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>) -> Result<Self> {
         let functions = Functions::load().map_err(|e| library("loading NCCL", e))?;
         bind(gpu)?;
         let context = gpu.driver().stream().context();
@@ -142,26 +140,21 @@ impl Nccl {
         if let Some(ranks) = sharing(&gpus) {
             return Err(RankError::SameDevice { ranks });
         }
-        let mut lanes = Vec::new();
-        for _ in 0..1 + usize::from(both_ways) {
-            let stream = context.new_stream();
-            lanes.push(Mutex::new(Lane {
-                communicator: functions.communicator(&mesh)?,
-                stream: stream.map_err(|e| library("making a stream", e))?,
-                sending: VecDeque::new(),
-            }));
-        }
+        let stream = context.new_stream();
+        let lane = Mutex::new(Lane {
+            communicator: functions.communicator(&mesh)?,
+            stream: stream.map_err(|e| library("making a stream", e))?,
+            sending: VecDeque::new(),
+        });
         Ok(Self {
             mesh,
             functions,
-            lanes,
+            lane,
         })
     }
 
-    /// The lane from one rank to another.
-    fn lane(&self, from: usize, to: usize) -> Result<MutexGuard<'_, Lane>> {
-        let lane = &self.lanes[usize::from(from < to).min(self.lanes.len() - 1)];
-        let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+    fn lane(&self) -> Result<MutexGuard<'_, Lane>> {
+        let lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
         match lane.communicator.is_null() {
             false => Ok(lane),
             true => Err(library("exchanging", "an exchange before has failed")),
@@ -171,13 +164,16 @@ impl Nccl {
     /// Waits until an event has come, and looks at the other ranks meanwhile.
     fn wait(&self, event: &CudaEvent, doing: &'static str) -> Result<()> {
         let began = Instant::now();
-        for look in 1.. {
+        for pauses in 1.. {
+            while began.elapsed() < SHORT && !event.is_complete() {
+                std::thread::yield_now();
+            }
             let is_complete = event.try_is_complete();
             if is_complete.map_err(|e| library(doing, e))? {
                 break;
             }
             sleep(PAUSE);
-            if look % LOOKS == 0 {
+            if pauses % LOOKS == 0 {
                 self.mesh.look(doing)?;
             }
             if began.elapsed() > self.mesh.limit() {
@@ -297,7 +293,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
         receives: &[Piece],
         doing: &'static str,
     ) -> Result<()> {
-        let mut lane = self.lane(0, 0)?;
+        let mut lane = self.lane()?;
         bind(gpu)?;
         let located = |piece: &Piece, sends| -> Result<Transfer> {
             let range = piece.range.clone();
@@ -327,7 +323,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
         to: usize,
         doing: &'static str,
     ) -> Result<()> {
-        let mut lane = self.lane(self.mesh.rank(), to)?;
+        let mut lane = self.lane()?;
         bind(gpu)?;
         let (address, bytes) = gpu.bytes_of(&buffer)?;
         self.ended_on_error(&mut lane, |lane| {
@@ -344,7 +340,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
             let event = lane.stream.record_event(None);
             lane.sending
                 .push_back((event.map_err(|e| library(doing, e))?, buffer));
-            self.free_sent(lane, WAITING, doing)
+            self.free_sent(lane, ON_THEIR_WAY, doing)
         })
     }
 
@@ -355,7 +351,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
         from: usize,
         doing: &'static str,
     ) -> Result<()> {
-        let mut lane = self.lane(from, self.mesh.rank())?;
+        let mut lane = self.lane()?;
         bind(gpu)?;
         let (address, bytes) = gpu.bytes_of(buffer)?;
         self.ended_on_error(&mut lane, |lane| {
@@ -381,13 +377,11 @@ impl Engine<Gpu<Cuda>> for Nccl {
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        for lane in &self.lanes {
-            let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-            if !lane.communicator.is_null() {
-                // What does not arrive is seen by the rank that waits for it.
-                let _ = self.free_sent(&mut lane, 0, "the last buffers are sent");
-                self.abort(&mut lane);
-            }
+        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        if !lane.communicator.is_null() {
+            // What does not arrive is seen by the rank that waits for it.
+            let _ = self.free_sent(&mut lane, 0, "the last buffers are sent");
+            self.abort(&mut lane);
         }
     }
 }

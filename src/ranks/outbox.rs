@@ -4,11 +4,9 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::engine::ON_THEIR_WAY;
 use super::error::{RankError, Result};
 use super::link::Link;
-
-/// Messages that wait at most, beside the one that is being sent: enough for a neighbour that is busy for a while.
-const WAITING: usize = 2;
 
 type Message = (Vec<u8>, &'static str);
 
@@ -49,7 +47,7 @@ impl Outbox {
 
 impl Sending {
     fn start(link: Arc<Link>) -> Result<Self> {
-        let (messages, waiting) = sync_channel::<Message>(WAITING);
+        let (messages, waiting) = sync_channel::<Message>(ON_THEIR_WAY);
         let send = move || {
             let mut waiting = waiting.into_iter();
             waiting.try_for_each(|(message, doing)| link.send(&[&message], doing))
