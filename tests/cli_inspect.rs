@@ -93,10 +93,40 @@ fn inspect_plans_the_memory_of_a_gpu_that_is_not_there() {
     let wide = rows(&["--batch", "2", "--segments-per-step", "2"]);
     assert_eq!(number(&wide[0], "weights"), number(&device[0], "weights"));
     assert!(number(&wide[0], "activations") > 3 * number(&device[0], "activations"));
+    // Of two ranks each has half of the moments, and a window of both sums.
+    let ranks = rows(&["--ranks", "2", "--batch", "1"]);
+    let all = number(&device[2], "optimizer");
+    let less = all - number(&ranks[2], "optimizer");
+    assert!(all / 5 < less && less < all / 3, "{less} of {all}");
+    // A sum for each of four sequences at work at a time.
+    let sums = |group: &str| rows(&["--batch", "4", "--group", group]);
+    let [many, one] = ["1", "4"].map(|group| number(&sums(group)[2], "device"));
+    assert!(many > one + all / 2, "{many}, {one}, {all}");
+    // The stage that takes most has the head, or the two heads that read the past.
+    let stages = rows(&["--stages", "2"]);
+    for run in [0, 1] {
+        let [part, whole] = [&stages, &device].map(|rows| number(&rows[run], "weights"));
+        assert!(whole / 3 < part && part < whole, "{part} of {whole}");
+    }
+    fails(
+        folder,
+        &["inspect", ".", "--stages", "3"],
+        "--stages: expected at most 2",
+    );
     let text = printed(
         folder,
-        &["inspect", ".", "--device", "cuda", "--context", "640"],
+        &[
+            "inspect",
+            ".",
+            "--device",
+            "cuda",
+            "--context",
+            "640",
+            "--ranks",
+            "2",
+        ],
     );
+    assert!(text.contains("on one of 2 ranks"), "{text}");
     assert!(text.contains("assumed: 132 multiprocessors"), "{text}");
     fails(
         folder,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::builder::RangedU64ValueParser;
 use segattn::model::config::ModelConfig;
 use segattn::model::memory::{Memory, Use, memory};
@@ -48,6 +48,15 @@ pub struct Args {
     /// Activations computed again instead of kept, for the memory of training
     #[arg(long)]
     recompute: bool,
+    /// Ranks that train together, each on --batch sequences, for the memory of training on one of them
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
+    ranks: usize,
+    /// Sequences of one gradient sum, for the memory of training [default: as training.group]
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    group: Option<usize>,
+    /// Stages that share the layers, for the memory to read on the one that takes most
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
+    stages: usize,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -59,6 +68,12 @@ fn at_least_one() -> RangedU64ValueParser<usize> {
 
 pub fn run(args: &Args) -> Result<()> {
     let config = load_config(&args.model)?;
+    let layers = config.num_hidden_layers;
+    ensure!(
+        args.stages <= layers,
+        "--stages: expected at most {layers}, the model's layers, got {}",
+        args.stages
+    );
     let rows = estimates(&config, args);
     let planned = match args.device.device {
         DeviceName::Cpu => None,
@@ -86,7 +101,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     match (args.json, &planned) {
         (true, _) => out!("{report:#}")?,
-        (false, None) => out_part!("{}{}", text(&report), estimated(&rows))?,
+        (false, None) => out_part!("{}{}", text(&report), estimated(args, &rows))?,
         (false, Some((place, rows))) => {
             out_part!("{}{}", text(&report), planned_text(args, place, rows))?
         }
@@ -104,7 +119,18 @@ impl Args {
             segments_per_step: self.side_by_side(),
             tbptt: self.tbptt,
             recompute: self.recompute,
+            ranks: self.ranks,
+            group: self.group,
+            stages: self.stages,
         }
+    }
+
+    /// Over how many processes, where they are several.
+    fn spread(&self) -> String {
+        let named = [("stages", self.stages), ("ranks", self.ranks)];
+        let many = named.into_iter().filter(|(_, count)| *count > 1);
+        many.map(|(name, count)| format!(", on one of {count} {name}"))
+            .collect()
     }
 
     fn side_by_side(&self) -> usize {
@@ -207,10 +233,21 @@ fn estimates(config: &ModelConfig, args: &Args) -> Vec<Row> {
         tbptt: args.tbptt,
         segments_per_step: args.side_by_side(),
         recompute: args.recompute,
+        // The estimate is of one sequence.
+        gradient_sets: 1,
+        ranks: args.ranks,
+    };
+    let parts = config.stages(args.stages, true);
+    let parts: Vec<_> = parts.into_iter().map(|l| config.part_of(l)).collect();
+    let read = |tokens: usize| {
+        let each = parts
+            .iter()
+            .map(|part| memory(part, tokens, Use::Read, ELEMENT_BYTES));
+        each.max_by_key(Memory::total).expect("a stage")
     };
     let row = |tokens: &usize| Row {
         tokens: *tokens,
-        read: memory(config, *tokens, Use::Read, ELEMENT_BYTES),
+        read: read(*tokens),
         train: memory(config, *tokens, train, ELEMENT_BYTES),
     };
     args.context.iter().map(row).collect()
@@ -314,12 +351,15 @@ fn text(report: &Value) -> String {
 }
 
 /// The memory on the CPU.
-fn estimated(rows: &[Row]) -> String {
+fn estimated(args: &Args, rows: &[Row]) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| push_line(&mut out, name, &text);
     line(
         "memory",
-        "of one sequence in f32; pool: the part that grows".into(),
+        format!(
+            "of one sequence in f32{}; pool: the part that grows",
+            args.spread()
+        ),
     );
     let head = [
         "tokens",
@@ -354,8 +394,10 @@ fn planned_text(args: &Args, place: &Place, rows: &[plan::Row]) -> String {
         n => format!("{n} segment(s)"),
     };
     let run = format!(
-        "batch {}, {step} per step, tbptt {}",
-        args.batch, args.tbptt
+        "batch {}, {step} per step, tbptt {}{}",
+        args.batch,
+        args.tbptt,
+        args.spread()
     );
     line("memory", format!("on the GPU ({}), {run}", place.gpu));
     line(

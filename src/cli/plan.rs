@@ -26,6 +26,12 @@ pub struct Planner<'a> {
     pub segments_per_step: usize,
     pub tbptt: usize,
     pub recompute: bool,
+    /// Ranks that train together, each on `batch` sequences.
+    pub ranks: usize,
+    /// As `training.group`.
+    pub group: Option<usize>,
+    /// Stages that share the layers to read.
+    pub stages: usize,
 }
 
 /// Where a plan holds.
@@ -130,14 +136,20 @@ impl Planner<'_> {
             new,
             segments_per_step: self.segments_per_step,
         };
-        let (weights, opened) = (Cell::new(0), Cell::new(0));
-        let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
-            let model = Decoder::for_dry_run(dry.clone(), self.config.clone(), false)?;
-            weights.set(used(&dry));
-            Ok(dry_run(&model, &reading, || opened.set(used(&dry)))?)
-        })?;
-        let state = opened.get() - weights.get();
-        Ok(row(run, tokens, &plan, [weights.get(), 0, state]))
+        let mut rows = Vec::new();
+        for layers in self.config.stages(self.stages, reading.scored) {
+            let part = self.config.part_of(layers);
+            let (weights, opened) = (Cell::new(0), Cell::new(0));
+            let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
+                let model = Decoder::for_dry_run(dry.clone(), part.clone(), false)?;
+                weights.set(used(&dry));
+                Ok(dry_run(&model, &reading, || opened.set(used(&dry)))?)
+            })?;
+            let state = opened.get() - weights.get();
+            rows.push(row(run, tokens, &plan, [weights.get(), 0, state]));
+        }
+        let most = rows.into_iter().max_by_key(|row| row.device + row.host);
+        Ok(most.expect("a stage"))
     }
 
     fn train<K: Kernels + Send + Sync>(
@@ -152,17 +164,19 @@ impl Planner<'_> {
         config.training.segments_per_step = self.segments_per_step;
         config.training.tbptt = self.tbptt;
         config.training.recompute = self.recompute;
+        config.training.group = self.group;
         let dry = Gpu::new(DryRun::new(kernels.clone(), None));
         let model = Decoder::for_dry_run(dry.clone(), self.config.clone(), true)?;
         let (weights, made) = (used(&dry), Cell::new(0));
         drop(model);
         let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
             let model = self.config.clone();
-            let mut trainer =
-                Trainer::for_dry_run(dry.clone(), model, config.clone(), Ranks::alone())?;
+            // The last rank has no fewer sequences than another.
+            let ranks = Ranks::planned(self.ranks - 1, self.ranks);
+            let mut trainer = Trainer::for_dry_run(dry.clone(), model, config.clone(), ranks)?;
             made.set(used(&dry));
             let sequence = vec![0; tokens + 1];
-            trainer.step_on(&[vec![sequence.clone(); self.batch]])?;
+            trainer.step_on(&vec![vec![sequence.clone(); self.batch]; self.ranks])?;
             trainer.validate(&[sequence])?;
             Ok(())
         })?;

@@ -12,6 +12,7 @@ use segattn::train::agreement::agreement;
 use segattn::train::checkpoint::list;
 use segattn::train::config::{Config, TrainingSection};
 use segattn::train::data::Example;
+use segattn::train::gradient_sets;
 use segattn::train::progress::{Progress, Tensors};
 use segattn::train::trainer::Trainer;
 
@@ -74,7 +75,7 @@ fn begin_alone(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) 
     let (extra, pool) = (companion_files(config)?, device.pool);
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
-        device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len)));
+        device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len), party.world()));
         device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &model, config, &data, party))?;
         let trainer = trainer(device, model, config.clone(), &data, &tensors, None, party)?;
         Run::new(output, trainer, data, extra, peak, quiet)?.go()
@@ -163,8 +164,18 @@ fn broken(sequence: &[u32], most: usize, seed: usize) -> Example {
     }
 }
 
-/// Bytes that training takes where all numbers are f32, for sequences of `longest` predictions.
-pub fn estimate(model: &ModelConfig, training: &TrainingSection, longest: usize) -> u64 {
+/// Bytes that training takes on one of so many ranks where all numbers are f32, for sequences of `longest` predictions.
+pub fn estimate(
+    model: &ModelConfig,
+    training: &TrainingSection,
+    longest: usize,
+    ranks: usize,
+) -> u64 {
+    let sequences = training.batch * training.accumulation;
+    let (group, side_by_side) = (
+        training.group(),
+        training.batch.min(sequences.div_ceil(ranks)),
+    );
     let run = Use::Train {
         tbptt: training.tbptt,
         segments_per_step: match training.segments_per_step {
@@ -172,11 +183,13 @@ pub fn estimate(model: &ModelConfig, training: &TrainingSection, longest: usize)
             count => count,
         },
         recompute: training.recompute,
+        gradient_sets: gradient_sets(sequences.div_ceil(group), training.batch / group, ranks),
+        ranks,
     };
     let one = memory(model, longest, run, size_of::<f32>());
     let each = one.total() - one.weights;
     one.weights
-        .saturating_add(each.saturating_mul(training.batch as u64))
+        .saturating_add(each.saturating_mul(side_by_side as u64))
 }
 
 /// The weights that adapters are added to, where the run trains adapters.

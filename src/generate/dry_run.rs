@@ -154,12 +154,18 @@ fn read<D: Device>(
     Ok(())
 }
 
-/// Generates after prompts of so many tokens.
+/// Generates after prompts of so many tokens. A stage that is not the last only passes rows on.
 fn generate<D: Device>(
     session: &mut Session<'_, D>,
     prompts: &[usize],
     max_new: usize,
 ) -> Result<(), GenerateError> {
+    if !session.model().config.part.ends {
+        read(session, prompts, false)?;
+        let next: Vec<(usize, u32)> = (0..prompts.len()).map(|sequence| (sequence, 0)).collect();
+        (1..max_new).try_for_each(|_| session.pass_on_decoding(&next))?;
+        return Ok(());
+    }
     let prompt = |tokens: &usize| Prompt {
         before: &[],
         tokens: &[0; 1][..*tokens],

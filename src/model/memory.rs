@@ -25,6 +25,10 @@ pub enum Use {
         segments_per_step: usize,
         /// Whether activations are computed again instead of kept.
         recompute: bool,
+        /// Sets of gradients that exist at a time (`train::gradient_sets`): 1 where a step is one group.
+        gradient_sets: usize,
+        /// Ranks that share the moments, in equal parts.
+        ranks: usize,
     },
 }
 
@@ -32,7 +36,7 @@ pub enum Use {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Prepared weights; for training with a transposed copy of each matrix, the values as the optimizer
-    /// holds them, gradients, and both moments.
+    /// holds them, gradients, and this rank's share of both moments.
     pub weights: u64,
     /// Segments in flight: keys, values, probes, and the angle tables.
     pub slots: u64,
@@ -83,7 +87,7 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
         }
     };
     Memory {
-        weights: bytes(count.weights(run != Use::Read)) - count.narrow(run, element_bytes),
+        weights: bytes(count.weights(run)) - count.narrow(run, element_bytes),
         slots: bytes(count.slots(alive, room)),
         // A session keeps the tails of before a step, so that a step that fails can be made again.
         state: bytes(count.state()) * if run == Use::Read { 2 } else { 1 },
@@ -99,15 +103,20 @@ struct Count<'a> {
 }
 
 impl Count<'_> {
-    fn weights(&self, training: bool) -> usize {
+    fn weights(&self, run: Use) -> usize {
         let specs = specs(self.config);
         let sum = |of: &dyn Fn(&&TensorSpec) -> bool| -> usize {
             specs.iter().filter(of).map(|s| s.role.len()).sum()
         };
         let all = sum(&|_| true);
-        if !training {
+        let Use::Train {
+            gradient_sets,
+            ranks,
+            ..
+        } = run
+        else {
             return all;
-        }
+        };
         // Frozen weights are there once.
         let trained = sum(&|s| !s.frozen);
         let matrices = sum(&|s| !s.frozen && matches!(s.role, Role::Matrix { .. }));
@@ -116,7 +125,8 @@ impl Count<'_> {
             true => specs[0].role.len(),
             false => 0,
         };
-        all + 4 * trained + matrices + tied
+        let moments = 2 * trained.div_ceil(ranks);
+        all + (1 + gradient_sets) * trained + moments + matrices + tied
     }
 
     /// Bytes that the CPU's matrices take less because the numbers of a checkpoint have 16 bits: those that are only
@@ -201,7 +211,10 @@ impl Count<'_> {
     }
 
     fn logits(&self, rows: usize) -> usize {
-        rows.min(LOGIT_ROWS) * self.config.vocab_size
+        match self.config.part.ends {
+            true => rows.min(LOGIT_ROWS) * self.config.vocab_size,
+            false => 0,
+        }
     }
 
     /// Of the layer at work, at its widest: everything of its tape, the MLP's inner row and the result.
@@ -295,6 +308,8 @@ mod tests {
             tbptt: 1,
             segments_per_step: 1,
             recompute: true,
+            gradient_sets: 1,
+            ranks: 1,
         };
         let weights = |config: &ModelConfig, run| memory(config, 16, run, 4).weights;
         assert_eq!(
@@ -309,6 +324,39 @@ mod tests {
     }
 
     #[test]
+    fn sets_of_gradients_and_shares_of_moments_are_counted() {
+        let config = config();
+        let all: usize = specs(&config).iter().map(|s| s.role.len()).sum();
+        let weights = |gradient_sets, ranks| {
+            let run = Use::Train {
+                tbptt: 1,
+                segments_per_step: 1,
+                recompute: false,
+                gradient_sets,
+                ranks,
+            };
+            memory(&config, 64, run, 1).weights as usize
+        };
+        assert_eq!(weights(4, 1) - weights(1, 1), 3 * all);
+        assert_eq!(weights(1, 1) - weights(1, 4), 2 * (all - all.div_ceil(4)));
+    }
+
+    #[test]
+    fn parts_of_a_model_take_together_what_it_takes() {
+        let config = config();
+        let of = |config: &ModelConfig| memory(config, 160, Use::Read, 4);
+        let (whole, parts) = (
+            of(&config),
+            [0..1, 1..3].map(|part| of(&config.part_of(part))),
+        );
+        let sum = |f: fn(&Memory) -> u64| parts.iter().map(f).sum::<u64>();
+        assert_eq!(sum(|m| m.weights), whole.weights);
+        assert_eq!(sum(|m| m.pool), whole.pool);
+        assert_eq!(sum(|m| m.state), whole.state);
+        assert!(parts[0].activations < parts[1].activations);
+    }
+
+    #[test]
     fn only_the_pool_grows_with_a_segmented_sequence() {
         let config = config();
         for run in [
@@ -317,6 +365,8 @@ mod tests {
                 tbptt: 1,
                 segments_per_step: 1,
                 recompute: true,
+                gradient_sets: 1,
+                ranks: 1,
             },
         ] {
             let (short, long) = (memory(&config, 160, run, 4), memory(&config, 1600, run, 4));

@@ -19,3 +19,4 @@ mod sums;
 pub mod trainer;
 
 pub use error::{Result, TrainError};
+pub use sums::gradient_sets;

@@ -103,6 +103,18 @@ pub(super) fn nodes(groups: Range<usize>) -> Vec<Node> {
     waiting.0.into_iter().map(|(node, ())| node).collect()
 }
 
+/// Sets of gradients that a rank of `world` holds at most, if a step has so many groups and a rank computes `at_once` of
+/// its own side by side: one each, and one for each node that waits. Windows of other ranks' sums are not counted.
+pub fn gradient_sets(groups: usize, at_once: usize, world: usize) -> usize {
+    let of_rank = |rank: usize| {
+        let own = share(groups, rank, world);
+        let starts = own.clone().step_by(at_once.max(1));
+        let held = starts.map(|at| nodes(own.start..at).len() + at_once.max(1).min(own.end - at));
+        held.max().unwrap_or(1)
+    };
+    (0..world).map(of_rank).max().unwrap_or(1)
+}
+
 /// The share of `rank` in `count` things that lie in a row.
 pub(super) fn share(count: usize, rank: usize, world: usize) -> Range<usize> {
     let start = |rank: usize| (count as u128 * rank as u128 / world as u128) as usize;
@@ -165,6 +177,17 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn sets_are_those_at_work_and_those_that_wait() {
+        assert_eq!(super::gradient_sets(1, 1, 1), 1);
+        assert_eq!(super::gradient_sets(1, 1, 4), 1);
+        // The last of eight finds sums of 4, 2 and 1.
+        assert_eq!(super::gradient_sets(8, 1, 1), 4);
+        assert_eq!(super::gradient_sets(8, 4, 1), 5);
+        assert_eq!(super::gradient_sets(8, 4, 2), 4);
+        assert_eq!(super::gradient_sets(8, 1, 8), 1);
     }
 
     #[test]

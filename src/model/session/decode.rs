@@ -137,8 +137,11 @@ impl<D: Device> Session<'_, D> {
         })
     }
 
-    /// [`Session::decode`] of a stage that is not the last: its layers' part of the step.
-    pub(super) fn pass_on_decoding(&mut self, next: &[(usize, u32)]) -> Result<()> {
+    /// [`Session::decode`] of a stage that is not the last (`model::stage`): its layers' part of the step.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn pass_on_decoding(&mut self, next: &[(usize, u32)]) -> Result<()> {
         let sequences = next.iter().map(|(sequence, _)| *sequence).collect();
         let device = &self.model.device;
         self.undone_on_error(|session| device.together(|| session.decode_step(next, sequences)))
