@@ -14,6 +14,9 @@ use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
+use segattn::ranks::Ranks;
+use segattn::train::config::Config;
+use segattn::train::trainer::Trainer;
 
 type Dry = Gpu<DryRun<KernelMetadata>>;
 
@@ -241,4 +244,26 @@ fn a_plan_that_does_not_fit_says_what_would() {
     let out = refused(buffers - 256, PoolPlacement::Auto);
     assert_eq!(out.purpose, Some(Purpose::Activations));
     assert!(out.to_string().contains("segments_per_step"), "{out}");
+}
+
+#[test]
+fn later_steps_of_a_rank_take_no_more_than_the_plan() {
+    for (rank, world, batch) in [(0, 2, 1), (1, 2, 2), (2, 3, 1)] {
+        let gpu = dry(None);
+        let mut training = Config::default();
+        training.training.sequence_len = 256;
+        training.training.batch = batch;
+        training.training.group = Some(1);
+        let (model, ranks) = (config(4, 4, 128), Ranks::planned(rank, world));
+        let mut trainer = Trainer::for_dry_run(gpu.clone(), model, training, ranks).unwrap();
+        let sequences = world * batch;
+        trainer.rehearse(sequences, 256, Vec::new()).unwrap();
+        let planned = gpu.memory_use().buffers.high_water;
+        for _ in 0..3 {
+            let step = vec![vec![0u32; 257]; sequences];
+            trainer.step_on(&[step]).unwrap();
+        }
+        let used = gpu.memory_use().buffers.high_water;
+        assert_eq!(used, planned, "rank {rank} of {world}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use segattn::device::Purpose;
 use segattn::eval::execution::apply;
 use segattn::eval::{Execution, SegmentOverrides};
@@ -194,6 +194,10 @@ impl Opened {
     /// The model, or this process's part of it, on a device that has taken the memory for these readings. What rank 0
     /// reads counts for all.
     pub fn load<D: Planned>(&self, device: D, readings: &[Reading]) -> Result<Decoder<D>> {
+        ensure!(
+            self.party.world() == 1 || self.adapter.is_none(),
+            "--stages: expected a model without an adapter"
+        );
         let readings = agree(&device, &self.config, readings, &self.party)?;
         let config = part(&self.config, &readings, &self.party)?;
         let ranks = self.party.ranks(&device)?;

@@ -175,10 +175,7 @@ impl Planner<'_> {
             let ranks = Ranks::planned(self.ranks - 1, self.ranks);
             let mut trainer = Trainer::for_dry_run(dry.clone(), model, config.clone(), ranks)?;
             made.set(used(&dry));
-            let sequence = vec![0; tokens + 1];
-            trainer.step_on(&vec![vec![sequence.clone(); self.batch]; self.ranks])?;
-            trainer.validate(&[sequence])?;
-            Ok(())
+            Ok(trainer.rehearse(self.batch * self.ranks, tokens, Vec::new())?)
         })?;
         let optimizer = made.get() - weights;
         Ok(row("train", tokens, &plan, [weights, optimizer, 0]))

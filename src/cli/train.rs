@@ -121,8 +121,8 @@ pub fn trainer<D: Planned>(
     Ok(trainer)
 }
 
-/// Steps on the longest sequences there may be, and a validation: all that a run does, for its memory. In segments
-/// there is one more step, whose sequences have breaks: its buffers have other sizes, and leave gaps between them.
+/// All that a run does, on the longest sequences there may be, for its memory. In segments there is one more step, whose
+/// sequences have breaks: its buffers have other sizes, and leave gaps between them.
 pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,
@@ -131,16 +131,16 @@ pub fn dry_run<D: Device>(
     party: &Party,
 ) -> Result<()> {
     let training = &config.training;
-    let sequence = vec![0u32; data.longest(training.sequence_len) + 1];
     let mut trainer = Trainer::for_dry_run(device, model.clone(), config.clone(), party.planned())?;
     let sequences = training.batch * training.accumulation;
-    trainer.step_on(&[vec![sequence.clone(); sequences]])?;
-    if let Some(segment) = &model.segment {
-        let broken = |i| broken(&sequence, segment.segment_len, i);
-        trainer.step_on(&[(0..sequences).map(broken).collect::<Vec<_>>()])?;
-    }
-    trainer.validate(&[sequence])?;
-    Ok(())
+    let tokens = data.longest(training.sequence_len);
+    let sequence = vec![0u32; tokens + 1];
+    let broken = model
+        .segment
+        .iter()
+        .flat_map(|segment| (0..sequences).map(|i| broken(&sequence, segment.segment_len, i)));
+    let broken: Vec<Example> = broken.collect();
+    Ok(trainer.rehearse(sequences, tokens, broken)?)
 }
 
 /// A sequence with breaks up to `most` tokens apart, at other places for each `seed`.

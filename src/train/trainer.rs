@@ -9,6 +9,7 @@
 //! made up for before the next use if it fails.
 
 mod kept;
+mod rehearsal;
 mod update;
 
 use std::sync::atomic::{AtomicBool, Ordering};
