@@ -116,7 +116,8 @@ fn go_on_alone(
     let pool = device.pool;
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
-        device.warn_of(estimate(&checkpoint.model, &config.training, data.longest(config.training.sequence_len), party.world()));
+        let longest = data.longest(config.training.sequence_len);
+        device.warn_of(estimate(&checkpoint.model, &config.training, longest, party.world()));
         device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data, party))?;
         let trainer = trainer(device, checkpoint.model, config, &data, tensors, progress, party)?;
         Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()

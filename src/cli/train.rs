@@ -121,8 +121,8 @@ pub fn trainer<D: Planned>(
     Ok(trainer)
 }
 
-/// All that a run does, on the longest sequences there may be, for its memory. In segments there is one more step, whose
-/// sequences have breaks: its buffers have other sizes, and leave gaps between them.
+/// All that a run does, on the longest sequences there may be, for its memory. In segments there is one more step, and
+/// its sequences have breaks: its buffers have other sizes, and leave gaps between them.
 pub fn dry_run<D: Device>(
     device: D,
     model: &ModelConfig,

@@ -103,8 +103,8 @@ pub(super) fn nodes(groups: Range<usize>) -> Vec<Node> {
     waiting.0.into_iter().map(|(node, ())| node).collect()
 }
 
-/// Sets of gradients that a rank of `world` holds at most, if a step has so many groups and a rank computes `at_once` of
-/// its own side by side: one each, and one for each node that waits. Windows of other ranks' sums are not counted.
+/// Sets of gradients that a rank of `world` holds at most, if a step has so many groups and a rank computes `at_once`
+/// of its own side by side: one each, and one for each node that waits. Windows of other ranks' sums are not counted.
 pub fn gradient_sets(groups: usize, at_once: usize, world: usize) -> usize {
     let of_rank = |rank: usize| {
         let own = share(groups, rank, world);

@@ -6,8 +6,8 @@ use crate::train::data::Example;
 use crate::train::error::Result;
 
 impl<D: Device> Trainer<D> {
-    /// Steps on `sequences` sequences of `tokens` predictions each, one on `others` if there are some, and a validation:
-    /// all that a run does, for its memory.
+    /// Steps on `sequences` sequences of `tokens` predictions each, one on `others` if there are some, and a
+    /// validation: all that a run does, for its memory.
     ///
     /// # Errors
     /// As [`Trainer::step_on`].
