@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn layers_are_shared_out_evenly_and_the_head_counts_where_it_works() {
         let model = ModelConfig::new(32_000, 4096, 11_008, 32, 32, 32).unwrap();
-        assert_eq!(model.stages(1, false), [0..32]);
+        assert_eq!(model.stages(1, false), std::slice::from_ref(&(0..32)));
         assert_eq!(model.stages(2, false), [0..16, 16..32]);
         assert_eq!(model.stages(3, false), [0..11, 11..21, 21..32]);
         let heavy = ModelConfig::new(128_256, 2048, 8192, 16, 32, 8).unwrap();
