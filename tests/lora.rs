@@ -534,6 +534,8 @@ fn frozen_weights_are_counted_once() {
         tbptt: 1,
         segments_per_step: 1,
         recompute: true,
+        gradient_sets: 1,
+        ranks: 1,
     };
     let base: usize = base_specs(&config).iter().map(|s| s.role.len()).sum();
     let whole = memory(&config, 64, run, 4).weights;
