@@ -2,8 +2,7 @@
 //!
 //! Every element of a result is one chain of fused multiply-adds over k, ascending. It starts from 0, or from the old
 //! value when accumulating. Long sums are split into blocks, whose partial result is stored to C and loaded unchanged.
-//! So the bits do not depend on the number of calls, of rows, or of threads, nor on whether weights lie in memory as
-//! f32 or as equal numbers of 16 bits.
+//! So the bits do not depend on the number of calls, of rows, or of threads.
 
 use std::ops::Range;
 
@@ -11,9 +10,8 @@ use rayon::prelude::*;
 
 use super::buffer::Scratch;
 use super::kernel::{A_STRIDE, KC, Kernel, Kernels, NR, Order, Tile, WIDE};
-use super::narrow::Narrow;
 pub use super::packed::{PackedMatrix, Strided};
-use super::packed::{Panels, fill_panel, fill_tile, span};
+use super::packed::{fill_panel, fill_tile, span};
 use crate::isa::Isa;
 
 /// Row tiles of A that a task keeps packed (14 rows of `A_STRIDE` each: 240 KiB).
@@ -64,7 +62,7 @@ pub fn linear_input_grad(
     let dy = Strided::rows(dy, dy_stride);
     let c = Out::new(dx, dx_stride, shape, accumulate);
     match w.transposed() {
-        Some(panels) => packed_gemm(Isa::best(), dy, Panels::Wide(panels), &c),
+        Some(panels) => packed_gemm(Isa::best(), dy, panels, &c),
         None => {
             let fill = |to: &mut [f32], p, j, cols| w.fill_transposed(to, p, j, cols);
             packing_gemm(Isa::best(), dy, fill, &c);
@@ -263,13 +261,13 @@ fn packing_gemm(
             } else {
                 panels.chunks_mut(part.k * NR).enumerate().for_each(pack);
             }
-            packed_gemm(isa, a.from(0, p), Panels::Wide(panels), &part);
+            packed_gemm(isa, a.from(0, p), panels, &part);
         }
     }
 }
 
 /// The GEMM with packed panels of B for all columns and all of k.
-fn packed_gemm(isa: Isa, a: Strided, panels: Panels<'_>, out: &Out) {
+fn packed_gemm(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
     if out.is_empty() {
         return;
     }
@@ -277,10 +275,11 @@ fn packed_gemm(isa: Isa, a: Strided, panels: Panels<'_>, out: &Out) {
         a.span(out.m, out.k).is_some_and(|len| len <= a.data.len()),
         "length of a"
     );
-    if let Panels::Wide(panels) = panels {
-        let expected = out.n.div_ceil(NR) * NR * out.k;
-        assert_eq!(panels.len(), expected, "length of the panels");
-    }
+    assert_eq!(
+        panels.len(),
+        out.n.div_ceil(NR) * NR * out.k,
+        "length of the panels"
+    );
     let kernels = Kernels::of(isa);
     if out.m == 1 {
         one_row(kernels, a, panels, out);
@@ -292,7 +291,7 @@ fn packed_gemm(isa: Isa, a: Strided, panels: Panels<'_>, out: &Out) {
 }
 
 /// One row: streams the panels once, [`WIDE`] at a time.
-fn one_row(kernels: &Kernels, a: Strided, panels: Panels<'_>, out: &Out) {
+fn one_row(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     let mut gathered;
     let x = if a.col == 1 {
         a.data
@@ -317,33 +316,13 @@ fn one_row(kernels: &Kernels, a: Strided, panels: Panels<'_>, out: &Out) {
                 } else {
                     kernels.get(1, Order::Rows)
                 };
-                match panels {
-                    Panels::Wide(panels) => {
-                        let tile = out.tile(x, &panels[q * NR * out.k..], out.k * NR);
-                        // SAFETY: x has k elements, the panels from q on are there, each task has its own.
-                        unsafe { out.run(kernel, 1, 0, q, tile) };
-                    }
-                    Panels::Narrow(narrow) => one_row_narrow(kernel, x, narrow, out, q..q + step),
-                }
+                let tile = out.tile(x, &panels[q * NR * out.k..], out.k * NR);
+                // SAFETY: x has k elements, the panels from q on are there, each task has its own.
+                unsafe { out.run(kernel, 1, 0, q, tile) };
                 q += step;
             }
         }
     });
-}
-
-/// One row by some panels of 16 bits: blocks of them are widened into the L1 cache, where the kernel reads them.
-fn one_row_narrow(kernel: Kernel, x: &[f32], narrow: &Narrow, out: &Out, panels: Range<usize>) {
-    const BLOCK: usize = KC / WIDE;
-    let mut wide = [[0f32; BLOCK * NR]; WIDE];
-    for p in (0..out.k).step_by(BLOCK) {
-        let part = out.part(0..out.n, p..out.k.min(p + BLOCK));
-        for (q, wide) in panels.clone().zip(&mut wide) {
-            narrow.widen((q * out.k + p) * NR, &mut wide[..part.k * NR]);
-        }
-        let tile = part.tile(&x[p..], wide.as_flattened(), BLOCK * NR);
-        // SAFETY: x has k elements, the widened panels have as many rows; the panels of C are this task's.
-        unsafe { part.run(kernel, 1, 0, panels.start, tile) };
-    }
 }
 
 impl Out {
@@ -362,7 +341,7 @@ impl Out {
 }
 
 /// Few rows: packs A once for all threads and streams the panels once.
-fn one_tile(kernels: &Kernels, a: Strided, panels: Panels<'_>, out: &Out) {
+fn one_tile(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     let block = out.m * A_STRIDE;
     let blocks = out.k.div_ceil(KC);
     let mut packed = Scratch::take(blocks * block);
@@ -375,13 +354,12 @@ fn one_tile(kernels: &Kernels, a: Strided, panels: Panels<'_>, out: &Out) {
     let count = out.n.div_ceil(NR);
     let tasks = count.min(4 * rayon::current_num_threads());
     each(out.parallel(), tasks, |task| {
-        let mut wide = [0f32; KC * NR];
         for q in share(count, tasks, task) {
+            let panel = &panels[q * NR * out.k..];
             for (b, a) in packed.chunks(block).enumerate() {
                 let p = b * KC;
                 let part = out.part(0..out.n, p..out.k.min(p + KC));
-                let panel = panels.block((q * out.k + p) * NR, part.k * NR, &mut wide);
-                let tile = part.tile(a, panel, 0);
+                let tile = part.tile(a, &panel[p * NR..], 0);
                 // SAFETY: the packed tile and the panel have k rows, each task has its own panels.
                 unsafe { part.run(kernel, out.m, 0, q, tile) };
             }
@@ -390,7 +368,7 @@ fn one_tile(kernels: &Kernels, a: Strided, panels: Panels<'_>, out: &Out) {
 }
 
 /// Many rows: a grid of tasks, each of several tiles by several panels.
-fn many_tiles(kernels: &Kernels, a: Strided, panels: Panels<'_>, out: &Out) {
+fn many_tiles(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
     let tiles = out.m.div_ceil(kernels.max_rows());
     let count = out.n.div_ceil(NR);
     let parallel = out.parallel();
@@ -433,7 +411,7 @@ fn grid(tiles: usize, panels: usize, parallel: bool) -> [usize; 2] {
 fn task_tiles(
     kernels: &Kernels,
     a: Strided,
-    panels: Panels<'_>,
+    panels: &[f32],
     out: &Out,
     tiles: Range<usize>,
     cols: Range<usize>,
@@ -447,7 +425,6 @@ fn task_tiles(
     let first = share(out.m, count, tiles.start).start;
     let height = share(out.m, count, tiles.end - 1).end - first;
     let mut packed = Scratch::take(height * A_STRIDE);
-    let mut wide = [0f32; KC * NR];
     for p in (0..out.k).step_by(KC) {
         let part = out.part(0..out.n, p..out.k.min(p + KC));
         for rows in tiles.clone().map(|t| share(out.m, count, t)) {
@@ -455,7 +432,7 @@ fn task_tiles(
             fill_tile(to, a.from(rows.start, p), rows.len(), part.k, order);
         }
         for q in cols.clone() {
-            let b = panels.block((q * out.k + p) * NR, part.k * NR, &mut wide);
+            let b = &panels[(q * out.k + p) * NR..];
             for rows in tiles.clone().map(|t| share(out.m, count, t)) {
                 let tile = part.tile(&packed[(rows.start - first) * A_STRIDE..], b, 0);
                 let kernel = kernels.get(rows.len(), order);

@@ -14,7 +14,6 @@ pub mod gemm;
 mod idle;
 mod kernel;
 mod math;
-mod narrow;
 mod packed;
 mod pool;
 pub mod rows;

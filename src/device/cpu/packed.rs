@@ -5,7 +5,6 @@ use rayon::prelude::*;
 
 use super::buffer::Aligned;
 use super::kernel::{A_STRIDE, NR, Order};
-use super::narrow::Narrow;
 
 /// A matrix with two strides: element (i, j) is `data[i * row + j * col]`.
 #[derive(Clone, Copy, Debug)]
@@ -130,41 +129,8 @@ pub(super) fn fill_tile(to: &mut [f32], from: Strided, height: usize, k: usize, 
 pub struct PackedMatrix {
     outputs: usize,
     inputs: usize,
-    panels: Kept,
+    panels: Aligned,
     transposed: Option<Aligned>,
-}
-
-/// Panels in memory.
-#[derive(Clone)]
-enum Kept {
-    Wide(Aligned),
-    Narrow(Narrow),
-}
-
-/// Panels of B as a GEMM reads them.
-#[derive(Clone, Copy)]
-pub(super) enum Panels<'a> {
-    /// Of f32.
-    Wide(&'a [f32]),
-    /// Of 16 bits, which are widened block by block.
-    Narrow(&'a Narrow),
-}
-
-impl<'a> Panels<'a> {
-    /// The elements `[start, start + len)`, which `scratch` has room for.
-    pub(super) fn block<'b>(self, start: usize, len: usize, scratch: &'b mut [f32]) -> &'b [f32]
-    where
-        'a: 'b,
-    {
-        match self {
-            Self::Wide(panels) => &panels[start..start + len],
-            Self::Narrow(narrow) => {
-                let block = &mut scratch[..len];
-                narrow.widen(start, block);
-                block
-            }
-        }
-    }
 }
 
 impl std::fmt::Debug for PackedMatrix {
@@ -173,7 +139,6 @@ impl std::fmt::Debug for PackedMatrix {
             .field("outputs", &self.outputs)
             .field("inputs", &self.inputs)
             .field("transposed", &self.transposed.is_some())
-            .field("narrow", &self.is_narrow())
             .finish()
     }
 }
@@ -192,25 +157,10 @@ impl PackedMatrix {
         let mut packed = PackedMatrix {
             outputs,
             inputs,
-            panels: Kept::Wide(Aligned::zeroed(panel_len(outputs, inputs))),
+            panels: Aligned::zeroed(panel_len(outputs, inputs)),
             transposed: transposed_too.then(|| Aligned::zeroed(panel_len(inputs, outputs))),
         };
         packed.repack(w);
-        packed
-    }
-
-    /// As [`Self::pack`] without a second copy, in 16 bits where all values are numbers of 16 bits: bf16 or f16. Such a
-    /// matrix takes half the memory and gives the same bits.
-    ///
-    /// # Panics
-    /// If `w` is not `outputs * inputs` long.
-    pub fn pack_narrow(w: &[f32], outputs: usize, inputs: usize) -> Self {
-        let mut packed = Self::pack(w, outputs, inputs, false);
-        if let Kept::Wide(panels) = &packed.panels
-            && let Some(narrow) = Narrow::of(panels)
-        {
-            packed.panels = Kept::Narrow(narrow);
-        }
         packed
     }
 
@@ -224,23 +174,11 @@ impl PackedMatrix {
             return;
         }
         let by_out = Strided::columns(w, self.inputs);
-        let panels = match &mut self.panels {
-            Kept::Wide(panels) => panels,
-            Kept::Narrow(_) => {
-                *self = Self::pack_narrow(w, self.outputs, self.inputs);
-                return;
-            }
-        };
-        fill_all(panels, by_out, self.inputs, self.outputs);
+        fill_all(&mut self.panels, by_out, self.inputs, self.outputs);
         if let Some(transposed) = &mut self.transposed {
             let by_in = Strided::rows(w, self.inputs);
             fill_all(transposed, by_in, self.outputs, self.inputs);
         }
-    }
-
-    /// Whether it lies in memory in 16 bits.
-    pub fn is_narrow(&self) -> bool {
-        matches!(self.panels, Kept::Narrow(_))
     }
 
     /// Rows of w, the width of y.
@@ -260,28 +198,15 @@ impl PackedMatrix {
     pub fn row(&self, output: usize, to: &mut [f32]) {
         assert!(output < self.outputs, "row {output} of {}", self.outputs);
         assert_eq!(to.len(), self.inputs, "length of a row");
-        let start = output / NR * NR * self.inputs;
-        match &self.panels {
-            Kept::Wide(panels) => {
-                let lines = panels[start..].as_chunks::<NR>().0;
-                for (x, line) in to.iter_mut().zip(lines) {
-                    *x = line[output % NR];
-                }
-            }
-            Kept::Narrow(narrow) => {
-                for (i, x) in to.iter_mut().enumerate() {
-                    *x = narrow.get(start + i * NR + output % NR);
-                }
-            }
+        let panel = &self.panels[output / NR * NR * self.inputs..];
+        for (x, line) in to.iter_mut().zip(panel.as_chunks::<NR>().0) {
+            *x = line[output % NR];
         }
     }
 
     /// Panels for y = x wᵀ (k = inputs, columns = outputs).
-    pub(super) fn panels(&self) -> Panels<'_> {
-        match &self.panels {
-            Kept::Wide(panels) => Panels::Wide(panels),
-            Kept::Narrow(narrow) => Panels::Narrow(narrow),
-        }
+    pub(super) fn panels(&self) -> &[f32] {
+        &self.panels
     }
 
     /// Panels for dx = dy w (k = outputs, columns = inputs), where kept.
@@ -291,11 +216,10 @@ impl PackedMatrix {
 
     /// Writes rows `p0..` and columns `j0..j0 + cols` of w as one panel for dx = dy w; `p0` a multiple of `NR`.
     pub(super) fn fill_transposed(&self, to: &mut [f32], p0: usize, j0: usize, cols: usize) {
-        let mut scratch = [0.0; NR * NR];
         for (block, to) in to.chunks_mut(NR * NR).enumerate() {
-            let start = (p0 / NR + block) * NR * self.inputs + j0 * NR;
-            let panel = self.panels().block(start, cols * NR, &mut scratch);
-            fill_panel(to, Strided::columns(panel, NR), cols);
+            let panel = (p0 / NR + block) * NR * self.inputs;
+            let from = Strided::columns(&self.panels[panel + j0 * NR..], NR);
+            fill_panel(to, from, cols);
         }
     }
 }
