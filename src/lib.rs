@@ -56,6 +56,8 @@ pub mod device;
 pub mod eval;
 pub mod experiment;
 pub mod generate;
+#[cfg(any(feature = "tokenizer", feature = "datasets"))]
+mod guarded;
 pub mod isa;
 pub mod model;
 mod random;

@@ -129,4 +129,6 @@ fn compressed_files_are_read_as_what_is_in_them() {
     refused(write("e.txt.zst", b"not compressed"), "e.txt.zst");
     refused(write("f.txt.zst", &packed(&text)[..40]), "f.txt.zst");
     refused(write("g.parquet", b"PAR1 nothing PAR1"), "a Parquet file");
+    // A changed `text.parquet`, which makes the library panic.
+    refused(golden("damaged.parquet"), "a Parquet file");
 }

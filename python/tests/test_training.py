@@ -193,6 +193,8 @@ def test_the_example_learns(capsys):
 
 
 def ctrl_c_in(seconds):
+    # A shell starts what runs in its background with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 

@@ -57,7 +57,7 @@ pub fn interval(mean: f64, n: usize) -> (f64, f64) {
         / scale;
     // At the ends rounding would leave the range or the mean itself out.
     (
-        (centre - half).clamp(0.0, mean),
-        (centre + half).clamp(mean, 1.0),
+        (centre - half).max(0.0).min(mean),
+        (centre + half).min(1.0).max(mean),
     )
 }

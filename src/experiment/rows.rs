@@ -81,6 +81,13 @@ pub struct Context {
 }
 
 impl Row {
+    /// A value that is no share, where the metric says that all are.
+    fn beyond_a_share(&self) -> Option<f64> {
+        let values = self.value.iter().chain(self.values.iter().flatten());
+        let beyond = |value: &&f64| self.metric != NATS && !(0.0..=1.0).contains(*value);
+        values.copied().find(|value| beyond(&value))
+    }
+
     /// The arm, and how it ran where that is another way than it was trained.
     pub fn label(&self) -> String {
         match &self.run_as {
@@ -220,7 +227,16 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Row>> {
             return Err(wrong(line.chars().take(40).collect()));
         }
         if value.get("task").is_some() {
-            rows.push(serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?);
+            let row: Row = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
+            if let Some(value) = row.beyond_a_share() {
+                return Err(ExperimentError::Row {
+                    path: path.to_owned(),
+                    line: i + 1,
+                    expected: "shares from 0 to 1, since the metric is no loss",
+                    got: value.to_string(),
+                });
+            }
+            rows.push(row);
         }
     }
     Ok(rows)
@@ -229,6 +245,23 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Row>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_score_is_a_share() {
+        let line = |metric, value| {
+            let row = Row {
+                metric: String::from(metric),
+                value: Some(value),
+                ..row(1)
+            };
+            serde_json::to_string(&row).unwrap()
+        };
+        let parsed = |metric, value| parse(Path::new("rows.jsonl"), &line(metric, value));
+        assert!(parsed(SCORE, 1.0).is_ok() && parsed(NATS, 2.0).is_ok());
+        let error = parsed(SCORE, 2.0).unwrap_err().to_string();
+        assert!(error.contains("shares from 0 to 1"), "{error}");
+        assert!(parsed("recall", -0.5).is_err());
+    }
 
     fn row(seed: u64) -> Row {
         Row {

@@ -314,39 +314,8 @@ fn says_bytes(folder: &Path) -> bool {
 }
 
 /// Calls the tokenizer library. Files that it accepts can still make it panic (ids that its own tables
-/// lack), which here is an error like any other, and prints nothing.
+/// lack), which here is an error like any other.
 #[cfg(feature = "tokenizer")]
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    silence_caught_panics();
-    CAUGHT.set(true);
-    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
-    CAUGHT.set(false);
-    match done {
-        Ok(result) => result.map_err(|error| error.to_string()),
-        Err(panic) => {
-            let message = panic.downcast_ref::<String>().cloned();
-            let message = message.or_else(|| panic.downcast_ref::<&str>().map(|m| m.to_string()));
-            Err(message.unwrap_or_else(|| "the library failed".into()))
-        }
-    }
-}
-
-#[cfg(feature = "tokenizer")]
-thread_local! {
-    /// Whether a panic of this thread will be caught by [`guarded`].
-    static CAUGHT: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
-}
-
-/// Puts a hook before the process's own that says nothing of panics which [`guarded`] catches.
-#[cfg(feature = "tokenizer")]
-fn silence_caught_panics() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let others = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            if !CAUGHT.get() {
-                others(panic);
-            }
-        }));
-    });
+    crate::guarded::guarded(call)?.map_err(|error| error.to_string())
 }

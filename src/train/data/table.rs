@@ -31,9 +31,10 @@ pub(super) fn rows(
 ) -> Result<()> {
     use parquet::file::reader::{FileReader, SerializedFileReader};
     use parquet::schema::types::Type;
-    let failed =
-        |row, error: &dyn std::fmt::Display| data_error(path, row, "a Parquet file", error);
-    let reader = SerializedFileReader::new(file).map_err(|e| failed(None, &e))?;
+    // A damaged file makes the library panic at places of its own.
+    let failed = |row, error: String| data_error(path, row, "a Parquet file", error);
+    let open = || SerializedFileReader::new(file);
+    let reader = read_by_library(open).map_err(|e| failed(None, e))?;
     let columns = reader.metadata().file_metadata().schema().get_fields();
     if !columns.iter().any(|column| one_of.contains(&column.name())) {
         let names: Vec<&str> = columns.iter().map(|column| column.name()).collect();
@@ -43,19 +44,30 @@ pub(super) fn rows(
     let wanted = |name: &str| one_of.contains(&name) || more.contains(&name);
     let wanted = columns.iter().filter(|column| wanted(column.name()));
     let schema = Type::group_type_builder("schema").with_fields(wanted.cloned().collect());
-    let schema = schema.build().map_err(|e| failed(None, &e))?;
-    let rows = reader
-        .get_row_iter(Some(schema))
-        .map_err(|e| failed(None, &e))?;
-    for (i, row) in rows.enumerate() {
-        let row = row.map_err(|e| failed(Some(i + 1), &e))?;
-        let mut object = row.to_json_value();
+    let schema = schema.build().map_err(|e| failed(None, e.to_string()))?;
+    let rows = read_by_library(|| reader.get_row_iter(Some(schema)));
+    let mut rows = rows.map_err(|e| failed(None, e))?;
+    let mut next = || {
+        let row = rows.next().transpose()?;
+        Ok(row.map(|row| row.to_json_value()))
+    };
+    for number in 1.. {
+        let object = read_by_library(&mut next).map_err(|e| failed(Some(number), e))?;
+        let Some(mut object) = object else { break };
         if let Some(object) = object.as_object_mut() {
             object.retain(|_, value| !value.is_null());
         }
-        each(i + 1, object.to_string().as_bytes())?;
+        each(number, object.to_string().as_bytes())?;
     }
     Ok(())
+}
+
+/// A result of the library, or what it says where it fails or panics.
+#[cfg(feature = "datasets")]
+fn read_by_library<T>(
+    call: impl FnOnce() -> parquet::errors::Result<T>,
+) -> std::result::Result<T, String> {
+    crate::guarded::guarded(call)?.map_err(|error| error.to_string())
 }
 
 /// This build reads no such files.
