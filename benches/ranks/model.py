@@ -1,0 +1,91 @@
+# model.py make FOLDER SHAPE TOKENS: a model with random weights in bf16, and a prompt.
+# model.py seconds LOG: of a log of `segattn generate -n 1`, the seconds from the prompt to the first token.
+import json, os, random, re, sys
+
+SHAPES = {
+    # hidden, inner, layers, heads, vocab, segment, prior, past
+    "7b": (4096, 11008, 32, 32, 32000, 4096, 512, 512),
+    "tiny": (64, 160, 6, 4, 300, 64, 16, 16),
+}
+LONG_HEADS = [0, 1, 2, 4, 9, 12, 14, 15, 16, 18, 19, 22, 23, 26, 29, 30]
+LONG_LAYERS = [6, 8, 11, 18]
+BLOCK = 4194301  # numbers, a prime: no two rows of a matrix are equal
+
+
+def block(exponent):
+    """Numbers of random sign, from 2^exponent to twice as much."""
+    biased = 127 + exponent
+    low = bytes((biased & 1) << 7 | b & 127 for b in range(256))
+    high = bytes((b & 1) << 7 | biased >> 1 for b in range(256))
+    rng = random.Random(exponent)
+    numbers = bytearray(2 * BLOCK)
+    numbers[0::2] = rng.randbytes(BLOCK).translate(low)
+    numbers[1::2] = rng.randbytes(BLOCK).translate(high)
+    return bytes(numbers)
+
+
+def make(folder, shape, tokens):
+    hidden, inner, layers, heads, vocab, segment, prior, past = SHAPES[shape]
+    os.makedirs(folder, exist_ok=True)
+    long_layers = LONG_LAYERS if layers > 18 else [1, 4]
+
+    def reads(layer, head):
+        if head not in LONG_HEADS:
+            return ["prior"]
+        return ["past"] if layer in long_layers else []
+
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "head_dim": hidden // heads, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "max_position_embeddings": 1 << 20, "torch_dtype": "bfloat16",
+        "segment": {"segment_len": segment, "prior_len": prior, "past_len": past,
+                    "head_reads": [[reads(l, h) for h in range(heads)] for l in range(layers)]},
+    }
+    json.dump(config, open(f"{folder}/config.json", "w"))
+    tensors = [("model.embed_tokens.weight", [vocab, hidden])]
+    for l in range(layers):
+        of = f"model.layers.{l}."
+        tensors += [(of + f"self_attn.{x}_proj.weight", [hidden, hidden]) for x in "qkvo"]
+        tensors += [(of + f"mlp.{x}_proj.weight", [inner, hidden]) for x in ("gate", "up")]
+        tensors += [(of + "mlp.down_proj.weight", [hidden, inner])]
+        tensors += [(of + f"{x}_layernorm.weight", [hidden]) for x in ("input", "post_attention")]
+    tensors += [("model.norm.weight", [hidden]), ("lm_head.weight", [vocab, hidden])]
+    header, at = {}, 0
+    for name, sizes in tensors:
+        count = sizes[0] * (sizes[1] if len(sizes) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [at, at + 2 * count]}
+        at += 2 * count
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    blocks = {True: memoryview(block(-9)), False: memoryview(block(-6))}
+    with open(f"{folder}/model.safetensors", "wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for i, (name, sizes) in enumerate(tensors):
+            begin, end = header[name]["data_offsets"]
+            left, start = end - begin, 2 * (i * 1000003 % BLOCK)
+            if len(sizes) == 1:
+                file.write(b"\x80\x3f" * (left // 2))
+                continue
+            source = blocks["o_proj" in name or "down_proj" in name]
+            while left > 0:
+                done = file.write(source[start:start + left])
+                left, start = left - done, (start + done) % (2 * BLOCK)
+    rng = random.Random(1)
+    for name, count in (("long", tokens), ("part", tokens // 4)):
+        json.dump([rng.randrange(vocab) for _ in range(count)], open(f"{folder}/{name}.json", "w"))
+
+
+def seconds(log):
+    said = re.findall(r"prompt: (\d+) tokens, ([\d.]+)/s; new: (\d+) tokens, ([\d.]+)/s", open(log).read())
+    if not said:
+        return print("no figure")
+    prompt, rate, new, after = map(float, said[-1])
+    # The last new token is sampled and not read.
+    print(f"{prompt / rate + new / after:.4f} s to the first token ({prompt / rate:.4f} + {new / after:.4f})")
+
+
+if sys.argv[1] == "make":
+    make(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+else:
+    seconds(sys.argv[2])
