@@ -17,6 +17,7 @@ fn prepare(folder: &Path) {
         "the past of a segment and its tail; ".repeat(60),
     )
     .unwrap();
+    std::fs::write(folder.join("base/notes.txt"), "of the base").unwrap();
     let ids = json!({"tokens": tokens(3, 150), "breaks": [70]});
     std::fs::write(folder.join("ids.json"), ids.to_string()).unwrap();
 }
@@ -101,6 +102,12 @@ fn adapters_are_trained_resumed_scored_generated_from_and_merged() {
         "-q",
     ];
     printed(folder, &args);
+    // A folder that holds weights is left as it is.
+    let notes = folder.join("merged/notes.txt");
+    assert_eq!(std::fs::read(&notes).unwrap(), b"of the base");
+    std::fs::write(&notes, "its own").unwrap();
+    fails(folder, &args, "merged");
+    assert_eq!(std::fs::read(&notes).unwrap(), b"its own");
     let merged = [
         "score",
         "merged",

@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use super::ConvertError;
+use super::{ConvertError, begin};
 use crate::model::companions::companions;
 use crate::model::config::{ModelConfig, WeightType};
-use crate::model::files;
 use crate::model::parameters::specs;
-use crate::model::weights::{Checkpoint, SaveOptions, check_free, save};
+use crate::model::weights::{Checkpoint, SaveOptions, save};
 
 /// Writes the model in `input` to `folder` with this configuration, which is that of `input` but for its segments, and
 /// weights in `dtype`. What lies beside the weights goes along.
@@ -23,12 +22,7 @@ pub fn convert(
 ) -> Result<(), ConvertError> {
     let checkpoint = Checkpoint::open(input)?;
     checkpoint.check(config)?;
-    check_free(folder)?;
-    let beside = companions(input)?;
-    std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
-    for (name, content) in beside {
-        files::write_renamed(&folder.join(name), &content)?;
-    }
+    begin(folder, companions(input)?)?;
     let specs = specs(config);
     save(
         folder,

@@ -4,11 +4,10 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::ConvertError;
+use super::{ConvertError, begin};
 use crate::model::companions::companions;
 use crate::model::config::{ModelConfig, WeightType};
 use crate::model::error::WeightsError;
-use crate::model::files;
 use crate::model::lora::folder::AdapterFolder;
 use crate::model::lora::{Adapter, Product};
 use crate::model::parameters::{base_specs, specs};
@@ -29,11 +28,7 @@ pub fn merge(
 ) -> Result<(), ConvertError> {
     let checkpoint = Checkpoint::open(input)?;
     checkpoint.check(config)?;
-    let beside = companions(input)?;
-    std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
-    for (name, content) in beside {
-        files::write_renamed(&folder.join(name), &content)?;
-    }
+    begin(folder, companions(input)?)?;
     let (lora, specs, base) = (
         adapter.lora(),
         specs(&ModelConfig {

@@ -7,4 +7,22 @@ pub mod folder;
 pub mod gguf;
 pub mod merge;
 
+use std::path::Path;
+
 pub use error::ConvertError;
+
+use crate::model::files;
+use crate::model::weights::check_free;
+
+/// Makes `folder` and writes the files that lie beside the weights, unless it holds weights already.
+fn begin(
+    folder: &Path,
+    beside: impl IntoIterator<Item = (String, Vec<u8>)>,
+) -> Result<(), ConvertError> {
+    check_free(folder)?;
+    std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
+    for (name, content) in beside {
+        files::write_renamed(&folder.join(name), &content)?;
+    }
+    Ok(())
+}

@@ -14,12 +14,12 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use self::header::{Header, TensorInfo};
-use super::ConvertError;
+use super::{ConvertError, begin};
 use crate::model::config::{ModelConfig, WeightType};
 use crate::model::files;
 use crate::model::parameters::specs;
 use crate::model::tokenizer::TOKENIZER_FILE;
-use crate::model::weights::{SaveOptions, check_free, save};
+use crate::model::weights::{SaveOptions, save};
 
 /// Factors of the rotary frequencies, where a file has them.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -72,14 +72,12 @@ impl Gguf {
         dtype: WeightType,
         tokenizer: Option<String>,
     ) -> Result<(), ConvertError> {
-        check_free(folder)?;
         let own = || tokenizer::tokenizer(&self.header).map(|json| format!("{json}\n"));
         let tokenizer = tokenizer.map_or_else(own, Ok)?;
-        std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
-        files::write_renamed(&folder.join(TOKENIZER_FILE), tokenizer.as_bytes())?;
-        for (name, json) in tokenizer::beside(&self.header, config) {
-            files::write_renamed(&folder.join(name), format!("{json:#}\n").as_bytes())?;
-        }
+        let beside = tokenizer::beside(&self.header, config).into_iter();
+        let beside = beside.map(|(name, json)| (name.to_string(), format!("{json:#}\n").into()));
+        let tokenizer = (TOKENIZER_FILE.to_owned(), tokenizer.into_bytes());
+        begin(folder, [tokenizer].into_iter().chain(beside))?;
         let specs = specs(config);
         let values = |i: usize| -> Result<Vec<f32>, ConvertError> {
             let mut values = Vec::new();
