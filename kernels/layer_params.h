@@ -222,9 +222,10 @@ typedef struct SegattnRetrievalParams {
   int32_t first_block; /* scores: of this launch */
   int32_t blocks;      /* scores: of this launch */
   int32_t max_selected;
-  int32_t tiles;      /* second rule: up to the last token that any head may select */
-  int32_t window_len; /* tokens of a window */
-  float scale_log2;   /* s = scale_log2 * probe . key: the scale of attention, in base 2 */
+  int32_t tiles;         /* second rule: up to the last token that any head may select */
+  int32_t window_len;    /* tokens of a window */
+  int32_t window_before; /* tokens of a whole window before its best token */
+  float scale_log2;      /* s = scale_log2 * probe . key: the scale of attention, in base 2 */
 } SegattnRetrievalParams;
 
 /* How a sequence's next token is chosen, and where its random stream stands. */

@@ -482,11 +482,13 @@ SEGATTN_FN uint32_t best_token(const SegattnBestToken* g_best, Tokens eligible, 
   return block_reduce<HighestOf>(best, shared.highest).id;
 }
 
-// The window of `width` tokens around the best one: within the eligible tokens, and between the windows before and
-// behind it.
-SEGATTN_FN Tokens window_around(uint32_t best, uint32_t width, const float* g_scores, Tokens eligible,
-                                WindowShared& shared) {
-  const uint32_t wanted = best - min(best - eligible.begin, width / 2), begin = min(wanted, eligible.end - width);
+// The window of at most `left` tokens around the best one: within the eligible tokens, and between the windows before
+// and behind it.
+SEGATTN_FN Tokens window_around(uint32_t best, uint32_t left, const SegattnRetrievalParams& p, const float* g_scores,
+                                Tokens eligible, WindowShared& shared) {
+  const uint32_t width = min((uint32_t)p.window_len, left);
+  const uint32_t before = (uint64_t)width * p.window_before / p.window_len;
+  const uint32_t begin = min(best - min(best - eligible.begin, before), eligible.end - width);
   Tokens window = {begin, begin + width};
   for (uint32_t token = begin + threadIdx.x; token < begin + width; token += WindowConfig::kThreads)
     if (g_scores[token] == kTaken)
@@ -528,7 +530,7 @@ SEGATTN_FN void pool_windows(const SegattnRetrievalParams& p) {
   SegattnBestToken* g_best = p.best + (int64_t)head * p.tiles;
   for (uint32_t left = selected; left > 0;) {
     const uint32_t best = best_token(g_best, eligible, shared);
-    const Tokens window = window_around(best, min((uint32_t)p.window_len, left), g_scores, eligible, shared);
+    const Tokens window = window_around(best, left, p, g_scores, eligible, shared);
     take(window, g_scores, g_best, eligible);
     left -= window.end - window.begin;
     __syncthreads();

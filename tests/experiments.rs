@@ -115,7 +115,7 @@ macro_rules! smoke {
     };
 }
 
-smoke!(main, beyond, layers, depth, heads, needles, short);
+smoke!(main, beyond, layers, depth, heads, needles, short, windows);
 
 #[test]
 fn definitions_hold_at_full_size_too() {

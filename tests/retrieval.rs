@@ -67,7 +67,11 @@ fn shares(tokens: &Tokens, head: usize, eligible: &Range<usize>) -> Vec<f64> {
 
 /// The second rule, told token by token: a token is in the window of the best one if it is among the `width` around it
 /// and no token between them is in another window.
-fn windows(scores: &[f64], rows: usize, window_len: usize) -> BTreeSet<usize> {
+fn windows(
+    scores: &[f64],
+    rows: usize,
+    [window_len, window_before]: [usize; 2],
+) -> BTreeSet<usize> {
     let (len, mut taken) = (scores.len(), BTreeSet::new());
     let rows = rows.min(len);
     while taken.len() < rows {
@@ -79,7 +83,7 @@ fn windows(scores: &[f64], rows: usize, window_len: usize) -> BTreeSet<usize> {
         }
         let best = best.expect("a token that is left");
         let width = window_len.min(rows - taken.len());
-        let mut begin = best as isize - (width / 2) as isize;
+        let mut begin = best as isize - (width * window_before / window_len) as isize;
         while begin + (width as isize) > len as isize {
             begin -= 1;
         }
@@ -103,17 +107,19 @@ proptest! {
     #[test]
     fn the_reference_follows_the_second_rule(
         (count, queries, period) in (1usize..70, 1usize..5, 1usize..40),
-        (low, tail, rows, window_len) in (0usize..20, 0usize..20, 0usize..50, 1usize..60),
+        (low, tail, rows) in (0usize..20, 0usize..20, 0usize..50),
+        (window_len, before) in (1usize..60, 0.0..1.0f64),
         seed in any::<u64>(),
     ) {
         let tokens = Tokens::new(8, count, queries, seed >> 8).repeated(period);
         let pool = pool(&Reference, &tokens, 1, &[count]);
         let low = low.min(count);
         let eligible = [0..count.saturating_sub(tail), low..count];
-        let rule = (rows, SelectionRule::Windows { window_len });
+        let window_before = (before * window_len as f64) as usize;
+        let rule = (rows, SelectionRule::Windows { window_len, window_before });
         let got = select(&Reference, &pool, &tokens, (2, 1), &eligible, rule);
         for (head, eligible) in eligible.iter().enumerate() {
-            let expected = windows(&shares(&tokens, head, eligible), rows, window_len);
+            let expected = windows(&shares(&tokens, head, eligible), rows, [window_len, window_before]);
             let expected: Vec<usize> = expected.iter().map(|t| eligible.start + t).collect();
             prop_assert_eq!(&got[head], &expected);
         }

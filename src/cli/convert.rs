@@ -82,6 +82,9 @@ struct Segments {
     /// Tokens that the second rule of retrieval takes around a token
     #[arg(long, value_name = "N", requires = "segment_len")]
     window_len: Option<usize>,
+    /// Tokens of such a window that come before that token [default: half of them]
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    window_before: Option<usize>,
     /// KV heads that read the past beside the prior tail, which all read: LAYER.HEAD,..., LAYER.* or `all`; or the N
     /// heads that most often find what is asked for (mass:N by attention, copy:N by copied tokens, gate:N by learned
     /// gates)
@@ -152,6 +155,7 @@ impl Segments {
             block_len: self.block_len,
             queries: self.queries,
             window_len: self.window_len,
+            window_before: self.window_before,
             past_heads: self.past_heads.as_ref().and_then(PastHeads::names),
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),

@@ -293,6 +293,8 @@ pub enum SelectionRule {
     Windows {
         /// Tokens of a window.
         window_len: usize,
+        /// Tokens of a whole window that come before its best token: 0 to `window_len - 1`.
+        window_before: usize,
     },
 }
 

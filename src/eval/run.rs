@@ -272,10 +272,9 @@ fn outcome((sample, answer): (Sample, Answer)) -> SampleResult {
 }
 
 impl Cell {
-    /// The largest share of the statements asked for that a head had selected, in percent: a single head is enough to
-    /// read them.
-    fn found(&self) -> Option<f64> {
-        let shares = self.recall.iter().map(|head| 100.0 * head.share);
+    /// The largest share of the statements asked for that a head had selected: a single head is enough to read them.
+    pub fn recalled(&self) -> Option<f64> {
+        let shares = self.recall.iter().map(|head| head.share);
         shares.max_by(f64::total_cmp)
     }
 }
@@ -305,7 +304,8 @@ impl Report {
             let means: Vec<Option<f64>> = (0..columns).map(|c| self.mean(c, columns)).collect();
             row(&mut table, "mean", &means);
         }
-        let recalls: Vec<Option<f64>> = self.cells.iter().map(Cell::found).collect();
+        let percent = |cell: &Cell| cell.recalled().map(|share| 100.0 * share);
+        let recalls: Vec<Option<f64>> = self.cells.iter().map(percent).collect();
         if recalls.iter().any(Option::is_some) {
             let _ = write!(table, "\n\n{:<16}", "of it selected");
             for (cells, recalls) in self.cells.chunks(columns).zip(recalls.chunks(columns)) {

@@ -1,11 +1,14 @@
 //! Reports: rows of an experiment as tables in Markdown, and as figures for somebody to draw.
 
+mod table;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::definition::Definition;
 use super::rows::{NATS, Row, SCORE};
 use super::stats::{Estimate, difference, estimate, hybrid, mean_of_tasks};
+use table::Table;
 
 /// Tasks of a metric beyond which only their mean is drawn.
 const MOST_DRAWN: usize = 4;
@@ -197,6 +200,7 @@ impl<'a> View<'a> {
         *text += &format!("\n## {task}: {}\n\n", unit(metric));
         *text += &self.table(metric, &lengths, &one);
         self.reasons(metric, task, text);
+        self.recall(metric, task, &lengths, text);
         let minus = |arm: &str, length| {
             let find = |arm: &str| self.find(arm, metric, Some(task), length);
             difference(&find(arm), &find(self.definition?.baseline.as_deref()?))
@@ -283,6 +287,33 @@ impl<'a> View<'a> {
         };
         for reason in self.distinct(of).into_iter().flatten() {
             let _ = write!(text, "\n- {reason}\n");
+        }
+    }
+
+    /// How much of what was asked for the best head had selected, where rows have it.
+    fn recall(&self, metric: &str, task: &str, lengths: &[u64], text: &mut String) {
+        let mean = |arm: &str, length| {
+            let rows = self.find(arm, metric, Some(task), length);
+            let found: Vec<f64> = rows.iter().filter_map(|row| row.recall).collect();
+            let sum: f64 = found.iter().sum();
+            (!found.is_empty()).then(|| sum / found.len() as f64)
+        };
+        let mut table = Table::new(&["arm"]);
+        table.heads.extend(lengths.iter().map(|l| tokens(*l)));
+        for arm in &self.arms {
+            let cells: Vec<_> = lengths.iter().map(|length| mean(arm, *length)).collect();
+            if cells.iter().any(Option::is_some) {
+                let cell =
+                    |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.0}", 100.0 * s));
+                let cells = cells.into_iter().map(cell);
+                table.row(std::iter::once(arm.clone()).chain(cells).collect());
+            }
+        }
+        if !table.rows.is_empty() {
+            *text += &format!(
+                "\nOf it selected by the head that selected the most, percent:\n\n{}",
+                table.text()
+            );
         }
     }
 
@@ -483,36 +514,4 @@ fn plain(name: &str) -> String {
     let parts = name.split(|c: char| !c.is_ascii_alphanumeric());
     let parts: Vec<&str> = parts.filter(|part| !part.is_empty()).collect();
     parts.join("-")
-}
-
-/// A table in Markdown. Columns that are empty in every row are left out.
-struct Table {
-    heads: Vec<String>,
-    rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    fn new(heads: &[&str]) -> Self {
-        Self {
-            heads: heads.iter().map(|head| (*head).to_owned()).collect(),
-            rows: Vec::new(),
-        }
-    }
-
-    fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
-    }
-
-    fn text(&self) -> String {
-        let kept = |i: &usize| self.rows.iter().any(|row| !row[*i].is_empty());
-        let kept: Vec<usize> = (0..self.heads.len()).filter(kept).collect();
-        let line = |cells: &[String]| {
-            let cells: Vec<String> = kept.iter().map(|i| cells[*i].replace('|', "\\|")).collect();
-            format!("| {} |\n", cells.join(" | "))
-        };
-        let mut text = line(&self.heads);
-        text += &format!("|{}\n", "---|".repeat(kept.len()));
-        self.rows.iter().for_each(|row| text += &line(row));
-        text
-    }
 }

@@ -53,6 +53,9 @@ pub struct Row {
     /// The value of each window or prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub values: Option<Vec<f64>>,
+    /// The largest share of what was asked for that a head had selected: mean over the prompts, of one head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recall: Option<f64>,
     /// Tokens that each of `values` is a mean over; one each where left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<Vec<f64>>,
@@ -84,6 +87,7 @@ impl Row {
     /// A value that is no share, where the metric says that all are.
     fn beyond_a_share(&self) -> Option<f64> {
         let values = self.value.iter().chain(self.values.iter().flatten());
+        let values = values.chain(&self.recall);
         let beyond = |value: &&f64| self.metric != NATS && !(0.0..=1.0).contains(*value);
         values.copied().find(|value| beyond(&value))
     }

@@ -185,19 +185,23 @@ fn keys_of_retrieval_choose_its_rule() {
         let object = with(object, "/segment/past_len", json!(13));
         ModelConfig::from_json(object).map(|config| config.segment.unwrap())
     };
-    for (retrieval, [queries, window_len]) in [
-        (json!({"queries": 16, "window_len": 32}), [16, 32]),
-        (json!({"queries": 3}), [3, 32]),
-        (json!({"window_len": 5}), [16, 5]),
-        (json!({"window_len": 5, "block_len": null}), [16, 5]),
+    for (retrieval, [queries, window_len, window_before]) in [
+        (json!({"queries": 16, "window_len": 32}), [16, 32, 16]),
+        (json!({"queries": 3}), [3, 32, 16]),
+        (json!({"window_len": 5}), [16, 5, 2]),
+        (json!({"window_len": 5, "block_len": null}), [16, 5, 2]),
+        (json!({"window_len": 5, "window_before": 0}), [16, 5, 0]),
+        (json!({"window_before": 31}), [16, 32, 31]),
     ] {
         let segment = read(retrieval).unwrap();
         let expected = RetrievalConfig::Windows {
             queries,
             window_len,
+            window_before,
         };
         assert_eq!((segment.retrieval, segment.past_len), (expected, 13));
-        let written = json!({"queries": queries, "window_len": window_len});
+        let written =
+            json!({"queries": queries, "window_len": window_len, "window_before": window_before});
         assert_eq!(segment.retrieval.to_json(), written);
     }
     for (retrieval, key) in [
@@ -208,6 +212,14 @@ fn keys_of_retrieval_choose_its_rule() {
         ),
         (json!({"queries": 0}), "segment.retrieval.queries"),
         (json!({"window_len": 1.5}), "segment.retrieval.window_len"),
+        (
+            json!({"window_before": 32}),
+            "segment.retrieval.window_before",
+        ),
+        (
+            json!({"window_len": 4, "window_before": 4}),
+            "segment.retrieval.window_before",
+        ),
         (json!({"windows": 3}), "segment.retrieval.windows"),
         (json!({}), "segment.past_len"),
     ] {

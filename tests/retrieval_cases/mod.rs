@@ -169,18 +169,21 @@ const fn blocks(block_len: usize, probe_window: usize, probe_stride: usize) -> S
     }
 }
 
-const fn windows(window_len: usize) -> SelectionRule {
-    SelectionRule::Windows { window_len }
+const fn windows(window_len: usize, window_before: usize) -> SelectionRule {
+    SelectionRule::Windows {
+        window_len,
+        window_before,
+    }
 }
 
 /// The rules that are tried, and how many rows each selects.
 const RULES: [(usize, SelectionRule); 6] = [
     (24, blocks(8, 3, 2)),
     (7, blocks(3, 100, 1)),
-    (24, windows(8)),
-    (37, windows(1)),
-    (45, windows(7)),
-    (9, windows(20)),
+    (24, windows(8, 4)),
+    (37, windows(1, 0)),
+    (45, windows(7, 1)),
+    (9, windows(20, 19)),
 ];
 
 /// A pool holds the same tokens however it was filled, cut and read.

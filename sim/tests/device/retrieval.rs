@@ -40,6 +40,7 @@ fn a_model_that_selects_windows_has_the_same_bits_on_every_path() {
     segment.retrieval = RetrievalConfig::Windows {
         queries: 3,
         window_len: 3,
+        window_before: 1,
     };
     config.validate().expect("a config");
     let model = model(gpu(35, Checks::None), &config, &values(&config, 21));

@@ -32,6 +32,7 @@ fn switched(after: bool) -> ModelConfig {
         segment.retrieval = RetrievalConfig::Windows {
             queries,
             window_len,
+            window_before: 0,
         };
     }
     config.validate().expect("a config");

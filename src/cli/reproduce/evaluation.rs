@@ -183,6 +183,7 @@ impl Collect<'_> {
             value: cell.score.map(|percent| percent / 100.0),
             samples: cell.samples.len() as u64,
             skipped: cell.skipped.clone(),
+            recall: cell.recalled().map(rounded),
             values: Some(cell.samples.iter().map(|s| rounded(s.score)).collect()),
             ..self.base.clone()
         }

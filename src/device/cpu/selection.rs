@@ -9,6 +9,7 @@ use super::buffer::Scratch;
 use super::math::{self, for_each_isa};
 use super::pool::Pool;
 use super::{Buffer, PackedMatrix};
+use crate::device::shared::selection::window_begin;
 use crate::device::{Probes, Selection, SelectionRule};
 use crate::isa::Isa;
 
@@ -37,9 +38,12 @@ impl Pool {
                 let means = || self.means(probes, q_heads, [probe_window, probe_stride]);
                 self.best_blocks(head, means, selection, block_len)
             }
-            SelectionRule::Windows { window_len } => {
+            SelectionRule::Windows {
+                window_len,
+                window_before,
+            } => {
                 let queries = || self.queries(probes, q_heads);
-                self.best_windows(head, queries, selection, window_len)
+                self.best_windows(head, queries, selection, [window_len, window_before])
             }
         }
     }
@@ -73,7 +77,7 @@ impl Pool {
         head: usize,
         probes: impl FnOnce() -> PackedMatrix,
         selection: &Selection<'_>,
-        window_len: usize,
+        window: [usize; 2],
     ) -> Vec<usize> {
         let eligible = selection.eligible[head].clone();
         let count = selection.rows.min(eligible.len());
@@ -93,7 +97,7 @@ impl Pool {
         let scores = self.scores(head, &probes, eligible.clone(), share);
         let mut order = highest(&scores, count);
         order.sort_unstable_by(|a, b| better(&scores, *a, *b));
-        let taken = windows(&order, eligible.len(), window_len);
+        let taken = windows(&order, eligible.len(), window);
         let tokens = eligible.zip(taken);
         tokens
             .filter_map(|(token, taken)| taken.then_some(token))
@@ -239,15 +243,15 @@ fn better(scores: &[f32], a: usize, b: usize) -> Ordering {
 ///
 /// No other token can become the middle of a window: each of `best` is in a window once it has been looked at, so
 /// before the last of them the windows have fewer tokens than wanted.
-fn windows(best: &[usize], len: usize, window_len: usize) -> Vec<bool> {
+fn windows(best: &[usize], len: usize, window: [usize; 2]) -> Vec<bool> {
     let mut taken = vec![false; len];
     let mut left = best.len();
     for &best in best {
         if taken[best] || left == 0 {
             continue;
         }
-        let width = window_len.min(left);
-        let first = best.saturating_sub(width / 2).min(len - width);
+        let width = window[0].min(left);
+        let first = window_begin(best, width, len, window);
         let before = taken[first..best].iter().rposition(|taken| *taken);
         let behind = taken[best..first + width].iter().position(|taken| *taken);
         let begin = before.map_or(first, |at| first + at + 1);

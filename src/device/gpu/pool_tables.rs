@@ -93,6 +93,7 @@ impl<D: Driver> Tables<D> {
             max_selected: 0,
             tiles: 0,
             window_len: 0,
+            window_before: 0,
             scale_log2: 0.0,
         })
     }

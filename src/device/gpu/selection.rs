@@ -85,10 +85,13 @@ pub(super) fn select<D: Driver>(
             let windows = (probes.rows - window) / probe_stride + 1;
             call.blocks(block_len, windows, [window, probe_stride])?;
         }
-        SelectionRule::Windows { window_len } => {
+        SelectionRule::Windows {
+            window_len,
+            window_before,
+        } => {
             let all = selection.eligible.iter().all(|range| range.len() <= most);
             let scale = selection.scale(pool.head_dim);
-            call.windows(probes.rows, window_len, scale, all)?;
+            call.windows(probes.rows, [window_len, window_before], scale, all)?;
         }
     }
     Ok(selected)
@@ -145,7 +148,7 @@ impl<D: Driver> Call<'_, D> {
 
     /// Windows around the best tokens, by so many queries of a query head. `all`: no head has more tokens to select
     /// from than it selects.
-    fn windows(&self, queries: usize, window_len: usize, scale: f32, all: bool) -> Result<()> {
+    fn windows(&self, queries: usize, window: [usize; 2], scale: f32, all: bool) -> Result<()> {
         let (gpu, tiles) = (self.gpu, self.end.div_ceil(SCORED_KEYS));
         let probes = product("probes", &[self.group, queries])?;
         let block = |what, sizes: &[usize]| gpu.block(product(what, sizes)?);
@@ -161,7 +164,8 @@ impl<D: Driver> Call<'_, D> {
             score_pitch: self.end as i64,
             windows: int("queries", queries)?,
             tiles: int("tiles of a pool", tiles)?,
-            window_len: int("window_len", window_len)?,
+            window_len: int("window_len", window[0])?,
+            window_before: int("window_before", window[1])?,
             scale_log2: std::f32::consts::LOG2_E * scale,
             ..self.params
         };

@@ -95,14 +95,17 @@ impl PastPool<Reference> for Pool {
                 let queries = means(self, head, probes, selection, [probe_window, probe_stride]);
                 best_blocks(self, head, &queries, selection, block_len)
             }
-            SelectionRule::Windows { window_len } => {
+            SelectionRule::Windows {
+                window_len,
+                window_before,
+            } => {
                 let queries = queries(self, head, probes, selection).concat();
                 let eligible = selection.eligible[head].clone();
                 let scale = selection
                     .scale
                     .map_or((self.head_dim as f64).sqrt().recip(), f64::from);
                 let scores = shares(self, head, &queries, eligible.clone(), scale);
-                let taken = windows(&scores, selection.rows, window_len);
+                let taken = windows(&scores, selection.rows, [window_len, window_before]);
                 eligible
                     .zip(taken)
                     .filter_map(|(t, taken)| taken.then_some(t))
@@ -217,7 +220,7 @@ fn shares(
 }
 
 /// Which tokens are in windows around the best ones: `rows` of them, or all.
-fn windows(scores: &[f64], rows: usize, window_len: usize) -> Vec<bool> {
+fn windows(scores: &[f64], rows: usize, window: [usize; 2]) -> Vec<bool> {
     let mut taken = vec![false; scores.len()];
     let mut left = rows.min(scores.len());
     while left > 0 {
@@ -225,8 +228,8 @@ fn windows(scores: &[f64], rows: usize, window_len: usize) -> Vec<bool> {
         // Of equal scores the last is the maximum, so the tokens are taken from the end.
         let best = open.rev().max_by(|a, b| scores[*a].total_cmp(&scores[*b]));
         let Some(best) = best else { break };
-        let width = window_len.min(left);
-        let first = best.saturating_sub(width / 2).min(scores.len() - width);
+        let width = window[0].min(left);
+        let first = selection::window_begin(best, width, scores.len(), window);
         let begin = (first..best)
             .rev()
             .find(|t| taken[*t])

@@ -43,10 +43,34 @@ pub(in crate::device) fn check<B>(
             ("probe_window", probe_window),
             ("probe_stride", probe_stride),
         ],
-        SelectionRule::Windows { window_len } => &[("window_len", window_len)],
+        SelectionRule::Windows {
+            window_len,
+            window_before,
+        } => {
+            if window_before >= window_len.max(1) {
+                let expected = format!("less than window_len, which is {window_len}");
+                return Err(DeviceError::argument(
+                    "window_before",
+                    expected,
+                    window_before,
+                ));
+            }
+            &[("window_len", window_len)]
+        }
     };
     match lengths.iter().find(|(_, len)| *len == 0) {
         Some((what, len)) => Err(DeviceError::argument(what, "1 or more", len)),
         None => Ok(()),
     }
+}
+
+/// The first of `len` eligible tokens that a window of `width` tokens around the token `best` has, before it is cut.
+pub(in crate::device) fn window_begin(
+    best: usize,
+    width: usize,
+    len: usize,
+    [window_len, window_before]: [usize; 2],
+) -> usize {
+    let before = width as u128 * window_before as u128 / window_len as u128;
+    best.saturating_sub(before as usize).min(len - width)
 }

@@ -7,7 +7,8 @@ use super::fields::Fields;
 use crate::device::SelectionRule;
 use crate::model::error::ConfigError;
 
-/// How past rows are chosen at the end of a segment (docs/contract.md, section 2). Lengths in tokens, all at least 1.
+/// How past rows are chosen at the end of a segment (docs/contract.md, section 2). Lengths in tokens, at least 1 where
+/// nothing else is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RetrievalConfig {
     /// Whole blocks with the highest products of probes and keys. Probes are means over queries.
@@ -27,13 +28,15 @@ pub enum RetrievalConfig {
         queries: usize,
         /// Tokens of a window.
         window_len: usize,
+        /// Tokens of a whole window that come before its best token: 0 to `window_len - 1`, by default half of them.
+        window_before: usize,
     },
 }
 
 /// Keys of the rules.
 const RULE_KEYS: [&[&str]; 2] = [
     &["block_len", "probe_len", "probe_window", "probe_stride"],
-    &["queries", "window_len"],
+    &["queries", "window_len", "window_before"],
 ];
 
 impl Default for RetrievalConfig {
@@ -53,6 +56,7 @@ impl RetrievalConfig {
         Self::Windows {
             queries: 16,
             window_len: 32,
+            window_before: 16,
         }
     }
 
@@ -77,7 +81,14 @@ impl RetrievalConfig {
                 probe_window,
                 probe_stride,
             },
-            Self::Windows { window_len, .. } => SelectionRule::Windows { window_len },
+            Self::Windows {
+                window_len,
+                window_before,
+                ..
+            } => SelectionRule::Windows {
+                window_len,
+                window_before,
+            },
         }
     }
 
@@ -114,6 +125,16 @@ impl RetrievalConfig {
         for (key, len) in self.lengths() {
             *len = get(key)?.unwrap_or(*len);
         }
+        if let Self::Windows {
+            window_len,
+            window_before,
+            ..
+        } = self
+            && get("window_len")?.is_some()
+            && get("window_before")?.is_none()
+        {
+            *window_before = *window_len / 2;
+        }
         Ok(())
     }
 
@@ -134,7 +155,12 @@ impl RetrievalConfig {
             Self::Windows {
                 queries,
                 window_len,
-            } => vec![("queries", queries), ("window_len", window_len)],
+                window_before,
+            } => vec![
+                ("queries", queries),
+                ("window_len", window_len),
+                ("window_before", window_before),
+            ],
         }
     }
 
@@ -142,7 +168,7 @@ impl RetrievalConfig {
         let fields = Fields::new(object, "segment.retrieval.");
         fields.only(&RULE_KEYS.concat())?;
         let mut retrieval = Self::default();
-        retrieval.set(|key| fields.size(key, 1..=MAX_SEGMENT_LEN))?;
+        retrieval.set(|key| fields.size(key, least(key)..=MAX_SEGMENT_LEN))?;
         Ok(retrieval)
     }
 
@@ -158,14 +184,32 @@ impl RetrievalConfig {
 
     pub(super) fn validate(mut self) -> Result<(), ConfigError> {
         for (key, len) in self.lengths() {
-            if *len == 0 || *len > MAX_SEGMENT_LEN {
+            let range = least(key)..=MAX_SEGMENT_LEN;
+            if !range.contains(len) {
+                let [least, most] = [range.start(), range.end()];
                 return Err(ConfigError::Invalid {
                     key: format!("segment.retrieval.{key}"),
-                    expected: format!("an integer from 1 to {MAX_SEGMENT_LEN}"),
+                    expected: format!("an integer from {least} to {most}"),
                     got: len.to_string(),
                 });
             }
         }
-        Ok(())
+        match self {
+            Self::Windows {
+                window_len,
+                window_before,
+                ..
+            } if window_before >= window_len => Err(ConfigError::Invalid {
+                key: "segment.retrieval.window_before".into(),
+                expected: format!("less than window_len, which is {window_len}"),
+                got: window_before.to_string(),
+            }),
+            _ => Ok(()),
+        }
     }
+}
+
+/// The least value of a key.
+fn least(key: &str) -> usize {
+    usize::from(key != "window_before")
 }

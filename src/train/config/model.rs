@@ -99,6 +99,8 @@ pub struct SegmentSection {
     pub queries: Option<usize>,
     /// Tokens that the second rule takes around a token.
     pub window_len: Option<usize>,
+    /// Tokens of such a window before that token: less than `window_len`, by default half of it.
+    pub window_before: Option<usize>,
     /// Tokens that end their segment.
     pub break_ids: Option<Vec<u32>>,
     /// Whether the end of a prompt ends a segment, in generation.
@@ -194,6 +196,7 @@ impl SegmentSection {
             "probe_stride" => self.probe_stride,
             "queries" => self.queries,
             "window_len" => self.window_len,
+            "window_before" => self.window_before,
             _ => None,
         }
     }
