@@ -532,6 +532,7 @@ pub struct SegattnRetrievalParams {
     pub max_selected: i32,
     pub tiles: i32,
     pub window_len: i32,
+    pub window_before: i32,
     pub scale_log2: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -607,8 +608,10 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, tiles) - 232usize];
     ["Offset of field: SegattnRetrievalParams::window_len"]
         [::core::mem::offset_of!(SegattnRetrievalParams, window_len) - 236usize];
+    ["Offset of field: SegattnRetrievalParams::window_before"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, window_before) - 240usize];
     ["Offset of field: SegattnRetrievalParams::scale_log2"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 240usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 244usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
