@@ -159,7 +159,7 @@ impl Session<'_> {
     fn all(&mut self, plan: &Plan) -> Result<Vec<String>> {
         let mut left = Vec::new();
         for (i, run) in plan.runs.iter().enumerate() {
-            if run.pending(self.rows.rows()).is_empty() {
+            if run.pending(self.rows.rows()).is_empty() && !self.trains_again(plan, run) {
                 continue;
             }
             let name = format!("{}, seed {}", run.arm.name, run.seed);
@@ -177,6 +177,18 @@ impl Session<'_> {
             }
         }
         Ok(left)
+    }
+
+    /// Whether an arm's weights are gone and an arm that begins with them has results to make.
+    fn trains_again(&self, plan: &Plan, run: &Planned) -> bool {
+        let begins_with = |other: &Planned| {
+            let mut line = self.definition.line(other.arm).into_iter();
+            other.seed == run.seed && line.any(|arm| arm.name == run.arm.name)
+        };
+        let pending = |other: &&Planned| !other.pending(self.rows.rows()).is_empty();
+        run.arm.trains
+            && self.trained(run.arm, run.seed).is_none()
+            && plan.runs.iter().filter(pending).any(begins_with)
     }
 
     /// Why a run cannot begin now.
