@@ -4,12 +4,14 @@ The text is the sources of crates as cargo has unpacked them (`cargo fetch` in a
 crate are joined in the order of their paths, one document a crate; whole crates are held out, one in eight, by a hash
 of the name, so that a crate is on the same side for every version and on every machine. Writes OUT/train.jsonl,
 OUT/held_out.jsonl (a `text`, a `crate` and a `license` a line) and OUT/long.jsonl, which has the held-out crates joined
-into documents of some 150,000 tokens and more. Prints sizes and licences. Nothing of them belongs into the repository:
+into documents of some 150,000 tokens and more. Prints sizes, digests and licences: results on text of another digest
+are not paired. Nothing of them belongs into the repository:
 each crate's licence holds for its text.
 """
 
 import argparse
 import collections
+import hashlib
 import json
 import os
 import sys
@@ -72,9 +74,11 @@ def main():
             for document in documents:
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")
         os.replace(path + ".part", path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
         lengths = sorted(len(document["text"]) for document in documents)
         print(f"{path}: {len(documents)} documents, {sum(lengths) / 1e6:.1f} MB of text; one has {lengths[0] / 1e3:.0f}"
-              f" to {lengths[-1] / 1e3:.0f} kB, the median {lengths[len(lengths) // 2] / 1e3:.0f}")
+              f" to {lengths[-1] / 1e3:.0f} kB, the median {lengths[len(lengths) // 2] / 1e3:.0f}; SHA-256 {digest}")
     print("licences, by text:")
     for said, length in licences.most_common():
         print(f"  {length / 1e6:7.1f} MB  {said}")
