@@ -73,9 +73,9 @@ fn smoke(name: &str) {
     let recalls: Vec<f64> = rows.iter().filter_map(|row| row.recall).collect();
     assert_eq!(report.contains("\nOf it selected"), !recalls.is_empty());
     if ["needles", "windows"].contains(&name) {
-        // In prompts of ten segments some needle is in what a head of random weights selects, and some is not.
-        let [least, most] = [f64::min, f64::max].map(|f| recalls.iter().copied().fold(0.5, f));
-        assert!(least < 0.5 && most > 0.5, "{recalls:?}");
+        // Of prompts of ten segments the heads of random weights select a part of some needles, and nothing of others.
+        let [least, most] = [f64::min, f64::max].map(|f| recalls.iter().copied().fold(0.2, f));
+        assert!(least < 0.1 && most > 0.3, "{recalls:?}");
     }
 }
 
