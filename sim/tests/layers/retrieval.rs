@@ -271,6 +271,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         max_selected: case.max_selected as i32,
         tiles: 0,
         window_len: 0,
+        window_before: 0,
         scale_log2: 0.0,
     };
     for range in [0..case.tokens / 3, case.tokens / 3..case.tokens] {

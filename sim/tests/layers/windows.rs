@@ -31,6 +31,7 @@ struct Case {
     tail: [usize; 2],
     max_selected: usize,
     window_len: usize,
+    window_before: usize,
     /// Keys from so many tokens on repeat those before, so that scores are equal.
     period: usize,
     /// Keys of the largest size, so that products and their sums overflow.
@@ -49,6 +50,7 @@ const CASE: Case = Case {
     tail: [0, 135],
     max_selected: 40,
     window_len: 9,
+    window_before: 4,
     period: usize::MAX,
     huge: false,
     positive: false,
@@ -221,6 +223,7 @@ fn run(seed: u64, case: &Case) -> Outputs {
         max_selected: case.max_selected as i32,
         tiles: tiles as i32,
         window_len: case.window_len as i32,
+        window_before: case.window_before as i32,
         scale_log2: std::f32::consts::LOG2_E / (case.dim as f32).sqrt(),
     };
     let each_tile = HEADS.len() * tiles;
@@ -262,7 +265,7 @@ fn run(seed: u64, case: &Case) -> Outputs {
 }
 
 /// The contract's windows over given scores: which tokens they have.
-fn windows(scores: &[f32], rows: usize, window_len: usize) -> Vec<bool> {
+fn windows(scores: &[f32], rows: usize, case: &Case) -> Vec<bool> {
     let (len, mut taken) = (scores.len(), vec![false; scores.len()]);
     let mut left = rows.min(len);
     while left > 0 {
@@ -270,8 +273,9 @@ fn windows(scores: &[f32], rows: usize, window_len: usize) -> Vec<bool> {
         let best = open
             .max_by(|a, b| scores[*a].total_cmp(&scores[*b]))
             .expect("a token");
-        let width = window_len.min(left);
-        let mut begin = best.saturating_sub(width / 2).min(len - width);
+        let width = case.window_len.min(left);
+        let before = width * case.window_before / case.window_len;
+        let mut begin = best.saturating_sub(before).min(len - width);
         let mut end = begin + width;
         while taken[begin..best].contains(&true) {
             begin += 1;
@@ -320,7 +324,7 @@ fn check(case: &Case) {
             let [_, got] = tile.next().expect("a tile");
             assert_eq!(Some(*got as usize), best);
         }
-        let expected = windows(&outputs.scores[h], case.max_selected, case.window_len);
+        let expected = windows(&outputs.scores[h], case.max_selected, case);
         let tokens = eligible.clone().zip(&expected).filter(|(_, taken)| **taken);
         let tokens: Vec<i32> = tokens.map(|(token, _)| token as i32).collect();
         assert_eq!(outputs.selected[h], tokens);
@@ -343,15 +347,18 @@ fn windows_follow_the_contract() {
     check(&Case {
         period: 13,
         window_len: 4,
+        window_before: 1,
         ..CASE
     });
     check(&Case {
         window_len: 1,
+        window_before: 0,
         dim: 32,
         ..CASE
     });
     check(&Case {
         window_len: 500,
+        window_before: 499,
         dim: 96,
         max_selected: 61,
         ..CASE
@@ -389,7 +396,7 @@ fn scores_of_keys_of_any_size_are_finite() {
     let outputs = run(1, &case);
     for h in 0..HEADS.len() {
         assert!(outputs.scores[h].iter().all(|score| score.is_finite()));
-        let taken = windows(&outputs.scores[h], case.max_selected, case.window_len);
+        let taken = windows(&outputs.scores[h], case.max_selected, &case);
         let tokens = case.eligible(h).zip(taken).filter(|(_, taken)| *taken);
         assert!(
             outputs.selected[h]
@@ -431,6 +438,7 @@ fn windows_longer_than_a_block_of_threads() {
         queries: 1,
         max_selected: 2500,
         window_len: 1700,
+        window_before: 300,
         chunk_tokens: 4500,
         period: 900,
         ..CASE
