@@ -1,5 +1,6 @@
 //! GEMMs of the CPU device: 256 rows against the `gemm` crate, one row against the
-//! bandwidth at which the same weights can be read, both measured in this run on the same threads.
+//! bandwidth at which the same weights can be read, and weights of 16 bits against the same in f32, all measured in this
+//! run on the same threads.
 //!
 //! Criterion reports the times; the ratios are printed first, each from the best of interleaved
 //! repetitions, so that a neighbour on the machine slows both sides alike.
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use gemm::Parallelism;
+use half::{bf16, f16};
 use measure::{best, read_all};
 use rayon::prelude::*;
 use segattn::device::cpu::PackedMatrix;
@@ -226,6 +228,47 @@ fn ratios() {
     }
 }
 
+/// Matrices that are only read, one after the other, in f32 and in 16 bits: together they fit no cache.
+fn widths() {
+    const SHAPE: [usize; 2] = [1536, 576];
+    const COUNT: usize = 120;
+    let [outputs, inputs] = SHAPE;
+    let w = values(outputs * inputs);
+    let rounded = |round: fn(f32) -> f32| w.iter().map(|x| round(*x)).collect::<Vec<_>>();
+    let pack = |w: &[f32]| vec![PackedMatrix::pack_narrow(w, outputs, inputs); COUNT];
+    let wide = vec![PackedMatrix::pack(&w, outputs, inputs, false); COUNT];
+    let brain = pack(&rounded(|x| bf16::from_f32(x).to_f32()));
+    let half = pack(&rounded(|x| f16::from_f32(x).to_f32()));
+    println!(
+        "rows by {COUNT} matrices of {outputs} x {inputs}    Gweights/s: f32  bf16 (ratio)  f16 (ratio)"
+    );
+    for rows in [1, 2, 4, 6, 8, 16, 64, 256] {
+        let x = values(rows * inputs);
+        let mut ys = [(); 3].map(|()| vec![0.0; rows * outputs]);
+        let [a, b, c] = &mut ys;
+        let all = |matrices: &[PackedMatrix], y: &mut [f32]| {
+            rayon::scope(|_| {
+                for w in matrices {
+                    linear(&x, inputs, rows, w, y, outputs, false);
+                }
+            });
+        };
+        let times = best(
+            5,
+            Duration::from_secs(1),
+            [&mut || all(&wide, a), &mut || all(&brain, b), &mut || {
+                all(&half, c)
+            }],
+        );
+        let [a, b, c] = times.map(|t| 1e-9 * (COUNT * outputs * inputs) as f64 / t);
+        println!(
+            "{rows:4} {a:7.2} {b:7.2} ({:.2}) {c:7.2} ({:.2})",
+            b / a,
+            c / a
+        );
+    }
+}
+
 fn gemms(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("gemm");
     for shape in TRAINING {
@@ -251,6 +294,7 @@ criterion_group!(timed, gemms);
 
 fn main() {
     ratios();
+    widths();
     timed();
     Criterion::default().configure_from_args().final_summary();
 }

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust with [`f32::mul_add`]: any CPU.
     Portable,
-    /// x86-64 with AVX2 and FMA.
+    /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// x86-64 with AVX-512F.
     Avx512,
@@ -30,7 +30,11 @@ impl Isa {
 
     #[cfg(target_arch = "x86_64")]
     fn supported(self) -> bool {
-        let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 = || {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+        };
         match self {
             Isa::Portable => true,
             Isa::Avx2 => avx2(),

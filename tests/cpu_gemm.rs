@@ -154,6 +154,32 @@ proptest! {
     }
 
     #[test]
+    fn weights_of_16_bits_in_memory_change_no_bit(
+        rows in 1usize..40, outputs in 1usize..300, inputs in 1usize..700, seed: u64, brain: bool,
+        accumulate: bool,
+    ) {
+        let round = |x: f32| match brain {
+            true => half::bf16::from_f32(x).to_f32(),
+            // Some of them are subnormal numbers.
+            false => half::f16::from_f32(if x > 0.3 { x } else { x * 1e-5 }).to_f32(),
+        };
+        let w: Vec<f32> = values(outputs * inputs, seed).into_iter().map(round).collect();
+        let wide = PackedMatrix::pack(&w, outputs, inputs, false);
+        let narrow = PackedMatrix::pack_narrow(&w, outputs, inputs);
+        prop_assert!(narrow.is_narrow() && !wide.is_narrow());
+        let (x, dy) = (values(rows * inputs, seed ^ 1), values(rows * outputs, seed ^ 2));
+        let (y0, dx0) = (values(rows * outputs, seed ^ 3), values(rows * inputs, seed ^ 4));
+        let all = |w: &PackedMatrix| {
+            let (mut y, mut dx, mut row) = (y0.clone(), dx0.clone(), vec![0.0; inputs]);
+            linear(&x, inputs, rows, w, &mut y, outputs, accumulate);
+            linear_input_grad(&dy, outputs, rows, w, &mut dx, inputs, accumulate);
+            w.row(outputs - 1, &mut row);
+            [bits(&y), bits(&dx), bits(&row)]
+        };
+        prop_assert_eq!(all(&narrow), all(&wide));
+    }
+
+    #[test]
     fn a_packed_row_reads_back_exactly(
         outputs in 1usize..120, inputs in 1usize..200, seed: u64, kept_transposed: bool,
     ) {

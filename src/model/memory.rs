@@ -3,7 +3,7 @@
 //! Counted from the same [`Plan`] that the run is made with, buffer by buffer; what attention needs
 //! while it works and the device's own padding are left out.
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, WeightType};
 use super::parameters::{Role, TensorSpec, specs};
 use super::state::Plan;
 use super::switches::QkNorm;
@@ -87,7 +87,7 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
         }
     };
     Memory {
-        weights: bytes(count.weights(run)),
+        weights: bytes(count.weights(run)) - count.narrow(run, element_bytes),
         slots: bytes(count.slots(alive, room)),
         // A session keeps the tails of before a step, so that a step that fails can be made again.
         state: bytes(count.state()) * if run == Use::Read { 2 } else { 1 },
@@ -127,6 +127,24 @@ impl Count<'_> {
         };
         let moments = 2 * trained.div_ceil(ranks);
         all + (1 + gradient_sets) * trained + moments + matrices + tied
+    }
+
+    /// Bytes that the CPU's matrices take less because a checkpoint's numbers have 16 bits: those that are only read
+    /// stay so.
+    fn narrow(&self, run: Use, element_bytes: usize) -> u64 {
+        let is_16_bit = matches!(self.config.dtype, Some(WeightType::F16 | WeightType::Bf16));
+        if !is_16_bit || element_bytes != size_of::<f32>() {
+            return 0;
+        }
+        // Adapters have f32 values of their own.
+        let only_read = |s: &&TensorSpec| match &self.config.lora {
+            Some(_) => s.frozen,
+            None => run == Use::Read,
+        };
+        let specs = specs(self.config);
+        let matrices = specs.iter().filter(only_read);
+        let matrices = matrices.filter(|s| matches!(s.role, Role::Matrix { .. }));
+        2 * matrices.map(|s| s.role.len() as u64).sum::<u64>()
     }
 
     /// As `Slots::new` allocates them.
@@ -294,6 +312,30 @@ mod tests {
         };
         assert_eq!(weights(4, 1) - weights(1, 1), 3 * all);
         assert_eq!(weights(1, 1) - weights(1, 4), 2 * (all - all.div_ceil(4)));
+    }
+
+    #[test]
+    fn matrices_of_16_bits_that_are_only_read_take_half() {
+        let (wide, mut config) = (config(), config());
+        config.dtype = Some(WeightType::Bf16);
+        let matrices = specs(&config).into_iter().map(|spec| match spec.role {
+            Role::Matrix { .. } => spec.role.len() as u64,
+            _ => 0,
+        });
+        let matrices: u64 = matrices.sum();
+        let train = Use::Train {
+            tbptt: 1,
+            segments_per_step: 1,
+            recompute: true,
+            gradient_sets: 1,
+            ranks: 1,
+        };
+        let weights = |config: &ModelConfig, run| memory(config, 16, run, 4).weights;
+        let [narrow, all] = [&config, &wide].map(|config| weights(config, Use::Read));
+        assert_eq!(narrow + 2 * matrices, all);
+        assert_eq!(weights(&config, train), weights(&wide, train));
+        let in_f64 = |config: &ModelConfig| memory(config, 16, Use::Read, 8).weights;
+        assert_eq!(in_f64(&config), in_f64(&wide));
     }
 
     #[test]

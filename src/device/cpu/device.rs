@@ -164,7 +164,10 @@ impl Device for Cpu {
         training: bool,
     ) -> Result<PackedMatrix> {
         let values = &values[..out * inner];
-        Ok(PackedMatrix::pack(values, out, inner, training))
+        Ok(match training {
+            true => PackedMatrix::pack(values, out, inner, true),
+            false => PackedMatrix::pack_narrow(values, out, inner),
+        })
     }
 
     fn refresh(&self, matrix: &mut PackedMatrix, values: &Buffer) -> Result<()> {

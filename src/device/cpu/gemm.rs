@@ -2,16 +2,18 @@
 //!
 //! Every element of a result is one chain of fused multiply-adds over k, ascending. It starts from 0, or from the old
 //! value when accumulating. Long sums are split into blocks, whose partial result is stored to C and loaded unchanged.
-//! So the bits do not depend on the number of calls, of rows, or of threads.
+//! So the bits do not depend on the number of calls, of rows, or of threads, nor on whether weights lie in memory in f32
+//! or as equal numbers of 16 bits.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::buffer::Scratch;
-use super::kernel::{A_STRIDE, KC, Kernel, Kernels, NR, Order, Tile, WIDE};
+use super::element::Element;
+use super::kernel::{A_STRIDE, KC, Kernel, Kernels, NR, Order, Tile, WIDE, tall};
 pub use super::packed::{PackedMatrix, Strided};
-use super::packed::{fill_panel, fill_tile, span};
+use super::packed::{Panels, fill_panel, fill_tile, of_any_format, span};
 use crate::isa::Isa;
 
 /// Row tiles of A that a task keeps packed (14 rows of `A_STRIDE` each: 240 KiB).
@@ -42,7 +44,12 @@ pub fn linear(
 ) {
     let shape = [rows, w.outputs(), w.inputs()];
     let c = Out::new(y, y_stride, shape, accumulate);
-    packed_gemm(Isa::best(), Strided::rows(x, x_stride), w.panels(), &c);
+    linear_on(Isa::best(), Strided::rows(x, x_stride), w, &c);
+}
+
+/// [`linear`] on a given instruction set.
+fn linear_on(isa: Isa, x: Strided, w: &PackedMatrix, out: &Out) {
+    of_any_format!(w.panels(), panels => packed_gemm(isa, x, panels, out));
 }
 
 /// dx\[rows, in\] (+)= dy\[rows, out\] w, summed over outputs ascending.
@@ -188,7 +195,14 @@ impl Out {
     ///
     /// # Safety
     /// As for [`Kernel`]; no other task may be writing these elements.
-    unsafe fn run(&self, kernel: Kernel, rows: usize, i: usize, q: usize, tile: Tile) {
+    unsafe fn run<E: Copy>(
+        &self,
+        kernel: Kernel<E>,
+        rows: usize,
+        i: usize,
+        q: usize,
+        tile: Tile<E>,
+    ) {
         let c = self.c.wrapping_add(i * self.stride + q * NR);
         let cols = self.n - q * NR;
         // SAFETY: the caller's, and i, q lie within m and n.
@@ -267,7 +281,7 @@ fn packing_gemm(
 }
 
 /// The GEMM with packed panels of B for all columns and all of k.
-fn packed_gemm(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
+fn packed_gemm<E: Element>(isa: Isa, a: Strided, panels: &[E], out: &Out) {
     if out.is_empty() {
         return;
     }
@@ -280,18 +294,18 @@ fn packed_gemm(isa: Isa, a: Strided, panels: &[f32], out: &Out) {
         out.n.div_ceil(NR) * NR * out.k,
         "length of the panels"
     );
-    let kernels = Kernels::of(isa);
+    let kernels = Kernels::<E>::of(isa);
     if out.m == 1 {
         one_row(kernels, a, panels, out);
     } else if out.m <= kernels.max_rows() {
         one_tile(kernels, a, panels, out);
     } else {
-        many_tiles(kernels, a, panels, out);
+        many_tiles(isa, a, panels, out);
     }
 }
 
 /// One row: streams the panels once, [`WIDE`] at a time.
-fn one_row(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
+fn one_row<E: Element>(kernels: &Kernels<E>, a: Strided, panels: &[E], out: &Out) {
     let mut gathered;
     let x = if a.col == 1 {
         a.data
@@ -314,7 +328,7 @@ fn one_row(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
                 let kernel = if step == WIDE {
                     kernels.wide
                 } else {
-                    kernels.get(1, Order::Rows)
+                    kernels.get(1)
                 };
                 let tile = out.tile(x, &panels[q * NR * out.k..], out.k * NR);
                 // SAFETY: x has k elements, the panels from q on are there, each task has its own.
@@ -327,7 +341,7 @@ fn one_row(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
 
 impl Out {
     /// The operands of a kernel over all of k; C comes with [`Self::run`].
-    fn tile(&self, a: &[f32], b: &[f32], b_stride: usize) -> Tile {
+    fn tile<E>(&self, a: &[f32], b: &[E], b_stride: usize) -> Tile<E> {
         Tile {
             k: self.k,
             a: a.as_ptr(),
@@ -341,11 +355,11 @@ impl Out {
 }
 
 /// Few rows: packs A once for all threads and streams the panels once.
-fn one_tile(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
+fn one_tile<E: Element>(kernels: &Kernels<E>, a: Strided, panels: &[E], out: &Out) {
     let block = out.m * A_STRIDE;
     let blocks = out.k.div_ceil(KC);
     let mut packed = Scratch::take(blocks * block);
-    let kernel = kernels.get(out.m, Order::Rows);
+    let kernel = kernels.get(out.m);
     for (b, to) in packed.chunks_mut(block).enumerate() {
         let k = KC.min(out.k - b * KC);
         fill_tile(to, a.from(0, b * KC), out.m, k, Order::Rows);
@@ -368,8 +382,14 @@ fn one_tile(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
 }
 
 /// Many rows: a grid of tasks, each of several tiles by several panels.
-fn many_tiles(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
-    let tiles = out.m.div_ceil(kernels.max_rows());
+fn many_tiles<E: Element>(isa: Isa, a: Strided, panels: &[E], out: &Out) {
+    let order = if a.row == 1 && a.col != 1 {
+        Order::Columns
+    } else {
+        Order::Rows
+    };
+    let kernels = tall(isa, order);
+    let tiles = out.m.div_ceil(kernels.len());
     let count = out.n.div_ceil(NR);
     let parallel = out.parallel();
     let [down, across] = grid(tiles, count, parallel);
@@ -379,7 +399,7 @@ fn many_tiles(kernels: &Kernels, a: Strided, panels: &[f32], out: &Out) {
             share(tiles, down, task % down),
             share(count, across, task / down),
         );
-        task_tiles(kernels, a, panels, out, row_tiles, cols);
+        task_tiles((kernels, order), a, panels, out, row_tiles, cols);
     });
 }
 
@@ -407,24 +427,20 @@ fn grid(tiles: usize, panels: usize, parallel: bool) -> [usize; 2] {
     grid
 }
 
-/// One task of [`many_tiles`]: all of k for its tiles and panels.
-fn task_tiles(
-    kernels: &Kernels,
+/// One task of [`many_tiles`]: all of k for its tiles and panels. A block of a panel is widened once for all tiles.
+fn task_tiles<E: Element>(
+    (kernels, order): (&[Kernel], Order),
     a: Strided,
-    panels: &[f32],
+    panels: &[E],
     out: &Out,
     tiles: Range<usize>,
     cols: Range<usize>,
 ) {
-    let count = out.m.div_ceil(kernels.max_rows());
-    let order = if a.row == 1 && a.col != 1 {
-        Order::Columns
-    } else {
-        Order::Rows
-    };
+    let count = out.m.div_ceil(kernels.len());
     let first = share(out.m, count, tiles.start).start;
     let height = share(out.m, count, tiles.end - 1).end - first;
     let mut packed = Scratch::take(height * A_STRIDE);
+    let mut wide = Scratch::take(KC * NR);
     for p in (0..out.k).step_by(KC) {
         let part = out.part(0..out.n, p..out.k.min(p + KC));
         for rows in tiles.clone().map(|t| share(out.m, count, t)) {
@@ -432,10 +448,10 @@ fn task_tiles(
             fill_tile(to, a.from(rows.start, p), rows.len(), part.k, order);
         }
         for q in cols.clone() {
-            let b = &panels[(q * out.k + p) * NR..];
+            let b = E::widened(&panels[(q * out.k + p) * NR..][..part.k * NR], &mut wide);
             for rows in tiles.clone().map(|t| share(out.m, count, t)) {
                 let tile = part.tile(&packed[(rows.start - first) * A_STRIDE..], b, 0);
-                let kernel = kernels.get(rows.len(), order);
+                let kernel = kernels[rows.len() - 1];
                 // SAFETY: the packed tile and the panel have k rows; tiles and panels are this task's.
                 unsafe { part.run(kernel, rows.len(), rows.start, q, tile) };
             }
@@ -481,6 +497,32 @@ mod tests {
                     let mut c = c0.clone();
                     gemm_on(isa, [m, n, k], a, Strided::rows(&b, n), &mut c, n, true);
                     assert_eq!(c, expected, "{isa:?} {m} {n} {k}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_bits_of_f32_for_weights_of_16_bits() {
+        use half::{bf16, f16};
+        for [m, n, k] in [[1, 130, 300], [3, 33, 513], [6, 31, 77], [43, 161, 259]] {
+            for round in [
+                |x: &f32| bf16::from_f32(*x).to_f32(),
+                |x: &f32| f16::from_f32(*x).to_f32(),
+            ] {
+                let w: Vec<f32> = values(k * n, 2).iter().map(round).collect();
+                let narrow = PackedMatrix::pack_narrow(&w, n, k);
+                assert!(narrow.is_narrow());
+                let (x, y0) = (values(m * k, 1), values(m * n, 3));
+                let product = |isa, w: &PackedMatrix| {
+                    let mut y = y0.clone();
+                    let out = Out::new(&mut y, n, [m, n, k], true);
+                    linear_on(isa, Strided::rows(&x, k), w, &out);
+                    y
+                };
+                let expected = product(Isa::Portable, &PackedMatrix::pack(&w, n, k, false));
+                for isa in Isa::available() {
+                    assert_eq!(product(isa, &narrow), expected, "{isa:?} {m} {n} {k}");
                 }
             }
         }

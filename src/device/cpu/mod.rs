@@ -10,6 +10,7 @@ mod adamw;
 mod attend;
 mod buffer;
 mod device;
+mod element;
 pub mod gemm;
 mod idle;
 mod kernel;

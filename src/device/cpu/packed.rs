@@ -1,9 +1,11 @@
 //! Packing of operands into the layout of the kernels: panels of B, tiles of A, and weights that stay packed
 //! ([`PackedMatrix`]).
 
+use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::buffer::Aligned;
+use super::buffer::{Aligned, Scratch};
+use super::element::{Element, Format};
 use super::kernel::{A_STRIDE, NR, Order};
 
 /// A matrix with two strides: element (i, j) is `data[i * row + j * col]`.
@@ -129,8 +131,65 @@ pub(super) fn fill_tile(to: &mut [f32], from: Strided, height: usize, k: usize, 
 pub struct PackedMatrix {
     outputs: usize,
     inputs: usize,
-    panels: Aligned,
+    panels: Kept,
     transposed: Option<Aligned>,
+}
+
+/// Panels in memory, whose words hold one number or two.
+#[derive(Clone)]
+struct Kept {
+    words: Aligned,
+    format: Format,
+}
+
+/// Panels of B as a GEMM reads them.
+#[derive(Clone, Copy)]
+pub(super) enum Panels<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// The value of an expression over `$panels`, a slice of any format.
+macro_rules! of_any_format {
+    ($kept:expr, $panels:ident => $value:expr) => {
+        match $kept {
+            Panels::F32($panels) => $value,
+            Panels::Bf16($panels) => $value,
+            Panels::F16($panels) => $value,
+        }
+    };
+}
+pub(super) use of_any_format;
+
+impl Kept {
+    /// Zeros.
+    fn new(format: Format, len: usize) -> Self {
+        let words = if format == Format::F32 { len } else { len / 2 };
+        let words = Aligned::zeroed(words);
+        Self { words, format }
+    }
+
+    fn panels(&self) -> Panels<'_> {
+        match self.format {
+            Format::F32 => Panels::F32(&self.words),
+            Format::Bf16 => Panels::Bf16(bytemuck::cast_slice(&self.words)),
+            Format::F16 => Panels::F16(bytemuck::cast_slice(&self.words)),
+        }
+    }
+
+    /// Packs the k x n matrix `from`, whose numbers the format holds.
+    fn fill(&mut self, from: Strided, k: usize, n: usize) {
+        match self.format {
+            Format::F32 => fill_all(&mut self.words, from, k, n),
+            Format::Bf16 => {
+                fill_narrow::<bf16>(bytemuck::cast_slice_mut(&mut self.words), from, k, n);
+            }
+            Format::F16 => {
+                fill_narrow::<f16>(bytemuck::cast_slice_mut(&mut self.words), from, k, n)
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for PackedMatrix {
@@ -139,6 +198,7 @@ impl std::fmt::Debug for PackedMatrix {
             .field("outputs", &self.outputs)
             .field("inputs", &self.inputs)
             .field("transposed", &self.transposed.is_some())
+            .field("narrow", &self.is_narrow())
             .finish()
     }
 }
@@ -153,14 +213,28 @@ impl PackedMatrix {
     /// If `w` is not `outputs * inputs` long.
     pub fn pack(w: &[f32], outputs: usize, inputs: usize, transposed_too: bool) -> Self {
         assert_eq!(Some(w.len()), outputs.checked_mul(inputs), "length of w");
+        Self::packed(w, outputs, inputs, Format::F32, transposed_too)
+    }
+
+    /// As [`Self::pack`] without a second copy, in 16 bits where all values are numbers of one format of 16 bits, bf16
+    /// or f16. Such a matrix takes half the memory and gives the same bits.
+    ///
+    /// # Panics
+    /// If `w` is not `outputs * inputs` long.
+    pub fn pack_narrow(w: &[f32], outputs: usize, inputs: usize) -> Self {
+        assert_eq!(Some(w.len()), outputs.checked_mul(inputs), "length of w");
+        Self::packed(w, outputs, inputs, Format::of(w), false)
+    }
+
+    fn packed(w: &[f32], outputs: usize, inputs: usize, format: Format, twice: bool) -> Self {
         let panel_len = |n: usize, k: usize| n.div_ceil(NR) * NR * k;
         let mut packed = PackedMatrix {
             outputs,
             inputs,
-            panels: Aligned::zeroed(panel_len(outputs, inputs)),
-            transposed: transposed_too.then(|| Aligned::zeroed(panel_len(inputs, outputs))),
+            panels: Kept::new(format, panel_len(outputs, inputs)),
+            transposed: twice.then(|| Aligned::zeroed(panel_len(inputs, outputs))),
         };
-        packed.repack(w);
+        packed.fill(w);
         packed
     }
 
@@ -170,15 +244,27 @@ impl PackedMatrix {
     /// If `w` is not `outputs * inputs` long.
     pub fn repack(&mut self, w: &[f32]) {
         assert_eq!(w.len(), self.outputs * self.inputs, "length of w");
+        match self.is_narrow() {
+            true => *self = Self::pack_narrow(w, self.outputs, self.inputs),
+            false => self.fill(w),
+        }
+    }
+
+    fn fill(&mut self, w: &[f32]) {
         if w.is_empty() {
             return;
         }
         let by_out = Strided::columns(w, self.inputs);
-        fill_all(&mut self.panels, by_out, self.inputs, self.outputs);
+        self.panels.fill(by_out, self.inputs, self.outputs);
         if let Some(transposed) = &mut self.transposed {
             let by_in = Strided::rows(w, self.inputs);
             fill_all(transposed, by_in, self.outputs, self.inputs);
         }
+    }
+
+    /// Whether it lies in memory in 16 bits.
+    pub fn is_narrow(&self) -> bool {
+        self.panels.format != Format::F32
     }
 
     /// Rows of w, the width of y.
@@ -198,15 +284,18 @@ impl PackedMatrix {
     pub fn row(&self, output: usize, to: &mut [f32]) {
         assert!(output < self.outputs, "row {output} of {}", self.outputs);
         assert_eq!(to.len(), self.inputs, "length of a row");
-        let panel = &self.panels[output / NR * NR * self.inputs..];
-        for (x, line) in to.iter_mut().zip(panel.as_chunks::<NR>().0) {
-            *x = line[output % NR];
-        }
+        let start = output / NR * NR * self.inputs;
+        of_any_format!(self.panels(), panels => {
+            let lines = panels[start..].as_chunks::<NR>().0;
+            for (x, line) in to.iter_mut().zip(lines) {
+                *x = line[output % NR].wide();
+            }
+        });
     }
 
     /// Panels for y = x wᵀ (k = inputs, columns = outputs).
-    pub(super) fn panels(&self) -> &[f32] {
-        &self.panels
+    pub(super) fn panels(&self) -> Panels<'_> {
+        self.panels.panels()
     }
 
     /// Panels for dx = dy w (k = outputs, columns = inputs), where kept.
@@ -216,19 +305,42 @@ impl PackedMatrix {
 
     /// Writes rows `p0..` and columns `j0..j0 + cols` of w as one panel for dx = dy w; `p0` a multiple of `NR`.
     pub(super) fn fill_transposed(&self, to: &mut [f32], p0: usize, j0: usize, cols: usize) {
+        let mut scratch = [0.0; NR * NR];
         for (block, to) in to.chunks_mut(NR * NR).enumerate() {
-            let panel = (p0 / NR + block) * NR * self.inputs;
-            let from = Strided::columns(&self.panels[panel + j0 * NR..], NR);
-            fill_panel(to, from, cols);
+            let start = (p0 / NR + block) * NR * self.inputs + j0 * NR;
+            of_any_format!(self.panels(), panels => {
+                let panel = Element::widened(&panels[start..][..cols * NR], &mut scratch);
+                fill_panel(to, Strided::columns(panel, NR), cols);
+            });
         }
     }
 }
 
-/// Packs the k x n matrix `from` into panels, in parallel where it is large.
+/// Packs the k x n matrix `from` into panels.
 fn fill_all(panels: &mut [f32], from: Strided, k: usize, n: usize) {
-    let fill = |(q, panel): (usize, &mut [f32])| {
+    each_panel(panels, k, |(q, panel)| {
         fill_panel(panel, from.from(0, q * NR), NR.min(n - q * NR));
-    };
+    });
+}
+
+/// The same into panels of 16 bits.
+fn fill_narrow<E: Element>(panels: &mut [E], from: Strided, k: usize, n: usize) {
+    each_panel(panels, k, |(q, panel)| {
+        let mut wide = Scratch::take(panel.len());
+        fill_panel(&mut wide, from.from(0, q * NR), NR.min(n - q * NR));
+        panel
+            .iter_mut()
+            .zip(&*wide)
+            .for_each(|(to, x)| *to = E::narrow(*x));
+    });
+}
+
+/// Calls `fill` for each panel and its number, in parallel where they are large.
+fn each_panel<E: Element>(
+    panels: &mut [E],
+    k: usize,
+    fill: impl Fn((usize, &mut [E])) + Send + Sync,
+) {
     if panels.len() >= 1 << 16 {
         panels.par_chunks_mut(k * NR).enumerate().for_each(fill);
     } else {
