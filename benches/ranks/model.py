@@ -24,9 +24,9 @@ def block(exponent):
     return bytes(numbers)
 
 
-def make(folder, shape, tokens):
+def config_of(shape):
+    """`config.json` of a Llama with the paper's roles of heads."""
     hidden, inner, layers, heads, vocab, segment, prior, past = SHAPES[shape]
-    os.makedirs(folder, exist_ok=True)
     long_layers = LONG_LAYERS if layers > 18 else [1, 4]
 
     def reads(layer, head):
@@ -34,7 +34,7 @@ def make(folder, shape, tokens):
             return ["prior"]
         return ["past"] if layer in long_layers else []
 
-    config = {
+    return {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": heads, "head_dim": hidden // heads, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
@@ -42,15 +42,32 @@ def make(folder, shape, tokens):
         "segment": {"segment_len": segment, "prior_len": prior, "past_len": past,
                     "head_reads": [[reads(l, h) for h in range(heads)] for l in range(layers)]},
     }
-    json.dump(config, open(f"{folder}/config.json", "w"))
+
+
+def tensors_of(config):
+    """Names and shapes of a Llama's tensors, or of a Qwen3's."""
+    hidden, inner, vocab = (config[f"{x}_size"] for x in ("hidden", "intermediate", "vocab"))
+    dim = config["head_dim"]
+    q, kv = (dim * config[f"num_{x}_heads"] for x in ("attention", "key_value"))
     tensors = [("model.embed_tokens.weight", [vocab, hidden])]
-    for l in range(layers):
+    for l in range(config["num_hidden_layers"]):
         of = f"model.layers.{l}."
-        tensors += [(of + f"self_attn.{x}_proj.weight", [hidden, hidden]) for x in "qkvo"]
+        tensors += [(of + f"self_attn.{x}_proj.weight", [rows, hidden]) for x, rows in zip("qkv", (q, kv, kv))]
+        tensors += [(of + "self_attn.o_proj.weight", [hidden, q])]
         tensors += [(of + f"mlp.{x}_proj.weight", [inner, hidden]) for x in ("gate", "up")]
         tensors += [(of + "mlp.down_proj.weight", [hidden, inner])]
         tensors += [(of + f"{x}_layernorm.weight", [hidden]) for x in ("input", "post_attention")]
-    tensors += [("model.norm.weight", [hidden]), ("lm_head.weight", [vocab, hidden])]
+        if config["model_type"] == "qwen3":
+            tensors += [(of + f"self_attn.{x}_norm.weight", [dim]) for x in "qk"]
+    tensors += [("model.norm.weight", [hidden])]
+    return tensors if config["tie_word_embeddings"] else tensors + [("lm_head.weight", [vocab, hidden])]
+
+
+def write(folder, config):
+    """A model folder with random weights."""
+    os.makedirs(folder, exist_ok=True)
+    json.dump(config, open(f"{folder}/config.json", "w"))
+    tensors = tensors_of(config)
     header, at = {}, 0
     for name, sizes in tensors:
         count = sizes[0] * (sizes[1] if len(sizes) > 1 else 1)
@@ -71,9 +88,14 @@ def make(folder, shape, tokens):
             while left > 0:
                 done = file.write(source[start:start + left])
                 left, start = left - done, (start + done) % (2 * BLOCK)
+
+
+def make(folder, shape, tokens):
+    config = config_of(shape)
+    write(folder, config)
     rng = random.Random(1)
     for name, count in (("long", tokens), ("part", tokens // 4)):
-        json.dump([rng.randrange(vocab) for _ in range(count)], open(f"{folder}/{name}.json", "w"))
+        json.dump([rng.randrange(config["vocab_size"]) for _ in range(count)], open(f"{folder}/{name}.json", "w"))
 
 
 def seconds(log):
@@ -85,7 +107,8 @@ def seconds(log):
     print(f"{prompt / rate + new / after:.4f} s to the first token ({prompt / rate:.4f} + {new / after:.4f})")
 
 
-if sys.argv[1] == "make":
-    make(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-else:
-    seconds(sys.argv[2])
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        seconds(sys.argv[2])
