@@ -56,7 +56,7 @@ fn inspect_plans_the_memory_of_a_gpu_that_is_not_there() {
         "head_dim: expected a multiple of 16, got 8",
     );
     let mut config = config();
-    config.head_dim = 32;
+    config.set_head_dim(32);
     save(folder, &config);
     let rows = |more: &[&str]| -> Vec<Value> {
         let args = [

@@ -149,7 +149,7 @@ fn architecture(config: &ModelConfig) -> Value {
         "inner": config.intermediate_size,
         "q_heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.file_head_dim,
         "vocabulary": config.vocab_size,
         "tied": config.tie_word_embeddings,
     })

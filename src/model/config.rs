@@ -5,6 +5,7 @@
 //! trained. Other keys are kept and written back; [`ModelConfig::load`] warns of those that it does not know.
 
 pub(super) mod fields;
+mod heads;
 mod part;
 mod retrieval;
 mod rope_keys;
@@ -105,8 +106,10 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// Key and value heads in a layer.
     pub num_key_value_heads: usize,
-    /// Width of a head; even.
+    /// Width of a head as it is computed with; even, and at least [`Self::file_head_dim`].
     pub head_dim: usize,
+    /// Width of a head in files.
+    pub file_head_dim: usize,
     /// Added to the mean square in every RMSNorm.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
@@ -147,7 +150,7 @@ impl ModelConfig {
         num_key_value_heads: usize,
     ) -> Result<Self, ConfigError> {
         let head_dim = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
-        let config = Self {
+        let mut config = Self {
             family: families::LLAMA,
             switches: Switches::PLAIN,
             vocab_size,
@@ -157,6 +160,7 @@ impl ModelConfig {
             num_attention_heads,
             num_key_value_heads,
             head_dim,
+            file_head_dim: head_dim,
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::Default,
@@ -171,6 +175,7 @@ impl ModelConfig {
             part: Part::WHOLE,
             source: Map::new(),
         };
+        config.set_head_dim(head_dim);
         config.validate()?;
         Ok(config)
     }
@@ -243,7 +248,7 @@ impl ModelConfig {
             head_dim,
             positions,
         };
-        let config = Self {
+        let mut config = Self {
             family,
             switches: (family.switches)(&fields, &sizes)?,
             vocab_size: fields.required_size("vocab_size", 1..=MAX_VOCAB)?,
@@ -253,6 +258,7 @@ impl ModelConfig {
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
+            file_head_dim: head_dim,
             rms_norm_eps: fields
                 .number("rms_norm_eps")?
                 .unwrap_or(defaults.rms_norm_eps),
@@ -269,6 +275,7 @@ impl ModelConfig {
             part: Part::WHOLE,
             source: Map::new(),
         };
+        config.set_head_dim(head_dim);
         config.validate()?;
         Ok(Self { source, ..config })
     }
@@ -288,7 +295,7 @@ impl ModelConfig {
         set("num_hidden_layers", json!(self.num_hidden_layers));
         set("num_attention_heads", json!(self.num_attention_heads));
         set("num_key_value_heads", json!(self.num_key_value_heads));
-        set("head_dim", json!(self.head_dim));
+        set("head_dim", json!(self.file_head_dim));
         set("rms_norm_eps", json!(self.rms_norm_eps));
         set("tie_word_embeddings", json!(self.tie_word_embeddings));
         set(

@@ -10,7 +10,7 @@ pub mod folder;
 pub use error::AdapterError;
 
 use super::config::ModelConfig;
-use super::parameters::{HeadOrder, TensorSpec, base_specs, index, matrix};
+use super::parameters::{HeadOrder, Role, TensorSpec, base_specs, index, matrix};
 
 /// Largest rank that is accepted.
 pub const MAX_RANK: usize = 1 << 12;
@@ -63,8 +63,12 @@ pub struct Adapter {
     pub out: usize,
     /// Columns of its input.
     pub inner: usize,
+    /// Its matrix in files `[out, inner]`.
+    shape: [usize; 2],
     /// Order of the heads among its columns, in elements of one number.
     heads: Option<HeadOrder>,
+    /// Order of the heads in a row of its input.
+    input_heads: Option<HeadOrder>,
 }
 
 impl Adapter {
@@ -170,20 +174,35 @@ impl Lora {
             for product in Product::ALL {
                 starts.push(adapters.len());
                 let spec = &base[product.weight(l)];
+                let Role::Matrix {
+                    out: all,
+                    inner: kept,
+                } = spec.role
+                else {
+                    unreachable!("a product's weight is a matrix");
+                };
+                let rows: usize = spec.parts.iter().map(|(_, shape)| shape[0]).sum();
                 let mut column = 0;
                 for (name, shape) in &spec.parts {
                     let module = name.strip_suffix(WEIGHT).unwrap_or(name);
+                    let (shape, out) = ([shape[0], shape[1]], shape[0] * all / rows);
                     if config.is_target(module) {
+                        let (heads, input_heads) = match (spec.heads, product) {
+                            (Some(order), Product::Output) => (None, Some(order.of_row(rows))),
+                            (order, _) => (order.and_then(|o| o.part(column, out)), None),
+                        };
                         adapters.push(Adapter {
                             module: module.to_owned(),
                             down: base.len() + 2 * adapters.len(),
                             column,
-                            out: shape[0],
-                            inner: shape[1],
-                            heads: spec.heads.and_then(|order| order.part(column, shape[0])),
+                            out,
+                            inner: kept,
+                            shape,
+                            heads,
+                            input_heads,
                         });
                     }
-                    column += shape[0];
+                    column += out;
                 }
             }
         }
@@ -211,16 +230,26 @@ impl Lora {
         let rank = self.config.rank;
         let specs = self.adapters.iter().flat_map(|adapter| {
             let [down, up] = adapter.names();
+            let [out, inner] = adapter.shape;
             let down = TensorSpec {
                 factor: self.config.factor(),
-                ..matrix(&[down], &[rank], adapter.inner)
+                heads: adapter.input_heads.map(|order| order.rows(rank)),
+                role: Role::Matrix {
+                    out: rank,
+                    inner: adapter.inner,
+                },
+                ..matrix(&[down], &[rank], inner)
             };
             let up = TensorSpec {
                 heads: adapter.heads.map(|order| HeadOrder {
                     width: rank,
                     ..order
                 }),
-                ..matrix(&[up], &[adapter.out], rank)
+                role: Role::Matrix {
+                    out: adapter.out,
+                    inner: rank,
+                },
+                ..matrix(&[up], &[out], rank)
             };
             [down, up]
         });

@@ -5,10 +5,12 @@
 //! Row-major weights stack by concatenation, so a stacked tensor is its parts one after the other. Families that store
 //! the stacked tensor have one part.
 
+mod heads;
 mod weights;
 
 use super::config::ModelConfig;
 use super::switches::{QkNorm, Switches};
+pub use heads::HeadOrder;
 pub use weights::{Weight, Weights};
 
 /// What a tensor is used for.
@@ -60,61 +62,12 @@ pub struct TensorSpec {
     pub parts: Vec<(String, Vec<usize>)>,
     /// Its use.
     pub role: Role,
-    /// Elements of its heads stand in another order than in files.
+    /// Elements of its heads stand at other places than in files.
     pub heads: Option<HeadOrder>,
     /// Factor on the matrix that products read: of an adapter.
     pub factor: f64,
     /// Training keeps it as it is: it has neither gradient, nor moments, nor values in f32 beside the prepared ones.
     pub frozen: bool,
-}
-
-/// The order of the elements of a head. The devices rotate element `i` together with `i + head_dim/2`. Where only the
-/// first `rotary_dim` elements rotate, files pair `i` with `i + rotary_dim/2`. So queries and keys are kept in another
-/// order, which their products do not depend on: the first halves of the pairs begin a head, the second halves begin
-/// its second half.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HeadOrder {
-    /// The first heads of the tensor, which are reordered.
-    pub heads: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
-    /// Those that rotate.
-    pub rotary_dim: usize,
-    /// Numbers of an element: the columns of a matrix.
-    pub width: usize,
-}
-
-impl HeadOrder {
-    /// Place in a file of the element that is kept at `at`.
-    fn file_place(&self, at: usize) -> usize {
-        let (half, turning) = (self.head_dim / 2, self.rotary_dim / 2);
-        let (second, i) = (at / half, at % half);
-        match i < turning {
-            true => second * turning + i,
-            false => self.rotary_dim + second * (half - turning) + i - turning,
-        }
-    }
-
-    /// The order of columns `[column, column + out)`, as that of a tensor of their own; `None` where it is that of
-    /// files. Columns are whole heads.
-    pub(super) fn part(self, column: usize, out: usize) -> Option<Self> {
-        let heads = (self.heads * self.head_dim).saturating_sub(column).min(out) / self.head_dim;
-        (heads > 0).then_some(Self { heads, ..self })
-    }
-
-    fn reorder(&self, values: &mut [f32], to_file: bool) {
-        let len = self.head_dim * self.width;
-        let mut old = vec![0.0; len];
-        for head in values.chunks_mut(len).take(self.heads) {
-            old.copy_from_slice(head);
-            for at in 0..self.head_dim {
-                let place = self.file_place(at);
-                let (from, to) = if to_file { (at, place) } else { (place, at) };
-                head[to * self.width..][..self.width]
-                    .copy_from_slice(&old[from * self.width..][..self.width]);
-            }
-        }
-    }
 }
 
 impl TensorSpec {
@@ -132,17 +85,17 @@ impl TensorSpec {
         self.parts.is_empty()
     }
 
-    /// Brings the values of all parts, as files have them, to the order in which they are kept.
-    pub fn keep(&self, values: &mut [f32]) {
+    /// Brings the values of all parts, as files have them, to the places at which they are kept.
+    pub fn keep(&self, values: &mut Vec<f32>) {
         if let Some(order) = self.heads {
-            order.reorder(values, false);
+            *values = order.kept(values);
         }
     }
 
-    /// Brings values to the order that files have: undoes [`Self::keep`].
-    pub fn for_file(&self, values: &mut [f32]) {
+    /// Brings values to the places that files have: undoes [`Self::keep`].
+    pub fn for_file(&self, values: &mut Vec<f32>) {
         if let Some(order) = self.heads {
-            order.reorder(values, true);
+            *values = order.filed(values);
         }
     }
 }
@@ -274,15 +227,22 @@ pub fn base_specs(config: &ModelConfig) -> Vec<TensorSpec> {
             Role::Norm { len: hidden },
         ));
         specs.push(TensorSpec {
-            heads: head_order(
-                config,
-                config.num_attention_heads + config.num_key_value_heads,
-                hidden,
-            ),
+            heads: HeadOrder::of_qkv(config, hidden),
+            role: Role::Matrix {
+                out: config.q_dim() + 2 * config.kv_dim(),
+                inner: hidden,
+            },
             ..matrix(&weights(names.qkv), &qkv_rows(config), hidden)
         });
-        let output = weight("self_attn.o_proj");
-        specs.push(matrix(&[output], &[hidden], config.q_dim()));
+        let (output, [columns, _, _]) = (weight("self_attn.o_proj"), qkv_rows(config));
+        specs.push(TensorSpec {
+            heads: HeadOrder::of_columns(config, hidden),
+            role: Role::Matrix {
+                out: hidden,
+                inner: config.q_dim(),
+            },
+            ..matrix(&[output], &[hidden], columns)
+        });
         specs.push(vector(
             &[weight(names.norms[1])],
             &[hidden],
@@ -310,9 +270,10 @@ pub fn base_specs(config: &ModelConfig) -> Vec<TensorSpec> {
     specs
 }
 
-/// Rows of the projections to queries, keys and values.
+/// Rows of the projections to queries, keys and values in files.
 fn qkv_rows(config: &ModelConfig) -> [usize; 3] {
-    [config.q_dim(), config.kv_dim(), config.kv_dim()]
+    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+    [heads, kv_heads, kv_heads].map(|heads| heads * config.file_head_dim)
 }
 
 fn extra_spec(config: &ModelConfig, layer: usize, extra: Extra) -> TensorSpec {
@@ -321,22 +282,30 @@ fn extra_spec(config: &ModelConfig, layer: usize, extra: Extra) -> TensorSpec {
     let full = config.switches.qk_norm == QkNorm::Full;
     let norm = |name: &str, heads: usize| {
         let heads = if full { heads } else { 1 };
-        (vec![name.to_owned()], vec![heads * dim], heads)
+        let order = HeadOrder::of(config, heads, 1);
+        (vec![name.to_owned()], vec![heads * dim], order)
     };
     let named = |parts: &[&str]| parts.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>();
-    let (parts, rows, heads) = match extra {
+    let (parts, rows, order) = match extra {
         Extra::QkvBias => (
             named(names.qkv),
             qkv_rows(config).to_vec(),
-            heads + kv_heads,
+            HeadOrder::of_qkv(config, 1),
         ),
-        Extra::OutputBias => (named(&["self_attn.o_proj"]), vec![hidden], 0),
-        Extra::GateUpBias => (named(names.gate_up), vec![config.intermediate_size; 2], 0),
-        Extra::DownBias => (named(&["mlp.down_proj"]), vec![hidden], 0),
+        Extra::OutputBias => (named(&["self_attn.o_proj"]), vec![hidden], None),
+        Extra::GateUpBias => (
+            named(names.gate_up),
+            vec![config.intermediate_size; 2],
+            None,
+        ),
+        Extra::DownBias => (named(&["mlp.down_proj"]), vec![hidden], None),
         Extra::QueryNorm => norm("self_attn.q_norm", heads),
         Extra::KeyNorm => norm("self_attn.k_norm", kv_heads),
     };
-    let len = rows.iter().sum();
+    let len = match extra {
+        Extra::QkvBias => config.q_dim() + 2 * config.kv_dim(),
+        _ => rows.iter().sum(),
+    };
     let (end, role) = match extra {
         Extra::QueryNorm | Extra::KeyNorm => ("weight", Role::Norm { len }),
         _ => ("bias", Role::Bias { len }),
@@ -346,20 +315,10 @@ fn extra_spec(config: &ModelConfig, layer: usize, extra: Extra) -> TensorSpec {
         .iter()
         .map(|part| format!("model.layers.{number}.{part}.{end}"));
     TensorSpec {
-        heads: head_order(config, heads, 1),
+        heads: order,
+        role,
         ..vector(&parts.collect::<Vec<_>>(), &rows, role)
     }
-}
-
-/// The order of the first `heads` heads, where it is not that of files.
-fn head_order(config: &ModelConfig, heads: usize, width: usize) -> Option<HeadOrder> {
-    let (head_dim, rotary_dim) = (config.head_dim, config.rotary_dim());
-    (rotary_dim < head_dim && heads > 0).then_some(HeadOrder {
-        heads,
-        head_dim,
-        rotary_dim,
-        width,
-    })
 }
 
 /// Stacked matrices of so many rows each, or one of all of them.

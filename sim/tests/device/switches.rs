@@ -5,7 +5,7 @@ use crate::common::{config, gpu, model, tokens, values};
 use crate::model::{SCORE_BOUND, assert_close, decoded, gradients, streams};
 use segattn::device::cpu::Cpu;
 use segattn::model::config::{ModelConfig, RetrievalConfig};
-use segattn::model::parameters::Role;
+use segattn::model::parameters::{Role, specs};
 use segattn::model::session::score;
 use segattn::model::switches::{QkNorm, Switches};
 use segattn_sim::Checks;
@@ -73,5 +73,40 @@ fn switches_agree_with_the_cpu_and_have_equal_bits() {
         assert_close(&on_cpu, &compared(&one), &compared(&expected));
         let (_, all) = gradients(&on_gpu, &sequences, streams(1, 9));
         assert!(one == all, "{name}: segments per step");
+    }
+}
+
+/// Heads of 36 elements, kept as 64.
+#[test]
+fn longer_heads_agree_with_the_cpu_and_have_equal_bits() {
+    let mut config = config(true);
+    config.set_head_dim(36);
+    assert_eq!(config.head_dim, 64);
+    let mut values = values(&config, 50);
+    for (spec, values) in specs(&config).iter().zip(&mut values) {
+        spec.for_file(values);
+        spec.keep(values);
+    }
+    let tokens = tokens(51, 26, config.vocab_size);
+    let on_cpu = model(Cpu, &config, &values);
+    let on_gpu = model(gpu(5, Checks::None), &config, &values);
+    let expected = score(&on_cpu, &tokens, 1).expect("scores");
+    let got = score(&on_gpu, &tokens, 1).expect("scores");
+    let errors = expected.iter().zip(&got).map(|(a, b)| (a - b).abs());
+    let worst = errors.fold(0.0, f32::max);
+    assert!(worst < SCORE_BOUND, "{worst}");
+    assert_eq!(decoded(&on_gpu, &tokens), got);
+    let (scores, gradients) = gradients(&on_gpu, &[tokens], streams(1, 1));
+    let trained: Vec<f32> = scores[0].iter().map(|x| *x as f32).collect();
+    assert_eq!(trained, got);
+    for (spec, gradient) in on_gpu.specs.iter().zip(&gradients) {
+        let mut again = gradient.clone();
+        spec.for_file(&mut again);
+        spec.keep(&mut again);
+        assert_eq!(
+            again, *gradient,
+            "{}: what is added has a gradient",
+            spec.parts[0].0
+        );
     }
 }

@@ -160,11 +160,11 @@ pub(super) fn config(header: &Header) -> Result<ModelConfig, ConvertError> {
     for (i, name) in head_dims.into_iter().enumerate() {
         let key = format!("llama.{name}");
         match header.size(&key)? {
-            Some(head_dim) if i == 0 => config.head_dim = head_dim,
-            Some(other) if other != config.head_dim => {
+            Some(head_dim) if i == 0 => config.set_head_dim(head_dim),
+            Some(other) if other != config.file_head_dim => {
                 return Err(header.unsupported(format!(
                     "{key} = {other} beside heads of {}",
-                    config.head_dim
+                    config.file_head_dim
                 )));
             }
             _ => {}
@@ -206,7 +206,7 @@ fn rope_scaling(header: &Header, config: &ModelConfig) -> Result<RopeScaling, Co
         return Ok(scaling);
     };
     let mut factors = Vec::new();
-    if info.shape != [config.head_dim / 2] || scaling != RopeScaling::Default {
+    if info.shape != [config.rotary_dim() / 2] || scaling != RopeScaling::Default {
         return Err(header.unsupported(format!("{ROPE_FACTORS:?} of shape {:?}", info.shape)));
     }
     read_tensor(&header.path, info, &mut factors)?;

@@ -87,6 +87,7 @@ impl Gguf {
                     None => values.resize(values.len() + shape.iter().product::<usize>(), 1.0),
                 }
             }
+            specs[i].keep(&mut values);
             Ok(values)
         };
         save(folder, config, values, SaveOptions::new(dtype))

@@ -42,15 +42,26 @@ impl Initial {
     /// # Panics
     /// With no such tensor.
     pub fn tensor(&self, i: usize) -> Vec<f32> {
+        let mut values = self.random(i);
+        // Where heads are kept longer than in files, what is added is 0.
+        self.specs[i].for_file(&mut values);
+        self.specs[i].keep(&mut values);
+        values
+    }
+
+    fn random(&self, i: usize) -> Vec<f32> {
         let role = self.specs[i].role;
         match role {
             Role::Matrix { .. } => {}
             Role::Bias { len } => return vec![0.0; len],
             Role::Norm { len } | Role::Gate { len } => return vec![1.0; len],
         }
-        if let (Some(at), Role::Matrix { inner, .. }) = (i.checked_sub(self.base), role) {
+        if let Some(at) = i.checked_sub(self.base) {
+            let [(_, shape)] = &self.specs[i].parts[..] else {
+                unreachable!("a tensor of an adapter is one in files");
+            };
             let bound = if at % 2 == 0 {
-                1.0 / (inner as f64).sqrt()
+                1.0 / (shape[1] as f64).sqrt()
             } else {
                 0.0
             };
