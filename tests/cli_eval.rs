@@ -4,6 +4,8 @@
 
 mod cli_model;
 
+use std::path::Path;
+
 use cli_model::{config, fails, json, printed, save, tokens};
 
 fn folder() -> tempfile::TempDir {
@@ -99,6 +101,18 @@ fn perplexity_reads_text_lines_and_ids() {
     assert!(shown.contains("whole"));
     assert_eq!(whole[0]["result"]["documents"], 4);
     assert_eq!(whole[0]["result"]["tokens"], 379 + 9 + 5 + 149);
+    // The same lines, compressed and in a table.
+    let lines = std::fs::read(dir.join("data/more/b.jsonl")).unwrap();
+    std::fs::remove_file(dir.join("data/more/b.jsonl")).unwrap();
+    let packed = zstd::encode_all(&lines[..], 3).unwrap();
+    std::fs::write(dir.join("data/more/b.jsonl.zst"), packed).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/parquet/text.parquet");
+    let (_, compressed) = perplexity(&[]);
+    assert_eq!(compressed, whole);
+    let (_, table) = perplexity(&["--data", golden.to_str().unwrap()]);
+    // Of its four texts one is empty, and has no token to predict.
+    let more = table[0]["result"]["tokens"].as_u64().unwrap() - (379 + 9 + 5 + 149);
+    assert_eq!(more, 2 + 7 + 3);
     let (_, windows) = perplexity(&["--lengths", "100,300", "--stride", "50"]);
     assert_eq!(windows[0]["config"]["window"], 100);
     assert_eq!(windows[1]["result"]["tokens"], whole[0]["result"]["tokens"]);

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use reading::{documents, ids, read_with, reading};
 use segattn::train::config::DataSection;
 use segattn::train::data::{
-    Bytes, Conversed, Corpus, Encode, Format, Located, Reading, is_compressed,
+    Bytes, Conversed, Corpus, Encode, Format, Located, Reading, compressed_text, is_compressed,
+    table_texts,
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -131,4 +132,18 @@ fn compressed_files_are_read_as_what_is_in_them() {
     refused(write("g.parquet", b"PAR1 nothing PAR1"), "a Parquet file");
     // A changed `text.parquet`, which makes the library panic.
     refused(golden("damaged.parquet"), "a Parquet file");
+}
+
+#[test]
+fn texts_are_read_without_being_encoded() {
+    let texts = table_texts(&golden("text.parquet")).unwrap();
+    assert_eq!(texts, ["one", "zwei ü\n", "", "four"]);
+    let refused = table_texts(&golden("messages.parquet")).unwrap_err();
+    assert!(refused.to_string().contains("a column text"), "{refused}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.txt.zst");
+    std::fs::write(&path, zstd::encode_all("four".as_bytes(), 3).unwrap()).unwrap();
+    assert_eq!(compressed_text(&path, 4).unwrap(), "four");
+    let refused = compressed_text(&path, 3).unwrap_err().to_string();
+    assert!(refused.contains("at most 3 bytes"), "{refused}");
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::Document;
 use segattn::model::segmentation::Tokens;
 use segattn::model::tokenizer::Tokenizer;
-use segattn::train::data::{Format, is_compressed, list_files};
+use segattn::train::data::{Format, compressed_text, is_compressed, list_files, table_texts};
 use serde::Deserialize;
 
 use super::files::{read_text, read_tokens};
@@ -20,8 +20,9 @@ struct Line {
     text: String,
 }
 
-/// Reads every file that [`list_files`] finds: JSONL has one document a line in its field `text`, `.json` is an array
-/// of token ids or an object with `tokens` and `breaks`, everything else is one document of text.
+/// Reads every file that [`list_files`] finds: JSONL has one document a line in its field `text`, Parquet one a row in
+/// its column `text`, `.json` is an array of token ids or an object with `tokens` and `breaks`, everything else is one
+/// document of text. JSONL and text may be compressed (`.zst`).
 pub fn read_documents(
     paths: &[PathBuf],
     text: Option<&Tokenizer>,
@@ -41,10 +42,10 @@ fn read_file(
     vocab: usize,
     documents: &mut Vec<Document>,
 ) -> Result<()> {
-    let format = Format::of(path);
+    let (format, compressed) = (Format::of(path), is_compressed(path));
     ensure!(
-        !is_compressed(path),
-        "{}: expected a file that is not compressed, got a .zst file",
+        !compressed || matches!(format, Format::Lines | Format::Text),
+        "{}: expected a file that is not compressed, or JSONL or text, got {format:?}",
         path.display()
     );
     match format {
@@ -57,11 +58,11 @@ fn read_file(
             });
             return Ok(());
         }
-        Format::Binary | Format::Table => bail!(
-            "{}: expected text, JSONL or a list of token ids (.json), got a .bin or .parquet file",
+        Format::Binary => bail!(
+            "{}: expected text, JSONL, Parquet or a list of token ids (.json), got a .bin file",
             path.display()
         ),
-        Format::Lines | Format::Text => {}
+        Format::Lines | Format::Text | Format::Table => {}
     }
     let Some(text) = text else {
         bail!(
@@ -69,7 +70,6 @@ fn read_file(
             path.display()
         );
     };
-    let content = read_text(path, MAX_FILE)?;
     let mut push = |content: &str| -> Result<()> {
         documents.push(Document {
             tokens: text.encode(content, true)?,
@@ -77,6 +77,13 @@ fn read_file(
             bytes: Some(content.len() as u64),
         });
         Ok(())
+    };
+    if format == Format::Table {
+        return table_texts(path)?.iter().try_for_each(|text| push(text));
+    }
+    let content = match compressed {
+        true => compressed_text(path, MAX_FILE)?,
+        false => read_text(path, MAX_FILE)?,
     };
     if format == Format::Text {
         return push(&content);

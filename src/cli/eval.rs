@@ -67,8 +67,8 @@ pub struct Args {
     /// lost by retrieval
     #[arg(long)]
     oracle: bool,
-    /// Text files or folders, JSONL with a `text` field, or token ids in JSON (an array, or an object with `tokens`
-    /// and `breaks`)
+    /// Text files or folders, JSONL with a `text` field, both also compressed (.zst), Parquet with a column `text`, or
+    /// token ids in JSON (an array, or an object with `tokens` and `breaks`)
     #[arg(long, value_name = "PATH")]
     data: Vec<PathBuf>,
     /// Questions of LongBench v2, a JSON array or one a line; of longer ones than --lengths the middle of the text is

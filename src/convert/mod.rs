@@ -22,7 +22,11 @@ fn begin(
     check_free(folder)?;
     std::fs::create_dir_all(folder).map_err(|error| files::io_error(folder, error))?;
     for (name, content) in beside {
-        files::write_renamed(&folder.join(name), &content)?;
+        let path = folder.join(name);
+        if let Some(inside) = path.parent().filter(|inside| *inside != folder) {
+            std::fs::create_dir_all(inside).map_err(|error| files::io_error(inside, error))?;
+        }
+        files::write_renamed(&path, &content)?;
     }
     Ok(())
 }

@@ -24,6 +24,8 @@ const WEIGHTS: [&str; 12] = [
     ".onnx",
     ".npz",
 ];
+/// The folder with chat templates of other names than the default one.
+pub(super) const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 /// What a run's checkpoint or an adapter holds beside its model.
 const STATE: [&str; 4] = [
     "adapter_config.json",
@@ -33,14 +35,25 @@ const STATE: [&str; 4] = [
 ];
 
 /// The files of `folder`, name and content in order of the names, that are neither weights, nor `config.json`, nor the
-/// state of a training run. Hidden files and folders inside are passed over; a file too large for memory is left
-/// behind with a warning.
+/// state of a training run. Hidden files and folders inside are passed over, but for that of further chat templates,
+/// whose files have its name before theirs; a file too large for memory is left behind with a warning.
 ///
 /// # Errors
 /// [`FileError::Io`] where the folder or a file cannot be read.
 pub fn companions(folder: &Path) -> Result<Vec<(String, Vec<u8>)>, FileError> {
-    let failed = |error| files::io_error(folder, error);
     let mut found = Vec::new();
+    add(folder, "", &mut found)?;
+    let templates = folder.join(TEMPLATE_FOLDER);
+    if templates.is_dir() {
+        add(&templates, &format!("{TEMPLATE_FOLDER}/"), &mut found)?;
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Adds the files of one folder, under names that begin with `before`.
+fn add(folder: &Path, before: &str, found: &mut Vec<(String, Vec<u8>)>) -> Result<(), FileError> {
+    let failed = |error| files::io_error(folder, error);
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let name = path.file_name().and_then(|name| name.to_str());
@@ -53,15 +66,14 @@ pub fn companions(folder: &Path) -> Result<Vec<(String, Vec<u8>)>, FileError> {
             continue;
         }
         match files::read_bounded(&path, MAX_FILE) {
-            Ok(content) => found.push((name.to_owned(), content)),
+            Ok(content) => found.push((format!("{before}{name}"), content)),
             Err(error @ FileError::TooLarge { .. }) => {
                 tracing::warn!("{error}; it does not go along with the model");
             }
             Err(error) => return Err(error),
         }
     }
-    found.sort();
-    Ok(found)
+    Ok(())
 }
 
 fn is_weights(name: &str) -> bool {

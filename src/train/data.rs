@@ -41,6 +41,7 @@ pub use permutation::Permutation;
 pub use pieces::{Bytes, Conversed, Encode, Located};
 pub use policy::Policy;
 pub use reading::Reading;
+pub use table::{compressed_text, table_texts};
 pub use tasks::Tasks;
 
 use super::config::Split;

@@ -20,11 +20,13 @@ fn everything_but_weights_and_the_state_of_a_run_goes_along() {
     let kept = [
         "LICENSE",
         "README.md",
+        "additional_chat_templates/tools.jinja",
         "chat_template.jinja",
         "generation_config.json",
         "of_tomorrow",
         "tokenizer.json",
     ];
+    std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
     for name in gone.iter().chain(&kept) {
         std::fs::write(folder.path().join(name), name).unwrap();
     }

@@ -5,14 +5,13 @@ use std::path::Path;
 use minijinja::Value;
 use serde_json::{Map, Value as Json};
 
+use crate::model::companions::TEMPLATE_FOLDER;
 use crate::model::error::{ChatError, FileError, NameList};
 use crate::model::files;
 use crate::model::tokenizer::framing::MAX_FILE;
 
 /// The file in a model folder with the default template.
 pub const TEMPLATE_FILE: &str = "chat_template.jinja";
-/// The folder with the templates of other names.
-const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 /// The name of the template that is used where no other is asked for.
 const DEFAULT: &str = "default";
 /// Largest template accepted, in bytes; those known have up to 30 kB.

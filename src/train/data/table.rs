@@ -1,11 +1,63 @@
 //! Data that others have packed: tables in Parquet files, and files compressed by Zstandard.
 
 use std::fs::File;
-use std::io::BufRead;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use super::error::data_error;
+use serde_json::Value;
+
+use super::error::{data_error, io_error};
 use crate::train::error::Result;
+
+/// The column with texts.
+const TEXT: &str = "text";
+
+/// The texts of a Parquet file's column `text`, in the order of its rows.
+///
+/// # Errors
+/// [`TrainError::Io`](crate::train::TrainError::Io); [`TrainError::Data`](crate::train::TrainError::Data) for a file
+/// that is damaged or has no such column, and for a row without a text.
+pub fn table_texts(path: &Path) -> Result<Vec<String>> {
+    let file = File::open(path).map_err(|e| io_error("read", path, e))?;
+    let mut texts = Vec::new();
+    rows(path, file, &[TEXT], &[], |row, line| {
+        let object: Value = serde_json::from_slice(line).unwrap_or_default();
+        match object.get(TEXT).and_then(Value::as_str) {
+            Some(text) => texts.push(text.to_owned()),
+            None => {
+                let (expected, got) = ("a text in the column `text`", &object);
+                return Err(data_error(path, Some(row), expected, got));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(texts)
+}
+
+/// The text in a compressed file (`.zst`), of at most `limit` bytes.
+///
+/// # Errors
+/// [`TrainError::Io`](crate::train::TrainError::Io) for what cannot be read, or is no UTF-8;
+/// [`TrainError::Data`](crate::train::TrainError::Data) for more bytes.
+pub fn compressed_text(path: &Path, limit: u64) -> Result<String> {
+    let failed = |e| io_error("read", path, e);
+    let mut input = BufReader::new(File::open(path).map_err(failed)?);
+    let mut text = String::new();
+    let inside = decompressed(path, &mut input)?;
+    inside
+        .take(limit.saturating_add(1))
+        .read_to_string(&mut text)
+        .map_err(failed)?;
+    match text.len() as u64 > limit {
+        true => Err(data_error(
+            path,
+            None,
+            &format!("at most {limit} bytes"),
+            "more",
+        )),
+        false => Ok(text),
+    }
+}
 
 /// What is in a compressed file.
 #[cfg(feature = "datasets")]
@@ -14,8 +66,8 @@ pub(super) fn decompressed<'a, R: BufRead>(
     input: &'a mut R,
 ) -> Result<impl BufRead + use<'a, R>> {
     let decoder = zstd::Decoder::with_buffer(input);
-    Ok(std::io::BufReader::new(
-        decoder.map_err(|e| super::error::io_error("read", path, e))?,
+    Ok(BufReader::new(
+        decoder.map_err(|e| io_error("read", path, e))?,
     ))
 }
 
