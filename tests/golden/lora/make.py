@@ -1,4 +1,4 @@
-"""Writes the golden files of tests/lora.rs: adapters of the tiny models in tests/golden/families, as PEFT writes them,
+"""Writes the golden files of tests/adapters: adapters of the tiny models in tests/golden/families, as PEFT writes them,
 with the log-probabilities and gradients that PEFT and Transformers compute in f64 on the CPU.
 
     python tests/golden/lora/make.py
