@@ -17,7 +17,7 @@ use past_heads::PastHeads;
 /// stands beside them. Without segment flags the model runs as full attention.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// GGUF file of a Llama, or a model folder
+    /// GGUF file, or a model folder
     #[arg(value_name = "FILE|DIR")]
     input: PathBuf,
     /// Folder to make; one that holds weights already is refused

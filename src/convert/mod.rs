@@ -1,4 +1,4 @@
-//! Models made into a model folder: from GGUF of the Llama family, from another folder, or with adapters merged.
+//! Models made into a model folder: from GGUF, from another folder, or with adapters merged.
 //!
 //! A conversion never guesses. What the file asks for and the model does not compute is an error that names it.
 

@@ -1,14 +1,15 @@
-//! The metadata of a Llama in GGUF as a configuration.
+//! The metadata of a model in GGUF as a configuration.
 
 use serde_json::{Map, Value as Json, json};
 
 use super::super::ConvertError;
+use super::architectures::{ALL, Architecture};
 use super::header::{Header, Value};
 use super::{ROPE_FACTORS, read_tensor};
 use crate::model::config::{ModelConfig, RopeScaling};
 use crate::model::rope::Rope;
 
-/// Keys under `llama.` that say nothing about the computation, or are read below.
+/// Keys under the architecture's name that say nothing about the computation, or are read below.
 const KNOWN: [&str; 17] = [
     "attention.head_count",
     "attention.head_count_kv",
@@ -52,7 +53,7 @@ impl Header {
         ConvertError::Unsupported {
             path: self.path.clone(),
             what,
-            remedy: "convert a plain Llama instead".into(),
+            remedy: "convert a plain model of a family that is read (docs/models.md)".into(),
         }
     }
 
@@ -117,88 +118,130 @@ impl Header {
     }
 }
 
-/// The configuration of a file of architecture `llama`.
-pub(super) fn config(header: &Header) -> Result<ModelConfig, ConvertError> {
-    let architecture = header.text("general.architecture")?.unwrap_or("");
-    if architecture != "llama" {
-        return Err(header.unsupported(format!("architecture {architecture:?}")));
-    }
+/// The architecture of a file, which must be one that is read.
+pub(super) fn architecture(header: &Header) -> Result<&'static Architecture, ConvertError> {
+    let name = header.text("general.architecture")?.unwrap_or("");
+    Architecture::of(name).ok_or_else(|| {
+        let known: Vec<&str> = ALL.iter().map(|known| known.name).collect();
+        header.unsupported(format!(
+            "architecture {name:?} (read are {})",
+            known.join(", ")
+        ))
+    })
+}
+
+/// The configuration of a file of this architecture.
+pub(super) fn config(
+    header: &Header,
+    architecture: &Architecture,
+) -> Result<ModelConfig, ConvertError> {
+    let prefix = format!("{}.", architecture.name);
     for (key, value) in &header.metadata {
-        let Some(name) = key.strip_prefix("llama.") else {
+        let Some(name) = key.strip_prefix(&prefix) else {
             continue;
         };
-        if !KNOWN.contains(&name) {
+        let further = |(known, _): &(&str, &str)| *known == name;
+        if !KNOWN.contains(&name) && !architecture.numbers.iter().any(further) {
             return Err(header.unsupported(format!("key {key:?}")));
         }
         if name == "expert_count" && *value != Value::Integer(0) {
             return Err(header.unsupported("a mixture of experts".into()));
         }
     }
+    let key = |name: &str| format!("{prefix}{name}");
     let tokens = header.array("tokenizer.ggml.tokens")?.map(<[Value]>::len);
     let embedding = header.tensors.get("token_embd.weight");
     let rows = embedding.and_then(|t| t.shape.first().copied());
-    let vocab_size = match rows.or(header.size("llama.vocab_size")?).or(tokens) {
+    let vocab_size = match rows.or(header.size(&key("vocab_size"))?).or(tokens) {
         Some(rows) => rows,
-        None => header.required("llama.vocab_size")?,
+        None => header.required(&key("vocab_size"))?,
     };
-    let heads = header.required("llama.attention.head_count")?;
-    let mut config = ModelConfig::new(
-        vocab_size,
-        header.required("llama.embedding_length")?,
-        header.required("llama.feed_forward_length")?,
-        header.required("llama.block_count")?,
-        heads,
-        header
-            .size("llama.attention.head_count_kv")?
-            .unwrap_or(heads),
-    )?;
-    let head_dims = [
-        "attention.key_length",
-        "attention.value_length",
-        "rope.dimension_count",
-    ];
-    for (i, name) in head_dims.into_iter().enumerate() {
-        let key = format!("llama.{name}");
-        match header.size(&key)? {
-            Some(head_dim) if i == 0 => config.set_head_dim(head_dim),
-            Some(other) if other != config.file_head_dim => {
-                return Err(header.unsupported(format!(
-                    "{key} = {other} beside heads of {}",
-                    config.file_head_dim
-                )));
-            }
-            _ => {}
+    let heads = header.required(&key("attention.head_count"))?;
+    let hidden = header.required(&key("embedding_length"))?;
+    let kv_heads = header
+        .size(&key("attention.head_count_kv"))?
+        .unwrap_or(heads);
+    let head_dim = match header.size(&key("attention.key_length"))? {
+        Some(head_dim) => head_dim,
+        None => hidden.checked_div(heads).unwrap_or(0),
+    };
+    let rotary_dim = header
+        .size(&key("rope.dimension_count"))?
+        .unwrap_or(head_dim);
+    let partly = architecture.model_type == "phi3";
+    for (name, other) in [
+        (
+            "attention.value_length",
+            header.size(&key("attention.value_length"))?,
+        ),
+        ("rope.dimension_count", Some(rotary_dim).filter(|_| !partly)),
+    ] {
+        if let Some(other) = other.filter(|other| *other != head_dim) {
+            let key = key(name);
+            return Err(header.unsupported(format!("{key} = {other} beside heads of {head_dim}")));
         }
     }
     // Stored as f32: the shortest decimal is what the model's own configuration said.
     let short = |x: f64| (x as f32).to_string().parse().unwrap_or(x);
-    let epsilon = header.number("llama.attention.layer_norm_rms_epsilon")?;
-    config.rms_norm_eps = short(epsilon.unwrap_or(1e-5));
-    config.rope_theta = short(header.number("llama.rope.freq_base")?.unwrap_or(10_000.0));
-    config.max_position_embeddings = header.required("llama.context_length")?;
-    config.tie_word_embeddings = !header.tensors.contains_key("output.weight");
-    config.bos_token_id = header
-        .id("tokenizer.ggml.bos_token_id")?
-        .into_iter()
-        .collect();
-    for key in ["eos", "eot", "eom"] {
-        config
-            .eos_token_id
-            .extend(header.id(&format!("tokenizer.ggml.{key}_token_id"))?);
+    let epsilon = header.number(&key("attention.layer_norm_rms_epsilon"))?;
+    let theta = header.number(&key("rope.freq_base"))?;
+    let mut eos = Vec::new();
+    for kind in ["eos", "eot", "eom"] {
+        eos.extend(header.id(&format!("tokenizer.ggml.{kind}_token_id"))?);
     }
     let mut seen = std::collections::BTreeSet::new();
-    config.eos_token_id.retain(|id| seen.insert(*id));
-    config.rope_scaling = rope_scaling(header, &config)?;
+    eos.retain(|id| seen.insert(*id));
+    let mut object = json!({
+        "model_type": architecture.model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": header.required(&key("feed_forward_length"))?,
+        "num_hidden_layers": header.required(&key("block_count"))?,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": short(epsilon.unwrap_or(1e-5)),
+        "rope_theta": short(theta.unwrap_or(10_000.0)),
+        "max_position_embeddings": header.required(&key("context_length"))?,
+        "tie_word_embeddings": !header.tensors.contains_key("output.weight"),
+        "bos_token_id": header.id("tokenizer.ggml.bos_token_id")?,
+        "eos_token_id": eos,
+    });
+    for (stored, ours) in architecture.numbers {
+        if let Some(number) = header.number(&key(stored))? {
+            object[*ours] = json!(short(number));
+        }
+    }
+    if partly && rotary_dim != head_dim {
+        object["partial_rotary_factor"] = json!(rotary_dim as f64 / head_dim as f64);
+    }
+    if header.tensors.contains_key("blk.0.attn_output.bias") {
+        object["attention_bias"] = json!(true);
+    }
+    if header.tensors.contains_key("blk.0.ffn_down.bias") {
+        object["mlp_bias"] = json!(true);
+    }
+    if architecture.model_type == "smollm3" {
+        // The files do not say it; llama.cpp computes no other.
+        object["no_rope_layer_interval"] = json!(4);
+    }
+    let mut config = ModelConfig::from_json(object)?;
+    config.rope_scaling = rope_scaling(header, architecture, &config)?;
     config.validate()?;
     Ok(config)
 }
 
-fn rope_scaling(header: &Header, config: &ModelConfig) -> Result<RopeScaling, ConvertError> {
-    let kind = header.text("llama.rope.scaling.type")?.unwrap_or("none");
+fn rope_scaling(
+    header: &Header,
+    architecture: &Architecture,
+    config: &ModelConfig,
+) -> Result<RopeScaling, ConvertError> {
+    let key = |name: &str| format!("{}.rope.scaling.{name}", architecture.name);
+    let kind = header.text(&key("type"))?.unwrap_or("none");
     let scaling = match kind {
         "none" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
-            factor: header.number("llama.rope.scaling.factor")?.unwrap_or(1.0),
+            factor: header.number(&key("factor"))?.unwrap_or(1.0),
         },
         other => return Err(header.unsupported(format!("RoPE scaling {other:?}"))),
     };

@@ -1,8 +1,9 @@
-//! GGUF files of the Llama family as model folders: configuration, weights, tokenizer and chat template.
+//! GGUF files as model folders: configuration, weights, tokenizer and chat template.
 //!
 //! [`Gguf::open`] reads the header and decides whether the model is one that is computed; [`Gguf::save`] writes the
 //! folder, one tensor in memory at a time.
 
+mod architectures;
 pub mod header;
 mod metadata;
 pub mod quants;
@@ -13,6 +14,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
+use self::architectures::Architecture;
 use self::header::{Header, TensorInfo};
 use super::{ConvertError, begin};
 use crate::model::config::{ModelConfig, WeightType};
@@ -28,18 +30,20 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 #[derive(Debug)]
 pub struct Gguf {
     header: Header,
+    architecture: &'static Architecture,
     config: ModelConfig,
 }
 
 impl Gguf {
-    /// Reads the header and checks that every tensor has a place in a Llama and no other is there.
+    /// Reads the header and checks that every tensor has a place in the model and no other is there.
     ///
     /// # Errors
     /// [`ConvertError`]: a file that cannot be read or breaks its format, another architecture, tensors that
     /// are missing, surplus or of another shape, a quantisation that is not read.
     pub fn open(path: &Path) -> Result<Self, ConvertError> {
         let header = Header::read(path)?;
-        let mut config = metadata::config(&header)?;
+        let architecture = metadata::architecture(&header)?;
+        let mut config = metadata::config(&header, architecture)?;
         let formats: BTreeSet<&str> = header.tensors.values().map(|t| t.block.name()).collect();
         config.dtype = Some(match (formats.contains("BF16"), formats.contains("F16")) {
             _ if formats.iter().any(|f| !["F32", "F16", "BF16"].contains(f)) => WeightType::F32,
@@ -47,7 +51,11 @@ impl Gguf {
             (false, true) => WeightType::F16,
             _ => WeightType::F32,
         });
-        let gguf = Self { header, config };
+        let gguf = Self {
+            header,
+            architecture,
+            config,
+        };
         gguf.check_tensors()?;
         Ok(gguf)
     }
@@ -82,7 +90,7 @@ impl Gguf {
         let values = |i: usize| -> Result<Vec<f32>, ConvertError> {
             let mut values = Vec::new();
             for (name, shape) in &specs[i].parts {
-                match gguf_name(name) {
+                match self.architecture.tensor(name) {
                     Some(stored) => self.read(&stored, &mut values)?,
                     None => values.resize(values.len() + shape.iter().product::<usize>(), 1.0),
                 }
@@ -96,7 +104,7 @@ impl Gguf {
     fn check_tensors(&self) -> Result<(), ConvertError> {
         let mut left: BTreeSet<&str> = self.header.tensors.keys().map(String::as_str).collect();
         for (name, shape) in specs(&self.config).iter().flat_map(|spec| &spec.parts) {
-            let Some(stored) = gguf_name(name) else {
+            let Some(stored) = self.architecture.tensor(name) else {
                 continue;
             };
             let what = format!("tensor {stored:?}");
@@ -115,7 +123,7 @@ impl Gguf {
             Some(name) => Err(ConvertError::Unsupported {
                 path: self.header.path.clone(),
                 what: format!("tensor {name:?}"),
-                remedy: "a plain Llama has none of that name".into(),
+                remedy: format!("a plain {} has none of that name", self.architecture.name),
             }),
         }
     }
@@ -143,38 +151,14 @@ impl Gguf {
 
     /// Heads of a tensor whose rows are pairs of rotated dimensions side by side.
     fn interleaved_heads(&self, name: &str) -> Option<usize> {
-        match name {
-            _ if name.ends_with("attn_q.weight") => Some(self.config.num_attention_heads),
-            _ if name.ends_with("attn_k.weight") => Some(self.config.num_key_value_heads),
+        let (stem, _) = name.rsplit_once('.')?;
+        match stem {
+            _ if !self.architecture.interleaved => None,
+            _ if stem.ends_with("attn_q") => Some(self.config.num_attention_heads),
+            _ if stem.ends_with("attn_k") => Some(self.config.num_key_value_heads),
             _ => None,
         }
     }
-}
-
-/// The name in GGUF of a tensor of a model folder; `None` for those that GGUF does not have (past gates).
-fn gguf_name(name: &str) -> Option<String> {
-    let fixed = [
-        ("model.embed_tokens.weight", "token_embd.weight"),
-        ("model.norm.weight", "output_norm.weight"),
-        ("lm_head.weight", "output.weight"),
-    ];
-    if let Some((_, stored)) = fixed.iter().find(|(ours, _)| *ours == name) {
-        return Some((*stored).to_owned());
-    }
-    let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let stored = match part {
-        "input_layernorm.weight" => "attn_norm.weight",
-        "self_attn.q_proj.weight" => "attn_q.weight",
-        "self_attn.k_proj.weight" => "attn_k.weight",
-        "self_attn.v_proj.weight" => "attn_v.weight",
-        "self_attn.o_proj.weight" => "attn_output.weight",
-        "post_attention_layernorm.weight" => "ffn_norm.weight",
-        "mlp.gate_proj.weight" => "ffn_gate.weight",
-        "mlp.up_proj.weight" => "ffn_up.weight",
-        "mlp.down_proj.weight" => "ffn_down.weight",
-        _ => return None,
-    };
-    Some(format!("blk.{layer}.{stored}"))
 }
 
 /// Appends all numbers of a tensor, read in pieces.
