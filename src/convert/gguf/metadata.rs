@@ -75,8 +75,8 @@ impl Header {
     fn number(&self, key: &str) -> Result<Option<f64>, ConvertError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Float(x)) => Ok(Some(*x)),
-            Some(other) => Err(self.wrong(key, "a float", format!("{other:?}"))),
+            Some(Value::Float(x)) if x.is_finite() => Ok(Some(*x)),
+            Some(other) => Err(self.wrong(key, "a finite float", format!("{other:?}"))),
         }
     }
 
