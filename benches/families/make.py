@@ -1,5 +1,5 @@
-# make.py models FOLDER SIZE: a Qwen3, a Llama of its sizes, and two small models, with random weights in bf16; prompts
-#   and training data beside them. SIZE is `full`, or `tiny` for a trial on a CPU.
+# make.py models FOLDER SIZE: a Qwen3, a Llama of its sizes, two small models, and one of SmolLM2-135M's sizes in bf16
+#   and in f32, with random weights; prompts and training data beside them. SIZE is `full`, or `tiny` for a trial on a CPU.
 # make.py rate LOG: new tokens a second, of a log of `segattn generate`.
 # make.py steps RUN: tokens a second of a run's later steps, the seconds of its steps, and its losses.
 # make.py same GENERATED SCORED: whether new tokens have the log-probabilities that scoring gives them, to the bit.
@@ -14,11 +14,13 @@ SIZES = {
         "large": (2048, 6144, 28, 16, 8, 128, 151936),
         "hundred": (3200, 8640, 4, 32, 32, 100, 512),
         "small": (1024, 3072, 4, 8, 4, 128, 512),
+        "smol": (576, 1536, 30, 9, 3, 64, 49152),
     },
     "tiny": {
         "large": (64, 160, 2, 4, 2, 32, 512),
         "hundred": (200, 160, 2, 2, 2, 100, 512),
         "small": (64, 160, 2, 4, 2, 32, 512),
+        "smol": (64, 160, 2, 4, 2, 32, 512),
     },
 }
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" \
@@ -46,6 +48,8 @@ def models(folder, size):
         reads = [[["prior", "past"]] * sizes[name][4]] * sizes[name][2]
         shape = config(family, sizes[name], False)
         weights.write(f"{folder}/{name}", {**shape, "segment": {**segments, "head_reads": reads}})
+    for dtype in ("bfloat16", "float32"):
+        weights.write(f"{folder}/smol-{dtype}", {**config("llama", sizes["smol"], True), "torch_dtype": dtype})
     rng = random.Random(1)
     vocab, length = sizes["large"][-1], 8192 if size == "full" else 64
     ids = [rng.randrange(vocab) for _ in range(40 * length)]

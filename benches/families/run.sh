@@ -68,6 +68,19 @@ round() { # ROUND GPU-OF-QWEN3 GPU-OF-LLAMA
   else speed qwen3 0 "$1"; speed llama 0 "$1"; fi
 }
 
+# Decoding on the CPU with weights in 16 bits and in 32, two threads, in turns; memory by /usr/bin/time, where it is.
+widths() {
+  local turn dtype time=
+  [ -x /usr/bin/time ] && time="/usr/bin/time -f %MKB"
+  for turn in 1 2 3; do
+    for dtype in bfloat16 float32; do
+      limited 40 $time "$bin" generate -m "smol-$dtype" --threads 2 --tokens words.json -n 100 --ignore-eos \
+        --temperature 0 > /dev/null 2> "$OUT/smol-$dtype-$turn.log"
+      say "cpu $dtype $turn: $(tail -n 2 "$OUT/smol-$dtype-$turn.log" | tr '\n' ' ')"
+    done
+  done
+}
+
 # Small models, one command after the other.
 run() { # NAME COMMAND...
   local name=$1 code; shift
@@ -131,6 +144,8 @@ if [ "$gpus" -ge 2 ]; then
   ([ "$device" = cpu ] || export CUDA_VISIBLE_DEVICES=0; hundred) & one=$!
   ([ "$device" = cpu ] || export CUDA_VISIBLE_DEVICES=1; adapters) & wait $one $!
 else hundred; adapters; fi
+say "== weights of 16 bits on the CPU"
+widths
 say "== second round"
 round 2 1 0
 python3 - "$OUT/summary.txt" <<'PY' | tee -a "$OUT/summary.txt"

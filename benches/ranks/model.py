@@ -64,29 +64,41 @@ def tensors_of(config):
 
 
 def write(folder, config):
-    """A model folder with random weights."""
+    """A model folder with random weights, in bf16 or, where `torch_dtype` is float32, as f32 numbers that are not bf16."""
+    wide = config["torch_dtype"] == "float32"
+    size = 4 if wide else 2
     os.makedirs(folder, exist_ok=True)
     json.dump(config, open(f"{folder}/config.json", "w"))
     tensors = tensors_of(config)
     header, at = {}, 0
     for name, sizes in tensors:
         count = sizes[0] * (sizes[1] if len(sizes) > 1 else 1)
-        header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [at, at + 2 * count]}
-        at += 2 * count
+        header[name] = {"dtype": "F32" if wide else "BF16", "shape": sizes, "data_offsets": [at, at + size * count]}
+        at += size * count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     blocks = {True: memoryview(block(-9)), False: memoryview(block(-6))}
-    with open(f"{folder}/model.safetensors", "wb", buffering=0) as file:
+
+    def put(numbers):
+        if not wide:
+            return file.write(numbers)
+        longer = bytearray(2 * len(numbers))
+        longer[0::4] = b"\1" * (len(numbers) // 2)
+        longer[2::4], longer[3::4] = numbers[0::2], numbers[1::2]
+        file.write(longer)
+        return len(numbers)
+
+    with open(f"{folder}/model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for i, (name, sizes) in enumerate(tensors):
             begin, end = header[name]["data_offsets"]
-            left, start = end - begin, 2 * (i * 1000003 % BLOCK)
+            left, start = 2 * (end - begin) // size, 2 * (i * 1000003 % BLOCK)
             if len(sizes) == 1:
-                file.write(b"\x80\x3f" * (left // 2))
+                put(b"\x80\x3f" * (left // 2))
                 continue
             source = blocks["o_proj" in name or "down_proj" in name]
             while left > 0:
-                done = file.write(source[start:start + left])
+                done = put(source[start:start + left])
                 left, start = left - done, (start + done) % (2 * BLOCK)
 
 
