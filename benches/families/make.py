@@ -1,5 +1,5 @@
 # make.py models FOLDER SIZE: a Qwen3, a Llama of its sizes, two small models, and one of SmolLM2-135M's sizes in bf16
-#   and in f32, with random weights; prompts and training data beside them. SIZE is `full`, or `tiny` for a trial on a CPU.
+#   and in f32, with random weights; prompts and training data beside them. SIZE is `full`, or `tiny` for a trial.
 # make.py rate LOG: new tokens a second, of a log of `segattn generate`.
 # make.py steps RUN: tokens a second of a run's later steps, the seconds of its steps, and its losses.
 # make.py same GENERATED SCORED: whether new tokens have the log-probabilities that scoring gives them, to the bit.
@@ -60,6 +60,7 @@ def models(folder, size):
     text = " ".join(rng.choice(words) for _ in range(20000))
     open(f"{folder}/text.txt", "w").write(text)
     json.dump(list(text[:1000].encode()), open(f"{folder}/words.json", "w"))
+    json.dump(list(text[:64].encode()), open(f"{folder}/short.json", "w"))
     open(f"{folder}/template.jinja", "w").write(TEMPLATE)
 
 

@@ -72,9 +72,9 @@ round() { # ROUND GPU-OF-QWEN3 GPU-OF-LLAMA
 widths() {
   local turn dtype time=
   [ -x /usr/bin/time ] && time="/usr/bin/time -f %MKB"
-  for turn in 1 2 3; do
+  for turn in 1 2; do
     for dtype in bfloat16 float32; do
-      limited 40 $time "$bin" generate -m "smol-$dtype" --threads 2 --tokens words.json -n 100 --ignore-eos \
+      limited 40 $time "$bin" generate -m "smol-$dtype" --threads 2 --tokens short.json -n 100 --ignore-eos \
         --temperature 0 > /dev/null 2> "$OUT/smol-$dtype-$turn.log"
       say "cpu $dtype $turn: $(tail -n 2 "$OUT/smol-$dtype-$turn.log" | tr '\n' ' ')"
     done
@@ -139,13 +139,13 @@ PY
   kill $server 2>/dev/null; wait $server 2>/dev/null
 }
 round 1 0 1
-say "== small models"
+say "== small models, and beside them weights of 16 bits on the CPU"
+widths & narrow=$!
 if [ "$gpus" -ge 2 ]; then
   ([ "$device" = cpu ] || export CUDA_VISIBLE_DEVICES=0; hundred) & one=$!
   ([ "$device" = cpu ] || export CUDA_VISIBLE_DEVICES=1; adapters) & wait $one $!
 else hundred; adapters; fi
-say "== weights of 16 bits on the CPU"
-widths
+wait $narrow
 say "== second round"
 round 2 1 0
 python3 - "$OUT/summary.txt" <<'PY' | tee -a "$OUT/summary.txt"

@@ -64,7 +64,7 @@ def tensors_of(config):
 
 
 def write(folder, config):
-    """A model folder with random weights, in bf16 or, where `torch_dtype` is float32, as f32 numbers that are not bf16."""
+    """A model folder with random weights, in bf16; where `torch_dtype` is float32, as f32 numbers that are not bf16."""
     wide = config["torch_dtype"] == "float32"
     size = 4 if wide else 2
     os.makedirs(folder, exist_ok=True)
