@@ -1,6 +1,5 @@
-//! GEMMs of the CPU device: 256 rows against the `gemm` crate, one row against the
-//! bandwidth at which the same weights can be read, and weights of 16 bits against the same in f32, all measured in this
-//! run on the same threads.
+//! GEMMs of the CPU device: 256 rows against the `gemm` crate, one row against the bandwidth at which the same weights
+//! can be read, and weights of 16 bits against the same in f32, all measured in this run on the same threads.
 //!
 //! Criterion reports the times; the ratios are printed first, each from the best of interleaved
 //! repetitions, so that a neighbour on the machine slows both sides alike.
