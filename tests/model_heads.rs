@@ -1,5 +1,5 @@
-//! Heads of a width that devices have no kernels for. They are kept longer, with zeros behind their elements, and compute
-//! what the f64 reference computes with heads of that width. Files have the width that they had.
+//! Heads of a width that devices have no kernels for. They are kept longer, with zeros behind their elements, and
+//! compute what the f64 reference computes with heads of that width. Files have the width that they had.
 
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;

@@ -1,5 +1,5 @@
-// decode.mjs MODEL.gguf TOKENS.json NEW THREADS: seconds to the first token and tokens a second after it, by llama.cpp on
-// the CPU, from the package node-llama-cpp beside this file or in $NODE_MODULES.
+// decode.mjs MODEL.gguf TOKENS.json NEW THREADS: seconds to the first token and tokens a second after it, by llama.cpp
+// on the CPU, from the package node-llama-cpp beside this file or in $NODE_MODULES.
 import {readFileSync} from "node:fs";
 import {pathToFileURL} from "node:url";
 

@@ -220,8 +220,7 @@ pub fn companion_files(config: &Config) -> Result<Vec<(String, Vec<u8>)>> {
         None => Vec::new(),
     };
     if let Some(folder) = &model.tokenizer {
-        let of_tokenizer =
-            |name: &str| is_tokenizer_file(name) || name.contains("chat_template");
+        let of_tokenizer = |name: &str| is_tokenizer_file(name) || name.contains("chat_template");
         files.retain(|(name, _)| !of_tokenizer(name));
         let own = companions(folder)?.into_iter();
         files.extend(own.filter(|(name, _)| of_tokenizer(name)));

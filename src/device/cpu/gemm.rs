@@ -2,8 +2,8 @@
 //!
 //! Every element of a result is one chain of fused multiply-adds over k, ascending. It starts from 0, or from the old
 //! value when accumulating. Long sums are split into blocks, whose partial result is stored to C and loaded unchanged.
-//! So the bits do not depend on the number of calls, of rows, or of threads, nor on whether weights lie in memory in f32
-//! or as equal numbers of 16 bits.
+//! So the bits do not depend on the number of calls, of rows, or of threads, nor on whether weights lie in memory in
+//! f32 or as equal numbers of 16 bits.
 
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use crate::model::config::ModelConfig;
 /// its second half.
 ///
 /// Heads of a size that devices have no kernels for are kept longer than in files, all of them in this order. What is
-/// added is 0 in every weight, so it is 0 in queries, keys and values and in all gradients, and adds nothing to any sum.
+/// added is 0 in every weight, so it is 0 in queries, keys and values and in all gradients, and adds nothing to a sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadOrder {
     /// The first heads of the tensor, which are kept so.
