@@ -124,7 +124,9 @@ macro_rules! smoke {
     };
 }
 
-smoke!(main, beyond, layers, depth, heads, needles, past, short, windows);
+smoke!(
+    main, beyond, layers, depth, heads, needles, past, short, windows
+);
 
 #[test]
 fn weights_that_are_gone_are_trained_again_for_the_arms_that_begin_with_them() {
