@@ -41,6 +41,9 @@ class Library(Protocol):
     def description(self, array) -> tuple:
         """Address, shape, and strides in elements; the last dimension is contiguous."""
 
+    def numbers(self, array) -> tuple:
+        """Address and number of elements of contiguous numbers."""
+
     def host_or_address(self, name: str, values, kind: str):
         """A list of numbers of `kind` ("int32" or "float32"), or the address of them in device memory."""
 
@@ -105,4 +108,26 @@ def arguments(library: Library, tensors: Tensors, roles: Roles, lengths: Lengths
         "prior_heads": heads_of("prior_heads", roles.prior_heads, heads),
         "scale": scale,
         **rows,
+    }
+
+
+def upstream(library: Library, out, lse, d_out, d_lse) -> dict:
+    """What a backward pass reads beside the call, as `_native` takes it."""
+    return {
+        "out": library.description(out),
+        "lse": library.numbers(lse),
+        "d_out": library.description(d_out),
+        "d_lse": None if d_lse is None else library.numbers(d_lse),
+    }
+
+
+def targets(library: Library, gradients: Sequence, d_prior: Optional[Sequence], d_past_gate) -> dict:
+    """Where a backward pass writes the gradients of q, k and v, of the prior's keys and values, and of the gates."""
+    d_q, d_k, d_v = map(library.description, gradients)
+    return {
+        "d_q": d_q,
+        "d_k": d_k,
+        "d_v": d_v,
+        "d_prior": None if d_prior is None else tuple(map(library.description, d_prior)),
+        "d_past_gate": library.numbers(d_past_gate),
     }

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from . import _native
-from ._arguments import Lengths, Roles, Tensors, arguments, checked
+from ._arguments import Lengths, Roles, Tensors, arguments, checked, targets, upstream
 from .errors import ArgumentError
 
 
@@ -26,6 +26,9 @@ class Numpy:
     def description(self, array: np.ndarray) -> tuple:
         size = array.itemsize
         return array.ctypes.data, array.shape, tuple(stride // size for stride in array.strides)
+
+    def numbers(self, array: np.ndarray) -> tuple:
+        return array.ctypes.data, array.size
 
     def host_or_address(self, name: str, values, kind: str) -> list:
         given = np.asarray(values)
@@ -60,10 +63,6 @@ def like(name: str, array, shape: tuple, dtype) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def numbers(array: np.ndarray) -> tuple:
-    return array.ctypes.data, array.size
-
-
 def lse_shape(q: np.ndarray) -> tuple:
     batch, rows, heads, _ = q.shape
     return batch, heads, rows
@@ -78,10 +77,11 @@ def prepared(tensors: Tensors, lengths: Lengths) -> tuple:
 def forward(tensors: Tensors, roles: Roles, lengths: Lengths, scale: Optional[float]) -> tuple:
     """`out` and `lse`."""
     tensors, lengths = prepared(tensors, lengths)
-    call = arguments(Numpy(), tensors, roles, lengths, scale)
+    library = Numpy()
+    call = arguments(library, tensors, roles, lengths, scale)
     out = np.empty(tensors.q.shape, tensors.q.dtype)
     lse = np.empty(lse_shape(tensors.q), tensors.q.dtype)
-    _native.forward(out.dtype == np.float64, call, Numpy().description(out), numbers(lse))
+    _native.forward(out.dtype == np.float64, call, library.description(out), library.numbers(lse))
     return out, lse
 
 
@@ -92,26 +92,14 @@ def backward(tensors: Tensors, roles: Roles, lengths: Lengths, scale, saved: tup
     out, d_out = (like(name, x, q.shape, dtype) for name, x in [("out", saved[0]), ("d_out", saved[2])])
     lse = like("lse", saved[1], lse_shape(q), dtype)
     d_lse = None if saved[3] is None else like("d_lse", saved[3], lse_shape(q), dtype)
-    call = arguments(Numpy(), tensors, roles, lengths, scale)
-    d_q, d_k, d_v = (np.empty(x.shape, dtype) for x in (q, tensors.k, tensors.v))
+    library = Numpy()
+    call = arguments(library, tensors, roles, lengths, scale)
+    gradients = [np.empty(x.shape, dtype) for x in (q, tensors.k, tensors.v)]
     d_prior = None
     if prior_grad and tensors.prior_k is not None:
-        d_prior = tuple(np.empty(x.shape, dtype) for x in (tensors.prior_k, tensors.prior_v))
+        d_prior = [np.empty(x.shape, dtype) for x in (tensors.prior_k, tensors.prior_v)]
     d_gate = np.empty((q.shape[0], q.shape[2]), dtype)
-    description = Numpy().description
-    upstream = {
-        "out": description(out),
-        "lse": numbers(lse),
-        "d_out": description(d_out),
-        "d_lse": None if d_lse is None else numbers(d_lse),
-    }
-    targets = {
-        "d_q": description(d_q),
-        "d_k": description(d_k),
-        "d_v": description(d_v),
-        "d_prior": None if d_prior is None else tuple(map(description, d_prior)),
-        "d_past_gate": numbers(d_gate),
-    }
-    _native.backward(dtype == np.float64, call, upstream, targets)
+    read, written = upstream(library, out, lse, d_out, d_lse), targets(library, gradients, d_prior, d_gate)
+    _native.backward(dtype == np.float64, call, read, written)
     d_past_gate = None if tensors.past_k is None else d_gate.sum(axis=0)
-    return Gradients(d_q, d_k, d_v, *(d_prior or (None, None)), d_past_gate)
+    return Gradients(*gradients, *(d_prior or (None, None)), d_past_gate)

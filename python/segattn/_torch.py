@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 
 from . import _native
-from ._arguments import Lengths, Roles, Tensors, arguments, checked, heads_of
+from ._arguments import Lengths, Roles, Tensors, arguments, checked, heads_of, targets, upstream
 from .errors import ArgumentError, DeviceError
 
 _ARGUMENTS = (
@@ -48,6 +48,9 @@ class Torch:
 
     def description(self, tensor: torch.Tensor) -> tuple:
         return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+    def numbers(self, tensor: torch.Tensor) -> tuple:
+        return tensor.data_ptr(), tensor.numel()
 
     def host_or_address(self, name: str, values, kind: str):
         if isinstance(values, list):
@@ -124,15 +127,11 @@ class _Call:
             plan = getattr(_native, f"plan_{name}")(ordinal, self.q.dtype == torch.bfloat16, *call)
             workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.q.device)
             # Memory that PyTorch frees is given out again in the order of the stream.
-            plan.run(torch.cuda.current_stream().cuda_stream, _numbers(workspace))
+            plan.run(torch.cuda.current_stream().cuda_stream, self.library.numbers(workspace))
 
 
 def _exact(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _numbers(tensor: torch.Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.numel()
 
 
 def _forward(*given):
@@ -140,7 +139,7 @@ def _forward(*given):
     batch, rows, heads, _ = call.q.shape
     out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     lse = call.exact(batch, heads, rows)
-    call.run("forward", call.arguments, call.library.description(out), _numbers(lse))
+    call.run("forward", call.arguments, call.library.description(out), call.library.numbers(lse))
     return out, lse
 
 
@@ -156,26 +155,14 @@ def _backward(out, lse, d_out, d_lse, prior_grad, *given):
     lse = call.exactly("lse", lse, (batch, heads, rows))
     d_lse = None if d_lse is None else call.exactly("d_lse", d_lse, (batch, heads, rows))
     prior_grad = prior_grad and tensors.prior_k is not None
-    d_q, d_k, d_v, *d_prior, d_past_gate = _gradients(prior_grad, given)
+    *gradients, d_prior_k, d_prior_v, d_past_gate = _gradients(prior_grad, given)
     d_gate = call.exact(batch, heads)
-    description = call.library.description
-    upstream = {
-        "out": description(out),
-        "lse": _numbers(lse),
-        "d_out": description(d_out),
-        "d_lse": None if d_lse is None else _numbers(d_lse),
-    }
-    targets = {
-        "d_q": description(d_q),
-        "d_k": description(d_k),
-        "d_v": description(d_v),
-        "d_prior": tuple(map(description, d_prior)) if prior_grad else None,
-        "d_past_gate": _numbers(d_gate),
-    }
-    call.run("backward", call.arguments, upstream, targets)
+    d_prior = (d_prior_k, d_prior_v) if prior_grad else None
+    read = upstream(call.library, out, lse, d_out, d_lse)
+    call.run("backward", call.arguments, read, targets(call.library, gradients, d_prior, d_gate))
     if d_past_gate.numel():
         d_past_gate.copy_(d_gate.sum(0))
-    return d_q, d_k, d_v, *d_prior, d_past_gate
+    return *gradients, d_prior_k, d_prior_v, d_past_gate
 
 
 def _gradients(prior_grad: bool, given: tuple) -> tuple:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from . import _native
+from ._torch import Torch
 from .attention import segment_attention
 from .errors import ArgumentError
 
@@ -226,10 +227,7 @@ class _State:
         queries = q[:, -self.plan.probe_rows :].float().cpu().contiguous()
         keys = torch.cat([part for part, _ in self.pool], 1).float().cpu().contiguous()
         tail = 0 if self.tail is None else self.tail[0].shape[1]
-
-        def numbers(tensor):
-            return tensor.data_ptr(), tensor.numel()
-
+        numbers = Torch(keys.device).numbers
         self.selected = [
             _native.select(self.runner.config, self.layer, numbers(keys[b]), numbers(queries[b]), tail)
             for b in range(q.shape[0])
