@@ -48,6 +48,15 @@ fn on_cuda<'a>(argument: &str, storage: &'a Storage) -> Result<&'a CudaStorage> 
     }
 }
 
+/// The elements of a contiguous tensor that is held.
+fn stored<'a, T: CudaDType>(
+    argument: &str,
+    storage: &'a Storage,
+    layout: &'a Layout,
+) -> Result<CudaView<'a, T>> {
+    elements(argument, (on_cuda(argument, storage)?, layout))
+}
+
 /// The keys and the values of a tensor that has both.
 struct Halves<'a, T> {
     keys: CudaView<'a, T>,
@@ -58,17 +67,18 @@ struct Halves<'a, T> {
 impl<'a, T: CudaDType> Halves<'a, T> {
     fn new(argument: &str, given: Given<'a, CudaStorage>) -> Result<Self> {
         let shape = kv_shape(argument, given.1.dims())?;
-        let len: usize = given.1.shape().elem_count();
-        let (storage, layout) = given;
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("{argument}: expected a contiguous tensor, got {layout:?}");
-        };
-        let all = storage.as_cuda_slice::<T>()?;
+        let keys = elements(argument, given)?;
+        let values = keys.slice(values_offset(shape, keys.len())..);
         Ok(Halves {
-            keys: all.slice(start..end),
-            values: all.slice(start + values_offset(shape, len)..end),
+            keys,
+            values,
             shape,
         })
+    }
+
+    /// Those of a tensor that is held.
+    fn stored(argument: &str, storage: &'a Storage, layout: &'a Layout) -> Result<Self> {
+        Self::new(argument, (on_cuda(argument, storage)?, layout))
     }
 }
 
@@ -94,18 +104,11 @@ pub(crate) fn forward<T: Element + CudaDType + DeviceRepr>(
     let stream = device.cuda_stream();
     let kernels = kernels(stream.context())?;
     let roles = Roles::new(&op.options, heads);
-    let past = op
-        .options
-        .past
+    let past = op.past();
+    let past = past
         .as_ref()
-        .map(|past| past.kv.storage_and_layout());
-    let past = match &past {
-        Some((storage, layout)) => Some(Halves::<T>::new(
-            "past",
-            (on_cuda("past", storage)?, layout),
-        )?),
-        None => None,
-    };
+        .map(|past| Halves::<T>::stored("past", &past.0, past.1));
+    let past = past.transpose()?;
     let kv = Halves::<T>::new("kv", kv)?;
     let prior = prior
         .map(|prior| Halves::<T>::new("prior_kv", prior))
@@ -150,39 +153,18 @@ pub(crate) fn backward<T: Element + CudaDType + DeviceRepr>(
     let roles = Roles::new(&op.options, heads);
     let [q, kv, out, d_out] = [q, kv, out, d_out].map(Tensor::storage_and_layout);
     let prior_kv = prior_kv.map(Tensor::storage_and_layout);
-    let past = op
-        .options
-        .past
+    let past = op.past();
+    let kv = Halves::<T>::stored("kv", &kv.0, kv.1)?;
+    let prior = prior_kv.as_ref();
+    let prior = prior.map(|prior| Halves::<T>::stored("prior_kv", &prior.0, prior.1));
+    let prior = prior.transpose()?;
+    let past = past
         .as_ref()
-        .map(|past| past.kv.storage_and_layout());
-    fn halves<'a, T: CudaDType>(
-        argument: &str,
-        storage: &'a Storage,
-        layout: &'a Layout,
-    ) -> Result<Halves<'a, T>> {
-        Halves::new(argument, (on_cuda(argument, storage)?, layout))
-    }
-    fn like_q<'a, T: CudaDType>(
-        argument: &str,
-        storage: &'a Storage,
-        layout: &'a Layout,
-    ) -> Result<CudaView<'a, T>> {
-        elements(argument, (on_cuda(argument, storage)?, layout))
-    }
-    let kv = halves::<T>("kv", &kv.0, kv.1)?;
-    let prior = match &prior_kv {
-        Some((storage, layout)) => Some(halves::<T>("prior_kv", storage, layout)?),
-        None => None,
-    };
-    let past = match &past {
-        Some((storage, layout)) => Some(halves::<T>("past", storage, layout)?),
-        None => None,
-    };
-    let q = like_q::<T>("q", &q.0, q.1)?;
-    let (out, d_out) = (
-        like_q::<T>("out", &out.0, out.1)?,
-        like_q::<T>("d_out", &d_out.0, d_out.1)?,
-    );
+        .map(|past| Halves::<T>::stored("past", &past.0, past.1));
+    let past = past.transpose()?;
+    let q = stored::<T>("q", &q.0, q.1)?;
+    let out = stored::<T>("out", &out.0, out.1)?;
+    let d_out = stored::<T>("d_out", &d_out.0, d_out.1)?;
     let problem = roles.problem(
         Input::packed(&q, shape),
         kv.inputs(),

@@ -109,6 +109,15 @@ fn halves<'a, T: WithDType>(
     ))
 }
 
+/// The same, of a tensor that is held.
+fn stored<'a, T: WithDType>(
+    argument: &str,
+    storage: &'a Storage,
+    layout: &'a Layout,
+) -> Result<([View<'a, T>; 2], Shape)> {
+    halves(argument, (on_cpu(argument, storage)?, layout))
+}
+
 /// A tensor that has the shape of `q`.
 fn like_q<'a, T: WithDType>(
     argument: &str,
@@ -131,15 +140,11 @@ pub(crate) fn forward<T: Element>(
     let shape = q_shape(q.1.dims())?;
     let [batch, rows, heads, _] = shape;
     let roles = Roles::new(&op.options, heads);
-    let past = op
-        .options
-        .past
+    let past = op.past();
+    let past = past
         .as_ref()
-        .map(|past| past.kv.storage_and_layout());
-    let past = match &past {
-        Some((storage, layout)) => Some(halves::<T>("past", (on_cpu("past", storage)?, layout))?.0),
-        None => None,
-    };
+        .map(|past| stored::<T>("past", &past.0, past.1));
+    let past = past.transpose()?.map(|past| past.0);
     let prior = prior
         .map(|prior| halves::<T>("prior_kv", prior))
         .transpose()?;
@@ -165,23 +170,15 @@ pub(crate) fn backward<T: Element>(
     let roles = Roles::new(&op.options, heads);
     let [q, kv, out, d_out] = [q, kv, out, d_out].map(Tensor::storage_and_layout);
     let prior_kv = prior_kv.map(Tensor::storage_and_layout);
-    let past = op
-        .options
-        .past
+    let past = op.past();
+    let past = past
         .as_ref()
-        .map(|past| past.kv.storage_and_layout());
-    let past = match &past {
-        Some((storage, layout)) => Some(halves::<T>("past", (on_cpu("past", storage)?, layout))?.0),
-        None => None,
-    };
-    let prior = match &prior_kv {
-        Some((storage, layout)) => Some(halves::<T>(
-            "prior_kv",
-            (on_cpu("prior_kv", storage)?, layout),
-        )?),
-        None => None,
-    };
-    let (kv, kv_shape) = halves("kv", (on_cpu("kv", &kv.0)?, kv.1))?;
+        .map(|past| stored::<T>("past", &past.0, past.1));
+    let past = past.transpose()?.map(|past| past.0);
+    let prior = prior_kv.as_ref();
+    let prior = prior.map(|prior| stored::<T>("prior_kv", &prior.0, prior.1));
+    let prior = prior.transpose()?;
+    let (kv, kv_shape) = stored("kv", &kv.0, kv.1)?;
     let problem = roles.problem(
         like_q("q", &q.0, q.1)?,
         kv,

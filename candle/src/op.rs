@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
-    bail,
+    CpuStorage, CudaStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape,
+    StorageRef, Tensor, bail,
 };
 
 use crate::{Options, host};
@@ -45,6 +45,12 @@ impl SegmentAttention {
 
     pub fn keep(&self, lse: Lse) {
         *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = Some(lse);
+    }
+
+    /// The past rows, where there are any.
+    pub fn past(&self) -> Option<(StorageRef<'_>, &Layout)> {
+        let past = self.options.past.as_ref()?;
+        Some(past.kv.storage_and_layout())
     }
 
     fn on_cpu(
