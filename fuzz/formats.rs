@@ -29,6 +29,8 @@ use segattn::train::guard::{Guard, GuardConfig};
 use segattn::train::progress::{Progress, Tensors};
 use sha2::{Digest, Sha256};
 
+#[path = "adapter.rs"]
+pub mod adapter;
 #[allow(dead_code, reason = "the command uses all of it")]
 #[path = "../src/cli/op/case.rs"]
 mod case;
@@ -38,7 +40,8 @@ mod request;
 /// A format's name, and what is done with its bytes; `folder` is an empty one.
 pub type Format = (&'static str, fn(&[u8], &Path));
 
-pub const ALL: [Format; 23] = [
+pub const ALL: [Format; 24] = [
+    ("adapter", adapter::adapter),
     ("safetensors", safetensors),
     ("index", index),
     ("config", config),

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
+use safetensors::tensor::{Dtype, TensorView};
 use segattn::model::config::ModelConfig;
+use segattn::model::lora::folder::to_json;
+use segattn::model::lora::{Lora, LoraConfig};
 use segattn::model::session::Session;
 use segattn::model::session_file::{Origin, save};
 use segattn::model::weights::{Checkpoint, SaveOptions, initial};
@@ -12,6 +15,10 @@ use super::formats;
 /// Good files of the format, at least one.
 pub fn of(name: &str) -> Vec<Vec<u8>> {
     match name {
+        "adapter" => vec![
+            adapter("all-linear", false),
+            adapter("1.self_attn.q_proj", true),
+        ],
         "bin" => vec![
             [&[8], &1u64.to_le_bytes()[..], &[7, 0, 43, 1, 9, 0]].concat(),
             vec![0, 7, 0],
@@ -161,9 +168,36 @@ fn sample(name: &str) -> Vec<u8> {
     }
 }
 
+/// The settings and the tensors of an adapter.
+fn adapter(target: &str, rslora: bool) -> Vec<u8> {
+    const RANK: usize = 2;
+    let config = LoraConfig {
+        rank: RANK,
+        alpha: 4.0,
+        rslora,
+        targets: vec![target.to_owned()],
+    };
+    let lora = Lora::new(&formats::adapter::config(), config).unwrap();
+    let value = 0.25f32.to_le_bytes();
+    let values = value.repeat(64);
+    let tensors = lora.adapters().iter().flat_map(|adapter| {
+        let shapes = [vec![RANK, adapter.inner], vec![adapter.out, RANK]];
+        adapter.names().into_iter().zip(shapes)
+    });
+    let views = tensors.map(|(name, shape)| {
+        let bytes = shape.iter().product::<usize>() * value.len();
+        (
+            name,
+            TensorView::new(Dtype::F32, shape, &values[..bytes]).unwrap(),
+        )
+    });
+    let tensors = safetensors::serialize(views, None).unwrap();
+    let config = to_json(&lora.config, None).to_string().into_bytes();
+    [&(config.len() as u16).to_le_bytes()[..], &config, &tensors].concat()
+}
+
 /// A case of the operation: one row of each source, one head of 8.
 fn op_case() -> Vec<u8> {
-    use safetensors::tensor::{Dtype, TensorView};
     let row: Vec<u8> = (1..=8u8).flat_map(|x| f32::from(x).to_le_bytes()).collect();
     let one = 1i32.to_le_bytes();
     let gate = 0.5f32.to_le_bytes();
