@@ -155,6 +155,8 @@ fn suite(kernels: &Kernels, head_dim: usize, forward: bool) {
         // So many queries and keys that a ring of four stages turns within an item, a gate's gradient from several
         // tiles, and a last query that is a tile's first key.
         check(&Shape::plain(1, 3, head_dim, [257, 20, 40]), None, options);
+        // One query, whose own key has half of the weight and is the first of its tile.
+        check(&Shape::plain(1, 1, head_dim, [1, 1, 0]), None, options);
         let options = Options {
             read_only_prior: true,
             ..options
