@@ -108,6 +108,16 @@ fn adapters_are_trained_resumed_scored_generated_from_and_merged() {
     std::fs::write(&notes, "its own").unwrap();
     fails(folder, &args, "merged");
     assert_eq!(std::fs::read(&notes).unwrap(), b"its own");
+    // So are the adapter's own folder, which is a run's checkpoint, and one that holds weights of another kind.
+    let config = folder.join(adapter).join("config.json");
+    let before = std::fs::read(&config).unwrap();
+    let into = |out| ["merge-lora", "base", adapter, "-o", out, "-q"];
+    fails(folder, &into(adapter), "adapter_model.safetensors");
+    assert_eq!(std::fs::read(&config).unwrap(), before);
+    std::fs::create_dir(folder.join("other")).unwrap();
+    std::fs::write(folder.join("other/pytorch_model.bin"), "").unwrap();
+    fails(folder, &into("other"), "pytorch_model.bin");
+    assert!(!folder.join("other/config.json").exists());
     let merged = [
         "score",
         "merged",

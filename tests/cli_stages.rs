@@ -80,6 +80,19 @@ fn a_text_goes_on_to_the_same_bits_on_any_number_of_stages() {
     }
 }
 
+#[test]
+fn stages_end_without_a_word_where_the_reader_has_seen_enough() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let mut command = on(&model(at), "generate", "2");
+    command.args(["--prompt", "a", "-n", "40", "--ignore-eos"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command.stdout(writer).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), said.as_str()), (Some(0), ""));
+}
+
 /// The processes of two stages, as a launcher starts them.
 fn launched(model: &Path, arguments: &[&str]) -> Vec<Child> {
     let port = meeting::free_port().to_string();

@@ -5,9 +5,10 @@ mod common;
 
 use common::{config_of, model, model_on, tokens, values};
 use segattn::device::cpu::Cpu;
-use segattn::device::{Device, reference::Reference};
+use segattn::device::{Device, DeviceError, reference::Reference};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::session::{Feed, Session};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
 /// Values that f32 holds exactly, so that both devices have the same weights.
@@ -98,4 +99,39 @@ fn gradients_have_the_same_bits_for_any_segments_per_step_and_any_threads() {
         .build()
         .unwrap();
     assert!(pool.install(|| run(&model, &sequences, 1, 2, false)) == expected);
+}
+
+/// Sizes that are absurd, of which the system may promise the memory.
+#[test]
+fn sessions_beyond_all_memory_are_errors() {
+    let mut plain = config_of(true, 8);
+    plain.segment = None;
+    let sequence = tokens(1, 40);
+    for config in [config_of(true, 8), plain] {
+        let segmented = config.segment.is_some();
+        let model = model_on(Cpu, &config, &values(&config, 1));
+        for huge in [1 << 40, 1 << 60, usize::MAX] {
+            let open = |sequences, longest| Session::new(&model, sequences, longest, 1).map(drop);
+            let out = |got| assert!(matches!(got, Err(DeviceError::OutOfMemory(_))), "{got:?}");
+            out(open(huge, 40));
+            out(open(huge, huge));
+            // With segments the length of a sequence costs nothing beforehand.
+            match segmented {
+                true => open(1, huge).unwrap(),
+                false => out(open(1, huge)),
+            }
+        }
+        if segmented {
+            let mut session = Session::new(&model, 1, usize::MAX, usize::MAX).unwrap();
+            let feed = |tokens| Feed {
+                sequence: 0,
+                tokens,
+                targets: &[],
+                breaks: &[],
+            };
+            let got = session.feed(&[feed(&sequence)]);
+            assert!(matches!(got, Err(DeviceError::OutOfMemory(_))), "{got:?}");
+            assert_eq!(session.position(0), 0);
+        }
+    }
 }

@@ -8,6 +8,9 @@ mod config;
 mod hostile_config;
 #[path = "model_files/hostile_weights.rs"]
 mod hostile_weights;
+#[cfg(unix)]
+#[path = "model_files/links.rs"]
+mod links;
 #[path = "model_files/rope.rs"]
 mod rope;
 #[path = "model_files/tokenizer.rs"]

@@ -13,6 +13,7 @@ use segattn::ranks::Agreement;
 use super::device::{Planned, on_device};
 use super::model::ModelArgs;
 use super::ranks::{LinkArgs, Party};
+use super::reader_left;
 
 /// What the others wait for.
 const PLANNED: &str = "rank 0 says what it reads";
@@ -36,7 +37,11 @@ impl StageArgs {
         }
         match self.links.start("--stages", self.stages)? {
             None => Ok(()),
-            Some(party) if party.leads() => party.take_part(|| lead(&party)),
+            Some(party) if party.leads() => match lead(&party) {
+                // The others have been dismissed with the model.
+                Err(error) if reader_left(&error) => Err(error),
+                led => party.take_part(|| led),
+            },
             Some(party) => party.take_part(|| {
                 on_device!(model.device(), party.local_rank(), device => follow_on(device, model, &party))
             }),

@@ -1,8 +1,14 @@
 //! The host's memory, as far as the system tells.
 
 use std::fs;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
+
+use super::OutOfMemory;
+
+/// Bytes that may be asked for before the system is asked again what is left; so much is never taken.
+const UNSEEN: usize = 64 << 20;
 
 /// Bytes of the host's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -31,6 +37,27 @@ impl HostMemory {
             available: kib(&info, "MemAvailable:"),
             // Without a limit some systems report a number beyond all memory.
             limit: limit.filter(|limit| total.is_none_or(|total| *limit < total)),
+        }
+    }
+
+    /// Refuses `bytes` that are about to be allocated where this program cannot have them. A system that promises more
+    /// memory than it has would end the program when it writes there.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub(crate) fn check(bytes: usize) -> Result<(), OutOfMemory> {
+        static ASKED: AtomicUsize = AtomicUsize::new(0);
+        let counted = bytes.min(UNSEEN);
+        if ASKED.fetch_add(counted, Ordering::Relaxed) + counted < UNSEEN {
+            return Ok(());
+        }
+        ASKED.store(0, Ordering::Relaxed);
+        match Self::now().left() {
+            Some(left) if bytes.saturating_add(UNSEEN) > left => Err(OutOfMemory {
+                free: Some(left),
+                ..OutOfMemory::device(bytes)
+            }),
+            _ => Ok(()),
         }
     }
 

@@ -6,8 +6,8 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use super::{
-    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
-    Kind, OutOfMemory, Result, Rows, RowsMut, StepRows, Update, shared::spans,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostMemory,
+    HostSamplers, Kind, OutOfMemory, Result, Rows, RowsMut, StepRows, Update, shared::spans,
 };
 
 mod attention;
@@ -76,7 +76,9 @@ impl Device for Reference {
 
     fn zeros(&self, _: Kind, len: usize) -> Result<Buf> {
         let mut buffer = Vec::new();
-        let full = |_| OutOfMemory::device(len.saturating_mul(size_of::<f64>()));
+        let bytes = len.saturating_mul(size_of::<f64>());
+        HostMemory::check(bytes)?;
+        let full = |_| OutOfMemory::device(bytes);
         buffer.try_reserve_exact(len).map_err(full)?;
         buffer.resize(len, 0.0);
         Ok(buffer)

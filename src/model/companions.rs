@@ -27,7 +27,7 @@ const WEIGHTS: [&str; 12] = [
 /// The folder with chat templates of other names than the default one.
 pub(super) const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 /// What a run's checkpoint or an adapter holds beside its model.
-const STATE: [&str; 4] = [
+pub(crate) const STATE: [&str; 4] = [
     "adapter_config.json",
     "manifest.json",
     "state.json",
@@ -61,8 +61,12 @@ fn add(folder: &Path, before: &str, found: &mut Vec<(String, Vec<u8>)>) -> Resul
             tracing::warn!("{}: left behind, its name is not UTF-8", path.display());
             continue;
         };
+        if name.starts_with('.') || is_weights(name) {
+            continue;
+        }
         // Links are followed: caches of models are made of them.
-        if name.starts_with('.') || is_weights(name) || !path.is_file() {
+        let to = std::fs::metadata(&path).map_err(|error| files::io_error(&path, error))?;
+        if !to.is_file() {
             continue;
         }
         match files::read_bounded(&path, MAX_FILE) {

@@ -13,6 +13,16 @@ pub(crate) fn io_error(path: &Path, source: io::Error) -> FileError {
     }
 }
 
+/// Whether nothing of that name is there. A link that leads nowhere is something, and so is what cannot be looked at:
+/// reading it says why.
+pub(crate) fn is_absent(path: &Path) -> bool {
+    let found = fs::symlink_metadata(path);
+    found.is_err_and(|error| {
+        let kind = error.kind();
+        kind == io::ErrorKind::NotFound || kind == io::ErrorKind::NotADirectory
+    })
+}
+
 /// Opens a regular file, following links. A pipe, on which opening would wait forever, is refused first.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), FileError> {
     let not_a_file = || FileError::NotAFile {
@@ -64,7 +74,7 @@ pub(super) fn read_object(
     path: &Path,
     limit: u64,
 ) -> Result<serde_json::Map<String, serde_json::Value>, FileError> {
-    if fs::symlink_metadata(path).is_err() {
+    if is_absent(path) {
         return Ok(serde_json::Map::new());
     }
     match read_json(path, limit)? {

@@ -10,7 +10,7 @@ mod selection;
 
 use super::decoder::{Decoder, Forward, Span, Step};
 use super::segmentation::{Cursor, Sequence};
-use super::state::{Carry, Plan, SequenceState, allocate_segment};
+use super::state::{Carry, Plan, SequenceState, allocate_segment, elements};
 use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 pub(super) use flight::Flight;
@@ -78,12 +78,25 @@ pub struct Session<'m, D: Device> {
 impl<'m, D: Device> Session<'m, D> {
     /// A session of `sequences` empty sequences of at most `longest` tokens each, running
     /// `segments_per_step` of their segments side by side where many tokens come at once.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] for what the device or the host cannot hold, or another error of the device.
     pub fn new(
         model: &'m Decoder<D>,
         sequences: usize,
         longest: usize,
         segments_per_step: usize,
     ) -> Result<Self> {
+        let plan = Plan::new(&model.config, longest);
+        let logits = match model.config.part.ends {
+            true => elements([sequences, model.config.vocab_size])?,
+            false => 0,
+        };
+        // Breaks can make more segments, of fewer rows: those follow in other steps.
+        let needed = longest.div_ceil(plan.segment_len).max(1);
+        let side_by_side = segments_per_step.clamp(1, needed);
+        elements([sequences, side_by_side])?;
+        SequenceState::<D>::check_host(&plan, sequences)?;
         let told = Told::open(
             model,
             &Command::Open {
@@ -92,19 +105,11 @@ impl<'m, D: Device> Session<'m, D> {
                 segments_per_step,
             },
         )?;
-        let plan = Plan::new(&model.config, longest);
-        // Breaks can make more segments, of fewer rows: those follow in other steps.
-        let needed = longest.div_ceil(plan.segment_len).max(1);
-        let side_by_side = segments_per_step.clamp(1, needed);
         let room = plan.segment_len.min(longest.max(1));
         let flight = Flight::new(model, &plan, sequences, room)?;
         let states = (0..sequences)
             .map(|_| SequenceState::new(&model.device, &plan))
             .collect::<Result<_>>()?;
-        let logits = match model.config.part.ends {
-            true => sequences * model.config.vocab_size,
-            false => 0,
-        };
         Ok(Self {
             model,
             plan,
@@ -395,6 +400,7 @@ impl<'m, D: Device> Session<'m, D> {
         let (mut step, mut owners) = (Step::default(), Vec::new());
         let mut kind = None;
         for iteration in 0..self.side_by_side {
+            let before = step.spans.len();
             for (i, feed) in feeds.iter().enumerate() {
                 let cursor = &mut self.cursors[feed.sequence];
                 let part = self.plan.next_part(cursor.rows, feed.sequence(), read[i]);
@@ -414,6 +420,9 @@ impl<'m, D: Device> Session<'m, D> {
                 owners.push((i, read[i]));
                 read[i] += part.rows;
                 cursor.advance(part);
+            }
+            if step.spans.len() == before {
+                break;
             }
         }
         (step, owners, kind == Some(true))

@@ -13,7 +13,19 @@ pub(in crate::model) use carry::{Complete, allocate_segment, close_segments, ope
 use std::ops::Range;
 
 use super::config::{ModelConfig, RetrievalConfig};
-use crate::device::{Heads, SelectionRule};
+use crate::device::{DeviceError, Heads, OutOfMemory, Purpose, Result, SelectionRule};
+
+/// Elements of a buffer of this shape, whose sizes a caller has chosen.
+///
+/// # Errors
+/// [`OutOfMemory`] where they cannot be counted.
+pub(in crate::model) fn elements<const N: usize>(shape: [usize; N]) -> Result<usize> {
+    let count = shape
+        .iter()
+        .try_fold(1usize, |n, size| n.checked_mul(*size));
+    let beyond = || DeviceError::from(OutOfMemory::device(usize::MAX));
+    count.ok_or_else(|| beyond().wanted_for(Purpose::Segments))
+}
 
 /// The sources that the KV heads of a layer read.
 #[derive(Debug, Clone)]

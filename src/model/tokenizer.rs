@@ -96,7 +96,7 @@ impl Tokenizer {
             return Ok(None);
         }
         let path = folder.join(TOKENIZER_FILE);
-        if std::fs::symlink_metadata(&path).is_ok() {
+        if !files::is_absent(&path) {
             return Self::from_file(&path).map(Some);
         }
         let Ok(entries) = std::fs::read_dir(folder) else {

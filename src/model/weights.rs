@@ -71,12 +71,12 @@ impl Checkpoint {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
         };
-        if std::fs::symlink_metadata(&single).is_ok() {
+        if !files::is_absent(&single) {
             checkpoint.add(single)?;
             checkpoint.name_in_full();
             return Ok(checkpoint);
         }
-        if std::fs::symlink_metadata(&path).is_err() {
+        if files::is_absent(&path) {
             let shards = shards::find(folder)?;
             if shards.is_empty() {
                 return Err(WeightsError::NoWeights {
@@ -380,7 +380,7 @@ pub fn load<D: Device>(device: D, folder: &Path, training: bool) -> Result<Decod
 }
 
 /// Files in the folder that hold weights of another kind or have other names.
-pub(super) fn other_weights(folder: &Path) -> NameList {
+pub(crate) fn other_weights(folder: &Path) -> NameList {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let ends = [

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use bytemuck::Zeroable;
 
 use super::idle::{self, Line};
-use crate::device::{DeviceError, OutOfMemory};
+use crate::device::{DeviceError, HostMemory, OutOfMemory};
 
 /// A zeroed `f32` buffer aligned to 128 bytes.
 #[derive(Clone, Default)]
@@ -43,11 +43,15 @@ impl Buffer {
         if let Some(lines) = idle::take(count) {
             return Ok(Buffer(Aligned { lines, len }));
         }
+        let bytes = count.saturating_mul(size_of::<Line>());
         let mut lines = Vec::new();
-        if lines.try_reserve_exact(count).is_err() {
+        let room = HostMemory::check(bytes).and_then(|()| {
+            let full = |_| OutOfMemory::device(bytes);
+            lines.try_reserve_exact(count).map_err(full)
+        });
+        if let Err(error) = room {
             idle::failed(count);
-            let bytes = count.saturating_mul(size_of::<Line>());
-            return Err(OutOfMemory::device(bytes).into());
+            return Err(error.into());
         }
         idle::allocated(count);
         lines.resize(count, Line::zeroed());

@@ -34,7 +34,7 @@ impl Source {
         let map = files::read_object(&folder.join("special_tokens_map.json"), MAX_FILE)?;
         let mut templates = named_files(&folder.join(TEMPLATE_FOLDER))?;
         let own = folder.join(TEMPLATE_FILE);
-        if own.exists() {
+        if !files::is_absent(&own) {
             templates.push((DEFAULT.to_owned(), text(&own)?));
         }
         if templates.is_empty() {

@@ -14,7 +14,7 @@ pub enum AdapterError {
     #[error(transparent)]
     Weights(#[from] WeightsError),
     /// The configuration of the model that it was trained with.
-    #[error(transparent)]
+    #[error("beside the adapter: {0}")]
     Config(#[from] ConfigError),
     /// A key of `adapter_config.json` with a value that is not accepted, or that is not computed.
     #[error("adapter_config.json: `{key}` expected {expected}, got {got}")]

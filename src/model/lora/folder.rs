@@ -82,7 +82,7 @@ impl AdapterFolder {
         };
         let mut config = settings(&keys)?;
         let weights = folder.join(ADAPTER_FILE);
-        if std::fs::symlink_metadata(&weights).is_err() {
+        if files::is_absent(&weights) {
             let folder = folder.to_owned();
             let found = other_weights(&folder);
             return Err(AdapterError::NoWeights { folder, found });
@@ -141,7 +141,7 @@ impl AdapterFolder {
     /// # Errors
     /// [`AdapterError::Config`].
     pub fn set_segments(folder: &Path, model: &mut ModelConfig) -> Result<(), AdapterError> {
-        if !folder.join(CONFIG_FILE).exists() {
+        if files::is_absent(&folder.join(CONFIG_FILE)) {
             return Ok(());
         }
         let trained = ModelConfig::load(folder)?;

@@ -3,8 +3,8 @@
 
 use super::{LayerReads, LayerSlots, Plan, Sinks};
 use crate::device::{
-    Accumulate, Device, Kind, Move, PastHeads, PastPool, Probes, Purpose, Result, Rows, RowsMut,
-    SelectedBlocks, Selection,
+    Accumulate, Device, DeviceError, HostMemory, Kind, Move, PastHeads, PastPool, Probes, Purpose,
+    Result, Rows, RowsMut, SelectedBlocks, Selection,
 };
 
 /// State of one layer that a complete segment hands to the next.
@@ -144,6 +144,21 @@ pub struct SequenceState<D: Device> {
 }
 
 impl<D: Device> SequenceState<D> {
+    /// Refuses so many sequences that the host has no memory for their states, beside what the device holds of them.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](crate::device::OutOfMemory).
+    pub(in crate::model) fn check_host(plan: &Plan, sequences: usize) -> Result<()> {
+        let blocks = |reads: &LayerReads| reads.past.len() * size_of::<Vec<u32>>();
+        let layers = plan
+            .reads
+            .iter()
+            .map(|reads| size_of::<Carry<D>>() + blocks(reads));
+        let bytes = sequences.saturating_mul(size_of::<Self>() + layers.sum::<usize>());
+        HostMemory::check(bytes)
+            .map_err(|error| DeviceError::from(error).wanted_for(Purpose::Segments))
+    }
+
     /// The state before the first token.
     pub fn new(device: &D, plan: &Plan) -> Result<Self> {
         let layer = |reads: &LayerReads| {

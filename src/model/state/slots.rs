@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{LayerReads, Plan};
-use crate::device::{Device, DeviceError, Kind, PerSource, Purpose, Result, SegmentCache};
+use super::{LayerReads, Plan, elements};
+use crate::device::{
+    Device, DeviceError, HostMemory, Kind, PerSource, Purpose, Result, SegmentCache,
+};
 use crate::model::config::ModelConfig;
 use crate::model::rope::Rope;
 
@@ -34,9 +36,11 @@ impl<D: Device> LayerSlots<D> {
         let width = plan.kv_width();
         let short = |error: DeviceError| error.wanted_for(Purpose::Segments);
         let empty = |rows: usize| {
-            let buffer = device.empty(Kind::Activation, count * rows * width);
+            let buffer = device.empty(Kind::Activation, elements([count, rows, width])?);
             buffer.map_err(short)
         };
+        let lengths = [count, 1 + 2 * plan.heads.kv, size_of::<i32>()];
+        HostMemory::check(elements(lengths)?).map_err(|error| short(error.into()))?;
         let kv = SegmentCache {
             rows,
             k: empty(room)?,
@@ -58,7 +62,10 @@ impl<D: Device> LayerSlots<D> {
             ],
         };
         let probes = (past > plan.sink_len)
-            .then(|| device.empty(Kind::Activation, count * plan.probe_rows * plan.q_width()))
+            .then(|| {
+                let len = elements([count, plan.probe_rows, plan.q_width()])?;
+                device.empty(Kind::Activation, len)
+            })
             .transpose()
             .map_err(short)?;
         Ok(Self { kv, probes })
@@ -90,6 +97,12 @@ impl<D: Device> Angles<D> {
     /// Tables for segments of at most `room` rows.
     pub fn new(device: &D, config: &ModelConfig, plan: &Plan, room: usize) -> Result<Self> {
         let origin = plan.origin() as i64;
+        // Cosines and sines in f64 and in f32.
+        let pair = 2 * (size_of::<f64>() + size_of::<f32>());
+        let rows = plan.origin().saturating_add(room);
+        let bytes = rows.saturating_mul(config.head_dim / 2 * pair);
+        HostMemory::check(bytes)
+            .map_err(|error| DeviceError::from(error).wanted_for(Purpose::Segments))?;
         let upload = |values: &[f32]| -> Result<D::Buffer> {
             let buffer = device.empty(Kind::Exact, values.len());
             let mut buffer = buffer.map_err(|error| error.wanted_for(Purpose::Segments))?;

@@ -159,7 +159,7 @@ impl GenerationSettings {
 }
 
 fn read(path: &Path) -> Result<Option<Map<String, Value>>, TokenizerError> {
-    if std::fs::symlink_metadata(path).is_err() {
+    if files::is_absent(path) {
         return Ok(None);
     }
     match files::read_json(path, MAX_GENERATION)? {
