@@ -114,10 +114,10 @@ fn adapters_are_trained_resumed_scored_generated_from_and_merged() {
     let into = |out| ["merge-lora", "base", adapter, "-o", out, "-q"];
     fails(folder, &into(adapter), "adapter_model.safetensors");
     assert_eq!(std::fs::read(&config).unwrap(), before);
-    std::fs::create_dir(folder.join("other")).unwrap();
-    std::fs::write(folder.join("other/pytorch_model.bin"), "").unwrap();
-    fails(folder, &into("other"), "pytorch_model.bin");
-    assert!(!folder.join("other/config.json").exists());
+    std::fs::create_dir(folder.join("occupied")).unwrap();
+    std::fs::write(folder.join("occupied/pytorch_model.bin"), "").unwrap();
+    fails(folder, &into("occupied"), "pytorch_model.bin");
+    assert!(!folder.join("occupied/config.json").exists());
     let merged = [
         "score",
         "merged",
