@@ -3,8 +3,8 @@
 # config and tokenizer all the time; the other half takes the others one after the other, each for as long. OUT gets
 # summary.txt (a line a format, anew every 20 s, without the pieces of 100 s that still run), crashes/ with the first
 # ten inputs of each format that fail, logs/ with what was said of them, and at last corpus.tar.xz with what was found.
-# Beside this file: any.xz, the target `any` built with AddressSanitizer and stripped, and corpus.tar.xz, the folder that
-# `SEGATTN_CORPUS=corpus cargo test --test formats` writes; a corpus-more.tar.xz is begun with too.
+# Beside this file: any.xz, the target `any` built with AddressSanitizer and stripped, and corpus.tar.xz, the folder
+# that `SEGATTN_CORPUS=corpus cargo test --test formats` writes; a corpus-more.tar.xz is begun with too.
 set -u
 seconds=$1 cores=$2 out=$3
 here=$(cd "$(dirname "$0")" && pwd)
