@@ -136,13 +136,14 @@ SEGATTN_FN void run_work_tile(const SegattnForwardParams& p, ForwardShared<C>& s
 template <class C>
 SEGATTN_FN bool next_work_tile(const SegattnForwardParams& p, ForwardShared<C>& shared, bool first) {
   const int tiles = opaque(p.tiles), max_splits = opaque(p.max_splits);
-  const uint32_t work_tiles = (uint32_t)max_splits * tiles * opaque(p.problem.q_heads) * p.problem.batch;
+  const HeadRange heads = HeadRange::of(p);
+  const uint32_t work_tiles = (uint32_t)max_splits * tiles * heads.count;
   WorkTile& work = shared.work;
   do {
     const uint32_t index = first ? blockIdx.x : gridDim.x + atomic_add(p.work_counter, 1);
     first = false;
     if (index >= work_tiles) return false;
-    work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, tiles, 1, max_splits);
+    work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, heads, index, tiles, max_splits);
   } while (work.split >= work.splits);
   for (int kv_tile = work.first_kv_tile; kv_tile <= work.first_kv_tile + 1; kv_tile++)
     shared.tiles[kv_tile % 4] = work.keys.template tile<C::kKeys>(kv_tile);

@@ -116,9 +116,10 @@ template <class C>
 SEGATTN_FN KeyWorkTile key_work_tile(const SegattnBackwardParams& p, int index) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
   const int current_tiles = ceil_div((int)p.d_k.rows, C::kKeys), last_tiles = current_tiles / 4;
-  const int heads = p.problem.kv_heads * p.problem.batch, longer = prior_tiles + current_tiles - last_tiles;
+  const int heads = p.groups, longer = prior_tiles + current_tiles - last_tiles;
   const int rest = index - longer * heads;
-  const int tile = rest < 0 ? index % longer : longer + rest / heads, head = rest < 0 ? index / longer : rest % heads;
+  const int tile = rest < 0 ? index % longer : longer + rest / heads;
+  const int head = p.first_group + (rest < 0 ? index / longer : rest % heads);
   KeyWorkTile work;
   work.kv_head = head % p.problem.kv_heads;
   work.end_head = (work.kv_head + 1) * (p.problem.q_heads / p.problem.kv_heads);

@@ -4,10 +4,12 @@
 //   producer warps:  the last one k and v of the next work tile (two buffers); the others q, d_out, lse, delta -> ring
 //   consumer warps:  S^T = K Q^T (SS), dP^T = V d_out^T (SS), P^T and dS^T in registers, d_v += P^T d_out (RS),
 //                    d_k += dS^T Q (RS); S^T of the next tile of queries is issued before these two are waited for
+//
+// With kStored, dS^T is stored for the d_q pass (stored_ds.cuh).
 #pragma once
 #include "query_grad_hopper.cuh"
 
-template <class T_, int kHeadDim>
+template <class T_, int kHeadDim, bool kStored_ = false>
 struct KeyGradConfig : WarpSpecialization<kHeadDim, 2, kHeadDim == 64 ? 4 : 3, 56, 224> {
   using T = T_;
   static constexpr int kThreads = KeyGradConfig::kProducerThreads + KeyGradConfig::kConsumerThreads, kBlocks = 1;
@@ -15,9 +17,11 @@ struct KeyGradConfig : WarpSpecialization<kHeadDim, 2, kHeadDim == 64 ? 4 : 3, 5
   static constexpr int kKeys = 64 * KeyGradConfig::kConsumerWarpgroups;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
   static constexpr int kColTiles = kQueries / 8;
+  static constexpr bool kStored = kStored_;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
   using QueryTile = Tile<T, kQueries, kHeadDim>;
   static_assert(kQueries == 64 || kQueries == 128, "wgmma is instantiated for 64 and 128 columns");
+  static_assert(!kStored || kQueries == kBlockRows, "a tile of queries is a block of ds");
 };
 
 struct KeyWork {
@@ -33,6 +37,7 @@ struct KeyGradShared {
   alignas(16) float lse[C::kStages][C::kQueries], delta[C::kStages][C::kQueries];
   KeyWork work[kWorkBuffers];
   int query[C::kStages];  // first query of the stage's tile
+  int ds_block[C::kStored ? C::kStages : 1];
   Ring<2> kv_ring;
   Ring<C::kStages> query_ring;
 
@@ -48,7 +53,7 @@ template <class C>
 SEGATTN_FN void find_work(const SegattnBackwardParams& p, KeyWork& buffer, bool first) {
   const int prior_tiles = p.d_prior_k.data ? ceil_div((int)p.d_prior_k.rows, C::kKeys) : 0;
   const int key_tiles = prior_tiles + ceil_div((int)p.d_k.rows, C::kKeys);
-  const uint32_t work_tiles = (uint32_t)key_tiles * p.problem.kv_heads * p.problem.batch;
+  const uint32_t work_tiles = (uint32_t)key_tiles * p.groups;
   const uint32_t index = next_work_index(p.work_counter + 1, first);
   buffer.none = index >= work_tiles;
   if (buffer.none) return;
@@ -77,6 +82,8 @@ SEGATTN_FN void copy_queries(const SegattnBackwardParams& p, KeyGradShared<C>& s
   }
   cp_async_commit();
   if (lane == 0) shared.query[stage] = at.query;
+  if constexpr (C::kStored)
+    if (lane == 0) shared.ds_block[stage] = ds_first_block(p, work.batch_index, at.head, at.query);
 }
 
 // The last producer warp: k and v of work tile n while those of n - 1 are in use; then it finds work tile n + 1.
@@ -201,14 +208,16 @@ struct QueryIterator {
 
 // The tiles of queries of a work tile: d_k and d_v of the warpgroup's keys, rows first_row... of the block's tile.
 template <class C>
-SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, QueryIterator<C> at, int kv_stage,
-                                  float scale, int first_row, int lane) {
+SEGATTN_FN void key_grad_mainloop(const SegattnBackwardParams& p, const KeyWorkTile& work, KeyGrads<C>& grads,
+                                  KeyGradShared<C>& shared, QueryIterator<C> at, int kv_stage, float scale,
+                                  int first_row, int lane) {
   using T = typename C::T;
   using KT = typename C::KeyTile;
   using QT = typename C::QueryTile;
   const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   const auto q = [&](int stage) { return shared_address(&shared.q[stage]); };
   const auto d_out = [&](int stage) { return shared_address(&shared.d_out[stage]); };
+  const int keys = work.len - work.first, key_block = ds_key_block(p, work.prior, work.first + first_row);
   float s[C::kColTiles][4], dp[C::kColTiles][4];
   if (!at.seek()) return;
   wgmma_fence();
@@ -227,6 +236,8 @@ SEGATTN_FN void key_grad_mainloop(KeyGrads<C>& grads, KeyGradShared<C>& shared, 
     wgmma_wait<0>();
     transposed_softmax_grad(dp, s, shared.delta[stage], lane);
     pack_operands<T>(ds, dp);
+    if constexpr (C::kStored)
+      if (first_row < keys) store_ds(p, shared.ds_block[stage] + key_block, ds, first_row + row, keys);
     wgmma_fence();
     wgmma_rs_mn_major<T, QT>(grads.d_v, probs, d_out(stage));
     wgmma_rs_mn_major<T, QT>(grads.d_k, ds, q(stage));
@@ -263,7 +274,7 @@ SEGATTN_FN void consume_key_grad(const SegattnBackwardParams& p, KeyGradShared<C
     // Every query sees the prior keys.
     const int first_key = work.prior ? -(1 << 30) : work.first + first_row;
     const QueryIterator<C> iterator = {shared, first_iteration, first_iteration + buffer.iterations, first_key, lane};
-    key_grad_mainloop<C>(grads, shared, iterator, kv_stage, scale, first_row, lane);
+    key_grad_mainloop<C>(p, work, grads, shared, iterator, kv_stage, scale, first_row, lane);
     first_iteration = iterator.end;
     const SegattnTensor &d_k = work.prior ? p.d_prior_k : p.d_k, &d_v = work.prior ? p.d_prior_v : p.d_v;
     const Rows<T> d_k_rows = Rows<T>::of(d_k, work.batch_index, work.kv_head);

@@ -74,9 +74,12 @@
                                                          offsetof(SegattnBackwardParams, partial_d_q),            \
                                                          offsetof(SegattnBackwardParams, partial_gate),           \
                                                          offsetof(SegattnBackwardParams, work_counter),           \
+                                                         offsetof(SegattnBackwardParams, ds),                     \
                                                          offsetof(SegattnBackwardParams, row_pitch),              \
                                                          offsetof(SegattnBackwardParams, tiles),                  \
                                                          offsetof(SegattnBackwardParams, max_splits),             \
+                                                         offsetof(SegattnBackwardParams, first_group),            \
+                                                         offsetof(SegattnBackwardParams, groups),                 \
                                                          sizeof(SegattnKernelInfo),                               \
                                                          offsetof(SegattnKernelInfo, threads),                    \
                                                          offsetof(SegattnKernelInfo, shared_bytes),               \

@@ -86,9 +86,14 @@ typedef struct SegattnBackwardParams {
   float* partial_d_q;     /* [splits of a tile, batch, q_heads, rows, head_dim], only if there are several */
   float* partial_gate;    /* [splits of a tile, batch, q_heads, rows, 3]: see GateSum */
   uint32_t* work_counter; /* [2], zero before the launches: next work tile of d_q and of d_k */
+  uint32_t* ds;           /* [groups, heads of a group, blocks of a head, 64, 64] of 16 bits (stored_ds.cuh), or null */
   int32_t row_pitch;      /* rows rounded up to a multiple of 128 */
   int32_t tiles;          /* query tiles of the d_q pass */
   int32_t max_splits;     /* most KV splits of a tile */
+  /* A group is a pair of batch element and KV head, with the query heads that read it. The d_q and d_k passes of a
+   * launch take those from first_group on, of all in the order [batch, kv_heads]. */
+  int32_t first_group;
+  int32_t groups;
 } SegattnBackwardParams;
 
 /* What the host needs to know to launch an entry point: the constant <entry>_info of each. */

@@ -164,7 +164,8 @@ SEGATTN_FN void attention_query_grad(const SegattnBackwardParams& p) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, first_row = warp * C::kRowTiles * 16;
   const WorkTile& work = shared.work;
   if (thread == 0) {
-    shared.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, blockIdx.x, p.tiles, 1, p.max_splits);
+    shared.work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, HeadRange::of(p), blockIdx.x, p.tiles,
+                                                                  p.max_splits);
     for (int kv_tile = work.first_kv_tile; kv_tile < work.first_kv_tile + 2; kv_tile++)
       shared.tiles[kv_tile & 3] = work.keys.template tile<C::kKeys>(kv_tile);
   }

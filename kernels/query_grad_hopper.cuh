@@ -3,8 +3,11 @@
 //   producer warps:  next work tile -> q, d_out, lse, delta (one buffer); K and V of each key tile -> ring
 //   consumer warps:  S = Q K^T (RS), dP = d_out V^T (RS or SS), P and dS in registers, d_q += dS K (RS);
 //                    S of the next key tile is issued before d_q of this one is waited for
+//
+// With kStored, the d_k pass has left dS of prior and current keys (stored_ds.cuh): these tiles need the last product
+// alone. A head whose gate gets a gradient computes all three, for the sums of dS before rounding.
 #pragma once
-#include "attention_gradients.cuh"
+#include "stored_ds.cuh"
 #include "warp_specialization.cuh"
 #include "warpgroups.cuh"
 
@@ -12,7 +15,7 @@
 constexpr int kWorkBuffers = 4;
 static_assert(is_power_of_two(kWorkBuffers) && kWorkBuffers >= 3, "a counter that wraps indexes three live work tiles");
 
-template <class T_, int kHeadDim>
+template <class T_, int kHeadDim, bool kStored_ = false>
 struct QueryGradConfig
     : WarpSpecialization<kHeadDim, kHeadDim == 64 ? 3 : 2, 4, kHeadDim == 64 ? 48 : 56, kHeadDim == 64 ? 152 : 224> {
   using T = T_;
@@ -21,20 +24,26 @@ struct QueryGradConfig
   static constexpr bool kRegisterA = QueryGradConfig::kConsumerWarpgroups == 2;  // d_out in registers: dP is RS
   static constexpr int kSplitKeys = kChunkKeys * kSectionChunks;
   static constexpr int kColTiles = kKeys / 8;
+  static constexpr bool kStored = kStored_;
   using QueryTile = Tile<T, kRows, kHeadDim>;
   using KeyTile = Tile<T, kKeys, kHeadDim>;
   static_assert(kSplitKeys % kKeys == 0, "a KV split is made of whole key tiles");
+  static_assert(!kStored || (kKeys == kBlockRows && sizeof(KeyTile) >= kRows / kBlockRows * kBlockBytes),
+                "ds of a key tile lies where v of another does");
 };
 
 struct QueryWork {
   WorkTile work;
-  bool none;  // no work tile is left
+  int stored_tiles;  // the last key tiles of the work tile, whose dS is stored
+  bool none;         // no work tile is left
+
+  __device__ __forceinline__ int kv_tiles() const { return max(0, work.end_kv_tile - work.first_kv_tile); }
 };
 
 template <class C>
 struct QueryGradShared {
   typename C::QueryTile q, d_out;
-  typename C::KeyTile k[C::kStages], v[C::kStages];
+  typename C::KeyTile k[C::kStages], v[C::kStages];  // v: or dS, a block for each warpgroup
   alignas(16) float lse[C::kRows], delta[C::kRows];
   SourceRows<typename C::T> sources;
   QueryWork work[kWorkBuffers];
@@ -54,6 +63,30 @@ struct QueryGradShared {
 template <class C>
 SEGATTN_FN void find_work(const SegattnBackwardParams& p, QueryWork& buffer, bool first) {
   buffer.none = !next_query_work<C>(p, buffer.work, first);
+  buffer.stored_tiles = 0;
+  const KeyList& keys = buffer.work.keys;
+  if (!C::kStored || buffer.none || keys.past_len > keys.sinks) return;
+  const int prior_tiles = p.d_prior_k.data ? 0 : keys.template prior_tiles<C::kKeys>();
+  const int others = keys.template sink_tiles<C::kKeys>() + prior_tiles;
+  buffer.stored_tiles = min(max(0, buffer.work.end_kv_tile - others), buffer.kv_tiles());
+}
+
+// Whether queries see keys of a tile.
+SEGATTN_FN bool sees(const KeyTile& tile, int first_query, int last_query) {
+  return last_query >= first_query && (tile.source != kCurrent || tile.first <= last_query);
+}
+
+// Starts copying dS of the warpgroups that see keys of a tile.
+template <class C>
+SEGATTN_FN void copy_stored(const SegattnBackwardParams& p, SharedAddress to, const WorkTile& work, const KeyTile& tile,
+                            int lane) {
+  for (int group = 0; group < C::kConsumerWarpgroups; group++) {
+    const int first = work.query_tile * C::kRows + group * 64, last = min(first + 64, work.query_rows) - 1;
+    if (!sees(tile, first, last)) continue;
+    const int block = ds_first_block(p, work.batch_index, work.head, first) +
+                      ds_key_block(p, tile.source == kPrior, tile.first);
+    copy_ds_async(p, block, to + group * kBlockBytes, lane);
+  }
 }
 
 // Starts copying the rows of a work tile: q, d_out, and what the preparation kernel left. The last tile may reach
@@ -79,15 +112,18 @@ SEGATTN_FN void copy_rows(const SegattnBackwardParams& p, QueryGradShared<C>& sh
 
 // Fills the ring's stage of `iteration` with key tile `kv_tile`.
 template <class C>
-SEGATTN_FN void produce_kv_tile(QueryGradShared<C>& shared, const WorkTile& work, int kv_tile, uint32_t iteration,
-                                int lane) {
+SEGATTN_FN void produce_kv_tile(const SegattnBackwardParams& p, QueryGradShared<C>& shared, const QueryWork& buffer,
+                                int kv_tile, uint32_t iteration, int lane) {
   using KT = typename C::KeyTile;
+  const WorkTile& work = buffer.work;
   const KeyTile tile = work.keys.template tile<C::kKeys>(kv_tile);
   const uint32_t stage = shared.kv_ring.stage(iteration);
   const auto &k = shared.sources.k[tile.source], &v = shared.sources.v[tile.source];
   shared.kv_ring.wait_empty(iteration);
   copy_rows_async<KT, 32>(shared_address(&shared.k[stage]), k, tile.first, tile.end, lane);
-  copy_rows_async<KT, 32>(shared_address(&shared.v[stage]), v, tile.first, tile.end, lane);
+  const SharedAddress v_stage = shared_address(&shared.v[stage]);
+  if (C::kStored && kv_tile >= work.end_kv_tile - buffer.stored_tiles) copy_stored<C>(p, v_stage, work, tile, lane);
+  else copy_rows_async<KT, 32>(v_stage, v, tile.first, tile.end, lane);
   cp_async_commit();
   if (lane == 0) shared.tiles[stage] = tile;
   shared.kv_ring.template arrive<0>(iteration);
@@ -106,16 +142,16 @@ SEGATTN_FN void produce_query_grad(const SegattnBackwardParams& p, QueryGradShar
       return shared.row_ring.arrive_without_copies(n);
     }
     const WorkTile& work = buffer.work;
+    const int kv_tiles = buffer.kv_tiles();
     const int kv_head = work.head / (p.problem.q_heads / p.problem.kv_heads);
     shared.sources.fill(p.problem, work.batch_index, kv_head, thread);
     sync_producers<C>();
     shared.row_ring.wait_empty(n);
-    copy_rows<C>(p, shared, work, thread);
+    if (!C::kStored || buffer.stored_tiles < kv_tiles) copy_rows<C>(p, shared, work, thread);
     shared.row_ring.template arrive<0>(n);
-    const int kv_tiles = max(0, work.end_kv_tile - work.first_kv_tile);
     const int own = shared.kv_ring.template iterations_until_turn<C::kProducerWarps>(first_iteration, warp);
     const auto produce = [&](int i) {
-      produce_kv_tile<C>(shared, work, work.first_kv_tile + i, first_iteration + i, lane);
+      produce_kv_tile<C>(p, shared, buffer, work.first_kv_tile + i, first_iteration + i, lane);
     };
     if (own < kv_tiles) produce(own);
     // One thread finds the next work tile while the key tiles copied so far are in use.
@@ -155,7 +191,7 @@ struct KvIterator {
     for (; iteration != end; iteration++) {
       shared.kv_ring.wait_full(iteration);
       const KeyTile& tile = shared.tiles[shared.kv_ring.stage(iteration)];
-      if (last_query >= first_query && (tile.source != kCurrent || tile.first <= last_query)) return true;
+      if (sees(tile, first_query, last_query)) return true;
       shared.kv_ring.release(iteration, lane);
     }
     return false;
@@ -168,6 +204,18 @@ struct QueryFragments {
   uint32_t q[C::kKBlocks][4], d_out[C::kRegisterA ? C::kKBlocks : 1][4];
   float lse[2], delta[2];
 };
+
+template <class C>
+SEGATTN_FN void load_query_fragments(QueryFragments<C>& fragments, QueryGradShared<C>& shared, int warp_row, int lane) {
+  using QT = typename C::QueryTile;
+  load_fragments<QT>(fragments.q, shared_address(&shared.q), warp_row, lane);
+  if constexpr (C::kRegisterA) load_fragments<QT>(fragments.d_out, shared_address(&shared.d_out), warp_row, lane);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = warp_row + half * 8 + lane / 4;
+    fragments.lse[half] = shared.lse[row], fragments.delta[half] = shared.delta[row];
+  }
+}
 
 // Issues S = Q K^T.
 template <class C>
@@ -253,7 +301,6 @@ SEGATTN_FN void store_query_grad(const SegattnBackwardParams& p, const float (&d
 
 template <class C>
 SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShared<C>& shared) {
-  using QT = typename C::QueryTile;
   const int thread = threadIdx.x - C::kProducerThreads, lane = thread & 31;
   const int warp_row = thread / 32 * 16, row = warp_row + lane / 4;
   const float scale = signed_scale_log2(p.problem.scale);
@@ -261,24 +308,25 @@ SEGATTN_FN void consume_query_grad(const SegattnBackwardParams& p, QueryGradShar
   for (uint32_t n = 0;; n++) {
     shared.row_ring.wait_full(n);
     if (shared.work[n % kWorkBuffers].none) return;
-    const WorkTile& work = shared.work[n % kWorkBuffers].work;
+    const QueryWork& buffer = shared.work[n % kWorkBuffers];
+    const WorkTile& work = buffer.work;
+    const uint32_t end = first_iteration + buffer.kv_tiles(), stored = end - buffer.stored_tiles;
     QueryFragments<C> fragments;
-    load_fragments<QT>(fragments.q, shared_address(&shared.q), warp_row, lane);
-    if constexpr (C::kRegisterA) load_fragments<QT>(fragments.d_out, shared_address(&shared.d_out), warp_row, lane);
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      fragments.lse[half] = shared.lse[row + half * 8], fragments.delta[half] = shared.delta[row + half * 8];
+    if (!C::kStored || stored != first_iteration) load_query_fragments<C>(fragments, shared, warp_row, lane);
     if constexpr (C::kRegisterA) shared.row_ring.release(n, lane);
     float d_q[C::kOutTiles][4];
     clear(d_q);
     const int first = work.query_tile * C::kRows, group = thread / 128 * 64;
-    const uint32_t end = first_iteration + max(0, work.end_kv_tile - work.first_kv_tile);
-    const KvIterator<C> iterator = {
-        shared, first_iteration, end, first + group, min(first + group + 64, work.query_rows) - 1, lane};
+    KvIterator<C> iterator = {
+        shared, first_iteration, stored, first + group, min(first + group + 64, work.query_rows) - 1, lane};
     float (*gate_sums)[kGateSums] = shared.gate_sums + warp_row;
     clear_row_sums(gate_sums, lane);
     query_grad_mainloop<C>(d_q, fragments, shared, work.keys, iterator, scale, first + row, group, gate_sums);
-    first_iteration = iterator.end;
+    if constexpr (C::kStored) {
+      iterator.iteration = stored, iterator.end = end;
+      stored_mainloop<C>(d_q, shared, iterator, group);
+    }
+    first_iteration = end;
     if constexpr (!C::kRegisterA) shared.row_ring.release(n, lane);
     store_query_grad<C>(p, d_q, work, first + row, lane);
     if (work.keys.past_len > work.keys.sinks) store_row_sums(p, work, gate_sums, first + warp_row, lane);

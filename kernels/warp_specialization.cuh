@@ -83,12 +83,13 @@ SEGATTN_FN uint32_t next_work_index(uint32_t* work_counter, bool first) {
 // with fewer keys does not have are passed over. False: there is none left.
 template <class C, class Params>
 SEGATTN_FN bool next_query_work(const Params& p, WorkTile& work, bool first) {
-  const uint32_t work_tiles = (uint32_t)p.max_splits * p.tiles * p.problem.q_heads * p.problem.batch;
+  const HeadRange heads = HeadRange::of(p);
+  const uint32_t work_tiles = (uint32_t)p.max_splits * p.tiles * heads.count;
   do {
     const uint32_t index = next_work_index(p.work_counter, first);
     first = false;
     if (index >= work_tiles) return false;
-    work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, index, p.tiles, 1, p.max_splits);
+    work = work_tile_at<C::kRows, C::kKeys, C::kSplitKeys>(p.problem, heads, index, p.tiles, p.max_splits);
   } while (work.split >= work.splits);
   return true;
 }

@@ -56,15 +56,27 @@ SEGATTN_FN void locate_split(WorkTile& work, const SegattnProblem& p, int packed
   work.end_kv_tile = min(kv_tiles, work.first_kv_tile + kSplitTiles);
 }
 
+// Query heads, of all in the order [batch, q_heads].
+struct HeadRange {
+  int first, count;
+
+  SEGATTN_FN HeadRange of(const SegattnForwardParams& p) { return {0, opaque(p.problem.q_heads) * p.problem.batch}; }
+  SEGATTN_FN HeadRange of(const SegattnBackwardParams& p) {
+    const int group = p.problem.q_heads / p.problem.kv_heads;
+    return {p.first_group * group, p.groups * group};
+  }
+};
+
 template <int kRows, int kKeys, int kSplitKeys>
-SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, int packed_heads, int max_splits) {
-  const int head_tiles = opaque(p.q_heads) / packed_heads, per_split = tiles * head_tiles * p.batch;
+SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, const HeadRange& range, int index, int tiles,
+                                 int max_splits) {
+  const int q_heads = opaque(p.q_heads), heads = range.count, per_split = tiles * heads;
   WorkTile work;
   work.split = max_splits - 1 - index / per_split;
   index %= per_split;
   // Head by head, so that the keys of few heads are in L2 at a time, the longest tiles of a head first. The quarter
   // of the tiles with the fewest keys comes last, of all heads, so that the blocks end together.
-  const int heads = head_tiles * p.batch, last_tiles = tiles / 4, longer = tiles - last_tiles;
+  const int last_tiles = tiles / 4, longer = tiles - last_tiles;
   int head;
   if (index < longer * heads) {
     head = index / longer;
@@ -74,9 +86,10 @@ SEGATTN_FN WorkTile work_tile_at(const SegattnProblem& p, int index, int tiles, 
     head = index % heads;
     work.query_tile = last_tiles - 1 - index / heads;
   }
-  work.head = head % head_tiles * packed_heads;
-  work.batch_index = head / head_tiles;
-  locate_split<kRows, kKeys, kSplitKeys>(work, p, packed_heads);
+  head += range.first;
+  work.head = head % q_heads;
+  work.batch_index = head / q_heads;
+  locate_split<kRows, kKeys, kSplitKeys>(work, p, 1);
   return work;
 }
 

@@ -219,6 +219,15 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
 }
 
 #[test]
+fn five_products_have_the_bits_of_seven() {
+    for dtype in variants::DTYPES {
+        let Some(mut gpu) = Real::new() else { return };
+        let shapes = [bits::stored_shapes(), bits::stored_shapes_at_size()].concat();
+        bits::five_products_change_no_bit(&mut gpu, dtype, shapes);
+    }
+}
+
+#[test]
 fn gradients_of_gates_keep_their_bound() {
     for (dtype, head_dim) in variants() {
         let Some(mut gpu) = Real::new() else { return };

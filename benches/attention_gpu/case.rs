@@ -48,15 +48,16 @@ impl Case {
 
     /// One token of each of `batch` sequences at the end of its segment, every head reading everything, `keys` in all.
     pub fn decode(head_dim: usize, batch: usize, keys: usize) -> Self {
+        let part = 512.min(keys / 4);
         Case {
             batch,
             q_heads: 32,
             kv_heads: 8,
             head_dim,
             rows: 1,
-            segment: keys - 1024,
-            prior: 512,
-            past: 512,
+            segment: keys - 2 * part,
+            prior: part,
+            past: part,
             past_heads: 8,
             reading_heads: 8,
         }

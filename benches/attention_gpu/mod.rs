@@ -1,8 +1,8 @@
 //! The kernels on a GPU: device-event times under criterion, after a check of the same tensors, against PyTorch's
 //! FlashAttention-2, cuDNN and FlexAttention, cuDNN in one call, and FlashAttention-3, at equal visible pairs.
 //!
-//! Parts are `decode`, `gates` (what heads with a gate of 0 cost) and `prefill`; `-- decode` runs one of them,
-//! `-- 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
+//! Parts are `decode`, `gates` (what heads with a gate of 0 cost), `products` (backward by seven and by five) and
+//! `prefill`; `-- decode` runs one of them, `-- 'gates|decode D64'` whatever has one of these texts in its name. `SEGATTN_BENCH_S` (segment lengths),
 //! `SEGATTN_BENCH_FLEX` (those for which FlexAttention is compiled, which takes its time) and `SEGATTN_BENCH_SECONDS`
 //! (no case begins later) narrow a run. `SEGATTN_BENCH_FA3` is the path of FlashAttention-3's library
 //! (benches/attention_gpu/fa3.py says which); without it, and without a Python package, a peer has no figures. Raw
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr};
-use segattn::attention::cuda::{BackwardPlan, DeviceSlice, ForwardPlan};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, ForwardPlan, Products};
 use segattn::attention::{Gradients, Saved};
 use segattn::cuda::kernels::DriverKernels;
 use segattn::cuda::{DeviceInfo, alloc};
@@ -59,7 +59,7 @@ fn cases() -> Vec<(&'static str, Case, Ask)> {
     let flex = list("SEGATTN_BENCH_FLEX", &segments);
     let mut cases = Vec::new();
     for head_dim in [128, 64] {
-        for keys in [5120, 8192, 32_768] {
+        for keys in [1024, 5120, 8192, 32_768] {
             for batch in [1, 8, 64] {
                 cases.push(("decode", Case::decode(head_dim, batch, keys), Ask::NoFlex));
             }
@@ -78,6 +78,12 @@ fn cases() -> Vec<(&'static str, Case, Ask)> {
                 cases.push(("gates", case.without_closed(), Ask::Nobody));
                 cases.push(("gates", case, Ask::Nobody));
             }
+        }
+    }
+    for &segment in &segments {
+        for [prior, past] in [[segment, 0], [segment / 8, 512]] {
+            let case = Case::prefill(128, segment, prior, past);
+            cases.push(("products", case, Ask::Nobody));
         }
     }
     for head_dim in [128, 64] {
@@ -100,6 +106,19 @@ fn cases() -> Vec<(&'static str, Case, Ask)> {
 /// The name of a measured pass, which a filter is looked for in.
 fn pass_name(part: &str, pass: &str, case: &Case) -> String {
     format!("{part}/{pass} {}", case.name())
+}
+
+/// The backward passes of a part's case, by name.
+fn backward_passes(part: &str, case: &Case) -> Vec<(&'static str, Products)> {
+    let ds_bytes = 512 << 20;
+    match part {
+        _ if case.is_decode() => Vec::new(),
+        "products" => vec![
+            ("backward by seven", Products::Seven),
+            ("backward by five", Products::Five { ds_bytes }),
+        ],
+        _ => vec![("backward", Products::Fastest)],
+    }
 }
 
 /// Whether a pass is wanted: all are, or those with the first argument, or one of several between `|`, in their names.
@@ -202,9 +221,11 @@ impl Bench<'_> {
 
     /// Checks and times what is wanted of a case: forward and, where there is one, backward.
     fn case(&mut self, part: &str, case: &Case, source: &Source, ask: Ask) -> Result<()> {
-        let [forward, backward] = ["forward", "backward"].map(|pass| pass_name(part, pass, case));
-        let with_backward = !case.is_decode() && is_wanted(&backward);
-        if !is_wanted(&forward) && !with_backward {
+        let forward = pass_name(part, "forward", case);
+        let forward = Some(forward).filter(|name| part != "products" && is_wanted(name));
+        let mut backward = backward_passes(part, case);
+        backward.retain(|(pass, _)| is_wanted(&pass_name(part, pass, case)));
+        if forward.is_none() && backward.is_empty() {
             return Ok(());
         }
         let stream = self.stream.clone();
@@ -218,16 +239,16 @@ impl Bench<'_> {
             unsafe { call.plan.run(&mut launcher, call.workspace()) }?;
         }
         check::forward(&calls[0].data)?;
-        if is_wanted(&forward) {
+        if let Some(forward) = forward {
             // The host's values are in the workspace already, as in a captured step.
             let mut turns = (0..calls.len()).cycle();
             let seconds = self.measure(&forward, || {
                 let call = &calls[turns.next().unwrap_or_default()];
                 unsafe { call.plan.launch(&mut launcher, call.workspace()) }.expect("a launch");
             });
-            self.finish(case, false, seconds, ask);
+            self.finish(case, "forward", seconds, ask);
         }
-        if !with_backward {
+        if backward.is_empty() {
             return Ok(());
         }
         let data = &mut calls[0].data;
@@ -244,25 +265,29 @@ impl Bench<'_> {
             d_prior: Some((data.tensor(case::D_PRIOR_K), data.tensor(case::D_PRIOR_V))),
             d_past_gate: data.d_past_gate(),
         };
-        let plan = BackwardPlan::new(&data.problem(), &saved, &gradients, &*kernels)?;
-        let memory = workspace(&stream, plan.workspace_bytes())?;
-        let workspace = DeviceSlice::new(memory.device_ptr(&stream).0, memory.len());
-        unsafe { plan.run(&mut launcher, workspace) }?;
-        check::backward(data)?;
-        let seconds = self.measure(&backward, || {
-            unsafe { plan.launch(&mut launcher, workspace) }.expect("a launch");
-        });
-        self.finish(case, true, seconds, ask);
+        for (pass, products) in backward {
+            let (problem, kernels) = (data.problem(), &*kernels);
+            let plan =
+                BackwardPlan::with_products(&problem, &saved, &gradients, kernels, products)?;
+            let memory = workspace(&stream, plan.workspace_bytes())?;
+            let workspace = DeviceSlice::new(memory.device_ptr(&stream).0, memory.len());
+            unsafe { plan.run(&mut launcher, workspace) }?;
+            check::backward(data)?;
+            let seconds = self.measure(&pass_name(part, pass, case), || {
+                unsafe { plan.launch(&mut launcher, workspace) }.expect("a launch");
+            });
+            self.finish(case, pass, seconds, ask);
+        }
         Ok(())
     }
 
-    fn finish(&mut self, case: &Case, backward: bool, seconds: f64, ask: Ask) {
+    fn finish(&mut self, case: &Case, pass: &'static str, seconds: f64, ask: Ask) {
         let peers = match &mut self.peers {
             _ if ask == Ask::Nobody => Err("not asked".into()),
-            Ok(peers) => peers.time(case, backward, ask == Ask::All),
+            Ok(peers) => peers.time(case, pass != "forward", ask == Ask::All),
             Err(missing) => Err(missing.clone()),
         };
-        self.report.push(Row::new(case, backward, seconds, peers));
+        self.report.push(Row::new(case, pass, seconds, peers));
     }
 }
 

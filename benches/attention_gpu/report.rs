@@ -15,16 +15,21 @@ use super::peers::NAMES;
 /// A measured pass and its peers.
 pub struct Row {
     case: Case,
-    backward: bool,
+    pass: &'static str,
     seconds: f64,
     peers: Result<Value, String>,
 }
 
 impl Row {
-    pub fn new(case: &Case, backward: bool, seconds: f64, peers: Result<Value, String>) -> Self {
+    pub fn new(
+        case: &Case,
+        pass: &'static str,
+        seconds: f64,
+        peers: Result<Value, String>,
+    ) -> Self {
         Row {
             case: case.clone(),
-            backward,
+            pass,
             seconds,
             peers,
         }
@@ -34,13 +39,13 @@ impl Row {
         self.peers.as_ref().ok()?.get(name)?.as_f64()
     }
 
-    fn pass(&self) -> &'static str {
-        if self.backward { "backward" } else { "forward" }
+    fn operations(&self) -> f64 {
+        self.case.operations(self.pass != "forward")
     }
 
     /// Operations a second.
     fn speed(&self) -> f64 {
-        self.case.operations(self.backward) / self.seconds
+        self.operations() / self.seconds
     }
 
     /// Bytes of keys and values a second, for decoding.
@@ -51,9 +56,9 @@ impl Row {
     fn json(&self) -> Value {
         json!({
             "case": self.case.name(),
-            "pass": self.pass(),
+            "pass": self.pass,
             "seconds": self.seconds,
-            "operations": self.case.operations(self.backward),
+            "operations": self.operations(),
             "kv_bytes": self.case.is_decode().then(|| self.case.kv_bytes()),
             "peers": match &self.peers {
                 Ok(peers) => peers.clone(),
@@ -124,7 +129,7 @@ impl Report {
         });
         format!(
             "{:52} {:9.3} {speed:>8} {share:>8} {}{}",
-            format!("{} {}", row.pass(), row.case.name()),
+            format!("{} {}", row.pass, row.case.name()),
             1e3 * row.seconds,
             peers.join(" "),
             self.closed_cost(row).unwrap_or_default(),
@@ -134,7 +139,7 @@ impl Report {
     /// Where gates are 0: the time as a multiple of that without the rows behind them, if it is known.
     fn closed_cost(&self, row: &Row) -> Option<String> {
         let without = row.case.without_closed();
-        let same = |other: &&Row| other.case == without && other.backward == row.backward;
+        let same = |other: &&Row| other.case == without && other.pass == row.pass;
         let other = self.rows.iter().find(same)?;
         (row.case != without).then(|| format!("  {:.3}x without them", row.seconds / other.seconds))
     }

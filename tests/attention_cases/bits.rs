@@ -1,9 +1,9 @@
 //! What must have equal bits (docs/contract.md, section 4): a row alone, in a tile, in another batch, decoded.
 
-use segattn::attention::cuda::{Dtype, Phase};
+use segattn::attention::cuda::{Dtype, Phase, Products};
 
 use super::gpu::{self, Gpu, Grads, Options, Outcome};
-use super::{Arrangement, Case, Shape};
+use super::{Arrangement, Case, Shape, Values};
 
 /// Runs a forward pass.
 fn forward(gpu: &mut impl Gpu, case: &Case<f64>, dtype: Dtype, phase: Phase) -> Outcome {
@@ -184,6 +184,94 @@ pub fn packing_changes_no_bit(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize)
             assert!(
                 *expected == got,
                 "{name} of run {i}, {dtype} D {head_dim}: other bits"
+            );
+        }
+    }
+}
+
+/// Where five products are forced: batch elements and heads of every kind, more queries and keys than the rings have
+/// stages for, keys of several KV splits; each with a prior that is only read, or not.
+pub fn stored_shapes() -> Vec<(Shape, bool)> {
+    let mixed = Shape {
+        segment_len: vec![0, 129, 1, 64, 200],
+        prior_len: vec![65, 0, 1, 130, 64],
+        past_len: vec![1, 65, 3, 0, 9],
+        sink_len: vec![0, 4, 3, 0, 9],
+        past_gate: vec![0.25, 1.0, 0.0, 0.0, 0.0, 2.0],
+        prior_heads: vec![true, false, true, true, false, false],
+        ..Shape::plain(2, 3, 128, [0; 3])
+    };
+    let padded = Shape {
+        spare_rows: 2,
+        arrangement: Arrangement::Offsets8,
+        values: Values::HeavyTails,
+        ..mixed.clone()
+    };
+    let packed = Shape {
+        arrangement: Arrangement::Ragged,
+        ..mixed
+    };
+    let long = Shape {
+        scale: Some(-0.2),
+        ..Shape::plain(3, 1, 128, [390, 200, 0])
+    };
+    let huge = Shape {
+        values: Values::Huge,
+        ..Shape::plain(1, 2, 128, [70, 1, 0])
+    };
+    let split = Shape::plain(1, 1, 128, [67, 8192 + 70, 0]);
+    vec![
+        (padded.clone(), true),
+        (padded, false),
+        (packed, false),
+        (long, false),
+        (huge, false),
+        (split.clone(), false),
+        (split, true),
+    ]
+}
+
+/// The same at sizes where five products are chosen.
+pub fn stored_shapes_at_size() -> Vec<(Shape, bool)> {
+    let alike = Shape::plain(2, 4, 128, [2048, 2048, 0]);
+    let unlike = Shape {
+        segment_len: vec![1500, 1024, 37],
+        prior_len: vec![512, 0, 512],
+        past_len: vec![516, 4, 1030],
+        sink_len: vec![4, 4, 4],
+        past_gate: vec![0.5, 0.0, 0.0, 0.0, 0.0, 1.0],
+        arrangement: Arrangement::Ragged,
+        ..Shape::plain(3, 2, 128, [0; 3])
+    };
+    let split = Shape::plain(1, 2, 128, [4500, 4500, 0]);
+    vec![(alike, false), (unlike, false), (split, true)]
+}
+
+/// Gradients by five products, in launches of one group of heads and of all, have the bits of those by seven, and so
+/// have those by the products that are chosen.
+pub fn five_products_change_no_bit(gpu: &mut impl Gpu, dtype: Dtype, shapes: Vec<(Shape, bool)>) {
+    for (i, (shape, read_only_prior)) in shapes.into_iter().enumerate() {
+        let case = Case::new(&shape).rounded(dtype);
+        let run = |gpu: &mut _, products| {
+            let options = Options {
+                with_d_lse: i % 2 == 0,
+                read_only_prior,
+                products,
+                ..Options::new(dtype)
+            };
+            both(gpu, &case, options).1
+        };
+        let expected = run(gpu, Products::Seven);
+        let five = [0, 1 << 30].map(|ds_bytes| Products::Five { ds_bytes });
+        for products in [five[0], five[1], Products::Fastest] {
+            let got = run(gpu, products);
+            for ((name, expected), (_, got)) in expected.tensors.iter().zip(&got.tensors) {
+                let differ = expected.iter().zip(got).filter(|(a, b)| a != b).count();
+                assert_eq!(differ, 0, "{name} of {dtype}, {products:?}, {shape:?}");
+            }
+            assert_eq!(
+                expected.d_past_gate, got.d_past_gate,
+                "{dtype}, {products:?}, {shape:?}"
             );
         }
     }

@@ -2,7 +2,9 @@
 //! workspace, plans, runs, and what came out.
 
 use half::{bf16, f16};
-use segattn::attention::cuda::{self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Phase};
+use segattn::attention::cuda::{
+    self, BackwardPlan, DeviceSlice, Dtype, Error, ForwardPlan, Phase, Products,
+};
 use segattn::attention::{Batch, Gradients, Layout, Prior, Problem, Saved};
 use segattn::cuda::kernels::Kernels;
 
@@ -71,6 +73,7 @@ pub struct Options {
     pub phase: Option<Phase>,
     pub with_d_lse: bool,
     pub read_only_prior: bool,
+    pub products: Products,
 }
 
 impl Options {
@@ -80,6 +83,7 @@ impl Options {
             phase: None,
             with_d_lse: false,
             read_only_prior: false,
+            products: Products::Fastest,
         }
     }
 }
@@ -276,7 +280,13 @@ pub fn backward(
     options: Options,
 ) -> Result<Grads, Error> {
     let (saved, gradients) = backward_arguments(gpu, loaded, written, options);
-    let plan = BackwardPlan::new(&loaded.problem, &saved, &gradients, gpu.kernels())?;
+    let plan = BackwardPlan::with_products(
+        &loaded.problem,
+        &saved,
+        &gradients,
+        gpu.kernels(),
+        options.products,
+    )?;
     let workspace = workspace(gpu, plan.workspace_bytes());
     gpu.backward(&plan, workspace)?;
     let mut parts = vec![

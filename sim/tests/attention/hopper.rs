@@ -128,6 +128,22 @@ fn batch_elements_of_unequal_lengths_need_no_padding() {
 }
 
 #[test]
+fn five_products_have_the_bits_of_seven() {
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let entries = Entries::default();
+        let mut gpu = Simulated::of(7, kernels()).noting(&entries);
+        bits::five_products_change_no_bit(&mut gpu, dtype, bits::stored_shapes());
+        let ran = entries.into_inner().expect("no panic");
+        for pass in ["key_grad", "query_grad"] {
+            for form in ["hopper", "stored_hopper"] {
+                let entry = format!("attention_{pass}_{form}_{dtype}_d128");
+                assert!(ran.contains(entry.as_str()), "{entry}: {ran:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn gradients_of_gates_keep_their_bound() {
     for (dtype, head_dim) in [(Dtype::Bf16, 64), (Dtype::F16, 128)] {
         suite::gates_keep_their_bound(&mut Simulated::of(5, kernels()), dtype, head_dim);

@@ -24,7 +24,7 @@ pub fn kernels() -> &'static Kernels {
 /// An attention kernel file's text with the entry points of one instance alone, line for line.
 pub fn only(text: &str, instance: &str) -> String {
     let wanted = |line: &str| {
-        let macros = ["FORWARD(", "DECODE(", "BACKWARD(", "COMBINE("];
+        let macros = ["FORWARD(", "DECODE(", "BACKWARD(", "STORED(", "COMBINE("];
         let mut entry = macros.iter().filter_map(|name| line.strip_prefix(name));
         let is_it = |entry: &str| {
             [',', ')']

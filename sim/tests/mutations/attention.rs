@@ -16,6 +16,7 @@ use super::attention_cases::{Arrangement, Shape, Values, bits, suite};
 use super::attention_rules::{SURVIVORS, TARGETS, Target};
 use super::hopper_rules;
 use super::simulated::{Simulated, folder, only};
+use super::stored_rules;
 
 /// One mutant in so many is planted by the quick test.
 const QUICK: usize = 14;
@@ -29,7 +30,8 @@ const PLANTED: [&str; 2] = ["SEGATTN_PLANTED_KERNELS", "SEGATTN_PLANTED_TARGET"]
 const EVERY_PROBLEM: &str = "attention::without_a_bug_every_problem_passes";
 
 fn targets() -> impl Iterator<Item = &'static Target> {
-    TARGETS.iter().chain(&hopper_rules::TARGETS)
+    let targets = TARGETS.iter().chain(&hopper_rules::TARGETS);
+    targets.chain(&stored_rules::TARGETS)
 }
 
 /// The kernels of a folder.
@@ -229,6 +231,10 @@ fn every_problem(target: &Target, kernels: &Kernels) {
     if target.hopper_prefill {
         return hopper_suite(kernels, head_dim);
     }
+    if target.is_stored() {
+        let (gpu, shapes) = (&mut Simulated::of(3, kernels), bits::stored_shapes());
+        return bits::five_products_change_no_bit(gpu, Dtype::Bf16, shapes);
+    }
     let is_backward = |file: &File| {
         matches!(
             file,
@@ -260,6 +266,7 @@ impl Target {
             | "key_grad.cuh" => &[File::AttentionBackward],
             "query_grad_hopper.cuh"
             | "key_grad_hopper.cuh"
+            | "stored_ds.cuh"
             | "warp_specialization.cuh"
             | "ring.cuh"
             | "warpgroups.cuh" => &[File::AttentionBackwardHopper],
@@ -269,6 +276,13 @@ impl Target {
                 File::AttentionBackward,
             ],
         }
+    }
+
+    /// Whether the passes of five products run, and are compared with those of seven.
+    fn is_stored(&self) -> bool {
+        stored_rules::TARGETS
+            .iter()
+            .any(|target| std::ptr::eq(target, self))
     }
 
     fn head_dim(&self) -> usize {
@@ -307,7 +321,8 @@ fn without_a_bug_every_problem_passes() {
         let of_instance = TARGETS.iter().filter(|target| target.instance == name);
         of_instance.max_by_key(|target| target.files().len())
     });
-    for target in most.chain(&hopper_rules::TARGETS[..2]) {
+    let hopper = &hopper_rules::TARGETS[..2];
+    for target in most.chain(hopper).chain(&stored_rules::TARGETS[..1]) {
         let outcome = with(target, |how| how.attempt(None, target.instance));
         assert_eq!(outcome, Outcome::Survived, "{}", target.instance);
     }
@@ -318,6 +333,7 @@ fn a_few_planted_bugs_are_all_caught() {
     for (targets, stride) in [
         (&TARGETS[..], QUICK),
         (&hopper_rules::TARGETS, QUICK_HOPPER),
+        (&stored_rules::TARGETS, QUICK_HOPPER),
     ] {
         let mut count = 0;
         for target in targets {

@@ -14,3 +14,4 @@ mod shared_rules;
 #[path = "../attention/simulated.rs"]
 #[allow(dead_code)]
 mod simulated;
+mod stored_rules;

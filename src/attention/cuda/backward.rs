@@ -1,9 +1,10 @@
-//! The plan of a backward call: preparation, d_q, the sum over its KV splits, d_k and d_v.
+//! The plan of a backward call: preparation, d_k and d_v, d_q, the sum over its KV splits.
 
 use super::error::Error;
 use super::forward::{info, launch};
 use super::instances::Instance;
 use super::params::{ProblemParams, TensorParams, count, most_splits};
+use super::stored::{Groups, Products};
 use super::tensor::{DeviceSlice, Tensor, check_tensors};
 use super::workspace::{Address, Workspace};
 use crate::attention::{Gradients, Problem, Saved};
@@ -15,7 +16,7 @@ const ROW_PITCH: usize = 128;
 /// Kernels with one warp a row, which have no metadata constant.
 const ROWS_PER_BLOCK: usize = 4;
 const ROW_THREADS: u32 = 128;
-/// Work counters: one for each kernel whose blocks take work tiles in a loop.
+/// Work counters of a pair of launches: one for each kernel whose blocks take work tiles in a loop.
 const WORK_COUNTERS: usize = 2;
 /// Sums of a row for the gradient of its head's gate: `kGateSums` of the kernels.
 const GATE_SUMS: usize = 3;
@@ -35,11 +36,15 @@ pub struct BackwardPlan {
     partial_d_q: Address,
     partial_gate: Address,
     work_counter: Address,
+    ds: Address,
     row_pitch: u32,
     tiles: u32,
     max_splits: u32,
-    /// In launch order; those of 0 blocks are skipped.
-    launches: [Launch; 4],
+    groups: Groups,
+    /// d_k with d_v, then d_q: once for each launch of groups. Here and below those of 0 blocks are skipped.
+    passes: [Launch; 2],
+    prepare: Launch,
+    sum: Launch,
 }
 
 impl BackwardPlan {
@@ -53,6 +58,20 @@ impl BackwardPlan {
         gradients: &Gradients<Tensor<'_>, DeviceSlice>,
         kernels: &impl Kernels,
     ) -> Result<Self, Error> {
+        BackwardPlan::with_products(problem, saved, gradients, kernels, Products::Fastest)
+    }
+
+    /// As [`new`](Self::new), by so many products.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_products(
+        problem: &Problem<'_, Tensor<'_>>,
+        saved: &Saved<Tensor<'_>, DeviceSlice>,
+        gradients: &Gradients<Tensor<'_>, DeviceSlice>,
+        kernels: &impl Kernels,
+        products: Products,
+    ) -> Result<Self, Error> {
         let instance = Instance::of(problem.q.dtype, problem.head_dim())?;
         check(problem, saved, gradients)?;
         let mut workspace = Workspace::default();
@@ -64,14 +83,19 @@ impl BackwardPlan {
             }
         }
         let hopper = instance.hopper.filter(|_| kernels.hopper());
-        let [query_grad, query_grad_sum, key_grad] = hopper.map_or(
-            [
+        let stored = hopper.and_then(|hopper| hopper.stored);
+        let groups = Groups::of(products, problem, gradients, stored.is_some())?;
+        let [query_grad, key_grad, query_grad_sum] = match (hopper, stored) {
+            (Some(hopper), Some([query, key])) if groups.ds_bytes > 0 => {
+                [query, key, hopper.query_grad_sum]
+            }
+            (Some(hopper), _) => [hopper.query_grad, hopper.key_grad, hopper.query_grad_sum],
+            (None, _) => [
                 instance.query_grad,
-                instance.query_grad_sum,
                 instance.key_grad,
+                instance.query_grad_sum,
             ],
-            |hopper| [hopper.query_grad, hopper.query_grad_sum, hopper.key_grad],
-        );
+        };
         let query = info::<SegattnBackwardParams>(kernels, query_grad)?;
         let key = info::<SegattnBackwardParams>(kernels, key_grad)?;
         let (batch, heads, rows) = (problem.batch(), problem.q_heads(), params.rows());
@@ -80,7 +104,7 @@ impl BackwardPlan {
         let max_splits = most_splits(problem, &query);
         let work_tiles = count(
             "query tiles * KV splits * heads * batch",
-            &[tiles, max_splits, heads, batch],
+            &[tiles, max_splits, groups.of_launch, problem.group()],
         )?;
         let prepare = info::<SegattnBackwardParams>(kernels, instance.prepare)?;
         let prepare_blocks = row_pitch.div_ceil(prepare.tile_rows as usize);
@@ -89,7 +113,7 @@ impl BackwardPlan {
         let sum_rows = if max_splits > 1 { rows } else { rows.min(1) };
         let key_rows = |tensor: &TensorParams| tensor.rows().div_ceil(key.tile_rows as usize);
         let key_blocks = key_rows(&tensors[3]) + key_rows(&tensors[5]);
-        let key_blocks = count("blocks of a grid", &[key_blocks, problem.kv_heads(), batch])?;
+        let key_blocks = count("blocks of a grid", &[key_blocks, groups.of_launch])?;
         let split = usize::from(max_splits > 1) * max_splits;
         // A kernel whose blocks take work tiles in a loop gets as many blocks as run at once.
         let grid = |entry, tiles: u32, info: &_| match hopper {
@@ -121,19 +145,27 @@ impl BackwardPlan {
                 &[max_splits, problem.all_rows(), heads, GATE_SUMS],
             )?,
             work_counter: match hopper {
-                Some(_) => workspace.reserve("work_counter", 4, &[WORK_COUNTERS])?,
+                Some(_) => {
+                    let counters = [groups.launches().count(), WORK_COUNTERS];
+                    workspace.reserve("work_counter", 4, &counters)?
+                }
                 None => Address::NULL,
+            },
+            ds: match groups.ds_bytes {
+                0 => Address::NULL,
+                bytes => workspace.reserve("ds", bytes, &[])?,
             },
             workspace,
             row_pitch: count("row_pitch", &[row_pitch])?,
             tiles: count("tiles", &[tiles])?,
             max_splits: count("KV splits", &[max_splits])?,
-            launches: [
-                launch(instance.prepare, prepare_blocks, &prepare),
-                launch(query_grad, query_blocks, &query),
-                row_launch(query_grad_sum, &[batch, heads, sum_rows])?,
+            groups,
+            passes: [
                 launch(key_grad, key_blocks, &key),
+                launch(query_grad, query_blocks, &query),
             ],
+            prepare: launch(instance.prepare, prepare_blocks, &prepare),
+            sum: row_launch(query_grad_sum, &[batch, heads, sum_rows])?,
         })
     }
 
@@ -177,6 +209,17 @@ impl BackwardPlan {
     ) -> Result<(), Error> {
         self.workspace.check(workspace)?;
         let params = self.params(workspace.data);
+        let mut launches = vec![(&self.prepare, params)];
+        for (i, (first, groups)) in self.groups.launches().enumerate() {
+            let mut params = params;
+            params.first_group = first as i32;
+            params.groups = groups as i32;
+            if self.work_counter != Address::NULL {
+                params.work_counter = params.work_counter.wrapping_add(i * WORK_COUNTERS);
+            }
+            launches.extend(self.passes.iter().map(|pass| (pass, params)));
+        }
+        launches.push((&self.sum, params));
         // SAFETY: the caller's promise; `params` is the struct of these entry points.
         unsafe {
             if self.problem.rows() == 0 && self.d_past_gate.len > 0 {
@@ -184,10 +227,11 @@ impl BackwardPlan {
                 launcher.zero(self.d_past_gate.data, 4 * self.d_past_gate.len)?;
             }
             if self.work_counter != Address::NULL {
-                launcher.zero(params.work_counter as u64, 4 * WORK_COUNTERS)?;
+                let counters = self.groups.launches().count() * WORK_COUNTERS;
+                launcher.zero(params.work_counter as u64, 4 * counters)?;
             }
-            for launch in self.launches.iter().filter(|launch| launch.blocks > 0) {
-                launcher.launch(launch, &params)?;
+            for (launch, params) in launches.iter().filter(|(launch, _)| launch.blocks > 0) {
+                launcher.launch(launch, params)?;
             }
         }
         Ok(())
@@ -213,9 +257,12 @@ impl BackwardPlan {
             partial_d_q: self.partial_d_q.at(workspace),
             partial_gate: self.partial_gate.at(workspace),
             work_counter: self.work_counter.at(workspace),
+            ds: self.ds.at(workspace),
             row_pitch: self.row_pitch as i32,
             tiles: self.tiles as i32,
             max_splits: self.max_splits as i32,
+            first_group: 0,
+            groups: self.groups.all as i32,
         }
     }
 }

@@ -51,6 +51,8 @@ pub(super) struct HopperInstance {
     pub query_grad: Entry,
     pub query_grad_sum: Entry,
     pub key_grad: Entry,
+    /// The d_q and the d_k pass of five products.
+    pub stored: Option<[Entry; 2]>,
 }
 
 macro_rules! entry {
@@ -67,6 +69,27 @@ macro_rules! instance {
         instance!($suffix, None)
     };
     ($suffix:literal, hopper) => {
+        instance!($suffix, hopper, None)
+    };
+    ($suffix:literal, hopper, stored) => {
+        instance!(
+            $suffix,
+            hopper,
+            Some([
+                entry!(
+                    AttentionBackwardHopper,
+                    "attention_query_grad_stored_hopper_",
+                    $suffix
+                ),
+                entry!(
+                    AttentionBackwardHopper,
+                    "attention_key_grad_stored_hopper_",
+                    $suffix
+                ),
+            ])
+        )
+    };
+    ($suffix:literal, hopper, $stored:expr) => {
         instance!(
             $suffix,
             Some(HopperInstance {
@@ -87,6 +110,7 @@ macro_rules! instance {
                     "attention_key_grad_hopper_",
                     $suffix
                 ),
+                stored: $stored,
             })
         )
     };
@@ -110,12 +134,12 @@ fn find(dtype: Dtype, head_dim: usize) -> Option<Instance> {
         (Dtype::Bf16, 32) => instance!("bf16_d32"),
         (Dtype::Bf16, 64) => instance!("bf16_d64", hopper),
         (Dtype::Bf16, 96) => instance!("bf16_d96"),
-        (Dtype::Bf16, 128) => instance!("bf16_d128", hopper),
+        (Dtype::Bf16, 128) => instance!("bf16_d128", hopper, stored),
         (Dtype::Bf16, 256) => instance!("bf16_d256"),
         (Dtype::F16, 32) => instance!("f16_d32"),
         (Dtype::F16, 64) => instance!("f16_d64", hopper),
         (Dtype::F16, 96) => instance!("f16_d96"),
-        (Dtype::F16, 128) => instance!("f16_d128", hopper),
+        (Dtype::F16, 128) => instance!("f16_d128", hopper, stored),
         (Dtype::F16, 256) => instance!("f16_d256"),
         _ => None,
     }
@@ -177,6 +201,9 @@ mod tests {
             for (source, entry) in [(sources[3], &backward), (sources[4], &forward)] {
                 assert_eq!(source.contains(entry.as_str()), instance.hopper.is_some());
             }
+            let stored = instance.hopper.and_then(|hopper| hopper.stored);
+            let entry = format!("STORED({dtype}_d{dim},");
+            assert_eq!(sources[3].contains(&entry), stored.is_some());
         }
     }
 }

@@ -23,6 +23,7 @@ mod instances;
 mod params;
 #[cfg(feature = "cuda")]
 pub mod slices;
+mod stored;
 mod tensor;
 mod tensor_maps;
 #[cfg(test)]
@@ -33,4 +34,5 @@ pub use backward::BackwardPlan;
 pub use error::Error;
 pub use forward::{ForwardPlan, Phase};
 pub use instances::Dtype;
+pub use stored::Products;
 pub use tensor::{DeviceSlice, Tensor};

@@ -97,6 +97,7 @@ struct Recorder {
     uploads: Vec<(u64, Vec<u8>)>,
     zeroed: Vec<(u64, usize)>,
     launches: Vec<(Launch, Vec<u8>)>,
+    workspace_end: u64,
 }
 
 impl Launcher for Recorder {

@@ -36,7 +36,7 @@ const HOST: &[Item] = layout! {
     SegattnHopperForwardParams { maps, forward, batch_coordinates, mapped }
     SegattnBackwardParams {
         problem, out, d_out, lse, d_lse, d_q, d_k, d_v, d_prior_k, d_prior_v, d_past_gate, row_lse, row_delta,
-        partial_d_q, partial_gate, work_counter, row_pitch, tiles, max_splits,
+        partial_d_q, partial_gate, work_counter, ds, row_pitch, tiles, max_splits, first_group, groups,
     }
     SegattnKernelInfo {
         threads, shared_bytes, blocks_per_multiprocessor, tile_rows, key_rows, split_keys, params_bytes,

@@ -198,13 +198,16 @@ pub struct SegattnBackwardParams {
     pub partial_d_q: *mut f32,
     pub partial_gate: *mut f32,
     pub work_counter: *mut u32,
+    pub ds: *mut u32,
     pub row_pitch: i32,
     pub tiles: i32,
     pub max_splits: i32,
+    pub first_group: i32,
+    pub groups: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 848usize];
+    ["Size of SegattnBackwardParams"][::core::mem::size_of::<SegattnBackwardParams>() - 864usize];
     ["Alignment of SegattnBackwardParams"]
         [::core::mem::align_of::<SegattnBackwardParams>() - 8usize];
     ["Offset of field: SegattnBackwardParams::problem"]
@@ -239,12 +242,18 @@ const _: () = {
         [::core::mem::offset_of!(SegattnBackwardParams, partial_gate) - 816usize];
     ["Offset of field: SegattnBackwardParams::work_counter"]
         [::core::mem::offset_of!(SegattnBackwardParams, work_counter) - 824usize];
+    ["Offset of field: SegattnBackwardParams::ds"]
+        [::core::mem::offset_of!(SegattnBackwardParams, ds) - 832usize];
     ["Offset of field: SegattnBackwardParams::row_pitch"]
-        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 832usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, row_pitch) - 840usize];
     ["Offset of field: SegattnBackwardParams::tiles"]
-        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 836usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, tiles) - 844usize];
     ["Offset of field: SegattnBackwardParams::max_splits"]
-        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 840usize];
+        [::core::mem::offset_of!(SegattnBackwardParams, max_splits) - 848usize];
+    ["Offset of field: SegattnBackwardParams::first_group"]
+        [::core::mem::offset_of!(SegattnBackwardParams, first_group) - 852usize];
+    ["Offset of field: SegattnBackwardParams::groups"]
+        [::core::mem::offset_of!(SegattnBackwardParams, groups) - 856usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
