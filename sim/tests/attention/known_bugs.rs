@@ -23,7 +23,7 @@
 //! - a neighbour's length that changes the tile and so the bits (vllm#51902):
 //!   `a_row_alone_in_a_tile_in_another_batch_and_decoded_is_the_same` (module `bits`)
 
-use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, Phase};
+use segattn::attention::cuda::{BackwardPlan, DeviceSlice, Dtype, Phase, Products};
 use segattn::cuda::kernels::{Error, File, Launch, Launcher};
 use segattn_sim::{Kernels, Source, Stream};
 
@@ -37,6 +37,7 @@ const BF16: Options = Options {
     phase: None,
     with_d_lse: false,
     read_only_prior: false,
+    products: Products::Fastest,
 };
 
 /// Kernels of `bf16_d32` alone, with another text in a file.
