@@ -222,8 +222,8 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
 fn five_products_have_the_bits_of_seven() {
     for dtype in variants::DTYPES {
         let Some(mut gpu) = Real::new() else { return };
-        let shapes = [bits::stored_shapes(), bits::stored_shapes_at_size()].concat();
-        bits::five_products_change_no_bit(&mut gpu, dtype, shapes);
+        let cases = [bits::stored_cases(), bits::stored_cases_at_size()].concat();
+        bits::five_products_change_no_bit(&mut gpu, dtype, cases);
     }
 }
 

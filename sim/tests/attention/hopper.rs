@@ -132,7 +132,7 @@ fn five_products_have_the_bits_of_seven() {
     for dtype in [Dtype::Bf16, Dtype::F16] {
         let entries = Entries::default();
         let mut gpu = Simulated::of(7, kernels()).noting(&entries);
-        bits::five_products_change_no_bit(&mut gpu, dtype, bits::stored_shapes());
+        bits::five_products_change_no_bit(&mut gpu, dtype, bits::stored_cases());
         let ran = entries.into_inner().expect("no panic");
         for pass in ["key_grad", "query_grad"] {
             for form in ["hopper", "stored_hopper"] {

@@ -232,8 +232,8 @@ fn every_problem(target: &Target, kernels: &Kernels) {
         return hopper_suite(kernels, head_dim);
     }
     if target.is_stored() {
-        let (gpu, shapes) = (&mut Simulated::of(3, kernels), bits::stored_shapes());
-        return bits::five_products_change_no_bit(gpu, Dtype::Bf16, shapes);
+        let (gpu, cases) = (&mut Simulated::of(3, kernels), bits::stored_cases());
+        return bits::five_products_change_no_bit(gpu, Dtype::Bf16, cases);
     }
     let is_backward = |file: &File| {
         matches!(
