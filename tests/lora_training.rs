@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use adapters::{ERRORS, Expected, GOLDEN, TARGETS, base, bits, folders, largest, lora};
-use common::{config_of, model_on, tokens, values};
+use common::{config_of, model_on, run_config, tokens, values};
 use meeting::on_ranks;
 use segattn::device::cpu::Cpu;
 use segattn::model::config::ModelConfig;
@@ -35,11 +35,7 @@ fn settings(overrides: &[(&str, &str)]) -> Config {
         ("schedule.lr", "1e-2"),
         ("training.group", "1"),
     ];
-    let all = base.iter().chain(overrides);
-    let all: Vec<_> = all
-        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-        .collect();
-    Config::parse("", &all).unwrap()
+    run_config(&base, overrides)
 }
 
 /// A model with new adapters, and their values.

@@ -6,7 +6,7 @@ mod meeting;
 
 use std::time::Duration;
 
-use common::{config_of, random, tokens};
+use common::{config_of, random, run_config, tokens};
 use meeting::on_ranks;
 use segattn::device::cpu::Cpu;
 use segattn::ranks::Ranks;
@@ -26,11 +26,7 @@ fn config(overrides: &[(&str, &str)]) -> Config {
         ("training.learn_gates", "true"),
         ("training.group", "1"),
     ];
-    let all = base.iter().chain(overrides);
-    let all: Vec<_> = all
-        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-        .collect();
-    Config::parse("", &all).unwrap()
+    run_config(&base, overrides)
 }
 
 /// The sequences of a step: of several lengths, with weights, whose sums depend on their order.

@@ -7,7 +7,7 @@ mod reading;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{config as model_config, random};
+use common::{config as model_config, random, run_config};
 use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::train::TrainError;
@@ -23,11 +23,7 @@ fn config(overrides: &[(&str, &str)]) -> Config {
         ("schedule.warmup_steps", "0"),
         ("schedule.lr", "1e-2"),
     ];
-    let all = base.iter().chain(overrides);
-    let all: Vec<_> = all
-        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-        .collect();
-    Config::parse("", &all).unwrap()
+    run_config(&base, overrides)
 }
 
 fn tensors(model: &ModelConfig) -> Tensors {

@@ -3,7 +3,7 @@
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
-use common::{config_of, tokens};
+use common::{config_of, run_config, tokens};
 use segattn::device::Device;
 use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
@@ -36,11 +36,7 @@ fn config(overrides: &[(&str, &str)]) -> Config {
         ("schedule.lr", "1e-2"),
         ("optimizer.clip_norm", "none"),
     ];
-    let all = base.iter().chain(overrides);
-    let all: Vec<_> = all
-        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-        .collect();
-    Config::parse("", &all).unwrap()
+    run_config(&base, overrides)
 }
 
 fn trainer<D: Device>(device: D, overrides: &[(&str, &str)]) -> Result<Trainer<D>, TrainError> {

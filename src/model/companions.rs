@@ -35,8 +35,9 @@ pub(crate) const STATE: [&str; 4] = [
 ];
 
 /// The files of `folder`, name and content in order of the names, that are neither weights, nor `config.json`, nor the
-/// state of a training run. Hidden files and folders inside are passed over, but for that of further chat templates,
-/// whose files have its name before theirs; a file too large for memory is left behind with a warning.
+/// state of a training run. Hidden files are passed over, and so are folders inside, except the one with further chat
+/// templates: its files are named `additional_chat_templates/NAME`. A file too large for memory is left behind with a
+/// warning.
 ///
 /// # Errors
 /// [`FileError::Io`] where the folder or a file cannot be read.

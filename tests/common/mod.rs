@@ -10,6 +10,7 @@ use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, specs};
 use segattn::model::switches::{QkNorm, Switches};
+use segattn::train::config::Config;
 
 pub fn config(tied: bool) -> ModelConfig {
     config_of(tied, 4)
@@ -93,6 +94,15 @@ pub fn model_on<D: Device + Copy>(
         Ok(buffer)
     };
     Decoder::new(device, config.clone(), upload, true).unwrap()
+}
+
+/// The configuration of a run that says `base`, and `overrides` over it.
+pub fn run_config(base: &[(&str, &str)], overrides: &[(&str, &str)]) -> Config {
+    let all = base.iter().chain(overrides);
+    let all: Vec<_> = all
+        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+        .collect();
+    Config::parse("", &all).unwrap()
 }
 
 pub fn tokens(seed: u64, len: usize) -> Vec<u32> {

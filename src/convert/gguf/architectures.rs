@@ -12,11 +12,24 @@ pub(super) struct Architecture {
     pub(super) interleaved: bool,
     /// Further numbers: keys in the file and in `config.json`.
     pub(super) numbers: &'static [(&'static str, &'static str)],
+    /// Keys of `config.json` that the files do not say, and the only values that llama.cpp computes with.
+    pub(super) constants: &'static [(&'static str, u32)],
+    /// A head may rotate in part.
+    pub(super) partly_rotated: bool,
     /// Beginnings of names in a layer that differ from [`LAYER`].
     names: &'static [(&'static str, &'static str)],
 }
 
-const NAMES: &[(&str, &str)] = &[];
+/// What most of them are.
+const USUAL: Architecture = Architecture {
+    name: "",
+    model_type: "",
+    interleaved: false,
+    numbers: &[],
+    constants: &[],
+    partly_rotated: false,
+    names: &[],
+};
 
 /// Every architecture that is read.
 pub(super) const ALL: [Architecture; 7] = [
@@ -24,22 +37,17 @@ pub(super) const ALL: [Architecture; 7] = [
         name: "llama",
         model_type: "llama",
         interleaved: true,
-        numbers: &[],
-        names: NAMES,
+        ..USUAL
     },
     Architecture {
         name: "qwen2",
         model_type: "qwen2",
-        interleaved: false,
-        numbers: &[],
-        names: NAMES,
+        ..USUAL
     },
     Architecture {
         name: "qwen3",
         model_type: "qwen3",
-        interleaved: false,
-        numbers: &[],
-        names: NAMES,
+        ..USUAL
     },
     Architecture {
         name: "granite",
@@ -51,34 +59,33 @@ pub(super) const ALL: [Architecture; 7] = [
             ("residual_scale", "residual_multiplier"),
             ("logit_scale", "logits_scaling"),
         ],
-        names: NAMES,
+        ..USUAL
     },
     Architecture {
         name: "phi3",
         model_type: "phi3",
-        interleaved: false,
-        numbers: &[],
+        partly_rotated: true,
         names: &[
             ("self_attn.qkv_proj", "attn_qkv"),
             ("mlp.gate_up_proj", "ffn_up"),
         ],
+        ..USUAL
     },
     Architecture {
         name: "olmo2",
         model_type: "olmo2",
-        interleaved: false,
-        numbers: &[],
         names: &[
             ("post_attention_layernorm", "post_attention_norm"),
             ("post_feedforward_layernorm", "post_ffw_norm"),
         ],
+        ..USUAL
     },
     Architecture {
         name: "smollm3",
         model_type: "smollm3",
         interleaved: true,
-        numbers: &[],
-        names: NAMES,
+        constants: &[("no_rope_layer_interval", 4)],
+        ..USUAL
     },
 ];
 

@@ -168,13 +168,15 @@ pub(super) fn config(
     let rotary_dim = header
         .size(&key("rope.dimension_count"))?
         .unwrap_or(head_dim);
-    let partly = architecture.model_type == "phi3";
     for (name, other) in [
         (
             "attention.value_length",
             header.size(&key("attention.value_length"))?,
         ),
-        ("rope.dimension_count", Some(rotary_dim).filter(|_| !partly)),
+        (
+            "rope.dimension_count",
+            Some(rotary_dim).filter(|_| !architecture.partly_rotated),
+        ),
     ] {
         if let Some(other) = other.filter(|other| *other != head_dim) {
             let key = key(name);
@@ -212,7 +214,7 @@ pub(super) fn config(
             object[*ours] = json!(short(number));
         }
     }
-    if partly && rotary_dim != head_dim {
+    if rotary_dim != head_dim {
         object["partial_rotary_factor"] = json!(rotary_dim as f64 / head_dim as f64);
     }
     if header.tensors.contains_key("blk.0.attn_output.bias") {
@@ -221,9 +223,8 @@ pub(super) fn config(
     if header.tensors.contains_key("blk.0.ffn_down.bias") {
         object["mlp_bias"] = json!(true);
     }
-    if architecture.model_type == "smollm3" {
-        // The files do not say it; llama.cpp computes no other.
-        object["no_rope_layer_interval"] = json!(4);
+    for (key, constant) in architecture.constants {
+        object[*key] = json!(constant);
     }
     let mut config = ModelConfig::from_json(object)?;
     config.rope_scaling = rope_scaling(header, architecture, &config)?;

@@ -241,8 +241,9 @@ fn better(scores: &[f32], a: usize, b: usize) -> Ordering {
 
 /// Which of `len` tokens are in windows around the best ones: as many as `best` has, which are the best, best first.
 ///
-/// No other token can become the middle of a window: each of `best` is in a window once it has been looked at, so
-/// before the last of them the windows have fewer tokens than wanted.
+/// `window`: its length, and the tokens of a whole one before its best. No other token can be a window's best: each of
+/// `best` is in a window once it has been looked at, so before the last of them the windows have fewer tokens than
+/// wanted.
 fn windows(best: &[usize], len: usize, window: [usize; 2]) -> Vec<bool> {
     let mut taken = vec![false; len];
     let mut left = best.len();

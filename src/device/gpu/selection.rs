@@ -146,7 +146,8 @@ impl<D: Driver> Call<'_, D> {
         self.launch("pool_select_f32", Grid::Blocks(self.heads), &params)
     }
 
-    /// Windows around the best tokens, by so many queries of a query head. `all`: no head has more tokens to select
+    /// Windows around the best tokens, by so many queries of a query head. `window`: its length, and the tokens of a
+    /// whole one before its best. `all`: no head has more tokens to select
     /// from than it selects.
     fn windows(&self, queries: usize, window: [usize; 2], scale: f32, all: bool) -> Result<()> {
         let (gpu, tiles) = (self.gpu, self.end.div_ceil(SCORED_KEYS));

@@ -219,7 +219,8 @@ fn shares(
     shares
 }
 
-/// Which tokens are in windows around the best ones: `rows` of them, or all.
+/// Which tokens are in windows around the best ones: `rows` of them, or all. `window`: its length, and the tokens of a
+/// whole one before its best.
 fn windows(scores: &[f64], rows: usize, window: [usize; 2]) -> Vec<bool> {
     let mut taken = vec![false; scores.len()];
     let mut left = rows.min(scores.len());

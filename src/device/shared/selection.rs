@@ -64,7 +64,7 @@ pub(in crate::device) fn check<B>(
     }
 }
 
-/// The first of `len` eligible tokens that a window of `width` tokens around the token `best` has, before it is cut.
+/// The first token of a window of `width` of `len` eligible tokens around the token `best`, before it is cut.
 pub(in crate::device) fn window_begin(
     best: usize,
     width: usize,
