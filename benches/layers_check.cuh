@@ -63,6 +63,48 @@ static void check_norm(int rows, int width) {
   free_all();
 }
 
+// The gradient of a weight that the heads of a row share: the sums of heads, then the chain over rows.
+static void group_sums(const SegattnNormParams& p) {
+  const int vectors = up(p.rows, 4) * 4 * p.width / kVector;
+  rms_norm_group_sums_bf16<<<up(vectors, GroupConfig::kThreads), GroupConfig::kThreads>>>(p);
+}
+static void chain(const SegattnNormParams& p) {
+  const int shared = sizeof(ChainShared);
+  must(cudaFuncSetAttribute(rms_norm_chain_f32, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
+  rms_norm_chain_f32<<<up(p.width, 32), ChainConfig::kThreads, shared>>>(p);
+}
+static size_t sums_len(int rows, int width) { return (size_t)up(rows, 4) * 4 * up(width, 32) * 32; }
+
+static void check_norm_heads(int rows, int heads, int dim) {
+  const size_t n = (size_t)rows * heads * dim;
+  const auto x = bf16_values(n, 1), d_y = bf16_values(n, 2);
+  const auto rstd = values((size_t)rows * heads, 3), d_weight = values(dim, 4);
+  SegattnNormParams p = norm_params(rows, dim);
+  p.x = rows_of(upload(x), heads * dim), p.d_y = rows_of(upload(d_y), heads * dim), p.rstd = upload(rstd);
+  p.groups = heads, p.d_weight = device<float>(dim), p.sums = device<float>(sums_len(rows, dim));
+  repeat("rms_norm_weight_grad of heads", [&] { put(p.d_weight, d_weight), group_sums(p), chain(p); },
+         {{p.d_weight, (size_t)dim * 4}});
+  Numbers exact(d_weight.begin(), d_weight.end());
+  vector<float> ordered = d_weight;
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < dim; i++) {
+      volatile float sum = 0;
+      for (int h = 0; h < heads; h++) {
+        const size_t norm = (size_t)r * heads + h;
+        volatile float scaled = of_bf16(x[norm * dim + i]) * rstd[norm], term = of_bf16(d_y[norm * dim + i]) * scaled;
+        sum = sum + term;
+        exact[i] += (double)of_bf16(d_y[norm * dim + i]) * of_bf16(x[norm * dim + i]) * rstd[norm];
+      }
+      ordered[i] += sum;
+    }
+  const vector<float> got = download(p.d_weight, dim);
+  int wrong = 0;
+  for (int i = 0; i < dim; i++) wrong += got[i] != ordered[i];
+  check_f32("rms_norm_weight_grad of heads", got, exact, 2e-5);
+  report("rms_norm_weight_grad of heads", wrong == 0, "elements with other bits than the order's", wrong, 0);
+  free_all();
+}
+
 static SegattnQkvParams qkv_params(int rows, int q_heads, int kv_heads, int dim) {
   SegattnQkvParams p = {};
   vector<int32_t> angles(rows), places(rows);
@@ -321,7 +363,7 @@ static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, in
 static void check_retrieval(int tokens, int selected) {
   Retrieval r = retrieval_of(tokens, 128, 4, 64, selected);
   SegattnRetrievalParams& p = r.p;
-  using C = ScoreConfig<128>;
+  using C = MeanScores<128>;
   repeat("retrieval",
          [&] {
            pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p);
@@ -405,6 +447,7 @@ static void check_sampling(int vocab) {
 static void check_few() {
   repetitions = 1;
   check_norm(67, 264);
+  check_norm_heads(67, 5, 40);
   check_rope(33, 4, 2, 96);
   check_swiglu(21, 344);
   check_embedding(90, 264, 20);
@@ -418,6 +461,8 @@ static void check_all() {
   check_norm(37, 264);
   check_norm(100, 4096);
   check_norm(3, 16384);
+  check_norm_heads(300, 3, 104);
+  check_norm_heads(2050, 16, 128);
   check_rope(33, 4, 2, 96);
   check_rope(64, 8, 2, 128);
   check_swiglu(21, 344);

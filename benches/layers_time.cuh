@@ -53,6 +53,19 @@ static void time_norm(int rows, int width) {
   free_all();
 }
 
+static void time_norm_heads(int rows, int heads, int dim) {
+  const size_t n = (size_t)rows * heads * dim;
+  SegattnNormParams p = norm_params(rows, dim);
+  p.x = rows_of(zeros<uint16_t>(n), heads * dim), p.d_y = rows_of(zeros<uint16_t>(n), heads * dim);
+  p.rstd = zeros<float>((size_t)rows * heads), p.d_weight = zeros<float>(dim);
+  p.groups = heads, p.sums = zeros<float>(sums_len(rows, dim));
+  const std::string of = ", heads " + std::to_string(heads);
+  time_of(("rms_norm_group_sums" + of).c_str(), n * 4. + rows * dim * 4., [&] { group_sums(p); });
+  time_of(("rms_norm_chain" + of).c_str(), 0, [&] { chain(p); });
+  time_of(("rms_norm_weight_grad" + of).c_str(), n * 4., [&] { group_sums(p), chain(p); });
+  free_all();
+}
+
 static void time_rope(int rows, int q_heads, int kv_heads, int dim) {
   SegattnQkvParams p = qkv_params(rows, q_heads, kv_heads, dim);
   const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;
@@ -137,7 +150,7 @@ static void time_adamw(int64_t len) {
 static void time_retrieval(int tokens) {
   Retrieval r = retrieval_of(tokens, 128, 1, 64, 64);
   SegattnRetrievalParams p = r.p;
-  using C = ScoreConfig<128>;
+  using C = MeanScores<128>;
   const auto append = [&] { pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p); };
   time_of("pool_append", 8. * tokens * 128, append);
   pool_probes_bf16<<<up(p.windows * 128 / 8, 256), 256>>>(p);
@@ -182,6 +195,8 @@ static void time_all() {
   free_all();
   time_norm(16384, 4096);
   time_norm(16384, 2048);
+  time_norm_heads(8192, 16, 128);
+  time_norm_heads(8192, 8, 128);
   time_rope(16384, 32, 8, 128);
   time_swiglu(8192, 11008);
   time_embedding(16384, 4096, 32000);

@@ -35,9 +35,10 @@ typedef struct SegattnNormParams {
   SegattnRows d_y;      /* bf16 [rows, width] */
   SegattnRows d_x;      /* bf16 [rows, width] */
   float* d_weight;      /* [width] */
-  int64_t rows;
+  float* sums;          /* of the groups of a row: [width / 32 up, rows / 4 up, 32, 4] */
+  int64_t rows;         /* rms_norm_group_sums and rms_norm_chain: of memory */
   int32_t width;
-  int32_t groups; /* 1: the rows are those of memory */
+  int32_t groups; /* 1: the rows are those of memory; rms_norm_weight_grad: 1 */
   int32_t add;    /* whether d_x is added to (+=) or set (=) */
   float eps;
 } SegattnNormParams;

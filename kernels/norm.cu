@@ -4,9 +4,12 @@
 //   rms_norm_grad         d_x (+)= rstd weight d_y - x rstd^3 mean(weight d_y x)
 //   rms_norm_weight_grad  d_weight += sum over rows of d_y x rstd, one chain over rows in ascending order;
 //                         without x, of d_y: the gradient of a bias
+//   rms_norm_group_sums   sums = sum over the groups of a row of memory of d_y x rstd, in ascending order from zero
+//   rms_norm_chain        d_weight += sum over rows of sums, one chain over rows of memory in ascending order
+// The last two are the gradient of a weight that the groups of a row share: the heads' norms.
 // Bits: the width of a row decides the threads and the tree that sum it. The sum over rows is one chain, so it does
 // not matter how many rows a call holds. Bytes a row and element: forward 4 (with residual 8), gradient 6 (+ 2 for
-// +=), weight 4.
+// +=), weight 4; the sums of groups are written and read again, 8 for all groups together.
 #include "reduce.cuh"
 #include "vectors.cuh"
 
@@ -143,9 +146,9 @@ SEGATTN_FN void load_columns(ColumnLoads& r, const SegattnNormParams& p, int64_t
   for (int i = 0; i < ColumnConfig::kLoads; i++) {
     const int64_t row = first + i * ColumnConfig::kStep;
     if (row >= p.rows || column >= p.width) continue;
-    r.d_y[i] = *(const uint4*)(group_of<const Bf16>(p, p.d_y, row) + column);
+    r.d_y[i] = *(const uint4*)(row_of<const Bf16>(p.d_y, row) + column);
     if (!p.x.data) continue;
-    r.x[i] = *(const uint4*)(group_of<const Bf16>(p, p.x, row) + column);
+    r.x[i] = *(const uint4*)(row_of<const Bf16>(p.x, row) + column);
     r.rstd[i] = p.rstd[row];
   }
 }
@@ -169,6 +172,7 @@ SEGATTN_FN void store_products(ColumnShared& shared, int stage, const ColumnLoad
 
 SEGATTN_FN void rms_norm_weight_grad(const SegattnNormParams& p) {
   using C = ColumnConfig;
+  if (p.groups != 1) __trap();
   ColumnShared& shared = *(ColumnShared*)shared_memory();
   const int first_column = blockIdx.x * C::kColumns, thread = threadIdx.x;
   const int tile_row = thread / C::kRowVectors, tile_column = thread % C::kRowVectors * kVector;
@@ -190,6 +194,122 @@ SEGATTN_FN void rms_norm_weight_grad(const SegattnNormParams& p) {
   if (sums) p.d_weight[first_column + thread] = sum;
 }
 
+// ---------------------------------------------------------------------------------------------------- groups to one
+
+// Sums are [tile of 32 columns][four rows][column][row], so that a lane of the chain reads four rows of its column at
+// once, and a warp 512 bytes. The last four rows are completed by zeros, which change no sum.
+struct SumsLayout {
+  static constexpr int kColumns = 32, kRows = 4;
+};
+
+SEGATTN_FN int64_t rows_of_sums(const SegattnNormParams& p) {
+  return (p.rows + SumsLayout::kRows - 1) / SumsLayout::kRows * SumsLayout::kRows;
+}
+
+// Elements from a row of a column on; the next column's are kRows further.
+SEGATTN_FN float* sums_at(const SegattnNormParams& p, int64_t row, int column) {
+  using L = SumsLayout;
+  const int64_t rows_before = column / L::kColumns * rows_of_sums(p) + row / L::kRows * L::kRows;
+  return p.sums + rows_before * L::kColumns + column % L::kColumns * L::kRows + row % L::kRows;
+}
+
+// A thread sums a vector of columns of a row, and has the loads of several groups in flight.
+struct GroupConfig {
+  static constexpr int kThreads = 128, kBlocks = 8;
+  static constexpr int kLoads = 4;  // groups
+};
+
+// Adds kCount groups of a row from `first` on, all loaded before the first is used.
+template <int kCount>
+SEGATTN_FN void add_groups(float (&r_sum)[kVector], const SegattnNormParams& p, int64_t row, int first, int column) {
+  const Bf16* g_d_y = row_of<const Bf16>(p.d_y, row) + first * p.width + column;
+  const Bf16* g_x = row_of<const Bf16>(p.x, row) + first * p.width + column;
+  uint4 r_held_d_y[kCount], r_held_x[kCount];
+  float r_rstd[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; i++) {
+    r_held_d_y[i] = *(const uint4*)(g_d_y + i * p.width);
+    r_held_x[i] = *(const uint4*)(g_x + i * p.width);
+    r_rstd[i] = p.rstd[row * p.groups + first + i];
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i++) {
+    float r_d_y[kVector], r_x[kVector];
+    unpack_vector(r_d_y, r_held_d_y[i]);
+    unpack_vector(r_x, r_held_x[i]);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_sum[e] += mul_rn(r_d_y[e], mul_rn(r_x[e], r_rstd[i]));
+  }
+}
+
+SEGATTN_FN void rms_norm_group_sums(const SegattnNormParams& p) {
+  constexpr int kLoads = GroupConfig::kLoads;
+  const uint32_t vectors = p.width / kVector, index = thread_index();
+  const int64_t row = index / vectors;
+  const int column = index % vectors * kVector;
+  if (row >= rows_of_sums(p)) return;
+  float r_sum[kVector] = {};
+  int group = row < p.rows ? 0 : p.groups;
+  for (; group + kLoads <= p.groups; group += kLoads) add_groups<kLoads>(r_sum, p, row, group, column);
+  for (; group < p.groups; group++) add_groups<1>(r_sum, p, row, group, column);
+  float* g_sums = sums_at(p, row, column);
+#pragma unroll
+  for (int e = 0; e < kVector; e++) g_sums[e * SumsLayout::kRows] = r_sum[e];
+}
+
+// A block chains the 32 columns of a tile. One warp does nothing but add, and is bound by additions that wait for each
+// other; the others copy the next rows meanwhile.
+struct ChainConfig {
+  static constexpr int kThreads = 128, kBlocks = 1;
+  static constexpr int kAdding = SumsLayout::kColumns;  // threads
+  static constexpr int kRows = 256, kVectors = kRows / SumsLayout::kRows;
+};
+
+struct ChainShared {
+  float4 sums[2][ChainConfig::kVectors][SumsLayout::kColumns];
+};
+
+// Rows from `first` on, of one column. Those beyond the last become zeros.
+SEGATTN_FN void copy_sums(ChainShared& shared, int stage, const SegattnNormParams& p, int64_t first, int column) {
+  using C = ChainConfig;
+  using L = SumsLayout;
+  if (first >= p.rows) return;
+  const int rows = (int)min((int64_t)C::kRows, p.rows - first);
+  const float* g_sums = sums_at(p, first, column);
+  for (int i = threadIdx.x / L::kColumns - 1; i < C::kVectors; i += C::kThreads / L::kColumns - 1) {
+    const bool valid = i * L::kRows < rows;
+    cp_async_16(shared_address(&shared.sums[stage][i][column % L::kColumns]),
+                g_sums + (valid ? i : 0) * L::kRows * L::kColumns, valid ? 16 : 0);
+  }
+}
+
+SEGATTN_FN void rms_norm_chain(const SegattnNormParams& p) {
+  using C = ChainConfig;
+  ChainShared& shared = *(ChainShared*)shared_memory();
+  const int lane = threadIdx.x % SumsLayout::kColumns, column = blockIdx.x * SumsLayout::kColumns + lane;
+  const bool adds = threadIdx.x < C::kAdding && column < p.width;
+  const bool copies = threadIdx.x >= C::kAdding && column < p.width;
+  float sum = adds ? p.d_weight[column] : 0.f;
+  if (copies) copy_sums(shared, 0, p, 0, column);
+  int stage = 0;
+  for (int64_t first = 0; first < p.rows; first += C::kRows, stage ^= 1) {
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    if (copies) copy_sums(shared, stage ^ 1, p, first + C::kRows, column);
+    if (!adds) continue;
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      const float4 rows = shared.sums[stage][i][lane];
+      sum += rows.x;
+      sum += rows.y;
+      sum += rows.z;
+      sum += rows.w;
+    }
+  }
+  if (adds) p.d_weight[column] = sum;
+}
+
 // ---------------------------------------------------------------------------------------------------- entry points
 
 // rms_norm and rms_norm_grad: a block a row, row_threads(width) threads.
@@ -204,3 +324,11 @@ SEGATTN_INFO(rms_norm_weight_grad_bf16,
              (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks,
                                 ColumnConfig::kColumns, 0, 0, sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_weight_grad_bf16, ColumnConfig, SegattnNormParams) { rms_norm_weight_grad(params); }
+// rms_norm_group_sums: a thread a vector of columns of a row.
+SEGATTN_INFO(rms_norm_group_sums_bf16,
+             (SegattnKernelInfo{GroupConfig::kThreads, 0, GroupConfig::kBlocks, 0, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_KERNEL(rms_norm_group_sums_bf16, GroupConfig, SegattnNormParams) { rms_norm_group_sums(params); }
+// rms_norm_chain: a block 32 columns.
+SEGATTN_INFO(rms_norm_chain_f32, (SegattnKernelInfo{ChainConfig::kThreads, sizeof(ChainShared), ChainConfig::kBlocks,
+                                                    SumsLayout::kColumns, 0, 0, sizeof(SegattnNormParams)}))
+SEGATTN_KERNEL(rms_norm_chain_f32, ChainConfig, SegattnNormParams) { rms_norm_chain(params); }

@@ -224,7 +224,8 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         weight: &Self::Buffer,
         d_x: RowsMut<'_, Self::Buffer>,
     ) -> Result<()>;
-    /// `d_weight += sum over rows and groups of d_y * x * rstd`, rows in ascending order, and groups within a row.
+    /// `d_weight += sum over rows and groups of d_y * x * rstd`: the groups of a row are summed first, in ascending
+    /// order, then the rows, in one chain in ascending order.
     fn rms_norm_weight_grad(
         &self,
         d_y: Rows<'_, Self::Buffer>,

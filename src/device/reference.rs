@@ -309,11 +309,12 @@ impl Device for Reference {
     ) -> Result<()> {
         let width = d_weight.len();
         for r in 0..rows {
-            let [x, d_y] = [x, d_y].map(|all| all.row(r, groups * width).chunks(width));
-            for ((x, d_y), scale) in x.zip(d_y).zip(rstd.row(r, groups)) {
-                for (i, d) in d_weight.iter_mut().enumerate() {
-                    *d += d_y[i] * x[i] * scale;
-                }
+            let [x, d_y] = [x, d_y].map(|all| all.row(r, groups * width));
+            let rstd = rstd.row(r, groups);
+            for (i, d) in d_weight.iter_mut().enumerate() {
+                let at = |group: usize| group * width + i;
+                let terms = (0..groups).map(|group| d_y[at(group)] * x[at(group)] * rstd[group]);
+                *d += terms.sum::<f64>();
             }
         }
         Ok(())

@@ -169,6 +169,24 @@ fn ids_beyond_a_table_are_errors() {
 }
 
 #[test]
+fn norms_of_groups_that_vectors_do_not_fit_are_errors() {
+    let gpu = gpu(3, Checks::All);
+    let (x, rstd, weight) = (activations(&gpu, 8), exact(&gpu, 2), exact(&gpu, 4));
+    let (mut y, mut d_weight) = (activations(&gpu, 8), exact(&gpu, 4));
+    let rows = || Rows::packed(&x, 0, 8);
+    let (to, scales) = (RowsMut::packed(&mut y, 0, 8), Rows::packed(&rstd, 0, 2));
+    let refusals = [
+        refused(gpu.rms_norm_grad(rows(), rows(), scales, [1, 2], &weight, to)),
+        refused(gpu.rms_norm_weight_grad(rows(), rows(), scales, [1, 2], &mut d_weight)),
+        refused(gpu.rms_norm_weight_grad(rows(), rows(), scales, [1, 0], &mut d_weight)),
+    ];
+    assert_eq!(
+        refusals,
+        ["width of a norm", "width of a norm", "groups of a norm"]
+    );
+}
+
+#[test]
 fn angles_beyond_the_tables_are_errors() {
     let gpu = gpu(4, Checks::All);
     let (x, table) = (activations(&gpu, 128), exact(&gpu, 32));

@@ -20,6 +20,25 @@ fn row_threads(width: usize) -> u32 {
     (width.div_ceil(512).max(1) * 32).min(1024) as u32
 }
 
+/// A launch of nothing.
+const NO_NORM: SegattnNormParams = SegattnNormParams {
+    x: NO_ROWS,
+    residual: NO_ROWS,
+    x_sum: NO_ROWS,
+    weight: std::ptr::null(),
+    y: NO_ROWS,
+    rstd: std::ptr::null_mut(),
+    d_y: NO_ROWS,
+    d_x: NO_ROWS,
+    d_weight: std::ptr::null_mut(),
+    sums: std::ptr::null_mut(),
+    rows: 0,
+    width: 0,
+    groups: 1,
+    add: 0,
+    eps: EPS,
+};
+
 struct Inputs {
     rows: usize,
     width: usize,
@@ -48,7 +67,7 @@ impl Inputs {
     }
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 struct Outputs {
     x_sum: Vec<u16>,
     y: Vec<u16>,
@@ -99,7 +118,7 @@ fn run_in_groups(
         width: width as i32,
         groups: groups as i32,
         add: 1,
-        eps: EPS,
+        ..NO_NORM
     };
     let threads = Some(row_threads(width));
     launch(gpu, norm(), "rms_norm_bf16", rows, threads, &params);
@@ -108,15 +127,17 @@ fn run_in_groups(
         x_sum.assert_only_rows_written(gpu, "x_sum");
     }
     launch(gpu, norm(), "rms_norm_grad_bf16", rows, threads, &params);
-    let columns = width.div_ceil(16);
-    launch(
-        gpu,
-        norm(),
-        "rms_norm_weight_grad_bf16",
-        columns,
-        None,
-        &params,
-    );
+    match groups {
+        1 => launch(
+            gpu,
+            norm(),
+            "rms_norm_weight_grad_bf16",
+            width.div_ceil(16),
+            None,
+            &params,
+        ),
+        _ => sum_groups(gpu, params),
+    }
     y.assert_only_rows_written(gpu, "y");
     d_x.assert_only_rows_written(gpu, "d_x");
     assert!(gpu.unwritten(rstd).is_empty());
@@ -128,6 +149,24 @@ fn run_in_groups(
         d_x: bits(&d_x.read(gpu)),
         d_weight: gpu.download(d_weight),
     }
+}
+
+/// The gradient of the weight by way of the sums of groups.
+fn sum_groups(gpu: &mut Gpu, mut params: SegattnNormParams) {
+    let (groups, width) = (params.groups as usize, params.width as usize);
+    let rows = params.rows as usize / groups;
+    let (padded, tiles) = (rows.next_multiple_of(4), width.div_ceil(32));
+    let sums = gpu.alloc("sums", tiles * padded * 32 * 4).expect("memory");
+    params.sums = sums.ptr();
+    params.rows = rows as i64;
+    let kernel = "rms_norm_group_sums_bf16";
+    let threads = info(norm(), kernel, size_of::<SegattnNormParams>()).threads as usize;
+    let blocks = (padded * width / 8).div_ceil(threads);
+    launch(gpu, norm(), kernel, blocks, None, &params);
+    let unwritten: usize = gpu.unwritten(sums).iter().map(|range| range.len()).sum();
+    let beyond = tiles * 32 - width;
+    assert_eq!(unwritten, beyond * padded * 4, "columns that are none");
+    launch(gpu, norm(), "rms_norm_chain_f32", tiles, None, &params);
 }
 
 /// y, d_x and d_weight by the formula, in f64; `round` after every operation.
@@ -209,19 +248,13 @@ fn a_gradient_that_is_set_does_not_read_what_was_there() {
     let weight = gpu.input("weight", &inputs.weight).expect("memory");
     let params = SegattnNormParams {
         x: x.view(),
-        residual: NO_ROWS,
-        x_sum: NO_ROWS,
         weight: weight.ptr(),
-        y: NO_ROWS,
         rstd: rstd.ptr(),
         d_y: d_y.view(),
         d_x: d_x.view(),
-        d_weight: std::ptr::null_mut(),
         rows: 3,
         width: 264,
-        groups: 1,
-        add: 0,
-        eps: EPS,
+        ..NO_NORM
     };
     let threads = Some(row_threads(264));
     launch(gpu, norm(), "rms_norm_grad_bf16", 3, threads, &params);
@@ -259,14 +292,70 @@ fn no_rows_leave_the_weight_gradient_as_it_is() {
     assert_eq!(outputs.d_weight, before);
 }
 
+/// The gradient of the weight in f32, in the order of the contract: the groups of a row, then the rows.
+fn chained(inputs: &Inputs, outputs: &Outputs, groups: usize) -> Vec<u32> {
+    let [x, d_y] = [&outputs.x_sum, &bits(&inputs.d_y)].map(|rows| {
+        rows.iter()
+            .map(|b| bf16::from_bits(*b).to_f32())
+            .collect::<Vec<_>>()
+    });
+    let rstd = |norm: usize| f32::from_bits(outputs.rstd[norm]);
+    let mut d_weight = inputs.d_weight.clone();
+    for row in 0..inputs.rows / groups {
+        for (i, d_weight) in d_weight.iter_mut().enumerate() {
+            let term = |norm: usize| {
+                let at = norm * inputs.width + i;
+                d_y[at] * (x[at] * rstd(norm))
+            };
+            let sum = (row * groups..(row + 1) * groups).fold(0.0, |sum, norm| sum + term(norm));
+            *d_weight += sum;
+        }
+    }
+    d_weight.into_iter().map(f32::to_bits).collect()
+}
+
 #[test]
-fn groups_of_a_row_are_normed_as_rows_are() {
+fn groups_of_a_row_are_normed_as_rows_are_and_summed_before_the_rows() {
     let inputs = Inputs::new(84, 40);
     let expected = run(&mut gpu(1), &inputs, true, 0);
-    for groups in [2, 3, 84] {
+    for groups in [2, 3, 7, 84] {
         let got = run_in_groups(&mut gpu(2), &inputs, true, (8, groups));
+        let expected = Outputs {
+            d_weight: chained(&inputs, &got, groups),
+            ..expected.clone()
+        };
         assert_eq!(got, expected, "{groups} groups");
     }
+}
+
+/// Rows around the chain's 256 and around four, columns around its 32 and the blocks of the sums.
+#[test]
+fn the_chain_over_rows_of_groups_has_no_other_order_anywhere() {
+    for (rows, groups, width) in [
+        (1, 2, 8),
+        (255, 2, 32),
+        (258, 2, 136),
+        (516, 3, 24),
+        (770, 5, 8),
+    ] {
+        let inputs = Inputs::new(rows * groups, width);
+        let got = run_in_groups(&mut gpu(3), &inputs, false, (0, groups));
+        let name = format!("{rows} rows of {groups} groups of {width}");
+        assert_eq!(got.d_weight, chained(&inputs, &got, groups), "{name}");
+    }
+}
+
+#[test]
+fn a_shared_weight_has_a_path_of_its_own() {
+    let params = SegattnNormParams {
+        groups: 2,
+        ..NO_NORM
+    };
+    let mut gpu = gpu(1);
+    let function = norm().kernel("rms_norm_weight_grad_bf16").expect("kernel");
+    let shared = info(norm(), "rms_norm_weight_grad_bf16", size_of_val(&params)).shared;
+    let launched = gpu.launch(&function, [1, 1, 1], [256, 1, 1], shared, &params);
+    assert!(launched.is_err());
 }
 
 #[test]
@@ -277,20 +366,11 @@ fn without_x_the_rows_are_summed() {
     let d_y = Matrix::of(gpu, "d_y", &inputs.d_y, width, 8);
     let d_weight = gpu.upload("sums", &inputs.d_weight).expect("memory");
     let params = SegattnNormParams {
-        x: NO_ROWS,
-        residual: NO_ROWS,
-        x_sum: NO_ROWS,
-        weight: std::ptr::null(),
-        y: NO_ROWS,
-        rstd: std::ptr::null_mut(),
         d_y: d_y.view(),
-        d_x: NO_ROWS,
         d_weight: d_weight.ptr(),
         rows: rows as i64,
         width: width as i32,
-        groups: 1,
-        add: 0,
-        eps: EPS,
+        ..NO_NORM
     };
     let (kernel, blocks) = ("rms_norm_weight_grad_bf16", width.div_ceil(16));
     launch(gpu, norm(), kernel, blocks, None, &params);
@@ -308,6 +388,16 @@ fn twenty_schedules_give_the_same_bits() {
     let first = run(&mut gpu(0), &inputs, true, 8);
     for seed in 1..20 {
         assert_eq!(run(&mut gpu(seed), &inputs, true, 8), first, "seed {seed}");
+    }
+}
+
+#[test]
+fn twenty_schedules_of_groups_give_the_same_bits() {
+    let inputs = Inputs::new(3 * 517, 40);
+    let run = |seed| run_in_groups(&mut gpu(seed), &inputs, false, (8, 3)).d_weight;
+    let first = run(0);
+    for seed in 1..20 {
+        assert_eq!(run(seed), first, "seed {seed}");
     }
 }
 
@@ -334,26 +424,28 @@ fn a_row_alone_has_the_bits_it_has_among_others() {
 
 #[test]
 fn the_weight_gradient_does_not_depend_on_how_rows_are_spread_over_calls() {
-    let all = Inputs::new(90, 64);
-    let together = run(&mut gpu(1), &all, false, 0);
-    let mut d_weight = all.d_weight.clone();
-    for rows in [0..7, 7..75, 75..90] {
-        let at = rows.start * 64..rows.end * 64;
-        let part = Inputs {
-            rows: rows.len(),
-            width: 64,
-            x: all.x[at.clone()].to_vec(),
-            residual: Vec::new(),
-            d_y: all.d_y[at.clone()].to_vec(),
-            d_x: all.d_x[at].to_vec(),
-            weight: all.weight.clone(),
-            d_weight,
-        };
-        let bits = run(&mut gpu(3), &part, false, 0).d_weight;
-        d_weight = bits.into_iter().map(f32::from_bits).collect();
+    for groups in [1, 3] {
+        let all = Inputs::new(90 * groups, 64);
+        let together = run_in_groups(&mut gpu(1), &all, false, (0, groups));
+        let mut d_weight = all.d_weight.clone();
+        for rows in [0..7, 7..75, 75..90] {
+            let at = rows.start * groups * 64..rows.end * groups * 64;
+            let part = Inputs {
+                rows: rows.len() * groups,
+                width: 64,
+                x: all.x[at.clone()].to_vec(),
+                residual: Vec::new(),
+                d_y: all.d_y[at.clone()].to_vec(),
+                d_x: all.d_x[at].to_vec(),
+                weight: all.weight.clone(),
+                d_weight,
+            };
+            let bits = run_in_groups(&mut gpu(3), &part, false, (0, groups)).d_weight;
+            d_weight = bits.into_iter().map(f32::from_bits).collect();
+        }
+        let bits: Vec<u32> = d_weight.iter().map(|w| w.to_bits()).collect();
+        assert_eq!(bits, together.d_weight, "{groups} groups");
     }
-    let bits: Vec<u32> = d_weight.iter().map(|w| w.to_bits()).collect();
-    assert_eq!(bits, together.d_weight);
 }
 
 #[test]
@@ -377,19 +469,12 @@ fn offsets_beyond_32_bits_are_kept() {
     };
     let params = SegattnNormParams {
         x: view(x),
-        residual: NO_ROWS,
-        x_sum: NO_ROWS,
         weight: weight.ptr(),
         y: view(y),
         rstd: rstd.ptr(),
-        d_y: NO_ROWS,
-        d_x: NO_ROWS,
-        d_weight: std::ptr::null_mut(),
         rows: rows as i64,
         width: width as i32,
-        groups: 1,
-        add: 0,
-        eps: EPS,
+        ..NO_NORM
     };
     launch(&mut gpu, norm(), "rms_norm_bf16", rows, Some(32), &params);
     let near = run(&mut super::common::gpu(1), &inputs, false, 0);
@@ -407,19 +492,9 @@ fn another_number_of_threads_is_refused() {
     let function = norm().kernel("rms_norm_bf16").expect("kernel");
     let params = SegattnNormParams {
         x: x.view(),
-        residual: NO_ROWS,
-        x_sum: NO_ROWS,
-        weight: std::ptr::null(),
-        y: NO_ROWS,
-        rstd: std::ptr::null_mut(),
-        d_y: NO_ROWS,
-        d_x: NO_ROWS,
-        d_weight: std::ptr::null_mut(),
         rows: 1,
         width: 64,
-        groups: 1,
-        add: 0,
-        eps: EPS,
+        ..NO_NORM
     };
     assert!(
         gpu.launch(&function, [1, 1, 1], [64, 1, 1], 1024, &params)

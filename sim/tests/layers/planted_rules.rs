@@ -148,7 +148,7 @@ pub const SURVIVORS: [[&str; 3]; 7] = [
     ],
 ];
 
-const NORM: [Rule; 23] = [
+const NORM: [Rule; 41] = [
     drop_statement("__syncthreads()"),
     drop_statement("if (column >= p.width) break"),
     replace("r_x[e] += r_residual[e]", "r_x[e] = r_residual[e]"),
@@ -185,6 +185,39 @@ const NORM: [Rule; 23] = [
     replace("row_of<T>(rows, row / p.groups)", "row_of<T>(rows, row)"),
     drop_statement("if (!p.x.data) continue"),
     replace("    if (p.x.data) {", "    {"),
+    drop_statement("if (p.groups != 1) __trap()"),
+    replace(
+        "column / L::kColumns * rows_of_sums(p)",
+        "column / L::kColumns * p.rows",
+    ),
+    replace("+ row % L::kRows;", ";"),
+    replace("first * p.width + column", "column"),
+    replace("row * p.groups + first + i", "row * p.groups + i"),
+    replace(
+        "mul_rn(r_d_y[e], mul_rn(r_x[e], r_rstd[i]))",
+        "mul_rn(r_d_y[e], r_x[e])",
+    ),
+    drop_statement("if (row >= rows_of_sums(p)) return"),
+    replace("row < p.rows ? 0 : p.groups", "0"),
+    replace("group += kLoads", "group += 1"),
+    replace("group + kLoads <= p.groups", "group < p.groups"),
+    replace(
+        "g_sums[e * SumsLayout::kRows] = r_sum[e]",
+        "g_sums[e] = r_sum[e]",
+    ),
+    replace("i * L::kRows < rows", "i * L::kRows <= rows"),
+    replace("valid ? 16 : 0", "16"),
+    drop_statement("cp_async_wait<0>()"),
+    replace(
+        "stage ^ 1, p, first + C::kRows",
+        "stage, p, first + C::kRows",
+    ),
+    replace(
+        "threadIdx.x < C::kAdding && column < p.width",
+        "threadIdx.x < C::kAdding",
+    ),
+    replace("adds ? p.d_weight[column] : 0.f", "0.f"),
+    replace("sum += rows.w", "sum += rows.z"),
 ];
 
 const REDUCE: [Rule; 8] = [

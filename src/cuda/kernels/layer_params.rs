@@ -57,6 +57,7 @@ pub struct SegattnNormParams {
     pub d_y: SegattnRows,
     pub d_x: SegattnRows,
     pub d_weight: *mut f32,
+    pub sums: *mut f32,
     pub rows: i64,
     pub width: i32,
     pub groups: i32,
@@ -65,7 +66,7 @@ pub struct SegattnNormParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnNormParams"][::core::mem::size_of::<SegattnNormParams>() - 144usize];
+    ["Size of SegattnNormParams"][::core::mem::size_of::<SegattnNormParams>() - 152usize];
     ["Alignment of SegattnNormParams"][::core::mem::align_of::<SegattnNormParams>() - 8usize];
     ["Offset of field: SegattnNormParams::x"]
         [::core::mem::offset_of!(SegattnNormParams, x) - 0usize];
@@ -85,16 +86,18 @@ const _: () = {
         [::core::mem::offset_of!(SegattnNormParams, d_x) - 96usize];
     ["Offset of field: SegattnNormParams::d_weight"]
         [::core::mem::offset_of!(SegattnNormParams, d_weight) - 112usize];
+    ["Offset of field: SegattnNormParams::sums"]
+        [::core::mem::offset_of!(SegattnNormParams, sums) - 120usize];
     ["Offset of field: SegattnNormParams::rows"]
-        [::core::mem::offset_of!(SegattnNormParams, rows) - 120usize];
+        [::core::mem::offset_of!(SegattnNormParams, rows) - 128usize];
     ["Offset of field: SegattnNormParams::width"]
-        [::core::mem::offset_of!(SegattnNormParams, width) - 128usize];
+        [::core::mem::offset_of!(SegattnNormParams, width) - 136usize];
     ["Offset of field: SegattnNormParams::groups"]
-        [::core::mem::offset_of!(SegattnNormParams, groups) - 132usize];
+        [::core::mem::offset_of!(SegattnNormParams, groups) - 140usize];
     ["Offset of field: SegattnNormParams::add"]
-        [::core::mem::offset_of!(SegattnNormParams, add) - 136usize];
+        [::core::mem::offset_of!(SegattnNormParams, add) - 144usize];
     ["Offset of field: SegattnNormParams::eps"]
-        [::core::mem::offset_of!(SegattnNormParams, eps) - 140usize];
+        [::core::mem::offset_of!(SegattnNormParams, eps) - 148usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -316,12 +316,12 @@ impl Device for Cpu {
         let rstd = rstd.block(rows, groups);
         if [d_y.stride, x.stride] == [width; 2] {
             let [d_y, x] = [d_y, x].map(|all| all.block(rows, width));
-            rows::rms_norm_weight_grad(d_y, x, rstd, d_weight);
+            rows::rms_norm_weight_grad(d_y, x, rstd, groups, d_weight);
             return Ok(());
         }
         for (r, rstd) in rstd.chunks(groups).enumerate() {
             let (d_y, x) = (d_y.row(r, width), x.row(r, width));
-            rows::rms_norm_weight_grad(d_y, x, rstd, d_weight);
+            rows::rms_norm_weight_grad(d_y, x, rstd, groups, d_weight);
         }
         Ok(())
     }

@@ -85,32 +85,61 @@ for_each_isa! {
     }
 }
 
-/// dw += sum over rows of dy x rstd. Rows are added to the value in dw one after the other, in ascending order.
+/// dw += sum over rows of dy x rstd. Rows are added to the value in dw one after the other, in ascending order; where
+/// `groups` neighbouring rows are a row of memory, their sum is.
 ///
 /// # Panics
-/// If the length of dy or x is not rows * width.
-pub fn rms_norm_weight_grad(dy: &[f32], x: &[f32], rstd: &[f32], dw: &mut [f32]) {
+/// If the length of dy or x is not rows * width, or if the rows are no multiple of the groups.
+pub fn rms_norm_weight_grad(dy: &[f32], x: &[f32], rstd: &[f32], groups: usize, dw: &mut [f32]) {
     let width = check_rows(rstd.len(), dw.len(), [("dy", dy.len()), ("x", x.len())]);
+    assert!(
+        groups > 0 && rstd.len().is_multiple_of(groups),
+        "{} rows in groups of {groups}",
+        rstd.len()
+    );
     let isa = Isa::best();
     let columns = if dy.len() < 2 * TASK { width } else { 128 };
     dw.par_chunks_mut(columns).enumerate().for_each(|(at, dw)| {
-        weight_grad_columns(isa, dy, x, rstd, [width, at * columns], dw);
+        weight_grad_columns(isa, dy, x, (rstd, groups), [width, at * columns], dw);
     });
 }
 
 for_each_isa! {
     /// Computes the columns of dw from `columns[1]` on. `columns[0]` is the number of all columns.
     fn weight_grad_columns(
-        dy: &[f32], x: &[f32], rstd: &[f32], columns: [usize; 2], dw: &mut [f32],
+        dy: &[f32], x: &[f32], rstd: (&[f32], usize), columns: [usize; 2], dw: &mut [f32],
     ) {
-        let [width, from] = columns;
-        for (row, rstd) in rstd.iter().enumerate() {
-            let at = row * width + from;
-            let (dy, x) = (&dy[at..at + dw.len()], &x[at..at + dw.len()]);
-            for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
-                *dw = dy.mul_add(x * rstd, *dw);
+        let ([width, from], (rstd, groups)) = (columns, rstd);
+        if groups == 1 {
+            for (row, rstd) in rstd.iter().enumerate() {
+                let at = row * width + from;
+                add_products(dw, &dy[at..], &x[at..], *rstd);
+            }
+            return;
+        }
+        for (row, rstd) in rstd.chunks(groups).enumerate() {
+            for (i, dw) in dw.chunks_mut(GROUP_COLUMNS).enumerate() {
+                let mut sums = [0.0; GROUP_COLUMNS];
+                let sums = &mut sums[..dw.len()];
+                for (group, rstd) in rstd.iter().enumerate() {
+                    let at = (row * groups + group) * width + from + i * GROUP_COLUMNS;
+                    add_products(sums, &dy[at..], &x[at..], *rstd);
+                }
+                dw.iter_mut().zip(sums).for_each(|(dw, sum)| *dw += *sum);
             }
         }
+    }
+}
+
+/// Columns whose sums over groups stay in registers.
+const GROUP_COLUMNS: usize = 64;
+
+/// sums += dy x rstd, of as many columns as there are sums.
+#[inline(always)]
+fn add_products(sums: &mut [f32], dy: &[f32], x: &[f32], rstd: f32) {
+    let (dy, x) = (&dy[..sums.len()], &x[..sums.len()]);
+    for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+        *sum = dy.mul_add(x * rstd, *sum);
     }
 }
 

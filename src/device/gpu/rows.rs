@@ -12,6 +12,8 @@ use crate::device::{Accumulate, DeviceError, Kind, Result, Rows, RowsMut};
 
 /// Columns that a block of `rms_norm_weight_grad` sums.
 const NORM_COLUMNS: usize = 16;
+/// Columns of a block of `rms_norm_chain`, and rows that lie together in the sums which it reads.
+const CHAIN_TILE: [usize; 2] = [32, 4];
 /// Columns of a token that a warp of `embed_grad` sums.
 const EMBED_COLUMNS: usize = 256;
 const WARP: usize = 32;
@@ -245,10 +247,17 @@ pub(super) fn row_threads(width: usize) -> usize {
 /// Elements of the widest rows that the norms' kernels keep in registers.
 const MOST_NORM_WIDTH: usize = 16384;
 
-/// Checks that rows are not too wide for the norms' kernels.
-fn norm_width(width: usize) -> Result<usize> {
+/// Checks that rows are not too wide for the norms' kernels, and that groups within a row begin where vectors do.
+fn norm_width(width: usize, groups: usize) -> Result<usize> {
     below("width of a norm", Some(width), MOST_NORM_WIDTH + 1)?;
-    Ok(width)
+    match groups > 1 && !width.is_multiple_of(VECTOR) {
+        true => Err(DeviceError::argument(
+            "width of a norm",
+            "a multiple of 8",
+            width,
+        )),
+        false => Ok(width),
+    }
 }
 
 const NORM: SegattnNormParams = SegattnNormParams {
@@ -261,6 +270,7 @@ const NORM: SegattnNormParams = SegattnNormParams {
     d_y: NONE,
     d_x: NONE,
     d_weight: std::ptr::null_mut(),
+    sums: std::ptr::null_mut(),
     rows: 0,
     width: 0,
     groups: 1,
@@ -278,7 +288,7 @@ pub(super) fn rms_norm<D: Driver>(
     y: RowsMut<'_, Buffer<D>>,
     rstd: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    let width = norm_width(weight.len)?;
+    let width = norm_width(weight.len, shape[1])?;
     let (rows, groups) = groups_of(shape)?;
     let row = product("groups of a row", &[shape[1], width])?;
     let params = SegattnNormParams {
@@ -313,7 +323,7 @@ pub(super) fn rms_norm_grad<D: Driver>(
     weight: &Buffer<D>,
     d_x: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
-    let width = norm_width(weight.len)?;
+    let width = norm_width(weight.len, shape[1])?;
     let (rows, groups) = groups_of(shape)?;
     let row = product("groups of a row", &[shape[1], width])?;
     let params = SegattnNormParams {
@@ -332,27 +342,54 @@ pub(super) fn rms_norm_grad<D: Driver>(
     launch(gpu, entry(File::Norm, "rms_norm_grad_bf16"), grid, &params)
 }
 
-/// `d_weight +=` the gradient by the weight.
+/// `d_weight +=` the gradient by the weight. The groups of a row are summed first, into a workspace.
 pub(super) fn rms_norm_weight_grad<D: Driver>(
     gpu: &Gpu<D>,
     [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
     shape: [usize; 2],
     d_weight: &mut Buffer<D>,
 ) -> Result<()> {
-    let width = norm_width(d_weight.len)?;
-    let (rows, groups) = groups_of(shape)?;
+    let width = norm_width(d_weight.len, shape[1])?;
+    let (norms, groups) = groups_of(shape)?;
     let row = product("groups of a row", &[shape[1], width])?;
     let params = SegattnNormParams {
         x: gpu.input(&x, shape[0], row)?,
-        rstd: gpu.exact(rstd.buffer, rstd.start, rows)?,
+        rstd: gpu.exact(rstd.buffer, rstd.start, norms)?,
         d_y: gpu.input(&d_y, shape[0], row)?,
         d_weight: gpu.exact(d_weight, 0, width)?,
-        rows: rows as i64,
+        rows: shape[0] as i64,
         width: int("width", width)?,
         groups,
         ..NORM
     };
-    sum_columns(gpu, width, &params)
+    match groups {
+        1 => sum_columns(gpu, width, &params),
+        _ => sum_groups(gpu, [shape[0], width], params),
+    }
+}
+
+/// The sums of groups for each row, then the chain over the rows.
+fn sum_groups<D: Driver>(
+    gpu: &Gpu<D>,
+    [rows, width]: [usize; 2],
+    params: SegattnNormParams,
+) -> Result<()> {
+    let [tile_columns, tile_rows] = CHAIN_TILE;
+    let (tiles, padded) = (
+        width.div_ceil(tile_columns),
+        rows.next_multiple_of(tile_rows),
+    );
+    let elements = product("sums of groups", &[tiles, tile_columns, padded])?;
+    let sums = gpu.block(product("sums of groups", &[elements, size_of::<f32>()])?)?;
+    let params = SegattnNormParams {
+        sums: gpu.at(&sums)? as usize as *mut f32,
+        ..params
+    };
+    let threads = Grid::Threads(padded * (width / VECTOR));
+    let groups = entry(File::Norm, "rms_norm_group_sums_bf16");
+    launch(gpu, groups, threads, &params)?;
+    let chain = entry(File::Norm, "rms_norm_chain_f32");
+    launch(gpu, chain, Grid::Blocks(tiles), &params)
 }
 
 /// `sums +=` the sum of the rows.

@@ -92,7 +92,7 @@ fn rms_norm_and_its_gradients_agree_with_f64() {
         }
 
         let mut dw = vec![0.0; width];
-        rms_norm_weight_grad(&dy, &x, &rstd, &mut dw);
+        rms_norm_weight_grad(&dy, &x, &rstd, 1, &mut dw);
         let expected = differences(&w, &dy, |w| {
             let ones = rms_norm_f64(&wide, &vec![1.0; width], eps as f64);
             ones.iter()
@@ -113,12 +113,36 @@ fn the_weight_gradient_of_the_norm_can_be_summed_in_two_calls() {
         values(rows, 3),
     );
     let (mut whole, mut parts) = (vec![0.25; width], vec![0.25; width]);
-    rms_norm_weight_grad(&dy, &x, &rstd, &mut whole);
+    rms_norm_weight_grad(&dy, &x, &rstd, 1, &mut whole);
     for rows in [0..7, 7..40] {
         let at = rows.start * width..rows.end * width;
-        rms_norm_weight_grad(&dy[at.clone()], &x[at], &rstd[rows], &mut parts);
+        rms_norm_weight_grad(&dy[at.clone()], &x[at], &rstd[rows], 1, &mut parts);
     }
     assert_eq!(whole, parts);
+}
+
+#[test]
+fn the_groups_of_a_row_are_summed_before_the_rows() {
+    for (rows, groups, width) in [(7, 3, 5), (40, 16, 130), (300, 2, 200)] {
+        let norms = rows * groups;
+        let (x, dy) = (values(norms * width, 1), values(norms * width, 2));
+        let rstd = values(norms, 3);
+        let (mut got, mut expected) = (vec![0.25; width], vec![0.25; width]);
+        // Two calls: it does not matter how rows are spread over them.
+        for rows in [0..5, 5..rows] {
+            let [norms, at] = [groups, groups * width].map(|by| rows.start * by..rows.end * by);
+            rms_norm_weight_grad(&dy[at.clone()], &x[at], &rstd[norms], groups, &mut got);
+        }
+        for row in 0..rows {
+            for (i, sum) in expected.iter_mut().enumerate() {
+                let heads = (row * groups..(row + 1) * groups).fold(0.0, |sum: f32, norm| {
+                    dy[norm * width + i].mul_add(x[norm * width + i] * rstd[norm], sum)
+                });
+                *sum += heads;
+            }
+        }
+        assert_eq!(got, expected, "{rows} rows of {groups} groups of {width}");
+    }
 }
 
 #[test]
@@ -234,7 +258,9 @@ fn every_instruction_set_gives_the_same_bits() {
             let (turned, logits) = rest.split_at_mut(2 * width);
             let rstd = rms_norm_row(isa, &x[..width], &w, 1e-6, y);
             rms_norm_backward_row(isa, &dy[..width], &x[..width], &w, rstd, dx, false);
-            weight_grad_columns(isa, &dy, &x, &[rstd, 0.5], [width, 0], dw);
+            for groups in [1, 2] {
+                weight_grad_columns(isa, &dy, &x, (&[rstd, 0.5], groups), [width, 0], dw);
+            }
             swiglu_row(isa, &x, act);
             swiglu_backward_row(isa, &dy[..width], &x, d_act);
             rotate(isa, &x, Angles { cos: &w, sin: &dy }, true, turned, false);
