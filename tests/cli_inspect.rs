@@ -104,14 +104,25 @@ fn inspect_plans_the_memory_of_a_gpu_that_is_not_there() {
     assert!(many > one + all / 2, "{many}, {one}, {all}");
     // The stage that takes most has the head, or the two heads that read the past.
     let stages = rows(&["--stages", "2"]);
-    for run in [0, 1] {
+    for run in [0, 1, 2] {
         let [part, whole] = [&stages, &device].map(|rows| number(&rows[run], "weights"));
         assert!(whole / 3 < part && part < whole, "{part} of {whole}");
+        let each = stages[run]["stages"].as_array().unwrap();
+        let each: Vec<u64> = each.iter().map(|bytes| bytes.as_u64().unwrap()).collect();
+        assert_eq!(
+            (each.len(), each.iter().max()),
+            (2, Some(&number(&stages[run], "device")))
+        );
     }
     fails(
         folder,
         &["inspect", ".", "--stages", "3"],
         "--stages: expected at most 2",
+    );
+    fails(
+        folder,
+        &["inspect", ".", "--stages", "2", "--ranks", "2"],
+        "--ranks, --stages: expected one of them",
     );
     let text = printed(
         folder,

@@ -8,32 +8,11 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use segattn::train::checkpoint::Checkpoint;
-use training::{losses, newest, prepare, resume, send, succeed, train, wait_for_lines};
-
-fn bits(c: &Checkpoint) -> Vec<u32> {
-    let all = [&c.tensors.values, &c.tensors.m, &c.tensors.v];
-    all.into_iter()
-        .flatten()
-        .flatten()
-        .map(|x| x.to_bits())
-        .collect()
-}
+use training::{losses, newest, prepare, resume, same, send, succeed, train, wait_for_lines};
 
 fn with(mut command: Command, arguments: &[&str]) -> Command {
     command.args(arguments);
     command
-}
-
-/// A run that is the same but for its folder.
-fn same(folder: &Path, a: &str, b: &str) {
-    let [x, y] = [a, b].map(|run| newest(&folder.join(run)));
-    assert_eq!(x.progress, y.progress);
-    assert!(
-        bits(&x) == bits(&y),
-        "weights or moments of {a} and {b} differ"
-    );
-    assert_eq!(losses(&folder.join(a)), losses(&folder.join(b)));
 }
 
 const SHORT: [&str; 6] = [

@@ -8,18 +8,26 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use training::{prepare, segattn, send, succeed, train};
+use training::{
+    fail, newest, prepare, resume, same, segattn, send, succeed, train, wait_for_lines,
+};
 
-/// A model of four layers, one of them without heads that read the past, and what it reads.
-fn model(folder: &Path) -> PathBuf {
-    prepare(folder);
-    let mut command = train(folder, "run");
-    command.args(["--training.steps", "2", "--checkpoint.every", "0"]);
-    command.args(["--training.validate_every", "0", "--log.plot", "false"]);
+/// A run of a model of four layers, one of them without heads that read the past.
+fn run(folder: &Path, output: &str, tied: &str, steps: &str) -> Command {
+    let mut command = train(folder, output);
+    command.args(["--training.steps", steps, "--log.plot", "false"]);
     command.args(["--model.shape.num_hidden_layers", "4"]);
-    command.args(["--model.shape.tie_word_embeddings", "false"]);
+    command.args(["--model.shape.tie_word_embeddings", tied]);
     command.args(["--model.segment.long_range_layers", "[0, 1, 3]"]);
     command.args(["--model.segment.sink_len", "2"]);
+    command
+}
+
+/// Such a model, and what it reads.
+fn model(folder: &Path) -> PathBuf {
+    prepare(folder);
+    let mut command = run(folder, "run", "false", "2");
+    command.args(["--checkpoint.every", "0", "--training.validate_every", "0"]);
     succeed(command);
     let tokens: Vec<u32> = (0..150).map(|i| (i * i + i / 3) % 251).collect();
     let breaks = r#"{"tokens": TOKENS, "breaks": [20, 21, 70]}"#;
@@ -93,13 +101,13 @@ fn stages_end_without_a_word_where_the_reader_has_seen_enough() {
     assert_eq!((output.status.code(), said.as_str()), (Some(0), ""));
 }
 
-/// The processes of two stages, as a launcher starts them.
-fn launched(model: &Path, arguments: &[&str]) -> Vec<Child> {
+/// Processes with such a command each, as a launcher starts them.
+fn launched(world: usize, command: impl Fn() -> Command) -> Vec<Child> {
     let port = meeting::free_port().to_string();
     let start = |rank: usize| {
-        let mut command = on(model, "generate", "2");
-        command.args(arguments).args(["--rank-timeout", "20"]);
-        for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)] {
+        let mut command = command();
+        command.args(["--rank-timeout", "20"]);
+        for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)] {
             command.env(name, value.to_string());
         }
         command
@@ -107,7 +115,25 @@ fn launched(model: &Path, arguments: &[&str]) -> Vec<Child> {
             .env("MASTER_PORT", &port);
         command.env("RAYON_NUM_THREADS", "1").spawn().unwrap()
     };
-    (0..2).map(start).collect()
+    (0..world).map(start).collect()
+}
+
+/// Kills one of the processes: the others end, soon and with an error that names it.
+fn kill(mut children: Vec<Child>, killed: usize) {
+    send("-KILL", &children[killed]);
+    let at = Instant::now();
+    children[killed].wait().unwrap();
+    for (rank, child) in children.into_iter().enumerate() {
+        if rank == killed {
+            continue;
+        }
+        let other = child.wait_with_output().unwrap();
+        assert!(at.elapsed() < Duration::from_secs(15), "{:?}", at.elapsed());
+        let said = String::from_utf8_lossy(&other.stderr).into_owned();
+        assert_eq!(other.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("rank {killed}")), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
 }
 
 #[test]
@@ -116,24 +142,62 @@ fn a_stage_that_is_killed_ends_all_with_an_error_that_names_it() {
     let at = folder.path();
     let model = model(at);
     let tokens = at.join("tokens.json");
-    let long = [
-        "--tokens",
-        tokens.to_str().unwrap(),
-        "-n",
-        "1000000",
-        "--ignore-eos",
-    ];
     for killed in [1, 0] {
-        let mut children = launched(&model, &long);
+        let children = launched(2, || {
+            let mut command = on(&model, "generate", "2");
+            command.arg("--tokens").arg(&tokens);
+            command.args(["-n", "1000000", "--ignore-eos"]);
+            command
+        });
         std::thread::sleep(Duration::from_secs(1));
-        send("-KILL", &children[killed]);
-        let at = Instant::now();
-        children[killed].wait().unwrap();
-        let other = children.remove(1 - killed).wait_with_output().unwrap();
-        assert!(at.elapsed() < Duration::from_secs(15), "{:?}", at.elapsed());
-        let said = String::from_utf8_lossy(&other.stderr).into_owned();
-        assert_eq!(other.status.code(), Some(1), "{said}");
-        assert!(said.contains(&format!("rank {killed}")), "{said}");
+        kill(children, killed);
+    }
+}
+
+#[test]
+fn a_run_over_stages_has_the_bits_and_files_of_one_process_and_goes_on_with_another_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    prepare(at);
+    let batches = ["--training.accumulation", "2"];
+    for tied in ["true", "false"] {
+        let [one, two] = ["one", "two"].map(|name| format!("{name}-{tied}"));
+        let mut command = run(at, &one, tied, "6");
+        command.args(batches);
+        succeed(command);
+        let mut command = run(at, &two, tied, "6");
+        command.args(batches).args(["--stages", "2"]);
+        succeed(command);
+        same(at, &one, &two);
+        let on = |name: &str, more: &[&str]| {
+            let mut command = resume(at, name);
+            command.args(["--training.steps", "9"]).args(more);
+            succeed(command)
+        };
+        on(&one, &[]);
+        let output = on(&two, &["--stages", "4"]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(said.matches("done after 9 steps").count(), 1, "{said}");
+        same(at, &one, &two);
+    }
+}
+
+#[test]
+fn a_stage_that_is_killed_ends_the_training_of_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    prepare(at);
+    for killed in [1, 2, 0] {
+        let output = format!("run-{killed}");
+        let children = launched(3, || {
+            let mut command = run(at, &output, "true", "100000");
+            command.args(["--stages", "3"]);
+            command
+        });
+        wait_for_lines(&at.join(&output), 5);
+        kill(children, killed);
+        // The last checkpoint is whole.
+        assert!(newest(&at.join(&output)).progress.step > 0);
     }
 }
 
@@ -160,4 +224,15 @@ fn stages_that_cannot_be_are_refused_by_name() {
     state.arg(at.join("state"));
     let said = fails(state);
     assert!(said.contains("--state-out"), "{said}");
+    let mut both = run(at, "both", "true", "2");
+    both.args(["--ranks", "2", "--stages", "2"]);
+    fail(both, "by sequences or by layers");
+    let mut many = run(at, "many", "true", "2");
+    many.args(["--stages", "5"]);
+    fail(many, "expected at most 4, the model's layers, got 5");
+    let mut adapters = train(at, "adapters");
+    adapters.arg("--model.folder").arg(&model);
+    adapters.args(["--lora.r", "2", "--stages", "2"]);
+    adapters.args(["--training.learn_gates", "false"]);
+    fail(adapters, "layers under adapters are not spread yet");
 }

@@ -246,6 +246,17 @@ fn a_plan_that_does_not_fit_says_what_would() {
     assert!(out.to_string().contains("segments_per_step"), "{out}");
 }
 
+/// After a rehearsal for `sequences` sequences, three steps take no more memory.
+fn steps_as_planned(gpu: &Dry, mut trainer: Trainer<Dry>, sequences: usize, what: &str) {
+    trainer.rehearse(sequences, 256, Vec::new()).unwrap();
+    let planned = gpu.memory_use().buffers.high_water;
+    for _ in 0..3 {
+        let step = vec![vec![0u32; 257]; sequences];
+        trainer.step_on(&[step]).unwrap();
+    }
+    assert_eq!(gpu.memory_use().buffers.high_water, planned, "{what}");
+}
+
 #[test]
 fn later_steps_of_a_rank_take_no_more_than_the_plan() {
     for (rank, world, batch) in [(0, 2, 1), (1, 2, 2), (2, 3, 1)] {
@@ -255,15 +266,30 @@ fn later_steps_of_a_rank_take_no_more_than_the_plan() {
         training.training.batch = batch;
         training.training.group = Some(1);
         let (model, ranks) = (config(4, 4, 128), Ranks::planned(rank, world));
-        let mut trainer = Trainer::for_dry_run(gpu.clone(), model, training, ranks).unwrap();
-        let sequences = world * batch;
-        trainer.rehearse(sequences, 256, Vec::new()).unwrap();
-        let planned = gpu.memory_use().buffers.high_water;
-        for _ in 0..3 {
-            let step = vec![vec![0u32; 257]; sequences];
-            trainer.step_on(&[step]).unwrap();
-        }
-        let used = gpu.memory_use().buffers.high_water;
-        assert_eq!(used, planned, "rank {rank} of {world}");
+        let trainer = Trainer::for_dry_run(gpu.clone(), model, training, ranks).unwrap();
+        let what = format!("rank {rank} of {world}");
+        steps_as_planned(&gpu, trainer, world * batch, &what);
     }
+}
+
+#[test]
+fn a_stage_takes_less_than_the_whole_and_no_more_than_its_plan() {
+    let (model, mut training) = (config(4, 4, 128), Config::default());
+    training.training.sequence_len = 256;
+    let of = |world: usize| -> Vec<usize> {
+        let stage = |rank: usize| {
+            let (gpu, ranks) = (dry(None), Ranks::planned(rank, world));
+            let (model, training) = (model.clone(), training.clone());
+            let trainer = Trainer::stage_for_dry_run(gpu.clone(), model, training, ranks);
+            let what = format!("stage of rank {rank} of {world}");
+            steps_as_planned(&gpu, trainer.unwrap(), 2, &what);
+            gpu.memory_use().buffers.high_water
+        };
+        (0..world).map(stage).collect()
+    };
+    let (whole, stages) = (of(1)[0], of(2));
+    for stage in &stages {
+        assert!(*stage < whole * 3 / 4, "{stages:?} of {whole}");
+    }
+    assert!(stages.iter().sum::<usize>() > whole, "{stages:?}");
 }

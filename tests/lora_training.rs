@@ -186,6 +186,7 @@ fn frozen_weights_are_counted_once() {
         recompute: true,
         gradient_sets: 1,
         ranks: 1,
+        behind: 0,
     };
     let base: usize = base_specs(&config).iter().map(|s| s.role.len()).sum();
     let whole = memory(&config, 64, run, 4).weights;

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# train.sh OUT: segattn on two GPUs by NCCL: equal bits, speed, and what is said when something is wrong.
+# train.sh OUT: segattn on two GPUs by NCCL, by sequences and by layers: equal bits, speed, and what is said when
+# something is wrong.
 # Wants `segattn` or `segattn.xz` beside it. Logs go to OUT as they appear. Parts may be named:
 # PARTS="small large wrong".
 set -u
@@ -73,9 +74,10 @@ T
   run one
   run host --ranks 2
   NCCL_DEBUG=INFO run nccl --ranks 2 --rank-engine nccl
-  python3 figures.py one host nccl | tee -a "$OUT/summary.txt"
-  for r in one host nccl; do hashes $r > "$OUT/small-$r.sha"; done
-  for r in host nccl; do cmp "$OUT/small-one.sha" "$OUT/small-$r.sha" && say "small: $r has the hashes of one"; done
+  run stages --stages 2 --rank-engine nccl
+  python3 figures.py one host nccl stages | tee -a "$OUT/summary.txt"
+  for r in one host nccl stages; do hashes $r > "$OUT/small-$r.sha"; done
+  for r in host nccl stages; do cmp "$OUT/small-one.sha" "$OUT/small-$r.sha" && say "small: $r has the hashes of one"; done
   cat "$OUT/small-one.sha" >> "$OUT/summary.txt"
   timeout 40 "$bin" resume one --training.steps 14 --device cuda --ranks 2 --rank-engine nccl \
     > "$OUT/small-resume-two.log" 2>&1
@@ -142,7 +144,8 @@ T
     say "large $name: ended"; }
   until_steps big-one 8 60
   until_steps big-nccl 8 70 --ranks 2 --rank-engine nccl
-  python3 figures.py big-one big-nccl | tee -a "$OUT/summary.txt"
+  until_steps big-stages 8 70 --stages 2 --rank-engine nccl
+  python3 figures.py big-one big-nccl big-stages | tee -a "$OUT/summary.txt"
   if [ $((SECONDS - began)) -lt 165 ]; then
     until_steps big-host 4 50 --ranks 2
     python3 figures.py big-one big-host | tee -a "$OUT/summary.txt"

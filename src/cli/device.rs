@@ -142,11 +142,11 @@ pub trait Planned: Device + Clone {
         Ok(None)
     }
 
-    /// Ranks that have met and exchange this device's buffers.
+    /// Ranks that have met and exchange this device's buffers; `both_ways`: neighbours send to each other at a time.
     ///
     /// # Errors
     /// That the device has no such engine, or what the engine says.
-    fn ranks(&self, mesh: &Arc<Mesh>, engine: EngineName) -> Result<Ranks<Self>> {
+    fn ranks(&self, mesh: &Arc<Mesh>, engine: EngineName, _both_ways: bool) -> Result<Ranks<Self>> {
         match engine {
             EngineName::Host => Ok(Ranks::new(mesh.clone())),
             EngineName::Nccl => bail!("--rank-engine nccl: expected --device cuda, got another"),
@@ -208,10 +208,10 @@ impl Planned for Gpu<Cuda> {
         Ok(())
     }
 
-    fn ranks(&self, mesh: &Arc<Mesh>, engine: EngineName) -> Result<Ranks<Self>> {
+    fn ranks(&self, mesh: &Arc<Mesh>, engine: EngineName, both_ways: bool) -> Result<Ranks<Self>> {
         Ok(match engine {
             EngineName::Host => Ranks::new(mesh.clone()),
-            EngineName::Nccl => Ranks::new(Nccl::new(mesh.clone(), self)?),
+            EngineName::Nccl => Ranks::new(Nccl::new(mesh.clone(), self, both_ways)?),
         })
     }
 

@@ -54,7 +54,7 @@ pub struct Args {
     /// Sequences of one gradient sum, for the memory of training [default: as training.group]
     #[arg(long, value_name = "N", value_parser = at_least_one())]
     group: Option<usize>,
-    /// Stages that share the layers, for the memory to read on the one that takes most
+    /// Stages that share the layers, for the memory on the one that takes most
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
     stages: usize,
     /// Print one JSON object
@@ -72,6 +72,12 @@ pub fn run(args: &Args) -> Result<()> {
     ensure!(
         args.stages <= layers,
         "--stages: expected at most {layers}, the model's layers, got {}",
+        args.stages
+    );
+    ensure!(
+        args.stages == 1 || args.ranks == 1,
+        "--ranks, --stages: expected one of them, since training is spread by sequences or by layers; got {} and {}",
+        args.ranks,
         args.stages
     );
     let rows = estimates(&config, args);
@@ -229,26 +235,26 @@ struct Row {
 }
 
 fn estimates(config: &ModelConfig, args: &Args) -> Vec<Row> {
-    let train = Use::Train {
+    let train = |behind: usize| Use::Train {
         tbptt: args.tbptt,
         segments_per_step: args.side_by_side(),
         recompute: args.recompute,
         // The estimate is of one sequence.
         gradient_sets: 1,
         ranks: args.ranks,
+        behind,
     };
     let parts = config.stages(args.stages, true);
     let parts: Vec<_> = parts.into_iter().map(|l| config.part_of(l)).collect();
-    let read = |tokens: usize| {
-        let each = parts
-            .iter()
-            .map(|part| memory(part, tokens, Use::Read, ELEMENT_BYTES));
+    let most = |tokens: usize, run: &dyn Fn(usize) -> Use| {
+        let each = parts.iter().rev().enumerate();
+        let each = each.map(|(behind, part)| memory(part, tokens, run(behind), ELEMENT_BYTES));
         each.max_by_key(Memory::total).expect("a stage")
     };
     let row = |tokens: &usize| Row {
         tokens: *tokens,
-        read: read(*tokens),
-        train: memory(config, *tokens, train, ELEMENT_BYTES),
+        read: most(*tokens, &|_| Use::Read),
+        train: most(*tokens, &train),
     };
     args.context.iter().map(row).collect()
 }
@@ -442,6 +448,11 @@ fn planned_text(args: &Args, place: &Place, rows: &[plan::Row]) -> String {
         ];
         let bytes = cells(bytes.map(|bytes| size(bytes as u64)));
         line("", format!("{:>9} {:<8}{bytes}", row.tokens, row.run));
+        if !row.stages.is_empty() {
+            let each = row.stages.iter().map(|bytes| size(*bytes as u64));
+            let each = each.collect::<Vec<_>>().join(", ");
+            line("", format!("{:>18}device of each stage: {each}", ""));
+        }
     }
     out
 }

@@ -11,7 +11,7 @@ use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::ranks::Ranks;
 use segattn::train::config::Config;
-use segattn::train::trainer::Trainer;
+use segattn::train::trainer::{Trainer, part_of_rank};
 use serde::Serialize;
 
 /// Multiprocessors of the GPU that is assumed where there is none: an H100 or H200.
@@ -30,7 +30,7 @@ pub struct Planner<'a> {
     pub ranks: usize,
     /// As `training.group`.
     pub group: Option<usize>,
-    /// Stages that share the layers to read.
+    /// Stages that share the layers.
     pub stages: usize,
 }
 
@@ -45,7 +45,7 @@ pub struct Place {
     free: Option<usize>,
 }
 
-/// Bytes, by what they are for.
+/// Bytes, by what they are for; of several stages of the one that takes most.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
     /// Tokens of each sequence.
@@ -67,6 +67,9 @@ pub struct Row {
     pub device: usize,
     /// Pools in pinned host memory.
     pub host: usize,
+    /// Of several stages, `device` of each, the first to the last.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<usize>,
 }
 
 /// Plans for these lengths, with the kernels of the machine's GPU or, where there is none, assumed ones.
@@ -148,8 +151,7 @@ impl Planner<'_> {
             let state = opened.get() - weights.get();
             rows.push(row(run, tokens, &plan, [weights.get(), 0, state]));
         }
-        let most = rows.into_iter().max_by_key(|row| row.device + row.host);
-        Ok(most.expect("a stage"))
+        Ok(most(rows))
     }
 
     fn train<K: Kernels + Send + Sync>(
@@ -165,20 +167,59 @@ impl Planner<'_> {
         config.training.tbptt = self.tbptt;
         config.training.recompute = self.recompute;
         config.training.group = self.group;
-        let dry = Gpu::new(DryRun::new(kernels.clone(), None));
-        let model = Decoder::for_dry_run(dry.clone(), self.config.clone(), true)?;
-        let (weights, made) = (used(&dry), Cell::new(0));
-        drop(model);
-        let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
-            let model = self.config.clone();
+        let mut rows = Vec::new();
+        for stage in 0..self.stages {
             // The last rank has no fewer sequences than another.
-            let ranks = Ranks::planned(self.ranks - 1, self.ranks);
-            let mut trainer = Trainer::for_dry_run(dry.clone(), model, config.clone(), ranks)?;
+            let (rank, world) = match self.stages {
+                1 => (self.ranks - 1, self.ranks),
+                stages => (stages - 1 - stage, stages),
+            };
+            rows.push(self.train_on(kernels, free, &config, rank, world)?);
+        }
+        Ok(most(rows))
+    }
+
+    /// Of one rank of a run that is spread over ranks or stages.
+    fn train_on<K: Kernels + Send + Sync>(
+        &self,
+        kernels: &Arc<K>,
+        free: Option<usize>,
+        config: &Config,
+        rank: usize,
+        world: usize,
+    ) -> Result<Row> {
+        let (model, config) = (self.config, || config.clone());
+        let tokens = config().training.sequence_len;
+        let by_layers = self.stages > 1;
+        let part = match by_layers {
+            true => part_of_rank(model, rank, world)?,
+            false => model.clone(),
+        };
+        let dry = Gpu::new(DryRun::new(kernels.clone(), None));
+        let held = Decoder::for_dry_run(dry.clone(), part, true)?;
+        let (weights, made) = (used(&dry), Cell::new(0));
+        drop(held);
+        let plan = MemoryPlan::new(kernels, self.pool, free, |dry| -> Result<()> {
+            let (model, ranks) = (model.clone(), Ranks::planned(rank, world));
+            let mut trainer = match by_layers {
+                true => Trainer::stage_for_dry_run(dry.clone(), model, config(), ranks)?,
+                false => Trainer::for_dry_run(dry.clone(), model, config(), ranks)?,
+            };
             made.set(used(&dry));
             Ok(trainer.rehearse(self.batch * self.ranks, tokens, Vec::new())?)
         })?;
         let optimizer = made.get() - weights;
         Ok(row("train", tokens, &plan, [weights, optimizer, 0]))
+    }
+}
+
+/// The row of the stage that takes most, with what each of them takes.
+fn most(rows: Vec<Row>) -> Row {
+    let each: Vec<usize> = rows.iter().map(|row| row.device).collect();
+    let most = rows.into_iter().max_by_key(|row| row.device + row.host);
+    Row {
+        stages: if each.len() > 1 { each } else { Vec::new() },
+        ..most.expect("a stage")
     }
 }
 
@@ -203,5 +244,6 @@ fn row(
         pool: plan.planned.pool.high_water,
         device: plan.device_bytes(),
         host: plan.host_bytes(),
+        stages: Vec::new(),
     }
 }

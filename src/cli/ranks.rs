@@ -29,6 +29,11 @@ pub struct RanksArgs {
     /// which start the processes themselves, it may be left out
     #[arg(long, value_name = "N")]
     ranks: Option<NonZeroUsize>,
+    /// Starts so many processes on this machine, each with a part of the model's layers, which train together; changes
+    /// no bit. For models that do not fit one GPU, and for long sequences: the parts work on different segments at a
+    /// time. Under a launcher it says that its processes are stages
+    #[arg(long, value_name = "N")]
+    stages: Option<NonZeroUsize>,
     #[command(flatten)]
     links: LinkArgs,
 }
@@ -60,12 +65,27 @@ pub struct Party {
     mesh: Option<Arc<Mesh>>,
     engine: EngineName,
     local_rank: usize,
+    /// Whether each process has a part of the layers, instead of sequences of its own.
+    stages: bool,
 }
 
 impl RanksArgs {
     /// What this process is to do: its part in the run, or, if it started the others, what has become of them.
     pub fn start(&self) -> Result<Option<Party>> {
-        self.links.start("--ranks", self.ranks)
+        match (self.ranks, self.stages) {
+            (Some(ranks), Some(stages)) => bail!(
+                "--ranks, --stages: expected one of them, since a run is spread by sequences or by layers, not yet by \
+                 both; got {ranks} and {stages}"
+            ),
+            (ranks, None) => self.links.start("--ranks", ranks),
+            (None, stages) => {
+                let party = self.links.start("--stages", stages)?;
+                Ok(party.map(|party| Party {
+                    stages: party.mesh.is_some(),
+                    ..party
+                }))
+            }
+        }
     }
 }
 
@@ -90,6 +110,7 @@ impl LinkArgs {
                     mesh: (place.world > 1).then(|| Arc::new(mesh)),
                     engine: self.rank_engine,
                     local_rank: place.local_rank,
+                    stages: false,
                 }))
             }
             (None, None | Some(1)) => Ok(Some(Party::alone())),
@@ -112,6 +133,7 @@ impl Party {
             mesh: None,
             engine: EngineName::Host,
             local_rank: 0,
+            stages: false,
         }
     }
 
@@ -130,6 +152,11 @@ impl Party {
         self.mesh().map_or(1, Mesh::world)
     }
 
+    /// Whether each process has a part of the model's layers, instead of sequences of its own.
+    pub fn shares_layers(&self) -> bool {
+        self.stages
+    }
+
     /// This process's rank.
     pub fn rank(&self) -> usize {
         self.mesh().map_or(0, Mesh::rank)
@@ -140,10 +167,10 @@ impl Party {
         self.mesh.as_deref()
     }
 
-    /// The ranks for a trainer on this device.
+    /// The ranks for this device.
     pub fn ranks<D: Planned>(&self, device: &D) -> Result<Ranks<D>> {
         match &self.mesh {
-            Some(mesh) => device.ranks(mesh, self.engine),
+            Some(mesh) => device.ranks(mesh, self.engine, self.stages),
             None => Ok(Ranks::alone()),
         }
     }

@@ -112,12 +112,12 @@ fn go_on_alone(
         );
     }
     data.check_order(before, &config)?;
-    let (tensors, progress) = (&checkpoint.tensors, Some(checkpoint.progress));
+    let (tensors, progress) = (checkpoint.tensors, Some(checkpoint.progress));
     let pool = device.pool;
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
         let longest = data.longest(config.training.sequence_len);
-        device.warn_of(estimate(&checkpoint.model, &config.training, longest, party.world()));
+        device.warn_of(estimate(&checkpoint.model, &config.training, longest, party)?);
         device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data, party))?;
         let trainer = trainer(device, checkpoint.model, config, &data, tensors, progress, party)?;
         Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()

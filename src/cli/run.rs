@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use segattn::model::config::ModelConfig;
 use segattn::model::flops::training_flops;
+use segattn::model::parameters::specs;
 use segattn::train::TrainError;
 use segattn::train::checkpoint::{Disk, Fingerprints, create_folder, remove_leftovers, save};
 use segattn::train::config::{Config, DataSection, MixtureSection, TrainingSection};
@@ -242,7 +243,7 @@ pub struct Run<'a, D: Planned> {
     /// The last validation's loss.
     validated: Option<f64>,
     saved: Option<(u64, PathBuf)>,
-    /// The model's operations for a token over the device's measured speed: seconds a token at full use.
+    /// The model's operations for a token over the measured speed of all ranks' devices: seconds a token at full use.
     full_use: Option<f64>,
 }
 
@@ -272,7 +273,8 @@ impl<'a, D: Planned> Run<'a, D> {
         }
         let validation = data.validation(training.validation_sequences)?;
         let bar = progress_bar(training.steps, step, quiet);
-        let flops = training_flops(&trainer.model().config, data.longest(training.sequence_len));
+        let flops = training_flops(trainer.model_config(), data.longest(training.sequence_len));
+        let world = trainer.ranks().world() as f64;
         // Whatever a checkpoint could not hold is found before the work.
         trainer.config().to_toml()?;
         Ok(Self {
@@ -287,7 +289,7 @@ impl<'a, D: Planned> Run<'a, D> {
             shown: None,
             validated: None,
             saved: None,
-            full_use: peak_flops.map(|peak| flops / peak),
+            full_use: peak_flops.map(|peak| flops / (peak * world)),
         })
     }
 
@@ -447,13 +449,8 @@ impl<'a, D: Planned> Run<'a, D> {
         if self.quiet || !std::io::stderr().is_terminal() {
             return;
         }
-        let weights: usize = self
-            .trainer
-            .model()
-            .specs
-            .iter()
-            .map(|s| s.role.len())
-            .sum();
+        let specs = specs(self.trainer.model_config());
+        let weights: usize = specs.iter().map(|s| s.role.len()).sum();
         note!(
             "{:.2} million weights; {} tokens in {} sequences to train on, {} sequences to validate",
             weights as f64 / 1e6,

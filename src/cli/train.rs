@@ -14,7 +14,7 @@ use segattn::train::config::{Config, TrainingSection};
 use segattn::train::data::Example;
 use segattn::train::gradient_sets;
 use segattn::train::progress::{Progress, Tensors};
-use segattn::train::trainer::Trainer;
+use segattn::train::trainer::{Trainer, part_of_rank};
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
@@ -75,9 +75,9 @@ fn begin_alone(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) 
     let (extra, pool) = (companion_files(config)?, device.pool);
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
-        device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len), party.world()));
+        device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len), party)?);
         device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &model, config, &data, party))?;
-        let trainer = trainer(device, model, config.clone(), &data, &tensors, None, party)?;
+        let trainer = trainer(device, model, config.clone(), &data, tensors, None, party)?;
         Run::new(output, trainer, data, extra, peak, quiet)?.go()
     })
 }
@@ -88,22 +88,31 @@ pub fn trainer<D: Planned>(
     model: ModelConfig,
     config: Config,
     data: &Data<'_>,
-    tensors: &Tensors,
+    tensors: Tensors,
     progress: Option<Progress>,
     party: &Party,
 ) -> Result<Trainer<D>> {
     if let Some(mesh) = party.mesh() {
         let (device, data) = (device.description(), data.fingerprints());
         let progress = progress.as_ref();
-        agreement(&device, &config, &model, &data, tensors, progress)?.check(mesh)?;
+        let shared = match party.shares_layers() {
+            true => "layers",
+            false => "sequences",
+        };
+        let agreement = agreement(&device, &config, &model, &data, &tensors, progress)?;
+        agreement.on("what ranks share", shared).check(mesh)?;
     }
     let ranks = party.ranks(&device)?;
+    if party.shares_layers() {
+        let trainer = Trainer::on_stages(device, model, config, &tensors, progress, ranks)?;
+        return Ok(trainer);
+    }
     let trainer = match base(&config)? {
         Some(base) => {
             let base = base.load(device, model.clone(), false)?;
-            Trainer::adapting(&base, model, config, tensors, progress, ranks)?
+            Trainer::adapting(&base, model, config, &tensors, progress, ranks)?
         }
-        None => Trainer::on_ranks(device, model, config, tensors, progress, ranks)?,
+        None => Trainer::on_ranks(device, model, config, &tensors, progress, ranks)?,
     };
     let training = &trainer.config().training;
     let (world, sequences) = (
@@ -131,7 +140,11 @@ pub fn dry_run<D: Device>(
     party: &Party,
 ) -> Result<()> {
     let training = &config.training;
-    let mut trainer = Trainer::for_dry_run(device, model.clone(), config.clone(), party.planned())?;
+    let (model_config, run, ranks) = (model.clone(), config.clone(), party.planned());
+    let mut trainer = match party.shares_layers() {
+        true => Trainer::stage_for_dry_run(device, model_config, run, ranks)?,
+        false => Trainer::for_dry_run(device, model_config, run, ranks)?,
+    };
     let sequences = training.batch * training.accumulation;
     let tokens = data.longest(training.sequence_len);
     let sequence = vec![0u32; tokens + 1];
@@ -164,13 +177,22 @@ fn broken(sequence: &[u32], most: usize, seed: usize) -> Example {
     }
 }
 
-/// Bytes that training takes on one of so many ranks where all numbers are f32, for sequences of `longest` predictions.
+/// Bytes that training takes on one of these processes where all numbers are f32, for sequences of `longest`
+/// predictions.
+///
+/// # Errors
+/// That the model's layers cannot be spread over so many.
 pub fn estimate(
     model: &ModelConfig,
     training: &TrainingSection,
     longest: usize,
-    ranks: usize,
-) -> u64 {
+    party: &Party,
+) -> Result<u64> {
+    let (rank, world) = (party.rank(), party.world());
+    let (model, ranks, behind) = match party.shares_layers() {
+        true => (&part_of_rank(model, rank, world)?, 1, rank),
+        false => (model, world, 0),
+    };
     let sequences = training.batch * training.accumulation;
     let (group, side_by_side) = (
         training.group(),
@@ -185,11 +207,13 @@ pub fn estimate(
         recompute: training.recompute,
         gradient_sets: gradient_sets(sequences.div_ceil(group), training.batch / group, ranks),
         ranks,
+        behind,
     };
     let one = memory(model, longest, run, size_of::<f32>());
     let each = one.total() - one.weights;
-    one.weights
-        .saturating_add(each.saturating_mul(side_by_side as u64))
+    Ok(one
+        .weights
+        .saturating_add(each.saturating_mul(side_by_side as u64)))
 }
 
 /// The weights that adapters are added to, where the run trains adapters.

@@ -29,6 +29,8 @@ pub enum Use {
         gradient_sets: usize,
         /// Ranks that share the moments, in equal parts.
         ranks: usize,
+        /// Stages of layers behind this one: as many steps more wait for their backward.
+        behind: usize,
     },
 }
 
@@ -65,11 +67,13 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
         Use::Train {
             tbptt,
             segments_per_step,
+            behind,
             ..
         } => {
             let n = segments_per_step.clamp(1, segments);
             let kept = tbptt.min(segments).div_ceil(n) * n;
-            ((kept + n).min(segments), n)
+            let ahead = n.saturating_mul(behind);
+            ((kept + n).saturating_add(ahead).min(segments), n)
         }
     };
     let room = plan.segment_len.min(tokens.max(1));
@@ -125,8 +129,13 @@ impl Count<'_> {
             true => specs[0].role.len(),
             false => 0,
         };
-        let moments = 2 * trained.div_ceil(ranks);
-        all + (1 + gradient_sets) * trained + moments + matrices + tied
+        // A stage that only reads a tied embedding has its values, and no more gradient than the head's share.
+        let owned = match self.config.part.begins {
+            true => trained,
+            false => trained - tied,
+        };
+        let moments = 2 * owned.div_ceil(ranks);
+        all + trained + gradient_sets * owned + moments + matrices + tied
     }
 
     /// Bytes that the CPU's matrices take less because a checkpoint's numbers have 16 bits: those that are only read
@@ -307,6 +316,7 @@ mod tests {
                 recompute: false,
                 gradient_sets,
                 ranks,
+                behind: 0,
             };
             memory(&config, 64, run, 1).weights as usize
         };
@@ -329,6 +339,7 @@ mod tests {
             recompute: true,
             gradient_sets: 1,
             ranks: 1,
+            behind: 0,
         };
         let weights = |config: &ModelConfig, run| memory(config, 16, run, 4).weights;
         let [narrow, all] = [&config, &wide].map(|config| weights(config, Use::Read));
@@ -364,6 +375,7 @@ mod tests {
                 recompute: true,
                 gradient_sets: 1,
                 ranks: 1,
+                behind: 0,
             },
         ] {
             let (short, long) = (memory(&config, 160, run, 4), memory(&config, 1600, run, 4));

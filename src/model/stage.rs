@@ -1,7 +1,8 @@
 //! A model over several processes: each computes consecutive layers, a *stage*, and hands the residual stream on.
 //!
 //! Rank 0 has the last stage, whose results are the model's; the highest rank has the first. The neighbour before is
-//! the next higher rank. Rank 0 leads: it tells the others what to read ([`follow`](super::session::follow)).
+//! the next higher rank. Gradients go the other way. Rank 0 leads: it tells the others what to read
+//! ([`follow`](super::session::follow)). In training all ranks know.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,8 @@ use crate::ranks::{Mesh, ON_THEIR_WAY, Ranks};
 
 /// What a stage waits for, or sends.
 const ROWS: &str = "rows go from stage to stage";
+/// The same in training's backward pass.
+const GRADIENTS: &str = "gradients go from stage to stage";
 
 /// What rank 0 tells the others when nothing more comes.
 pub(super) const DISMISSAL: &[u8] = b"";
@@ -22,8 +25,10 @@ pub(super) const DISMISSAL: &[u8] = b"";
 pub struct Stage<D: Device> {
     part: Part,
     ranks: Ranks<D>,
-    /// In a dry run, what would be on its way to the next stage.
-    sent: Mutex<VecDeque<D::Buffer>>,
+    /// Whether rank 0 tells the others what to do.
+    led: bool,
+    /// In a dry run, what would be on its way to the stages behind and before.
+    sent: [Mutex<VecDeque<D::Buffer>>; 2],
     /// Sessions that were opened.
     sessions: AtomicU64,
 }
@@ -32,7 +37,7 @@ impl<D: Device> Stage<D> {
     /// Without its neighbours: what would come from them is not said, and what goes to them is dropped. It serves for
     /// dry runs, and is all there is of a whole model.
     pub fn planned(part: &Part) -> Self {
-        Self::on(part, Ranks::alone())
+        Self::on(part, Ranks::alone(), true)
     }
 
     /// A part of a model whose other parts are on other ranks. All of them call it together.
@@ -40,24 +45,49 @@ impl<D: Device> Stage<D> {
     /// # Errors
     /// That a neighbour cannot be reached.
     pub fn connected(device: &D, part: &Part, ranks: Ranks<D>) -> Result<Self> {
-        let stage = Self::on(part, ranks);
-        // The first buffer between two ranks is slow with some engines: it is none that anybody waits for.
-        if !part.begins {
-            stage.from_before(device, 1)?;
-        }
-        if !part.ends {
-            stage.to_after(device, device.zeros(Kind::Activation, 1)?)?;
+        let stage = Self::on(part, ranks, true);
+        stage.try_forwards(device)?;
+        Ok(stage)
+    }
+
+    /// [`Stage::connected`] for training, where gradients go back and all ranks know what to do. With the ranks of a
+    /// plan it has no neighbours, as [`Stage::planned`].
+    ///
+    /// # Errors
+    /// As [`Stage::connected`].
+    pub fn in_training(device: &D, part: &Part, ranks: Ranks<D>) -> Result<Self> {
+        let stage = Self::on(part, ranks, false);
+        if stage.mesh().is_some() {
+            stage.try_forwards(device)?;
+            if !part.ends {
+                stage.from_after(device, 1)?;
+            }
+            if !part.begins {
+                stage.to_before(device, Some(device.zeros(Kind::Activation, 1)?))?;
+            }
         }
         Ok(stage)
     }
 
-    fn on(part: &Part, ranks: Ranks<D>) -> Self {
+    fn on(part: &Part, ranks: Ranks<D>, led: bool) -> Self {
         Self {
             part: *part,
             ranks,
-            sent: Mutex::default(),
+            led,
+            sent: Default::default(),
             sessions: AtomicU64::new(0),
         }
+    }
+
+    /// The first buffer between two ranks is slow with some engines: it is none that anybody waits for.
+    fn try_forwards(&self, device: &D) -> Result<()> {
+        if !self.part.begins {
+            self.from_before(device, 1)?;
+        }
+        if !self.part.ends {
+            self.to_after(device, device.zeros(Kind::Activation, 1)?)?;
+        }
+        Ok(())
     }
 
     /// The stage of a rank.
@@ -70,6 +100,16 @@ impl<D: Device> Stage<D> {
         self.part == Part::WHOLE
     }
 
+    /// Number of stages behind this one.
+    pub fn behind(&self) -> usize {
+        self.ranks.rank()
+    }
+
+    /// The processes that have the stages.
+    pub fn ranks(&self) -> &Ranks<D> {
+        &self.ranks
+    }
+
     /// The connections to the other stages, where there are any.
     pub fn mesh(&self) -> Option<&Mesh> {
         self.ranks.mesh()
@@ -77,7 +117,7 @@ impl<D: Device> Stage<D> {
 
     /// The connections to the stages that do what this one tells them.
     pub(super) fn followers(&self) -> Option<&Mesh> {
-        self.mesh().filter(|mesh| mesh.rank() == 0)
+        self.mesh().filter(|mesh| self.led && mesh.rank() == 0)
     }
 
     /// The number of the next session, which all stages give it.
@@ -95,16 +135,70 @@ impl<D: Device> Stage<D> {
 
     /// Sends activations to the stage after this one.
     pub fn to_after(&self, device: &D, buffer: D::Buffer) -> Result<()> {
-        if self.ranks.world() > 1 {
-            let to = self.ranks.rank() - 1;
-            return Ok(self.ranks.send(device, buffer, to, ROWS)?);
+        match self.mesh() {
+            Some(mesh) => Ok(self.ranks.send(device, buffer, mesh.rank() - 1, ROWS)?),
+            None => {
+                keep_sent(&self.sent[0], buffer);
+                Ok(())
+            }
         }
-        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        sent.push_back(buffer);
-        if sent.len() > ON_THEIR_WAY {
-            sent.pop_front();
+    }
+
+    /// The gradient of activations that the stage after has sent; `None` where it is zero.
+    pub fn from_after(&self, device: &D, len: usize) -> Result<Option<D::Buffer>> {
+        let from = self.ranks.rank().saturating_sub(1);
+        if !self.ranks.hear(from, GRADIENTS)? {
+            return Ok(None);
         }
-        Ok(())
+        let mut buffer = device.empty(Kind::Activation, len)?;
+        self.ranks.receive(device, &mut buffer, from, GRADIENTS)?;
+        Ok(Some(buffer))
+    }
+
+    /// Sends the gradient of activations to the stage before this one; `None` where it is zero.
+    pub fn to_before(&self, device: &D, gradient: Option<D::Buffer>) -> Result<()> {
+        let to = self.ranks.rank() + 1;
+        self.ranks.tell(to, gradient.is_some(), GRADIENTS)?;
+        match (gradient, self.mesh()) {
+            (Some(buffer), Some(_)) => Ok(self.ranks.send(device, buffer, to, GRADIENTS)?),
+            (Some(buffer), None) => {
+                keep_sent(&self.sent[1], buffer);
+                Ok(())
+            }
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// Waits until nothing that was sent takes memory of the device any more.
+    pub(crate) fn finish(&self) -> Result<()> {
+        for sent in &self.sent {
+            sent.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        Ok(self.ranks.finish(ROWS)?)
+    }
+
+    /// Sends the head's share of a tied embedding's gradient from the last stage to the first, where it is added.
+    pub(crate) fn head_to_first(&self, device: &D, share: D::Buffer) -> Result<()> {
+        if self.mesh().is_none() {
+            keep_sent(&self.sent[1], share);
+            return Ok(());
+        }
+        let to = self.ranks.world() - 1;
+        Ok(self.ranks.send(device, share, to, GRADIENTS)?)
+    }
+
+    /// Fills `share` with what the last stage sends by [`Stage::head_to_first`].
+    pub(crate) fn head_from_last(&self, device: &D, share: &mut D::Buffer) -> Result<()> {
+        Ok(self.ranks.receive(device, share, 0, GRADIENTS)?)
+    }
+}
+
+/// Keeps as many buffers as are on their way where there is somebody to send them to.
+fn keep_sent<B>(sent: &Mutex<VecDeque<B>>, buffer: B) {
+    let mut sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
+    sent.push_back(buffer);
+    if sent.len() > ON_THEIR_WAY {
+        sent.pop_front();
     }
 }
 

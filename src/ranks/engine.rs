@@ -60,6 +60,14 @@ pub trait Engine<D: Device>: Debug + Send + Sync {
         from: usize,
         doing: &'static str,
     ) -> Result<()>;
+
+    /// Waits until no buffer that was sent takes memory of the device any more.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`], and what the device says.
+    fn finish(&self, _doing: &'static str) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// By way of host memory: for every device whose exact elements are f32.
@@ -200,13 +208,21 @@ impl<D: Device> Ranks<D> {
     /// # Errors
     /// As [`Mesh::gather`].
     pub fn concat(&self, mine: Vec<f64>, doing: &'static str) -> Result<Vec<f64>> {
+        Ok(self.lists(mine, doing)?.concat())
+    }
+
+    /// The numbers of each rank, by rank; of a plan this rank's alone.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`].
+    pub fn lists(&self, mine: Vec<f64>, doing: &'static str) -> Result<Vec<Vec<f64>>> {
         let Some(mesh) = self.mesh() else {
-            return Ok(mine);
+            return Ok(vec![mine]);
         };
         let all = mesh.gather(bytemuck::cast_slice(&mine), doing)?;
         // Messages lie at any address.
         let numbers = |bytes: Vec<u8>| bytemuck::pod_collect_to_vec::<u8, f64>(&bytes);
-        Ok(all.into_iter().flat_map(numbers).collect())
+        Ok(all.into_iter().map(numbers).collect())
     }
 
     /// As [`Engine::exchange`]; nothing for one rank and for a plan.
@@ -242,6 +258,40 @@ impl<D: Device> Ranks<D> {
             Some(engine) => engine.send(device, buffer, to, doing),
             None => Ok(()),
         }
+    }
+
+    /// As [`Engine::finish`].
+    ///
+    /// # Errors
+    /// As [`Engine::finish`].
+    pub fn finish(&self, doing: &'static str) -> Result<()> {
+        match &self.engine {
+            Some(engine) => engine.finish(doing),
+            None => Ok(()),
+        }
+    }
+
+    /// Says yes or no to one rank, after what was said and sent there before.
+    ///
+    /// # Errors
+    /// As [`Mesh::post`].
+    pub fn tell(&self, to: usize, yes: bool, doing: &'static str) -> Result<()> {
+        match self.mesh() {
+            Some(mesh) => mesh.post(to, vec![u8::from(yes)], doing),
+            None => Ok(()),
+        }
+    }
+
+    /// What a rank has said by [`Ranks::tell`]; yes where there is no other rank.
+    ///
+    /// # Errors
+    /// As [`Mesh::gather`].
+    pub fn hear(&self, from: usize, doing: &'static str) -> Result<bool> {
+        let mut said = [1];
+        if let Some(mesh) = self.mesh() {
+            mesh.fill(from, &mut said, doing)?;
+        }
+        Ok(said != [0])
     }
 
     /// As [`Engine::receive`]; nothing where there is no other rank.

@@ -95,7 +95,8 @@ impl Functions {
 pub struct Nccl {
     mesh: Arc<Mesh>,
     functions: Functions,
-    lane: Mutex<Lane>,
+    /// One, or those of [`lane_of`]. What is queued on one waits for what was queued there before.
+    lanes: Vec<Mutex<Lane>>,
 }
 
 /// A communicator of all ranks.
@@ -127,11 +128,13 @@ impl std::fmt::Debug for Nccl {
 
 impl Nccl {
     /// Makes a communicator of all ranks, each on its own GPU. All ranks call it together. NCCL itself waits here for
-    /// all of them, without a time limit.
+    /// all of them, without a time limit. `both_ways`: neighbours send buffers to each other at a time, as stages in
+    /// training do; then each way has a communicator of its own, since two that wait for each other on one would wait
+    /// for ever.
     ///
     /// # Errors
     /// [`RankError::Library`] where NCCL is not there or refuses; [`RankError::SameDevice`]; as [`Mesh::gather`].
-    pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>) -> Result<Self> {
+    pub fn new(mesh: Arc<Mesh>, gpu: &Gpu<Cuda>, both_ways: bool) -> Result<Self> {
         let functions = Functions::load().map_err(|e| library("loading NCCL", e))?;
         bind(gpu)?;
         let context = gpu.driver().stream().context();
@@ -140,21 +143,29 @@ impl Nccl {
         if let Some(ranks) = sharing(&gpus) {
             return Err(RankError::SameDevice { ranks });
         }
-        let stream = context.new_stream();
-        let lane = Mutex::new(Lane {
-            communicator: functions.communicator(&mesh)?,
-            stream: stream.map_err(|e| library("making a stream", e))?,
-            sending: VecDeque::new(),
-        });
+        let lanes = match both_ways {
+            true => mesh.world().min(LANES),
+            false => 1,
+        };
+        let lane = |_| -> Result<Mutex<Lane>> {
+            let stream = context.new_stream();
+            Ok(Mutex::new(Lane {
+                communicator: functions.communicator(&mesh)?,
+                stream: stream.map_err(|e| library("making a stream", e))?,
+                sending: VecDeque::new(),
+            }))
+        };
         Ok(Self {
+            lanes: (0..lanes).map(lane).collect::<Result<_>>()?,
             mesh,
             functions,
-            lane,
         })
     }
 
-    fn lane(&self) -> Result<MutexGuard<'_, Lane>> {
-        let lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The lane of buffers from one rank to another.
+    fn lane(&self, from: usize, to: usize) -> Result<MutexGuard<'_, Lane>> {
+        let lane = &self.lanes[lane_of(from, to).min(self.lanes.len() - 1)];
+        let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
         match lane.communicator.is_null() {
             false => Ok(lane),
             true => Err(library("exchanging", "an exchange before has failed")),
@@ -293,7 +304,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
         receives: &[Piece],
         doing: &'static str,
     ) -> Result<()> {
-        let mut lane = self.lane()?;
+        let mut lane = self.lane(1, 0)?;
         bind(gpu)?;
         let located = |piece: &Piece, sends| -> Result<Transfer> {
             let range = piece.range.clone();
@@ -309,6 +320,9 @@ impl Engine<Gpu<Cuda>> for Nccl {
         let transfers = transfers.collect::<Result<Vec<_>>>()?;
         let stream = gpu.driver().stream();
         self.ended_on_error(&mut lane, |lane| {
+            // What this communicator sends on its own stream comes first.
+            let before = stream.join(&lane.stream);
+            before.map_err(|e| library(doing, e))?;
             self.functions
                 .queue(lane.communicator, stream, &transfers)?;
             let event = stream.record_event(None);
@@ -323,7 +337,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
         to: usize,
         doing: &'static str,
     ) -> Result<()> {
-        let mut lane = self.lane()?;
+        let mut lane = self.lane(self.mesh.rank(), to)?;
         bind(gpu)?;
         let (address, bytes) = gpu.bytes_of(&buffer)?;
         self.ended_on_error(&mut lane, |lane| {
@@ -351,7 +365,7 @@ impl Engine<Gpu<Cuda>> for Nccl {
         from: usize,
         doing: &'static str,
     ) -> Result<()> {
-        let mut lane = self.lane()?;
+        let mut lane = self.lane(from, self.mesh.rank())?;
         bind(gpu)?;
         let (address, bytes) = gpu.bytes_of(buffer)?;
         self.ended_on_error(&mut lane, |lane| {
@@ -373,16 +387,38 @@ impl Engine<Gpu<Cuda>> for Nccl {
             self.wait(&event, doing)
         })
     }
+
+    fn finish(&self, doing: &'static str) -> Result<()> {
+        for lane in &self.lanes {
+            let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+            self.ended_on_error(&mut lane, |lane| self.free_sent(lane, 0, doing))?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lane.communicator.is_null() {
-            // What does not arrive is seen by the rank that waits for it.
-            let _ = self.free_sent(&mut lane, 0, "the last buffers are sent");
-            self.abort(&mut lane);
+        for lane in &self.lanes {
+            let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+            if !lane.communicator.is_null() {
+                // What does not arrive is seen by the rank that waits for it.
+                let _ = self.free_sent(&mut lane, 0, "the last buffers are sent");
+                self.abort(&mut lane);
+            }
         }
+    }
+}
+
+/// Most lanes of a rank.
+const LANES: usize = 3;
+
+/// The lane of buffers from one rank to another: to the next lower one, to the next higher one, or elsewhere.
+fn lane_of(from: usize, to: usize) -> usize {
+    match (from, to) {
+        _ if from == to + 1 => 0,
+        _ if from + 1 == to => 1,
+        _ => 2,
     }
 }
 

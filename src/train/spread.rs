@@ -12,7 +12,7 @@ use crate::device::{self, Accumulate, Device, Kind, Purpose, Rows, RowsMut};
 use crate::ranks::{Piece, RankError, Ranks};
 
 /// Elements of each shard that are exchanged at a time: 64 MiB.
-const WINDOW: usize = 1 << 24;
+pub(super) const WINDOW: usize = 1 << 24;
 
 /// Gradients of every tensor.
 type Set<D> = Vec<<D as Device>::Buffer>;

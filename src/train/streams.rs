@@ -15,6 +15,9 @@
 //! All passes that are due advance together, layer by layer. Once all segments of a group are at their last pass, the
 //! group frees the tape and the sums of each layer as soon as the layer's weight gradients are computed. So sums of all
 //! layers exist only for groups that wait for another pass.
+//!
+//! Where a model's layers are spread over stages (`model::stage`), each stage computes the same passes over its own
+//! layers. It runs forward as many steps ahead of its backward as there are stages behind it (`streams::turns`).
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -23,14 +26,16 @@ use std::slice::from_mut;
 mod losses;
 mod pass;
 mod tail;
+mod turns;
 mod weight_grads;
 
+pub(super) use turns::{Sums, accumulate_batches};
 pub use weight_grads::Gradients;
 
 use pass::{LayerSums, Pass, Work};
 use tail::{Arrivals, StreamId};
 
-use crate::device::{Device, Kind, Purpose, Result};
+use crate::device::{Device, DeviceError, Kind, Result};
 use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
 use crate::model::segmentation::Segment;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
@@ -56,9 +61,9 @@ struct Group<D: Device> {
     slots: Slots<D>,
     /// Layers whose weight gradients are not computed yet.
     layers: Vec<Layer<D>>,
-    /// Gradient of the segments' own losses with respect to the output of the last layer.
-    d_top: D::Buffer,
-    /// Gradient of the embedded tokens.
+    /// Gradient of the segments' own losses with respect to the output of the model's last layer, where that is here.
+    d_top: Option<D::Buffer>,
+    /// Gradient of the embedded tokens, where the embedding is here.
     d_embedded: D::Buffer,
     /// Whether each span has had its last pass.
     finished: Vec<bool>,
@@ -92,15 +97,23 @@ impl Due {
     }
 }
 
+/// Sequences that are computed side by side.
+struct Batch<'a> {
+    sequences: &'a [ExampleRef<'a>],
+    plan: Plan,
+    /// The segments of each sequence's inputs, at least one.
+    segments: Vec<Vec<Segment>>,
+}
+
 /// One gradient computation over a batch of sequences.
 struct Streams<'a, D: Device> {
     model: &'a Decoder<D>,
     plan: &'a Plan,
     config: StreamConfig,
     sequences: &'a [ExampleRef<'a>],
-    /// The segments of each sequence's inputs, at least one.
     segments: &'a [Vec<Segment>],
     scale: f64,
+    states: Vec<SequenceState<D>>,
     alive: VecDeque<Group<D>>,
     head_done: bool,
     /// The spans of each step and the log-probabilities of their rows. They stay on the device until the end, because a
@@ -126,32 +139,36 @@ pub fn accumulate<D: Device, S: AsExample>(
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
     let sequences: Vec<ExampleRef<'_>> = sequences.iter().map(AsExample::as_example).collect();
+    let mut sums = Given {
+        gradients: from_mut(gradients),
+        log_probabilities: Vec::new(),
+    };
     let group = sequences.len().max(1);
-    accumulate_groups(model, &sequences, group, config, scale, from_mut(gradients))
+    accumulate_batches(model, &[&sequences], group, config, scale, &mut sums)?;
+    Ok(sums.log_probabilities)
 }
 
-/// As [`accumulate`], with gradients for each group of `group` sequences. They have the bits of a group computed alone.
-///
-/// # Errors
-/// As [`accumulate`].
-pub(super) fn accumulate_groups<D: Device>(
-    model: &Decoder<D>,
-    sequences: &[ExampleRef<'_>],
-    group: usize,
-    config: StreamConfig,
-    scale: f64,
-    gradients: &mut [Gradients<D>],
-) -> Result<Vec<Vec<f64>>> {
-    sequences.iter().try_for_each(ExampleRef::check)?;
-    let mut tokens = sequences.iter().map(|sequence| sequence.tokens);
-    tokens.try_for_each(|tokens| model.check_tokens("sequences", tokens))?;
-    let mut groups = Groups {
-        gradients,
-        sequences: group,
-    };
-    let device = &model.device;
-    let scored = device.together(|| run(model, sequences, config, scale, &mut groups));
-    scored.map_err(|error| error.wanted_for(Purpose::Backward))
+/// Gradients of one batch, to which its own are added.
+struct Given<'a, D: Device> {
+    gradients: &'a mut [Gradients<D>],
+    log_probabilities: Vec<Vec<f64>>,
+}
+
+impl<D: Device> Sums<D> for Given<'_, D> {
+    type Error = DeviceError;
+
+    fn begin(&mut self, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn gradients(&mut self) -> &mut [Gradients<D>] {
+        self.gradients
+    }
+
+    fn end(&mut self, _: usize, log_probabilities: Vec<Vec<f64>>) -> Result<()> {
+        self.log_probabilities = log_probabilities;
+        Ok(())
+    }
 }
 
 /// Gradients of groups of sequences.
@@ -161,7 +178,14 @@ struct Groups<'a, D: Device> {
     sequences: usize,
 }
 
-impl<D: Device> Groups<'_, D> {
+impl<'a, D: Device> Groups<'a, D> {
+    fn new(gradients: &'a mut [Gradients<D>], sequences: usize) -> Self {
+        Self {
+            gradients,
+            sequences,
+        }
+    }
+
     /// Runs of spans that add to the same gradients together.
     fn runs<'d>(&self, due: &'d [Due]) -> Vec<&'d [Due]> {
         let group = |due: &Due| due.sequence / self.sequences;
@@ -187,55 +211,35 @@ impl<D: Device> Groups<'_, D> {
     }
 }
 
-/// Body of [`accumulate`], inside [`Device::together`].
-fn run<D: Device>(
-    model: &Decoder<D>,
-    sequences: &[ExampleRef<'_>],
-    config: StreamConfig,
-    scale: f64,
-    gradients: &mut Groups<'_, D>,
-) -> Result<Vec<Vec<f64>>> {
-    let inputs = sequences.iter().map(|s| s.sequence().inputs());
-    let longest = inputs.clone().map(|s| s.tokens.len()).max().unwrap_or(0);
-    let plan = Plan::new(&model.config, longest);
-    let segments: Vec<Vec<Segment>> = inputs.map(|s| plan.segments(s)).collect();
-    let mut states = sequences
-        .iter()
-        .map(|_| SequenceState::new(&model.device, &plan))
-        .collect::<Result<Vec<_>>>()?;
-    let end = segments.iter().map(Vec::len).max().unwrap_or(0);
-    let mut streams = Streams {
-        model,
-        plan: &plan,
-        config,
-        sequences,
-        segments: &segments,
-        scale,
-        alive: VecDeque::new(),
-        head_done: false,
-        scores: Vec::new(),
-    };
-    let mut first = 0;
-    while first < end {
-        gradients.check_stop()?;
-        let next = first
-            .saturating_add(config.segments_per_step.max(1))
-            .min(end);
-        streams.forward(first, next, &mut states, gradients)?;
-        streams.backward(first, next, end, gradients)?;
-        first = next;
-    }
-    streams.log_probabilities()
-}
-
 impl<'a, D: Device> Streams<'a, D> {
-    /// Runs segments `[first, next)` of every sequence forward and computes the gradients of their losses.
+    fn new(
+        model: &'a Decoder<D>,
+        batch: &'a Batch<'a>,
+        config: StreamConfig,
+        scale: f64,
+    ) -> Result<Self> {
+        let state = |_| SequenceState::new(&model.device, &batch.plan);
+        Ok(Self {
+            model,
+            plan: &batch.plan,
+            config,
+            sequences: batch.sequences,
+            segments: &batch.segments,
+            scale,
+            states: batch.sequences.iter().map(state).collect::<Result<_>>()?,
+            alive: VecDeque::new(),
+            head_done: false,
+            scores: Vec::new(),
+        })
+    }
+
+    /// Runs segments `[first, next)` of every sequence forward and, where the model's head is here, computes the
+    /// gradients of their losses, which go to `gradients`.
     fn forward(
         &mut self,
         first: usize,
         next: usize,
-        states: &mut [SequenceState<D>],
-        gradients: &mut Groups<'_, D>,
+        gradients: Option<&mut Groups<'_, D>>,
     ) -> Result<()> {
         let (mut step, mut segments) = (Step::default(), Vec::new());
         for segment in first..next {
@@ -253,7 +257,7 @@ impl<'a, D: Device> Streams<'a, D> {
         let angles = Angles::new(device, &self.model.config, self.plan, room)?;
         let mut slots = Slots::new(device, self.plan, &angles, segments.len(), room)?;
         let mut layers = Vec::with_capacity(self.model.config.num_hidden_layers);
-        let mut states: Vec<&mut SequenceState<D>> = states.iter_mut().collect();
+        let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
         let mut placed = device.step(step.rows(self.plan, slots.room))?;
         let forward = self.model.forward(
             self.plan,
@@ -269,10 +273,19 @@ impl<'a, D: Device> Streams<'a, D> {
                 });
             },
         )?;
-        let forward = forward.expect("the model is whole");
-        let d_top = self.losses(&step, &segments, &forward, gradients)?;
+        let d_top = match (forward, gradients) {
+            (Some(forward), Some(gradients)) => {
+                Some(self.losses(&step, &segments, &forward, gradients)?)
+            }
+            (Some(_), None) => unreachable!("no stage runs ahead of the head"),
+            (None, _) => None,
+        };
         let (rows, spans) = (step.tokens.len(), step.spans.len());
-        let d_embedded = device.empty(Kind::Activation, rows * self.model.config.hidden_size)?;
+        let embedded = match self.model.config.part.begins {
+            true => rows * self.model.config.hidden_size,
+            false => 0,
+        };
+        let d_embedded = device.empty(Kind::Activation, embedded)?;
         self.alive.push_back(Group {
             step,
             segments,
@@ -301,7 +314,13 @@ impl<'a, D: Device> Streams<'a, D> {
         let layers = self.model.config.num_hidden_layers;
         for l in (0..layers).rev() {
             for work in &mut passes {
+                if l + 1 == layers {
+                    work.take_over()?;
+                }
                 work.layer(l, &mut self.alive[work.group], &mut arrivals)?;
+                if l == 0 {
+                    work.hand_over()?;
+                }
             }
             for run in &runs {
                 let group = &mut self.alive[run[0].group];
@@ -314,12 +333,14 @@ impl<'a, D: Device> Streams<'a, D> {
             self.alive.iter_mut().for_each(|g| g.release(l, recompute));
         }
         debug_assert!(arrivals.is_empty(), "every prior gradient is received");
-        for work in passes {
-            work.embedding(&mut self.alive[work.group])?;
-        }
-        for run in &runs {
-            let (gradients, group) = (gradients.of(run[0].sequence), &self.alive[run[0].group]);
-            gradients.add_embedding(self.model, group, spans(run))?;
+        if self.model.config.part.begins {
+            for work in passes {
+                work.embedding(&mut self.alive[work.group])?;
+            }
+            for run in &runs {
+                let (gradients, group) = (gradients.of(run[0].sequence), &self.alive[run[0].group]);
+                gradients.add_embedding(self.model, group, spans(run))?;
+            }
         }
         while self.alive.front().is_some_and(Group::is_finished) {
             self.alive.pop_front();

@@ -9,30 +9,29 @@
 //! made up for before the next use if it fails.
 
 mod kept;
+mod layers;
 mod rehearsal;
+mod start;
 mod update;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kept::{Kept, check_adapters, check_sizes, kept, room};
+use layers::Layers;
+pub use layers::part_of_rank;
 
 use super::checkpoint::{Checkpoint, Fingerprints};
 use super::config::Config;
 use super::data::{AsExample, Corpus, Example, ExampleRef, Mixture, Position};
 use super::error::{Result, TrainError};
-use super::guard::{Guard, SkipReason, Verdict};
-use super::optimizer::updated;
+use super::guard::{SkipReason, Verdict};
 use super::progress::{Progress, Tensors};
 use super::schedule::Schedule;
-use super::shards::Part;
 use super::spread::Spread;
 use super::streams::{Gradients, StreamConfig};
-use crate::device::{Device, Kind};
+use crate::device::Device;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::parameters::{Weights, base_specs, specs};
 use crate::model::session::score;
-use crate::model::stage::Stage;
 use crate::ranks::Ranks;
 
 /// What a step did.
@@ -109,6 +108,8 @@ pub struct Trainer<D: Device> {
     /// Of groups that are computed side by side. The first has the sums of a step.
     gradients: Vec<Gradients<D>>,
     spread: Spread<D>,
+    /// Where the model's layers are, if they are spread over ranks.
+    layers: Option<Layers>,
     /// Which tensors change.
     updated: Vec<bool>,
     progress: Progress,
@@ -120,192 +121,21 @@ pub struct Trainer<D: Device> {
 }
 
 impl<D: Device> Trainer<D> {
-    /// A trainer at the start of a run, or, with `progress`, where that run is.
-    ///
-    /// # Errors
-    /// [`TrainError::Config`], [`TrainError::Device`], or [`TrainError::Argument`] for tensors of other sizes
-    /// than the model's.
-    pub fn new(
-        device: D,
-        model: ModelConfig,
-        config: Config,
-        tensors: &Tensors,
-        progress: Option<Progress>,
-    ) -> Result<Self> {
-        Self::on_ranks(device, model, config, tensors, progress, Ranks::alone())
-    }
-
-    /// [`Trainer::new`] on one of several ranks. All of them call each function of the trainer together, and have
-    /// results of the same bits as a trainer alone (docs/contract.md, section 4).
-    ///
-    /// # Errors
-    /// As [`Trainer::new`]; also [`TrainError::Argument`] for a device whose weights are not f32.
-    pub fn on_ranks(
-        device: D,
-        model: ModelConfig,
-        config: Config,
-        tensors: &Tensors,
-        progress: Option<Progress>,
-        ranks: Ranks<D>,
-    ) -> Result<Self> {
-        Self::on_weights(None, device, model, config, tensors, progress, ranks)
-    }
-
-    /// [`Trainer::on_ranks`] of adapters (`model.lora`) over the weights of `base`, which are shared with it.
-    ///
-    /// # Errors
-    /// As [`Trainer::on_ranks`].
-    pub fn adapting(
-        base: &Decoder<D>,
-        model: ModelConfig,
-        config: Config,
-        tensors: &Tensors,
-        progress: Option<Progress>,
-        ranks: Ranks<D>,
-    ) -> Result<Self>
-    where
-        D: Clone,
-    {
-        let (device, base) = (base.device.clone(), Some(&base.weights));
-        Self::on_weights(base, device, model, config, tensors, progress, ranks)
-    }
-
-    fn on_weights(
-        base: Option<&Weights<D>>,
-        device: D,
-        model: ModelConfig,
-        config: Config,
-        tensors: &Tensors,
-        progress: Option<Progress>,
-        ranks: Ranks<D>,
-    ) -> Result<Self> {
-        check_sizes(&specs(&model), tensors)?;
-        let bytes = device.element_bytes(Kind::Exact);
-        if ranks.world() > 1 && bytes != size_of::<f32>() {
-            let expected = "one whose weights have 4 bytes, where there are several ranks";
-            return Err(TrainError::argument("device", expected, bytes));
-        }
-        let lists = [&tensors.values, &tensors.m, &tensors.v];
-        let tensor = |device: &D, kind: Kept, part: &Part| {
-            let values = &lists[kind as usize][part.tensor][part.range.clone()];
-            let mut buffer = room(device, values.len())?;
-            device.write(&mut buffer, 0, values)?;
-            Ok(buffer)
-        };
-        Self::made(base, device, model, config, progress, ranks, tensor)
-    }
-
-    /// A trainer at the start of a run, with arbitrary tensors: for dry runs, which only measure memory.
-    ///
-    /// # Errors
-    /// [`TrainError::Config`], [`TrainError::Device`].
-    pub fn for_dry_run(
-        device: D,
-        model: ModelConfig,
-        config: Config,
-        ranks: Ranks<D>,
-    ) -> Result<Self> {
-        let tensor = |device: &D, _, part: &Part| room(device, part.range.len());
-        let model = model.for_dry_run();
-        let base = match model.lora {
-            None => None,
-            Some(_) => {
-                let specs = base_specs(&model);
-                let values = |i: usize| device.empty(Kind::Exact, specs[i].role.len());
-                Some(Weights::prepare(&device, &specs, values, false)?)
-            }
-        };
-        Self::made(base.as_ref(), device, model, config, None, ranks, tensor)
-    }
-
-    fn made(
-        base: Option<&Weights<D>>,
-        device: D,
-        model: ModelConfig,
-        config: Config,
-        progress: Option<Progress>,
-        ranks: Ranks<D>,
-        tensor: impl Fn(&D, Kept, &Part) -> crate::device::Result<D::Buffer>,
-    ) -> Result<Self> {
-        let specs = specs(&model);
-        let updated = updated(&specs, &config.training)?;
-        check_adapters(&model, &config, base.is_some())?;
-        let lens: Vec<usize> = specs.iter().map(kept).collect();
-        let spread = Spread::new(&device, &lens, &updated, ranks)?;
-        let whole = |i: usize| Part {
-            tensor: i,
-            range: 0..lens[i],
-        };
-        let values = (0..lens.len())
-            .map(|i| Ok(tensor(&device, Kept::Values, &whole(i))?))
-            .collect::<Result<Vec<_>>>()?;
-        let own = |kind| -> Result<Vec<D::Buffer>> {
-            let parts = spread.own().iter();
-            parts.map(|part| Ok(tensor(&device, kind, part)?)).collect()
-        };
-        let (m, v) = (own(Kept::M)?, own(Kept::V)?);
-        let progress = match progress {
-            // The settings may be others than when the run was saved.
-            Some(progress) => Progress {
-                guard: progress.guard.reconfigured(config.guard.clone())?,
-                ..progress
-            },
-            None => Progress {
-                step: 0,
-                updates: 0,
-                tokens: 0,
-                position: Position::default(),
-                guard: Guard::new(config.guard.clone())?,
-            },
-        };
-        // The model prepares values of its own, one tensor at a time.
-        let shared = if base.is_some() {
-            base_specs(&model).len()
-        } else {
-            0
-        };
-        let value = |i: usize| tensor(&device, Kept::Values, &whole(shared + i));
-        let own = Weights::prepare(&device, &specs[shared..], value, true)?;
-        let weights = match base {
-            Some(base) => base.with(shared, own),
-            None => own,
-        };
-        let model = Decoder {
-            stage: Stage::planned(&model.part),
-            device,
-            config: model,
-            specs,
-            weights,
-        };
-        Ok(Self {
-            schedule: config.schedule()?,
-            gradients: vec![Gradients::of(&model, &updated)?],
-            spread,
-            updated,
-            config,
-            model,
-            values,
-            m,
-            v,
-            progress,
-            ahead: None,
-            stale: false,
-            stop: Stop::default(),
-        })
-    }
-
     /// Ends steps and validations with [`TrainError::Interrupted`] once `flag` is set, between two segments or
     /// sequences. The run is where it was then. Of several ranks none stops in the middle, since the others would wait
     /// for it: see [`Trainer::any`].
     pub fn interrupt_by(&mut self, flag: &'static AtomicBool) {
-        if self.spread.ranks.world() == 1 {
+        if self.ranks().world() == 1 {
             self.stop = Stop(Some(flag));
         }
     }
 
     /// The ranks of the run.
     pub fn ranks(&self) -> &Ranks<D> {
-        &self.spread.ranks
+        match &self.layers {
+            Some(_) => self.model.stage.ranks(),
+            None => &self.spread.ranks,
+        }
     }
 
     /// Whether each of these is so on any rank. All ranks ask together, and hear the same.
@@ -315,7 +145,7 @@ impl<D: Device> Trainer<D> {
     pub fn any<const N: usize>(&self, here: [bool; N]) -> Result<[bool; N]> {
         let doing = "the ranks agree whether to go on";
         let all = here.map(f64::from).to_vec();
-        let all = self.spread.ranks.concat(all, doing)?;
+        let all = self.ranks().concat(all, doing)?;
         Ok(std::array::from_fn(|i| {
             all.iter().skip(i).step_by(N).any(|there| *there != 0.0)
         }))
@@ -334,9 +164,16 @@ impl<D: Device> Trainer<D> {
         Ok(())
     }
 
-    /// The model as it is now; after a step whose last part failed, once [`Trainer::settle`] has succeeded.
+    /// The model as it is now, or this rank's layers of it; after a step whose last part failed, once
+    /// [`Trainer::settle`] has succeeded.
     pub fn model(&self) -> &Decoder<D> {
         &self.model
+    }
+
+    /// The configuration of the whole model.
+    pub fn model_config(&self) -> &ModelConfig {
+        let layers = self.layers.as_ref();
+        layers.map_or(&self.model.config, |layers| &layers.whole)
     }
 
     /// The run's configuration.
@@ -349,7 +186,8 @@ impl<D: Device> Trainer<D> {
         &self.progress
     }
 
-    /// Weights and moments, read back. On ranks but 0 the moments of what others own are zeros.
+    /// Weights and moments, read back. On ranks but 0 the moments of what others own are zeros; where ranks have layers
+    /// each, the tensors of others are empty there.
     ///
     /// # Errors
     /// [`TrainError::Device`], [`TrainError::Ranks`].
@@ -360,7 +198,10 @@ impl<D: Device> Trainer<D> {
         let mut tensors = Tensors::new(values.collect::<Result<_>>()?);
         self.spread.collect(device, &self.m, &mut tensors.m)?;
         self.spread.collect(device, &self.v, &mut tensors.v)?;
-        Ok(tensors)
+        match &self.layers {
+            Some(layers) => layers.collect(self.ranks(), &tensors),
+            None => Ok(tensors),
+        }
     }
 
     /// All that a resumed run needs. `extra`: files for the model folder. Whole on rank 0 only, see
@@ -375,7 +216,7 @@ impl<D: Device> Trainer<D> {
     ) -> Result<Checkpoint> {
         Ok(Checkpoint {
             config: self.config.clone(),
-            model: self.model.config.clone(),
+            model: self.model_config().clone(),
             tensors: self.tensors()?,
             progress: self.progress.clone(),
             data: data.clone(),
@@ -458,7 +299,7 @@ impl<D: Device> Trainer<D> {
         match self.settle() {
             Ok(()) => {}
             // The others are not where this one is.
-            Err(error) if self.spread.ranks.world() > 1 => return Err(error),
+            Err(error) if self.ranks().world() > 1 => return Err(error),
             Err(error) => tracing::warn!("{error}; tried again before the next use of the model"),
         }
         let (skipped, stop) = match verdict {
@@ -489,9 +330,12 @@ impl<D: Device> Trainer<D> {
             self.stop.check()?;
             let sequence = sequence.as_example().sequence();
             let scored = score(&self.model, sequence, self.streams().segments_per_step)?;
-            sums.push(scored.iter().map(|x| f64::from(*x)).sum::<f64>());
+            if self.model.config.part.ends {
+                sums.push(scored.iter().map(|x| f64::from(*x)).sum::<f64>());
+            }
         }
-        let sums = self.spread.ranks.concat(sums, "losses are added up")?;
+        self.model.stage.finish()?;
+        let sums = self.ranks().concat(sums, "losses are added up")?;
         let count: usize = sequences.iter().map(|s| s.as_example().targets()).sum();
         Ok((count > 0).then(|| -sums.iter().sum::<f64>() / count as f64))
     }

@@ -103,6 +103,26 @@ pub fn losses(run: &Path) -> Vec<(u64, Option<u64>, Option<u64>)> {
         .collect()
 }
 
+/// Weights and moments.
+fn bits(checkpoint: &Checkpoint) -> Vec<u32> {
+    let tensors = &checkpoint.tensors;
+    let all = [&tensors.values, &tensors.m, &tensors.v];
+    let all = all.into_iter().flatten().flatten();
+    all.map(|x| x.to_bits()).collect()
+}
+
+/// A run in `folder` that is the same as another one but for its name.
+pub fn same(folder: &Path, a: &str, b: &str) {
+    let [x, y] = [a, b].map(|run| newest(&folder.join(run)));
+    assert_eq!(x.progress, y.progress);
+    assert_eq!(x.model, y.model);
+    assert!(
+        bits(&x) == bits(&y),
+        "weights or moments of {a} and {b} differ"
+    );
+    assert_eq!(losses(&folder.join(a)), losses(&folder.join(b)));
+}
+
 /// Lines so far.
 pub fn losses_len(run: &Path) -> usize {
     std::fs::read(run.join("metrics.jsonl"))

@@ -102,9 +102,9 @@ impl<'a, D: Device> Work<'a, D> {
         let rows = last.row + last.rows - first;
         let (device, hidden) = (&model.device, model.config.hidden_size);
         let mut d = None;
-        if pass.own_loss {
+        if let (true, Some(d_top)) = (pass.own_loss, &group.d_top) {
             let dst = d.insert(device.empty(Kind::Activation, rows * hidden)?);
-            let src = Rows::packed(&group.d_top, first, hidden);
+            let src = Rows::packed(d_top, first, hidden);
             let dst = RowsMut::packed(dst, 0, hidden);
             device.copy(src, dst, rows, hidden, Accumulate::No)?;
         }
@@ -121,6 +121,25 @@ impl<'a, D: Device> Work<'a, D> {
             rows,
             d,
         })
+    }
+
+    /// Before the last layer: takes the gradient of its output from the part of the model behind it, if there is one.
+    pub(super) fn take_over(&mut self) -> Result<()> {
+        let Decoder { device, config, .. } = self.model;
+        if !config.part.ends {
+            let len = self.rows * config.hidden_size;
+            self.d = self.model.stage.from_after(device, len)?;
+        }
+        Ok(())
+    }
+
+    /// After the first layer: gives the gradient of its input to the part of the model before it, if there is one.
+    pub(super) fn hand_over(&mut self) -> Result<()> {
+        let Decoder { device, config, .. } = self.model;
+        match config.part.begins {
+            true => Ok(()),
+            false => self.model.stage.to_before(device, self.d.take()),
+        }
     }
 
     /// Backward of layer `l`: from its output to its input.

@@ -20,8 +20,11 @@ pub struct Gradients<D: Device> {
     /// Which of them are computed; the others are empty.
     wanted: Vec<bool>,
     /// Gradient of a tied embedding from its use as the head. It is kept apart so that the order of additions, and with
-    /// it the bits, do not depend on the number of segments per step.
+    /// it the bits, do not depend on the number of segments per step. The head may be on another stage than the
+    /// embedding (`model::stage`): then the last one sends it to the first.
     tied_head: Option<D::Buffer>,
+    /// Elements of `tied_head`, where there is one.
+    tied: Option<usize>,
     /// Whether `tied_head` has changed since it was last added to the embedding's gradient.
     apart: bool,
     /// The head, where it is a tensor of its own.
@@ -45,15 +48,18 @@ impl<D: Device> Gradients<D> {
     /// Zeros for the tensors that are `wanted`. For the others nothing is computed.
     pub fn of(model: &Decoder<D>, wanted: &[bool]) -> Result<Self> {
         let lens = model.specs.iter().zip(wanted);
-        let lens: Vec<usize> = lens
+        let mut lens: Vec<usize> = lens
             .map(|(spec, wanted)| if *wanted { spec.role.len() } else { 0 })
             .collect();
         let tied = model.config.tie_word_embeddings && wanted[index::EMBEDDING];
+        let tied = tied.then_some(lens[index::EMBEDDING]);
+        if !model.config.part.begins {
+            lens[index::EMBEDDING] = 0;
+        }
         let mut gradients = Self {
             tensors: Vec::new(),
-            tied_head: tied
-                .then(|| zeros(&model.device, lens[index::EMBEDDING]))
-                .transpose()?,
+            tied_head: tied.map(|len| zeros(&model.device, len)).transpose()?,
+            tied,
             lens,
             wanted: wanted.to_vec(),
             apart: false,
@@ -114,9 +120,24 @@ impl<D: Device> Gradients<D> {
         Ok(&self.tensors)
     }
 
+    /// Takes the head's share of a tied embedding's gradient out. It is missing until [`Gradients::clear`].
+    pub(in crate::train) fn take_head(&mut self) -> Option<D::Buffer> {
+        self.apart = false;
+        self.tied_head.take()
+    }
+
+    /// The head's share of a tied embedding's gradient, to be written by the caller before [`Gradients::finish`].
+    pub(in crate::train) fn head_mut(&mut self) -> Option<&mut D::Buffer> {
+        self.apart = self.tied_head.is_some();
+        self.tied_head.as_mut()
+    }
+
     /// Sets every gradient to zero.
     pub fn clear(&mut self, device: &D) -> Result<()> {
         self.apart = false;
+        if let (None, Some(len)) = (&self.tied_head, self.tied) {
+            self.tied_head = Some(zeros(device, len)?);
+        }
         self.tensors
             .iter_mut()
             .chain(&mut self.tied_head)

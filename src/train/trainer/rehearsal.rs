@@ -17,15 +17,15 @@ impl<D: Device> Trainer<D> {
         tokens: usize,
         others: Vec<Example>,
     ) -> Result<()> {
-        let (world, sequence) = (self.ranks().world(), vec![0u32; tokens + 1]);
+        let (ranks, sequence) = (self.ranks().world(), vec![0u32; tokens + 1]);
         // What ranks exchange is allocated late in the first step. The second has to find room around it.
-        for _ in 0..world.min(2) {
+        for _ in 0..ranks.min(2) {
             self.step_on(&[vec![sequence.clone(); sequences]])?;
         }
         if !others.is_empty() {
             self.step_on(&[others])?;
         }
-        self.validate(&vec![sequence; world])?;
+        self.validate(&vec![sequence; self.spread.ranks.world()])?;
         Ok(())
     }
 }

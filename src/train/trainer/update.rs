@@ -4,12 +4,94 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::{Stop, Trainer};
-use crate::device::{AdamW, Device, GradTensor, Kind};
+use crate::device::{self, AdamW, Device, GradTensor, Kind};
+use crate::model::decoder::Decoder;
 use crate::model::parameters::{Role, index};
 use crate::train::data::ExampleRef;
-use crate::train::error::Result;
+use crate::train::error::{Result, TrainError};
 use crate::train::optimizer::{MIN_GATE, decays};
-use crate::train::streams::{Gradients, accumulate_groups};
+use crate::train::spread::Spread;
+use crate::train::streams::{Gradients, Sums, accumulate_batches};
+
+/// What a step takes from its batches.
+struct StepSums<'a, D: Device> {
+    model: &'a Decoder<D>,
+    updated: &'a [bool],
+    /// Gradients that group 0 begins with, by tensor.
+    prices: &'a [(usize, Vec<f32>)],
+    stop: Stop,
+    spread: &'a mut Spread<D>,
+    gradients: &'a mut Vec<Gradients<D>>,
+    /// Groups of the batch at work.
+    at_work: usize,
+    /// The groups of each batch.
+    batches: &'a [Range<usize>],
+    sequences: &'a [&'a [ExampleRef<'a>]],
+    /// Of each sequence, where the model's head is here.
+    weighted: Vec<f64>,
+    log_probabilities: Vec<Vec<f64>>,
+}
+
+impl<D: Device> Sums<D> for StepSums<'_, D> {
+    type Error = TrainError;
+
+    fn begin(&mut self, batch: usize) -> Result<()> {
+        self.stop.check()?;
+        let groups = &self.batches[batch];
+        self.at_work = groups.len();
+        while self.gradients.len() < groups.len() {
+            let new = Gradients::of(self.model, self.updated)?;
+            self.gradients.push(new);
+        }
+        for gradients in &mut self.gradients[..groups.len()] {
+            if let Stop(Some(flag)) = self.stop {
+                gradients.interrupt_by(flag);
+            }
+            self.spread.clear(&self.model.device, gradients)?;
+        }
+        if groups.start == 0 {
+            for (tensor, price) in self.prices {
+                self.gradients[0].write(&self.model.device, *tensor, price)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn gradients(&mut self) -> &mut [Gradients<D>] {
+        &mut self.gradients[..self.at_work]
+    }
+
+    fn end(&mut self, batch: usize, log_probabilities: Vec<Vec<f64>>) -> Result<()> {
+        if self.model.config.part.ends {
+            let weighted = self.sequences[batch].iter().zip(&log_probabilities);
+            let sums = weighted.map(|(s, scores)| s.weighted(scores).sum::<f64>());
+            self.weighted.extend(sums);
+            self.log_probabilities.extend(log_probabilities);
+        }
+        let groups = self.batches[batch].clone().zip(self.gradients.iter_mut());
+        for (group, gradients) in groups {
+            join_head(self.model, gradients)?;
+            self.spread.push(&self.model.device, gradients, group)?;
+        }
+        Ok(())
+    }
+}
+
+/// Brings the head's share of a tied embedding's gradient to the embedding, where they are on different stages.
+fn join_head<D: Device>(model: &Decoder<D>, gradients: &mut Gradients<D>) -> device::Result<()> {
+    let (device, part) = (&model.device, model.config.part);
+    match (part.begins, part.ends) {
+        (false, true) => {
+            let share = gradients.take_head();
+            share.map_or(Ok(()), |share| model.stage.head_to_first(device, share))
+        }
+        (true, false) => {
+            let share = gradients.head_mut();
+            share.map_or(Ok(()), |share| model.stage.head_from_last(device, share))
+        }
+        _ => Ok(()),
+    }
+}
 
 impl<D: Device> Trainer<D> {
     /// Leaves the gradient of the mean loss in `gradients`, as far as this rank owns it. Returns the loss,
@@ -20,29 +102,36 @@ impl<D: Device> Trainer<D> {
         scale: f64,
     ) -> Result<(f64, Vec<Vec<f64>>)> {
         self.spread.begin();
-        let (streams, mut sums, mut log_probabilities) = (self.streams(), Vec::new(), Vec::new());
-        let training = &self.config.training;
-        let (batch, group) = (training.batch, training.group());
+        let prices = self.prices_of_gates()?;
+        let (batch, group) = (self.config.training.batch, self.config.training.group());
         let groups = sequences.len().div_ceil(group);
-        let mut own = self.spread.share(groups);
-        let began = Instant::now();
-        while !own.is_empty() {
-            self.stop.check()?;
-            let at_once = own.start..own.end.min(own.start + (batch / group).max(1));
-            self.prepare(&at_once)?;
-            let (model, gradients) = (&self.model, &mut self.gradients[..at_once.len()]);
-            let all = &sequences[at_once.start * group..sequences.len().min(at_once.end * group)];
-            let scored = accumulate_groups(model, all, group, streams, scale, gradients)?;
-            let weighted = all.iter().zip(&scored);
-            sums.extend(weighted.map(|(s, scores)| s.weighted(scores).sum::<f64>()));
-            log_probabilities.extend(scored);
-            for (i, gradients) in at_once.clone().zip(gradients) {
-                self.spread.push(&model.device, gradients, i)?;
-            }
-            own.start = at_once.end;
-        }
+        let (own, at_once) = (self.spread.share(groups), (batch / group).max(1));
+        let starts = own.clone().step_by(at_once);
+        let batches: Vec<Range<usize>> = starts
+            .map(|start| start..own.end.min(start + at_once))
+            .collect();
+        let of =
+            |at: &Range<usize>| &sequences[at.start * group..sequences.len().min(at.end * group)];
+        let sequences: Vec<_> = batches.iter().map(of).collect();
+        let (streams, began) = (self.streams(), Instant::now());
+        let mut step = StepSums {
+            model: &self.model,
+            updated: &self.updated,
+            prices: &prices,
+            stop: self.stop,
+            spread: &mut self.spread,
+            gradients: &mut self.gradients,
+            at_work: 0,
+            batches: &batches,
+            sequences: &sequences,
+            weighted: Vec::new(),
+            log_probabilities: Vec::new(),
+        };
+        accumulate_batches(&self.model, &sequences, group, streams, scale, &mut step)?;
+        let (sums, log_probabilities) = (step.weighted, step.log_probabilities);
+        self.model.stage.finish()?;
         let computed = began.elapsed();
-        let sums = self.spread.ranks.concat(sums, "losses are added up")?;
+        let sums = self.ranks().concat(sums, "losses are added up")?;
         let device = &self.model.device;
         let waited = began.elapsed();
         self.spread.sum(device, &mut self.gradients[0], groups)?;
@@ -55,30 +144,12 @@ impl<D: Device> Trainer<D> {
         Ok((-sums.iter().sum::<f64>() * scale, log_probabilities))
     }
 
-    /// Makes gradients ready for these groups.
-    fn prepare(&mut self, groups: &Range<usize>) -> Result<()> {
-        while self.gradients.len() < groups.len() {
-            let new = Gradients::of(&self.model, &self.updated)?;
-            self.gradients.push(new);
-        }
-        for gradients in &mut self.gradients[..groups.len()] {
-            if let Stop(Some(flag)) = self.stop {
-                gradients.interrupt_by(flag);
-            }
-            self.spread.clear(&self.model.device, gradients)?;
-        }
-        match groups.start {
-            0 => self.price_gates(),
-            _ => Ok(()),
-        }
-    }
-
-    /// Sets the gradient to that of `gate_l1` times the mean of the gates that are read, those above 0 of heads that
-    /// read the past.
-    fn price_gates(&mut self) -> Result<()> {
+    /// The gradients of `gate_l1` times the mean of the gates that are read, those above 0 of heads that read the past,
+    /// with the numbers of their tensors.
+    fn prices_of_gates(&self) -> Result<Vec<(usize, Vec<f32>)>> {
         let (price, config) = (self.config.training.gate_l1, &self.model.config);
         if price == 0.0 {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let group = config.num_attention_heads / config.num_key_value_heads;
         let open = |l: usize| {
@@ -92,13 +163,15 @@ impl<D: Device> Trainer<D> {
         };
         let layers = 0..config.num_hidden_layers;
         let count = layers.clone().flat_map(open).filter(|open| *open).count();
-        let each = (price / count.max(1) as f64) as f32;
-        for l in layers {
-            let price: Vec<f32> = open(l).map(|open| if open { each } else { 0.0 }).collect();
-            let gates = index::past_gate(l);
-            self.gradients[0].write(&self.model.device, gates, &price)?;
-        }
-        Ok(())
+        let doing = "the gates that are read are counted";
+        let stages = self.model.stage.ranks();
+        let counts = stages.concat(vec![count as f64], doing)?;
+        let each = (price / counts.iter().sum::<f64>().max(1.0)) as f32;
+        let prices = layers.map(|l| {
+            let prices = open(l).map(|open| if open { each } else { 0.0 });
+            (index::past_gate(l), prices.collect())
+        });
+        Ok(prices.collect())
     }
 
     /// Sums of squares of the chunks of all gradients, in order.
@@ -110,9 +183,13 @@ impl<D: Device> Trainer<D> {
         let own: Vec<_> = own
             .map(|part| (&grads[part.tensor], part.range.clone()))
             .collect();
-        let squares = device.grad_squares(&own)?;
+        let (squares, chunk) = (device.grad_squares(&own)?, device.norm_chunk()?);
         let doing = "the gradients' norm is added up";
-        Ok(self.spread.ranks.concat(squares, doing)?)
+        let lists = self.ranks().lists(squares, doing)?;
+        Ok(match &self.layers {
+            Some(layers) => layers.in_order(lists, chunk),
+            None => lists.concat(),
+        })
     }
 
     /// The gradients' norm; applies the update too unless `only_measure`.
@@ -174,6 +251,7 @@ impl<D: Device> Trainer<D> {
         let began = Instant::now();
         self.spread
             .share_values(&self.model.device, &mut self.values)?;
+        self.share_embedding()?;
         tracing::debug!("weights shared: {:.4} s", began.elapsed().as_secs_f64());
         for i in 0..self.values.len() {
             if self.updated[i] {
