@@ -139,6 +139,8 @@ impl Link {
         let mut kind = [0];
         match peek() {
             Ok(0) => Err(self.failed(ErrorKind::UnexpectedEof.into(), doing)),
+            // In the middle of a message any byte may come.
+            Ok(_) if self.unread.load(Relaxed) > 0 => Ok(()),
             Ok(_) => match self.stream.peek(&mut kind) {
                 Ok(_) if kind[0] == FAREWELL => self.next(doing).map(drop),
                 _ => Ok(()),

@@ -193,11 +193,32 @@ impl Mesh {
     fn alone<T>(&self, peer: usize, work: impl FnOnce(&Arc<Link>) -> Result<T>) -> Result<T> {
         let link = self.links.get(peer).and_then(Option::as_ref);
         let link = link.expect("another rank of this run");
-        let done = work(link).map_err(|error| link.explained(error));
+        let done = work(link).map_err(|error| self.with_others(link.explained(error)));
         if let Err(error) = &done {
             self.end(&error.to_string());
         }
         done
+    }
+
+    /// An error with what the other connections say of it: a rank that is lost takes others along, and whose connection
+    /// breaks first is chance.
+    fn with_others(&self, error: RankError) -> RankError {
+        let RankError::Lost {
+            rank,
+            doing,
+            reason,
+        } = error
+        else {
+            return error;
+        };
+        let others = self.others().filter(|(other, _)| *other != rank);
+        let said = others.filter_map(|(_, link)| link.look(doing).err());
+        let said: Vec<String> = said.map(|error| error.to_string()).collect();
+        RankError::Lost {
+            rank,
+            doing,
+            reason: [vec![reason], said].concat().join("; "),
+        }
     }
 
     /// Tells the others that this rank ends the run, and why. Later calls do nothing.
@@ -256,6 +277,7 @@ impl Mesh {
             }
             received
         });
+        let done = done.map_err(|error| self.with_others(error));
         if let Err(error) = &done {
             self.end(&error.to_string());
         }
