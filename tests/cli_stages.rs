@@ -6,6 +6,7 @@ mod training;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use training::{
@@ -85,6 +86,68 @@ fn a_text_goes_on_to_the_same_bits_on_any_number_of_stages() {
     let whole = generate("1");
     for stages in ["2", "4"] {
         assert!(generate(stages) == whole, "{stages} stages");
+    }
+}
+
+#[test]
+fn an_evaluation_over_stages_finds_what_one_process_finds() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let config = model.join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    // Without it no oracle selects.
+    json["segment"]["break_after_prompt"] = true.into();
+    std::fs::write(&config, json.to_string()).unwrap();
+    let text = at.join("text.txt");
+    for more in [
+        &[
+            "--task",
+            "perplexity",
+            "--lengths",
+            "700",
+            "--data",
+            text.to_str().unwrap(),
+        ][..],
+        &[
+            "--task",
+            "passkey,niah_single_1",
+            "--lengths",
+            "1200",
+            "-n",
+            "2",
+        ],
+        &[
+            "--task",
+            "passkey",
+            "--lengths",
+            "1200",
+            "-n",
+            "2",
+            "--oracle",
+        ],
+    ] {
+        let found = |stages: &str| {
+            let out = at.join("found.json");
+            let mut command = on(&model, "eval", stages);
+            command.args(more).arg("--out").arg(&out);
+            let said = succeed(command).stdout;
+            let text = std::fs::read_to_string(out).unwrap();
+            let mut found: serde_json::Value = serde_json::from_str(&text).unwrap();
+            // It says how many threads there are.
+            found.as_object_mut().unwrap().remove("device");
+            (found.to_string(), said)
+        };
+        let whole = found("1");
+        assert!(
+            more[1] == "perplexity" || whole.0.contains("recall"),
+            "{}",
+            whole.0
+        );
+        for stages in ["2", "4"] {
+            assert!(found(stages) == whole, "{stages} stages: {more:?}");
+        }
     }
 }
 
@@ -198,6 +261,39 @@ fn a_stage_that_is_killed_ends_the_training_of_all() {
         kill(children, killed);
         // The last checkpoint is whole.
         assert!(newest(&at.join(&output)).progress.step > 0);
+    }
+}
+
+#[test]
+fn a_stage_with_other_weights_is_named_with_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let other = at.join("other");
+    std::fs::create_dir(&other).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(model.join(name), other.join(name)).unwrap();
+    }
+    // The sign of the last number of the last tensor.
+    let file = other.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 0x80;
+    std::fs::write(file, bytes).unwrap();
+    let tokens = at.join("tokens.json");
+    let rank = AtomicUsize::new(0);
+    let children = launched(2, || {
+        let models = [&model, &other];
+        let model = models[rank.fetch_add(1, Ordering::Relaxed)];
+        let mut command = on(model, "score", "2");
+        command.arg("--tokens").arg(&tokens);
+        command
+    });
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let named = said.contains("rank 1: weights in model.safetensors");
+        assert!(named, "{said}");
     }
 }
 

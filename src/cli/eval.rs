@@ -28,6 +28,8 @@ use super::files::{BreakArgs, Results as Place};
 use super::generate::progress;
 use super::model::{Adapt, ModelArgs};
 use super::out::out;
+use super::ranks::Party;
+use super::stages::StageArgs;
 
 /// The tasks that are no synthetic ones.
 pub const PERPLEXITY: &str = "perplexity";
@@ -38,6 +40,8 @@ const LONGBENCH: &str = "longbench_v2";
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    stages: StageArgs,
     /// perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah (its
     /// needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
     /// vt (tracked variables), cwe, fwe (common and frequent words), ordinal (the n-th of equal titles),
@@ -166,9 +170,15 @@ pub struct Ran {
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
+    args.stages
+        .run(&args.model, |party| report(args, party, quiet))
+}
+
+/// Evaluates, and says what was found.
+fn report(args: &Args, party: &Party, quiet: bool) -> Result<()> {
     let place = Place::at(&args.out)?;
     let mut everything = Everything::default();
-    let ran = evaluate(args, &|_| Ok(()), &mut everything, quiet)?;
+    let ran = evaluate(args, &|_| Ok(()), &mut everything, party, quiet)?;
     let (tasks, _) = parse_tasks(&args.task)?;
     let tasks = (!tasks.is_empty()).then(|| Report {
         config: args.run_config(tasks),
@@ -200,9 +210,18 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
     Ok(())
 }
 
-/// Loads the model, its configuration changed by `adapt`, and gives `watch` every part that it wants.
-pub fn evaluate(args: &Args, adapt: Adapt<'_>, watch: &mut dyn Watch, quiet: bool) -> Result<Ran> {
-    on_device!(args.model.device(), device => evaluate_on(device, args, adapt, watch, quiet))
+/// Loads the model, its configuration changed by `adapt` and its layers spread over `party`, and gives `watch` every
+/// part that it wants.
+pub fn evaluate(
+    args: &Args,
+    adapt: Adapt<'_>,
+    watch: &mut dyn Watch,
+    party: &Party,
+    quiet: bool,
+) -> Result<Ran> {
+    on_device!(args.model.device(), party.local_rank(), device => {
+        evaluate_on(device, args, adapt, watch, party, quiet)
+    })
 }
 
 fn evaluate_on<D: Planned>(
@@ -210,11 +229,12 @@ fn evaluate_on<D: Planned>(
     args: &Args,
     adapt: Adapt<'_>,
     watch: &mut dyn Watch,
+    party: &Party,
     quiet: bool,
 ) -> Result<Ran> {
     let (tasks, with_perplexity) = args.parts()?;
     let needs_text = !tasks.is_empty() || args.questions.is_some();
-    let opened = args.model.open_as(needs_text, adapt)?;
+    let opened = args.model.open_as(needs_text, adapt)?.shared(party);
     let segment = opened.config.segment.as_ref();
     ensure!(
         !args.oracle || segment.is_some_and(|s| s.break_after_prompt),
@@ -250,7 +270,7 @@ fn evaluate_on<D: Planned>(
     }
     Ok(Ran {
         device: model.device.description(),
-        segment: model.config.to_json().get("segment").cloned(),
+        segment: opened.config.to_json().get("segment").cloned(),
     })
 }
 

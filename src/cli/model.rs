@@ -198,7 +198,7 @@ impl Opened {
             self.party.world() == 1 || self.adapter.is_none(),
             "--stages: expected a model without an adapter"
         );
-        let readings = agree(&device, &self.config, readings, &self.party)?;
+        let readings = agree(&device, &self.config, &self.weights, readings, &self.party)?;
         let config = part(&self.config, &readings, &self.party)?;
         let ranks = self.party.ranks(&device)?;
         let mut model = self.load_part(device, config, |model| {

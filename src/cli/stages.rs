@@ -8,6 +8,7 @@ use segattn::generate::dry_run::Reading;
 use segattn::model::config::ModelConfig;
 use segattn::model::session::follow;
 use segattn::model::stage::Stage;
+use segattn::model::weights::Checkpoint;
 use segattn::ranks::Agreement;
 
 use super::device::{Planned, on_device};
@@ -71,6 +72,7 @@ pub fn part(model: &ModelConfig, readings: &[Reading], party: &Party) -> Result<
 pub fn agree<D: Device>(
     device: &D,
     model: &ModelConfig,
+    weights: &Checkpoint,
     readings: &[Reading],
     party: &Party,
 ) -> Result<Vec<Reading>> {
@@ -81,6 +83,10 @@ pub fn agree<D: Device>(
         .on("version of segattn", env!("CARGO_PKG_VERSION"))
         .on("device", device.description())
         .on("model configuration", model.to_json());
+    let samples = weights.samples()?.into_iter();
+    let agreement = samples.fold(agreement, |all, (file, hash)| {
+        all.on(format!("weights in {file} (hash of samples)"), hash)
+    });
     agreement.check(mesh)?;
     let all = mesh.gather(&serde_json::to_vec(readings)?, PLANNED)?;
     Ok(serde_json::from_slice(&all[0])?)

@@ -10,6 +10,7 @@ pub mod header;
 pub mod index;
 mod initial;
 mod numbers;
+mod samples;
 mod save;
 mod shards;
 

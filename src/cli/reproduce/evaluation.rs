@@ -14,6 +14,7 @@ use super::plan::Planned;
 use super::{STOPPED, Session, State, stop_if_interrupted};
 use crate::cli::eval::{self, Found, Watch, WindowResult};
 use crate::cli::out::note;
+use crate::cli::ranks::Party;
 use crate::cli::signals::interrupted;
 
 /// The flags of `segattn eval` by themselves.
@@ -25,7 +26,15 @@ struct Flags {
 }
 
 /// Flags that the command itself sets.
-const OWNED: [&str; 4] = ["model", "device", "pool", "out"];
+const OWNED: [&str; 7] = [
+    "model",
+    "device",
+    "pool",
+    "out",
+    "stages",
+    "rank_timeout",
+    "rank_engine",
+];
 
 /// The arguments of an evaluation of the model in `folder`. Test samples have the run's seed, unless the definition
 /// names one.
@@ -105,7 +114,7 @@ impl Session<'_> {
             };
             // The arm's own segments, which are not the checkpoint's where an arm only runs another's weights.
             let adapt = |model: &mut _| Ok(section.apply_segments(model)?);
-            eval::evaluate(&args, &adapt, &mut collect, self.quiet)
+            eval::evaluate(&args, &adapt, &mut collect, &Party::alone(), self.quiet)
                 .with_context(|| format!("evaluation `{}`", evaluation.name))?;
         }
         Ok(State::Done)

@@ -3,9 +3,10 @@
 
 use std::collections::HashMap;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Feed, Session};
+use super::{Feed, SelectedTokens, Session};
 use crate::device::{Device, DeviceError, Result};
 use crate::model::decoder::Decoder;
 use crate::model::stage::DISMISSAL;
@@ -13,6 +14,8 @@ use crate::ranks::RankError;
 
 /// While the others wait for the first rank's next command.
 const WAITING: &str = "rank 0 says what to read next";
+/// While it waits for what it has asked.
+const ANSWERING: &str = "the stages answer rank 0";
 
 /// What the other stages are to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,6 +32,10 @@ pub(super) enum Command {
     Decode(Vec<(usize, u32)>),
     /// As [`Session::restart`].
     Restart(usize),
+    /// As [`Session::selected`]; the others answer.
+    Selected(usize),
+    /// As [`Session::replace_selected`].
+    Select(usize, Vec<SelectedTokens>),
     /// The session is not needed any more.
     Close,
 }
@@ -58,6 +65,24 @@ impl<'m, D: Device> Told<'m, D> {
             mesh.post(rank, message.clone(), WAITING)?;
         }
         Ok(())
+    }
+
+    /// What each of the other stages answers, where there are any and this one leads.
+    pub fn answers<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
+        let Some(mesh) = self.model.stage.followers() else {
+            return Ok(Vec::new());
+        };
+        let answer = |rank| -> Result<T> {
+            let answer = mesh.await_message(rank, ANSWERING)?;
+            let parsed = serde_json::from_slice(&answer);
+            Ok(parsed.map_err(|error| RankError::Message {
+                rank,
+                doing: ANSWERING,
+                expected: "an answer".into(),
+                got: error.to_string(),
+            })?)
+        };
+        (1..mesh.world()).map(answer).collect()
     }
 
     /// Ends the run of all stages after an error: the others are where this one is not.
@@ -140,7 +165,22 @@ fn obey<'m, D: Device>(
         }
         Command::Decode(next) => session.pass_on_decoding(next)?,
         Command::Restart(sequence) => session.restart(*sequence)?,
+        Command::Selected(sequence) => session.answer(&session.own_selected(*sequence)?)?,
+        Command::Select(sequence, selected) => {
+            session.replace_own_selected(*sequence, selected)?;
+        }
         Command::Close => drop(sessions.remove(&number)),
     }
     Ok(true)
+}
+
+impl<D: Device> Session<'_, D> {
+    /// Answers what rank 0 has asked.
+    fn answer(&self, answer: &impl Serialize) -> Result<()> {
+        let message = serde_json::to_vec(answer).expect("numbers");
+        match self.model.stage.mesh() {
+            Some(mesh) => Ok(mesh.post(0, message, ANSWERING)?),
+            None => Ok(()),
+        }
+    }
 }

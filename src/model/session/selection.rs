@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
-use super::Session;
+use serde::{Deserialize, Serialize};
+
+use super::{Command, Session};
 use crate::device::{Device, DeviceError, PastPool, Result, SelectedBlocks};
 
 /// The tokens that one head has selected for the segment that comes next, or that is being read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SelectedTokens {
     /// The layer.
     pub layer: usize,
@@ -24,7 +26,18 @@ impl<D: Device> Session<'_, D> {
     /// # Errors
     /// Those of the device.
     pub fn selected(&self, sequence: usize) -> Result<Vec<SelectedTokens>> {
-        self.check_whole()?;
+        self.told.tell(&Command::Selected(sequence))?;
+        let mut selected = self.own_selected(sequence)?;
+        for more in self.told.answers::<Vec<SelectedTokens>>()? {
+            selected.extend(more);
+        }
+        selected.sort_by_key(|head| (head.layer, head.kv_head));
+        Ok(selected)
+    }
+
+    /// [`Session::selected`] in the layers that are here.
+    pub(super) fn own_selected(&self, sequence: usize) -> Result<Vec<SelectedTokens>> {
+        let first = self.model.config.part.first_layer;
         let mut selected = Vec::new();
         for (layer, carry) in self.states[sequence].layers.iter().enumerate() {
             let Some(pool) = &carry.pool else {
@@ -35,7 +48,7 @@ impl<D: Device> Session<'_, D> {
             for (kv_head, tokens) in reads.past.iter().zip(tokens) {
                 let rows = [pool.tokens(), carry.prior_rows];
                 selected.push(SelectedTokens {
-                    layer,
+                    layer: first + layer,
                     kv_head: *kv_head,
                     tokens,
                     eligible: self.plan.eligible(reads, *kv_head, rows),
@@ -53,9 +66,20 @@ impl<D: Device> Session<'_, D> {
     /// [`DeviceError::Argument`] for a head that does not read the past or for tokens that it cannot select, or what
     /// the device says.
     pub fn replace_selected(&mut self, sequence: usize, selected: &[SelectedTokens]) -> Result<()> {
-        self.check_whole()?;
-        for (layer, carry) in self.states[sequence].layers.iter_mut().enumerate() {
-            let heads = &self.plan.reads[layer].past;
+        self.told
+            .tell(&Command::Select(sequence, selected.to_vec()))?;
+        self.replace_own_selected(sequence, selected)
+    }
+
+    /// [`Session::replace_selected`] in the layers that are here.
+    pub(super) fn replace_own_selected(
+        &mut self,
+        sequence: usize,
+        selected: &[SelectedTokens],
+    ) -> Result<()> {
+        let first = self.model.config.part.first_layer;
+        for (i, carry) in self.states[sequence].layers.iter_mut().enumerate() {
+            let (layer, heads) = (first + i, &self.plan.reads[i].past);
             let of_layer = || selected.iter().filter(|s| s.layer == layer);
             if of_layer().next().is_none() {
                 continue;
