@@ -77,7 +77,9 @@ T
   run stages --stages 2 --rank-engine nccl
   python3 figures.py one host nccl stages | tee -a "$OUT/summary.txt"
   for r in one host nccl stages; do hashes $r > "$OUT/small-$r.sha"; done
-  for r in host nccl stages; do cmp "$OUT/small-one.sha" "$OUT/small-$r.sha" && say "small: $r has the hashes of one"; done
+  for r in host nccl stages; do
+    cmp "$OUT/small-one.sha" "$OUT/small-$r.sha" && say "small: $r has the hashes of one"
+  done
   cat "$OUT/small-one.sha" >> "$OUT/summary.txt"
   timeout 40 "$bin" resume one --training.steps 14 --device cuda --ranks 2 --rank-engine nccl \
     > "$OUT/small-resume-two.log" 2>&1

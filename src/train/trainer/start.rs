@@ -98,7 +98,7 @@ impl<D: Device> Trainer<D> {
     /// Each holds weights, gradients and moments of its own layers. Otherwise as [`Trainer::on_ranks`].
     ///
     /// # Errors
-    /// As [`Trainer::on_ranks`]; also [`TrainError::Argument`] for more ranks than layers and for a model with adapters.
+    /// As [`Trainer::on_ranks`]; also [`TrainError::Argument`] for more ranks than layers and for adapters.
     pub fn on_stages(
         device: D,
         model: ModelConfig,
