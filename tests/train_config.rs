@@ -194,6 +194,33 @@ fn errors_name_the_key_what_it_expects_and_what_it_got() {
 }
 
 #[test]
+fn a_run_goes_on_with_its_model_and_adapters_alone() {
+    let with = |keys: &[(&str, &str)]| Config::parse(SMALL, &pairs(keys)).unwrap();
+    let refused = |now: &Config, before: &Config| match now.check_resumed(before) {
+        Ok(()) => None,
+        Err(TrainError::Config { key, .. }) => Some(key),
+        Err(other) => panic!("{other}"),
+    };
+    let whole = with(&[("model.folder", "a")]);
+    let steps = with(&[("model.folder", "a"), ("training.steps", "7")]);
+    assert_eq!(refused(&steps, &whole), None);
+    assert_eq!(
+        refused(&with(&[("model.folder", "b")]), &whole).as_deref(),
+        Some("model")
+    );
+    let adapters = with(&[("model.folder", "a"), ("lora.r", "4")]);
+    assert_eq!(refused(&adapters, &whole).as_deref(), Some("lora"));
+    // The weights under adapters may have been moved.
+    let moved = [("model.folder", "b"), ("lora.r", "4")];
+    assert_eq!(refused(&with(&moved), &adapters), None);
+    let shorter = [&moved[..], &[("model.segment.segment_len", "64")]].concat();
+    assert_eq!(
+        refused(&with(&shorter), &adapters).as_deref(),
+        Some("model")
+    );
+}
+
+#[test]
 fn long_range_heads_read_the_past_in_their_layers_and_nothing_in_the_others() {
     let overrides = [
         ("model.segment.segment_len", "64"),

@@ -48,15 +48,27 @@ class Step:
 class Generator:
     """Continues prompts and scores sequences, by the model in a folder or by that of a `Trainer` as it is now.
 
+    adapter: a folder of adapters for the model in a folder, as `Trainer.save` or PEFT saved it. A trainer's adapters
+    go with it.
+
     On one device the log-probabilities of a token have the same bits in `generate`, in `score` and in the trainer's
     step, whatever else is in the batch.
     """
 
-    def __init__(self, model: Union[str, os.PathLike, "Trainer"], *, device: str = "cpu") -> None:
-        if isinstance(model, Trainer):
+    def __init__(
+        self,
+        model: Union[str, os.PathLike, "Trainer"],
+        *,
+        adapter: Union[str, os.PathLike, None] = None,
+        device: str = "cpu",
+    ) -> None:
+        if not isinstance(model, Trainer):
+            folder = None if adapter is None else os.fspath(adapter)
+            self._model = _native.Model.open(os.fspath(model), folder, device)
+        elif adapter is None:
             self._model = model._model
         else:
-            self._model = _native.Model.open(os.fspath(model), device)
+            raise ArgumentError("adapter", "none beside a trainer, whose adapters go with it", os.fspath(adapter))
 
     @property
     def config(self) -> dict:
@@ -127,8 +139,11 @@ class Trainer:
     """A model in training: exact truncated backpropagation through time, AdamW, a schedule, a guard.
 
     model: a model folder; `None` makes a new one by the keys "model.shape.*", for `vocab_size` token ids. keys: those
-    of configs/train.toml by their dotted names, for example {"schedule.lr": 1e-5, "training.tbptt": 1}. What a run of
-    the command line does besides steps is left to the caller: data, validation, when to save.
+    of configs/train.toml by their dotted names, for example {"schedule.lr": 1e-5, "training.tbptt": 1}, or as tables
+    in tables. What a run of the command line does besides steps is left to the caller: data, validation, when to save.
+
+    With {"lora": {"r": 16, "alpha": 32.0}} adapters are trained, over the weights of the folder, which stay as they are
+    (docs/lora.md).
     """
 
     def __init__(
@@ -150,7 +165,8 @@ class Trainer:
     ) -> "Trainer":
         """Goes on where the newest whole state that `save` left in the folder ended, to the same bits.
 
-        keys: those to change.
+        keys: those to change; of the model and of adapters none but "model.folder", where the weights under adapters
+        are now. Other weights under them are refused.
         """
         trainer = cls.__new__(cls)
         trainer._model = _native.Model.train(_flags(dict(keys or {})), 0, os.fspath(folder), device)
@@ -213,7 +229,8 @@ class Trainer:
     def save(self, folder: Union[str, os.PathLike], *, keep: int = 2) -> str:
         """Saves all that `resume` needs; returns a folder in `folder` that is also a model folder.
 
-        The newest `keep` states stay. A state is whole or not there.
+        Where adapters are trained it is a folder of adapters in PEFT's layout instead. The newest `keep` states stay.
+        A state is whole or not there.
         """
         return os.fspath(self._model.save(os.fspath(folder), keep))
 
@@ -243,8 +260,8 @@ def _with_breaks(sequences: list, breaks: Optional[Sequence[Sequence[int]]]) -> 
     return [(ids, list(ends)) for ids, ends in zip(sequences, breaks)]
 
 
-def _flags(keys: Mapping[str, Any]) -> list:
-    """Keys as the command line takes them."""
+def _flags(keys: Mapping[str, Any], table: str = "") -> list:
+    """Keys as the command line takes them, those of tables by their dotted names."""
 
     def text(value) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -255,4 +272,7 @@ def _flags(keys: Mapping[str, Any]) -> list:
             return json.dumps(value)
         return str(value)
 
-    return [(key, text(value)) for key, value in keys.items()]
+    flags = []
+    for key, value in keys.items():
+        flags += _flags(value, f"{table}{key}.") if isinstance(value, Mapping) else [(table + key, text(value))]
+    return flags

@@ -10,11 +10,13 @@ use segattn::generate::{Generated, Generator, GeneratorConfig, NewToken, Prompt}
 use segattn::model::companions::companions;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::lora::folder::AdapterFolder;
 use segattn::model::parameters::specs;
 use segattn::model::segmentation::Tokens;
 use segattn::model::session::Session;
 use segattn::model::tokenizer::end_ids;
 use segattn::model::weights;
+use segattn::ranks::Ranks;
 use segattn::train::checkpoint::{Disk, Fingerprints, load_latest, save};
 use segattn::train::config::Config;
 use segattn::train::data::Example;
@@ -58,6 +60,8 @@ enum Held<D: Device> {
         trainer: Box<Trainer<D>>,
         /// Files that go along with the model.
         extra: Vec<(String, Vec<u8>)>,
+        /// Names the weights under the adapters, where adapters are trained.
+        base: Option<String>,
     },
 }
 
@@ -139,14 +143,19 @@ impl<D: Device> Engine for Held<D> {
     }
 
     fn save(&self, root: &Path, keep: usize) -> Result<PathBuf> {
-        let Held::Training { trainer, extra } = self else {
+        let Held::Training {
+            trainer,
+            extra,
+            base,
+        } = self
+        else {
             return Err(not_training());
         };
         // The caller chooses the data of each step.
         let data = Fingerprints {
             train: String::new(),
             validation: String::new(),
-            base: None,
+            base: base.clone(),
         };
         let checkpoint = trainer.checkpoint(&data, extra)?;
         Ok(save(&mut Disk, root, &checkpoint, keep)?)
@@ -161,24 +170,37 @@ fn not_training() -> Failure {
     )
 }
 
-/// The model in a folder, for generation.
-pub fn open(folder: &Path, device: &str) -> Result<Box<dyn Engine>> {
+/// The model in a folder, for generation, with the adapters in another.
+pub fn open(folder: &Path, adapter: Option<&Path>, device: &str) -> Result<Box<dyn Engine>> {
     let mut config = ModelConfig::load(folder).map_err(Failure::other)?;
+    if let Some(adapter) = adapter {
+        AdapterFolder::set_segments(adapter, &mut config)?;
+    }
     config.eos_token_id = end_ids(folder, &config).map_err(Failure::other)?;
     let files = weights::Checkpoint::open(folder).map_err(Failure::other)?;
     files.check(&config).map_err(Failure::other)?;
+    let adapter = adapter.map(|adapter| AdapterFolder::open(adapter, &config));
+    let adapter = adapter.transpose()?;
     match device {
-        "cpu" => {
-            let model = files.load(Cpu, config, false).map_err(Failure::other)?;
-            Ok(Box::new(Held::Model(Box::new(model))))
-        }
+        "cpu" => loaded(Cpu, config, &files, adapter.as_ref()),
         #[cfg(feature = "cuda")]
-        "cuda" => {
-            let model = files.load(gpu()?, config, false).map_err(Failure::other)?;
-            Ok(Box::new(Held::Model(Box::new(model))))
-        }
+        "cuda" => loaded(gpu()?, config, &files, adapter.as_ref()),
         other => Err(no_device(other)),
     }
+}
+
+fn loaded<D: Device + Clone + 'static>(
+    device: D,
+    config: ModelConfig,
+    files: &weights::Checkpoint,
+    adapter: Option<&AdapterFolder>,
+) -> Result<Box<dyn Engine>> {
+    let base = files.load(device, config, false)?;
+    let model = match adapter {
+        Some(adapter) => adapter.over(&base)?,
+        None => base,
+    };
+    Ok(Box::new(Held::Model(Box::new(model))))
 }
 
 /// What a training begins with.
@@ -189,39 +211,59 @@ pub enum Start {
     Saved(PathBuf),
 }
 
+/// A training before its next step.
+struct Beginning {
+    model: ModelConfig,
+    config: Config,
+    tensors: Tensors,
+    progress: Option<Progress>,
+    extra: Vec<(String, Vec<u8>)>,
+    /// The weights under the adapters, and what names them, where adapters are trained.
+    base: Option<(weights::Checkpoint, String)>,
+}
+
 /// A model in training, by the keys of configs/train.toml.
 pub fn train(start: Start, keys: &[(String, String)], device: &str) -> Result<Box<dyn Engine>> {
-    let (model, config, tensors, progress, extra) = match start {
+    let beginning = match start {
         Start::Config { vocab_size } => fresh(keys, vocab_size)?,
-        Start::Saved(root) => {
-            let (_, saved) = load_latest(&root)?;
-            let config = Config::parse(&saved.config.to_toml()?, keys)?;
-            let progress = Some(saved.progress);
-            (saved.model, config, saved.tensors, progress, saved.extra)
-        }
+        Start::Saved(root) => saved(keys, &root)?,
     };
     match device {
-        "cpu" => {
-            let trainer = Box::new(Trainer::new(Cpu, model, config, &tensors, progress)?);
-            Ok(Box::new(Held::Training { trainer, extra }))
-        }
+        "cpu" => begun(Cpu, beginning),
         #[cfg(feature = "cuda")]
-        "cuda" => {
-            let trainer = Trainer::new(gpu()?, model, config, &tensors, progress)?;
-            let trainer = Box::new(trainer);
-            Ok(Box::new(Held::Training { trainer, extra }))
-        }
+        "cuda" => begun(gpu()?, beginning),
         other => Err(no_device(other)),
     }
 }
 
-type Beginning = (
-    ModelConfig,
-    Config,
-    Tensors,
-    Option<Progress>,
-    Vec<(String, Vec<u8>)>,
-);
+fn begun<D: Device + Clone + 'static>(device: D, beginning: Beginning) -> Result<Box<dyn Engine>> {
+    let Beginning {
+        model,
+        config,
+        tensors,
+        progress,
+        extra,
+        base,
+    } = beginning;
+    let (trainer, base) = match base {
+        Some((files, name)) => {
+            let base = files.load(device, model.clone(), false)?;
+            let ranks = Ranks::alone();
+            let trainer = Trainer::adapting(&base, model, config, &tensors, progress, ranks)?;
+            (trainer, Some(name))
+        }
+        None => (
+            Trainer::new(device, model, config, &tensors, progress)?,
+            None,
+        ),
+    };
+    let trainer = Box::new(trainer);
+    Ok(Box::new(Held::Training {
+        trainer,
+        extra,
+        base,
+    }))
+}
 
 fn fresh(keys: &[(String, String)], vocab_size: usize) -> Result<Beginning> {
     let mut keys = keys.to_vec();
@@ -231,7 +273,14 @@ fn fresh(keys: &[(String, String)], vocab_size: usize) -> Result<Beginning> {
     let Some(folder) = &config.model.folder else {
         let model = config.model.new_config(vocab_size)?;
         let tensors = Tensors::initial(&model, config.training.seed);
-        return Ok((model, config, tensors, None, Vec::new()));
+        return Ok(Beginning {
+            model,
+            config,
+            tensors,
+            progress: None,
+            extra: Vec::new(),
+            base: None,
+        });
     };
     let mut model = ModelConfig::load(folder).map_err(Failure::other)?;
     model.check_training().map_err(Failure::other)?;
@@ -239,11 +288,54 @@ fn fresh(keys: &[(String, String)], vocab_size: usize) -> Result<Beginning> {
     model.eos_token_id = end_ids(folder, &model).map_err(Failure::other)?;
     let files = weights::Checkpoint::open(folder).map_err(Failure::other)?;
     files.check(&model).map_err(Failure::other)?;
-    let values = specs(&model).into_iter().map(|spec| files.read(&spec));
-    let values = values.collect::<std::result::Result<_, _>>();
-    let tensors = Tensors::new(values.map_err(Failure::other)?);
-    let extra = companions(folder).map_err(Failure::other)?;
-    Ok((model, config, tensors, None, extra))
+    model.lora = config.lora.adapters(&model)?;
+    let tensors = match model.lora {
+        Some(_) => Tensors::initial(&model, config.training.seed),
+        None => {
+            let values = specs(&model).into_iter().map(|spec| files.read(&spec));
+            let values = values.collect::<std::result::Result<_, _>>();
+            Tensors::new(values.map_err(Failure::other)?)
+        }
+    };
+    Ok(Beginning {
+        extra: companions(folder).map_err(Failure::other)?,
+        base: base(&config)?,
+        model,
+        config,
+        tensors,
+        progress: None,
+    })
+}
+
+fn saved(keys: &[(String, String)], root: &Path) -> Result<Beginning> {
+    let (folder, saved) = load_latest(root)?;
+    let config = Config::parse(&saved.config.to_toml()?, keys)?;
+    config.check_resumed(&saved.config)?;
+    let base = base(&config)?;
+    let name = base.as_ref().map(|(_, name)| name);
+    if name != saved.data.base.as_ref() {
+        let expected = format!("the weights over which {} was trained", folder.display());
+        return Err(Failure::argument("model.folder", expected, "others"));
+    }
+    Ok(Beginning {
+        model: saved.model,
+        config,
+        tensors: saved.tensors,
+        progress: Some(saved.progress),
+        extra: saved.extra,
+        base,
+    })
+}
+
+/// The weights under the adapters that the configuration trains, where it trains some, and what names them.
+fn base(config: &Config) -> Result<Option<(weights::Checkpoint, String)>> {
+    let folder = config.model.folder.as_ref();
+    let Some(folder) = folder.filter(|_| config.lora.is_on()) else {
+        return Ok(None);
+    };
+    let files = weights::Checkpoint::open(folder).map_err(Failure::other)?;
+    let name = files.fingerprint().map_err(Failure::other)?;
+    Ok(Some((files, name)))
 }
 
 #[cfg(feature = "cuda")]

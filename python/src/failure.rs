@@ -7,6 +7,8 @@ use segattn::device::DeviceError;
 use segattn::eval::EvalError;
 use segattn::generate::GenerateError;
 use segattn::generate::sampler::SamplerError;
+use segattn::model::error::ModelError;
+use segattn::model::lora::AdapterError;
 use segattn::train::TrainError;
 
 use crate::errors;
@@ -93,6 +95,27 @@ impl From<DeviceError> for Failure {
             DeviceError::OutOfMemory(_) => Failure::OutOfMemory(error.to_string()),
             DeviceError::Sampler(error) => error.into(),
             error => Failure::Device(error.to_string()),
+        }
+    }
+}
+
+impl From<AdapterError> for Failure {
+    fn from(error: AdapterError) -> Self {
+        match error {
+            AdapterError::Key { key, expected, got } => {
+                Failure::argument(format!("adapter.{key}"), expected, got)
+            }
+            error => Failure::other(error),
+        }
+    }
+}
+
+impl From<ModelError> for Failure {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Adapter(error) => error.into(),
+            ModelError::Device(error) => error.into(),
+            error => Failure::other(error),
         }
     }
 }

@@ -120,10 +120,15 @@ impl Model {
 
 #[pymethods]
 impl Model {
-    /// The model in a folder, for generation.
+    /// The model in a folder, for generation, with the adapters in another.
     #[staticmethod]
-    fn open(py: Python<'_>, folder: PathBuf, device: String) -> PyResult<Self> {
-        let opened = py.detach(|| engine::open(&folder, &device));
+    fn open(
+        py: Python<'_>,
+        folder: PathBuf,
+        adapter: Option<PathBuf>,
+        device: String,
+    ) -> PyResult<Self> {
+        let opened = py.detach(|| engine::open(&folder, adapter.as_deref(), &device));
         Ok(Model(Mutex::new(
             opened.map_err(|failure| failure.raise(py))?,
         )))

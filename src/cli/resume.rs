@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use segattn::device::Purpose;
 use segattn::train::checkpoint::{list, load_latest};
-use segattn::train::config::{Config, ModelSection};
+use segattn::train::config::Config;
 
 use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
@@ -72,25 +72,7 @@ fn go_on_alone(
     let text = Text::open(&config, Some(&folder))?;
     let text = text.with_template(&config.data, &checkpoint.model)?;
     let before = &checkpoint.config;
-    // The weights under adapters may have been moved; that they are the same is known by their content.
-    let model = ModelSection {
-        folder: match config.lora.is_on() {
-            true => before.model.folder.clone(),
-            false => config.model.folder.clone(),
-        },
-        ..config.model.clone()
-    };
-    ensure!(
-        config.lora == before.lora,
-        "`lora`: expected the keys of {}; for other adapters start a new run",
-        folder.display()
-    );
-    ensure!(
-        model == before.model,
-        "`model`: expected the keys of {}, since a run goes on with the same model; for another start a new run with \
-         --model.folder {0}",
-        folder.display()
-    );
+    config.check_resumed(before)?;
     let mut data = Data::read(&config, &checkpoint.model, &text, output, quiet)?;
     data.base = base(&config)?.map(|base| base.fingerprint()).transpose()?;
     ensure!(

@@ -360,6 +360,28 @@ impl Config {
         Ok(())
     }
 
+    /// Checks that a run saved under the configuration `before` can go on under this one: the model and the adapters
+    /// stay, and only the folder of the weights under adapters may be another, as it may have been moved.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for `lora` or `model`.
+    pub fn check_resumed(&self, before: &Config) -> Result<()> {
+        if self.lora != before.lora {
+            let expected = "the keys of the saved run; for other adapters start a new one";
+            return Err(TrainError::config("lora", expected, "others"));
+        }
+        let mut model = self.model.clone();
+        if self.lora.is_on() {
+            model.folder = before.model.folder.clone();
+        }
+        if model != before.model {
+            let expected = "the keys of the saved run, which goes on with the same model; for another start a new run \
+                            with `model.folder`";
+            return Err(TrainError::config("model", expected, "others"));
+        }
+        Ok(())
+    }
+
     /// The learning-rate schedule.
     ///
     /// # Errors
