@@ -90,6 +90,47 @@ fn a_text_goes_on_to_the_same_bits_on_any_number_of_stages() {
 }
 
 #[test]
+fn a_state_is_one_file_for_any_number_of_stages() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let model = model(at);
+    let save = |stages: &str| {
+        let state = at.join(format!("state-{stages}"));
+        let mut command = on(&model, "generate", stages);
+        for _ in 0..2 {
+            command.arg("--tokens").arg(at.join("tokens.json"));
+        }
+        command.args(["-n", "0", "--state-out"]).arg(&state);
+        succeed(command);
+        std::fs::read(state).unwrap()
+    };
+    let whole = save("1");
+    for stages in ["2", "4"] {
+        assert!(save(stages) == whole, "{stages} stages");
+    }
+    let go_on = |stages: &str| {
+        let mut command = on(&model, "generate", stages);
+        command.arg("--state-in").arg(at.join("state-2"));
+        for _ in 0..2 {
+            command.arg("--tokens").arg(at.join("tokens.json"));
+        }
+        command.args(["-n", "12", "--seed", "3", "--ignore-eos"]);
+        succeed(command).stdout
+    };
+    let whole = go_on("1");
+    for stages in ["2", "3"] {
+        assert!(go_on(stages) == whole, "{stages} stages");
+    }
+    // What is no state is refused.
+    std::fs::write(at.join("state-2"), "no state").unwrap();
+    let mut command = on(&model, "generate", "2");
+    command
+        .args(["--prompt", "a", "--state-in"])
+        .arg(at.join("state-2"));
+    fail(command, "state-2");
+}
+
+#[test]
 fn an_evaluation_over_stages_finds_what_one_process_finds() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path();
@@ -315,11 +356,6 @@ fn stages_that_cannot_be_are_refused_by_name() {
         said.contains("--stages: expected at most 4") && said.contains("got 5"),
         "{said}"
     );
-    let mut state = on(&model, "generate", "2");
-    state.arg("--tokens").arg(&tokens).arg("--state-out");
-    state.arg(at.join("state"));
-    let said = fails(state);
-    assert!(said.contains("--state-out"), "{said}");
     let mut both = run(at, "both", "true", "2");
     both.args(["--ranks", "2", "--stages", "2"]);
     fail(both, "by sequences or by layers");

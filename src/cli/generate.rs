@@ -137,10 +137,6 @@ fn run_on<D: Planned>(device: D, args: &Args, party: &Party, quiet: bool) -> Res
         OutputFile::open(path).with_context(|| format!("cannot write {}", path.display()))
     };
     let state_out = args.state_out.as_deref().map(place).transpose()?;
-    ensure!(
-        party.world() == 1 || args.state_in.is_none() && args.state_out.is_none(),
-        "--stages: expected neither --state-in nor --state-out beside it"
-    );
     let opened = args.model.open(args.tokens.is_empty())?.shared(party);
     let text = opened.text.as_ref();
     let own = own_settings(args.model.path())?;

@@ -206,7 +206,8 @@ impl Opened {
             each.try_for_each(|reading| dry_run(model, reading, || ()))
         })?;
         if ranks.world() > 1 {
-            model.stage = Stage::connected(&model.device, &model.config.part, ranks)?;
+            let (part, whole) = (&model.config.part, self.config.clone());
+            model.stage = Stage::connected(&model.device, part, whole, ranks)?;
         }
         Ok(model)
     }

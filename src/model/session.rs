@@ -139,17 +139,6 @@ impl<'m, D: Device> Session<'m, D> {
         Ok(())
     }
 
-    /// Refuses what looks at all layers where some are in other processes.
-    pub(super) fn check_whole(&self) -> Result<()> {
-        match self.model.stage.is_whole() {
-            true => Ok(()),
-            false => {
-                let (expected, got) = ("all of them in one process", "a part of them");
-                Err(DeviceError::argument("layers", expected, got))
-            }
-        }
-    }
-
     /// Where segments end in the next tokens of a sequence: after so many of `next`, ascending.
     pub fn segment_ends(&self, sequence: usize, next: Sequence<'_>) -> Vec<usize> {
         let (mut cursor, mut at, mut ends) = (self.cursors[sequence], 0, Vec::new());

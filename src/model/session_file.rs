@@ -13,6 +13,9 @@
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, the last queries of it: that of position `p` is row `p % probe_rows`.
 //!
+//! Where several processes have the layers, rank 0 writes the same file with what all of them have, and each restores
+//! its own layers from it (`session_file::stages`).
+//!
 //! Its last tensor is `checksum [32]` (U8), the SHA-256 of every byte before it. Numbers are f32, so that on an f32
 //! device a restored session goes on to the same bits.
 
@@ -20,6 +23,7 @@ mod layout;
 mod memory;
 mod reader;
 mod restore;
+pub(super) mod stages;
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -172,18 +176,26 @@ impl StateFile {
         session: &mut Session<'_, D>,
         weights: &str,
     ) -> Result<(), StateFileError> {
-        session.check_whole()?;
         let got = self.reader.metadata("weights")?;
         if got != weights {
             let got = got.to_owned();
             return Err(self.reader.mismatch("the model's weights", weights, &got));
         }
-        let wanted = fingerprint(session.model)?;
+        let wanted = fingerprint(session)?;
         let got = self.reader.metadata("model")?;
         if got != wanted {
             let (got, wanted) = (got.to_owned(), wanted);
             return Err(self.reader.mismatch("the model", &wanted, &got));
         }
+        session.restore_on_others(self.reader.path())?;
+        self.restore_all(session)
+    }
+
+    /// [`StateFile::restore`] without a look at the model, in the layers that are here.
+    fn restore_all<D: Device>(
+        &mut self,
+        session: &mut Session<'_, D>,
+    ) -> Result<(), StateFileError> {
         let (saved, sequences) = (self.positions.len(), session.sequences());
         if saved != sequences && saved != 1 {
             let expected = format!("1 or {sequences}");
@@ -223,8 +235,13 @@ impl StateFile {
         session: &mut Session<'_, D>,
     ) -> Result<(), StateFileError> {
         session.decoding = Default::default();
-        let file = self;
-        restore::sequence(&mut Saved { file, from }, to, cursor, session)
+        let (file, first_layer) = (self, session.model.config.part.first_layer);
+        let mut saved = Saved {
+            file,
+            from,
+            first_layer,
+        };
+        restore::sequence(&mut saved, to, cursor, session)
     }
 }
 
@@ -232,6 +249,8 @@ impl StateFile {
 struct Saved<'f> {
     file: &'f mut StateFile,
     from: usize,
+    /// Number of the session's first layer in the whole model.
+    first_layer: usize,
 }
 
 impl Source for Saved<'_> {
@@ -241,7 +260,7 @@ impl Source for Saved<'_> {
         if shape.contains(&0) {
             return Ok(Cow::default());
         }
-        let name = part.name(self.from);
+        let name = part.behind(self.first_layer).name(self.from);
         let bytes = (self.file.reader).read(&name, Dtype::F32, Some(shape))?;
         let numbers = bytes.as_chunks().0.iter();
         Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
@@ -257,7 +276,7 @@ impl Source for Saved<'_> {
         if shapes.completed == 0 {
             return Ok(Vec::new());
         }
-        let name = Part::Selected(l, h).name(self.from);
+        let name = Part::Selected(l + self.first_layer, h).name(self.from);
         let reader = &mut self.file.reader;
         let bytes = reader.read(&name, Dtype::I64, None)?;
         let tokens = shapes.completed;
@@ -302,7 +321,6 @@ pub fn save<D: Device>(
     origin: Origin<'_>,
     place: &OutputFile,
 ) -> Result<(), StateFileError> {
-    session.check_whole()?;
     for (sequence, tokens) in origin.tokens.iter().enumerate() {
         let expected = session.cursors.get(sequence).map_or(0, |c| c.position);
         if !tokens.is_empty() && tokens.len() != expected {
@@ -313,8 +331,10 @@ pub fn save<D: Device>(
             });
         }
     }
-    let parts = layout::parts(session, origin);
-    let header = layout::header(session, origin, &parts, FORMAT)?;
+    let model = fingerprint(session)?;
+    // From here on the other stages send what they have.
+    let parts = stages::all(session, origin)?;
+    let header = layout::header(session, origin, &model, &parts);
     let failed = |error| StateFileError::from(io_error(place.path(), error));
     place.write(|out| {
         let mut digest = Sha256::new();
@@ -324,8 +344,8 @@ pub fn save<D: Device>(
         };
         push(&(header.len() as u64).to_le_bytes())?;
         push(&header)?;
-        for (sequence, part, _) in &parts {
-            push(&layout::bytes(session, origin, *sequence, *part)?)?;
+        for saved in &parts {
+            push(&stages::bytes(session, origin, saved)?)?;
         }
         out.write_all(&digest.finalize()).map_err(failed)
     })

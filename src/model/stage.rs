@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::config::Part;
+use super::config::{ModelConfig, Part};
 use crate::device::{Device, Kind, Result};
 use crate::ranks::{Mesh, ON_THEIR_WAY, Ranks};
 
@@ -25,10 +25,10 @@ pub(super) const DISMISSAL: &[u8] = b"";
 pub struct Stage<D: Device> {
     part: Part,
     ranks: Ranks<D>,
-    /// Whether rank 0 tells the others what to do.
-    led: bool,
-    /// In a dry run, what would be on its way to the stages behind and before.
-    sent: [Mutex<VecDeque<D::Buffer>>; 2],
+    /// Where rank 0 tells the others what to do, the whole model.
+    whole: Option<Box<ModelConfig>>,
+    /// In a dry run, what would be on its way to the stage behind, to the one before, and from the last to the first.
+    sent: [Mutex<VecDeque<D::Buffer>>; 3],
     /// Sessions that were opened.
     sessions: AtomicU64,
 }
@@ -37,15 +37,15 @@ impl<D: Device> Stage<D> {
     /// Without its neighbours: what would come from them is not said, and what goes to them is dropped. It serves for
     /// dry runs, and is all there is of a whole model.
     pub fn planned(part: &Part) -> Self {
-        Self::on(part, Ranks::alone(), true)
+        Self::on(part, Ranks::alone(), None)
     }
 
-    /// A part of a model whose other parts are on other ranks. All of them call it together.
+    /// A part of the model `whole` whose other parts are on other ranks. All of them call it together.
     ///
     /// # Errors
     /// That a neighbour cannot be reached.
-    pub fn connected(device: &D, part: &Part, ranks: Ranks<D>) -> Result<Self> {
-        let stage = Self::on(part, ranks, true);
+    pub fn connected(device: &D, part: &Part, whole: ModelConfig, ranks: Ranks<D>) -> Result<Self> {
+        let stage = Self::on(part, ranks, Some(whole));
         stage.try_forwards(device)?;
         Ok(stage)
     }
@@ -56,7 +56,7 @@ impl<D: Device> Stage<D> {
     /// # Errors
     /// As [`Stage::connected`].
     pub fn in_training(device: &D, part: &Part, ranks: Ranks<D>) -> Result<Self> {
-        let stage = Self::on(part, ranks, false);
+        let stage = Self::on(part, ranks, None);
         if stage.mesh().is_some() {
             stage.try_forwards(device)?;
             if !part.ends {
@@ -69,11 +69,11 @@ impl<D: Device> Stage<D> {
         Ok(stage)
     }
 
-    fn on(part: &Part, ranks: Ranks<D>, led: bool) -> Self {
+    fn on(part: &Part, ranks: Ranks<D>, whole: Option<ModelConfig>) -> Self {
         Self {
             part: *part,
             ranks,
-            led,
+            whole: whole.map(Box::new),
             sent: Default::default(),
             sessions: AtomicU64::new(0),
         }
@@ -117,7 +117,13 @@ impl<D: Device> Stage<D> {
 
     /// The connections to the stages that do what this one tells them.
     pub(super) fn followers(&self) -> Option<&Mesh> {
-        self.mesh().filter(|mesh| self.led && mesh.rank() == 0)
+        let leads = |mesh: &&Mesh| self.whole.is_some() && mesh.rank() == 0;
+        self.mesh().filter(leads)
+    }
+
+    /// The whole model, where this is a part of it that is led or leads.
+    pub(super) fn whole(&self) -> Option<&ModelConfig> {
+        self.whole.as_deref()
     }
 
     /// The number of the next session, which all stages give it.
@@ -180,7 +186,7 @@ impl<D: Device> Stage<D> {
     /// Sends the head's share of a tied embedding's gradient from the last stage to the first, where it is added.
     pub(crate) fn head_to_first(&self, device: &D, share: D::Buffer) -> Result<()> {
         if self.mesh().is_none() {
-            keep_sent(&self.sent[1], share);
+            keep_sent(&self.sent[2], share);
             return Ok(());
         }
         let to = self.ranks.world() - 1;

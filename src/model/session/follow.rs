@@ -2,6 +2,7 @@
 //! tokens it tells the others which, and they do the same with theirs.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::{Feed, SelectedTokens, Session};
 use crate::device::{Device, DeviceError, Result};
 use crate::model::decoder::Decoder;
+use crate::model::parameters::index;
+use crate::model::session_file::stages;
 use crate::model::stage::DISMISSAL;
 use crate::ranks::RankError;
 
@@ -36,6 +39,12 @@ pub(super) enum Command {
     Selected(usize),
     /// As [`Session::replace_selected`].
     Select(usize, Vec<SelectedTokens>),
+    /// The others answer with their gates.
+    Gates,
+    /// The others send what a file of the state has of them.
+    Save,
+    /// The others restore their layers from this file.
+    Restore(PathBuf),
     /// The session is not needed any more.
     Close,
 }
@@ -60,7 +69,7 @@ impl<'m, D: Device> Told<'m, D> {
         let Some(mesh) = self.model.stage.followers() else {
             return Ok(());
         };
-        let message = serde_json::to_vec(&(self.number, command)).expect("numbers");
+        let message = serde_json::to_vec(&(self.number, command)).expect("numbers and names");
         for rank in 1..mesh.world() {
             mesh.post(rank, message.clone(), WAITING)?;
         }
@@ -169,6 +178,9 @@ fn obey<'m, D: Device>(
         Command::Select(sequence, selected) => {
             session.replace_own_selected(*sequence, selected)?;
         }
+        Command::Gates => session.answer(&session.own_gates())?,
+        Command::Save => stages::send(session)?,
+        Command::Restore(path) => stages::restore(session, path)?,
         Command::Close => drop(sessions.remove(&number)),
     }
     Ok(true)
@@ -176,11 +188,47 @@ fn obey<'m, D: Device>(
 
 impl<D: Device> Session<'_, D> {
     /// Answers what rank 0 has asked.
-    fn answer(&self, answer: &impl Serialize) -> Result<()> {
-        let message = serde_json::to_vec(answer).expect("numbers");
+    pub(in crate::model) fn answer(&self, answer: &impl Serialize) -> Result<()> {
+        let message = serde_json::to_vec(answer).expect("numbers and names");
         match self.model.stage.mesh() {
             Some(mesh) => Ok(mesh.post(0, message, ANSWERING)?),
             None => Ok(()),
         }
+    }
+
+    /// The past gates of all layers, in their order, also where other stages have them.
+    pub(in crate::model) fn all_gates(&self) -> Result<Vec<f32>> {
+        self.told.tell(&Command::Gates)?;
+        let mut stages: Vec<Vec<u32>> = self.told.answers()?;
+        stages.insert(0, self.own_gates());
+        // The highest rank has the first layers.
+        let bits = stages.iter().rev().flatten();
+        Ok(bits.map(|bits| f32::from_bits(*bits)).collect())
+    }
+
+    /// Bits of the gates that are here.
+    fn own_gates(&self) -> Vec<u32> {
+        let layers = 0..self.model.config.num_hidden_layers;
+        let gates = layers.flat_map(|l| self.model.weights.gate(index::past_gate(l)));
+        gates.map(|gate| gate.to_bits()).collect()
+    }
+
+    /// What the other stages have for a file of the state, by rank; they send it after that.
+    pub(in crate::model) fn save_on_others<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
+        self.told.tell(&Command::Save)?;
+        self.told.answers()
+    }
+
+    /// The other stages restore their layers from a file.
+    pub(in crate::model) fn restore_on_others(&self, path: &Path) -> Result<()> {
+        if path.to_str().is_none() && self.model.stage.followers().is_some() {
+            let expected = "a name in UTF-8 where several processes read it";
+            return Err(DeviceError::argument(
+                "saved state",
+                expected,
+                path.display(),
+            ));
+        }
+        self.told.tell(&Command::Restore(path.to_owned()))
     }
 }

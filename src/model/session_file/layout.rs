@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
-use super::{CHECKSUM, Origin};
+use super::stages::Saved;
+use super::{CHECKSUM, FORMAT, Origin};
 use safetensors::tensor::Dtype;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::device::{Device, PastPool, Result, SelectedBlocks};
-use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
 use crate::model::segmentation::Cursor;
 use crate::model::session::Session;
@@ -32,7 +33,7 @@ const MODEL_KEYS: [&str; 12] = [
 ];
 
 /// What is saved of a sequence; numbers are those of layer and head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Part {
     Logits,
     /// The tokens read.
@@ -53,6 +54,24 @@ impl Part {
             Self::Selected(..) => (Dtype::I64, "I64"),
             Self::Tokens => (Dtype::U32, "U32"),
             _ => (Dtype::F32, "F32"),
+        }
+    }
+
+    /// Its bytes, if it has this shape.
+    pub(super) fn bytes(self, shape: &[usize]) -> usize {
+        shape.iter().product::<usize>() * self.dtype().0.bitsize() / 8
+    }
+
+    /// The same of the layer that stands so many layers behind.
+    pub(super) fn behind(self, layers: usize) -> Self {
+        match self {
+            Self::Logits | Self::Tokens => self,
+            Self::Prior(l) => Self::Prior(l + layers),
+            Self::Sinks(l) => Self::Sinks(l + layers),
+            Self::Pool(l, part) => Self::Pool(l + layers, part),
+            Self::Selected(l, h) => Self::Selected(l + layers, h),
+            Self::Segment(l) => Self::Segment(l + layers),
+            Self::Probes(l) => Self::Probes(l + layers),
         }
     }
 
@@ -146,7 +165,7 @@ impl Shapes {
     }
 }
 
-/// Every tensor that is saved, with its sequence and shape, in the file's order.
+/// Every tensor that is saved of the layers that are here, with its sequence and shape, in the file's order.
 pub(super) fn parts<D: Device>(
     session: &Session<'_, D>,
     origin: Origin<'_>,
@@ -173,7 +192,9 @@ pub(super) fn sequence_parts<D: Device>(
             parts.push((part, shape.to_vec()));
         }
     };
-    push(Part::Logits, &shapes.logits());
+    if session.model.config.part.ends {
+        push(Part::Logits, &shapes.logits());
+    }
     push(Part::Tokens, &[tokens]);
     for l in 0..session.states[s].layers.len() {
         push(Part::Prior(l), &shapes.prior(l));
@@ -195,23 +216,23 @@ pub(super) fn sequence_parts<D: Device>(
     parts
 }
 
-/// The header: tensors in order, metadata, and spaces up to a multiple of 8 bytes.
+/// The header: tensors in order, metadata with the `model`'s fingerprint, and spaces up to a multiple of 8 bytes.
 pub(super) fn header<D: Device>(
     session: &Session<'_, D>,
     origin: Origin<'_>,
-    parts: &[(usize, Part, Vec<usize>)],
-    format: &str,
-) -> Result<Vec<u8>> {
+    model: &str,
+    parts: &[Saved],
+) -> Vec<u8> {
     let mut header = Map::new();
     let of_each = |f: fn(&Cursor) -> usize| {
         let numbers: Vec<usize> = session.cursors.iter().map(f).collect();
         json!(numbers).to_string()
     };
     let mut metadata = json!({
-        "format": format,
+        "format": FORMAT,
         "positions": of_each(|cursor| cursor.position),
         "rows": of_each(|cursor| cursor.rows),
-        "model": fingerprint(session.model)?,
+        "model": model,
         "weights": origin.weights,
     });
     if !origin.note.is_empty() {
@@ -219,22 +240,21 @@ pub(super) fn header<D: Device>(
     }
     header.insert("__metadata__".to_owned(), metadata);
     let mut start = 0;
-    for (sequence, part, shape) in parts {
-        let (dtype, name) = part.dtype();
-        let end = start + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+    for saved in parts {
+        let end = start + saved.part.bytes(&saved.shape);
         let entry = json!({
-            "dtype": name,
-            "shape": shape,
+            "dtype": saved.part.dtype().1,
+            "shape": saved.shape,
             "data_offsets": [start, end],
         });
-        header.insert(part.name(*sequence), entry);
+        header.insert(saved.part.name(saved.sequence), entry);
         start = end;
     }
     let checksum = json!({"dtype": "U8", "shape": [32], "data_offsets": [start, start + 32]});
     header.insert(CHECKSUM.to_owned(), checksum);
     let mut text = Value::Object(header).to_string().into_bytes();
     text.resize(text.len().next_multiple_of(8), b' ');
-    Ok(text)
+    text
 }
 
 /// The values of one tensor, little endian.
@@ -340,20 +360,20 @@ pub(super) fn values<D: Device>(
 
 /// What a state depends on in the model: its shape, how it runs, and a digest of its last norm and
 /// its gates, which no two trainings share.
-pub(super) fn fingerprint<D: Device>(model: &Decoder<D>) -> Result<String> {
+pub(super) fn fingerprint<D: Device>(session: &Session<'_, D>) -> Result<String> {
+    let model = session.model;
+    let config = model.stage.whole().unwrap_or(&model.config);
     let mut digest = Sha256::new();
-    let layers = model.config.num_hidden_layers;
-    let norm = model.weights.vector(index::final_norm(layers));
-    for value in model.device.read(norm, 0..model.config.hidden_size)? {
+    let norm = index::final_norm(model.config.num_hidden_layers);
+    let norm = model.weights.vector(norm);
+    for value in model.device.read(norm, 0..config.hidden_size)? {
         digest.update(value.to_le_bytes());
     }
-    for l in 0..layers {
-        for gate in model.weights.gate(index::past_gate(l)) {
-            digest.update(gate.to_le_bytes());
-        }
+    for gate in session.all_gates()? {
+        digest.update(gate.to_le_bytes());
     }
     let mut shown = Map::new();
-    if let Value::Object(mut config) = model.config.to_json() {
+    if let Value::Object(mut config) = config.to_json() {
         for key in MODEL_KEYS {
             if let Some(value) = config.remove(key) {
                 shown.insert(key.to_owned(), value);
@@ -365,9 +385,9 @@ pub(super) fn fingerprint<D: Device>(model: &Decoder<D>) -> Result<String> {
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
-    let (family, switches) = (model.config.family, &model.config.switches);
-    if *switches != Switches::PLAIN || model.config.rope_length.is_some() {
-        let of = (family, switches, model.config.rope_length);
+    let (family, switches) = (config.family, &config.switches);
+    if *switches != Switches::PLAIN || config.rope_length.is_some() {
+        let of = (family, switches, config.rope_length);
         shown.insert("switches".to_owned(), format!("{of:?}").into());
     }
     shown.insert("weights".to_owned(), hex.into());

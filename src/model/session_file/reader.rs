@@ -79,6 +79,10 @@ impl Reader {
         })
     }
 
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Compares the last tensor, of this name, with the SHA-256 of every byte before it.
     pub(super) fn verify(&mut self, name: &str) -> Result<(), StateFileError> {
         let expected = self.read(name, Dtype::U8, Some(&[32]))?;

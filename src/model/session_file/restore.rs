@@ -35,10 +35,12 @@ pub(super) fn sequence<D: Device, S: Source>(
 ) -> Result<(), S::Error> {
     let shapes = Shapes::new(session, cursor);
     session.cursors[to] = cursor;
-    let logits = source.floats(Part::Logits, &shapes.logits())?;
-    let first = to * session.model.config.vocab_size;
-    let device = &session.model.device;
-    device.write(&mut session.logits, first, &logits)?;
+    if session.model.config.part.ends {
+        let logits = source.floats(Part::Logits, &shapes.logits())?;
+        let first = to * session.model.config.vocab_size;
+        let device = &session.model.device;
+        device.write(&mut session.logits, first, &logits)?;
+    }
     for l in 0..session.model.config.num_hidden_layers {
         carry(source, to, l, &shapes, session)?;
         if shapes.rows > 0 {
