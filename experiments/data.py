@@ -1,12 +1,11 @@
 """Training and held-out text for the experiments: python experiments/data.py [OUT] [--root FOLDER] [--megabytes N].
 
-The text is the sources of crates as cargo has unpacked them (`cargo fetch` in any project brings some). Files of a
-crate are joined in the order of their paths, one document a crate; whole crates are held out, one in eight, by a hash
-of the name, so that a crate is on the same side for every version and on every machine. Writes OUT/train.jsonl,
-OUT/held_out.jsonl (a `text`, a `crate` and a `license` a line) and OUT/long.jsonl, which has the held-out crates joined
-into documents of some 150,000 tokens and more. Prints sizes, digests and licences: results on text of another digest
-are not paired. Nothing of them belongs into the repository:
-each crate's licence holds for its text.
+The text is the sources of the crates that crates/Cargo.toml lists by exact version; cargo fetches and unpacks them.
+Files of a crate are joined in the order of their paths, one document a crate; whole crates are held out, one in eight,
+by a hash of the name, so that a crate is on the same side for every version. Writes OUT/train.jsonl, OUT/held_out.jsonl
+(a `text`, a `crate` and a `license` a line) and OUT/long.jsonl, which has the held-out crates joined into documents of
+some 150,000 tokens and more. Prints sizes, digests and licences: results on text of another digest are not paired.
+Nothing of the text belongs into the repository: each crate's licence holds for it.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import collections
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import tomllib
 
@@ -21,7 +21,17 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "pro
 
 from crates import crates, held_out  # noqa: E402
 
+LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "crates", "Cargo.toml")
 LONG = 500_000  # characters, some 3.3 of source code a token
+
+
+def fetched():
+    """Names of the folders, up to a `+`, that cargo unpacks the listed crates into."""
+    target = "x86_64-unknown-linux-gnu"  # without those that only other systems need
+    subprocess.run(["cargo", "fetch", "--locked", "--target", target, "--manifest-path", LIST], check=True)
+    with open(LIST, "rb") as file:
+        crates = tomllib.load(file)["dependencies"]
+    return {f"{crate.get('package', name)}-{crate['version'].removeprefix('=')}" for name, crate in crates.items()}
 
 
 def licence(folder):
@@ -52,23 +62,29 @@ def joined(documents):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
-    parser.add_argument("--root", default="~/.cargo/registry/src", help="where cargo unpacks crates")
+    home = os.environ.get("CARGO_HOME", "~/.cargo")
+    parser.add_argument("--root", default=home + "/registry/src", help="where cargo unpacks crates")
     parser.add_argument("--megabytes", type=float, help="at most so much text, in whole crates")
     options = parser.parse_args()
     os.makedirs(options.out, exist_ok=True)
     sides = {name: [] for name in ("train", "held_out")}
-    size, licences = 0, collections.Counter()
+    size, licences, missing = 0, collections.Counter(), fetched()
     for name, text, folder in crates(options.root):
+        if name.split("+")[0] not in missing:
+            continue
+        missing.remove(name.split("+")[0])
         if options.megabytes and size + len(text) > options.megabytes * 1e6:
             continue
         size += len(text)
         said = licence(folder)
         licences[said] += len(text)
         sides["held_out" if held_out(name) else "train"].append({"text": text, "crate": name, "license": said})
+    if missing:
+        sys.exit(f"not under {options.root}: {', '.join(sorted(missing))}")
     sides["long"] = joined(sides["held_out"])
     for side, documents in sides.items():
         if not documents:
-            sys.exit(f"no crate for {side} under {options.root}: run `cargo fetch` in a project with more dependencies")
+            sys.exit(f"no crate for {side}: --megabytes leaves none")
         path = os.path.join(options.out, f"{side}.jsonl")
         with open(path + ".part", "w", encoding="utf-8") as file:
             for document in documents:
