@@ -7,11 +7,6 @@ struct CopyConfig {
   static constexpr int kThreads = 256, kBlocks = 8;
 };
 
-SEGATTN_FN float load_one(const Bf16* p) { return widen(p->bits, Bf16{}); }
-SEGATTN_FN float load_one(const float* p) { return *p; }
-SEGATTN_FN void store_one(Bf16* p, float x) { p->bits = (uint16_t)pack<Bf16>(x, 0.f); }
-SEGATTN_FN void store_one(float* p, float x) { *p = x; }
-
 template <class Src, class Dst>
 SEGATTN_FN void copy(const SegattnCopyParams& p) {
   const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;

@@ -170,7 +170,7 @@ typedef struct SegattnAdamwParams {
 
 /* Keys and values of tokens of a pool, in one range of memory. */
 typedef struct SegattnPoolChunk {
-  void* k; /* bf16 [chunk_tokens, heads, head_dim] */
+  void* k; /* [chunk_tokens, heads, head_dim] of so many bits, then steps: see pool.cuh */
   void* v;
 } SegattnPoolChunk;
 
@@ -192,14 +192,13 @@ typedef struct SegattnBestToken {
 typedef struct SegattnRetrievalParams {
   const SegattnPoolChunk* chunks; /* tokens from first_token on, chunk_tokens each */
   const SegattnPoolHead* head;    /* [heads] */
-  SegattnRows q; /* probes: bf16 [query_capacity, q_heads * head_dim], before rotation: a ring, whose query t is row
+  SegattnRows q;    /* probes: bf16 [query_capacity, q_heads * head_dim], before rotation: a ring, whose query t is row
                     (first_query + t) % query_capacity */
-  SegattnRows k,
-      v;         /* append: bf16 [rows, kv_heads * head_dim] read; gather: [past rows, kv_heads * head_dim] written */
-  void* probes;  /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
-  float* sums;   /* [heads, tiles, group * windows, 2]: of a tile, maximum of s and sum of exp2(s - maximum) */
-  float* lse;    /* [heads, group * windows]: log2 of the sum of exp2(s) */
-  float* scores; /* [heads, score_pitch]: of blocks; second rule: of tokens */
+  SegattnRows k, v; /* append: bf16 [rows, kv_heads * head_dim] read; read: written; gather: [past rows, ...] written */
+  void* probes;     /* bf16 [3, heads, group * windows, head_dim]: three parts that add up to the probe */
+  float* sums;      /* [heads, tiles, group * windows, 2]: of a tile, maximum of s and sum of exp2(s - maximum) */
+  float* lse;       /* [heads, group * windows]: log2 of the sum of exp2(s) */
+  float* scores;    /* [heads, score_pitch]: of blocks; second rule: of tokens */
   SegattnBestToken* best;  /* [heads, tiles] */
   int32_t* selected;       /* [heads, max_selected]: blocks, or tokens, in ascending order */
   int32_t* selected_count; /* [heads] */
@@ -208,8 +207,8 @@ typedef struct SegattnRetrievalParams {
   const float* sin;        /* [positions, head_dim / 2] */
   int64_t first_token;     /* token 0 of chunks[0] */
   int64_t chunk_tokens;
-  int64_t token; /* append: token of row 0 */
-  int64_t rows;  /* append */
+  int64_t token; /* append, read: token of row 0 */
+  int64_t rows;  /* append, read */
   int64_t score_pitch;
   int32_t heads;
   int32_t head_dim; /* a multiple of 16 */
@@ -227,6 +226,7 @@ typedef struct SegattnRetrievalParams {
   int32_t window_len;    /* tokens of a window */
   int32_t window_before; /* tokens of a whole window before its best token */
   float scale_log2;      /* s = scale_log2 * probe . key: the scale of attention, in base 2 */
+  int32_t bits;          /* of an element of the pool: 16, 8 or 4 */
 } SegattnRetrievalParams;
 
 /* How a sequence's next token is chosen, and where its random stream stands. */

@@ -1,5 +1,6 @@
 // Retrieval of past tokens (docs/contract.md, section 2), per KV head that reads the past; no gradient:
-//   pool_append   k (before rotation) and v of the heads named, behind the pool's tokens
+//   pool_append   k (before rotation) and v of the heads named, behind the pool's tokens, rounded to the pool's bits
+//   pool_read     the pool's tokens from one on, as they are held: the opposite of pool_append
 //   pool_gather   the selected tokens to the past rows, keys rotated to the positions before end_angle
 // First rule, whole blocks:
 //   pool_probes   probe = mean over a window of queries before rotation, in f32, as three bf16 that add up to it
@@ -12,23 +13,16 @@
 //   pool_windows  windows around the best tokens; their max_selected tokens in order of position
 // Scores: a mean is split into three bf16 whose sum it is, so tensor cores multiply f32 by bf16 without loss and add
 // in f32; a query is bf16 already. A product depends only on its probe and key, not on their positions in a tile.
-// Tiles of the second rule are counted from token 0. Bytes: scores read every key once, 2 head_dim a token and head;
-// sums and shares each do, and shares write 4 a token; gather 8 head_dim a token.
+// Tiles of the second rule are counted from token 0. Bytes of a pool of 16 bits: scores read every key once, 2 head_dim
+// a token and head; sums and shares each do, and shares write 4 a token; gather 8 head_dim a token.
 #include <float.h>
 
 #include "pipeline.cuh"
+#include "pool.cuh"
 #include "reduce.cuh"
 #include "rotation.cuh"
 #include "select.cuh"
 #include "softmax.cuh"
-
-SEGATTN_FN const SegattnPoolChunk& chunk_of(const SegattnRetrievalParams& p, int64_t token) {
-  return p.chunks[(token - p.first_token) / p.chunk_tokens];
-}
-// Offset of a token's head in its chunk of memory.
-SEGATTN_FN int64_t pool_offset(const SegattnRetrievalParams& p, int64_t token, int head) {
-  return ((token - p.first_token) % p.chunk_tokens * p.heads + head) * p.head_dim;
-}
 
 // ---------------------------------------------------------------------------------------------------- elementwise
 
@@ -37,6 +31,10 @@ constexpr int kProbeParts = 3;
 
 struct PoolConfig {
   static constexpr int kThreads = 256, kBlocks = 5;
+};
+// Rounding takes more registers.
+struct AppendConfig {
+  static constexpr int kThreads = 256, kBlocks = 4;
 };
 
 // Row of the ring that holds query t.
@@ -56,11 +54,22 @@ SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
   const int64_t row = index / row_units;
   if (row >= p.rows) return;
   const int head = index % row_units / head_units, column = index % head_units * kVector;
-  const int64_t src = (int64_t)p.head[head].kv_head * p.head_dim + column,
-                dst = pool_offset(p, p.token + row, head) + column;
+  const int64_t src = (int64_t)p.head[head].kv_head * p.head_dim, unit = pool_unit(p, p.token + row, head);
   const SegattnPoolChunk& chunk = chunk_of(p, p.token + row);
-  *(uint4*)((Bf16*)chunk.k + dst) = *(const uint4*)(row_of<const Bf16>(p.k, row) + src);
-  *(uint4*)((Bf16*)chunk.v + dst) = *(const uint4*)(row_of<const Bf16>(p.v, row) + src);
+  store_held(p, chunk.k, unit, column, row_of<const Bf16>(p.k, row) + src);
+  store_held(p, chunk.v, unit, column, row_of<const Bf16>(p.v, row) + src);
+}
+
+// The pool's tokens from p.token on, to rows of the heads named.
+SEGATTN_FN void pool_read(const SegattnRetrievalParams& p) {
+  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
+  const int64_t row = index / row_units;
+  if (row >= p.rows) return;
+  const int head = index % row_units / head_units, column = index % head_units * kVector;
+  const int64_t dst = (int64_t)p.head[head].kv_head * p.head_dim + column, unit = pool_unit(p, p.token + row, head);
+  const SegattnPoolChunk& chunk = chunk_of(p, p.token + row);
+  *(uint4*)(row_of<Bf16>(p.k, row) + dst) = load_held(p, chunk.k, unit, column);
+  *(uint4*)(row_of<Bf16>(p.v, row) + dst) = load_held(p, chunk.v, unit, column);
 }
 
 SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
@@ -102,9 +111,9 @@ SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
   if (row >= (uint32_t)rows) return;
   const int64_t token =
       (int64_t)p.selected[(int64_t)head * p.max_selected + row / p.block_len] * p.block_len + row % p.block_len;
-  const int64_t src = pool_offset(p, token, head) + pair, dst = (int64_t)info.kv_head * p.head_dim + pair;
+  const int64_t unit = pool_unit(p, token, head), dst = (int64_t)info.kv_head * p.head_dim + pair;
   const SegattnPoolChunk& chunk = chunk_of(p, token);
-  const Pairs k = load_pairs((const Bf16*)chunk.k + src, 0, half), v = load_pairs((const Bf16*)chunk.v + src, 0, half);
+  const Pairs k = held_pairs(p, chunk.k, unit, pair), v = held_pairs(p, chunk.v, unit, pair);
   const int64_t angle = (int64_t)info.end_angle - rows + row;
   store_pairs(row_of<Bf16>(p.k, row) + dst, 0, half, turned(k, p.cos, p.sin, angle * half + pair, 1.f));
   store_pairs(row_of<Bf16>(p.v, row) + dst, 0, half, v);
@@ -145,23 +154,25 @@ SEGATTN_FN int blocks_per_tile(int block_len) {
   return max(1, C::kKeys / block_len);
 }
 
-// Issues the copies of keys [first, end), a tile of them. Some may lie in a later chunk of memory.
+// Issues the copies of keys [first, end), a tile of them; elements of fewer bits are widened and stored. Some keys may
+// lie in a later chunk of memory.
 template <class C>
 SEGATTN_FN void load_keys(const SegattnRetrievalParams& p, ScoreShared<C>& shared, int head, int64_t first,
                           int64_t end) {
   const SharedAddress tile = shared_address(&shared.keys);
   const int64_t first_chunk = (first - p.first_token) / p.chunk_tokens,
                 first_row = (first - p.first_token) - first_chunk * p.chunk_tokens;
-  const int64_t pitch = (int64_t)p.heads * C::kHeadDim, head_offset = (int64_t)head * C::kHeadDim;
-  const void* g_first = p.chunks[first_chunk].k;
+  void* g_first = p.chunks[first_chunk].k;
   for (int i = threadIdx.x; i < C::kKeys * C::kRowChunks; i += C::kThreads) {
     const int row = i / C::kRowChunks, column = i % C::kRowChunks;
     const bool valid = first + row < end;
     int64_t chunk = first_chunk, chunk_row = first_row + (valid ? row : 0);
     for (; chunk_row >= p.chunk_tokens; chunk_row -= p.chunk_tokens) chunk++;
-    const Bf16* g_key =
-        (const Bf16*)(chunk == first_chunk ? g_first : p.chunks[chunk].k) + chunk_row * pitch + head_offset;
-    cp_async_16(C::KeyTile::chunk(tile, row, column), g_key + column * 8, valid ? 16 : 0);
+    void* g_chunk = chunk == first_chunk ? g_first : p.chunks[chunk].k;
+    const int64_t unit = chunk_row * p.heads + head;
+    const SharedAddress place = C::KeyTile::chunk(tile, row, column);
+    if (p.bits == 16) cp_async_16(place, (const Bf16*)g_chunk + unit * C::kHeadDim + column * 8, valid ? 16 : 0);
+    else *(uint4*)((unsigned char*)&shared.keys + (place - tile)) = load_held(p, g_chunk, unit, column * 8);
   }
 }
 
@@ -553,7 +564,8 @@ SEGATTN_FN void pool_windows(const SegattnRetrievalParams& p) {
   SEGATTN_KERNEL(name, Config, SegattnRetrievalParams) { body(params); }
 
 // A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.
-POOL(pool_append_bf16, PoolConfig, 0, pool_append)
+POOL(pool_append_bf16, AppendConfig, 0, pool_append)
+POOL(pool_read_bf16, PoolConfig, 0, pool_read)
 POOL(pool_probes_bf16, PoolConfig, 0, pool_probes)
 // A thread eight pairs: heads * max_selected * block_len * head_dim / 16.
 POOL(pool_gather_bf16, PoolConfig, 0, pool_gather)

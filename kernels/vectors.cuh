@@ -32,6 +32,12 @@ SEGATTN_FN void store_vector(float* p, const float (&x)[kVector]) {
 // What a bf16 in memory makes of a value.
 SEGATTN_FN float round_bf16(float x) { return widen((uint16_t)pack<Bf16>(x, 0.f), Bf16{}); }
 
+// One element.
+SEGATTN_FN float load_one(const Bf16* p) { return widen(p->bits, Bf16{}); }
+SEGATTN_FN float load_one(const float* p) { return *p; }
+SEGATTN_FN void store_one(Bf16* p, float x) { p->bits = (uint16_t)pack<Bf16>(x, 0.f); }
+SEGATTN_FN void store_one(float* p, float x) { *p = x; }
+
 template <class T>
 SEGATTN_FN T* row_of(const SegattnRows& rows, int64_t row) {
   return (T*)rows.data + row * rows.stride;

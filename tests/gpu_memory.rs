@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use segattn::cuda::kernels::KernelMetadata;
 use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlacement};
-use segattn::device::{DeviceError, Purpose};
+use segattn::device::{DeviceError, PoolBits, Purpose};
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::{GenerateError, Generator, GeneratorConfig, Prompt};
-use segattn::model::config::ModelConfig;
+use segattn::model::config::{ModelConfig, RetrievalConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
@@ -160,6 +160,53 @@ fn breaks_take_no_more_memory_than_a_dry_run_without() {
             pools(&held) <= pools(&planned) * 104 / 100,
             "{held:?} {planned:?}"
         );
+    }
+}
+
+/// An element of the pool and its part of a step.
+#[test]
+fn a_pool_of_fewer_bits_takes_so_much_less_memory() {
+    let mut config = config(8, 2, 64);
+    let reading = &readings()[0];
+    let pool = |config: &ModelConfig| dry_run_use(config, reading, usize::MAX).pool.high_water;
+    let whole = pool(&config);
+    for (bits, of_128_numbers) in [(PoolBits::Eight, 64 + 4), (PoolBits::Four, 32 + 4)] {
+        config.segment.as_mut().expect("segments").pool_bits = bits;
+        assert_eq!(pool(&config) * 128, whole * of_128_numbers, "{bits:?}");
+    }
+}
+
+/// Retrieval takes memory for every token that it scores, so more with each segment.
+#[test]
+fn a_long_prompt_and_its_break_stay_within_their_plan() {
+    for retrieval in [RetrievalConfig::default(), RetrievalConfig::windows()] {
+        let mut config = config(6, 4, 1024);
+        let segment = config.segment.as_mut().expect("segments");
+        (segment.retrieval, segment.break_after_prompt) = (retrieval, true);
+        for segments_per_step in [1, 8] {
+            let reading = Reading {
+                sequences: vec![[0, 129_522]],
+                scored: false,
+                new: 256,
+                segments_per_step,
+            };
+            let gpu = dry(Some(100 << 30));
+            let dry_run = |dry| {
+                let model = Decoder::for_dry_run(dry, config.clone(), false)?;
+                dry_run(&model, &reading, || ())
+            };
+            gpu.reserve_for(
+                &kernels(),
+                PoolPlacement::Auto,
+                Purpose::Activations,
+                dry_run,
+            )
+            .expect("a plan");
+            let before = gpu.memory_use().on_device();
+            let model = Decoder::for_dry_run(gpu.clone(), config.clone(), false).expect("a model");
+            run(&model, &reading).expect("a run");
+            assert_eq!(gpu.memory_use().on_device(), before, "{reading:?}");
+        }
     }
 }
 

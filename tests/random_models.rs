@@ -101,7 +101,7 @@ fn cases() -> impl Strategy<Value = Case> {
             "max_position_embeddings": 128, "tie_word_embeddings": tied,
             "segment": {
                 "segment_len": segment_len, "prior_len": whole(prior), "past_len": past_len,
-                "sink_len": sinks.min(segment_len),
+                "sink_len": sinks.min(segment_len), "pool_bits": (16 >> (seed % 3)),
                 "retrieval": retrieval,
                 "head_reads": roles(layers, kv_heads, seed),
                 "break_ids": (0..breaks.1).collect::<Vec<_>>(),

@@ -9,7 +9,8 @@ use std::ops::Range;
 use proptest::prelude::*;
 use retrieval_cases::{
     GROUP, HEADS, Tokens, a_device_selects_what_the_reference_does,
-    keys_of_any_finite_size_give_a_selection, pool, pools_take_any_runs, select,
+    keys_of_any_finite_size_give_a_selection, pool, pools_of_fewer_bits_select_by_what_they_hold,
+    pools_round_to_their_bits, pools_take_any_runs, select,
     selections_do_not_depend_on_chunks_and_rings,
 };
 use segattn::device::SelectionRule;
@@ -20,6 +21,13 @@ use segattn::device::reference::Reference;
 fn a_pool_holds_the_same_tokens_however_it_was_filled() {
     pools_take_any_runs(&Reference);
     pools_take_any_runs(&Cpu);
+}
+
+#[test]
+fn a_pool_of_fewer_bits_holds_multiples_of_a_step() {
+    pools_round_to_their_bits(&Reference);
+    pools_round_to_their_bits(&Cpu);
+    pools_of_fewer_bits_select_by_what_they_hold(&Cpu);
 }
 
 #[test]

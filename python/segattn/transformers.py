@@ -209,7 +209,7 @@ class _State:
                 if chosen[b][h]:
                     at = torch.tensor(chosen[b][h], device=q.device)
                     for place, rows in zip((k, v), pool):
-                        place[b, sinks[h] : lengths[b][h], h] = rows[b, at, self.past_heads.index(h)]
+                        place[b, sinks[h] : lengths[b][h], h] = self.rounded(rows[b, at, self.past_heads.index(h)])
         # The last row of a head stands directly before its prior rows.
         ends = torch.tensor(lengths)[:, None] + torch.tensor(tails)
         positions = (torch.arange(most)[:, None] - ends).to(q.device)
@@ -220,6 +220,14 @@ class _State:
             "past_len": torch.tensor(lengths, dtype=torch.int32),
             "sink_len": torch.tensor([sinks] * batch, dtype=torch.int32),
         }
+
+    def rounded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of one head as the pool holds them."""
+        if self.plan.pool_bits == 16:
+            return rows
+        held = rows.float().cpu().contiguous()
+        _native.round_to_pool(self.runner.config, Torch(held.device).numbers(held))
+        return held.to(rows)
 
     @torch.no_grad()
     def retrieve(self, q: torch.Tensor) -> None:

@@ -4,7 +4,7 @@
 use pyo3::prelude::*;
 use segattn::attention::Error;
 use segattn::device::cpu::Cpu;
-use segattn::device::{Device, Kind, PastPool, Probes, Rows, SelectedBlocks, Selection};
+use segattn::device::{Device, Kind, PastPool, PoolShape, Probes, Rows, SelectedBlocks, Selection};
 use segattn::model::config::ModelConfig;
 use segattn::model::segmentation::Sequence;
 use segattn::model::state::Plan;
@@ -21,6 +21,8 @@ pub struct SegmentPlan {
     prior_len: usize,
     /// First rows of the sequence that every head of later segments reads.
     sink_len: usize,
+    /// Bits that are kept of an element of the rows that the past is selected from.
+    pool_bits: usize,
     /// Last rows of a segment, whose queries choose the past.
     probe_rows: usize,
     /// `[layer][kv_head]`: whether it reads the tail.
@@ -44,6 +46,7 @@ pub fn segment_plan(py: Python<'_>, config: &str) -> PyResult<SegmentPlan> {
         segment_len: plan.segment_len,
         prior_len: plan.prior_len,
         sink_len: plan.sink_len,
+        pool_bits: plan.pool_bits.count(),
         probe_rows: plan.probe_rows,
         prior_heads: plan.reads.iter().map(|reads| reads.prior.clone()).collect(),
         past_heads: plan.reads.into_iter().map(|reads| reads.past).collect(),
@@ -125,7 +128,11 @@ fn selected(
         Ok::<_, Failure>(buffer)
     };
     let (keys, queries) = (buffer(keys)?, buffer(queries)?);
-    let mut pool = <Cpu as Device>::Pool::new(&Cpu, heads, dim, tokens.max(1));
+    let shape = PoolShape {
+        run: tokens.max(1),
+        ..plan.pool(heads)
+    };
+    let mut pool = <Cpu as Device>::Pool::new(&Cpu, shape);
     let all: Vec<usize> = (0..heads).collect();
     // Only keys are looked at.
     let kv = [Rows::packed(&keys, 0, key_width); 2];
@@ -148,4 +155,28 @@ fn selected(
     };
     let blocks = pool.select(&Cpu, &probes, &selection)?;
     Ok(SelectedBlocks::<Cpu>::tokens(&blocks, &Cpu)?)
+}
+
+/// Rounds rows of one head, `[rows, head_dim]` f32, in place to what the pool of a model keeps of them
+/// (docs/contract.md, section 2).
+#[pyfunction]
+pub fn round_to_pool(py: Python<'_>, config: &str, rows: Numbers) -> PyResult<()> {
+    let rounded = py.detach(|| -> Result<_, Failure> {
+        let plan = plan(config, usize::MAX)?;
+        // SAFETY: the caller keeps the array, and nothing else reads or writes it.
+        let rows: &mut [f32] = unsafe { rows.slice_mut("rows").map_err(Failure::other)? };
+        let dim = plan.heads.dim;
+        if !rows.len().is_multiple_of(dim) {
+            let expected = format!("whole rows of {dim} elements");
+            return Err(Failure::argument("rows", expected, rows.len()));
+        }
+        let mut given = Cpu.empty(Kind::Activation, rows.len())?;
+        Cpu.write(&mut given, 0, rows)?;
+        let mut pool = <Cpu as Device>::Pool::new(&Cpu, plan.pool(1));
+        let count = rows.len() / dim;
+        pool.append(&Cpu, &[0], [Rows::packed(&given, 0, dim); 2], count)?;
+        rows.copy_from_slice(&pool.read(&Cpu, 0..count)?.0);
+        Ok(())
+    });
+    rounded.map_err(|failure| failure.raise(py))
 }

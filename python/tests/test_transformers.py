@@ -33,6 +33,7 @@ BLOCKS = {"past_len": 8, "retrieval": {"block_len": 4, "probe_len": 8, "probe_wi
 SEGMENTS = {
     "blocks": {**SIZES, **BLOCKS},
     "windows and sinks": {**SIZES, **WINDOWS, "sink_len": 3},
+    "a pool of 8 bits": {**SIZES, **WINDOWS, "pool_bits": 8},
     "a break id": {**SIZES, **WINDOWS, "sink_len": 4, "break_ids": [TOKENS[0][20], TOKENS[1][33]]},
 }
 

@@ -73,6 +73,9 @@ struct Segments {
     /// segments of its own]
     #[arg(long, value_name = "N")]
     sink_len: Option<usize>,
+    /// Bits an element that are kept of the keys and values that the past is retrieved from: 16, 8 or 4
+    #[arg(long, value_name = "BITS", requires = "segment_len")]
+    pool_bits: Option<usize>,
     /// Consecutive tokens that are retrieved together
     #[arg(long, value_name = "N", requires = "segment_len")]
     block_len: Option<usize>,
@@ -152,6 +155,7 @@ impl Segments {
             prior_len: self.prior_len,
             past_len: self.past_len,
             sink_len: self.sink_len.or(new_sinks),
+            pool_bits: self.pool_bits,
             block_len: self.block_len,
             queries: self.queries,
             window_len: self.window_len,

@@ -220,6 +220,7 @@ fn segment(config: &ModelConfig) -> Value {
         "prior_len": segment.prior_len,
         "past_len": segment.past_len,
         "sink_len": segment.sink_len,
+        "pool_bits": segment.pool_bits.count(),
         "retrieval": segment.retrieval.to_json(),
         "break_ids": segment.break_ids,
         "break_after_prompt": segment.break_after_prompt,
@@ -328,8 +329,8 @@ fn text(report: &Value) -> String {
         Value::Null => line("segments", "none: full attention".into()),
         s => {
             let lens = format!(
-                "segment_len {}, prior_len {}, past_len {}, sink_len {}",
-                s["segment_len"], s["prior_len"], s["past_len"], s["sink_len"],
+                "segment_len {}, prior_len {}, past_len {}, sink_len {}, pool_bits {}",
+                s["segment_len"], s["prior_len"], s["past_len"], s["sink_len"], s["pool_bits"],
             );
             line("segments", lens);
             line("retrieval", pairs(&s["retrieval"]));

@@ -35,8 +35,8 @@ pub use shared::blocks::HostBlocks;
 pub use shared::samplers::HostSamplers;
 pub use types::{
     Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, Move,
-    PastHeads, Probes, Rows, RowsMut, SegmentCache, Selection, SelectionRule, SlotSpan, StepRows,
-    Update,
+    PastHeads, PoolBits, PoolShape, Probes, Rows, RowsMut, SegmentCache, Selection, SelectionRule,
+    SlotSpan, StepRows, Update,
 };
 
 /// Results of device calls.

@@ -3,21 +3,21 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use super::{Device, PastHeads, Probes, Result, Rows, RowsMut, Selection};
+use super::{Device, PastHeads, PoolShape, Probes, Result, Rows, RowsMut, Selection};
 
 /// Keys and values of all completed tokens of one sequence and layer, for the KV heads that read the past, before
 /// rotation. Below, a pool's heads are these KV heads.
 ///
 /// A call that fails leaves the pool as it was.
 pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
-    /// An empty pool for `heads` heads of `head_dim` elements. Memory is taken for `run` tokens at a time.
-    fn new(device: &D, heads: usize, head_dim: usize, run: usize) -> Self;
+    /// An empty pool.
+    fn new(device: &D, shape: PoolShape) -> Self;
 
     /// Number of tokens.
     fn tokens(&self) -> usize;
 
     /// Appends `rows` tokens: of rows `[kv_heads * head_dim]` of keys and of values the KV heads named, one for each
-    /// head of the pool.
+    /// head of the pool. They are rounded to the bits that the pool has.
     ///
     /// # Errors
     /// Heads of another number than the pool's, or what the device says.
@@ -38,7 +38,7 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
     /// Tokens that it does not have, or what the device says.
     fn read(&self, device: &D, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)>;
 
-    /// Appends tokens that [`read`](Self::read) gave.
+    /// Appends tokens that [`read`](Self::read) gave, as they are.
     ///
     /// # Errors
     /// Numbers of keys and values that are no whole tokens or differ, or what the device says.

@@ -277,6 +277,61 @@ impl<B> Probes<'_, B> {
     }
 }
 
+/// A pool's heads, and what it keeps of their keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolShape {
+    /// Heads of the pool.
+    pub heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Tokens that memory is taken for at a time.
+    pub run: usize,
+    /// What is kept of an element.
+    pub bits: PoolBits,
+}
+
+/// Bits that a pool keeps of an element (docs/contract.md, section 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PoolBits {
+    /// The device's own type.
+    #[default]
+    Sixteen,
+    /// Multiples, from -127 to 127, of a step for each 32 elements.
+    Eight,
+    /// Multiples from -7 to 7.
+    Four,
+}
+
+impl PoolBits {
+    /// By their number.
+    pub fn new(bits: usize) -> Option<Self> {
+        match bits {
+            16 => Some(Self::Sixteen),
+            8 => Some(Self::Eight),
+            4 => Some(Self::Four),
+            _ => None,
+        }
+    }
+
+    /// Their number.
+    pub fn count(self) -> usize {
+        match self {
+            Self::Sixteen => 16,
+            Self::Eight => 8,
+            Self::Four => 4,
+        }
+    }
+
+    /// The largest multiple of a step, where elements are rounded.
+    pub fn limit(self) -> Option<u8> {
+        match self {
+            Self::Sixteen => None,
+            Self::Eight => Some(127),
+            Self::Four => Some(7),
+        }
+    }
+}
+
 /// How the tokens of a pool are scored and selected (docs/contract.md, section 2). Lengths in tokens, all at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SelectionRule {

@@ -13,7 +13,9 @@ pub(in crate::model) use carry::{Complete, allocate_segment, close_segments, ope
 use std::ops::Range;
 
 use super::config::{ModelConfig, RetrievalConfig};
-use crate::device::{DeviceError, Heads, OutOfMemory, Purpose, Result, SelectionRule};
+use crate::device::{
+    DeviceError, Heads, OutOfMemory, PoolBits, PoolShape, Purpose, Result, SelectionRule,
+};
 
 /// Elements of a buffer of this shape, whose sizes a caller has chosen.
 ///
@@ -55,6 +57,8 @@ pub struct Plan {
     pub sink_len: usize,
     /// Last rows of a segment, whose queries are averaged into probes.
     pub probe_rows: usize,
+    /// What pools keep of an element.
+    pub pool_bits: PoolBits,
     /// How past rows are selected.
     pub rule: SelectionRule,
     /// Scale of attention; `None`: `1 / sqrt(head_dim)`.
@@ -94,6 +98,7 @@ impl Plan {
                 past_len: 0,
                 sink_len: 0,
                 probe_rows: 0,
+                pool_bits: PoolBits::default(),
                 rule: RetrievalConfig::default().rule(),
                 scale,
                 reads,
@@ -110,9 +115,20 @@ impl Plan {
             past_len,
             sink_len,
             probe_rows: segment.retrieval.queries().min(segment.segment_len),
+            pool_bits: segment.pool_bits,
             rule: segment.retrieval.rule(),
             scale,
             reads,
+        }
+    }
+
+    /// A layer's pool, if it has `heads` heads that read the past.
+    pub fn pool(&self, heads: usize) -> PoolShape {
+        PoolShape {
+            heads,
+            head_dim: self.heads.dim,
+            run: self.segment_len,
+            bits: self.pool_bits,
         }
     }
 

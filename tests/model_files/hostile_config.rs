@@ -265,6 +265,8 @@ fn absurd_and_contradictory_values_are_refused_by_key() {
         ("/segment/prior_len", json!(12), "segment.prior_len"),
         ("/segment/past_len", json!(31), "segment.past_len"),
         ("/segment/past_length", json!(32), "segment.past_length"),
+        ("/segment/pool_bits", json!(5), "segment.pool_bits"),
+        ("/segment/pool_bits", json!("8"), "segment.pool_bits"),
         ("/segment/break_ids", json!([3, 258]), "segment.break_ids"),
         ("/segment/break_ids", json!([-1]), "segment.break_ids"),
         ("/segment/break_ids", json!(3), "segment.break_ids"),

@@ -1,11 +1,16 @@
 //! Pools and retrieval on any device: tokens, pools filled in any way, and selections from them.
 
+#[path = "rounding.rs"]
+mod rounding;
+
 use std::ops::Range;
 
 use half::bf16;
+use rounding::rounded;
 use segattn::device::reference::Reference;
 use segattn::device::{
-    Device, Kind, PastPool, Probes, Rows, SelectedBlocks, Selection, SelectionRule,
+    Device, Kind, PastPool, PoolBits, PoolShape, Probes, Rows, SelectedBlocks, Selection,
+    SelectionRule,
 };
 
 const KV_HEADS: usize = 3;
@@ -116,9 +121,18 @@ pub fn append<D: Device>(
 
 /// A pool of all tokens, with memory for `chunk` tokens at a time, appended so many at a time.
 pub fn pool<D: Device>(device: &D, tokens: &Tokens, chunk: usize, runs: &[usize]) -> D::Pool {
-    let mut pool = D::Pool::new(device, HEADS.len(), tokens.dim, chunk);
+    let mut pool = D::Pool::new(device, shape(tokens.dim, chunk, PoolBits::Sixteen));
     append(device, &mut pool, tokens, tokens.count, runs);
     pool
+}
+
+fn shape(head_dim: usize, run: usize, bits: PoolBits) -> PoolShape {
+    PoolShape {
+        heads: HEADS.len(),
+        head_dim,
+        run,
+        bits,
+    }
 }
 
 /// The tokens that each head selects. The queries begin at row `ring.0` of a ring that has `ring.1` rows to spare.
@@ -316,4 +330,74 @@ pub fn keys_of_any_finite_size_give_a_selection<D: Device>(device: &D) {
             assert!(tokens.is_sorted_by(|a, b| a < b));
         }
     }
+}
+
+/// A pool of 8 and of 4 bits holds what docs/contract.md, section 2, says, and writes back what it gave.
+pub fn pools_round_to_their_bits<D: Device>(device: &D) {
+    let narrow = device.element_bytes(Kind::Activation) == 2;
+    for (bits, limit) in [(PoolBits::Eight, 127.0), (PoolBits::Four, 7.0)] {
+        for dim in [32, 64, 96, 128] {
+            let mut tokens = Tokens::new(dim, 21, 1, 50 + dim as u64);
+            // Groups of zeros, of very small and of large numbers, and one that is not finite.
+            tokens.key_mut(3, HEADS[1])[..32].fill(0.0);
+            tokens.key_mut(4, HEADS[0]).fill(f32::MIN_POSITIVE);
+            tokens.key_mut(5, HEADS[0])[0] = 2f32.powi(100);
+            tokens.key_mut(6, HEADS[1])[9] = f32::INFINITY;
+            let mut pool = D::Pool::new(device, shape(dim, 8, bits));
+            append(device, &mut pool, &tokens, 21, &[4, 1, 9]);
+            let held = pool.read(device, 0..21).expect("a read");
+            let mut distinct = 0;
+            for (held, given) in [(&held.0, &tokens.k), (&held.1, &tokens.v)] {
+                let given = tokens.of_heads(given, 0..21);
+                for (held, given) in held.chunks(32).zip(given.chunks(32)) {
+                    let expected = rounded(given, limit, narrow);
+                    assert_same(held, &expected, &format!("{bits:?} {dim} {given:?}"));
+                    distinct += usize::from(held != given);
+                }
+            }
+            assert!(distinct > 2 * 21, "{distinct} groups were rounded");
+            pool.truncate(7);
+            let [k, v] = [&held.0, &held.1].map(|x| &x[7 * 2 * dim..]);
+            pool.write(device, k, v).expect("a write");
+            let again = pool.read(device, 0..21).expect("a read");
+            assert_same(&again.0, &held.0, "keys again");
+            assert_same(&again.1, &held.1, "values again");
+        }
+    }
+}
+
+/// Scores and selections of a pool of fewer bits are those of one that holds the same numbers in the device's own type.
+pub fn pools_of_fewer_bits_select_by_what_they_hold<D: Device>(device: &D) {
+    for (bits, dim, count) in [(PoolBits::Eight, 64, 300), (PoolBits::Four, 96, 150)] {
+        let tokens = Tokens::new(dim, count, 5, 70);
+        let mut packed = D::Pool::new(device, shape(dim, 64, bits));
+        append(device, &mut packed, &tokens, count, &[50]);
+        let (k, v) = packed.read(device, 0..count).expect("a read");
+        let mut plain = D::Pool::new(device, shape(dim, 64, PoolBits::Sixteen));
+        plain.write(device, &k, &v).expect("a write");
+        for rule in RULES {
+            let of = |pool| {
+                select(
+                    device,
+                    pool,
+                    &tokens,
+                    (2, 1),
+                    &[0..count, 5..count - 13],
+                    rule,
+                )
+            };
+            assert_eq!(of(&packed), of(&plain), "{bits:?} {rule:?}");
+        }
+    }
+}
+
+fn assert_same(got: &[f32], expected: &[f32], what: &str) {
+    for (got, expected) in got.iter().zip(expected) {
+        let both_nan = got.is_nan() && expected.is_nan();
+        assert!(
+            both_nan || got == expected,
+            "{what}: expected {expected}, got {got}"
+        );
+    }
+    assert_eq!(got.len(), expected.len());
 }

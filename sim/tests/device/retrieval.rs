@@ -5,6 +5,7 @@ use crate::retrieval_cases::{
     self, a_device_selects_what_the_reference_does, pools_take_any_runs,
     selections_do_not_depend_on_chunks_and_rings,
 };
+use segattn::device::PoolBits;
 use segattn::model::config::RetrievalConfig;
 use segattn::model::segmentation::Sequence;
 use segattn::model::session::{Feed, Session, score};
@@ -13,6 +14,16 @@ use segattn_sim::Checks;
 #[test]
 fn a_pool_holds_the_same_tokens_however_it_was_filled() {
     pools_take_any_runs(&gpu(31, Checks::All));
+}
+
+#[test]
+fn a_pool_of_fewer_bits_holds_multiples_of_a_step() {
+    retrieval_cases::pools_round_to_their_bits(&gpu(35, Checks::All));
+}
+
+#[test]
+fn a_pool_of_fewer_bits_selects_by_what_it_holds() {
+    retrieval_cases::pools_of_fewer_bits_select_by_what_they_hold(&gpu(36, Checks::All));
 }
 
 #[test]
@@ -37,6 +48,7 @@ fn a_model_that_selects_windows_has_the_same_bits_on_every_path() {
     let mut config = config(false);
     let segment = config.segment.as_mut().expect("segments");
     (segment.past_len, segment.prior_len) = (7, 3);
+    segment.pool_bits = PoolBits::Four;
     segment.retrieval = RetrievalConfig::Windows {
         queries: 3,
         window_len: 3,

@@ -12,8 +12,8 @@ use segattn::attention::PerSource;
 use segattn::device::gpu::Gpu;
 use segattn::device::{
     Accumulate, Attention, Device, DeviceError, Heads, KeyStore, Kind, OutOfMemory, PastHeads,
-    PastPool, Probes, Recording, Result, Rows, RowsMut, SegmentCache, SelectedBlocks, Selection,
-    SelectionRule, SlotSpan, StepRows,
+    PastPool, PoolBits, PoolShape, Probes, Recording, Result, Rows, RowsMut, SegmentCache,
+    SelectedBlocks, Selection, SelectionRule, SlotSpan, StepRows,
 };
 use segattn_sim::{Checks, Driver};
 
@@ -362,7 +362,13 @@ fn memory_of_another_device_is_an_error() {
 
 /// A pool of one head of 32 with 16 tokens.
 fn pool(gpu: &Sim) -> Pool {
-    let mut pool = Pool::new(gpu, 1, 32, 8);
+    let shape = PoolShape {
+        heads: 1,
+        head_dim: 32,
+        run: 8,
+        bits: PoolBits::Sixteen,
+    };
+    let mut pool = Pool::new(gpu, shape);
     for _ in 0..2 {
         pool.write(gpu, &[1.0; 256], &[1.0; 256]).expect("a run");
     }

@@ -10,6 +10,8 @@ mod planted;
 mod planted_rules;
 mod retrieval;
 mod rotation;
+#[path = "../../../tests/retrieval_cases/rounding.rs"]
+mod rounding;
 mod rows;
 mod rows_rules;
 mod sampling;

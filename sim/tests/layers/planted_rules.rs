@@ -16,7 +16,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
@@ -84,6 +84,12 @@ pub const TARGETS: [Target; 15] = [
         rules: &ADAMW,
     },
     Target {
+        file: "pool.cuh",
+        kernels: &["retrieval.cu"],
+        tests: &["retrieval::"],
+        rules: &POOL,
+    },
+    Target {
         file: "retrieval.cu",
         kernels: &["retrieval.cu"],
         tests: &["retrieval::"],
@@ -110,7 +116,17 @@ pub const TARGETS: [Target; 15] = [
 ];
 
 /// Rules with a mutant that is known to survive: file, text, and why.
-pub const SURVIVORS: [[&str; 3]; 7] = [
+pub const SURVIVORS: [[&str; 3]; 9] = [
+    [
+        "pool.cuh",
+        "return finite ?",
+        "groups that are not finite are in the tests of the device",
+    ],
+    [
+        "pool.cuh",
+        "step > 0.f ?",
+        "groups of zeros are in the tests of the device",
+    ],
     [
         "sampling.cu",
         "min(row.count, begin + own)",
@@ -132,7 +148,7 @@ pub const SURVIVORS: [[&str; 3]; 7] = [
         "a block too many is scored and not selected",
     ],
     [
-        "retrieval.cu",
+        "pool.cuh",
         "(token - p.first_token) / p.chunk_tokens];",
         "pools keep every token, so the first is 0",
     ],
@@ -372,7 +388,7 @@ const ADAMW: [Rule; 23] = [
     replace("if (tensor.weights) ", ""),
 ];
 
-const RETRIEVAL: [Rule; 31] = [
+const POOL: [Rule; 17] = [
     replace(
         "(token - p.first_token) / p.chunk_tokens];",
         "token / p.chunk_tokens];",
@@ -381,10 +397,32 @@ const RETRIEVAL: [Rule; 31] = [
         "% p.chunk_tokens * p.heads + head",
         "% p.chunk_tokens * p.heads",
     ),
+    replace("column) * p.bits / 8", "column) * p.bits / 16"),
+    replace("column) / kStepGroup;", "column) / kStepGroup / 2;"),
+    replace("p.chunk_tokens * p.heads, 0)", "p.heads, 0)"),
+    replace("column - column % kStepGroup", "column"),
+    replace("i < first + kStepGroup", "i < first + kVector"),
+    replace("fmaxf(largest, fabsf(r_x[e]))", "fmaxf(largest, r_x[e])"),
+    replace("return finite ?", "return true ?"),
+    replace("(1 << (p.bits - 1)) - 1;", "1 << (p.bits - 1);"),
+    replace("if (column % kStepGroup == 0) ", "if (column == 0) "),
+    replace("rintf(r_x[e] / step)", "truncf(r_x[e] / step)"),
+    replace("step > 0.f ?", "step >= 0.f ?"),
+    replace("column)) / (float)pool_limit(p)", "column)) / 127.f"),
+    replace("<< (e * p.bits)", "<< (e * 8)"),
+    replace(">> (e * p.bits)", ">> (e * 8)"),
+    replace("p.head_dim / 2 + pair", "p.head_dim / 2"),
+];
+
+const RETRIEVAL: [Rule; 30] = [
     replace("if (row >= p.rows) return", "if (row > p.rows) return"),
     replace(
-        "p.head[head].kv_head * p.head_dim + column, dst",
-        "head * p.head_dim + column, dst",
+        "p.head[head].kv_head * p.head_dim, unit",
+        "head * p.head_dim, unit",
+    ),
+    replace(
+        "store_held(p, chunk.v, unit, column, row_of<const Bf16>(p.v",
+        "store_held(p, chunk.v, unit, column, row_of<const Bf16>(p.k",
     ),
     replace(
         "if (probe >= (uint32_t)(p.heads * count)) return",
@@ -515,15 +553,9 @@ const WINDOWS: [Rule; 40] = [
         "p.group;\n  return",
     ),
     replace("query_row(p, probe % p.windows)", "query_row(p, 0)"),
-    replace(
-        "min(best - eligible.begin, width / 2)",
-        "min(best, width / 2)",
-    ),
-    replace(
-        "eligible.begin, width / 2)",
-        "eligible.begin, width / 2 + 1)",
-    ),
-    replace("min(wanted, eligible.end - width)", "wanted"),
+    replace("min(best - eligible.begin, before)", "min(best, before)"),
+    replace("eligible.begin, before)", "eligible.begin, before + 1)"),
+    replace(", eligible.end - width);", ", eligible.end);"),
     replace("Tokens{token + 1, window.end}", "Tokens{token, window.end}"),
     replace(
         "Tokens{window.begin, token}",

@@ -11,6 +11,7 @@ use segattn::cuda::kernels::layer_params::{
 use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;
+use super::rounding::rounded;
 
 const KV_HEADS: usize = 3;
 const GROUP: usize = 2;
@@ -35,6 +36,8 @@ struct Case {
     max_selected: usize,
     /// Small integers, so that every score is exact and many are equal.
     whole: bool,
+    /// Bits of an element of the pool.
+    bits: usize,
     /// Every score below 0, which is what a row that is not there would have.
     negative: bool,
 }
@@ -53,6 +56,7 @@ const CASE: Case = Case {
     spare_rows: 2,
     max_selected: 5,
     whole: false,
+    bits: 16,
     negative: false,
 };
 
@@ -99,6 +103,27 @@ impl Case {
             inputs
                 .k
                 .copy_within((token % 2) * width..(token % 2 + 1) * width, token * width);
+        }
+        inputs
+    }
+
+    /// The inputs, with keys and values as the pool holds them.
+    fn held(&self) -> Inputs {
+        let mut inputs = self.inputs();
+        if self.bits < 16 {
+            let limit = ((1 << (self.bits - 1)) - 1) as f32;
+            for head in [&mut inputs.k, &mut inputs.v]
+                .map(|x| x.chunks_mut(self.dim))
+                .into_iter()
+                .flatten()
+            {
+                for group in head.chunks_mut(32) {
+                    let wide: Vec<f32> = group.iter().map(|x| x.to_f32()).collect();
+                    let held = rounded(&wide, limit, true);
+                    group
+                        .copy_from_slice(&held.into_iter().map(bf16::from_f32).collect::<Vec<_>>());
+                }
+            }
         }
         inputs
     }
@@ -184,7 +209,12 @@ fn table(case: &Case) -> [Vec<f32>; 2] {
 
 /// Chunks of an empty pool of both heads, and the table of them.
 fn pool(gpu: &mut Gpu, case: &Case) -> (Vec<[Buffer; 2]>, Buffer) {
-    let bytes = case.chunk_tokens * HEADS.len() * case.dim * 2;
+    // Elements, and a step for each 32 of them.
+    let of_head = match case.bits {
+        16 => case.dim * 2,
+        bits => case.dim * bits / 8 + case.dim / 16,
+    };
+    let bytes = case.chunk_tokens * HEADS.len() * of_head;
     let count = case.tokens.div_ceil(case.chunk_tokens);
     let chunks: Vec<[Buffer; 2]> = (0..count)
         .map(|_| ["k", "v"].map(|name| gpu.alloc(name, bytes).expect("memory")))
@@ -273,6 +303,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         window_len: 0,
         window_before: 0,
         scale_log2: 0.0,
+        bits: case.bits as i32,
     };
     for range in [0..case.tokens / 3, case.tokens / 3..case.tokens] {
         let mut append = params;
@@ -353,7 +384,7 @@ fn best(scores: &[f64], first: usize, count: usize) -> Vec<i32> {
 }
 
 fn check(case: &Case) {
-    let (inputs, outputs) = (case.inputs(), run(1, case, usize::MAX));
+    let (inputs, outputs) = (case.held(), run(1, case, usize::MAX));
     for h in 0..HEADS.len() {
         let exact = case.scores(&inputs, h, |x| x);
         let plain = case.scores(&inputs, h, |x| bf16::from_f64(x).to_f64());
@@ -407,6 +438,10 @@ fn check_rows(case: &Case, inputs: &Inputs, outputs: &Outputs, h: usize) {
 #[test]
 fn selections_follow_the_contract() {
     check(&CASE);
+    // Pools of 8 and of 4 bits.
+    for (bits, dim) in [(8, 64), (4, 96), (4, 256)] {
+        check(&Case { bits, dim, ..CASE });
+    }
     // Ties everywhere; more probes than a tile; selections of all blocks; blocks that do not divide a tile, or exceed
     // one.
     check(&Case {

@@ -225,6 +225,7 @@ fn run(seed: u64, case: &Case) -> Outputs {
         window_len: case.window_len as i32,
         window_before: case.window_before as i32,
         scale_log2: std::f32::consts::LOG2_E / (case.dim as f32).sqrt(),
+        bits: 16,
     };
     let each_tile = HEADS.len() * tiles;
     let [by_dim, shares] = ["sums", "shares"].map(|name| format!("pool_{name}_bf16_d{}", case.dim));

@@ -537,10 +537,11 @@ pub struct SegattnRetrievalParams {
     pub window_len: i32,
     pub window_before: i32,
     pub scale_log2: f32,
+    pub bits: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 248usize];
+    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 256usize];
     ["Alignment of SegattnRetrievalParams"]
         [::core::mem::align_of::<SegattnRetrievalParams>() - 8usize];
     ["Offset of field: SegattnRetrievalParams::chunks"]
@@ -615,6 +616,8 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, window_before) - 240usize];
     ["Offset of field: SegattnRetrievalParams::scale_log2"]
         [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 244usize];
+    ["Offset of field: SegattnRetrievalParams::bits"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, bits) - 248usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -7,14 +7,17 @@ use std::ops::Range;
 
 use super::{Buffer, Cpu, PackedMatrix, gemm};
 use crate::device::shared::blocks::gather;
-use crate::device::shared::selection;
-use crate::device::{HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection};
+use crate::device::shared::{pool_bits, selection};
+use crate::device::{
+    HostBlocks, PastHeads, PastPool, PoolBits, PoolShape, Probes, Result, Rows, RowsMut, Selection,
+};
 
 /// Keys and values before rotation.
 #[derive(Debug, Default)]
 pub struct Pool {
     heads: usize,
     pub(super) head_dim: usize,
+    bits: PoolBits,
     chunks: Vec<Chunk>,
 }
 
@@ -30,10 +33,11 @@ struct Chunk {
 }
 
 impl PastPool<Cpu> for Pool {
-    fn new(_: &Cpu, heads: usize, head_dim: usize, _run: usize) -> Self {
+    fn new(_: &Cpu, shape: PoolShape) -> Self {
         Self {
-            heads,
-            head_dim,
+            heads: shape.heads,
+            head_dim: shape.head_dim,
+            bits: shape.bits,
             chunks: Vec::new(),
         }
     }
@@ -54,9 +58,8 @@ impl PastPool<Cpu> for Pool {
             let at = kv.start + row * kv.stride + heads[i] * dim;
             at..at + dim
         };
-        self.append_rows(rows, |r, i| {
-            (&k.buffer[row(&k, r, i)], &v.buffer[row(&v, r, i)])
-        })
+        let kv = |r, i| (&k.buffer[row(&k, r, i)], &v.buffer[row(&v, r, i)]);
+        self.append_rows(rows, self.bits, kv)
     }
 
     fn truncate(&mut self, tokens: usize) {
@@ -74,7 +77,8 @@ impl PastPool<Cpu> for Pool {
         let (heads, dim) = (self.heads, self.head_dim);
         let at = |row: usize, i: usize| (row * heads + i) * dim..(row * heads + i + 1) * dim;
         let rows = k.len() / (heads * dim).max(1);
-        self.append_rows(rows, |row, i| (&k[at(row, i)], &v[at(row, i)]))
+        let kv = |row, i| (&k[at(row, i)], &v[at(row, i)]);
+        self.append_rows(rows, PoolBits::Sixteen, kv)
     }
 
     fn select(
@@ -107,10 +111,11 @@ impl Pool {
         self.chunks.last().map_or(0, |c| c.first + c.rows)
     }
 
-    /// Appends `rows` tokens; `kv` gives key and value of a row and pool head.
+    /// Appends `rows` tokens, rounded to `bits`; `kv` gives key and value of a row and pool head.
     fn append_rows<'a>(
         &mut self,
         rows: usize,
+        bits: PoolBits,
         kv: impl Fn(usize, usize) -> (&'a [f32], &'a [f32]),
     ) -> Result<()> {
         if rows == 0 {
@@ -121,8 +126,10 @@ impl Pool {
         let slots = k.chunks_mut(self.head_dim).zip(v.chunks_mut(self.head_dim));
         for (i, (to_k, to_v)) in slots.enumerate() {
             let (from_k, from_v) = kv(i % rows, i / rows);
-            to_k.copy_from_slice(from_k);
-            to_v.copy_from_slice(from_v);
+            for (to, from) in [(to_k, from_k), (to_v, from_v)] {
+                to.copy_from_slice(from);
+                pool_bits::round(to, bits, |x| x as f32);
+            }
         }
         let first = self.len();
         let room = rows;

@@ -10,15 +10,17 @@ use super::{Blocks, Buffer, Driver, Gpu};
 use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::SegattnRetrievalParams;
 use crate::device::{
-    Device, DeviceError, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection,
+    Device, DeviceError, Kind, PastHeads, PastPool, PoolBits, PoolShape, Probes, Result, Rows,
+    RowsMut, Selection,
 };
 
 impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
-    fn new(_: &Gpu<D>, heads: usize, head_dim: usize, run: usize) -> Self {
+    fn new(_: &Gpu<D>, shape: PoolShape) -> Self {
         Self {
-            heads,
-            head_dim,
-            run: run.max(1),
+            heads: shape.heads,
+            head_dim: shape.head_dim,
+            run: shape.run.max(1),
+            bits: shape.bits,
             tokens: 0,
             chunks: Vec::new(),
         }
@@ -67,6 +69,9 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
             let got = format!("{tokens:?}");
             return Err(DeviceError::argument("tokens of a pool", expected, got));
         }
+        if self.bits != PoolBits::Sixteen {
+            return self.widened(gpu, tokens);
+        }
         let width = self.heads * self.head_dim;
         let (mut k, mut v) = (Vec::new(), Vec::new());
         for (chunk, rows) in self.pieces(tokens) {
@@ -85,6 +90,13 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
             return Err(DeviceError::argument("keys of tokens", expected, k.len()));
         }
         let (first, rows) = (self.tokens, k.len() / width);
+        if self.bits != PoolBits::Sixteen {
+            // Rounding what a pool has given gives it again.
+            let heads: Vec<usize> = (0..self.heads).collect();
+            let [k, v] = [uploaded(gpu, k)?, uploaded(gpu, v)?];
+            let kv = [&k, &v].map(|x| Rows::packed(x, 0, width));
+            return self.append(gpu, &heads, kv, rows);
+        }
         self.extend(gpu, rows, |pool| {
             let (mut k, mut v) = (k, v);
             for (chunk, rows) in pool.pieces(first..first + rows) {
@@ -120,6 +132,37 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
     }
 }
 
+impl<D: Driver> Pool<D> {
+    /// What a pool of fewer than 16 bits holds of some of its tokens.
+    fn widened(&self, gpu: &Gpu<D>, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (rows, width) = (tokens.len(), self.heads * self.head_dim);
+        let len = product("elements of tokens", &[rows, width])?;
+        let heads: Vec<usize> = (0..self.heads).collect();
+        let mut k = gpu.empty(Kind::Activation, len)?;
+        let mut v = gpu.empty(Kind::Activation, len)?;
+        if rows > 0 {
+            let none = vec![0..0; self.heads];
+            let tables = Tables::new(gpu, self, &heads, &none, &vec![0; self.heads])?;
+            let params = SegattnRetrievalParams {
+                k: gpu.output(&RowsMut::packed(&mut k, 0, width), rows, width)?,
+                v: gpu.output(&RowsMut::packed(&mut v, 0, width), rows, width)?,
+                token: tokens.start as i64,
+                rows: rows as i64,
+                ..tables.params(self)?
+            };
+            let read = entry(File::Retrieval, "pool_read_bf16");
+            launch(gpu, read, Grid::Threads(len / VECTOR), &params)?;
+        }
+        Ok((gpu.read(&k, 0..len)?, gpu.read(&v, 0..len)?))
+    }
+}
+
+fn uploaded<D: Driver>(gpu: &Gpu<D>, values: &[f32]) -> Result<Buffer<D>> {
+    let mut buffer = gpu.empty(Kind::Activation, values.len())?;
+    gpu.write(&mut buffer, 0, values)?;
+    Ok(buffer)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -129,7 +172,6 @@ mod tests {
     use super::super::{DryRun, bytes_of};
     use super::*;
     use crate::cuda::kernels::KernelMetadata;
-    use crate::device::Kind;
 
     #[test]
     fn keys_stay_on_the_device_longest() {
@@ -143,7 +185,13 @@ mod tests {
         gpu.limit_pool(5 * run * width * bytes_of(Kind::Activation));
         let rows = gpu.empty(Kind::Activation, run * width).expect("rows");
         let rows = Rows::packed(&rows, 0, width);
-        let mut pool = Pool::new(&gpu, heads, dim, run);
+        let shape = PoolShape {
+            heads,
+            head_dim: dim,
+            run,
+            bits: PoolBits::Sixteen,
+        };
+        let mut pool = Pool::new(&gpu, shape);
         for on_device in [[1, 1], [2, 2], [3, 2], [4, 1], [5, 0], [5, 0], [5, 0]] {
             pool.append(&gpu, &[0, 1], [rows; 2], run).expect("a run");
             let here = |buffer: &Buffer<_>| usize::from(buffer.arena() == Some(Arena::Pool));

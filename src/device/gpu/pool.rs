@@ -9,10 +9,13 @@ use super::bounds::product;
 use super::memory::Arena;
 use super::{Buffer, Driver, Gpu, bytes_of};
 use crate::device::{
-    Accumulate, Device, DeviceError, Kind, OutOfMemory, Purpose, Result, Rows, RowsMut,
+    Accumulate, Device, DeviceError, Kind, OutOfMemory, PoolBits, Purpose, Result, Rows, RowsMut,
 };
 
-/// Keys and values of one sequence and layer, bf16, before rotation.
+/// Elements of a group, which share a step where a pool has fewer than 16 bits.
+const GROUP: usize = 32;
+
+/// Keys and values of one sequence and layer, before rotation.
 #[derive(Debug)]
 pub struct Pool<D: Driver> {
     pub(super) heads: usize,
@@ -21,10 +24,13 @@ pub struct Pool<D: Driver> {
     pub(super) run: usize,
     /// Tokens of the pool. Only the last chunk may have fewer than `run`.
     pub(super) tokens: usize,
+    /// What is kept of an element.
+    pub(super) bits: PoolBits,
     pub(super) chunks: Vec<Chunk<D>>,
 }
 
-/// Keys and values `[token, head, head_dim]` of at most `run` tokens.
+/// Keys and values of at most `run` tokens, as `kernels/pool.cuh` has them; below 16 bits a buffer is that many bytes
+/// and no numbers.
 #[derive(Debug)]
 pub(super) struct Chunk<D: Driver> {
     pub k: Buffer<D>,
@@ -32,11 +38,22 @@ pub(super) struct Chunk<D: Driver> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Elements of a chunk's keys.
+    /// Length of a chunk's keys, in numbers of 16 bits.
     pub(super) fn chunk_len(&self) -> Result<usize> {
+        let of_token = match self.bits {
+            PoolBits::Sixteen => self.head_dim,
+            bits if self.head_dim.is_multiple_of(GROUP) => {
+                self.head_dim * bits.count() / 16 + self.head_dim / GROUP
+            }
+            _ => {
+                let what = "head_dim of a pool of fewer than 16 bits";
+                let expected = format!("a multiple of {GROUP}");
+                return Err(DeviceError::argument(what, expected, self.head_dim));
+            }
+        };
         product(
             "tokens, heads and head_dim of a pool",
-            &[self.run, self.heads, self.head_dim],
+            &[self.run, self.heads, of_token],
         )
     }
 

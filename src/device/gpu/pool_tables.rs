@@ -95,6 +95,7 @@ impl<D: Driver> Tables<D> {
             window_len: 0,
             window_before: 0,
             scale_log2: 0.0,
+            bits: pool.bits.count() as i32,
         })
     }
 }

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use super::{Buf, Reference, dot};
 use crate::device::shared::blocks::gather;
-use crate::device::shared::selection;
+use crate::device::shared::{pool_bits, selection};
 use crate::device::{
-    HostBlocks, PastHeads, PastPool, Probes, Result, Rows, RowsMut, Selection, SelectionRule,
+    HostBlocks, PastHeads, PastPool, PoolBits, PoolShape, Probes, Result, Rows, RowsMut, Selection,
+    SelectionRule,
 };
 
 /// Keys and values `[token, head, head_dim]`.
@@ -14,6 +15,7 @@ use crate::device::{
 pub struct Pool {
     heads: usize,
     head_dim: usize,
+    bits: PoolBits,
     k: Vec<f64>,
     v: Vec<f64>,
 }
@@ -27,10 +29,11 @@ impl Pool {
 }
 
 impl PastPool<Reference> for Pool {
-    fn new(_: &Reference, heads: usize, head_dim: usize, _run: usize) -> Self {
+    fn new(_: &Reference, shape: PoolShape) -> Self {
         Self {
-            heads,
-            head_dim,
+            heads: shape.heads,
+            head_dim: shape.head_dim,
+            bits: shape.bits,
             k: Vec::new(),
             v: Vec::new(),
         }
@@ -50,10 +53,11 @@ impl PastPool<Reference> for Pool {
         for r in 0..rows {
             for head in heads {
                 let column = head * self.head_dim;
-                self.k
-                    .extend_from_slice(k.column(column).row(r, self.head_dim));
-                self.v
-                    .extend_from_slice(v.column(column).row(r, self.head_dim));
+                for (own, given) in [(&mut self.k, &k), (&mut self.v, &v)] {
+                    let first = own.len();
+                    own.extend_from_slice(given.column(column).row(r, self.head_dim));
+                    pool_bits::round(&mut own[first..], self.bits, |x| x);
+                }
             }
         }
         Ok(())

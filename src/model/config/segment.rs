@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::RetrievalConfig;
 use super::fields::{Fields, shown};
+use crate::device::PoolBits;
 use crate::model::error::ConfigError;
 
 /// Longest segment, prior tail or past selection accepted, in tokens.
@@ -21,6 +22,8 @@ pub struct SegmentConfig {
     pub past_len: usize,
     /// First rows of the sequence that every head of every later segment reads. At most `segment_len`.
     pub sink_len: usize,
+    /// What is kept of the keys and values that the past is retrieved from: 16, 8 or 4 bits an element.
+    pub pool_bits: PoolBits,
     /// `[layer][kv_head]`: what that head reads besides the current segment.
     pub head_reads: Vec<Vec<HeadReads>>,
     /// How past rows are chosen.
@@ -62,6 +65,7 @@ impl SegmentConfig {
             prior_len,
             past_len,
             sink_len: 0,
+            pool_bits: PoolBits::default(),
             head_reads: vec![vec![HeadReads::PRIOR; kv_heads]; layers],
             retrieval: RetrievalConfig::default(),
             break_ids: Vec::new(),
@@ -80,6 +84,7 @@ impl SegmentConfig {
             "prior_len",
             "past_len",
             "sink_len",
+            "pool_bits",
             "head_reads",
             "retrieval",
             "break_ids",
@@ -96,6 +101,13 @@ impl SegmentConfig {
             segment.retrieval = RetrievalConfig::from_json(retrieval)?;
         }
         segment.sink_len = fields.size("sink_len", 0..=MAX_SEGMENT_LEN)?.unwrap_or(0);
+        if let Some(bits) = fields.size("pool_bits", 4..=16)? {
+            segment.pool_bits = PoolBits::new(bits).ok_or_else(|| ConfigError::Invalid {
+                key: "segment.pool_bits".into(),
+                expected: "16, 8 or 4".into(),
+                got: bits.to_string(),
+            })?;
+        }
         segment.break_ids = break_ids(&fields)?;
         segment.break_after_prompt = fields.flag("break_after_prompt")?.unwrap_or(false);
         if let Some(by_layer) = fields.list("head_reads")? {
@@ -133,6 +145,9 @@ impl SegmentConfig {
         });
         if self.sink_len > 0 {
             object["sink_len"] = json!(self.sink_len);
+        }
+        if self.pool_bits != PoolBits::default() {
+            object["pool_bits"] = json!(self.pool_bits.count());
         }
         if !self.break_ids.is_empty() {
             object["break_ids"] = json!(self.break_ids);

@@ -74,7 +74,7 @@ fn carry<D: Device, S: Source>(
         return Ok(());
     };
     let (heads, plan) = (shapes.past_heads(l), &session.plan);
-    *pool = D::Pool::new(device, heads, plan.heads.dim, plan.segment_len);
+    *pool = D::Pool::new(device, plan.pool(heads));
     for part in 0..shapes.pool_parts() {
         let values = source.floats(Part::Pool(l, part), &shapes.pool(l, part))?;
         let (k, v) = values.split_at(values.len() / 2);

@@ -171,8 +171,7 @@ impl<D: Device> SequenceState<D> {
                 tokens: 0,
                 sinks: Sinks::new(device, plan)?,
                 selected: D::Blocks::new(device, &vec![Vec::new(); past], plan.rule.block_len())?,
-                pool: (past > 0)
-                    .then(|| D::Pool::new(device, past, plan.heads.dim, plan.segment_len)),
+                pool: (past > 0).then(|| D::Pool::new(device, plan.pool(past))),
                 undo: None,
             })
         };

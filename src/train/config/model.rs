@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::device::PoolBits;
 use crate::model::config::{HeadReads, ModelConfig, SegmentConfig};
 use crate::model::error::ConfigError;
 use crate::train::error::{Result, TrainError};
@@ -78,6 +79,8 @@ pub struct SegmentSection {
     pub past_len: Option<usize>,
     /// First rows of the sequence that every head of every later segment reads.
     pub sink_len: Option<usize>,
+    /// Bits an element that are kept of the keys and values that the past is retrieved from: 16, 8 or 4.
+    pub pool_bits: Option<usize>,
     /// `[layer][kv_head]`: names out of `prior` and `past`.
     pub head_reads: Option<Vec<Vec<Vec<String>>>>,
     /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`.
@@ -172,6 +175,11 @@ impl ModelSection {
         set(&mut segment.prior_len, given.prior_len);
         set(&mut segment.past_len, given.past_len);
         set(&mut segment.sink_len, given.sink_len);
+        if let Some(bits) = given.pool_bits {
+            let key = "model.segment.pool_bits";
+            let unknown = || TrainError::config(key, "16, 8 or 4", bits);
+            segment.pool_bits = PoolBits::new(bits).ok_or_else(unknown)?;
+        }
         let rule = segment.retrieval.set(|key| Ok(given.retrieval_len(key)));
         rule.map_err(|e| typed("model", &e))?;
         if let Some(ids) = &given.break_ids {
