@@ -129,7 +129,7 @@ struct Streams<'a, D: Device> {
 /// two tokens, with ids below the size of the vocabulary.
 ///
 /// # Errors
-/// [`DeviceError::Argument`](crate::device::DeviceError::Argument) for fewer tokens, another number of weights, breaks
+/// [`DeviceError::Argument`] for fewer tokens, another number of weights, breaks
 /// that a sequence cannot have, and token ids that the model does not have; or what the device says.
 pub fn accumulate<D: Device, S: AsExample>(
     model: &Decoder<D>,
