@@ -159,11 +159,28 @@ fn adapters_are_trained_resumed_scored_generated_from_and_merged() {
     ];
     fails(folder, &grad, "--adapter");
     fails(folder, &["resume", "run", "--lora.r", "8"], "`lora`");
+    // A run goes on where the model lies elsewhere.
+    let rename = |from, to| std::fs::rename(folder.join(from), folder.join(to)).unwrap();
+    rename("base", "moved");
+    let resume = ["resume", "run", "--training.steps", "5", "-q"];
+    fails(folder, &resume, "`--model.folder`");
+    printed(
+        folder,
+        &[&resume[..], &["--model.folder", "moved"]].concat(),
+    );
+    rename("moved", "base");
     let weights = |model: &str| folder.join(model).join("model.safetensors");
     std::fs::copy(weights("merged"), weights("base")).unwrap();
     fails(
         folder,
-        &["resume", "run", "--training.steps", "6"],
+        &[
+            "resume",
+            "run",
+            "--training.steps",
+            "6",
+            "--model.folder",
+            "base",
+        ],
         "others than when",
     );
 }

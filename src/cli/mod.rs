@@ -20,6 +20,7 @@ mod model;
 mod op;
 mod out;
 mod overrides;
+mod past_heads;
 mod plan;
 mod plot;
 mod ranks;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use segattn::device::{Device, Purpose};
 use segattn::model::config::ModelConfig;
 use segattn::model::memory::{Use, memory};
@@ -19,6 +19,7 @@ use segattn::train::trainer::{Trainer, part_of_rank};
 use super::device::{DeviceArgs, Planned, on_device};
 use super::model::load_config;
 use super::overrides::Overrides;
+use super::past_heads;
 use super::ranks::{Party, RanksArgs};
 use super::run::{Data, Ended, Run, checkpoints, claim};
 use super::text::{Text, companion_files};
@@ -219,8 +220,14 @@ pub fn estimate(
 /// The weights that adapters are added to, where the run trains adapters.
 pub fn base(config: &Config) -> Result<Option<weights::Checkpoint>> {
     let folder = config.model.folder.as_deref();
-    let folder = folder.filter(|_| config.lora.is_on());
-    Ok(folder.map(weights::Checkpoint::open).transpose()?)
+    let Some(folder) = folder.filter(|_| config.lora.is_on()) else {
+        return Ok(None);
+    };
+    let weights = weights::Checkpoint::open(folder).with_context(|| {
+        let folder = folder.display();
+        format!("the model that the adapters belong to cannot be read from {folder}; `--model.folder` names another")
+    })?;
+    Ok(Some(weights))
 }
 
 /// The model before its first step.
@@ -233,7 +240,7 @@ fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     };
     let mut model = load_config(folder)?;
     model.check_training()?;
-    config.model.apply_segments(&mut model)?;
+    past_heads::named(&config.model, folder, &model)?.apply_segments(&mut model)?;
     let files = weights::Checkpoint::open(folder)?;
     files.check(&model)?;
     model.lora = config.lora.adapters(&model)?;

@@ -4,10 +4,12 @@ use serde_json::Value;
 
 use crate::table::{markdown, number};
 
-/// Peers by their keys in the raw results.
-const PEERS: [(&str, &str); 3] = [
+/// Peers by their keys in the raw results. PyTorch calls cuDNN twice: for the causal square and for the keys in front.
+pub const PEERS: [(&str, &str); 5] = [
     ("flash", "FlashAttention-2"),
     ("cudnn", "cuDNN"),
+    ("cudnn1", "cuDNN, one call"),
+    ("fa3", "FlashAttention-3"),
     ("flex", "FlexAttention"),
 ];
 
@@ -38,11 +40,11 @@ pub fn page(raw: &Value) -> String {
                  heads. TFLOP/s of visible query-key pairs.\nThe peers' columns are their time over ours at equal \
                  pairs: above 1 segattn is faster.\n\n";
         let mut heads = vec!["case", "pass", "ms", "TFLOP/s", "of the product's"];
-        heads.extend(PEERS.map(|(_, name)| name));
-        text += &markdown(
-            &heads,
-            prefill.iter().map(|row| prefill_row(row, peak)).collect(),
-        );
+        let mut peers = PEERS.to_vec();
+        peers.retain(|(key, _)| prefill.iter().any(|row| row["peers"][key].is_f64()));
+        heads.extend(peers.iter().map(|(_, name)| name));
+        let rows = prefill.iter().map(|row| prefill_row(row, peak, &peers));
+        text += &markdown(&heads, rows.collect());
     }
     if !decode.is_empty() {
         text +=
@@ -95,7 +97,7 @@ fn percent(share: f64) -> String {
     format!("{:.0}%", 100.0 * share)
 }
 
-fn prefill_row(row: &Value, peak: Option<f64>) -> Vec<String> {
+fn prefill_row(row: &Value, peak: Option<f64>, peers: &[(&str, &str)]) -> Vec<String> {
     let mut cells = vec![
         case(row).to_owned(),
         row["pass"].as_str().expect("a pass").to_owned(),
@@ -103,7 +105,7 @@ fn prefill_row(row: &Value, peak: Option<f64>) -> Vec<String> {
         number(speed(row) / 1e12),
         peak.map_or(String::new(), |peak| percent(speed(row) / peak)),
     ];
-    cells.extend(PEERS.map(|(key, _)| {
+    cells.extend(peers.iter().map(|(key, _)| {
         let peer = row["peers"][key].as_f64();
         peer.map_or(String::new(), |peer| format!("{:.2}", peer / seconds(row)))
     }));

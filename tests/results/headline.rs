@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::attention::{case, speed};
+use crate::attention::{PEERS, case, speed};
 use crate::model::{GIB, name, tokens_a_second};
 use crate::table::{markdown, number};
 use crate::{Raw, Run};
@@ -216,9 +216,8 @@ fn attention_row(run: &Run, [wanted, pass, what]: &[&str; 3]) -> Option<Row> {
         case(row) == *wanted && row["pass"] == *pass && row["peers"]["cudnn"].is_f64()
     };
     let row = raw["rows"].as_array()?.iter().find(same)?;
-    let peers = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN")];
     let seconds = |key: &str| row["peers"][key].as_f64();
-    let (best, who) = peers
+    let (best, who) = PEERS
         .into_iter()
         .filter_map(|(key, name)| Some((seconds(key)?, name)))
         .min_by(|a, b| a.0.total_cmp(&b.0))?;

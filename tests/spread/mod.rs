@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use segattn::device::Device;
 use segattn::device::cpu::Cpu;
 use segattn::model::config::ModelConfig;
 use segattn::ranks::Ranks;
@@ -65,11 +66,22 @@ pub struct At {
 }
 
 impl Run<'_> {
-    /// Steps up to `end`, from the start or from where a run was.
+    /// Steps up to `end` on the CPU, from the start or from where a run was.
     pub fn to(&self, spread: Spread, from: Option<&At>, end: u64) -> At {
+        self.on(&|_| Cpu, spread, from, end)
+    }
+
+    /// The same on a device for each rank.
+    pub fn on<D: Device + Clone + 'static>(
+        &self,
+        device: &(dyn Fn(usize) -> D + Sync),
+        spread: Spread,
+        from: Option<&At>,
+        end: u64,
+    ) -> At {
         let initial = Tensors::initial(self.model, 3);
         let (Spread::Sequences(world) | Spread::Layers(world)) = spread;
-        let mut all = on_ranks(world, LIMIT, |_, mesh| {
+        let mut all = on_ranks(world, LIMIT, |rank, mesh| {
             let (tensors, progress) = match from {
                 Some(at) => (&at.tensors, Some(at.progress.clone())),
                 None => (&initial, None),
@@ -83,7 +95,7 @@ impl Run<'_> {
             // Ranks that wait for each other must not wait for each other's threads.
             let threads = rayon::ThreadPoolBuilder::new().num_threads(1).build();
             threads.unwrap().install(|| {
-                let trainer = start(Cpu, model, config, tensors, progress, ranks);
+                let trainer = start(device(rank), model, config, tensors, progress, ranks);
                 self.steps(trainer.unwrap(), end)
             })
         });
@@ -108,7 +120,7 @@ impl Run<'_> {
         all.swap_remove(0)
     }
 
-    fn steps(&self, mut trainer: Trainer<Cpu>, end: u64) -> At {
+    fn steps<D: Device + Clone>(&self, mut trainer: Trainer<D>, end: u64) -> At {
         let mut reports = Vec::new();
         while trainer.progress().step < end {
             let batch = (self.sequences)(trainer.progress().step);

@@ -11,12 +11,12 @@ use segattn::eval::lookups::lookups;
 use segattn::generate::dry_run::Reading;
 use segattn::model::config::{HeadReads, ModelConfig};
 use segattn::model::tokenizer::Tokenizer;
-use segattn::model::weights::Checkpoint;
 
 use super::super::device::{DeviceName, Planned, on_device};
 use super::super::generate::progress;
 use super::super::model::Opened;
 use super::super::out::note;
+use super::super::past_heads::gates;
 
 /// Prompts of a measurement, and tokens of each.
 const PROMPTS: usize = 24;
@@ -150,19 +150,6 @@ fn add(config: &mut ModelConfig, heads: impl Iterator<Item = (usize, usize)>) {
     if let Some(segment) = &mut config.segment {
         heads.for_each(|head| reads(segment, head));
     }
-}
-
-/// Mean gate of each KV head's query heads.
-fn gates(folder: &Path, config: &ModelConfig) -> Result<Vec<Vec<f64>>> {
-    let checkpoint = Checkpoint::open(folder)?;
-    let specs = segattn::model::parameters::specs(config);
-    let group = config.num_attention_heads / config.num_key_value_heads;
-    let layer = |l: usize| -> Result<Vec<f64>> {
-        let gates = checkpoint.read(&specs[segattn::model::parameters::index::past_gate(l)])?;
-        let mean = |gates: &[f32]| gates.iter().map(|g| f64::from(*g)).sum::<f64>() / group as f64;
-        Ok(gates.chunks(group).map(mean).collect())
-    };
-    (0..config.num_hidden_layers).map(layer).collect()
 }
 
 /// Scores under full attention.

@@ -14,6 +14,7 @@ use super::plan::Planned;
 use super::{STOPPED, Session, State, stop_if_interrupted};
 use crate::cli::eval::{self, Found, Watch, WindowResult};
 use crate::cli::out::note;
+use crate::cli::past_heads;
 use crate::cli::ranks::Party;
 use crate::cli::signals::interrupted;
 
@@ -113,7 +114,10 @@ impl Session<'_> {
                 began: Instant::now(),
             };
             // The arm's own segments, which are not the checkpoint's where an arm only runs another's weights.
-            let adapt = |model: &mut _| Ok(section.apply_segments(model)?);
+            let adapt = |model: &mut _| {
+                let named = past_heads::named(section, &weights, model)?;
+                Ok(named.apply_segments(model)?)
+            };
             eval::evaluate(&args, &adapt, &mut collect, &Party::alone(), self.quiet)
                 .with_context(|| format!("evaluation `{}`", evaluation.name))?;
         }

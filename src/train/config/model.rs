@@ -83,7 +83,8 @@ pub struct SegmentSection {
     pub pool_bits: Option<usize>,
     /// `[layer][kv_head]`: names out of `prior` and `past`.
     pub head_reads: Option<Vec<Vec<Vec<String>>>>,
-    /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`.
+    /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`. The command
+    /// line takes `gate:N` too: the N with the largest gates in the folder's weights.
     pub past_heads: Option<Vec<String>>,
     /// KV heads that read the past instead of the prior tail, in `long_range_layers`; nothing in the others.
     pub long_range_heads: Option<Vec<usize>>,
@@ -285,7 +286,9 @@ fn past_heads(names: &[String], layers: usize, kv_heads: usize) -> Result<Vec<Ve
             }),
         };
         let Some((in_layers, heads)) = named else {
-            let expected = format!("LAYER.HEAD below {layers}.{kv_heads}, LAYER.*, or all");
+            let expected = format!(
+                "LAYER.HEAD below {layers}.{kv_heads}, LAYER.*, or all; gate:N with a model folder"
+            );
             let got = format!("{name:?}");
             return Err(TrainError::config(
                 "model.segment.past_heads",
