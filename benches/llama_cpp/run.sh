@@ -16,12 +16,12 @@ python3 -c 'import json, random; random.seed(3); print(json.dumps([random.randra
 version=$(sed -n 's/^ *"version": "\(.*\)",/\1/p' "${NODE_MODULES:?}/node-llama-cpp/package.json")
 processor=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
 echo "$processor, $threads threads; weights in bf16; a prompt of 64 tokens, $new new ones; node-llama-cpp $version"
+said='import json, sys; x = json.load(sys.stdin); print("llama.cpp", sys.argv[1], 64 / x["first"], x["rate"])'
 for turn in $(seq "$turns"); do
   "$bin" generate -m "$model" --threads "$threads" --tokens "$prompt" -n "$new" --ignore-eos --temperature 0 \
     2>&1 > /dev/null | sed -n "s|^prompt: \(.*\) tokens, \(.*\)/s; new: .* tokens, \(.*\)/s|segattn $turn \2 \3|p"
   node "$here/decode.mjs" "$gguf" "$prompt" "$new" "$threads" |
-    python3 -c 'import json, sys; x = json.load(sys.stdin); print("llama.cpp", sys.argv[1], 64 / x["first"], x["rate"])' \
-      "$turn"
+    python3 -c "$said" "$turn"
 done | awk '
   { printf "%-10s turn %d: prompt %6.1f tokens/s, new %6.1f tokens/s\n", $1, $2, $3, $4
     if ($3 > p[$1]) p[$1] = $3; if ($4 > n[$1]) n[$1] = $4 }
