@@ -199,16 +199,18 @@ typedef struct SegattnRetrievalParams {
   float* sums;      /* [heads, tiles, group * windows, 2]: of a tile, maximum of s and sum of exp2(s - maximum) */
   float* lse;       /* [heads, group * windows]: log2 of the sum of exp2(s) */
   float* scores;    /* [heads, score_pitch]: of blocks; second rule: of tokens */
-  SegattnBestToken* best;  /* [heads, tiles] */
-  int32_t* selected;       /* [heads, max_selected]: blocks, or tokens, in ascending order */
-  int32_t* selected_count; /* [heads] */
-  int32_t* past_len;       /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
-  const float* cos;        /* [positions, head_dim / 2] */
-  const float* sin;        /* [positions, head_dim / 2] */
-  int64_t first_token;     /* token 0 of chunks[0] */
+  SegattnBestToken* best;       /* [heads, tiles] */
+  int32_t* selected;            /* [heads, max_selected]: blocks, or tokens, in ascending order; keep: those dropped */
+  int32_t* selected_count;      /* [heads] */
+  float* unwanted;              /* [heads, score_pitch]: the negative of what a block, or token, is kept for */
+  const SegattnPoolChunk* kept; /* keep: chunks of the pool that is written, chunk_tokens each from token 0 on */
+  int32_t* past_len;            /* gather: [kv_heads]: tokens gathered, written for the heads named; or null */
+  const float* cos;             /* [positions, head_dim / 2] */
+  const float* sin;             /* [positions, head_dim / 2] */
+  int64_t first_token;          /* token 0 of chunks[0] */
   int64_t chunk_tokens;
-  int64_t token; /* append, read: token of row 0 */
-  int64_t rows;  /* append, read */
+  int64_t token; /* append, read, keep: token of row 0 */
+  int64_t rows;  /* append, read, keep */
   int64_t score_pitch;
   int32_t heads;
   int32_t head_dim; /* a multiple of 16 */

@@ -25,6 +25,15 @@ SEGATTN_FN Bf16* largest_at(const SegattnRetrievalParams& p, void* chunk, int64_
   return (Bf16*)elements_at(p, chunk, p.chunk_tokens * p.heads, 0) + (unit * p.head_dim + column) / kStepGroup;
 }
 
+// The blocks that lie wholly inside the eligible tokens of a head.
+struct Blocks {
+  int begin, end;
+};
+SEGATTN_FN Blocks eligible_blocks(const SegattnRetrievalParams& p, int head) {
+  const SegattnPoolHead info = p.head[head];
+  return {ceil_div(info.eligible_begin, p.block_len), info.eligible_end / p.block_len};
+}
+
 // The largest multiple of a step.
 SEGATTN_FN int pool_limit(const SegattnRetrievalParams& p) { return (1 << (p.bits - 1)) - 1; }
 

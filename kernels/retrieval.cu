@@ -1,6 +1,8 @@
 // Retrieval of past tokens (docs/contract.md, section 2), per KV head that reads the past; no gradient:
 //   pool_append   k (before rotation) and v of the heads named, behind the pool's tokens, rounded to the pool's bits
 //   pool_read     the pool's tokens from one on, as they are held: the opposite of pool_append
+//   pool_unwanted of blocks, or tokens: the negative of the largest score around, for pool_select: what is dropped
+//   pool_keep     the tokens that are not dropped, as they are held, to another pool
 //   pool_gather   the selected tokens to the past rows, keys rotated to the positions before end_angle
 // First rule, whole blocks:
 //   pool_probes   probe = mean over a window of queries before rotation, in f32, as three bf16 that add up to it
@@ -19,6 +21,7 @@
 
 #include "pipeline.cuh"
 #include "pool.cuh"
+#include "pool_length.cuh"
 #include "reduce.cuh"
 #include "rotation.cuh"
 #include "select.cuh"
@@ -39,15 +42,6 @@ struct AppendConfig {
 
 // Row of the ring that holds query t.
 SEGATTN_FN int query_row(const SegattnRetrievalParams& p, int t) { return (p.first_query + t) % p.query_capacity; }
-
-// The blocks that lie wholly inside the eligible tokens of a head.
-struct Blocks {
-  int begin, end;
-};
-SEGATTN_FN Blocks eligible_blocks(const SegattnRetrievalParams& p, int head) {
-  const SegattnPoolHead info = p.head[head];
-  return {ceil_div(info.eligible_begin, p.block_len), info.eligible_end / p.block_len};
-}
 
 SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
   const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
@@ -566,7 +560,10 @@ SEGATTN_FN void pool_windows(const SegattnRetrievalParams& p) {
 // A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.
 POOL(pool_append_bf16, AppendConfig, 0, pool_append)
 POOL(pool_read_bf16, PoolConfig, 0, pool_read)
+POOL(pool_keep_bf16, PoolConfig, 0, pool_keep)
 POOL(pool_probes_bf16, PoolConfig, 0, pool_probes)
+// A thread a block, or a token: heads * score_pitch.
+POOL(pool_unwanted_f32, PoolConfig, 0, pool_unwanted)
 // A thread eight pairs: heads * max_selected * block_len * head_dim / 16.
 POOL(pool_gather_bf16, PoolConfig, 0, pool_gather)
 // A block a head.

@@ -132,6 +132,28 @@ fn perplexity_reads_text_lines_and_ids() {
     assert_ne!(shorter[0]["result"]["loss"], whole[0]["result"]["loss"]);
 }
 
+/// What is selected of a pool that has dropped tokens has no positions: there is no recall of it, and no oracle.
+#[test]
+fn a_bounded_pool_has_recall_until_it_drops_tokens_and_no_oracle() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let mut config = config();
+    let segment = config.segment.as_mut().unwrap();
+    (segment.pool_len, segment.break_after_prompt) = (1024, true);
+    save(dir, &config);
+    let args = "eval -m . --task passkey --lengths 700,2000 --samples 2 --seed 4 --out r.json";
+    let args: Vec<&str> = args.split(' ').collect();
+    printed(dir, &args);
+    let cells = &json(&dir.join("r.json"))["tasks"]["cells"];
+    assert!(cells[0].get("recall").is_some(), "{cells}");
+    assert!(cells[1].get("recall").is_none(), "{cells}");
+    fails(
+        dir,
+        &[&args[..], &["--oracle"]].concat(),
+        "segment.pool_len",
+    );
+}
+
 #[test]
 fn wrong_use_is_explained() {
     let dir = folder();

@@ -1,5 +1,5 @@
 //! The memory of a gradient and of reading does not grow with the sequence: what does is counted out (results
-//! and pool), the rest is held against a short sequence.
+//! and a pool without a bound), the rest is held against a short sequence.
 #![cfg(feature = "cli")]
 
 #[allow(dead_code, reason = "each test uses a part")]
@@ -11,6 +11,7 @@ mod alloc;
 
 use common::{config_of, model_on, tokens, values};
 use segattn::device::cpu::Cpu;
+use segattn::model::decoder::Decoder;
 use segattn::model::session::{Feed, Session};
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
@@ -37,23 +38,28 @@ fn grows_by_at_most(token: usize, run: impl Fn(usize) -> usize) {
 fn only_results_and_pool_grow_with_the_sequence() {
     let config = config_of(true, 8);
     let model = model_on(Cpu, &config, &values(&config, 1));
+    let mut bounded = config.clone();
+    bounded.segment.as_mut().unwrap().pool_len = 16;
+    bounded.validate().unwrap();
+    let bounded = model_on(Cpu, &bounded, &values(&config, 1));
     // Heads that read the past, over both layers; keys and values of 8 numbers of four bytes. A pool
     // that doubles when it is full holds up to twice that, and three times while it moves.
     let pool = 4 * 2 * 8 * 4;
-    let gradient = |segments: usize, recompute: bool| {
+    let gradient_of = |model: &Decoder<Cpu>, segments: usize, recompute: bool| {
         let sequence = [tokens(2, segments * SEGMENT + 1)];
         let streams = StreamConfig {
             tbptt: 1,
             segments_per_step: 1,
             recompute,
         };
-        let mut gradients = Gradients::new(&model).unwrap();
-        peak_of(|| accumulate(&model, &sequence, streams, 1.0, &mut gradients).unwrap())
+        let mut gradients = Gradients::new(model).unwrap();
+        peak_of(|| accumulate(model, &sequence, streams, 1.0, &mut gradients).unwrap())
     };
-    let read = |segments: usize| {
+    let gradient = |segments, recompute| gradient_of(&model, segments, recompute);
+    let read = |model: &Decoder<Cpu>, segments: usize| {
         let sequence = tokens(2, segments * SEGMENT);
         peak_of(|| {
-            let mut session = Session::new(&model, 1, sequence.len(), 1).unwrap();
+            let mut session = Session::new(model, 1, sequence.len(), 1).unwrap();
             let feed = Feed {
                 sequence: 0,
                 tokens: &sequence,
@@ -67,7 +73,10 @@ fn only_results_and_pool_grow_with_the_sequence() {
     let scored = 4 + 2 * 8;
     grows_by_at_most(3 * pool + scored, |n| gradient(n, false));
     grows_by_at_most(3 * pool + scored, |n| gradient(n, true));
-    grows_by_at_most(3 * pool, read);
+    grows_by_at_most(3 * pool, |n| read(&model, n));
+    // A bounded pool is full after four segments, and does not grow at all: token ids and the list of segments do.
+    grows_by_at_most(scored + 16, |n| gradient_of(&bounded, n, true));
+    grows_by_at_most(0, |n| read(&bounded, n));
     // The same test would see activations that stay: with every segment side by side they do.
     let sequence = [tokens(2, 256 * SEGMENT + 1)];
     let all = StreamConfig {

@@ -109,22 +109,41 @@ fn readings() -> [Reading; 6] {
 
 #[test]
 fn a_dry_run_holds_what_the_run_holds() {
-    let config = config(8, 2, 64);
+    for pool_len in [0, 64, 320] {
+        holds_what_the_run_holds(&bounded(config(8, 2, 64), pool_len));
+    }
+}
+
+/// The same with pools of at most so many tokens.
+fn bounded(mut config: ModelConfig, pool_len: usize) -> ModelConfig {
+    config.segment.as_mut().expect("segments").pool_len = pool_len;
+    config.validate().expect("a config");
+    config
+}
+
+fn holds_what_the_run_holds(config: &ModelConfig) {
     for reading in readings() {
         for pool_limit in [usize::MAX, 0, 100_000] {
             let gpu = dry(None);
             gpu.limit_pool(pool_limit);
             let model = Decoder::for_dry_run(gpu.clone(), config.clone(), false).expect("a model");
             run(&model, &reading).expect("a run");
-            let (held, planned) = (gpu.memory_use(), dry_run_use(&config, &reading, pool_limit));
+            let (held, planned) = (gpu.memory_use(), dry_run_use(config, &reading, pool_limit));
             for (held, planned) in [
                 (held.buffers, planned.buffers),
                 (held.pool, planned.pool),
                 (held.host, planned.host),
             ] {
                 let [held, planned] = [held, planned].map(|h| h.high_water as f64);
+                // In a plan all sequences drop tokens in one step; here they end their segments in different ones.
+                let together = config.segment.as_ref().is_some_and(|s| s.pool_len > 0);
+                let most = if together && reading.sequences.len() > 1 {
+                    1.5
+                } else {
+                    1.02
+                };
                 assert!(
-                    held <= planned && planned <= 1.02 * held,
+                    held <= planned && planned <= most * held,
                     "{reading:?}, {pool_limit}: {planned} planned, {held} held"
                 );
             }
@@ -173,6 +192,33 @@ fn a_pool_of_fewer_bits_takes_so_much_less_memory() {
     for (bits, of_128_numbers) in [(PoolBits::Eight, 64 + 4), (PoolBits::Four, 32 + 4)] {
         config.segment.as_mut().expect("segments").pool_bits = bits;
         assert_eq!(pool(&config) * 128, whole * of_128_numbers, "{bits:?}");
+    }
+}
+
+/// Reading takes what the pools of before a step and after it take, and the rows of a segment of the layer at work.
+#[test]
+fn a_bounded_pool_takes_the_same_memory_for_a_text_of_any_length() {
+    let config = bounded(config(8, 2, 64), 256);
+    let of = |tokens, scored| {
+        let reading = Reading {
+            sequences: vec![[0, tokens]],
+            scored,
+            new: if scored { 0 } else { 3 },
+            segments_per_step: 1,
+        };
+        dry_run_use(&config, &reading, usize::MAX)
+    };
+    for scored in [false, true] {
+        let (short, long, longest) = (of(2048, scored), of(8192, scored), of(1 << 20, scored));
+        assert_eq!(short.pool.high_water, long.pool.high_water);
+        assert_eq!(short.pool.high_water, longest.pool.high_water);
+        // Results of scoring grow.
+        if !scored {
+            assert_eq!(short.buffers.high_water, long.buffers.high_water);
+            assert_eq!(short.buffers.high_water, longest.buffers.high_water);
+        }
+        // Keys and values of one head in two layers.
+        assert_eq!(short.pool.peak, 2 * 2 * 128 * (2 * 2 * 256 + 64));
     }
 }
 

@@ -80,6 +80,51 @@ fn the_state_after_breaks_is_that_of_the_same_tokens() {
     }
 }
 
+/// After so many tokens a bounded pool holds as many, wherever segments ended; the first of them are the sinks, and the
+/// last of a head that reads the tail are the tail.
+#[test]
+fn a_bounded_pool_holds_as_many_tokens_wherever_segments_ended() {
+    let mut config = config(true);
+    let segment = config.segment.as_mut().unwrap();
+    (segment.sink_len, segment.pool_len) = (3, 12);
+    let both = HeadReads {
+        prior: true,
+        past: true,
+    };
+    segment.head_reads[0] = vec![both; 4];
+    config.validate().unwrap();
+    let mut whole = config.clone();
+    whole.segment.as_mut().unwrap().pool_len = 0;
+    let all = tokens(7, 40);
+    for (len, held) in [(9, 9), (12, 12), (13, 11), (14, 12), (27, 11), (40, 12)] {
+        for every in [1, 3, 5, 7, 8] {
+            let tokens = &all[..len];
+            let breaks: Vec<usize> = (1..=len).filter(|i| i % every == 0 || *i == len).collect();
+            let breaks = &breaks[..];
+            let [carry, unbounded] =
+                [&config, &whole].map(|config| first_layer(config, Sequence { tokens, breaks }));
+            assert_eq!(
+                carry.pool.as_ref().unwrap().tokens(),
+                held,
+                "{len}, {every}"
+            );
+            let ((k, v), (all_k, all_v)) = (pool(&carry), pool(&unbounded));
+            let width = k.len() / held;
+            for (got, all) in [(&k, &all_k), (&v, &all_v)] {
+                assert_eq!(got[..3 * width], all[..3 * width]);
+                let tail = carry.prior_rows * width;
+                assert_eq!(got[got.len() - tail..], all[all.len() - tail..]);
+            }
+            assert!(
+                selected(&carry)
+                    .iter()
+                    .flatten()
+                    .all(|token| *token < held - 4)
+            );
+        }
+    }
+}
+
 #[test]
 fn a_tail_holds_no_more_than_the_tokens_so_far() {
     let config = config(true);

@@ -218,6 +218,21 @@ fn gradient_is_exact_through_sinks() {
     }
 }
 
+/// Pools that drop tokens after most segments: the past has no gradient, whatever is held of it.
+fn bounded(mut config: ModelConfig) -> ModelConfig {
+    let segment = config.segment.as_mut().unwrap();
+    segment.pool_len = segment.past_len + segment.prior_len + segment.sink_len;
+    config.validate().unwrap();
+    config
+}
+
+#[test]
+fn gradient_is_exact_where_pools_drop_tokens() {
+    for (k, sequences) in [(0, sequences()), (1, broken()), (2, sequences())] {
+        check_gradient(&bounded(config_with_break(true)), &sequences, k, k == 1);
+    }
+}
+
 #[test]
 fn gradient_is_exact_with_every_switch() {
     for (after, k, recompute) in [(false, 1, true), (true, 2, false)] {
@@ -263,6 +278,8 @@ fn any_number_of_segments_per_step_and_recomputation_give_the_same_bits() {
         (config(true), sequences()),
         (config_with_break(false), broken()),
         (with_sinks(config(false)), broken()),
+        (bounded(config(false)), broken()),
+        (bounded(with_sinks(config(true))), sequences()),
         (switched(true), broken()),
     ] {
         let model = model(&config, &values(&config, 3));

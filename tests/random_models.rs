@@ -93,6 +93,15 @@ fn cases() -> impl Strategy<Value = Case> {
                 past_len + past,
             ),
         };
+        // Two thirds of the pools are bounded, half of these as tightly as can be.
+        let pool_len = match seed / 6 % 3 {
+            0 => 0,
+            spare => {
+                let (unit, sinks) = ([block, 1][seed as usize % 2], sinks.min(segment_len));
+                let spare = (spare as usize - 1) * segment_len;
+                (past_len + whole(prior) + sinks + spare).next_multiple_of(unit)
+            }
+        };
         let json = serde_json::json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"],
             "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": hidden + 6,
@@ -102,6 +111,7 @@ fn cases() -> impl Strategy<Value = Case> {
             "segment": {
                 "segment_len": segment_len, "prior_len": whole(prior), "past_len": past_len,
                 "sink_len": sinks.min(segment_len), "pool_bits": (16 >> (seed % 3)),
+                "pool_len": pool_len,
                 "retrieval": retrieval,
                 "head_reads": roles(layers, kv_heads, seed),
                 "break_ids": (0..breaks.1).collect::<Vec<_>>(),

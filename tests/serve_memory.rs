@@ -38,8 +38,17 @@ fn config(segmented: bool) -> ModelConfig {
 
 #[test]
 fn a_server_holds_no_more_than_its_dry_run() {
-    for (segmented, read_at_once) in [(true, 40), (true, 200), (false, 40)] {
-        let config = config(segmented);
+    for (segmented, pool_len, read_at_once) in [
+        (true, 0, 40),
+        (true, 0, 200),
+        (true, 64, 40),
+        (true, 96, 200),
+        (false, 0, 40),
+    ] {
+        let mut config = config(segmented);
+        if let Some(segment) = &mut config.segment {
+            segment.pool_len = pool_len;
+        }
         let limits = Limits {
             running: 3,
             waiting: 100,
@@ -112,7 +121,7 @@ fn a_server_holds_no_more_than_its_dry_run() {
             let [held, planned] = [held, planned].map(|h| h.high_water);
             assert!(
                 held <= planned,
-                "{segmented}, {read_at_once}: {planned} planned, {held} held"
+                "{segmented}, {pool_len}, {read_at_once}: {planned} planned, {held} held"
             );
         }
     }

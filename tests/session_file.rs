@@ -3,13 +3,14 @@
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
-use common::{config, model, random, values};
+use common::{config, config_of, model, model_on, random, values};
+use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 use segattn::model::config::{HeadReads, ModelConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::files::OutputFile;
 use segattn::model::session::{Feed, Session};
-use segattn::model::session_file::{Origin, StateFile, StateFileError, save};
+use segattn::model::session_file::{Origin, SavedSequence, StateFile, StateFileError, save};
 use std::path::Path;
 
 fn tokens(seed: u64, len: usize) -> Vec<u32> {
@@ -28,6 +29,14 @@ fn segmented() -> ModelConfig {
             past: true,
         };
     }
+    config
+}
+
+/// The same with pools that drop tokens.
+fn bounded() -> ModelConfig {
+    let mut config = segmented();
+    config.segment.as_mut().unwrap().pool_len = 10;
+    config.validate().unwrap();
     config
 }
 
@@ -68,7 +77,7 @@ fn assert_close(got: &[Vec<f32>], expected: &[Vec<f32>]) {
 fn a_restored_session_goes_on_wherever_it_was_saved() {
     let dir = tempfile::tempdir().unwrap();
     let (path, again) = (dir.path().join("state"), dir.path().join("again"));
-    for config in [segmented(), plain()] {
+    for config in [segmented(), bounded(), plain()] {
         let model = model(&config, &values(&config, 4));
         let sequences = [tokens(1, 40), tokens(2, 40)];
         // Around a segment's end (8), in its middle, among the probes, and before anything is read.
@@ -297,7 +306,7 @@ fn damaged_files_are_errors_and_never_panics() {
         bytes.extend(&whole[header..]);
         assert!(restore(&bytes).is_err(), "{from} became {to}");
     }
-    // Selected tokens outside the pool.
+    // Selected tokens outside the pool, whose 16 tokens are complete.
     let selected = text.split("\"0.0.selected.0\":").nth(1).unwrap();
     let offsets = selected.split("\"data_offsets\":[").nth(1).unwrap();
     let first: usize = offsets.split(',').next().unwrap().parse().unwrap();
@@ -305,5 +314,92 @@ fn damaged_files_are_errors_and_never_panics() {
         let mut bytes = whole.clone();
         bytes[header + first..header + first + 8].copy_from_slice(&bad.to_le_bytes());
         assert!(restore(&bytes).is_err(), "selected {bad}");
+    }
+}
+
+/// States kept in memory one after the other, each of which shares what it can with the one before: a session goes on
+/// from any of them to the bits of one that was never interrupted.
+#[test]
+fn states_in_memory_go_on_whether_their_pools_have_dropped_tokens_or_not() {
+    for (pool_len, shares) in [(0, true), (10, false), (16, true)] {
+        let mut config = config_of(true, 16);
+        config.segment.as_mut().unwrap().pool_len = pool_len;
+        config.validate().unwrap();
+        let model = model_on(Cpu, &config, &values(&config, 4));
+        let all = tokens(1, 60);
+        let feed = |session: &mut Session<'_, Cpu>, from: usize, to: usize| {
+            let feed = Feed {
+                sequence: 0,
+                tokens: &all[from..to],
+                targets: &all[from + 1..to + 1],
+                breaks: &[],
+            };
+            session.feed(&[feed]).unwrap().concat()
+        };
+        let expected = feed(&mut Session::new(&model, 1, 60, 1).unwrap(), 0, 59);
+        let mut session = Session::new(&model, 1, 60, 2).unwrap();
+        let (mut known, mut at, mut shared): (Option<SavedSequence>, _, _) = (None, 0, 0);
+        for end in [3, 8, 9, 17, 19, 24, 40, 41, 50] {
+            feed(&mut session, at, end);
+            let state = SavedSequence::new(&session, 0, known.as_ref()).unwrap();
+            let mut again = Session::new(&model, 1, 60, 3).unwrap();
+            feed(&mut again, 20, 31);
+            state.restore(&mut again, 0, end).unwrap();
+            let got = feed(&mut again, end, 59);
+            assert!(got == expected[end..], "pool_len {pool_len}, {end} tokens");
+            let blocks = known.iter().flat_map(SavedSequence::blocks);
+            let known_blocks: Vec<_> = blocks.collect();
+            shared += state
+                .blocks()
+                .filter(|b| b.1 > 0 && known_blocks.contains(b))
+                .count();
+            (known, at) = (Some(state), end);
+        }
+        assert!(!shares || shared > 0, "pool_len {pool_len}");
+    }
+}
+
+/// A file whose pools hold other numbers of tokens than `pool_len` says.
+#[test]
+fn pools_of_another_length_and_tokens_that_were_dropped_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let config = bounded();
+    let model = model(&config, &values(&config, 4));
+    saved(&path, &model, 1, 21);
+    let whole = std::fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize + 8;
+    let restore = |bytes: &[u8]| {
+        std::fs::write(&path, sealed(bytes)).unwrap();
+        let mut session = Session::new(&model, 1, 40, 1).unwrap();
+        StateFile::open(&path)?.restore(&mut session, "")
+    };
+    restore(&whole).unwrap();
+    let text = String::from_utf8_lossy(&whole[8..header]).into_owned();
+    // 16 tokens are complete and 10 of them are held, in parts of 8.
+    for (from, to) in [
+        ("[2,2,3,4]", "[2,3,2,4]"),
+        ("0.1.pool.1", "0.1.pool.2"),
+        ("0.1.pool.0", "0.1.pool.9"),
+        ("[5]", "[3]"),
+    ] {
+        assert!(text.contains(from), "{from} in {text}");
+        let changed = text.replace(from, to);
+        let mut bytes = (changed.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(changed.bytes());
+        bytes.extend(&whole[header..]);
+        assert!(restore(&bytes).is_err(), "{from} became {to}");
+    }
+    let selected = text.split("\"0.1.selected.0\":").nth(1).unwrap();
+    let offsets = selected.split("\"data_offsets\":[").nth(1).unwrap();
+    let first: usize = offsets.split(',').next().unwrap().parse().unwrap();
+    // The last block.
+    let at = header + first + 16;
+    for (token, fits) in [(8i64, true), (10, false), (14, false)] {
+        let mut bytes = whole.clone();
+        for (i, place) in [at, at + 8].into_iter().enumerate() {
+            bytes[place..place + 8].copy_from_slice(&(token + i as i64).to_le_bytes());
+        }
+        assert_eq!(restore(&bytes).is_ok(), fits, "selected {token}");
     }
 }

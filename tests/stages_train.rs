@@ -103,9 +103,12 @@ fn no_setting_of_the_backward_pass_changes_a_bit_on_stages() {
 
 #[test]
 fn switches_of_families_and_plain_attention_have_the_same_bits_on_stages() {
-    let mut plain = model(false);
+    let (mut plain, mut bounded) = (model(false), model(true));
     plain.segment = None;
-    for model in [deep(switched(false)), deep(switched(true)), plain] {
+    // Pools that drop tokens.
+    bounded.segment.as_mut().unwrap().pool_len = 10;
+    bounded.validate().unwrap();
+    for model in [deep(switched(false)), deep(switched(true)), plain, bounded] {
         let config = config(&[("training.learn_gates", "false")]);
         let run = Run {
             model: &model,

@@ -231,15 +231,31 @@ class _State:
 
     @torch.no_grad()
     def retrieve(self, q: torch.Tensor) -> None:
-        """Selects past rows by the last queries of the segment, on the CPU in f32."""
+        """Shortens the pool and selects past rows, by the last queries of the segment, on the CPU in f32."""
+        self.shorten(self.asked(_native.beyond_length, q))
+        self.selected = self.asked(_native.select, q)
+
+    def asked(self, choose, q: torch.Tensor) -> list:
+        """The tokens that each head of each sequence chooses of the pool."""
         queries = q[:, -self.plan.probe_rows :].float().cpu().contiguous()
         keys = torch.cat([part for part, _ in self.pool], 1).float().cpu().contiguous()
         tail = 0 if self.tail is None else self.tail[0].shape[1]
         numbers = Torch(keys.device).numbers
-        self.selected = [
-            _native.select(self.runner.config, self.layer, numbers(keys[b]), numbers(queries[b]), tail)
+        return [
+            choose(self.runner.config, self.layer, numbers(keys[b]), numbers(queries[b]), tail)
             for b in range(q.shape[0])
         ]
+
+    def shorten(self, dropped: list) -> None:
+        """Drops these tokens of each sequence and head, as many of each."""
+        if not dropped[0][0]:
+            return
+        pool = [torch.cat(parts, 1) for parts in zip(*self.pool)]
+        tokens = pool[0].shape[1]
+        kept = [[sorted(set(range(tokens)).difference(of_head)) for of_head in heads] for heads in dropped]
+        # [batch, tokens, heads, 1]
+        at = torch.tensor(kept, device=pool[0].device).transpose(1, 2)[..., None]
+        self.pool = [[rows.gather(1, at.expand(-1, -1, -1, rows.shape[-1])) for rows in pool]]
 
     def close(self, q, k, v) -> None:
         """Ends the segment."""

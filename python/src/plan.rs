@@ -2,7 +2,6 @@
 //! that run elsewhere.
 
 use pyo3::prelude::*;
-use segattn::attention::Error;
 use segattn::device::cpu::Cpu;
 use segattn::device::{Device, Kind, PastPool, PoolShape, Probes, Rows, SelectedBlocks, Selection};
 use segattn::model::config::ModelConfig;
@@ -78,8 +77,8 @@ pub fn segments(
 
 /// Tokens that the past heads of a layer select, in order of position (docs/contract.md, section 2).
 ///
-/// keys: `[tokens, past heads, head_dim]` f32 of all complete tokens; queries: `[rows, q_heads, head_dim]` f32 of the
-/// segment's last `probe_rows` tokens, both before rotation; `prior_rows`: rows of the tail.
+/// keys: `[tokens, past heads, head_dim]` f32 of the tokens that are held; queries: `[rows, q_heads, head_dim]` f32 of
+/// the segment's last `probe_rows` tokens, both before rotation; `prior_rows`: rows of the tail.
 #[pyfunction]
 pub fn select(
     py: Python<'_>,
@@ -89,27 +88,55 @@ pub fn select(
     queries: Numbers,
     prior_rows: usize,
 ) -> PyResult<Vec<Vec<usize>>> {
-    let selected = py.detach(|| -> Result<_, Failure> {
+    let selected = || {
+        let (keys, queries) = numbers(&keys, &queries)?;
         let plan = plan(config, usize::MAX)?;
-        let refused = |error: Error| Failure::other(error);
-        // SAFETY: the caller keeps the arrays.
-        let (keys, queries): (&[f32], &[f32]) = unsafe {
-            (
-                keys.slice("keys").map_err(refused)?,
-                queries.slice("queries").map_err(refused)?,
-            )
-        };
-        selected(&plan, layer, keys, queries, prior_rows)
-    });
-    selected.map_err(|failure| failure.raise(py))
+        chosen(&plan, layer, [keys, queries], prior_rows, Choice::Selected)
+    };
+    py.detach(selected).map_err(|failure| failure.raise(py))
 }
 
-fn selected(
+/// Tokens that the past heads of a layer drop, in order of position: none where they do not hold too many. Arguments as
+/// of [`select`].
+#[pyfunction]
+pub fn beyond_length(
+    py: Python<'_>,
+    config: &str,
+    layer: usize,
+    keys: Numbers,
+    queries: Numbers,
+    prior_rows: usize,
+) -> PyResult<Vec<Vec<usize>>> {
+    let dropped = || {
+        let (keys, queries) = numbers(&keys, &queries)?;
+        let plan = plan(config, usize::MAX)?;
+        chosen(&plan, layer, [keys, queries], prior_rows, Choice::Dropped)
+    };
+    py.detach(dropped).map_err(|failure| failure.raise(py))
+}
+
+fn numbers<'a>(keys: &'a Numbers, queries: &'a Numbers) -> Result<(&'a [f32], &'a [f32]), Failure> {
+    // SAFETY: the caller keeps the arrays.
+    unsafe {
+        Ok((
+            keys.slice("keys").map_err(Failure::other)?,
+            queries.slice("queries").map_err(Failure::other)?,
+        ))
+    }
+}
+
+/// Which tokens are asked for.
+enum Choice {
+    Selected,
+    Dropped,
+}
+
+fn chosen(
     plan: &Plan,
     layer: usize,
-    keys: &[f32],
-    queries: &[f32],
+    [keys, queries]: [&[f32]; 2],
     prior_rows: usize,
+    choice: Choice,
 ) -> Result<Vec<Vec<usize>>, Failure> {
     let reads = plan
         .reads
@@ -149,11 +176,17 @@ fn selected(
     let selection = Selection {
         kv_heads: &reads.past,
         eligible: &eligible,
-        rows: plan.past_len,
+        rows: match choice {
+            Choice::Selected => plan.past_len,
+            Choice::Dropped => tokens - plan.held(tokens),
+        },
         rule: plan.rule,
         scale: plan.scale,
     };
-    let blocks = pool.select(&Cpu, &probes, &selection)?;
+    let blocks = match choice {
+        Choice::Selected => pool.select(&Cpu, &probes, &selection)?,
+        Choice::Dropped => pool.lowest(&Cpu, &probes, &selection)?,
+    };
     Ok(SelectedBlocks::<Cpu>::tokens(&blocks, &Cpu)?)
 }
 

@@ -34,6 +34,8 @@ SEGMENTS = {
     "blocks": {**SIZES, **BLOCKS},
     "windows and sinks": {**SIZES, **WINDOWS, "sink_len": 3},
     "a pool of 8 bits": {**SIZES, **WINDOWS, "pool_bits": 8},
+    "a bounded pool": {**SIZES, **WINDOWS, "sink_len": 3, "pool_len": 26},
+    "a bounded pool of blocks": {**SIZES, **BLOCKS, "pool_len": 24},
     "a break id": {**SIZES, **WINDOWS, "sink_len": 4, "break_ids": [TOKENS[0][20], TOKENS[1][33]]},
 }
 

@@ -76,6 +76,10 @@ struct Segments {
     /// Bits an element that are kept of the keys and values that the past is retrieved from: 16, 8 or 4
     #[arg(long, value_name = "BITS", requires = "segment_len")]
     pool_bits: Option<usize>,
+    /// Most tokens of which these keys and values are held between segments, so that memory does not grow with the
+    /// text; 0: of all
+    #[arg(long, value_name = "N", requires = "segment_len")]
+    pool_len: Option<usize>,
     /// Consecutive tokens that are retrieved together
     #[arg(long, value_name = "N", requires = "segment_len")]
     block_len: Option<usize>,
@@ -156,6 +160,7 @@ impl Segments {
             past_len: self.past_len,
             sink_len: self.sink_len.or(new_sinks),
             pool_bits: self.pool_bits,
+            pool_len: self.pool_len,
             block_len: self.block_len,
             queries: self.queries,
             window_len: self.window_len,

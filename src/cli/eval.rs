@@ -68,7 +68,7 @@ pub struct Args {
     #[arg(long, value_name = "SHARE")]
     depth: Option<f64>,
     /// Let an oracle select the past rows that answers read: the statements asked for. What is missing then was not
-    /// lost by retrieval
+    /// lost by retrieval. Not with `segment.pool_len`
     #[arg(long)]
     oracle: bool,
     /// Text files or folders, JSONL with a `text` field, both also compressed (.zst), Parquet with a column `text`, or
@@ -239,6 +239,10 @@ fn evaluate_on<D: Planned>(
     ensure!(
         !args.oracle || segment.is_some_and(|s| s.break_after_prompt),
         "--oracle: expected a model whose segments end with the prompt (`segment.break_after_prompt` in config.json)"
+    );
+    ensure!(
+        !args.oracle || segment.is_some_and(|s| s.pool_len == 0),
+        "--oracle: expected a model whose pools hold every token, got `segment.pool_len` in config.json"
     );
     let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
     let mut documents = match with_perplexity {

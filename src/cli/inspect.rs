@@ -221,6 +221,7 @@ fn segment(config: &ModelConfig) -> Value {
         "past_len": segment.past_len,
         "sink_len": segment.sink_len,
         "pool_bits": segment.pool_bits.count(),
+        "pool_len": segment.pool_len,
         "retrieval": segment.retrieval.to_json(),
         "break_ids": segment.break_ids,
         "break_after_prompt": segment.break_after_prompt,
@@ -329,8 +330,16 @@ fn text(report: &Value) -> String {
         Value::Null => line("segments", "none: full attention".into()),
         s => {
             let lens = format!(
-                "segment_len {}, prior_len {}, past_len {}, sink_len {}, pool_bits {}",
-                s["segment_len"], s["prior_len"], s["past_len"], s["sink_len"], s["pool_bits"],
+                "segment_len {}, prior_len {}, past_len {}, sink_len {}, pool_bits {}, pool_len {}",
+                s["segment_len"],
+                s["prior_len"],
+                s["past_len"],
+                s["sink_len"],
+                s["pool_bits"],
+                match &s["pool_len"] {
+                    len if *len == 0 => json!("unbounded"),
+                    len => len.clone(),
+                },
             );
             line("segments", lens);
             line("retrieval", pairs(&s["retrieval"]));

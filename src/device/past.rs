@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::{Device, PastHeads, PoolShape, Probes, Result, Rows, RowsMut, Selection};
 
-/// Keys and values of all completed tokens of one sequence and layer, for the KV heads that read the past, before
-/// rotation. Below, a pool's heads are these KV heads.
+/// Keys and values of all completed tokens of one sequence and layer that have not been dropped, for the KV heads that
+/// read the past, before rotation. Below, a pool's heads are these KV heads. Each holds as many tokens as the others,
+/// and where some have been dropped, tokens of its own.
 ///
 /// A call that fails leaves the pool as it was.
 pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
@@ -55,6 +56,24 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
         probes: &Probes<'_, D::Buffer>,
         selection: &Selection<'_>,
     ) -> Result<D::Blocks>;
+
+    /// The tokens that a pool that is too long drops: of each head `selection.rows` eligible ones, in whole blocks,
+    /// those that the rule scores lowest (docs/contract.md, section 2), in order of position.
+    ///
+    /// # Errors
+    /// Those of [`select`](Self::select), and rows that are no whole blocks, or more than a head may select.
+    fn lowest(
+        &self,
+        device: &D,
+        probes: &Probes<'_, D::Buffer>,
+        selection: &Selection<'_>,
+    ) -> Result<D::Blocks>;
+
+    /// A pool of the other tokens, in their order, as they are held.
+    ///
+    /// # Errors
+    /// Blocks that the pool does not have, heads that drop different numbers of tokens, or what the device says.
+    fn without(&self, device: &D, dropped: &D::Blocks) -> Result<Self>;
 
     /// Copies each head's selected tokens to rows of keys and of values, columns of its KV head. Keys are rotated: the
     /// last one by the row of the angle tables before `past.ends[head]`.

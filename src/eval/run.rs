@@ -30,7 +30,8 @@ pub struct RunConfig {
     /// Share of the filler before the statements asked for, see [`TaskOptions::depth`].
     pub depth: Option<f64>,
     /// Whether an oracle selects the past rows that the answer reads: the statements asked for, where they are
-    /// eligible. It shows what a model would find if retrieval never missed. The prompt's end must be a break.
+    /// eligible. It shows what a model would find if retrieval never missed. The prompt's end must be a break, and
+    /// pools must hold all of the prompt.
     #[serde(default)]
     pub oracle: bool,
 }
@@ -41,7 +42,7 @@ pub struct Answer {
     /// Its text, without the prompt.
     pub text: String,
     /// How much of the statements asked for each head had selected when the prompt had been read; empty for a model
-    /// without a past, and where all of them were in the tail or the last segment.
+    /// without a past, where all of them were in the tail or the last segment, and where pools have dropped tokens.
     pub recall: Vec<HeadRecall>,
 }
 
@@ -368,8 +369,14 @@ impl<D: Device> Respond for Greedy<'_, D> {
         while generator.read_prompts().map_err(EvalError::model)? > 0 {}
         let mut recalls = Vec::new();
         for (i, sample) in samples.iter().enumerate() {
-            // Reading the selection waits for the device.
-            if sample.needles.is_empty() {
+            let positions = generator.session().holds_all(i);
+            if self.oracle && !positions && !sample.needles.is_empty() {
+                let expected = "a prompt that no pool has dropped tokens of (`segment.pool_len`)";
+                let got = format!("{} tokens", sample.tokens.len());
+                return Err(EvalError::argument("oracle", expected, got));
+            }
+            // Reading the selection waits for the device. It has no positions where tokens have been dropped.
+            if sample.needles.is_empty() || !positions {
                 recalls.push(Vec::new());
                 continue;
             }

@@ -84,6 +84,7 @@ pub fn dry_run_serving<D: Device>(
 ) -> Result<(), GenerateError> {
     const STEPS: usize = 6;
     let session = &mut Session::new(model, sequences, longest, 1)?;
+    drop_together(session, longest)?;
     let piece = piece.min(longest.saturating_sub(STEPS)).max(1);
     let mut before = vec![longest.saturating_sub(STEPS); sequences];
     if let Some(first) = before.first_mut() {
@@ -116,6 +117,24 @@ pub fn dry_run_serving<D: Device>(
     generator.read(&[(0, piece)])?;
     generator.session().likeliest(0, MOST_LIKELIEST)?;
     (0..2).try_for_each(|_| generator.advance(&all).map(drop))
+}
+
+/// Where pools drop tokens, all sequences may do so in one step, which keeps those of before it.
+fn drop_together<D: Device>(
+    session: &mut Session<'_, D>,
+    longest: usize,
+) -> Result<(), GenerateError> {
+    let segment = session.model().config.segment.as_ref();
+    let Some(segment) = segment.filter(|segment| segment.pool_len > 0) else {
+        return Ok(());
+    };
+    let end = longest / segment.segment_len * segment.segment_len;
+    let all = |tokens: usize| vec![tokens; session.sequences()];
+    let (before, last) = (all(end.saturating_sub(1)), all(end.min(1)));
+    ahead(session, &before)?;
+    read(session, &last, false)?;
+    (0..last.len()).try_for_each(|sequence| session.restart(sequence))?;
+    Ok(())
 }
 
 /// Most of the likeliest tokens that a server reports.

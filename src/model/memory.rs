@@ -45,7 +45,7 @@ pub struct Memory {
     /// Prior tails between segments, and sinks.
     pub state: u64,
     /// Keys and values of all completed tokens, for the heads that read the past: the only kind
-    /// that grows with the sequence.
+    /// that grows with the sequence, where `pool_len` does not bound it.
     pub pool: u64,
     /// Intermediate results.
     pub activations: u64,
@@ -95,7 +95,7 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
         slots: bytes(count.slots(alive, room)),
         // A session keeps the tails of before a step, so that a step that fails can be made again.
         state: bytes(count.state()) * if run == Use::Read { 2 } else { 1 },
-        pool: bytes(count.pool(tokens)),
+        pool: bytes(count.pool(tokens, run)),
         activations: bytes(activations) + count.gate_sums(run, rows(side_by_side)),
     }
 }
@@ -191,10 +191,20 @@ impl Count<'_> {
         rows.sum::<usize>() * self.plan.kv_width()
     }
 
-    fn pool(&self, tokens: usize) -> usize {
-        let completed = tokens / self.plan.segment_len * self.plan.segment_len;
-        let heads: usize = self.plan.reads.iter().map(|r| r.past.len()).sum();
-        2 * completed * heads * self.plan.heads.dim
+    /// Where tokens are dropped, what is left is a copy. A session keeps the pools of before the step until it is
+    /// complete; otherwise only the layer at work has two, the longer with the rows of a segment.
+    fn pool(&self, tokens: usize, run: Use) -> usize {
+        let segment = self.plan.segment_len;
+        let completed = tokens / segment * segment;
+        let heads = self.plan.reads.iter().map(|reads| reads.past.len());
+        let (all, most) = (heads.clone().sum::<usize>(), heads.max().unwrap_or(0));
+        let held = self.plan.held(completed);
+        let rows = match run {
+            _ if held == completed => completed * all,
+            Use::Read => 2 * held * all + segment * most,
+            Use::Train { .. } => held * all + (held + segment) * most,
+        };
+        2 * rows * self.plan.heads.dim
     }
 
     /// One row of what a layer's forward always leaves for its backward.
@@ -367,22 +377,32 @@ mod tests {
     #[test]
     fn only_the_pool_grows_with_a_segmented_sequence() {
         let config = config();
-        for run in [
-            Use::Read,
-            Use::Train {
-                tbptt: 1,
-                segments_per_step: 1,
-                recompute: true,
-                gradient_sets: 1,
-                ranks: 1,
-                behind: 0,
-            },
-        ] {
+        let train = Use::Train {
+            tbptt: 1,
+            segments_per_step: 1,
+            recompute: true,
+            gradient_sets: 1,
+            ranks: 1,
+            behind: 0,
+        };
+        for run in [Use::Read, train] {
             let (short, long) = (memory(&config, 160, run, 4), memory(&config, 1600, run, 4));
             assert_eq!(Memory { pool: 0, ..short }, Memory { pool: 0, ..long });
             // Two heads of 6 read the past: keys and values of 1600 tokens.
             assert_eq!(long.pool, 2 * 2 * 6 * 1600 * 4);
             assert_eq!(short.pool * 10, long.pool);
+        }
+        let mut bounded = config.clone();
+        bounded.segment.as_mut().unwrap().pool_len = 48;
+        bounded.validate().unwrap();
+        let of = |tokens, run| memory(&bounded, tokens, run, 4);
+        assert_eq!(
+            of(40, Use::Read).pool,
+            memory(&config, 40, Use::Read, 4).pool
+        );
+        for (run, rows) in [(Use::Read, 2 * 2 * 48 + 16), (train, 2 * 48 + 48 + 16)] {
+            assert_eq!(of(64, run), of(1600, run));
+            assert_eq!(of(64, run).pool, 2 * 6 * rows * 4);
         }
         let mut plain = config;
         plain.segment = None;

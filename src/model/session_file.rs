@@ -7,9 +7,9 @@
 //! keys (before rotation, but in layers whose heads read nothing of other segments) and values one after the other:
 //!
 //! - `s.l.prior [2, rows, kv_heads, head_dim]`, the prior tail, and `s.l.sinks` of the same shape, the sinks;
-//! - `s.l.pool.i [2, rows, heads, head_dim]`, the tokens of complete segments in parts of `segment_len`, of which the
-//!   last may be shorter, of the KV heads that read the past, and of each of them `s.l.selected.h [rows]` (I64), the
-//!   tokens selected for the current segment;
+//! - `s.l.pool.i [2, rows, heads, head_dim]`, the tokens of complete segments that are held, in parts of `segment_len`,
+//!   of which the last may be shorter, of the KV heads that read the past, and of each of them `s.l.selected.h [rows]`
+//!   (I64), the tokens selected for the current segment, counted among those held;
 //! - `s.l.segment [2, rows, kv_heads, head_dim]`, what has been read of the current segment, and
 //!   `s.l.probes [rows, q_heads, head_dim]`, the last queries of it: that of position `p` is row `p % probe_rows`.
 //!
@@ -279,7 +279,7 @@ impl Source for Saved<'_> {
         let name = Part::Selected(l + self.first_layer, h).name(self.from);
         let reader = &mut self.file.reader;
         let bytes = reader.read(&name, Dtype::I64, None)?;
-        let tokens = shapes.completed;
+        let tokens = shapes.held;
         let selected: Vec<usize> = bytes
             .as_chunks()
             .0

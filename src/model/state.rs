@@ -1,6 +1,7 @@
 //! State that a sequence carries from segment to segment, and the slots that hold segments in flight.
 
 mod carry;
+mod remember;
 mod sinks;
 mod slots;
 
@@ -59,6 +60,8 @@ pub struct Plan {
     pub probe_rows: usize,
     /// What pools keep of an element.
     pub pool_bits: PoolBits,
+    /// Most tokens that a pool holds between segments.
+    pub pool_len: Option<usize>,
     /// How past rows are selected.
     pub rule: SelectionRule,
     /// Scale of attention; `None`: `1 / sqrt(head_dim)`.
@@ -99,6 +102,7 @@ impl Plan {
                 sink_len: 0,
                 probe_rows: 0,
                 pool_bits: PoolBits::default(),
+                pool_len: None,
                 rule: RetrievalConfig::default().rule(),
                 scale,
                 reads,
@@ -116,6 +120,7 @@ impl Plan {
             sink_len,
             probe_rows: segment.retrieval.queries().min(segment.segment_len),
             pool_bits: segment.pool_bits,
+            pool_len: (segment.pool_len > 0).then_some(segment.pool_len),
             rule: segment.retrieval.rule(),
             scale,
             reads,
@@ -132,6 +137,13 @@ impl Plan {
         }
     }
 
+    /// Tokens that a pool holds after so many have joined it: whole blocks are dropped.
+    pub fn held(&self, tokens: usize) -> usize {
+        let block_len = self.rule.block_len();
+        let beyond = self.pool_len.map_or(0, |len| tokens.saturating_sub(len));
+        tokens - beyond.next_multiple_of(block_len)
+    }
+
     /// Number of prior rows and of past rows, sinks included, that a layer with these reads needs.
     pub fn sources(&self, reads: &LayerReads) -> [usize; 2] {
         let prior = reads.prior.contains(&true);
@@ -142,7 +154,8 @@ impl Plan {
         ]
     }
 
-    /// The tokens that a KV head can select after `tokens` tokens, of which the last `prior_rows` are the tail.
+    /// The tokens that a KV head can select of the `tokens` that its pool holds, of which the last `prior_rows` are the
+    /// tail.
     pub fn eligible(
         &self,
         reads: &LayerReads,

@@ -1,11 +1,17 @@
 //! Pools and retrieval on any device: tokens, pools filled in any way, and selections from them.
 
+#[path = "length.rs"]
+pub mod length;
 #[path = "rounding.rs"]
 mod rounding;
 
 use std::ops::Range;
 
 use half::bf16;
+pub use length::{
+    a_device_drops_what_the_reference_does, what_cannot_be_dropped_is_refused,
+    what_is_left_is_what_it_was,
+};
 use rounding::rounded;
 use segattn::device::reference::Reference;
 use segattn::device::{
@@ -142,8 +148,28 @@ pub fn select<D: Device>(
     tokens: &Tokens,
     ring: (usize, usize),
     eligible: &[Range<usize>],
-    (rows, rule): (usize, SelectionRule),
+    rule: (usize, SelectionRule),
 ) -> Vec<Vec<usize>> {
+    let selected = asked(device, tokens, ring, eligible, rule, |probes, selection| {
+        pool.select(device, probes, selection)
+    });
+    let selected = selected.expect("a selection");
+    let of_heads = selected.tokens(device).expect("tokens");
+    for (head, tokens) in of_heads.iter().enumerate() {
+        assert_eq!(selected.count(head), tokens.len());
+    }
+    of_heads
+}
+
+/// Calls `f` with the queries and what they are to choose.
+fn asked<D: Device, T>(
+    device: &D,
+    tokens: &Tokens,
+    ring: (usize, usize),
+    eligible: &[Range<usize>],
+    (rows, rule): (usize, SelectionRule),
+    f: impl FnOnce(&Probes<'_, D::Buffer>, &Selection<'_>) -> T,
+) -> T {
     let width = KV_HEADS * GROUP * tokens.dim;
     let capacity = tokens.queries + ring.1;
     let mut q = vec![f32::NAN; capacity * width];
@@ -165,14 +191,7 @@ pub fn select<D: Device>(
         rows,
         rule,
     };
-    let selected = pool
-        .select(device, &probes, &selection)
-        .expect("a selection");
-    let of_heads = selected.tokens(device).expect("tokens");
-    for (head, tokens) in of_heads.iter().enumerate() {
-        assert_eq!(selected.count(head), tokens.len());
-    }
-    of_heads
+    f(&probes, &selection)
 }
 
 const fn blocks(block_len: usize, probe_window: usize, probe_stride: usize) -> SelectionRule {

@@ -179,6 +179,14 @@ fn faulty() -> (Gpu<Faulty>, Arc<Fault>) {
     (gpu, fault)
 }
 
+/// The same with pools that drop what they can.
+fn bounded() -> ModelConfig {
+    let mut config = config();
+    config.segment.as_mut().expect("segments").pool_len = 4;
+    config.validate().expect("a config");
+    config
+}
+
 /// One layer, whose two heads read the prior tail and the past.
 fn config() -> ModelConfig {
     let json = serde_json::json!({
@@ -248,9 +256,8 @@ fn a_training_step_whose_call_failed_can_be_made_again() {
 
 type Model = Decoder<Gpu<Faulty>>;
 
-fn made(gpu: Gpu<Faulty>) -> Model {
-    let config = config();
-    model(gpu, &config, &values(&config, 5))
+fn made(gpu: Gpu<Faulty>, config: &ModelConfig) -> Model {
+    model(gpu, config, &values(config, 5))
 }
 
 fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32], breaks: &[usize]) -> Result<()> {
@@ -263,11 +270,20 @@ fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32], breaks: &[usize]
     session.feed(&[feed]).map(|_| ())
 }
 
-/// Over whole segments, short ones, and tails that reach over several.
 #[test]
 fn a_prefill_whose_call_failed_goes_on_from_its_last_complete_step() {
+    prefill_with_failures(&config());
+}
+
+#[test]
+fn a_prefill_that_dropped_tokens_before_a_failure_has_them_again() {
+    prefill_with_failures(&bounded());
+}
+
+/// Over whole segments, short ones, and tails that reach over several.
+fn prefill_with_failures(config: &ModelConfig) {
     let (gpu, fault) = faulty();
-    let model = made(gpu.clone());
+    let model = made(gpu.clone(), config);
     let before = used(gpu.memory_use());
     let prompt = tokens(9, 15, 11);
     let read = |failing: usize| {
@@ -307,11 +323,20 @@ fn a_prefill_whose_call_failed_goes_on_from_its_last_complete_step() {
     assert!(failing > 50, "{failing}");
 }
 
-/// Over the ends of segments, with steps that run as they are, that are recorded and that are replayed.
 #[test]
 fn a_decoding_step_whose_call_failed_can_be_made_again() {
+    decoding_with_failures(&config());
+}
+
+#[test]
+fn a_decoding_step_that_dropped_tokens_before_a_failure_can_be_made_again() {
+    decoding_with_failures(&bounded());
+}
+
+/// Over the ends of segments, with steps that run as they are, that are recorded and that are replayed.
+fn decoding_with_failures(config: &ModelConfig) {
     let (gpu, fault) = faulty();
-    let model = made(gpu.clone());
+    let model = made(gpu.clone(), config);
     let before = used(gpu.memory_use());
     let prompt = tokens(9, 5, 11);
     let settings = SamplerConfig {

@@ -41,14 +41,38 @@ fn keys_of_any_finite_size_give_a_selection() {
     retrieval_cases::keys_of_any_finite_size_give_a_selection(&gpu(34, Checks::All));
 }
 
-/// A model whose heads select windows of lengths that are multiples of nothing, over chunks of the pool that segments
-/// do not fill.
+#[test]
+fn the_gpu_drops_what_the_reference_does() {
+    retrieval_cases::a_device_drops_what_the_reference_does(&gpu(37, Checks::All), 0..2);
+}
+
+#[test]
+fn what_is_left_of_a_pool_is_what_it_was() {
+    retrieval_cases::what_is_left_is_what_it_was(&gpu(38, Checks::All));
+}
+
+#[test]
+fn what_a_pool_cannot_drop_is_refused() {
+    retrieval_cases::what_cannot_be_dropped_is_refused(&gpu(39, Checks::All));
+}
+
 #[test]
 fn a_model_that_selects_windows_has_the_same_bits_on_every_path() {
+    has_the_same_bits_on_every_path(0);
+}
+
+#[test]
+fn a_model_whose_pools_are_bounded_has_the_same_bits_on_every_path() {
+    has_the_same_bits_on_every_path(13);
+}
+
+/// A model whose heads select windows of lengths that are multiples of nothing, over chunks of the pool that segments
+/// do not fill.
+fn has_the_same_bits_on_every_path(pool_len: usize) {
     let mut config = config(false);
     let segment = config.segment.as_mut().expect("segments");
     (segment.past_len, segment.prior_len) = (7, 3);
-    segment.pool_bits = PoolBits::Four;
+    (segment.pool_bits, segment.pool_len) = (PoolBits::Four, pool_len);
     segment.retrieval = RetrievalConfig::Windows {
         queries: 3,
         window_len: 3,

@@ -4,6 +4,7 @@
 
 mod adamw;
 mod common;
+mod length;
 mod loss;
 mod norm;
 mod planted;

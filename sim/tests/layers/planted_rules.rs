@@ -16,7 +16,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
@@ -90,6 +90,12 @@ pub const TARGETS: [Target; 16] = [
         rules: &POOL,
     },
     Target {
+        file: "pool_length.cuh",
+        kernels: &["retrieval.cu"],
+        tests: &["length::"],
+        rules: &LENGTH,
+    },
+    Target {
         file: "retrieval.cu",
         kernels: &["retrieval.cu"],
         tests: &["retrieval::"],
@@ -150,7 +156,7 @@ pub const SURVIVORS: [[&str; 3]; 9] = [
     [
         "pool.cuh",
         "(token - p.first_token) / p.chunk_tokens];",
-        "pools keep every token, so the first is 0",
+        "a pool begins with token 0 of those that it holds",
     ],
     [
         "norm.cu",
@@ -388,7 +394,11 @@ const ADAMW: [Rule; 23] = [
     replace("if (tensor.weights) ", ""),
 ];
 
-const POOL: [Rule; 17] = [
+const POOL: [Rule; 18] = [
+    replace(
+        "ceil_div(info.eligible_begin, p.block_len)",
+        "info.eligible_begin / p.block_len",
+    ),
     replace(
         "(token - p.first_token) / p.chunk_tokens];",
         "token / p.chunk_tokens];",
@@ -414,7 +424,35 @@ const POOL: [Rule; 17] = [
     replace("p.head_dim / 2 + pair", "p.head_dim / 2"),
 ];
 
-const RETRIEVAL: [Rule; 30] = [
+const LENGTH: [Rule; 19] = [
+    replace("if (head >= p.heads) return", "if (head > p.heads) return"),
+    replace("block < eligible.begin ||", "block <= eligible.begin ||"),
+    replace(
+        "|| block >= eligible.end) return",
+        "|| block > eligible.end) return",
+    ),
+    replace("max(eligible.begin, ", "max(0, "),
+    replace("min(eligible.end, ", "min((int)p.score_pitch, "),
+    replace("p.window_len - 1 - p.window_before", "p.window_before"),
+    replace("+ p.window_before + 1", "+ p.window_before"),
+    replace("p.scores + head * p.score_pitch", "p.scores"),
+    replace("max_f32(best, g_scores[other])", "g_scores[other]"),
+    replace("= -best;", "= best;"),
+    replace("(int64_t)head * p.max_selected", "0"),
+    replace("- middle <= kept", "<= kept"),
+    replace("- middle <= kept", "- middle < kept"),
+    replace("else high = middle", "else high = middle - 1"),
+    replace("to / p.block_len) * p.block_len", "to) * p.block_len"),
+    replace("if (row >= p.rows) return", "if (row > p.rows) return"),
+    replace("p.token + row", "row"),
+    replace("column % kStepGroup == 0", "column == 0"),
+    replace(
+        "copy_held(p, src.v, src_unit, dst.v",
+        "copy_held(p, src.k, src_unit, dst.v",
+    ),
+];
+
+const RETRIEVAL: [Rule; 29] = [
     replace("if (row >= p.rows) return", "if (row > p.rows) return"),
     replace(
         "p.head[head].kv_head * p.head_dim, unit",
@@ -435,10 +473,6 @@ const RETRIEVAL: [Rule; 30] = [
     ),
     replace("query < first + p.window", "query < first + p.window - 1"),
     replace("(p.first_query + t) % p.query_capacity", "t"),
-    replace(
-        "ceil_div(info.eligible_begin, p.block_len)",
-        "info.eligible_begin / p.block_len",
-    ),
     replace("eligible.begin + first + i", "first + i"),
     replace("r_sum[e] / (float)p.window", "r_sum[e]"),
     replace("r_sum[e] -= r_rounded[e]", "r_sum[e] -= 0.f"),

@@ -279,6 +279,8 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         best: std::ptr::null_mut(),
         selected: selected.ptr(),
         selected_count: selected_count.ptr(),
+        unwanted: std::ptr::null_mut(),
+        kept: std::ptr::null(),
         past_len: past_len.ptr(),
         cos: cos.ptr(),
         sin: sin.ptr(),

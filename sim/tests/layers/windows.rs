@@ -201,6 +201,8 @@ fn run(seed: u64, case: &Case) -> Outputs {
         best: best.ptr(),
         selected: selected.ptr(),
         selected_count: count.ptr(),
+        unwanted: std::ptr::null_mut(),
+        kept: std::ptr::null(),
         past_len: std::ptr::null_mut(),
         cos: std::ptr::null(),
         sin: std::ptr::null(),

@@ -513,6 +513,8 @@ pub struct SegattnRetrievalParams {
     pub best: *mut SegattnBestToken,
     pub selected: *mut i32,
     pub selected_count: *mut i32,
+    pub unwanted: *mut f32,
+    pub kept: *const SegattnPoolChunk,
     pub past_len: *mut i32,
     pub cos: *const f32,
     pub sin: *const f32,
@@ -541,7 +543,7 @@ pub struct SegattnRetrievalParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 256usize];
+    ["Size of SegattnRetrievalParams"][::core::mem::size_of::<SegattnRetrievalParams>() - 272usize];
     ["Alignment of SegattnRetrievalParams"]
         [::core::mem::align_of::<SegattnRetrievalParams>() - 8usize];
     ["Offset of field: SegattnRetrievalParams::chunks"]
@@ -568,56 +570,60 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, selected) - 104usize];
     ["Offset of field: SegattnRetrievalParams::selected_count"]
         [::core::mem::offset_of!(SegattnRetrievalParams, selected_count) - 112usize];
+    ["Offset of field: SegattnRetrievalParams::unwanted"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, unwanted) - 120usize];
+    ["Offset of field: SegattnRetrievalParams::kept"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, kept) - 128usize];
     ["Offset of field: SegattnRetrievalParams::past_len"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, past_len) - 120usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, past_len) - 136usize];
     ["Offset of field: SegattnRetrievalParams::cos"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, cos) - 128usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, cos) - 144usize];
     ["Offset of field: SegattnRetrievalParams::sin"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, sin) - 136usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, sin) - 152usize];
     ["Offset of field: SegattnRetrievalParams::first_token"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_token) - 144usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_token) - 160usize];
     ["Offset of field: SegattnRetrievalParams::chunk_tokens"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, chunk_tokens) - 152usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, chunk_tokens) - 168usize];
     ["Offset of field: SegattnRetrievalParams::token"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, token) - 160usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, token) - 176usize];
     ["Offset of field: SegattnRetrievalParams::rows"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, rows) - 168usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, rows) - 184usize];
     ["Offset of field: SegattnRetrievalParams::score_pitch"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, score_pitch) - 176usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, score_pitch) - 192usize];
     ["Offset of field: SegattnRetrievalParams::heads"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, heads) - 184usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, heads) - 200usize];
     ["Offset of field: SegattnRetrievalParams::head_dim"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, head_dim) - 188usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, head_dim) - 204usize];
     ["Offset of field: SegattnRetrievalParams::group"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, group) - 192usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, group) - 208usize];
     ["Offset of field: SegattnRetrievalParams::windows"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, windows) - 196usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, windows) - 212usize];
     ["Offset of field: SegattnRetrievalParams::window"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, window) - 200usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, window) - 216usize];
     ["Offset of field: SegattnRetrievalParams::stride"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, stride) - 204usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, stride) - 220usize];
     ["Offset of field: SegattnRetrievalParams::first_query"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_query) - 208usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_query) - 224usize];
     ["Offset of field: SegattnRetrievalParams::query_capacity"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, query_capacity) - 212usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, query_capacity) - 228usize];
     ["Offset of field: SegattnRetrievalParams::block_len"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 216usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, block_len) - 232usize];
     ["Offset of field: SegattnRetrievalParams::first_block"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 220usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, first_block) - 236usize];
     ["Offset of field: SegattnRetrievalParams::blocks"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 224usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, blocks) - 240usize];
     ["Offset of field: SegattnRetrievalParams::max_selected"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, max_selected) - 228usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, max_selected) - 244usize];
     ["Offset of field: SegattnRetrievalParams::tiles"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, tiles) - 232usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, tiles) - 248usize];
     ["Offset of field: SegattnRetrievalParams::window_len"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, window_len) - 236usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, window_len) - 252usize];
     ["Offset of field: SegattnRetrievalParams::window_before"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, window_before) - 240usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, window_before) - 256usize];
     ["Offset of field: SegattnRetrievalParams::scale_log2"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 244usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 260usize];
     ["Offset of field: SegattnRetrievalParams::bits"]
-        [::core::mem::offset_of!(SegattnRetrievalParams, bits) - 248usize];
+        [::core::mem::offset_of!(SegattnRetrievalParams, bits) - 264usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::{Buffer, Cpu, PackedMatrix, gemm};
-use crate::device::shared::blocks::gather;
+use crate::device::shared::blocks::{gather, others};
 use crate::device::shared::{pool_bits, selection};
 use crate::device::{
     HostBlocks, PastHeads, PastPool, PoolBits, PoolShape, Probes, Result, Rows, RowsMut, Selection,
@@ -91,6 +91,35 @@ impl PastPool<Cpu> for Pool {
         let heads = 0..self.heads;
         let best = heads.map(|head| self.selected(head, probes, selection));
         Ok(HostBlocks(best.collect()))
+    }
+
+    fn lowest(
+        &self,
+        _: &Cpu,
+        probes: &Probes<'_, Buffer>,
+        selection: &Selection<'_>,
+    ) -> Result<HostBlocks> {
+        selection::check_dropped(probes, selection, [self.heads, self.tokens()])?;
+        let lowest = |head| self.lowest(head, probes, selection);
+        Ok(HostBlocks((0..self.heads).map(lowest).collect()))
+    }
+
+    fn without(&self, _: &Cpu, dropped: &HostBlocks) -> Result<Self> {
+        let (tokens, counts) = (self.len(), dropped.0.iter().map(Vec::len));
+        let count = selection::dropped([self.heads, tokens], counts)?;
+        let kept: Vec<Vec<usize>> = (dropped.0.iter())
+            .map(|dropped| others(tokens, dropped).collect())
+            .collect();
+        let mut pool = Self {
+            chunks: Vec::new(),
+            ..*self
+        };
+        // What is held has been rounded.
+        pool.append_rows(tokens - count, PoolBits::Sixteen, |row, head| {
+            let [k, v] = self.token(head, kept[head][row]);
+            (k, v)
+        })?;
+        Ok(pool)
     }
 
     fn gather(

@@ -9,7 +9,7 @@ use super::buffer::Scratch;
 use super::math::{self, for_each_isa};
 use super::pool::Pool;
 use super::{Buffer, PackedMatrix};
-use crate::device::shared::selection::window_begin;
+use crate::device::shared::selection::{around, window_begin};
 use crate::device::{Probes, Selection, SelectionRule};
 use crate::isa::Isa;
 
@@ -61,15 +61,20 @@ impl Pool {
         if count == blocks.len() {
             return tokens.collect();
         }
-        let largest = |scores: &[f32]| scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let scores = self.scores(head, &probes(), tokens, largest);
-        let scores: Vec<f32> = scores.chunks(block_len).map(largest).collect();
-        let mut order = highest(&scores, count);
-        order.sort_unstable();
-        let first = order
-            .into_iter()
-            .map(|block| (blocks.start + block) * block_len);
-        first.flat_map(|token| token..token + block_len).collect()
+        let scores = self.block_scores(head, &probes(), tokens, block_len);
+        whole_blocks(blocks.start, highest(&scores, count), block_len)
+    }
+
+    /// The scores of whole blocks.
+    fn block_scores(
+        &self,
+        head: usize,
+        probes: &PackedMatrix,
+        tokens: Range<usize>,
+        block_len: usize,
+    ) -> Vec<f32> {
+        let scores = self.scores(head, probes, tokens, largest);
+        scores.chunks(block_len).map(largest).collect()
     }
 
     fn best_windows(
@@ -84,17 +89,7 @@ impl Pool {
         if count == eligible.len() {
             return eligible.collect();
         }
-        let probes = probes();
-        let scale = selection.scale(self.head_dim);
-        let lse = self.log_sums(head, &probes, eligible.clone(), scale);
-        let share = |products: &[f32]| {
-            let logs = products
-                .iter()
-                .zip(&lse)
-                .map(|(x, lse)| finite(*x, scale) - lse);
-            logs.fold(f32::NEG_INFINITY, f32::max)
-        };
-        let scores = self.scores(head, &probes, eligible.clone(), share);
+        let scores = self.shares(head, &probes(), eligible.clone(), selection);
         let mut order = highest(&scores, count);
         order.sort_unstable_by(|a, b| better(&scores, *a, *b));
         let taken = windows(&order, eligible.len(), window);
@@ -102,6 +97,67 @@ impl Pool {
         tokens
             .filter_map(|(token, taken)| taken.then_some(token))
             .collect()
+    }
+
+    /// For each token the logarithm of its largest share.
+    fn shares(
+        &self,
+        head: usize,
+        probes: &PackedMatrix,
+        tokens: Range<usize>,
+        selection: &Selection<'_>,
+    ) -> Vec<f32> {
+        let scale = selection.scale(self.head_dim);
+        let lse = self.log_sums(head, probes, tokens.clone(), scale);
+        let share = |products: &[f32]| {
+            let logs = products
+                .iter()
+                .zip(&lse)
+                .map(|(x, lse)| finite(*x, scale) - lse);
+            logs.fold(f32::NEG_INFINITY, f32::max)
+        };
+        self.scores(head, probes, tokens, share)
+    }
+
+    /// The tokens that one head drops, in order of position.
+    pub(super) fn lowest(
+        &self,
+        head: usize,
+        probes: &Probes<'_, Buffer>,
+        selection: &Selection<'_>,
+    ) -> Vec<usize> {
+        let block_len = selection.rule.block_len();
+        let (blocks, count) = (
+            selection.blocks(head, block_len),
+            selection.rows / block_len,
+        );
+        let tokens = blocks.start * block_len..blocks.end * block_len;
+        if count == 0 || count == blocks.len() {
+            return tokens.take(count * block_len).collect();
+        }
+        let first = selection.kv_heads[head] * probes.group;
+        let q_heads = first..first + probes.group;
+        let scores = match selection.rule {
+            SelectionRule::Blocks {
+                probe_window,
+                probe_stride,
+                ..
+            } => {
+                let means = self.means(probes, q_heads, [probe_window, probe_stride]);
+                self.block_scores(head, &means, tokens, block_len)
+            }
+            SelectionRule::Windows {
+                window_len,
+                window_before,
+            } => {
+                let shares = self.shares(head, &self.queries(probes, q_heads), tokens, selection);
+                let window = [window_len, window_before];
+                let best = |token| largest(&shares[around(token, shares.len(), window)]);
+                (0..shares.len()).into_par_iter().map(best).collect()
+            }
+        };
+        let lowness: Vec<f32> = scores.iter().map(|score| -score).collect();
+        whole_blocks(blocks.start, highest(&lowness, count), block_len)
     }
 
     /// Query `t` of a query head.
@@ -222,6 +278,17 @@ for_each_isa! {
             }
         }
     }
+}
+
+fn largest(scores: &[f32]) -> f32 {
+    scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// The tokens of blocks, which are counted from block `first`, in order of position.
+fn whole_blocks(first: usize, mut blocks: Vec<usize>, block_len: usize) -> Vec<usize> {
+    blocks.sort_unstable();
+    let tokens = blocks.into_iter().map(|block| (first + block) * block_len);
+    tokens.flat_map(|token| token..token + block_len).collect()
 }
 
 /// Indices of the `count` highest scores in no order, ties to the earlier.

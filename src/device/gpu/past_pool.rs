@@ -120,6 +120,19 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         super::selection::select(gpu, self, probes, selection)
     }
 
+    fn lowest(
+        &self,
+        gpu: &Gpu<D>,
+        probes: &Probes<'_, Buffer<D>>,
+        selection: &Selection<'_>,
+    ) -> Result<Blocks<D>> {
+        super::selection::lowest(gpu, self, probes, selection)
+    }
+
+    fn without(&self, gpu: &Gpu<D>, dropped: &Blocks<D>) -> Result<Self> {
+        super::retrieval::without(gpu, self, dropped)
+    }
+
     fn gather(
         &self,
         gpu: &Gpu<D>,

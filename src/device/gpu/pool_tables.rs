@@ -71,6 +71,8 @@ impl<D: Driver> Tables<D> {
             best: std::ptr::null_mut(),
             selected: std::ptr::null_mut(),
             selected_count: std::ptr::null_mut(),
+            unwanted: std::ptr::null_mut(),
+            kept: std::ptr::null(),
             past_len: std::ptr::null_mut(),
             cos: std::ptr::null(),
             sin: std::ptr::null(),

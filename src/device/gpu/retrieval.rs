@@ -8,6 +8,7 @@ use super::rows::{Grid, entry, launch};
 use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::SegattnRetrievalParams;
+use crate::device::shared::selection;
 use crate::device::{DeviceError, PastHeads, PastPool, Result, RowsMut, SelectedBlocks};
 
 /// Blocks that the heads of a pool have selected.
@@ -130,6 +131,57 @@ fn check_blocks(tokens: &[Vec<usize>], block_len: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A pool of the tokens that are not dropped.
+pub(super) fn without<D: Driver>(
+    gpu: &Gpu<D>,
+    pool: &Pool<D>,
+    dropped: &Blocks<D>,
+) -> Result<Pool<D>> {
+    let (heads, tokens) = (pool.heads, pool.tokens);
+    let counts = dropped.known.iter().map(|n| n * dropped.block_len);
+    let kept = tokens - selection::dropped([heads, tokens], counts)?;
+    below("dropped tokens", Some(dropped.end), tokens + 1)?;
+    let mut left = Pool {
+        tokens: 0,
+        chunks: Vec::new(),
+        ..*pool
+    };
+    let width = product("elements of tokens", &[heads, pool.head_dim])?;
+    let of_heads = |pool: &Pool<D>| {
+        let heads: Vec<usize> = (0..heads).collect();
+        Tables::new(
+            gpu,
+            pool,
+            &heads,
+            &vec![0..0; heads.len()],
+            &vec![0; heads.len()],
+        )
+    };
+    left.extend(gpu, kept, |left| {
+        let (from, to) = (of_heads(pool)?, of_heads(left)?);
+        let params = SegattnRetrievalParams {
+            kept: to.params(left)?.chunks,
+            ..dropped.params(gpu, from.params(pool)?)?
+        };
+        for (chunk, rows) in left.pieces(0..kept) {
+            let params = SegattnRetrievalParams {
+                token: (chunk * left.run) as i64,
+                rows: rows.len() as i64,
+                ..params
+            };
+            let units = product("elements of rows", &[rows.len(), width])? / VECTOR;
+            launch(
+                gpu,
+                entry(File::Retrieval, "pool_keep_bf16"),
+                Grid::Threads(units),
+                &params,
+            )?;
+        }
+        Ok(())
+    })?;
+    Ok(left)
 }
 
 /// Copies the selected tokens of every head to rows, keys rotated.

@@ -1,6 +1,8 @@
 //! Selection from a pool, by both rules of docs/contract.md, section 2. How many tokens are selected follows from
 //! lengths, so the host waits for nothing.
 
+use std::ops::Range;
+
 use super::bounds::{VECTOR, int, pointer, product};
 use super::pool::Pool;
 use super::pool_tables::{Tables, kv_width};
@@ -9,7 +11,7 @@ use super::rows::{Grid, entry, launch};
 use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::layer_params::{SegattnBestToken, SegattnRetrievalParams};
 use crate::cuda::kernels::{Error, File};
-use crate::device::shared::selection::check;
+use crate::device::shared::selection::{check, check_dropped};
 use crate::device::{Probes, Result, Selection, SelectionRule};
 
 /// Bytes of an element of a mean: three bf16, whose sum it is.
@@ -42,8 +44,36 @@ pub(super) fn select<D: Driver>(
     probes: &Probes<'_, Buffer<D>>,
     selection: &Selection<'_>,
 ) -> Result<Blocks<D>> {
+    check(probes, selection, [pool.heads, pool.tokens])?;
+    scored(gpu, pool, probes, selection, Best::Highest)
+}
+
+/// The tokens that every head drops.
+pub(super) fn lowest<D: Driver>(
+    gpu: &Gpu<D>,
+    pool: &Pool<D>,
+    probes: &Probes<'_, Buffer<D>>,
+    selection: &Selection<'_>,
+) -> Result<Blocks<D>> {
+    check_dropped(probes, selection, [pool.heads, pool.tokens])?;
+    scored(gpu, pool, probes, selection, Best::Lowest)
+}
+
+/// Which scores are looked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Best {
+    Highest,
+    Lowest,
+}
+
+fn scored<D: Driver>(
+    gpu: &Gpu<D>,
+    pool: &Pool<D>,
+    probes: &Probes<'_, Buffer<D>>,
+    selection: &Selection<'_>,
+    wanted: Best,
+) -> Result<Blocks<D>> {
     let heads = pool.heads;
-    check(probes, selection, [heads, pool.tokens])?;
     let kv_width = kv_width(pool, selection.kv_heads)?;
     let q_width = product("query heads", &[kv_width, probes.group])?;
     let q = gpu.input(&probes.q, probes.capacity, q_width)?;
@@ -73,6 +103,7 @@ pub(super) fn select<D: Driver>(
         head_dim: pool.head_dim,
         group: probes.group,
         end,
+        wanted,
         params,
     };
     match selection.rule {
@@ -89,7 +120,8 @@ pub(super) fn select<D: Driver>(
             window_len,
             window_before,
         } => {
-            let all = selection.eligible.iter().all(|range| range.len() <= most);
+            let fits = |range: &Range<usize>| range.len() <= most;
+            let all = wanted == Best::Highest && selection.eligible.iter().all(fits);
             let scale = selection.scale(pool.head_dim);
             call.windows(probes.rows, [window_len, window_before], scale, all)?;
         }
@@ -106,6 +138,7 @@ struct Call<'a, D: Driver> {
     group: usize,
     /// Behind the last token that any head may select.
     end: usize,
+    wanted: Best,
     params: SegattnRetrievalParams,
 }
 
@@ -143,6 +176,29 @@ impl<D: Driver> Call<'_, D> {
             grid,
             &params,
         )?;
+        match self.wanted {
+            Best::Highest => self.launch("pool_select_f32", Grid::Blocks(self.heads), &params),
+            Best::Lowest => self.lowest([1, 0], &params),
+        }
+    }
+
+    /// The blocks, or tokens, with the lowest scores. `window`: as below, of what is dropped one by one.
+    fn lowest(&self, window: [usize; 2], params: &SegattnRetrievalParams) -> Result<()> {
+        let scores = product("scores", &[self.heads, params.score_pitch as usize])?;
+        let unwanted = self
+            .gpu
+            .block(product("scores", &[scores, size_of::<f32>()])?)?;
+        let params = SegattnRetrievalParams {
+            unwanted: pointer::<f32>(&unwanted).cast_mut(),
+            window_len: int("window_len", window[0])?,
+            window_before: int("window_before", window[1])?,
+            ..*params
+        };
+        self.launch("pool_unwanted_f32", Grid::Threads(scores), &params)?;
+        let params = SegattnRetrievalParams {
+            scores: params.unwanted,
+            ..params
+        };
         self.launch("pool_select_f32", Grid::Blocks(self.heads), &params)
     }
 
@@ -179,6 +235,9 @@ impl<D: Driver> Call<'_, D> {
             let shares = by_head_dim!("pool_shares_bf16", self.head_dim)?;
             self.launch(shares, Grid::Blocks(work), &params)?;
         }
-        self.launch("pool_windows_f32", Grid::Blocks(self.heads), &params)
+        match self.wanted {
+            Best::Highest => self.launch("pool_windows_f32", Grid::Blocks(self.heads), &params),
+            Best::Lowest => self.lowest(window, &params),
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Buf, Reference, dot};
-use crate::device::shared::blocks::gather;
+use crate::device::shared::blocks::{gather, others};
 use crate::device::shared::{pool_bits, selection};
 use crate::device::{
     HostBlocks, PastHeads, PastPool, PoolBits, PoolShape, Probes, Result, Rows, RowsMut, Selection,
@@ -105,10 +105,7 @@ impl PastPool<Reference> for Pool {
             } => {
                 let queries = queries(self, head, probes, selection).concat();
                 let eligible = selection.eligible[head].clone();
-                let scale = selection
-                    .scale
-                    .map_or((self.head_dim as f64).sqrt().recip(), f64::from);
-                let scores = shares(self, head, &queries, eligible.clone(), scale);
+                let scores = shares(self, head, &queries, eligible.clone(), selection);
                 let taken = windows(&scores, selection.rows, [window_len, window_before]);
                 eligible
                     .zip(taken)
@@ -117,6 +114,42 @@ impl PastPool<Reference> for Pool {
             }
         });
         Ok(HostBlocks(best.collect()))
+    }
+
+    fn lowest(
+        &self,
+        _: &Reference,
+        probes: &Probes<'_, Buf>,
+        selection: &Selection<'_>,
+    ) -> Result<HostBlocks> {
+        selection::check_dropped(probes, selection, [self.heads, self.tokens()])?;
+        let block_len = selection.rule.block_len();
+        let lowest = |head| {
+            let (first, scores) = kept_by(self, head, probes, selection);
+            let mut order: Vec<usize> = (0..scores.len()).collect();
+            order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]).then(a.cmp(b)));
+            order.truncate(selection.rows / block_len);
+            order.sort_unstable();
+            let blocks = order.into_iter().map(|block| (first + block) * block_len);
+            blocks.flat_map(|token| token..token + block_len).collect()
+        };
+        Ok(HostBlocks((0..self.heads).map(lowest).collect()))
+    }
+
+    fn without(&self, _: &Reference, dropped: &HostBlocks) -> Result<Self> {
+        let (tokens, counts) = (self.tokens(), dropped.0.iter().map(Vec::len));
+        let count = selection::dropped([self.heads, tokens], counts)?;
+        let kept = |tokens_of| others(tokens, tokens_of).collect::<Vec<_>>();
+        let kept: Vec<Vec<usize>> = dropped.0.iter().map(|d| kept(d)).collect();
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        for i in 0..tokens - count {
+            for (head, kept) in kept.iter().enumerate() {
+                let [own_k, own_v] = self.token(head, kept[i]);
+                k.extend_from_slice(own_k);
+                v.extend_from_slice(own_v);
+            }
+        }
+        Ok(Self { k, v, ..*self })
     }
 
     fn gather(
@@ -177,6 +210,63 @@ fn means(
     means
 }
 
+/// By what one head of a pool drops its blocks: the number of the first that is eligible, and the score of each.
+fn kept_by(
+    pool: &Pool,
+    head: usize,
+    probes: &Probes<'_, Buf>,
+    selection: &Selection<'_>,
+) -> (usize, Vec<f64>) {
+    match selection.rule {
+        SelectionRule::Blocks {
+            block_len,
+            probe_window,
+            probe_stride,
+        } => {
+            let queries = means(pool, head, probes, selection, [probe_window, probe_stride]);
+            let scores = block_scores(pool, head, &queries, selection, block_len);
+            (selection.blocks(head, block_len).start, scores)
+        }
+        SelectionRule::Windows {
+            window_len,
+            window_before,
+        } => {
+            let queries = queries(pool, head, probes, selection).concat();
+            let eligible = selection.eligible[head].clone();
+            let scores = shares(pool, head, &queries, eligible.clone(), selection);
+            let window = [window_len, window_before];
+            let best = |token| {
+                let around = selection::around(token, scores.len(), window);
+                scores[around]
+                    .iter()
+                    .copied()
+                    .fold(f64::NEG_INFINITY, f64::max)
+            };
+            (eligible.start, (0..scores.len()).map(best).collect())
+        }
+    }
+}
+
+/// The scores of the eligible blocks of one head of a pool.
+fn block_scores(
+    pool: &Pool,
+    head: usize,
+    probes: &[Vec<f64>],
+    selection: &Selection<'_>,
+    block_len: usize,
+) -> Vec<f64> {
+    let largest = |scores: &mut dyn Iterator<Item = f64>| scores.fold(f64::NEG_INFINITY, f64::max);
+    let score = |token: usize| {
+        let [k, _] = pool.token(head, token);
+        largest(&mut probes.iter().map(|q| dot(q, k)))
+    };
+    let tokens = |block: usize| block * block_len..(block + 1) * block_len;
+    let blocks = selection.blocks(head, block_len);
+    blocks
+        .map(|block| largest(&mut tokens(block).map(score)))
+        .collect()
+}
+
 /// The tokens of the best blocks of one head of a pool.
 fn best_blocks(
     pool: &Pool,
@@ -185,15 +275,9 @@ fn best_blocks(
     selection: &Selection<'_>,
     block_len: usize,
 ) -> Vec<usize> {
-    let largest = |scores: &mut dyn Iterator<Item = f64>| scores.fold(f64::NEG_INFINITY, f64::max);
-    let score = |token: usize| {
-        let [k, _] = pool.token(head, token);
-        largest(&mut probes.iter().map(|q| dot(q, k)))
-    };
+    let scores = block_scores(pool, head, probes, selection, block_len);
     let tokens = |block: usize| block * block_len..(block + 1) * block_len;
-    let blocks = selection.blocks(head, block_len);
-    let scored = blocks.map(|block| (block, largest(&mut tokens(block).map(score))));
-    let mut order: Vec<(usize, f64)> = scored.collect();
+    let mut order: Vec<(usize, f64)> = selection.blocks(head, block_len).zip(scores).collect();
     order.sort_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
     order.truncate(selection.rows / block_len);
     order.sort_by_key(|(block, _)| *block);
@@ -209,8 +293,9 @@ fn shares(
     head: usize,
     probes: &[Vec<f64>],
     eligible: Range<usize>,
-    scale: f64,
+    selection: &Selection<'_>,
 ) -> Vec<f64> {
+    let scale = (selection.scale).map_or((pool.head_dim as f64).sqrt().recip(), f64::from);
     let mut shares = vec![f64::NEG_INFINITY; eligible.len()];
     for probe in probes {
         let score = |token| scale * dot(probe, pool.token(head, token)[0]);

@@ -20,6 +20,12 @@ impl<D: Device> SelectedBlocks<D> for HostBlocks {
     }
 }
 
+/// The tokens below `tokens` that are not in an ascending list.
+pub(in crate::device) fn others(tokens: usize, dropped: &[usize]) -> impl Iterator<Item = usize> {
+    let mut dropped = dropped.iter().peekable();
+    (0..tokens).filter(move |token| dropped.next_if_eq(&token).is_none())
+}
+
 /// Copies the selected tokens of each head to the columns of its KV head. Keys are rotated. `kv(head, token)` gives the
 /// key and value of a head of the pool, `head_dim` elements each. See
 /// [`PastPool::gather`](crate::device::PastPool::gather).

@@ -1,5 +1,7 @@
 //! Checks of what retrieval is asked for, the same on every device.
 
+use std::ops::Range;
+
 use crate::device::{DeviceError, Probes, Result, Selection, SelectionRule};
 
 /// Checks queries and selection against a pool of `heads` heads and `tokens` tokens.
@@ -16,7 +18,7 @@ pub(in crate::device) fn check<B>(
             return Err(DeviceError::argument(what, heads.to_string(), got));
         }
     }
-    let inside = |range: &std::ops::Range<usize>| range.start <= range.end && range.end <= tokens;
+    let inside = |range: &Range<usize>| range.start <= range.end && range.end <= tokens;
     if let Some(range) = selection.eligible.iter().find(|range| !inside(range)) {
         let expected = format!("a range within the {tokens} tokens of the pool");
         let got = format!("{range:?}");
@@ -62,6 +64,49 @@ pub(in crate::device) fn check<B>(
         Some((what, len)) => Err(DeviceError::argument(what, "1 or more", len)),
         None => Ok(()),
     }
+}
+
+/// [`check`] for tokens that are dropped: so many of each head.
+pub(in crate::device) fn check_dropped<B>(
+    probes: &Probes<'_, B>,
+    selection: &Selection<'_>,
+    pool: [usize; 2],
+) -> Result<()> {
+    check(probes, selection, pool)?;
+    let (rows, block_len) = (selection.rows, selection.rule.block_len());
+    let blocks = (0..pool[0]).map(|head| selection.blocks(head, block_len).len());
+    let most = blocks.min().unwrap_or(0) * block_len;
+    if rows > most || !rows.is_multiple_of(block_len) {
+        let expected = format!("whole blocks of {block_len}, at most {most}");
+        return Err(DeviceError::argument("tokens to drop", expected, rows));
+    }
+    Ok(())
+}
+
+/// Checks that heads which drop so many tokens each drop the same number, and returns it.
+pub(in crate::device) fn dropped(
+    [heads, tokens]: [usize; 2],
+    counts: impl ExactSizeIterator<Item = usize> + Clone,
+) -> Result<usize> {
+    let first = counts.clone().next().unwrap_or(0);
+    let equal = counts.len() == heads && counts.clone().all(|count| count == first);
+    if !equal || first > tokens {
+        let expected = format!("one number up to {tokens} for each of {heads} heads");
+        let got = format!("{:?}", counts.collect::<Vec<_>>());
+        return Err(DeviceError::argument("dropped tokens", expected, got));
+    }
+    Ok(first)
+}
+
+/// The tokens whose whole windows have `token` in them, of `len` eligible ones.
+pub(in crate::device) fn around(
+    token: usize,
+    len: usize,
+    [window_len, window_before]: [usize; 2],
+) -> Range<usize> {
+    let behind = window_len - 1 - window_before;
+    let end = token.saturating_add(window_before).saturating_add(1);
+    token.saturating_sub(behind)..end.min(len)
 }
 
 /// The first token of a window of `width` of `len` eligible tokens around the token `best`, before it is cut.

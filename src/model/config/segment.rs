@@ -8,6 +8,9 @@ use super::fields::{Fields, shown};
 use crate::device::PoolBits;
 use crate::model::error::ConfigError;
 
+/// Longest pool accepted, in tokens.
+pub const MAX_POOL_LEN: usize = 1 << 30;
+
 /// Longest segment, prior tail or past selection accepted, in tokens.
 pub const MAX_SEGMENT_LEN: usize = 1 << 24;
 
@@ -24,6 +27,8 @@ pub struct SegmentConfig {
     pub sink_len: usize,
     /// What is kept of the keys and values that the past is retrieved from: 16, 8 or 4 bits an element.
     pub pool_bits: PoolBits,
+    /// Most tokens of which these keys and values are held between segments; 0: of all.
+    pub pool_len: usize,
     /// `[layer][kv_head]`: what that head reads besides the current segment.
     pub head_reads: Vec<Vec<HeadReads>>,
     /// How past rows are chosen.
@@ -66,6 +71,7 @@ impl SegmentConfig {
             past_len,
             sink_len: 0,
             pool_bits: PoolBits::default(),
+            pool_len: 0,
             head_reads: vec![vec![HeadReads::PRIOR; kv_heads]; layers],
             retrieval: RetrievalConfig::default(),
             break_ids: Vec::new(),
@@ -85,6 +91,7 @@ impl SegmentConfig {
             "past_len",
             "sink_len",
             "pool_bits",
+            "pool_len",
             "head_reads",
             "retrieval",
             "break_ids",
@@ -108,6 +115,7 @@ impl SegmentConfig {
                 got: bits.to_string(),
             })?;
         }
+        segment.pool_len = fields.size("pool_len", 0..=MAX_POOL_LEN)?.unwrap_or(0);
         segment.break_ids = break_ids(&fields)?;
         segment.break_after_prompt = fields.flag("break_after_prompt")?.unwrap_or(false);
         if let Some(by_layer) = fields.list("head_reads")? {
@@ -148,6 +156,9 @@ impl SegmentConfig {
         }
         if self.pool_bits != PoolBits::default() {
             object["pool_bits"] = json!(self.pool_bits.count());
+        }
+        if self.pool_len > 0 {
+            object["pool_len"] = json!(self.pool_len);
         }
         if !self.break_ids.is_empty() {
             object["break_ids"] = json!(self.break_ids);
@@ -194,6 +205,19 @@ impl SegmentConfig {
         if self.sink_len > self.segment_len {
             let expected = format!("at most segment_len = {}", self.segment_len);
             return fail("sink_len", expected, self.sink_len.to_string());
+        }
+        // What is never dropped, and a whole selection.
+        let least = self.past_len + self.prior_len + self.sink_len.next_multiple_of(block_len);
+        let fits = (least..=MAX_POOL_LEN).contains(&self.pool_len);
+        if self.pool_len > 0 && !(fits && self.pool_len.is_multiple_of(block_len)) {
+            let blocks = match block_len {
+                1 => String::new(),
+                _ => format!("a multiple of retrieval.block_len = {block_len} "),
+            };
+            let expected = format!(
+                "0, or {blocks}from {least} (past_len + prior_len + sink_len) to {MAX_POOL_LEN}"
+            );
+            return fail("pool_len", expected, self.pool_len.to_string());
         }
         if let Some(id) = self.break_ids.iter().find(|id| **id as usize >= vocab_size) {
             let expected = format!("ids below vocab_size = {vocab_size}");

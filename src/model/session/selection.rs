@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{Command, Session};
 use crate::device::{Device, DeviceError, PastPool, Result, SelectedBlocks};
 
-/// The tokens that one head has selected for the segment that comes next, or that is being read.
+/// The tokens that one head has selected for the segment that comes next, or that is being read. Where its pool has
+/// dropped tokens ([`Session::holds_all`]), these are no positions but numbers of tokens that are held.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SelectedTokens {
     /// The layer.
@@ -21,6 +22,12 @@ pub struct SelectedTokens {
 }
 
 impl<D: Device> Session<'_, D> {
+    /// Whether the pools of a sequence hold every token of its complete segments: `segment.pool_len` bounds them.
+    pub fn holds_all(&self, sequence: usize) -> bool {
+        let completed = self.cursors[sequence].completed();
+        self.plan.held(completed) == completed
+    }
+
     /// What each head that reads the past has selected, by layer and KV head.
     ///
     /// # Errors

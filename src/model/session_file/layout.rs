@@ -94,6 +94,8 @@ impl Part {
 pub(super) struct Shapes {
     /// Tokens of completed segments.
     pub(super) completed: usize,
+    /// Those that pools hold.
+    pub(super) held: usize,
     /// Rows of the current segment that have been read.
     pub(super) rows: usize,
     pub(super) past_len: usize,
@@ -107,6 +109,7 @@ impl Shapes {
         let plan = &session.plan;
         Self {
             completed: cursor.completed(),
+            held: plan.held(cursor.completed()),
             rows: cursor.rows,
             past_len: plan.past_len,
             position: cursor.position,
@@ -136,15 +139,15 @@ impl Shapes {
         [2, rows, self.plan.heads.kv, self.plan.heads.dim]
     }
 
-    /// Parts in which the tokens of complete segments are saved.
+    /// Parts in which the tokens that a pool holds are saved.
     pub(super) fn pool_parts(&self) -> usize {
-        self.completed.div_ceil(self.plan.segment_len)
+        self.held.div_ceil(self.plan.segment_len)
     }
 
     /// The tokens of a part.
     pub(super) fn pool_part(&self, part: usize) -> Range<usize> {
         let first = part * self.plan.segment_len;
-        first..self.completed.min(first + self.plan.segment_len)
+        first..self.held.min(first + self.plan.segment_len)
     }
 
     pub(super) fn pool(&self, l: usize, part: usize) -> [usize; 4] {

@@ -35,8 +35,14 @@ impl SavedSequence {
         earlier: Option<&Self>,
     ) -> Result<Self> {
         let plan = &session.plan;
-        // A part of a pool that is not full in the earlier state has more tokens now.
-        let full = earlier.map_or(0, |earlier| earlier.cursor.completed() / plan.segment_len);
+        let completed = session.cursors[sequence].completed();
+        let full = earlier.map_or(0, |earlier| {
+            let before = earlier.cursor.completed();
+            // A pool that has dropped tokens since has others now.
+            let same = completed == before || completed == plan.held(completed);
+            // A part that is not full in the earlier state has more tokens now.
+            usize::from(same) * (plan.held(before) / plan.segment_len)
+        });
         let mut parts = HashMap::new();
         for (part, _) in layout::sequence_parts(session, sequence, 0) {
             let shared = match part {

@@ -3,8 +3,8 @@
 
 use super::{LayerReads, LayerSlots, Plan, Sinks};
 use crate::device::{
-    Accumulate, Device, DeviceError, HostMemory, Kind, Move, PastHeads, PastPool, Probes, Purpose,
-    Result, Rows, RowsMut, SelectedBlocks, Selection,
+    Accumulate, Device, DeviceError, HostMemory, Kind, Move, PastHeads, PastPool, Purpose, Result,
+    Rows, RowsMut, SelectedBlocks,
 };
 
 /// State of one layer that a complete segment hands to the next.
@@ -22,20 +22,22 @@ pub struct Carry<D: Device> {
     pub sinks: Sinks<D>,
     /// Blocks selected for the next segment, for each KV head in [`LayerReads::past`].
     pub selected: D::Blocks,
-    /// Keys and values of all completed tokens, for the same heads.
+    /// Keys and values of the completed tokens that are held, for the same heads.
     pub pool: Option<D::Pool>,
     /// Backup for a step that fails; `None` outside a transaction.
-    undo: Option<Undo<D>>,
+    pub(super) undo: Option<Undo<D>>,
 }
 
 /// Parts of a [`Carry`] as they were before their first change in a step.
 #[derive(Debug)]
-struct Undo<D: Device> {
+pub(super) struct Undo<D: Device> {
     /// Keys and values of the tail, and its rows.
     tail: Option<([D::Buffer; 2], usize)>,
     tokens: usize,
-    selected: Option<D::Blocks>,
-    pool_tokens: Option<usize>,
+    pub(super) selected: Option<D::Blocks>,
+    pub(super) pool_tokens: Option<usize>,
+    /// The pool before it first dropped tokens, with no more than `pool_tokens`.
+    pub(super) pool: Option<D::Pool>,
 }
 
 /// For devices on host memory. Changes of the copy cannot be undone.
@@ -67,6 +69,7 @@ impl<D: Device> Carry<D> {
             tokens: self.tokens,
             selected: None,
             pool_tokens: None,
+            pool: None,
         });
     }
 
@@ -87,6 +90,9 @@ impl<D: Device> Carry<D> {
         self.tokens = undo.tokens;
         if let Some(selected) = undo.selected {
             self.selected = selected;
+        }
+        if undo.pool.is_some() {
+            self.pool = undo.pool;
         }
         if let (Some(pool), Some(tokens)) = (&mut self.pool, undo.pool_tokens) {
             pool.truncate(tokens);
@@ -364,55 +370,6 @@ fn move_tails<D: Device>(
     Ok(())
 }
 
-impl<D: Device> Complete<'_, D> {
-    /// Appends the segment's tokens to the pool, and selects what the next segment reads of it.
-    fn remember(
-        &mut self,
-        device: &D,
-        plan: &Plan,
-        layer: usize,
-        slots: &LayerSlots<D>,
-    ) -> Result<()> {
-        let Self { slot, rows, carry } = self;
-        let (slot, rows) = (*slot, *rows);
-        let (reads, kv) = (&plan.reads[layer], &slots.kv);
-        carry.tokens += rows;
-        let (Some(pool), Some(queries)) = (&mut carry.pool, &slots.probes) else {
-            return Ok(());
-        };
-        if let Some(undo) = &mut carry.undo {
-            undo.pool_tokens.get_or_insert(pool.tokens());
-        }
-        let first = slot * kv.rows.current;
-        let rows_of = |buffer| Rows::packed(buffer, first, plan.kv_width());
-        pool.append(device, &reads.past, [&kv.raw_k, &kv.v].map(rows_of), rows)?;
-        let tokens = pool.tokens();
-        let eligible = |head: &usize| plan.eligible(reads, *head, [tokens, carry.prior_rows]);
-        let eligible: Vec<_> = reads.past.iter().map(eligible).collect();
-        let queries_len = plan.probe_rows.min(rows);
-        let probes = Probes {
-            q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
-            rows: queries_len,
-            first: (rows - queries_len) % plan.probe_rows,
-            capacity: plan.probe_rows,
-            group: plan.heads.q / plan.heads.kv,
-        };
-        let selection = Selection {
-            kv_heads: &reads.past,
-            eligible: &eligible,
-            rows: plan.past_len,
-            rule: plan.rule,
-            scale: plan.scale,
-        };
-        let selected = pool.select(device, &probes, &selection)?;
-        let old = std::mem::replace(&mut carry.selected, selected);
-        if let Some(undo) = &mut carry.undo {
-            undo.selected.get_or_insert(old);
-        }
-        Ok(())
-    }
-}
-
 /// Allocates what [`close_segments`] would allocate for a segment of full length, with arbitrary contents. For dry
 /// runs.
 pub(in crate::model) fn allocate_segment<D: Device>(
@@ -430,6 +387,7 @@ pub(in crate::model) fn allocate_segment<D: Device>(
     };
     let rows = Rows::packed(rows, 0, plan.kv_width());
     pool.append(device, &reads.past, [rows; 2], plan.segment_len)?;
+    pool.truncate(plan.held(pool.tokens()));
     let block_len = plan.rule.block_len();
     let tokens = plan.past_len.min(pool.tokens()) / block_len * block_len;
     let selected = vec![(0..tokens).collect(); reads.past.len()];

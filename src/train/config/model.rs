@@ -81,6 +81,8 @@ pub struct SegmentSection {
     pub sink_len: Option<usize>,
     /// Bits an element that are kept of the keys and values that the past is retrieved from: 16, 8 or 4.
     pub pool_bits: Option<usize>,
+    /// Most tokens of which these keys and values are held between segments; 0: of all.
+    pub pool_len: Option<usize>,
     /// `[layer][kv_head]`: names out of `prior` and `past`.
     pub head_reads: Option<Vec<Vec<Vec<String>>>>,
     /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`. The command
@@ -181,6 +183,7 @@ impl ModelSection {
             let unknown = || TrainError::config(key, "16, 8 or 4", bits);
             segment.pool_bits = PoolBits::new(bits).ok_or_else(unknown)?;
         }
+        set(&mut segment.pool_len, given.pool_len);
         let rule = segment.retrieval.set(|key| Ok(given.retrieval_len(key)));
         rule.map_err(|e| typed("model", &e))?;
         if let Some(ids) = &given.break_ids {
