@@ -1,6 +1,9 @@
 //! Runs over ranks and over stages, each rank on a simulated GPU of its own, have the bits of one
 //! (docs/contract.md, section 4).
-#![allow(clippy::duplicate_mod, reason = "the tests' helpers share a module of random numbers")]
+#![allow(
+    clippy::duplicate_mod,
+    reason = "the tests' helpers share a module of random numbers"
+)]
 
 #[allow(dead_code, reason = "each test uses a part")]
 #[path = "../../tests/common/mod.rs"]
