@@ -85,8 +85,8 @@ pub struct SegmentSection {
     pub pool_len: Option<usize>,
     /// `[layer][kv_head]`: names out of `prior` and `past`.
     pub head_reads: Option<Vec<Vec<Vec<String>>>>,
-    /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`. The command
-    /// line takes `gate:N` too: the N with the largest gates in the folder's weights.
+    /// KV heads that read the past beside the prior tail, which all read: `LAYER.HEAD`, `LAYER.*`, or `all`. The
+    /// command line takes `gate:N` too: the N with the largest gates in the folder's weights.
     pub past_heads: Option<Vec<String>>,
     /// KV heads that read the past instead of the prior tail, in `long_range_layers`; nothing in the others.
     pub long_range_heads: Option<Vec<usize>>,
