@@ -12,6 +12,7 @@ static SegattnNormParams norm_params(int rows, int width) {
   p.rows = rows;
   p.width = width;
   p.eps = 1e-5f;
+  p.groups = 1;
   p.add = 1;
   return p;
 }

@@ -16,13 +16,14 @@ mod simulated;
 #[path = "../../tests/spread/mod.rs"]
 mod spread;
 
+use segattn::model::session::rehearse;
 use segattn::train::data::Example;
 use segattn_sim::Checks;
 use spread::{At, Run, Spread, config, same};
 
-/// Three sequences of up to three segments.
+/// Three sequences of up to two segments.
 fn sequences(step: u64) -> Vec<Example> {
-    let lengths = [11, 5, 19].into_iter().enumerate();
+    let lengths = [9, 3, 12].into_iter().enumerate();
     let tokens = |(i, n)| simulated::tokens(10 * step + i as u64, n, 27);
     lengths.map(|pair| Example::from(tokens(pair))).collect()
 }
@@ -63,4 +64,15 @@ fn ranks_and_stages_on_simulated_gpus_have_the_bits_of_one() {
 fn an_untied_model_over_stages_of_simulated_gpus_has_the_bits_of_one() {
     let one = run(false, Spread::Sequences(1), None, 1);
     same(&one, &run(false, Spread::Layers(2), None, 1), "2 stages");
+}
+
+#[test]
+fn a_stage_rehearses_a_segment_without_its_neighbours() {
+    let whole = simulated::config(true);
+    for layers in [0..1, 1..2] {
+        let part = whole.part_of(layers);
+        let values = simulated::values(&part, 3);
+        let model = simulated::model(simulated::gpu(5, Checks::All), &part, &values);
+        rehearse(&model, 9).expect("a rehearsal");
+    }
 }

@@ -142,6 +142,11 @@ pub trait Planned: Device + Clone {
         Ok(None)
     }
 
+    /// Whether its first steps take longer than the next ones.
+    fn gains_from_rehearsal(&self) -> bool {
+        false
+    }
+
     /// Ranks that have met and exchange this device's buffers; `both_ways`: neighbours send to each other at a time.
     ///
     /// # Errors
@@ -213,6 +218,10 @@ impl Planned for Gpu<Cuda> {
             EngineName::Host => Ranks::new(mesh.clone()),
             EngineName::Nccl => Ranks::new(Nccl::new(mesh.clone(), self, both_ways)?),
         })
+    }
+
+    fn gains_from_rehearsal(&self) -> bool {
+        true
     }
 
     fn peak_flops(&self) -> Result<Option<f64>> {

@@ -11,6 +11,7 @@ use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::model::config::{CONFIG_FILE, ModelConfig};
 use segattn::model::decoder::Decoder;
 use segattn::model::lora::folder::{ADAPTER_CONFIG_FILE, AdapterFolder};
+use segattn::model::session::rehearse;
 use segattn::model::stage::Stage;
 use segattn::model::tokenizer::{Tokenizer, end_ids};
 use segattn::model::weights::{Checkpoint, INDEX_FILE, WEIGHTS_FILE};
@@ -18,7 +19,7 @@ use segattn::train::checkpoint::list;
 
 use super::device::{DeviceArgs, DeviceName, Planned, Pool};
 use super::ranks::Party;
-use super::stages::{agree, part};
+use super::stages::{agree, part, rehearsal};
 
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
@@ -206,6 +207,9 @@ impl Opened {
             each.try_for_each(|reading| dry_run(model, reading, || ()))
         })?;
         if ranks.world() > 1 {
+            if model.device.gains_from_rehearsal() {
+                rehearse(&model, rehearsal(&model.config, &readings))?;
+            }
             let (part, whole) = (&model.config.part, self.config.clone());
             model.stage = Stage::connected(&model.device, part, whole, ranks)?;
         }

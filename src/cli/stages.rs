@@ -68,6 +68,17 @@ pub fn part(model: &ModelConfig, readings: &[Reading], party: &Party) -> Result<
     Ok(model.part_of(model.stages(world, scored)[stage].clone()))
 }
 
+/// Tokens of a rehearsal: a segment and what begins the next one, as far as the run reads as many.
+pub fn rehearsal(model: &ModelConfig, readings: &[Reading]) -> usize {
+    let read = readings.iter().flat_map(|reading| &reading.sequences);
+    let longest = read.map(|[_, tokens]| *tokens).max().unwrap_or(0);
+    let segment = model
+        .segment
+        .as_ref()
+        .map_or(0, |segment| segment.segment_len);
+    longest.min(segment + 1)
+}
+
 /// What rank 0 reads, on all ranks, once they have said that they have the same model.
 pub fn agree<D: Device>(
     device: &D,

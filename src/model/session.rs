@@ -14,8 +14,8 @@ use super::state::{Carry, Plan, SequenceState, allocate_segment, elements};
 use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use decode::Decoding;
 pub(super) use flight::Flight;
-pub use follow::follow;
 use follow::{Command, Told};
+pub use follow::{follow, rehearse};
 pub use selection::SelectedTokens;
 
 /// Tokens per step of a model without segments; it bounds the memory of activations.

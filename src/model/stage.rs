@@ -34,8 +34,8 @@ pub struct Stage<D: Device> {
 }
 
 impl<D: Device> Stage<D> {
-    /// Without its neighbours: what would come from them is not said, and what goes to them is dropped. It serves for
-    /// dry runs, and is all there is of a whole model.
+    /// Without its neighbours: zeros come from the one before, and what goes to them is dropped. It serves for dry runs
+    /// and rehearsals, and is all there is of a whole model.
     pub fn planned(part: &Part) -> Self {
         Self::on(part, Ranks::alone(), None)
     }
@@ -131,8 +131,11 @@ impl<D: Device> Stage<D> {
         self.sessions.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Activations that the stage before has sent.
+    /// Activations that the stage before has sent; zeros without neighbours.
     pub fn from_before(&self, device: &D, len: usize) -> Result<D::Buffer> {
+        if self.mesh().is_none() {
+            return device.zeros(Kind::Activation, len);
+        }
         let mut buffer = device.empty(Kind::Activation, len)?;
         let from = self.ranks.rank() + 1;
         self.ranks.receive(device, &mut buffer, from, ROWS)?;

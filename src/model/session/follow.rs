@@ -109,6 +109,16 @@ impl<D: Device> Drop for Told<'_, D> {
     }
 }
 
+/// Reads `tokens` tokens with this stage alone, before it has neighbours. What a device does at first use (a GPU loads
+/// kernels and compares algorithms of products) is then done on all stages at a time, not by one after the other while
+/// rows go from stage to stage.
+///
+/// # Errors
+/// Those of the device.
+pub fn rehearse<D: Device>(model: &Decoder<D>, tokens: usize) -> Result<()> {
+    super::score(model, &vec![0; tokens], 1).map(drop)
+}
+
 /// Reads what rank 0 reads, with this rank's stage of the model, until rank 0 says that nothing more comes.
 ///
 /// # Errors
