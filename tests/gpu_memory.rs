@@ -110,7 +110,15 @@ fn readings() -> [Reading; 6] {
 #[test]
 fn a_dry_run_holds_what_the_run_holds() {
     for pool_len in [0, 64, 320] {
-        holds_what_the_run_holds(&bounded(config(8, 2, 64), pool_len));
+        for break_after_prompt in [false, true] {
+            let mut config = bounded(config(8, 2, 64), pool_len);
+            config
+                .segment
+                .as_mut()
+                .expect("segments")
+                .break_after_prompt = break_after_prompt;
+            holds_what_the_run_holds(&config);
+        }
     }
 }
 

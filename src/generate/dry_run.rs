@@ -45,12 +45,15 @@ pub fn dry_run<D: Device>(
     let longest = longest.into_iter().max().unwrap_or(0);
     let session = &mut Session::new(model, sequences.len(), longest, segments_per_step)?;
     opened();
+    if sequences.len() > 1 {
+        drop_together(session, longest)?;
+    }
     ahead(session, &of_each(&|[before, _]| *before))?;
-    // The first chunks fill the state, the last have the longest context.
+    // The first chunks fill the state, the last have the longest context. The last token of a prompt may end a segment.
     let chunk = session.chunk();
+    let asked = |tokens: usize| usize::from(new > 0 && tokens > 0);
     let passed = |tokens: usize| (tokens / chunk).saturating_sub(4) * chunk;
-    let first = |tokens: usize| tokens.min(2 * chunk);
-    let asked = |tokens: usize| usize::from(new > 0 && tokens > first(tokens));
+    let first = |tokens: usize| (tokens - asked(tokens)).min(2 * chunk);
     let last = |tokens: usize| tokens - first(tokens) - passed(tokens) - asked(tokens);
     read(session, &of_each(&|[_, tokens]| first(*tokens)), scored)?;
     ahead(session, &of_each(&|[_, tokens]| passed(*tokens)))?;
@@ -62,8 +65,14 @@ pub fn dry_run<D: Device>(
         return Ok(());
     };
     let far = |(i, [before, tokens]): (usize, &[usize; 2])| {
-        let end = (before + tokens + new).saturating_sub(1) / segment.segment_len;
-        (end * segment.segment_len).saturating_sub(session.position(i) + 1)
+        // Segments are counted from the break.
+        let counted = match segment.break_after_prompt && asked(*tokens) > 0 {
+            true => before + tokens,
+            false => 0,
+        };
+        let rest = (before + tokens + new).saturating_sub(counted + 1);
+        let end = counted + rest / segment.segment_len * segment.segment_len;
+        end.saturating_sub(session.position(i) + 1)
     };
     let far: Vec<usize> = sequences.iter().enumerate().map(far).collect();
     ahead(session, &far)?;
@@ -173,14 +182,31 @@ fn read<D: Device>(
     Ok(())
 }
 
-/// Generates after prompts of so many tokens. A stage that is not the last only passes rows on.
+/// Breaks of a prompt of one token, which a generator makes by itself.
+fn breaks_of<D: Device>(model: &Decoder<D>) -> &'static [usize] {
+    let segment = model.config.segment.as_ref();
+    match segment.is_some_and(|segment| segment.break_after_prompt) {
+        true => &[1],
+        false => &[],
+    }
+}
+
+/// Generates after prompts of so many tokens, none or one. A stage that is not the last only passes rows on.
 fn generate<D: Device>(
     session: &mut Session<'_, D>,
     prompts: &[usize],
     max_new: usize,
 ) -> Result<(), GenerateError> {
     if !session.model().config.part.ends {
-        read(session, prompts, false)?;
+        let breaks = breaks_of(session.model());
+        let feed = |(sequence, tokens): (usize, &usize)| Feed {
+            sequence,
+            tokens: &[0; 1][..*tokens],
+            targets: &[],
+            breaks: &breaks[..breaks.len().min(*tokens)],
+        };
+        let feeds: Vec<Feed<'_>> = prompts.iter().enumerate().map(feed).collect();
+        session.feed(&feeds)?;
         let next: Vec<(usize, u32)> = (0..prompts.len()).map(|sequence| (sequence, 0)).collect();
         (1..max_new).try_for_each(|_| session.pass_on_decoding(&next))?;
         return Ok(());

@@ -378,12 +378,12 @@ impl ModelConfig {
         }
     }
 
-    /// The same model for dry runs, whose tokens are arbitrary: without breaks, since full segments take the most
-    /// memory.
+    /// The same model for dry runs, whose tokens are arbitrary: full segments take the most memory for activations, and
+    /// one that ends with the prompt the most for pools.
     pub(crate) fn for_dry_run(mut self) -> Self {
         if let Some(segment) = &mut self.segment {
+            segment.break_after_prompt |= !segment.break_ids.is_empty();
             segment.break_ids.clear();
-            segment.break_after_prompt = false;
         }
         self
     }
