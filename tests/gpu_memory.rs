@@ -7,6 +7,7 @@ use std::sync::Arc;
 use segattn::cuda::kernels::KernelMetadata;
 use segattn::device::gpu::{DryRun, Gpu, MemoryPlan, MemoryUse, PoolPlacement};
 use segattn::device::{DeviceError, PoolBits, Purpose};
+use segattn::eval::perplexity::{Document, PerplexityConfig, perplexity};
 use segattn::generate::dry_run::{Reading, dry_run};
 use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::{GenerateError, Generator, GeneratorConfig, Prompt};
@@ -393,4 +394,36 @@ fn a_stage_takes_less_than_the_whole_and_no_more_than_its_plan() {
         assert!(*stage < whole * 3 / 4, "{stages:?} of {whole}");
     }
     assert!(stages.iter().sum::<usize>() > whole, "{stages:?}");
+}
+/// Whole segments are read first, so that slots for parts are taken when those for whole segments are free.
+#[test]
+fn texts_of_different_lengths_stay_within_the_plan_of_the_longest() {
+    let mut config = config(64, 4, 64);
+    config.vocab_size = 1000;
+    let reading = Reading {
+        sequences: vec![[0, 511]; 8],
+        scored: true,
+        new: 0,
+        segments_per_step: 8,
+    };
+    let planned = dry_run_use(&config, &reading, usize::MAX);
+    let gpu = dry(None);
+    let model = Decoder::for_dry_run(gpu.clone(), config, false).expect("a model");
+    let texts = [58, 223, 308, 512, 166, 512, 46, 167].map(|tokens| Document {
+        tokens: vec![0; tokens],
+        breaks: Vec::new(),
+        bytes: None,
+    });
+    let settings = PerplexityConfig {
+        window: Some(512),
+        batch: 8,
+        segments_per_step: 8,
+        ..PerplexityConfig::default()
+    };
+    perplexity(&model, &texts, &settings, |_, _| ()).expect("a loss");
+    let held = gpu.memory_use();
+    assert!(
+        held.buffers.peak <= planned.buffers.peak,
+        "{held:?} {planned:?}"
+    );
 }

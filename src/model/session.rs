@@ -384,20 +384,22 @@ impl<'m, D: Device> Session<'m, D> {
 
     /// The next rows of every feed, ordered by segment: either whole segments, at most `side_by_side` of each feed, or
     /// parts, one of each feed. Also the feed of each span, how far into the feed it starts, and whether they are whole
-    /// segments.
+    /// segments: those come first, since parts take slots that stay.
     fn next_step(&mut self, feeds: &[Feed<'_>], read: &mut [usize]) -> NextStep {
         let (mut step, mut owners) = (Step::default(), Vec::new());
-        let mut kind = None;
+        let next_is_whole = |(feed, read): (&Feed<'_>, &usize)| {
+            let rows = self.cursors[feed.sequence].rows;
+            let part = self.plan.next_part(rows, feed.sequence(), *read);
+            part.rows > 0 && rows == 0 && part.closes
+        };
+        let wholes = feeds.iter().zip(read.iter()).any(next_is_whole);
         for iteration in 0..self.side_by_side {
             let before = step.spans.len();
             for (i, feed) in feeds.iter().enumerate() {
                 let cursor = &mut self.cursors[feed.sequence];
                 let part = self.plan.next_part(cursor.rows, feed.sequence(), read[i]);
                 let whole = cursor.rows == 0 && part.closes;
-                if part.rows == 0
-                    || *kind.get_or_insert(whole) != whole
-                    || (iteration > 0 && !whole)
-                {
+                if part.rows == 0 || whole != wholes || (iteration > 0 && !whole) {
                     continue;
                 }
                 let slot = match whole {
@@ -414,7 +416,7 @@ impl<'m, D: Device> Session<'m, D> {
                 break;
             }
         }
-        (step, owners, kind == Some(true))
+        (step, owners, wholes)
     }
 
     fn score(&self, forward: &Forward<D>, row: usize, targets: &[u32]) -> Result<Vec<f32>> {
