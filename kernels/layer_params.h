@@ -43,6 +43,27 @@ typedef struct SegattnNormParams {
   float eps;
 } SegattnNormParams;
 
+/* The norms of q's and k's heads, of at most 256 elements, in rows [q, k, v] of (q_heads + 2 kv_heads) * head_dim. */
+typedef struct SegattnHeadNorms {
+  const float* q_weight; /* [head_dim] */
+  const float* k_weight; /* [head_dim] */
+  float* q_rstd;         /* [rows, q_heads]: written by the forward, read by the gradient */
+  float* k_rstd;         /* [rows, kv_heads] */
+  float eps;             /* gradient: unused */
+} SegattnHeadNorms;
+
+/* head_norms_grad. */
+typedef struct SegattnHeadNormsParams {
+  SegattnRows d_y; /* bf16 rows [q, k, v]: gradients of the norms' results, and of v */
+  SegattnRows x;   /* the same rows before the norms; v is not read */
+  SegattnRows d_x; /* gradients of x, set; v is copied */
+  SegattnHeadNorms norms;
+  int64_t rows;
+  int32_t q_heads;
+  int32_t kv_heads;
+  int32_t head_dim; /* a multiple of 8 */
+} SegattnHeadNormsParams;
+
 /* rope: rotates the heads of rows. */
 typedef struct SegattnRopeParams {
   SegattnRows src;       /* bf16 [rows, heads * head_dim] */
@@ -78,21 +99,23 @@ typedef struct SegattnMoveParams {
   int32_t add;      /* dst += instead of = */
 } SegattnMoveParams;
 
-/* split_qkv: from the product's rows to what attention reads; join_qkv: gradients back. */
+/* split_qkv: from the product's rows to what attention reads; split_qkv_norm: with the norms before all else; join_qkv:
+ * gradients back. */
 typedef struct SegattnQkvParams {
   SegattnRows qkv;         /* bf16 [rows, (q_heads + 2 kv_heads) * head_dim]: q, k, v; join: their gradients, set */
   SegattnRows q;           /* bf16 [rows, q_heads * head_dim], rotated; join: its gradient */
   SegattnRows k, raw_k, v; /* split: bf16 [cache rows, kv_heads * head_dim], rotated, not rotated (data null: none), and
-                                values; join: gradients of k and v [rows, ...], raw_k unused */
+                                values; split_qkv_norm: data null in all: none is written; join: gradients of k and v [rows, ...], raw_k unused */
   SegattnRows probes;      /* split: bf16 [probe rows, q_heads * head_dim], q before rotation; data null: none */
   const float* cos;        /* [positions, head_dim / 2] */
   const float* sin;        /* [positions, head_dim / 2] */
   const int32_t* angles;   /* [rows]: row of the tables */
   const int32_t* cache_rows; /* split: [rows]: row of k, raw_k and v */
   const int32_t* probe_rows; /* split: [rows]: row of probes, negative: none */
+  SegattnHeadNorms norms;    /* split_qkv_norm */
   int64_t rows;
   int32_t q_heads;
-  int32_t kv_heads;
+  int32_t kv_heads; /* split: 0: queries alone */
   int32_t head_dim; /* a multiple of 16 */
 } SegattnQkvParams;
 

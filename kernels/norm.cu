@@ -2,6 +2,7 @@
 //   rms_norm              x' = x + residual (rounded; x' = x where there is none)
 //                         rstd = 1 / sqrt(mean(x'^2) + eps),  y = x' rstd weight
 //   rms_norm_grad         d_x (+)= rstd weight d_y - x rstd^3 mean(weight d_y x)
+//   head_norms_grad  d_x = that of q's and k's heads in rows [q | k | v], with d_v copied
 //   rms_norm_weight_grad  d_weight += sum over rows of d_y x rstd, one chain over rows in ascending order;
 //                         without x, of d_y: the gradient of a bias
 //   rms_norm_group_sums   sums = sum over the groups of a row of memory of d_y x rstd, in ascending order from zero
@@ -10,6 +11,7 @@
 // Bits: the width of a row decides the threads and the tree that sum it. The sum over rows is one chain, so it does
 // not matter how many rows a call holds. Bytes a row and element: forward 4 (with residual 8), gradient 6 (+ 2 for
 // +=), weight 4; the sums of groups are written and read again, 8 for all groups together.
+#include "head_norm.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 
@@ -117,6 +119,40 @@ SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
     for (int e = 0; e < kVector; e++) r_d_x[e] += fma_rn(mul_rn(r_d_y[e], r_weight[e]), rstd, -mul_rn(r_x[e], pull));
     store_vector(g_d_x, r_d_x);
   }
+}
+
+// ---------------------------------------------------------------------------------------------------- q's and k's heads
+
+SEGATTN_FN void head_norms_grad(const SegattnHeadNormsParams& p) {
+  const HeadPlace at = head_place(thread_index(), p.q_heads + 2 * p.kv_heads, p.head_dim);
+  const bool is_inside = at.row < p.rows && at.column < p.head_dim;
+  const bool is_normed = is_inside && at.head < p.q_heads + p.kv_heads;
+  const int64_t column = (int64_t)at.head * p.head_dim + at.column;
+  uint4 r_held = make_uint4(0, 0, 0, 0);
+  float r_d_y[kVector] = {}, r_x[kVector] = {}, along = 0.f, rstd = 0.f;
+  if (is_inside) r_held = *(const uint4*)(row_of<const Bf16>(p.d_y, at.row) + column);
+  if (is_normed) {
+    load_vector(r_x, row_of<const Bf16>(p.x, at.row) + column);
+    rstd = *rstd_at(p.norms, at, p.q_heads, p.kv_heads);
+    float r_weight[kVector];
+    load_vector(r_weight, (at.head < p.q_heads ? p.norms.q_weight : p.norms.k_weight) + at.column);
+    unpack_vector(r_d_y, r_held);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) {
+      r_d_y[e] = mul_rn(r_d_y[e], r_weight[e]);
+      along = fma_rn(r_d_y[e], r_x[e], along);
+    }
+  }
+  along = sum_of_head(along, at.lanes);
+  if (!is_inside) return;
+  if (is_normed) {
+    const float pull = along / (float)p.head_dim * rstd * rstd * rstd;
+    // A sum that begins at zero, as that of rms_norm_grad does: it has no negative zeros.
+#pragma unroll
+    for (int e = 0; e < kVector; e++) r_x[e] = 0.f + fma_rn(r_d_y[e], rstd, -mul_rn(r_x[e], pull));
+    r_held = pack_vector(r_x);
+  }
+  *(uint4*)(row_of<Bf16>(p.d_x, at.row) + column) = r_held;
 }
 
 // ---------------------------------------------------------------------------------------------------- rows to one
@@ -319,6 +355,10 @@ SEGATTN_KERNEL(rms_norm_bf16, RowConfig, SegattnNormParams) { rms_norm(params); 
 SEGATTN_INFO(rms_norm_grad_bf16, (SegattnKernelInfo{RowConfig::kThreads, sizeof(RowShared), RowConfig::kBlocks, 1, 0, 0,
                                                     sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_grad_bf16, RowConfig, SegattnNormParams) { rms_norm_grad(params); }
+// head_norms_grad: a thread a lane of a head, as split_qkv_norm of rope.cu.
+SEGATTN_INFO(head_norms_grad_bf16,
+             (SegattnKernelInfo{HeadConfig::kThreads, 0, HeadConfig::kBlocks, 0, 0, 0, sizeof(SegattnHeadNormsParams)}))
+SEGATTN_KERNEL(head_norms_grad_bf16, HeadConfig, SegattnHeadNormsParams) { head_norms_grad(params); }
 // rms_norm_weight_grad: a block 16 columns (tile_rows).
 SEGATTN_INFO(rms_norm_weight_grad_bf16,
              (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks,

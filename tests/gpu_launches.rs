@@ -1,7 +1,7 @@
-//! How many calls a training step makes on a GPU: those of attention do not depend on how the data's breaks cut its
-//! sequences. Counted on a driver that only counts.
+//! How many calls a step makes on a GPU: those of attention do not depend on how the data's breaks cut its sequences, and
+//! norms of q's and k's heads are no calls of their own. Counted on a driver that only counts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use segattn::cuda::kernels::{Error, KernelMetadata, Launch};
@@ -9,6 +9,8 @@ use segattn::device::DeviceError;
 use segattn::device::gpu::{Driver, DryRun, Gemm, Gpu};
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
+use segattn::model::session::score;
+use segattn::model::switches::QkNorm;
 use segattn::train::data::Example;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 
@@ -128,24 +130,37 @@ impl Driver for Counting {
 }
 
 /// Two layers that read the prior tail, sinks and the past, by the second rule of retrieval.
-fn config() -> ModelConfig {
+fn config(kv_heads: usize, qk_norm: QkNorm) -> ModelConfig {
+    let mut config =
     ModelConfig::from_json(serde_json::json!({
         "model_type": "llama", "vocab_size": 256, "hidden_size": 192, "intermediate_size": 512,
-        "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 3 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": 64,
         "tie_word_embeddings": true,
         "segment": {
             "segment_len": 64, "prior_len": 64, "past_len": 32, "sink_len": 4,
-            "head_reads": vec![vec![vec!["prior", "past"]]; 2],
+            "head_reads": vec![vec![vec!["prior", "past"]; kv_heads]; 2],
             "retrieval": {"queries": 16, "window_len": 8},
         },
     }))
-    .expect("a config")
+    .expect("a config");
+    config.switches.qk_norm = qk_norm;
+    config
 }
 
+type Calls = BTreeMap<&'static str, usize>;
+
 /// Calls of one gradient of 8 sequences of 200 tokens, whose segments end at these breaks too.
-fn calls(breaks: impl Fn(usize) -> Vec<usize>) -> BTreeMap<&'static str, usize> {
+fn calls(breaks: impl Fn(usize) -> Vec<usize>) -> Calls {
+    training_calls(config(1, QkNorm::None), breaks, false)
+}
+
+fn training_calls(
+    config: ModelConfig,
+    breaks: impl Fn(usize) -> Vec<usize>,
+    recompute: bool,
+) -> Calls {
     let gpu = Gpu::new(Counting::new());
-    let model = Decoder::for_dry_run(gpu.clone(), config(), true).expect("a model");
+    let model = Decoder::for_dry_run(gpu.clone(), config, true).expect("a model");
     let mut gradients = Gradients::new(&model).expect("gradients");
     let sequences: Vec<Example> = (0..8)
         .map(|i| Example {
@@ -158,7 +173,7 @@ fn calls(breaks: impl Fn(usize) -> Vec<usize>) -> BTreeMap<&'static str, usize> 
     let config = StreamConfig {
         tbptt: 1,
         segments_per_step: 1,
-        recompute: false,
+        recompute,
     };
     accumulate(&model, &sequences, config, 1.0, &mut gradients).expect("a gradient");
     let calls = gpu.driver().calls.lock().expect("no panic").clone();
@@ -167,8 +182,17 @@ fn calls(breaks: impl Fn(usize) -> Vec<usize>) -> BTreeMap<&'static str, usize> 
     calls
 }
 
-/// Those of attention, and of the products.
-fn of(calls: &BTreeMap<&'static str, usize>, names: &[&str]) -> usize {
+/// Calls of scoring 60 tokens, rows of one segment.
+fn scoring_calls(config: ModelConfig) -> Calls {
+    let gpu = Gpu::new(Counting::new());
+    let model = Decoder::for_dry_run(gpu.clone(), config, false).expect("a model");
+    gpu.driver().calls.lock().expect("no panic").clear();
+    score(&model, &vec![1; 60], 1).expect("scores");
+    gpu.driver().calls.lock().expect("no panic").clone()
+}
+
+/// Those whose names begin so.
+fn of(calls: &Calls, names: &[&str]) -> usize {
     let wanted = |name: &str| names.iter().any(|start| name.starts_with(start));
     let found = calls.iter().filter(|(name, _)| wanted(name));
     found.map(|(_, count)| count).sum()
@@ -186,4 +210,44 @@ fn unequal_segments_are_one_attention_call() {
     let (forward, backward) = (2 * 4, 2 * (2 + 2) + 2);
     assert_eq!(of(&unequal, &ATTENTION), forward + 4 * backward);
     assert_eq!(of(&equal, &["gemm"]), of(&unequal, &["gemm"]));
+}
+
+/// Calls by name that one has and the other has not, or not as often: `(name, theirs, ours)`.
+fn differences(theirs: &Calls, ours: &Calls) -> Vec<(&'static str, usize, usize)> {
+    let names: BTreeSet<&'static str> = theirs.keys().chain(ours.keys()).copied().collect();
+    let counts = names.into_iter().map(|name| {
+        let count = |calls: &Calls| calls.get(name).copied().unwrap_or(0);
+        (name, count(theirs), count(ours))
+    });
+    counts.filter(|(_, theirs, ours)| theirs != ours).collect()
+}
+
+#[test]
+fn norms_of_heads_are_no_calls_of_a_forward() {
+    let [without, with] = [QkNorm::None, QkNorm::Head].map(|norm| scoring_calls(config(2, norm)));
+    let split = [("split_qkv_bf16", 2, 0), ("split_qkv_norm_bf16", 0, 2)];
+    assert_eq!(differences(&without, &with), split);
+}
+
+#[test]
+fn norms_of_heads_are_one_call_of_a_layer_s_backward() {
+    for recompute in [false, true] {
+        let breaks = |_| vec![50, 100, 150];
+        let calls = |norm| training_calls(config(2, norm), breaks, recompute);
+        let (without, with) = (calls(QkNorm::None), calls(QkNorm::Head));
+        // Two layers of four segments each have a pass of their own loss; of all but the last, and twice below the last
+        // layer, one of what they were sent, whose gradient is a temporary that is added to the sum.
+        let (own, sent, splits) = (8, 4, without["split_qkv_bf16"]);
+        assert_eq!(with["join_qkv_bf16"], without["join_qkv_bf16"]);
+        let copies = without["copy_bf16_bf16"];
+        let expected = [
+            ("copy_bf16_bf16", copies, copies + sent),
+            ("head_norms_grad_bf16", 0, own + sent),
+            ("rms_norm_chain_f32", 0, 2 * own),
+            ("rms_norm_group_sums_bf16", 0, 2 * own),
+            ("split_qkv_bf16", splits, 0),
+            ("split_qkv_norm_bf16", 0, splits),
+        ];
+        assert_eq!(differences(&without, &with), expected);
+    }
 }

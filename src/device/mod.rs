@@ -35,8 +35,8 @@ pub use shared::blocks::HostBlocks;
 pub use shared::samplers::HostSamplers;
 pub use types::{
     Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, Move,
-    PastHeads, PoolBits, PoolShape, Probes, Rows, RowsMut, SegmentCache, Selection, SelectionRule,
-    SlotSpan, StepRows, Update,
+    PastHeads, PoolBits, PoolShape, Probes, QkNormGrad, QkNorms, Rows, RowsMut, SegmentCache,
+    Selection, SelectionRule, SlotSpan, StepRows, Update,
 };
 
 /// Results of device calls.
@@ -269,18 +269,21 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     ) -> Result<()> {
         shared::moves::one_by_one(self, moves, targets, head_dim, tables, inverse, accumulate)
     }
-    /// Splits the step's rows `[q | k | v]`. Rotated queries go to `q`. `store` receives keys before and after
-    /// rotation, values, and the queries before rotation that probes are made of.
+    /// Splits the step's rows `[q | k | v]`, after `norms` of queries and keys. Rotated queries go to `q`. `store`
+    /// receives keys before and after rotation, values, and the queries before rotation that probes are made of; without
+    /// it they go nowhere.
+    #[allow(clippy::too_many_arguments)]
     fn split_qkv(
         &self,
         qkv: Rows<'_, Self::Buffer>,
+        norms: Option<QkNorms<'_, Self::Buffer>>,
         heads: Heads,
         tables: (&Self::Buffer, &Self::Buffer),
         step: &Self::Step,
         q: RowsMut<'_, Self::Buffer>,
-        store: KeyStore<'_, Self::Buffer>,
+        store: Option<KeyStore<'_, Self::Buffer>>,
     ) -> Result<()> {
-        shared::qkv::split(self, qkv, heads, tables, step.as_ref(), q, store)
+        shared::qkv::split(self, qkv, norms, heads, tables, step.as_ref(), q, store)
     }
     /// Backward of [`Device::split_qkv`]: `d_qkv = [d_q | d_k | d_v]`, with the rotation of the first two undone.
     fn join_qkv(
@@ -292,6 +295,16 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         d_qkv: RowsMut<'_, Self::Buffer>,
     ) -> Result<()> {
         shared::qkv::join(self, d, heads, tables, angles, d_qkv)
+    }
+    /// Backward of the norms of queries and keys, of these weights: `d_x = ` the gradient of the rows before them. That
+    /// of values is copied.
+    fn qk_norm_grad(
+        &self,
+        grad: &QkNormGrad<'_, Self::Buffer>,
+        weights: [&Self::Buffer; 2],
+        d_x: RowsMut<'_, Self::Buffer>,
+    ) -> Result<()> {
+        shared::qkv::norm_grad(self, grad, weights, d_x)
     }
     /// `y = silu(gate) * up` for rows `[gate | up]` of `2 * inner`.
     fn swiglu(

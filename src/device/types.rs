@@ -166,6 +166,33 @@ pub struct SegmentCache<B> {
     pub sink_len: Vec<usize>,
 }
 
+/// The norms of queries and keys before rotation: of each head by itself, or of all heads of a row together, as their
+/// weights are long.
+#[derive(Debug)]
+pub struct QkNorms<'a, B> {
+    /// Weights of queries and of keys.
+    pub weights: [&'a B; 2],
+    /// Added to mean squares.
+    pub eps: f64,
+    /// Receive the reciprocal root mean squares `[rows, norms of a row]`.
+    pub rstd: [&'a mut B; 2],
+}
+
+/// What the gradients of [`QkNorms`] are computed from, rows `[q | k | v]`.
+#[derive(Debug)]
+pub struct QkNormGrad<'a, B> {
+    /// Upstream gradients of queries and keys after their norms, and of values.
+    pub d_y: Rows<'a, B>,
+    /// The rows before the norms.
+    pub x: Rows<'a, B>,
+    /// The forward's reciprocal root mean squares of queries and of keys.
+    pub rstd: [Rows<'a, B>; 2],
+    /// Number of rows.
+    pub rows: usize,
+    /// Head counts and size.
+    pub heads: Heads,
+}
+
 /// Where the keys and values of a step's rows go.
 #[derive(Debug)]
 pub struct KeyStore<'a, B> {

@@ -27,7 +27,7 @@ use super::parameters::{Extra, TensorSpec, Weights, index, specs};
 use super::stage::Stage;
 use super::state::{LayerSlots, Plan, SequenceState, Slots};
 use crate::device::{
-    Accumulate, Attention, Device, DeviceError, KeyStore, Kind, Result, Rows, RowsMut, SlotSpan,
+    Attention, Device, DeviceError, KeyStore, Kind, QkNorms, Result, Rows, RowsMut, SlotSpan,
     StepRows,
 };
 
@@ -293,9 +293,7 @@ impl<D: Device> Decoder<D> {
             cache: &mut layer.kv,
             probes: layer.probes.as_mut(),
         };
-        let from_x = self.queries(plan, l, x, rows, |qkv, q| {
-            (self.device).split_qkv(qkv, plan.heads, tables, placed, q, store)
-        })?;
+        let from_x = self.queries(plan, l, x, (rows, placed), tables, Some(store))?;
         self.pass_on(plan, l, step, states, slots)?;
         Ok(from_x)
     }
@@ -310,32 +308,22 @@ impl<D: Device> Decoder<D> {
         slots: &Slots<D>,
     ) -> Result<Derived<D>> {
         let rows = step.tokens.len();
-        let (heads, angles) = (plan.heads, step.angles(plan));
-        let from_x = self.queries(plan, l, &tape.x, rows, |qkv, q| {
-            let tables = slots.tables(l);
-            (self.device).rope(
-                qkv,
-                q,
-                heads.q,
-                heads.dim,
-                tables,
-                &angles,
-                false,
-                Accumulate::No,
-            )
-        })?;
+        let room = slots.layers[l].kv.rows.current;
+        let placed = self.device.step(step.rows(plan, room))?;
+        let from_x = self.queries(plan, l, &tape.x, (rows, &placed), slots.tables(l), None)?;
         let (derived, _) = self.after_attention(l, tape, rows, from_x, false)?;
         Ok(derived)
     }
 
-    /// Rotated queries of all rows. `take` extracts them from the rows `[q | k | v]`.
+    /// Rotated queries of all rows. Keys, values and probes go to `store`.
     fn queries(
         &self,
         plan: &Plan,
         l: usize,
         x: &D::Buffer,
-        rows: usize,
-        take: impl FnOnce(Rows<'_, D::Buffer>, RowsMut<'_, D::Buffer>) -> Result<()>,
+        (rows, placed): (usize, &D::Step),
+        tables: (&D::Buffer, &D::Buffer),
+        store: Option<KeyStore<'_, D::Buffer>>,
     ) -> Result<FromInput<D>> {
         let device = &self.device;
         let norm = self.norm_before(x, rows, index::attention_norm(l))?;
@@ -345,18 +333,22 @@ impl<D: Device> Decoder<D> {
         let input = Rows::packed(input, 0, self.config.hidden_size);
         let target = RowsMut::packed(&mut qkv, 0, stride);
         self.project((l, Product::Qkv), input, rows, target)?;
-        self.add_bias(
-            l,
-            Extra::QkvBias,
-            RowsMut::packed(&mut qkv, 0, stride),
-            rows,
-        )?;
-        let (qkv, qk) = self.norm_qk(plan, l, qkv, rows)?;
+        let target = RowsMut::packed(&mut qkv, 0, stride);
+        self.add_bias(l, Extra::QkvBias, target, rows)?;
+        let mut rstd = self.qk_rstd(plan, l, rows)?;
+        let norms = rstd.as_mut().zip(self.qk_norm_weights(plan, l));
+        let norms = norms.map(|(rstd, weights)| QkNorms {
+            weights,
+            eps: self.config.rms_norm_eps,
+            rstd: rstd.each_mut(),
+        });
         let mut q = device.empty(Kind::Activation, rows * q_width)?;
-        take(
+        let (from, to) = (
             Rows::packed(&qkv, 0, stride),
             RowsMut::packed(&mut q, 0, q_width),
-        )?;
+        );
+        device.split_qkv(from, norms, plan.heads, tables, placed, to, store)?;
+        let qk = rstd.map(|rstd| QkNormed { raw: qkv, rstd });
         Ok(FromInput { norm, q, qk })
     }
 

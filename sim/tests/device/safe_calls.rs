@@ -250,11 +250,12 @@ fn split(gpu: &Sim, step: StepRows, cache: &mut SegmentCache<Buffer>) -> Result<
     };
     gpu.split_qkv(
         Rows::packed(&qkv, 0, 128),
+        None,
         heads,
         (&table, &table),
         &gpu.step(step)?,
         RowsMut::packed(&mut q, 0, 64),
-        store,
+        Some(store),
     )
 }
 

@@ -8,6 +8,7 @@ use segattn::model::config::{ModelConfig, RetrievalConfig};
 use segattn::model::parameters::{Role, specs};
 use segattn::model::session::score;
 use segattn::model::switches::{QkNorm, Switches};
+use segattn::train::streams::StreamConfig;
 use segattn_sim::Checks;
 
 /// The shared model with switches: between the two of them, every one is on.
@@ -73,6 +74,12 @@ fn switches_agree_with_the_cpu_and_have_equal_bits() {
         assert_close(&on_cpu, &compared(&one), &compared(&expected));
         let (_, all) = gradients(&on_gpu, &sequences, streams(1, 9));
         assert!(one == all, "{name}: segments per step");
+        let recompute = StreamConfig {
+            recompute: true,
+            ..streams(1, 1)
+        };
+        let (_, again) = gradients(&on_gpu, &sequences, recompute);
+        assert!(one == again, "{name}: derived again");
     }
 }
 

@@ -4,6 +4,8 @@
 
 mod adamw;
 mod common;
+mod head_norms;
+mod head_norms_rules;
 mod length;
 mod loss;
 mod norm;

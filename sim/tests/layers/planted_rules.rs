@@ -3,6 +3,7 @@
 
 use segattn_sim::mutate::{Rule, drop_statement, replace};
 
+use super::head_norms_rules::{HEAD_GRAD, HEAD_NORM, SPLIT_NORM};
 use super::rows_rules::{COPY, EMBEDDING, SWIGLU, VECTORS};
 use super::sampling_rules::{SAMPLING, SELECT};
 
@@ -16,11 +17,11 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 20] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
-        tests: &["norm::"],
+        tests: &["norm::", "head_norms::gradient"],
         rules: &NORM,
     },
     Target {
@@ -38,8 +39,26 @@ pub const TARGETS: [Target; 17] = [
     Target {
         file: "rope.cu",
         kernels: &["rope.cu"],
-        tests: &["rotation::"],
+        tests: &["rotation::", "head_norms::split"],
         rules: &ROPE,
+    },
+    Target {
+        file: "rope.cu",
+        kernels: &["rope.cu"],
+        tests: &["head_norms::split"],
+        rules: &SPLIT_NORM,
+    },
+    Target {
+        file: "norm.cu",
+        kernels: &["norm.cu"],
+        tests: &["head_norms::gradient"],
+        rules: &HEAD_GRAD,
+    },
+    Target {
+        file: "head_norm.cuh",
+        kernels: &["rope.cu", "norm.cu"],
+        tests: &["head_norms::"],
+        rules: &HEAD_NORM,
     },
     Target {
         file: "rotation.cuh",

@@ -7,6 +7,7 @@ use segattn::cuda::kernels::layer_params::{
 use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;
+use super::head_norms::NO_NORMS;
 
 /// Cosines and sines of `positions` rows, as the model makes them.
 fn tables(positions: usize, half: usize) -> [Vec<f32>; 2] {
@@ -40,22 +41,22 @@ fn turned(
     dst
 }
 
-struct Tables {
+pub struct Tables {
     values: [Vec<f32>; 2],
-    buffers: [Buffer; 2],
+    pub buffers: [Buffer; 2],
 }
 
 impl Tables {
-    fn new(gpu: &mut Gpu, positions: usize, dim: usize) -> Tables {
+    pub fn new(gpu: &mut Gpu, positions: usize, dim: usize) -> Tables {
         let values = tables(positions, dim / 2);
         let buffers = [0, 1].map(|i| gpu.input("table", &values[i]).expect("memory"));
         Tables { values, buffers }
     }
 }
 
-const POSITIONS: usize = 300;
+pub const POSITIONS: usize = 300;
 
-fn angles(rows: usize) -> Vec<i32> {
+pub fn angles(rows: usize) -> Vec<i32> {
     (0..rows)
         .map(|r| ((r * 37 + 11) % POSITIONS) as i32)
         .collect()
@@ -289,6 +290,7 @@ fn qkv_params(gpu: &mut Gpu, tables: &Tables, rows: usize) -> SegattnQkvParams {
         angles: list.ptr(),
         cache_rows: std::ptr::null(),
         probe_rows: std::ptr::null(),
+        norms: NO_NORMS,
         rows: rows as i64,
         q_heads: Q_HEADS as i32,
         kv_heads: KV_HEADS as i32,

@@ -101,6 +101,64 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnHeadNorms {
+    pub q_weight: *const f32,
+    pub k_weight: *const f32,
+    pub q_rstd: *mut f32,
+    pub k_rstd: *mut f32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnHeadNorms"][::core::mem::size_of::<SegattnHeadNorms>() - 40usize];
+    ["Alignment of SegattnHeadNorms"][::core::mem::align_of::<SegattnHeadNorms>() - 8usize];
+    ["Offset of field: SegattnHeadNorms::q_weight"]
+        [::core::mem::offset_of!(SegattnHeadNorms, q_weight) - 0usize];
+    ["Offset of field: SegattnHeadNorms::k_weight"]
+        [::core::mem::offset_of!(SegattnHeadNorms, k_weight) - 8usize];
+    ["Offset of field: SegattnHeadNorms::q_rstd"]
+        [::core::mem::offset_of!(SegattnHeadNorms, q_rstd) - 16usize];
+    ["Offset of field: SegattnHeadNorms::k_rstd"]
+        [::core::mem::offset_of!(SegattnHeadNorms, k_rstd) - 24usize];
+    ["Offset of field: SegattnHeadNorms::eps"]
+        [::core::mem::offset_of!(SegattnHeadNorms, eps) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnHeadNormsParams {
+    pub d_y: SegattnRows,
+    pub x: SegattnRows,
+    pub d_x: SegattnRows,
+    pub norms: SegattnHeadNorms,
+    pub rows: i64,
+    pub q_heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnHeadNormsParams"][::core::mem::size_of::<SegattnHeadNormsParams>() - 112usize];
+    ["Alignment of SegattnHeadNormsParams"]
+        [::core::mem::align_of::<SegattnHeadNormsParams>() - 8usize];
+    ["Offset of field: SegattnHeadNormsParams::d_y"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, d_y) - 0usize];
+    ["Offset of field: SegattnHeadNormsParams::x"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, x) - 16usize];
+    ["Offset of field: SegattnHeadNormsParams::d_x"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, d_x) - 32usize];
+    ["Offset of field: SegattnHeadNormsParams::norms"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, norms) - 48usize];
+    ["Offset of field: SegattnHeadNormsParams::rows"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, rows) - 88usize];
+    ["Offset of field: SegattnHeadNormsParams::q_heads"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, q_heads) - 96usize];
+    ["Offset of field: SegattnHeadNormsParams::kv_heads"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, kv_heads) - 100usize];
+    ["Offset of field: SegattnHeadNormsParams::head_dim"]
+        [::core::mem::offset_of!(SegattnHeadNormsParams, head_dim) - 104usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnRopeParams {
     pub src: SegattnRows,
     pub dst: SegattnRows,
@@ -208,6 +266,7 @@ pub struct SegattnQkvParams {
     pub angles: *const i32,
     pub cache_rows: *const i32,
     pub probe_rows: *const i32,
+    pub norms: SegattnHeadNorms,
     pub rows: i64,
     pub q_heads: i32,
     pub kv_heads: i32,
@@ -215,7 +274,7 @@ pub struct SegattnQkvParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SegattnQkvParams"][::core::mem::size_of::<SegattnQkvParams>() - 160usize];
+    ["Size of SegattnQkvParams"][::core::mem::size_of::<SegattnQkvParams>() - 200usize];
     ["Alignment of SegattnQkvParams"][::core::mem::align_of::<SegattnQkvParams>() - 8usize];
     ["Offset of field: SegattnQkvParams::qkv"]
         [::core::mem::offset_of!(SegattnQkvParams, qkv) - 0usize];
@@ -239,14 +298,16 @@ const _: () = {
         [::core::mem::offset_of!(SegattnQkvParams, cache_rows) - 120usize];
     ["Offset of field: SegattnQkvParams::probe_rows"]
         [::core::mem::offset_of!(SegattnQkvParams, probe_rows) - 128usize];
+    ["Offset of field: SegattnQkvParams::norms"]
+        [::core::mem::offset_of!(SegattnQkvParams, norms) - 136usize];
     ["Offset of field: SegattnQkvParams::rows"]
-        [::core::mem::offset_of!(SegattnQkvParams, rows) - 136usize];
+        [::core::mem::offset_of!(SegattnQkvParams, rows) - 176usize];
     ["Offset of field: SegattnQkvParams::q_heads"]
-        [::core::mem::offset_of!(SegattnQkvParams, q_heads) - 144usize];
+        [::core::mem::offset_of!(SegattnQkvParams, q_heads) - 184usize];
     ["Offset of field: SegattnQkvParams::kv_heads"]
-        [::core::mem::offset_of!(SegattnQkvParams, kv_heads) - 148usize];
+        [::core::mem::offset_of!(SegattnQkvParams, kv_heads) - 188usize];
     ["Offset of field: SegattnQkvParams::head_dim"]
-        [::core::mem::offset_of!(SegattnQkvParams, head_dim) - 152usize];
+        [::core::mem::offset_of!(SegattnQkvParams, head_dim) - 192usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Move,
-    OutOfMemory, Result, Rows, RowsMut, StepRows, Update,
+    OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, StepRows, Update,
 };
 
 /// The bytes of numbers in a buffer of this kind.
@@ -367,13 +367,14 @@ impl<D: Driver> Device for Gpu<D> {
     fn split_qkv(
         &self,
         qkv: Rows<'_, Buffer<D>>,
+        norms: Option<QkNorms<'_, Buffer<D>>>,
         heads: Heads,
         tables: (&Buffer<D>, &Buffer<D>),
         step: &Step<D>,
         q: RowsMut<'_, Buffer<D>>,
-        store: KeyStore<'_, Buffer<D>>,
+        store: Option<KeyStore<'_, Buffer<D>>>,
     ) -> Result<()> {
-        rotation::split_qkv(self, qkv, heads, tables, step, q, store)
+        rotation::split_qkv(self, qkv, norms, heads, tables, step, q, store)
     }
 
     fn join_qkv(
@@ -385,6 +386,15 @@ impl<D: Driver> Device for Gpu<D> {
         d_qkv: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
         rotation::join_qkv(self, d, heads, tables, angles, d_qkv)
+    }
+
+    fn qk_norm_grad(
+        &self,
+        grad: &QkNormGrad<'_, Buffer<D>>,
+        weights: [&Buffer<D>; 2],
+        d_x: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        rotation::qk_norm_grad(self, grad, weights, d_x)
     }
 
     fn swiglu(

@@ -5,10 +5,25 @@ use super::rows::{Grid, entry, launch};
 use super::step::Column;
 use super::{Buffer, Driver, Gpu, Step};
 use crate::cuda::kernels::layer_params::{
-    SegattnMove, SegattnMoveParams, SegattnQkvParams, SegattnRopeParams, SegattnRows,
+    SegattnHeadNorms, SegattnHeadNormsParams, SegattnMove, SegattnMoveParams, SegattnQkvParams,
+    SegattnRopeParams, SegattnRows,
 };
 use crate::cuda::kernels::{File, Kernels};
-use crate::device::{Accumulate, DeviceError, Heads, KeyStore, Move, Result, Rows, RowsMut};
+use crate::device::shared::qkv::{norm_grad, normed};
+use crate::device::{
+    Accumulate, DeviceError, Heads, KeyStore, Move, QkNormGrad, QkNorms, Result, Rows, RowsMut,
+};
+
+/// Most vectors of a head that the kernels of heads' norms take: a lane each.
+const MOST_LANES: usize = 32;
+/// No norms.
+const NO_NORMS: SegattnHeadNorms = SegattnHeadNorms {
+    q_weight: std::ptr::null(),
+    k_weight: std::ptr::null(),
+    q_rstd: std::ptr::null_mut(),
+    k_rstd: std::ptr::null_mut(),
+    eps: 0.0,
+};
 
 /// Rotates the heads of rows by their angles.
 #[allow(clippy::too_many_arguments)]
@@ -133,17 +148,91 @@ fn qkv_widths(heads: Heads) -> Result<[usize; 3]> {
     Ok([q, kv, all.unwrap_or(usize::MAX)])
 }
 
-/// Splits rows `[q | k | v]` into rotated queries, rows of the cache and rows of the probes.
+/// Whether norms of queries and keys have a weight for one head each, which the kernels of heads' norms can take.
+fn are_of_heads<D: Driver>(weights: [&Buffer<D>; 2], heads: Heads) -> bool {
+    let fits = heads.dim.is_multiple_of(VECTOR) && heads.dim <= MOST_LANES * VECTOR;
+    fits && weights.iter().all(|weight| weight.len == heads.dim)
+}
+
+/// Threads of the kernels of heads' norms: as many lanes a head as a power of two that has one for each vector.
+fn head_threads(rows: usize, heads: Heads) -> Result<Grid> {
+    let lanes = (heads.dim / VECTOR).next_power_of_two();
+    let all = (heads.kv.checked_mul(2)).and_then(|kv| kv.checked_add(heads.q));
+    let sizes = [rows, all.unwrap_or(usize::MAX), lanes];
+    Ok(Grid::Threads(product("lanes of heads", &sizes)?))
+}
+
+/// Splits rows `[q | k | v]` into rotated queries, rows of the cache and rows of the probes, queries and keys normed
+/// before where they have `norms`.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn split_qkv<D: Driver>(
+    gpu: &Gpu<D>,
+    qkv: Rows<'_, Buffer<D>>,
+    norms: Option<QkNorms<'_, Buffer<D>>>,
+    heads: Heads,
+    tables: (&Buffer<D>, &Buffer<D>),
+    step: &Step<D>,
+    q: RowsMut<'_, Buffer<D>>,
+    store: Option<KeyStore<'_, Buffer<D>>>,
+) -> Result<()> {
+    let (rows, [_, _, width]) = (step.rows.tokens.len(), qkv_widths(heads)?);
+    match norms {
+        Some(norms) if !are_of_heads(norms.weights, heads) => {
+            let all = normed(gpu, qkv, rows, heads, norms)?;
+            let qkv = Rows::packed(&all, 0, width);
+            split_qkv(gpu, qkv, None, heads, tables, step, q, store)
+        }
+        Some(norms) => {
+            let params = SegattnQkvParams {
+                norms: head_norms(gpu, norms, rows, heads)?,
+                ..split_params(gpu, qkv, heads, tables, step, q, store)?
+            };
+            let split = entry(File::Rope, "split_qkv_norm_bf16");
+            launch(gpu, split, head_threads(rows, heads)?, &params)
+        }
+        None => {
+            // Where keys and values go nowhere, they are not read.
+            let kv = if store.is_some() { heads.kv } else { 0 };
+            let params = SegattnQkvParams {
+                kv_heads: int("kv_heads", kv)?,
+                ..split_params(gpu, qkv, heads, tables, step, q, store)?
+            };
+            let [_, _, width] = qkv_widths(Heads { kv, ..heads })?;
+            let threads = Grid::Threads(rows * width / (2 * VECTOR));
+            launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
+        }
+    }
+}
+
+/// The norms of heads in a forward.
+fn head_norms<D: Driver>(
+    gpu: &Gpu<D>,
+    norms: QkNorms<'_, Buffer<D>>,
+    rows: usize,
+    heads: Heads,
+) -> Result<SegattnHeadNorms> {
+    let ([q_weight, k_weight], [q_rstd, k_rstd]) = (norms.weights, norms.rstd);
+    let rstds = |heads: usize| product("norms of heads", &[rows, heads]);
+    Ok(SegattnHeadNorms {
+        q_weight: gpu.exact(q_weight, 0, heads.dim)?,
+        k_weight: gpu.exact(k_weight, 0, heads.dim)?,
+        q_rstd: gpu.exact(q_rstd, 0, rstds(heads.q)?)?,
+        k_rstd: gpu.exact(k_rstd, 0, rstds(heads.kv)?)?,
+        eps: norms.eps as f32,
+    })
+}
+
+/// Parameters of a split without norms.
+fn split_params<D: Driver>(
     gpu: &Gpu<D>,
     qkv: Rows<'_, Buffer<D>>,
     heads: Heads,
     tables: (&Buffer<D>, &Buffer<D>),
     step: &Step<D>,
     q: RowsMut<'_, Buffer<D>>,
-    store: KeyStore<'_, Buffer<D>>,
-) -> Result<()> {
-    let (rows, cache) = (step.rows.tokens.len(), store.cache);
+    store: Option<KeyStore<'_, Buffer<D>>>,
+) -> Result<SegattnQkvParams> {
+    let rows = step.rows.tokens.len();
     let [q_width, width, qkv_width] = qkv_widths(heads)?;
     let [cos, sin] = gpu.angle_tables(tables, heads.dim, None)?;
     let (half, len) = (heads.dim / 2, tables.0.len.min(tables.1.len));
@@ -154,36 +243,78 @@ pub(super) fn split_qkv<D: Driver>(
         step.relies_on(Column::CacheRows, room)?;
         gpu.output(&RowsMut::packed(buffer, 0, width), room, width)
     };
-    let probes = match store.probes {
-        Some(probes) => {
-            let room = probes.len.checked_div(q_width).unwrap_or(0);
-            step.relies_on(Column::ProbeRows, room)?;
-            gpu.output(&RowsMut::packed(probes, 0, q_width), room, q_width)?
+    let (mut kept, mut probes) = ([NONE; 3], NONE);
+    if let Some(KeyStore {
+        cache,
+        probes: rows,
+    }) = store
+    {
+        kept[0] = place(&mut cache.k)?;
+        if cache.raw_k.len > 0 {
+            kept[1] = place(&mut cache.raw_k)?;
         }
-        None => NONE,
-    };
-    let params = SegattnQkvParams {
+        kept[2] = place(&mut cache.v)?;
+        if let Some(rows) = rows {
+            let room = rows.len.checked_div(q_width).unwrap_or(0);
+            step.relies_on(Column::ProbeRows, room)?;
+            probes = gpu.output(&RowsMut::packed(rows, 0, q_width), room, q_width)?;
+        }
+    }
+    let [k, raw_k, v] = kept;
+    Ok(SegattnQkvParams {
         qkv: gpu.input(&qkv, rows, qkv_width)?,
         q: gpu.output(&q, rows, q_width)?,
-        k: place(&mut cache.k)?,
-        raw_k: match cache.raw_k.len {
-            0 => NONE,
-            _ => place(&mut cache.raw_k)?,
-        },
-        v: place(&mut cache.v)?,
+        k,
+        raw_k,
+        v,
         probes,
         cos,
         sin,
         angles: step.angles(gpu)?,
         cache_rows: step.cache_rows(gpu)?,
         probe_rows: step.probe_rows(gpu)?,
+        norms: NO_NORMS,
+        rows: rows as i64,
+        q_heads: int("q_heads", heads.q)?,
+        kv_heads: int("kv_heads", heads.kv)?,
+        head_dim: int("head_dim", heads.dim)?,
+    })
+}
+
+/// Backward of the norms of queries and keys.
+pub(super) fn qk_norm_grad<D: Driver>(
+    gpu: &Gpu<D>,
+    grad: &QkNormGrad<'_, Buffer<D>>,
+    weights: [&Buffer<D>; 2],
+    d_x: RowsMut<'_, Buffer<D>>,
+) -> Result<()> {
+    let (rows, heads) = (grad.rows, grad.heads);
+    if !are_of_heads(weights, heads) {
+        return norm_grad(gpu, grad, weights, d_x);
+    }
+    let [_, _, width] = qkv_widths(heads)?;
+    let rstd = |part: usize, heads: usize| {
+        let Rows { buffer, start, .. } = grad.rstd[part];
+        gpu.exact(buffer, start, product("norms of heads", &[rows, heads])?)
+    };
+    let params = SegattnHeadNormsParams {
+        d_y: gpu.input(&grad.d_y, rows, width)?,
+        x: gpu.input(&grad.x, rows, width)?,
+        d_x: gpu.output(&d_x, rows, width)?,
+        norms: SegattnHeadNorms {
+            q_weight: gpu.exact(weights[0], 0, heads.dim)?,
+            k_weight: gpu.exact(weights[1], 0, heads.dim)?,
+            q_rstd: rstd(0, heads.q)?,
+            k_rstd: rstd(1, heads.kv)?,
+            ..NO_NORMS
+        },
         rows: rows as i64,
         q_heads: int("q_heads", heads.q)?,
         kv_heads: int("kv_heads", heads.kv)?,
         head_dim: int("head_dim", heads.dim)?,
     };
-    let threads = Grid::Threads(rows * qkv_width / (2 * VECTOR));
-    launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
+    let entry = entry(File::Norm, "head_norms_grad_bf16");
+    launch(gpu, entry, head_threads(rows, heads)?, &params)
 }
 
 /// Joins gradients of queries and keys, rotated back, and of values to rows `[q | k | v]`.
@@ -212,6 +343,7 @@ pub(super) fn join_qkv<D: Driver>(
         angles: pointer(&held),
         cache_rows: std::ptr::null(),
         probe_rows: std::ptr::null(),
+        norms: NO_NORMS,
         rows: rows as i64,
         q_heads: int("q_heads", heads.q)?,
         kv_heads: int("kv_heads", heads.kv)?,

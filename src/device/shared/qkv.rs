@@ -1,19 +1,30 @@
-//! [`Device::split_qkv`] and [`Device::join_qkv`] for devices in host memory, made of smaller device calls.
+//! [`Device::split_qkv`], [`Device::join_qkv`] and [`Device::qk_norm_grad`], made of smaller device calls: for devices in
+//! host memory, and for norms that a GPU has no kernel for.
 
 use std::ops::Range;
 
-use crate::device::{Accumulate, Device, Heads, KeyStore, Result, Rows, RowsMut, StepRows};
+use crate::device::{
+    Accumulate, Device, Heads, KeyStore, Kind, QkNormGrad, QkNorms, Result, Rows, RowsMut, StepRows,
+};
 
 /// Writes rotated queries to `q`, and keys, values and probes to their rows in `store`.
+#[allow(clippy::too_many_arguments)]
 pub(in crate::device) fn split<D: Device>(
     device: &D,
     qkv: Rows<'_, D::Buffer>,
+    norms: Option<QkNorms<'_, D::Buffer>>,
     heads: Heads,
     tables: (&D::Buffer, &D::Buffer),
     step: &StepRows,
     q: RowsMut<'_, D::Buffer>,
-    store: KeyStore<'_, D::Buffer>,
+    store: Option<KeyStore<'_, D::Buffer>>,
 ) -> Result<()> {
+    let normed = norms.map(|norms| normed(device, qkv, step.tokens.len(), heads, norms));
+    let normed = normed.transpose()?;
+    let all = (heads.q + 2 * heads.kv) * heads.dim;
+    let qkv = normed
+        .as_ref()
+        .map_or(qkv, |rows| Rows::packed(rows, 0, all));
     let Heads {
         q: q_heads,
         kv,
@@ -22,6 +33,9 @@ pub(in crate::device) fn split<D: Device>(
     let (q_width, width) = (q_heads * dim, kv * dim);
     let angles = &step.angles;
     device.rope(qkv, q, q_heads, dim, tables, angles, false, Accumulate::No)?;
+    let Some(store) = store else {
+        return Ok(());
+    };
     let (cache, keys) = (store.cache, qkv.column(q_width));
     for run in consecutive(step.cache_rows.iter().copied().map(Some)) {
         let first = step.cache_rows[run.start];
@@ -51,6 +65,61 @@ pub(in crate::device) fn split<D: Device>(
         }
     }
     Ok(())
+}
+
+/// The rows with queries and keys normed.
+pub(in crate::device) fn normed<D: Device>(
+    device: &D,
+    qkv: Rows<'_, D::Buffer>,
+    rows: usize,
+    heads: Heads,
+    norms: QkNorms<'_, D::Buffer>,
+) -> Result<D::Buffer> {
+    let [q, kv] = [heads.q, heads.kv].map(|heads_of| heads_of * heads.dim);
+    let stride = q + 2 * kv;
+    let mut all = device.empty(Kind::Activation, rows * stride)?;
+    let parts = [(0, q), (q, kv)].into_iter().zip(norms.weights);
+    for (((column, width), weight), rstd) in parts.zip(norms.rstd) {
+        let groups = width / device.len(weight);
+        device.rms_norm(
+            qkv.column(column),
+            [rows, groups],
+            weight,
+            norms.eps,
+            RowsMut::packed(&mut all, 0, stride).column(column),
+            RowsMut::packed(rstd, 0, groups),
+        )?;
+    }
+    let v = RowsMut::packed(&mut all, 0, stride).column(q + kv);
+    device.copy(qkv.column(q + kv), v, rows, kv, Accumulate::No)?;
+    Ok(all)
+}
+
+/// The gradient of [`normed`], and that of values.
+pub(in crate::device) fn norm_grad<D: Device>(
+    device: &D,
+    grad: &QkNormGrad<'_, D::Buffer>,
+    weights: [&D::Buffer; 2],
+    mut d_x: RowsMut<'_, D::Buffer>,
+) -> Result<()> {
+    let (heads, rows) = (grad.heads, grad.rows);
+    let [q, kv] = [heads.q, heads.kv].map(|heads_of| heads_of * heads.dim);
+    let mut normed = device.zeros(Kind::Activation, rows * (q + kv))?;
+    let parts = [(0, q), (q, kv)].into_iter().zip(weights);
+    for (((column, width), weight), rstd) in parts.zip(grad.rstd) {
+        device.rms_norm_grad(
+            grad.d_y.column(column),
+            grad.x.column(column),
+            rstd,
+            [rows, width / device.len(weight)],
+            weight,
+            RowsMut::packed(&mut normed, 0, q + kv).column(column),
+        )?;
+    }
+    let src = Rows::packed(&normed, 0, q + kv);
+    device.copy(src, d_x.reborrow(), rows, q + kv, Accumulate::No)?;
+    let v = grad.d_y.column(q + kv);
+    device.copy(v, d_x.column(q + kv), rows, kv, Accumulate::No)
 }
 
 /// Writes the gradients of queries, keys and values to rows `[q | k | v]`. Those of queries and keys are rotated back.

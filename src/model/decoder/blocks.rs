@@ -1,6 +1,6 @@
 //! The parts of a layer that models compute differently (`model::switches`): norms, biases and factors.
 
-use super::{Decoder, Normed, QkNormed};
+use super::{Decoder, Normed};
 use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
 use crate::model::lora::Product;
 use crate::model::parameters::{Extra, index};
@@ -100,44 +100,25 @@ impl<D: Device> Decoder<D> {
         }))
     }
 
-    /// Queries and keys of the rows `[q | k | v]` normed, where the model norms them, and the rows before.
-    pub(super) fn norm_qk(
+    /// Where the norms of queries and keys of `rows` rows leave their reciprocal root mean squares, in models that have
+    /// them.
+    pub(super) fn qk_rstd(
         &self,
         plan: &Plan,
         l: usize,
-        raw: D::Buffer,
         rows: usize,
-    ) -> Result<(D::Buffer, Option<QkNormed<D>>)> {
-        let Some(parts) = self.qk_norms(plan, l) else {
-            return Ok((raw, None));
+    ) -> Result<Option<[D::Buffer; 2]>> {
+        let Some([q, k]) = self.qk_norms(plan, l) else {
+            return Ok(None);
         };
-        let (device, stride) = (&self.device, plan.qkv_width());
-        let mut normed = device.empty(Kind::Activation, rows * stride)?;
-        let norm = |part: &QkNormPart, normed: &mut D::Buffer| -> Result<D::Buffer> {
-            let mut rstd = device.empty(Kind::Exact, rows * part.groups)?;
-            device.rms_norm(
-                Rows::packed(&raw, 0, stride).column(part.column),
-                [rows, part.groups],
-                self.weights.vector(part.weight),
-                self.config.rms_norm_eps,
-                RowsMut::packed(normed, 0, stride).column(part.column),
-                RowsMut::packed(&mut rstd, 0, part.groups),
-            )?;
-            Ok(rstd)
-        };
-        let (q_rstd, k_rstd) = (norm(&parts[0], &mut normed)?, norm(&parts[1], &mut normed)?);
-        let v = plan.q_width() + plan.kv_width();
-        let (src, dst) = (
-            Rows::packed(&raw, 0, stride).column(v),
-            RowsMut::packed(&mut normed, 0, stride).column(v),
-        );
-        device.copy(src, dst, rows, plan.kv_width(), Accumulate::No)?;
-        let qk = QkNormed {
-            raw,
-            q_rstd,
-            k_rstd,
-        };
-        Ok((normed, Some(qk)))
+        let empty = |part: QkNormPart| self.device.empty(Kind::Exact, rows * part.groups);
+        Ok(Some([empty(q)?, empty(k)?]))
+    }
+
+    /// Weights of the norms of queries and of keys of a layer, where the model has them.
+    pub(super) fn qk_norm_weights(&self, plan: &Plan, l: usize) -> Option<[&D::Buffer; 2]> {
+        let parts = self.qk_norms(plan, l)?;
+        Some(parts.map(|part| self.weights.vector(part.weight)))
     }
 
     /// The norms of queries and of keys of a layer, where the model has them.

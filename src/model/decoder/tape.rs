@@ -46,8 +46,6 @@ pub struct Normed<D: Device> {
 pub struct QkNormed<D: Device> {
     /// Rows `[q | k | v]` before the norms.
     pub raw: D::Buffer,
-    /// Reciprocal root mean squares of the queries, `[rows, groups]`.
-    pub q_rstd: D::Buffer,
-    /// Those of the keys.
-    pub k_rstd: D::Buffer,
+    /// Reciprocal root mean squares of the queries and of the keys, `[rows, groups]`.
+    pub rstd: [D::Buffer; 2],
 }

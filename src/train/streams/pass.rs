@@ -337,12 +337,13 @@ impl<'a, D: Device> Work<'a, D> {
         let width = self.plan.qkv_width();
         let (tape, derived, sums) = group.layers[l].parts();
         let d_qkv = self.summed(d_qkv, &mut sums.d_qkv, width)?;
-        let mut own = None;
+        let mut own;
         let d_product = match (&derived.qk, &mut sums.d_raw_qkv) {
             (Some(qk), Some(sum)) => {
-                let raw = own.insert(self.qk_norm_grad(l, qk, d_qkv)?);
-                self.add(raw, sum, width)?;
-                Rows::packed(raw, 0, width)
+                own = self.own(width)?;
+                let d_x = self.target(&mut own, sum, width);
+                self.qk_norm_grad(l, qk, d_qkv, d_x)?;
+                self.summed(&own, sum, width)?
             }
             _ => d_qkv,
         };

@@ -279,7 +279,7 @@ impl<D: Device> Gradients<D> {
         }
         if let Some(qk) = &derived.qk {
             let parts = model.qk_norms(plan, l);
-            for (part, rstd) in parts.iter().flatten().zip([&qk.q_rstd, &qk.k_rstd]) {
+            for (part, rstd) in parts.iter().flatten().zip(&qk.rstd) {
                 let [d_y, x] = [&sums.d_qkv, &qk.raw].map(|all| at(all, qkv).column(part.column));
                 let (rstd, shape) = (at(rstd, part.groups), [rows, part.groups]);
                 if let Some(tensor) = self.tensor_mut(part.weight) {

@@ -1,7 +1,7 @@
 //! Backward of the norms and factors around attention and MLP (`model::switches`).
 
 use super::Work;
-use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
+use crate::device::{Accumulate, Device, Kind, QkNormGrad, Result, Rows, RowsMut};
 use crate::model::decoder::{Normed, QkNormed};
 use crate::model::lora::Product;
 
@@ -63,34 +63,19 @@ impl<D: Device> Work<'_, D> {
         l: usize,
         qk: &QkNormed<D>,
         d_y: Rows<'_, D::Buffer>,
-    ) -> Result<D::Buffer> {
-        let (model, device, plan) = (self.model, &self.model.device, self.plan);
-        let width = plan.qkv_width();
-        let mut d_x = device.zeros(Kind::Activation, self.rows * width)?;
-        for (part, rstd) in model
-            .qk_norms(plan, l)
-            .iter()
-            .flatten()
-            .zip([&qk.q_rstd, &qk.k_rstd])
-        {
-            device.rms_norm_grad(
-                d_y.column(part.column),
-                Rows::packed(&qk.raw, self.first, width).column(part.column),
-                Rows::packed(rstd, self.first, part.groups),
-                [self.rows, part.groups],
-                model.weights.vector(part.weight),
-                RowsMut::packed(&mut d_x, 0, width).column(part.column),
-            )?;
-        }
-        let v = plan.q_width() + plan.kv_width();
-        let dst = RowsMut::packed(&mut d_x, 0, width).column(v);
-        device.copy(
-            d_y.column(v),
-            dst,
-            self.rows,
-            plan.kv_width(),
-            Accumulate::No,
-        )?;
-        Ok(d_x)
+        d_x: RowsMut<'_, D::Buffer>,
+    ) -> Result<()> {
+        let (model, plan) = (self.model, self.plan);
+        let norms = model.qk_norms(plan, l).expect("norms of queries and keys");
+        let [q, k] = [0, 1].map(|i| Rows::packed(&qk.rstd[i], self.first, norms[i].groups));
+        let grad = QkNormGrad {
+            d_y,
+            x: Rows::packed(&qk.raw, self.first, plan.qkv_width()),
+            rstd: [q, k],
+            rows: self.rows,
+            heads: plan.heads,
+        };
+        let weights = norms.map(|part| model.weights.vector(part.weight));
+        model.device.qk_norm_grad(&grad, weights, d_x)
     }
 }
