@@ -64,15 +64,18 @@ static void check_norm(int rows, int width) {
   free_all();
 }
 
-// The gradient of a weight that the heads of a row share: the sums of heads, then the chain over rows.
-static void group_sums(const SegattnNormParams& p) {
-  const int vectors = up(p.rows, 4) * 4 * p.width / kVector;
-  rms_norm_group_sums_bf16<<<up(vectors, GroupConfig::kThreads), GroupConfig::kThreads>>>(p);
+// The gradient of a weight that the heads of a row share: the sums of heads, then the chain over rows. Of one norm, or of
+// two of as many rows and columns.
+static void group_sums(const SegattnNormParams& p, const SegattnNormParams* second = nullptr) {
+  const int vectors = up(p.rows, 4) * 4 * p.width / kVector, blocks = up(vectors, GroupConfig::kThreads);
+  const SegattnNormsParams both = {{p, second ? *second : p}, blocks};
+  rms_norm_group_sums_bf16<<<second ? 2 * blocks : blocks, GroupConfig::kThreads>>>(both);
 }
-static void chain(const SegattnNormParams& p) {
-  const int shared = sizeof(ChainShared);
+static void chain(const SegattnNormParams& p, const SegattnNormParams* second = nullptr) {
+  const int shared = sizeof(ChainShared), blocks = up(p.width, 32);
   must(cudaFuncSetAttribute(rms_norm_chain_f32, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
-  rms_norm_chain_f32<<<up(p.width, 32), ChainConfig::kThreads, shared>>>(p);
+  const SegattnNormsParams both = {{p, second ? *second : p}, blocks};
+  rms_norm_chain_f32<<<second ? 2 * blocks : blocks, ChainConfig::kThreads, shared>>>(both);
 }
 static size_t sums_len(int rows, int width) { return (size_t)up(rows, 4) * 4 * up(width, 32) * 32; }
 

@@ -66,6 +66,42 @@ static void time_norm_heads(int rows, int heads, int dim) {
   free_all();
 }
 
+// Threads of the kernels of heads' norms.
+static int64_t head_lanes(int rows, int heads, int dim) {
+  int lanes = 1;
+  while (lanes * kVector < dim) lanes *= 2;
+  return (int64_t)rows * heads * lanes;
+}
+
+// The norms of q's and k's heads: with the split, and their gradients.
+static void time_qk_norms(int rows, int q_heads, int kv_heads, int dim) {
+  const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;
+  const auto tensor = [&](int width) { return rows_of(zeros<uint16_t>((size_t)rows * width), width); };
+  SegattnQkvParams p = qkv_params(rows, q_heads, kv_heads, dim);
+  p.qkv = tensor(width), p.q = tensor(q_width), p.k = tensor(kv_width), p.v = tensor(kv_width);
+  p.norms.q_weight = zeros<float>(dim), p.norms.k_weight = zeros<float>(dim), p.norms.eps = 1e-6f;
+  p.norms.q_rstd = zeros<float>((size_t)rows * q_heads), p.norms.k_rstd = zeros<float>((size_t)rows * kv_heads);
+  const int blocks = up((int64_t)rows * width / 16, 256);
+  const int norm_blocks = up(head_lanes(rows, q_heads + 2 * kv_heads, dim), 256);
+  time_of("split_qkv without raw k", 4. * rows * width, [&] { split_qkv_bf16<<<blocks, 256>>>(p); });
+  time_of("split_qkv_norm without raw k", 4. * rows * width, [&] { split_qkv_norm_bf16<<<norm_blocks, 256>>>(p); });
+  SegattnHeadNormsParams grad = {};
+  grad.d_y = p.qkv, grad.x = tensor(width), grad.d_x = tensor(width), grad.norms = p.norms;
+  grad.rows = rows, grad.q_heads = q_heads, grad.kv_heads = kv_heads, grad.head_dim = dim;
+  time_of("head_norms_grad", 6. * rows * width - 2. * rows * kv_width,
+          [&] { head_norms_grad_bf16<<<norm_blocks, 256>>>(grad); });
+  SegattnNormParams q = norm_params(rows, dim);
+  q.x = grad.x, q.d_y = grad.d_y, q.rstd = p.norms.q_rstd, q.groups = q_heads;
+  q.d_weight = zeros<float>(dim), q.sums = zeros<float>(sums_len(rows, dim));
+  SegattnNormParams k = q;
+  k.x.data = (uint16_t*)q.x.data + q_width, k.d_y.data = (uint16_t*)q.d_y.data + q_width;
+  k.rstd = p.norms.k_rstd, k.groups = kv_heads;
+  k.d_weight = zeros<float>(dim), k.sums = zeros<float>(sums_len(rows, dim));
+  time_of("weight gradients of q's and k's norms", 4. * rows * (q_width + kv_width),
+          [&] { group_sums(q, &k), chain(q, &k); });
+  free_all();
+}
+
 static void time_rope(int rows, int q_heads, int kv_heads, int dim) {
   SegattnQkvParams p = qkv_params(rows, q_heads, kv_heads, dim);
   const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;
@@ -197,6 +233,9 @@ static void time_all() {
   time_norm(16384, 2048);
   time_norm_heads(8192, 16, 128);
   time_norm_heads(8192, 8, 128);
+  time_qk_norms(8192, 16, 8, 128);
+  time_qk_norms(8, 16, 8, 128);
+  time_qk_norms(1, 16, 8, 128);
   time_rope(16384, 32, 8, 128);
   time_swiglu(8192, 11008);
   time_embedding(16384, 4096, 32000);

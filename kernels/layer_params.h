@@ -43,6 +43,12 @@ typedef struct SegattnNormParams {
   float eps;
 } SegattnNormParams;
 
+/* rms_norm_group_sums and rms_norm_chain: of one norm, or of two in one launch. */
+typedef struct SegattnNormsParams {
+  SegattnNormParams norms[2];
+  int32_t blocks; /* of the first; the other blocks are those of the second */
+} SegattnNormsParams;
+
 /* The norms of q's and k's heads, of at most 256 elements, in rows [q, k, v] of (q_heads + 2 kv_heads) * head_dim. */
 typedef struct SegattnHeadNorms {
   const float* q_weight; /* [head_dim] */

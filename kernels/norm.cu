@@ -7,7 +7,7 @@
 //                         without x, of d_y: the gradient of a bias
 //   rms_norm_group_sums   sums = sum over the groups of a row of memory of d_y x rstd, in ascending order from zero
 //   rms_norm_chain        d_weight += sum over rows of sums, one chain over rows of memory in ascending order
-// The last two are the gradient of a weight that the groups of a row share: the heads' norms.
+// The last two are the gradient of a weight that the groups of a row share: the heads' norms, q's and k's in one launch.
 // Bits: the width of a row decides the threads and the tree that sum it. The sum over rows is one chain, so it does
 // not matter how many rows a call holds. Bytes a row and element: forward 4 (with residual 8), gradient 6 (+ 2 for
 // +=), weight 4; the sums of groups are written and read again, 8 for all groups together.
@@ -232,6 +232,14 @@ SEGATTN_FN void rms_norm_weight_grad(const SegattnNormParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- groups to one
 
+// A block's norm, and its number among that norm's blocks.
+SEGATTN_FN const SegattnNormParams& norm_of(const SegattnNormsParams& p) {
+  return p.norms[(int)blockIdx.x < p.blocks ? 0 : 1];
+}
+SEGATTN_FN int block_of(const SegattnNormsParams& p) {
+  return (int)blockIdx.x < p.blocks ? blockIdx.x : blockIdx.x - p.blocks;
+}
+
 // Sums are [tile of 32 columns][four rows][column][row], so that a lane of the chain reads four rows of its column at
 // once, and a warp 512 bytes. The last four rows are completed by zeros, which change no sum.
 struct SumsLayout {
@@ -278,9 +286,9 @@ SEGATTN_FN void add_groups(float (&r_sum)[kVector], const SegattnNormParams& p, 
   }
 }
 
-SEGATTN_FN void rms_norm_group_sums(const SegattnNormParams& p) {
+SEGATTN_FN void rms_norm_group_sums(const SegattnNormParams& p, int block) {
   constexpr int kLoads = GroupConfig::kLoads;
-  const uint32_t vectors = p.width / kVector, index = thread_index();
+  const uint32_t vectors = p.width / kVector, index = block * blockDim.x + threadIdx.x;
   const int64_t row = index / vectors;
   const int column = index % vectors * kVector;
   if (row >= rows_of_sums(p)) return;
@@ -319,10 +327,10 @@ SEGATTN_FN void copy_sums(ChainShared& shared, int stage, const SegattnNormParam
   }
 }
 
-SEGATTN_FN void rms_norm_chain(const SegattnNormParams& p) {
+SEGATTN_FN void rms_norm_chain(const SegattnNormParams& p, int block) {
   using C = ChainConfig;
   ChainShared& shared = *(ChainShared*)shared_memory();
-  const int lane = threadIdx.x % SumsLayout::kColumns, column = blockIdx.x * SumsLayout::kColumns + lane;
+  const int lane = threadIdx.x % SumsLayout::kColumns, column = block * SumsLayout::kColumns + lane;
   const bool adds = threadIdx.x < C::kAdding && column < p.width;
   const bool copies = threadIdx.x >= C::kAdding && column < p.width;
   float sum = adds ? p.d_weight[column] : 0.f;
@@ -364,11 +372,15 @@ SEGATTN_INFO(rms_norm_weight_grad_bf16,
              (SegattnKernelInfo{ColumnConfig::kThreads, sizeof(ColumnShared), ColumnConfig::kBlocks,
                                 ColumnConfig::kColumns, 0, 0, sizeof(SegattnNormParams)}))
 SEGATTN_KERNEL(rms_norm_weight_grad_bf16, ColumnConfig, SegattnNormParams) { rms_norm_weight_grad(params); }
-// rms_norm_group_sums: a thread a vector of columns of a row.
+// rms_norm_group_sums: a thread a vector of columns of a row, in whole blocks for each norm.
 SEGATTN_INFO(rms_norm_group_sums_bf16,
-             (SegattnKernelInfo{GroupConfig::kThreads, 0, GroupConfig::kBlocks, 0, 0, 0, sizeof(SegattnNormParams)}))
-SEGATTN_KERNEL(rms_norm_group_sums_bf16, GroupConfig, SegattnNormParams) { rms_norm_group_sums(params); }
+             (SegattnKernelInfo{GroupConfig::kThreads, 0, GroupConfig::kBlocks, 0, 0, 0, sizeof(SegattnNormsParams)}))
+SEGATTN_KERNEL(rms_norm_group_sums_bf16, GroupConfig, SegattnNormsParams) {
+  rms_norm_group_sums(norm_of(params), block_of(params));
+}
 // rms_norm_chain: a block 32 columns.
 SEGATTN_INFO(rms_norm_chain_f32, (SegattnKernelInfo{ChainConfig::kThreads, sizeof(ChainShared), ChainConfig::kBlocks,
-                                                    SumsLayout::kColumns, 0, 0, sizeof(SegattnNormParams)}))
-SEGATTN_KERNEL(rms_norm_chain_f32, ChainConfig, SegattnNormParams) { rms_norm_chain(params); }
+                                                    SumsLayout::kColumns, 0, 0, sizeof(SegattnNormsParams)}))
+SEGATTN_KERNEL(rms_norm_chain_f32, ChainConfig, SegattnNormsParams) {
+  rms_norm_chain(norm_of(params), block_of(params));
+}

@@ -306,6 +306,15 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
     ) -> Result<()> {
         shared::qkv::norm_grad(self, grad, weights, d_x)
     }
+    /// The gradients of the weights of these norms, as [`Device::rms_norm_weight_grad`]: `d_weights +=`, for those that
+    /// are asked for.
+    fn qk_norm_weight_grad(
+        &self,
+        grad: &QkNormGrad<'_, Self::Buffer>,
+        d_weights: [Option<&mut Self::Buffer>; 2],
+    ) -> Result<()> {
+        shared::qkv::norm_weight_grad(self, grad, d_weights)
+    }
     /// `y = silu(gate) * up` for rows `[gate | up]` of `2 * inner`.
     fn swiglu(
         &self,

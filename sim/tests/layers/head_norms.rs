@@ -3,11 +3,12 @@
 
 use half::bf16;
 use segattn::cuda::kernels::layer_params::{
-    SegattnHeadNorms, SegattnHeadNormsParams, SegattnNormParams, SegattnQkvParams,
+    SegattnHeadNorms, SegattnHeadNormsParams, SegattnNormParams, SegattnQkvParams, SegattnRows,
 };
 use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;
+use super::norm::{NO_NORM, sum_groups_of};
 use super::rotation::{POSITIONS, Tables, angles};
 
 const EPS: f32 = 1e-5;
@@ -99,9 +100,17 @@ fn normed_rows(case: &Case, qkv: &[bf16], weights: &[Vec<f32>; 2]) -> (Vec<bf16>
 }
 
 fn norms(gpu: &mut Gpu, case: &Case) -> (SegattnHeadNorms, [Buffer; 2]) {
-    let [q_weight, k_weight] = case
-        .weights()
-        .map(|weight| gpu.input("weight", &weight).expect("memory"));
+    norms_by(gpu, case, &case.weights())
+}
+
+fn norms_by(
+    gpu: &mut Gpu,
+    case: &Case,
+    weights: &[Vec<f32>; 2],
+) -> (SegattnHeadNorms, [Buffer; 2]) {
+    let [q_weight, k_weight] = weights
+        .each_ref()
+        .map(|weight| gpu.input("weight", weight).expect("memory"));
     let rstd = case.heads.map(|heads| {
         let bytes = case.rows * heads * size_of::<f32>();
         gpu.alloc("rstd", bytes).expect("memory")
@@ -219,6 +228,34 @@ fn split_with_norms_is_the_norms_and_then_the_split() {
     }
 }
 
+/// Weights between two of which the result is in the middle of two numbers of bf16, so that another order of the
+/// products gives the other one.
+#[test]
+fn split_with_norms_multiplies_by_rstd_before_the_weight() {
+    let (case, gpu) = (case(1, [1, 1], 64, 0), &mut gpu(1));
+    let qkv = case.rows_of(9);
+    let weights = [0, 1].map(|part| {
+        let head = &qkv[part * case.dim..][..case.dim];
+        let (_, rstd) = normed(head, &vec![1.0; case.dim]);
+        let weight = head.iter().map(|x| {
+            let x = x.to_f32();
+            let middle = f32::from_bits(bf16::from_f32(x * rstd).to_f32().to_bits() | 1 << 15);
+            let near = (middle / (x * rstd)).to_bits();
+            let near = (near - 4..near + 4).map(f32::from_bits);
+            let low = |y: f32| bf16::from_f32(y);
+            let mut differ = near.filter(|w| low(x * rstd * w) != low(x * (rstd * w)));
+            differ.next().unwrap_or(1.0)
+        });
+        weight.collect::<Vec<f32>>()
+    });
+    assert!(weights.iter().flatten().any(|weight| *weight != 1.0));
+    let (rows, _) = normed_rows(&case, &qkv, &weights);
+    let expected = split(gpu, &case, ("split_qkv_bf16", true), &rows, NO_NORMS);
+    let (norms, _) = norms_by(gpu, &case, &weights);
+    let got = split(gpu, &case, ("split_qkv_norm_bf16", true), &qkv, norms);
+    assert_eq!(got, expected);
+}
+
 /// Launches a split that keeps queries alone, with norms or without.
 fn queries(gpu: &mut Gpu, case: &Case, qkv: &[bf16], norms: Option<SegattnHeadNorms>) -> Vec<u16> {
     let tables = Tables::new(gpu, POSITIONS, case.dim);
@@ -313,6 +350,12 @@ fn gradient(gpu: &mut Gpu, case: &Case, [d_y, x]: [&[bf16]; 2], rstd: [Buffer; 2
     bits(&d_x.read(gpu))
 }
 
+fn from_column(rows: &Matrix, column: usize) -> SegattnRows {
+    let mut view = rows.view();
+    view.data = view.data.wrapping_byte_add(2 * column);
+    view
+}
+
 /// The same by `rms_norm_grad` of q and of k, added to zeros.
 fn gradient_in_parts(
     gpu: &mut Gpu,
@@ -326,28 +369,18 @@ fn gradient_in_parts(
     let columns = [0, case.widths()[0]];
     for (part, weight) in case.weights().iter().enumerate() {
         let weight = gpu.input("weight", weight).expect("memory");
-        let from_column = |rows: &Matrix| {
-            let mut view = rows.view();
-            view.data = view.data.wrapping_byte_add(2 * columns[part]);
-            view
-        };
         let norms = case.rows * case.heads[part];
         let params = SegattnNormParams {
-            x: from_column(&x),
-            residual: NO_ROWS,
-            x_sum: NO_ROWS,
+            x: from_column(&x, columns[part]),
             weight: weight.ptr(),
-            y: NO_ROWS,
             rstd: rstd[part].ptr(),
-            d_y: from_column(&d_y_rows),
-            d_x: from_column(&d_x),
-            d_weight: std::ptr::null_mut(),
-            sums: std::ptr::null_mut(),
+            d_y: from_column(&d_y_rows, columns[part]),
+            d_x: from_column(&d_x, columns[part]),
             rows: norms as i64,
             width: case.dim as i32,
             groups: case.heads[part] as i32,
             add: 1,
-            eps: EPS,
+            ..NO_NORM
         };
         let norm = module("norm.cu");
         launch(gpu, &norm, "rms_norm_grad_bf16", norms, Some(32), &params);
@@ -397,4 +430,48 @@ fn gradient_has_the_same_bits_under_ten_schedules() {
     });
     let all: Vec<_> = all.collect();
     assert!(all.iter().all(|got| *got == all[0]));
+}
+
+/// Gradients of both weights, by launches for both norms or for one after the other.
+fn weight_gradients(seed: u64, case: &Case, together: bool) -> Vec<Vec<u32>> {
+    let gpu = &mut gpu(seed);
+    let width = case.width();
+    let (x, d_y) = (case.rows_of(7), case.rows_of(8));
+    let [x, d_y] = [x, d_y].map(|rows| Matrix::of(gpu, "rows", &rows, width, case.gap));
+    let columns = [0, case.widths()[0]];
+    let parts = [0, 1].map(|part| {
+        let rstd = values(case.rows * case.heads[part], 9 + part as u64);
+        let rstd = gpu.input("rstd", &rstd).expect("memory");
+        let before = &case.weights()[part];
+        let d_weight = gpu.upload("d_weight", before).expect("memory");
+        let norm = SegattnNormParams {
+            x: from_column(&x, columns[part]),
+            rstd: rstd.ptr(),
+            d_y: from_column(&d_y, columns[part]),
+            d_weight: d_weight.ptr(),
+            rows: case.rows as i64,
+            width: case.dim as i32,
+            groups: case.heads[part] as i32,
+            ..NO_NORM
+        };
+        (norm, d_weight)
+    });
+    let norms = parts.map(|(norm, _)| norm);
+    match together {
+        true => sum_groups_of(gpu, &norms),
+        false => norms.iter().for_each(|norm| sum_groups_of(gpu, &[*norm])),
+    }
+    let gradients = parts.iter().map(|(_, d_weight)| gpu.download(*d_weight));
+    gradients.collect()
+}
+
+#[test]
+fn gradient_of_both_weights_is_that_of_each() {
+    for case in [CASES[1], CASES[4], case(300, [5, 2], 64, 8)] {
+        let expected = weight_gradients(0, &case, false);
+        for seed in 1..4 {
+            let got = weight_gradients(seed, &case, true);
+            assert_eq!(got, expected, "{case:?}, seed {seed}");
+        }
+    }
 }

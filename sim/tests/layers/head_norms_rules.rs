@@ -34,7 +34,7 @@ pub const SPLIT_NORM: [Rule; 15] = [
 ];
 
 /// `head_norms_grad` of `norm.cu`.
-pub const HEAD_GRAD: [Rule; 9] = [
+pub const HEAD_GRAD: [Rule; 12] = [
     replace("r_d_y[e] = mul_rn(r_d_y[e], r_weight[e])", ""),
     replace(
         "along = fma_rn(r_d_y[e], r_x[e], along)",
@@ -55,6 +55,9 @@ pub const HEAD_GRAD: [Rule; 9] = [
     ),
     replace("rstd * rstd * rstd;\n    // A", "rstd * rstd;\n    // A"),
     drop_statement("if (!is_inside) return"),
+    replace("(int)blockIdx.x < p.blocks ? 0 : 1", "0"),
+    replace("blockIdx.x - p.blocks", "blockIdx.x"),
+    replace("p.blocks ? 0 : 1", "p.blocks - 1 ? 0 : 1"),
     // Zeros have a sign.
     replace("0.f + fma_rn", "fma_rn"),
 ];

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use half::bf16;
-use segattn::cuda::kernels::layer_params::SegattnNormParams;
+use segattn::cuda::kernels::layer_params::{SegattnNormParams, SegattnNormsParams};
 use segattn_sim::{Gpu, Module};
 
 use super::common::*;
@@ -21,7 +21,7 @@ fn row_threads(width: usize) -> u32 {
 }
 
 /// A launch of nothing.
-const NO_NORM: SegattnNormParams = SegattnNormParams {
+pub const NO_NORM: SegattnNormParams = SegattnNormParams {
     x: NO_ROWS,
     residual: NO_ROWS,
     x_sum: NO_ROWS,
@@ -152,21 +152,41 @@ fn run_in_groups(
 }
 
 /// The gradient of the weight by way of the sums of groups.
-fn sum_groups(gpu: &mut Gpu, mut params: SegattnNormParams) {
-    let (groups, width) = (params.groups as usize, params.width as usize);
-    let rows = params.rows as usize / groups;
+fn sum_groups(gpu: &mut Gpu, params: SegattnNormParams) {
+    let rows = params.rows / i64::from(params.groups);
+    sum_groups_of(gpu, &[SegattnNormParams { rows, ..params }]);
+}
+
+/// The gradients of the weights of one norm, or of two of as many rows of memory and columns, in two launches.
+pub fn sum_groups_of(gpu: &mut Gpu, norms: &[SegattnNormParams]) {
+    let (rows, width) = (norms[0].rows as usize, norms[0].width as usize);
     let (padded, tiles) = (rows.next_multiple_of(4), width.div_ceil(32));
-    let sums = gpu.alloc("sums", tiles * padded * 32 * 4).expect("memory");
-    params.sums = sums.ptr();
-    params.rows = rows as i64;
+    let sums = norms.iter().map(|norm| {
+        let sums = gpu.alloc("sums", tiles * padded * 32 * 4).expect("memory");
+        let norm = SegattnNormParams {
+            sums: sums.ptr(),
+            ..*norm
+        };
+        (sums, norm)
+    });
+    let (sums, mut parts): (Vec<_>, Vec<_>) = sums.unzip();
+    parts.resize(2, NO_NORM);
+    let mut stage = |kernel: &str, blocks: usize| {
+        let params = SegattnNormsParams {
+            norms: [parts[0], parts[1]],
+            blocks: blocks as i32,
+        };
+        launch(gpu, norm(), kernel, norms.len() * blocks, None, &params);
+    };
     let kernel = "rms_norm_group_sums_bf16";
-    let threads = info(norm(), kernel, size_of::<SegattnNormParams>()).threads as usize;
-    let blocks = (padded * width / 8).div_ceil(threads);
-    launch(gpu, norm(), kernel, blocks, None, &params);
-    let unwritten: usize = gpu.unwritten(sums).iter().map(|range| range.len()).sum();
-    let beyond = tiles * 32 - width;
-    assert_eq!(unwritten, beyond * padded * 4, "columns that are none");
-    launch(gpu, norm(), "rms_norm_chain_f32", tiles, None, &params);
+    let threads = info(norm(), kernel, size_of::<SegattnNormsParams>()).threads as usize;
+    stage(kernel, (padded * width / 8).div_ceil(threads));
+    stage("rms_norm_chain_f32", tiles);
+    for sums in sums {
+        let unwritten: usize = gpu.unwritten(sums).iter().map(|range| range.len()).sum();
+        let beyond = tiles * 32 - width;
+        assert_eq!(unwritten, beyond * padded * 4, "columns that are none");
+    }
 }
 
 /// y, d_x and d_weight by the formula, in f64; `round` after every operation.

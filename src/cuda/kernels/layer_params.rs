@@ -101,6 +101,21 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnNormsParams {
+    pub norms: [SegattnNormParams; 2usize],
+    pub blocks: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnNormsParams"][::core::mem::size_of::<SegattnNormsParams>() - 312usize];
+    ["Alignment of SegattnNormsParams"][::core::mem::align_of::<SegattnNormsParams>() - 8usize];
+    ["Offset of field: SegattnNormsParams::norms"]
+        [::core::mem::offset_of!(SegattnNormsParams, norms) - 0usize];
+    ["Offset of field: SegattnNormsParams::blocks"]
+        [::core::mem::offset_of!(SegattnNormsParams, blocks) - 304usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnHeadNorms {
     pub q_weight: *const f32,
     pub k_weight: *const f32,

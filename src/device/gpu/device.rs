@@ -7,7 +7,7 @@ use half::bf16;
 use super::gemm::epilogue;
 use super::{
     Blocks, Buffer, Driver, Epilogue, Gemm, Gpu, Matrix, Operand, Pool, Recording, Samplers, Step,
-    attend, bounds, bytes_of, optimizer, record, rotation, rows,
+    attend, bounds, bytes_of, head_norms, optimizer, record, rotation, rows,
 };
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Move,
@@ -394,7 +394,15 @@ impl<D: Driver> Device for Gpu<D> {
         weights: [&Buffer<D>; 2],
         d_x: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rotation::qk_norm_grad(self, grad, weights, d_x)
+        head_norms::qk_norm_grad(self, grad, weights, d_x)
+    }
+
+    fn qk_norm_weight_grad(
+        &self,
+        grad: &QkNormGrad<'_, Buffer<D>>,
+        d_weights: [Option<&mut Buffer<D>>; 2],
+    ) -> Result<()> {
+        head_norms::qk_norm_weight_grad(self, grad, d_weights)
     }
 
     fn swiglu(

@@ -14,6 +14,7 @@ mod device;
 mod driver;
 mod dry_run;
 mod gemm;
+mod head_norms;
 mod memory;
 mod optimizer;
 mod past_pool;

@@ -1,28 +1,17 @@
 //! Rotary embedding, and splitting and joining of rows `[q | k | v]`: choice of kernel, grid and parameters.
 
 use super::bounds::{NONE, VECTOR, int, pointer, product};
+use super::head_norms::{NO_NORMS, are_of_heads, head_norms, head_threads};
 use super::rows::{Grid, entry, launch};
 use super::step::Column;
 use super::{Buffer, Driver, Gpu, Step};
 use crate::cuda::kernels::layer_params::{
-    SegattnHeadNorms, SegattnHeadNormsParams, SegattnMove, SegattnMoveParams, SegattnQkvParams,
-    SegattnRopeParams, SegattnRows,
+    SegattnMove, SegattnMoveParams, SegattnQkvParams, SegattnRopeParams, SegattnRows,
 };
 use crate::cuda::kernels::{File, Kernels};
-use crate::device::shared::qkv::{norm_grad, normed};
+use crate::device::shared::qkv::normed;
 use crate::device::{
-    Accumulate, DeviceError, Heads, KeyStore, Move, QkNormGrad, QkNorms, Result, Rows, RowsMut,
-};
-
-/// Most vectors of a head that the kernels of heads' norms take: a lane each.
-const MOST_LANES: usize = 32;
-/// No norms.
-const NO_NORMS: SegattnHeadNorms = SegattnHeadNorms {
-    q_weight: std::ptr::null(),
-    k_weight: std::ptr::null(),
-    q_rstd: std::ptr::null_mut(),
-    k_rstd: std::ptr::null_mut(),
-    eps: 0.0,
+    Accumulate, DeviceError, Heads, KeyStore, Move, QkNorms, Result, Rows, RowsMut,
 };
 
 /// Rotates the heads of rows by their angles.
@@ -141,25 +130,11 @@ fn at_rows(rows: SegattnRows) -> [u64; 2] {
 }
 
 /// Elements of a row of queries, of keys, and of `[q | k | v]`.
-fn qkv_widths(heads: Heads) -> Result<[usize; 3]> {
+pub(super) fn qkv_widths(heads: Heads) -> Result<[usize; 3]> {
     let q = product("query heads and head_dim", &[heads.q, heads.dim])?;
     let kv = product("KV heads and head_dim", &[heads.kv, heads.dim])?;
     let all = kv.checked_mul(2).and_then(|kv| kv.checked_add(q));
     Ok([q, kv, all.unwrap_or(usize::MAX)])
-}
-
-/// Whether norms of queries and keys have a weight for one head each, which the kernels of heads' norms can take.
-fn are_of_heads<D: Driver>(weights: [&Buffer<D>; 2], heads: Heads) -> bool {
-    let fits = heads.dim.is_multiple_of(VECTOR) && heads.dim <= MOST_LANES * VECTOR;
-    fits && weights.iter().all(|weight| weight.len == heads.dim)
-}
-
-/// Threads of the kernels of heads' norms: as many lanes a head as a power of two that has one for each vector.
-fn head_threads(rows: usize, heads: Heads) -> Result<Grid> {
-    let lanes = (heads.dim / VECTOR).next_power_of_two();
-    let all = (heads.kv.checked_mul(2)).and_then(|kv| kv.checked_add(heads.q));
-    let sizes = [rows, all.unwrap_or(usize::MAX), lanes];
-    Ok(Grid::Threads(product("lanes of heads", &sizes)?))
 }
 
 /// Splits rows `[q | k | v]` into rotated queries, rows of the cache and rows of the probes, queries and keys normed
@@ -202,24 +177,6 @@ pub(super) fn split_qkv<D: Driver>(
             launch(gpu, entry(File::Rope, "split_qkv_bf16"), threads, &params)
         }
     }
-}
-
-/// The norms of heads in a forward.
-fn head_norms<D: Driver>(
-    gpu: &Gpu<D>,
-    norms: QkNorms<'_, Buffer<D>>,
-    rows: usize,
-    heads: Heads,
-) -> Result<SegattnHeadNorms> {
-    let ([q_weight, k_weight], [q_rstd, k_rstd]) = (norms.weights, norms.rstd);
-    let rstds = |heads: usize| product("norms of heads", &[rows, heads]);
-    Ok(SegattnHeadNorms {
-        q_weight: gpu.exact(q_weight, 0, heads.dim)?,
-        k_weight: gpu.exact(k_weight, 0, heads.dim)?,
-        q_rstd: gpu.exact(q_rstd, 0, rstds(heads.q)?)?,
-        k_rstd: gpu.exact(k_rstd, 0, rstds(heads.kv)?)?,
-        eps: norms.eps as f32,
-    })
 }
 
 /// Parameters of a split without norms.
@@ -279,42 +236,6 @@ fn split_params<D: Driver>(
         kv_heads: int("kv_heads", heads.kv)?,
         head_dim: int("head_dim", heads.dim)?,
     })
-}
-
-/// Backward of the norms of queries and keys.
-pub(super) fn qk_norm_grad<D: Driver>(
-    gpu: &Gpu<D>,
-    grad: &QkNormGrad<'_, Buffer<D>>,
-    weights: [&Buffer<D>; 2],
-    d_x: RowsMut<'_, Buffer<D>>,
-) -> Result<()> {
-    let (rows, heads) = (grad.rows, grad.heads);
-    if !are_of_heads(weights, heads) {
-        return norm_grad(gpu, grad, weights, d_x);
-    }
-    let [_, _, width] = qkv_widths(heads)?;
-    let rstd = |part: usize, heads: usize| {
-        let Rows { buffer, start, .. } = grad.rstd[part];
-        gpu.exact(buffer, start, product("norms of heads", &[rows, heads])?)
-    };
-    let params = SegattnHeadNormsParams {
-        d_y: gpu.input(&grad.d_y, rows, width)?,
-        x: gpu.input(&grad.x, rows, width)?,
-        d_x: gpu.output(&d_x, rows, width)?,
-        norms: SegattnHeadNorms {
-            q_weight: gpu.exact(weights[0], 0, heads.dim)?,
-            k_weight: gpu.exact(weights[1], 0, heads.dim)?,
-            q_rstd: rstd(0, heads.q)?,
-            k_rstd: rstd(1, heads.kv)?,
-            ..NO_NORMS
-        },
-        rows: rows as i64,
-        q_heads: int("q_heads", heads.q)?,
-        kv_heads: int("kv_heads", heads.kv)?,
-        head_dim: int("head_dim", heads.dim)?,
-    };
-    let entry = entry(File::Norm, "head_norms_grad_bf16");
-    launch(gpu, entry, head_threads(rows, heads)?, &params)
 }
 
 /// Joins gradients of queries and keys, rotated back, and of values to rows `[q | k | v]`.

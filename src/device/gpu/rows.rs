@@ -4,8 +4,8 @@ use super::bounds::{NONE, VECTOR, below, equal, int, of_kind, pointer, product, 
 use super::step::Column;
 use super::{Buffer, Driver, Gpu, Matrix, Step};
 use crate::cuda::kernels::layer_params::{
-    SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams, SegattnRows,
-    SegattnSwigluParams,
+    SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams,
+    SegattnNormsParams, SegattnRows, SegattnSwigluParams,
 };
 use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
 use crate::device::{Accumulate, DeviceError, Kind, Result, Rows, RowsMut};
@@ -345,14 +345,40 @@ pub(super) fn rms_norm_grad<D: Driver>(
 /// `d_weight +=` the gradient by the weight. The groups of a row are summed first, into a workspace.
 pub(super) fn rms_norm_weight_grad<D: Driver>(
     gpu: &Gpu<D>,
-    [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
+    inputs: [Rows<'_, Buffer<D>>; 3],
     shape: [usize; 2],
     d_weight: &mut Buffer<D>,
 ) -> Result<()> {
+    let (params, width) = (
+        weight_grad_params(gpu, inputs, shape, d_weight)?,
+        d_weight.len,
+    );
+    if shape[1] == 1 {
+        return sum_columns(gpu, width, &params);
+    }
+    let bytes = product(
+        "sums of groups",
+        &[sums_len(shape[0], width)?, size_of::<f32>()],
+    )?;
+    let sums = gpu.block(bytes)?;
+    let params = SegattnNormParams {
+        sums: gpu.at(&sums)? as usize as *mut f32,
+        ..params
+    };
+    sum_groups(gpu, [shape[0], width], [params])
+}
+
+/// Parameters of the gradient of a norm's weight; `inputs`: upstream, x, rstd.
+pub(super) fn weight_grad_params<D: Driver>(
+    gpu: &Gpu<D>,
+    [d_y, x, rstd]: [Rows<'_, Buffer<D>>; 3],
+    shape: [usize; 2],
+    d_weight: &Buffer<D>,
+) -> Result<SegattnNormParams> {
     let width = norm_width(d_weight.len, shape[1])?;
     let (norms, groups) = groups_of(shape)?;
     let row = product("groups of a row", &[shape[1], width])?;
-    let params = SegattnNormParams {
+    Ok(SegattnNormParams {
         x: gpu.input(&x, shape[0], row)?,
         rstd: gpu.exact(rstd.buffer, rstd.start, norms)?,
         d_y: gpu.input(&d_y, shape[0], row)?,
@@ -361,35 +387,47 @@ pub(super) fn rms_norm_weight_grad<D: Driver>(
         width: int("width", width)?,
         groups,
         ..NORM
-    };
-    match groups {
-        1 => sum_columns(gpu, width, &params),
-        _ => sum_groups(gpu, [shape[0], width], params),
-    }
+    })
 }
 
-/// The sums of groups for each row, then the chain over the rows.
-fn sum_groups<D: Driver>(
+/// Elements of the workspace of [`sum_groups`].
+pub(super) fn sums_len(rows: usize, width: usize) -> Result<usize> {
+    let [tile_columns, tile_rows] = CHAIN_TILE;
+    let sizes = [
+        width.div_ceil(tile_columns),
+        tile_columns,
+        rows.next_multiple_of(tile_rows),
+    ];
+    product("sums of groups", &sizes)
+}
+
+/// The sums of groups for each row, then the chain over the rows, of one norm or of two of as many rows and columns.
+pub(super) fn sum_groups<D: Driver, const N: usize>(
     gpu: &Gpu<D>,
     [rows, width]: [usize; 2],
-    params: SegattnNormParams,
+    norms: [SegattnNormParams; N],
 ) -> Result<()> {
     let [tile_columns, tile_rows] = CHAIN_TILE;
-    let (tiles, padded) = (
-        width.div_ceil(tile_columns),
-        rows.next_multiple_of(tile_rows),
-    );
-    let elements = product("sums of groups", &[tiles, tile_columns, padded])?;
-    let sums = gpu.block(product("sums of groups", &[elements, size_of::<f32>()])?)?;
-    let params = SegattnNormParams {
-        sums: gpu.at(&sums)? as usize as *mut f32,
-        ..params
-    };
-    let threads = Grid::Threads(padded * (width / VECTOR));
-    let groups = entry(File::Norm, "rms_norm_group_sums_bf16");
-    launch(gpu, groups, threads, &params)?;
-    let chain = entry(File::Norm, "rms_norm_chain_f32");
-    launch(gpu, chain, Grid::Blocks(tiles), &params)
+    let [groups, chain] = ["rms_norm_group_sums_bf16", "rms_norm_chain_f32"];
+    let groups = entry(File::Norm, groups);
+    let vectors = product(
+        "sums of groups",
+        &[rows.next_multiple_of(tile_rows), width / VECTOR],
+    )?;
+    int("sums of groups", vectors)?;
+    let block = gpu.driver().kernels().info(groups)?.threads as usize;
+    let stages = [
+        (groups, vectors.div_ceil(block)),
+        (entry(File::Norm, chain), width.div_ceil(tile_columns)),
+    ];
+    for (entry, blocks) in stages {
+        let params = SegattnNormsParams {
+            norms: std::array::from_fn(|i| norms.get(i).copied().unwrap_or(NORM)),
+            blocks: int("blocks of a norm", blocks)?,
+        };
+        launch(gpu, entry, Grid::Blocks(N * blocks), &params)?;
+    }
+    Ok(())
 }
 
 /// `sums +=` the sum of the rows.

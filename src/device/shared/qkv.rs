@@ -122,6 +122,23 @@ pub(in crate::device) fn norm_grad<D: Device>(
     device.copy(v, d_x.column(q + kv), rows, kv, Accumulate::No)
 }
 
+/// The gradients of the weights of [`normed`].
+pub(in crate::device) fn norm_weight_grad<D: Device>(
+    device: &D,
+    grad: &QkNormGrad<'_, D::Buffer>,
+    d_weights: [Option<&mut D::Buffer>; 2],
+) -> Result<()> {
+    let [q, kv] = [grad.heads.q, grad.heads.kv].map(|heads_of| heads_of * grad.heads.dim);
+    let parts = [(0, q), (q, kv)].into_iter().zip(d_weights);
+    for (((column, width), d_weight), rstd) in parts.zip(grad.rstd) {
+        let Some(d_weight) = d_weight else { continue };
+        let [d_y, x] = [grad.d_y, grad.x].map(|rows| rows.column(column));
+        let shape = [grad.rows, width / device.len(d_weight)];
+        device.rms_norm_weight_grad(d_y, x, rstd, shape, d_weight)?;
+    }
+    Ok(())
+}
+
 /// Writes the gradients of queries, keys and values to rows `[q | k | v]`. Those of queries and keys are rotated back.
 pub(in crate::device) fn join<D: Device>(
     device: &D,

@@ -124,17 +124,13 @@ impl<D: Device> Decoder<D> {
     /// The norms of queries and of keys of a layer, where the model has them.
     pub(crate) fn qk_norms(&self, plan: &Plan, l: usize) -> Option<[QkNormPart; 2]> {
         let head = self.config.switches.qk_norm == QkNorm::Head;
-        let part = |weight, heads, column| QkNormPart {
+        let part = |weight, heads| QkNormPart {
             weight,
             groups: if head { heads } else { 1 },
-            column,
         };
         let weights = [Extra::QueryNorm, Extra::KeyNorm].map(|extra| self.extra(l, extra));
         let [q, k] = [weights[0]?, weights[1]?];
-        Some([
-            part(q, plan.heads.q, 0),
-            part(k, plan.heads.kv, plan.q_width()),
-        ])
+        Some([part(q, plan.heads.q), part(k, plan.heads.kv)])
     }
 
     /// What a block adds to the residual stream `x`, and the sum: `x + m norm(y wᵀ + bias)`, with the norm and the
@@ -206,8 +202,6 @@ pub(crate) struct QkNormPart {
     pub weight: usize,
     /// Norms of a row.
     pub groups: usize,
-    /// First column in `[q | k | v]`.
-    pub column: usize,
 }
 
 /// The last projection of attention or of the MLP.

@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Group;
-use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
+use crate::device::{
+    Accumulate, Device, DeviceError, Kind, Purpose, QkNormGrad, Result, Rows, RowsMut,
+};
 use crate::model::decoder::Decoder;
 use crate::model::lora::Product;
 use crate::model::parameters::{Extra, index};
@@ -157,6 +159,14 @@ impl<D: Device> Gradients<D> {
         self.wanted[i].then_some(&mut self.tensors[i])
     }
 
+    /// The gradients of two tensors, as [`Gradients::tensor_mut`].
+    fn two_tensors_mut(&mut self, indices: [usize; 2]) -> [Option<&mut D::Buffer>; 2] {
+        let [first, second] = indices.map(|i| self.wanted[i]);
+        let tensors = self.tensors.get_disjoint_mut(indices);
+        let [a, b] = tensors.expect("two tensors of the model");
+        [first.then_some(a), second.then_some(b)]
+    }
+
     pub(super) fn add_head(
         &mut self,
         device: &D,
@@ -277,15 +287,17 @@ impl<D: Device> Gradients<D> {
                 device.rms_norm_weight_grad(d_y, x, rstd, [rows, 1], tensor)?;
             }
         }
-        if let Some(qk) = &derived.qk {
-            let parts = model.qk_norms(plan, l);
-            for (part, rstd) in parts.iter().flatten().zip(&qk.rstd) {
-                let [d_y, x] = [&sums.d_qkv, &qk.raw].map(|all| at(all, qkv).column(part.column));
-                let (rstd, shape) = (at(rstd, part.groups), [rows, part.groups]);
-                if let Some(tensor) = self.tensor_mut(part.weight) {
-                    device.rms_norm_weight_grad(d_y, x, rstd, shape, tensor)?;
-                }
-            }
+        if let (Some(qk), Some(norms)) = (&derived.qk, model.qk_norms(plan, l)) {
+            let [q, k] = [0, 1].map(|i| at(&qk.rstd[i], norms[i].groups));
+            let grad = QkNormGrad {
+                d_y: at(&sums.d_qkv, qkv),
+                x: at(&qk.raw, qkv),
+                rstd: [q, k],
+                rows,
+                heads: plan.heads,
+            };
+            let tensors = self.two_tensors_mut(norms.map(|part| part.weight));
+            device.qk_norm_weight_grad(&grad, tensors)?;
         }
         let heads = plan.heads.q;
         let Some(gates) = self.tensor_mut(index::past_gate(l)) else {
