@@ -12,8 +12,8 @@ use segattn::attention::PerSource;
 use segattn::device::gpu::Gpu;
 use segattn::device::{
     Accumulate, Attention, Device, DeviceError, Heads, KeyStore, Kind, OutOfMemory, PastHeads,
-    PastPool, PoolBits, PoolShape, Probes, Recording, Result, Rows, RowsMut, SegmentCache,
-    SelectedBlocks, Selection, SelectionRule, SlotSpan, StepRows,
+    PastPool, PoolBits, PoolShape, Probes, QkNormGrad, Recording, Result, Rows, RowsMut,
+    SegmentCache, SelectedBlocks, Selection, SelectionRule, SlotSpan, StepRows,
 };
 use segattn_sim::{Checks, Driver};
 
@@ -184,6 +184,42 @@ fn norms_of_groups_that_vectors_do_not_fit_are_errors() {
         refusals,
         ["width of a norm", "width of a norm", "groups of a norm"]
     );
+}
+
+#[test]
+fn norms_of_heads_beyond_their_buffers_are_errors() {
+    let gpu = gpu(6, Checks::All);
+    let heads = Heads {
+        q: 2,
+        kv: 1,
+        dim: 32,
+    };
+    // Three rows of two heads and one, and too little for a fourth.
+    let (rows, weight) = (activations(&gpu, 3 * 128), exact(&gpu, 32));
+    let [q_rstd, k_rstd] = [6, 3].map(|count| exact(&gpu, count));
+    let call = |count: usize, weights: [&Buffer; 2]| {
+        let all = Rows::packed(&rows, 0, 128);
+        let grad = QkNormGrad {
+            d_y: all,
+            x: all,
+            rstd: [Rows::packed(&q_rstd, 0, 2), Rows::packed(&k_rstd, 0, 1)],
+            rows: count,
+            heads,
+        };
+        let mut d_x = activations(&gpu, 3 * 128);
+        let [mut d_q, mut d_k] = weights.map(|weight| exact(&gpu, gpu.len(weight)));
+        let d_weights = [Some(&mut d_q), Some(&mut d_k)];
+        let to = RowsMut::packed(&mut d_x, 0, 128);
+        [
+            gpu.qk_norm_grad(&grad, weights, to),
+            gpu.qk_norm_weight_grad(&grad, d_weights),
+        ]
+    };
+    assert!(call(3, [&weight, &weight]).iter().all(Result::is_ok));
+    assert_eq!(call(4, [&weight, &weight]).map(refused), ["rows", "rows"]);
+    let none = exact(&gpu, 0);
+    let refusals = call(3, [&weight, &none]).map(refused);
+    assert_eq!(refusals, ["groups of a norm", "groups of a norm"]);
 }
 
 #[test]

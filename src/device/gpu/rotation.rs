@@ -201,20 +201,16 @@ fn split_params<D: Driver>(
         gpu.output(&RowsMut::packed(buffer, 0, width), room, width)
     };
     let (mut kept, mut probes) = ([NONE; 3], NONE);
-    if let Some(KeyStore {
-        cache,
-        probes: rows,
-    }) = store
-    {
+    if let Some(KeyStore { cache, probes: to }) = store {
         kept[0] = place(&mut cache.k)?;
         if cache.raw_k.len > 0 {
             kept[1] = place(&mut cache.raw_k)?;
         }
         kept[2] = place(&mut cache.v)?;
-        if let Some(rows) = rows {
-            let room = rows.len.checked_div(q_width).unwrap_or(0);
+        if let Some(to) = to {
+            let room = to.len.checked_div(q_width).unwrap_or(0);
             step.relies_on(Column::ProbeRows, room)?;
-            probes = gpu.output(&RowsMut::packed(rows, 0, q_width), room, q_width)?;
+            probes = gpu.output(&RowsMut::packed(to, 0, q_width), room, q_width)?;
         }
     }
     let [k, raw_k, v] = kept;

@@ -1,5 +1,5 @@
-//! [`Device::split_qkv`], [`Device::join_qkv`] and [`Device::qk_norm_grad`], made of smaller device calls: for devices in
-//! host memory, and for norms that a GPU has no kernel for.
+//! [`Device::split_qkv`], [`Device::join_qkv`] and the gradients of norms of queries and keys, made of smaller device
+//! calls: for devices in host memory, and for norms that a GPU has no kernel for.
 
 use std::ops::Range;
 
@@ -19,12 +19,10 @@ pub(in crate::device) fn split<D: Device>(
     q: RowsMut<'_, D::Buffer>,
     store: Option<KeyStore<'_, D::Buffer>>,
 ) -> Result<()> {
-    let normed = norms.map(|norms| normed(device, qkv, step.tokens.len(), heads, norms));
-    let normed = normed.transpose()?;
+    let held = norms.map(|norms| normed(device, qkv, step.tokens.len(), heads, norms));
+    let held = held.transpose()?;
     let all = (heads.q + 2 * heads.kv) * heads.dim;
-    let qkv = normed
-        .as_ref()
-        .map_or(qkv, |rows| Rows::packed(rows, 0, all));
+    let qkv = held.as_ref().map_or(qkv, |rows| Rows::packed(rows, 0, all));
     let Heads {
         q: q_heads,
         kv,
@@ -67,6 +65,11 @@ pub(in crate::device) fn split<D: Device>(
     Ok(())
 }
 
+/// Norms of a row of queries or of keys by their weight's length; 0 where it does not fit.
+fn norms_of_row(width: usize, weight: usize) -> usize {
+    width.checked_div(weight).unwrap_or(0)
+}
+
 /// The rows with queries and keys normed.
 pub(in crate::device) fn normed<D: Device>(
     device: &D,
@@ -80,7 +83,7 @@ pub(in crate::device) fn normed<D: Device>(
     let mut all = device.empty(Kind::Activation, rows * stride)?;
     let parts = [(0, q), (q, kv)].into_iter().zip(norms.weights);
     for (((column, width), weight), rstd) in parts.zip(norms.rstd) {
-        let groups = width / device.len(weight);
+        let groups = norms_of_row(width, device.len(weight));
         device.rms_norm(
             qkv.column(column),
             [rows, groups],
@@ -111,7 +114,7 @@ pub(in crate::device) fn norm_grad<D: Device>(
             grad.d_y.column(column),
             grad.x.column(column),
             rstd,
-            [rows, width / device.len(weight)],
+            [rows, norms_of_row(width, device.len(weight))],
             weight,
             RowsMut::packed(&mut normed, 0, q + kv).column(column),
         )?;
@@ -133,7 +136,7 @@ pub(in crate::device) fn norm_weight_grad<D: Device>(
     for (((column, width), d_weight), rstd) in parts.zip(grad.rstd) {
         let Some(d_weight) = d_weight else { continue };
         let [d_y, x] = [grad.d_y, grad.x].map(|rows| rows.column(column));
-        let shape = [grad.rows, width / device.len(d_weight)];
+        let shape = [grad.rows, norms_of_row(width, device.len(d_weight))];
         device.rms_norm_weight_grad(d_y, x, rstd, shape, d_weight)?;
     }
     Ok(())
