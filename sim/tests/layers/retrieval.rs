@@ -1,6 +1,7 @@
 //! `kernels/retrieval.cu` under every check, against the contract's retrieval in f64.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::bf16;
 use rand::{RngExt, SeedableRng};
@@ -8,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use segattn::cuda::kernels::layer_params::{
     SegattnPoolChunk, SegattnPoolHead, SegattnRetrievalParams,
 };
-use segattn_sim::{Buffer, Gpu};
+use segattn_sim::{Buffer, Gpu, Module};
 
 use super::common::*;
 use super::rounding::rounded;
@@ -326,6 +327,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
             &append,
         );
     }
+    check_what_is_held(gpu, case, &module, params);
     launch(
         gpu,
         &module,
@@ -366,6 +368,33 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         past_k: past_k.read(gpu),
         past_v: past_v.read(gpu),
         past_len: gpu.download(past_len),
+    }
+}
+
+/// Reads tokens from the middle of the pool on: they are as they are held, and no row more is written.
+fn check_what_is_held(
+    gpu: &mut Gpu,
+    case: &Case,
+    module: &Arc<Module>,
+    mut params: SegattnRetrievalParams,
+) {
+    let (inputs, width) = (case.held(), KV_HEADS * case.dim);
+    let tokens = case.tokens / 3..case.tokens - 1;
+    let size = [tokens.len(), width];
+    let [k, v] = ["k", "v"].map(|name| Matrix::poisoned::<bf16>(gpu, name, size, 8));
+    (params.k, params.v) = (k.view(), v.view());
+    (params.token, params.rows) = (tokens.start as i64, tokens.len() as i64);
+    let blocks = (tokens.len() * HEADS.len() * case.dim / 8).div_ceil(256);
+    launch(gpu, module, "pool_read_bf16", blocks, None, &params);
+    for (rows, held) in [(k, &inputs.k), (v, &inputs.v)] {
+        let got: Vec<bf16> = rows.read(gpu);
+        let held = &held[tokens.start * width..];
+        for (got, held) in got.chunks(width).zip(held.chunks(width)) {
+            for head in HEADS {
+                let columns = head * case.dim..(head + 1) * case.dim;
+                assert_eq!(bits(&got[columns.clone()]), bits(&held[columns]));
+            }
+        }
     }
 }
 
