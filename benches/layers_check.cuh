@@ -64,8 +64,8 @@ static void check_norm(int rows, int width) {
   free_all();
 }
 
-// The gradient of a weight that the heads of a row share: the sums of heads, then the chain over rows. Of one norm, or of
-// two of as many rows and columns.
+// The gradient of a weight that the heads of a row share: the sums of heads, then the chain over rows. Of one norm, or
+// of two of as many rows and columns.
 static void group_sums(const SegattnNormParams& p, const SegattnNormParams* second = nullptr) {
   const int vectors = up(p.rows, 4) * 4 * p.width / kVector, blocks = up(vectors, GroupConfig::kThreads);
   const SegattnNormsParams both = {{p, second ? *second : p}, blocks};
@@ -121,6 +121,59 @@ static SegattnQkvParams qkv_params(int rows, int q_heads, int kv_heads, int dim)
   p.cos = upload(cos), p.sin = upload(sin), p.angles = upload(angles), p.cache_rows = upload(places);
   p.rows = rows, p.q_heads = q_heads, p.kv_heads = kv_heads, p.head_dim = dim;
   return p;
+}
+
+// Threads of the kernels of heads' norms.
+static int64_t head_lanes(int rows, int heads, int dim) {
+  int lanes = 1;
+  while (lanes * kVector < dim) lanes *= 2;
+  return (int64_t)rows * heads * lanes;
+}
+
+// Norms of q's and k's heads with the split, and their gradient, must have the bits of a block a norm.
+static void check_qk_norms(int rows, int q_heads, int kv_heads, int dim) {
+  SegattnQkvParams p = qkv_params(rows, q_heads, kv_heads, dim);
+  const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;
+  const size_t n = (size_t)rows * width;
+  const auto qkv = bf16_values(n, 1), d_y = bf16_values(n, 2);
+  uint16_t *g_qkv = upload(qkv), *g_normed = upload(qkv), *g_d_y = upload(d_y);
+  uint16_t *g_d_x[2] = {upload(d_y), upload(d_y)}, *g_q[2], *g_k[2];
+  must(cudaMemset(g_d_x[1], 0, n * 2), "cudaMemset");
+  must(cudaMemcpy2D(g_d_x[1] + q_width + kv_width, width * 2, g_d_y + q_width + kv_width, width * 2, kv_width * 2, rows,
+                    cudaMemcpyDeviceToDevice),
+       "cudaMemcpy2D");
+  for (int i = 0; i < 2; i++) g_q[i] = device<uint16_t>((size_t)rows * q_width);
+  for (int i = 0; i < 2; i++) g_k[i] = device<uint16_t>((size_t)rows * kv_width);
+  p.qkv = rows_of(g_qkv, width), p.q = rows_of(g_q[0], q_width), p.k = rows_of(g_k[0], kv_width);
+  p.v = rows_of(device<uint16_t>((size_t)rows * kv_width), kv_width);
+  p.norms.q_weight = upload(values(dim, 3)), p.norms.k_weight = upload(values(dim, 4)), p.norms.eps = 1e-5f;
+  p.norms.q_rstd = device<float>((size_t)rows * q_heads), p.norms.k_rstd = device<float>((size_t)rows * kv_heads);
+  SegattnHeadNormsParams grad = {};
+  grad.d_y = rows_of(g_d_y, width), grad.x = p.qkv, grad.d_x = rows_of(g_d_x[0], width), grad.norms = p.norms;
+  grad.rows = rows, grad.q_heads = q_heads, grad.kv_heads = kv_heads, grad.head_dim = dim;
+  const int blocks = up(head_lanes(rows, q_heads + 2 * kv_heads, dim), 256);
+  repeat("split_qkv_norm",
+         [&] { split_qkv_norm_bf16<<<blocks, 256>>>(p), head_norms_grad_bf16<<<blocks, 256>>>(grad); },
+         {{g_q[0], (size_t)rows * q_width * 2}, {g_k[0], (size_t)rows * kv_width * 2}, {g_d_x[0], n * 2}});
+  for (int part = 0; part < 2; part++) {
+    const int heads = part ? kv_heads : q_heads, column = part ? q_width : 0;
+    SegattnNormParams norm = norm_params(rows * heads, dim);
+    norm.groups = heads, norm.weight = part ? p.norms.k_weight : p.norms.q_weight;
+    norm.rstd = device<float>((size_t)rows * heads);
+    norm.x = rows_of(g_qkv + column, width), norm.y = rows_of(g_normed + column, width);
+    norm.d_y = rows_of(g_d_y + column, width), norm.d_x = rows_of(g_d_x[1] + column, width);
+    rms_norm_bf16<<<rows * heads, 32, sizeof(RowShared)>>>(norm);
+    rms_norm_grad_bf16<<<rows * heads, 32, sizeof(RowShared)>>>(norm);
+  }
+  SegattnQkvParams plain = p;
+  plain.qkv = rows_of(g_normed, width), plain.q = rows_of(g_q[1], q_width), plain.k = rows_of(g_k[1], kv_width);
+  split_qkv_bf16<<<up((int64_t)rows * width / 16, 256), 256>>>(plain);
+  const bool q = download(g_q[0], (size_t)rows * q_width) == download(g_q[1], (size_t)rows * q_width);
+  const bool k = download(g_k[0], (size_t)rows * kv_width) == download(g_k[1], (size_t)rows * kv_width);
+  const bool d_x = download(g_d_x[0], n) == download(g_d_x[1], n);
+  report("split_qkv_norm: bits of q and k", q && k, "differ", !q + !k, 0);
+  report("head_norms_grad: bits", d_x, "differ", !d_x, 0);
+  free_all();
 }
 
 // split, then join of what it wrote, must give the rows back; and split against the formula.
@@ -452,6 +505,7 @@ static void check_few() {
   repetitions = 1;
   check_norm(67, 264);
   check_norm_heads(67, 5, 40);
+  check_qk_norms(33, 3, 1, 96);
   check_rope(33, 4, 2, 96);
   check_swiglu(21, 344);
   check_embedding(90, 264, 20);
@@ -467,6 +521,8 @@ static void check_all() {
   check_norm(3, 16384);
   check_norm_heads(300, 3, 104);
   check_norm_heads(2050, 16, 128);
+  check_qk_norms(2050, 16, 8, 128);
+  check_qk_norms(100, 2, 1, 256);
   check_rope(33, 4, 2, 96);
   check_rope(64, 8, 2, 128);
   check_swiglu(21, 344);

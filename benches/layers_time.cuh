@@ -66,13 +66,6 @@ static void time_norm_heads(int rows, int heads, int dim) {
   free_all();
 }
 
-// Threads of the kernels of heads' norms.
-static int64_t head_lanes(int rows, int heads, int dim) {
-  int lanes = 1;
-  while (lanes * kVector < dim) lanes *= 2;
-  return (int64_t)rows * heads * lanes;
-}
-
 // The norms of q's and k's heads: with the split, and their gradients.
 static void time_qk_norms(int rows, int q_heads, int kv_heads, int dim) {
   const int q_width = q_heads * dim, kv_width = kv_heads * dim, width = q_width + 2 * kv_width;

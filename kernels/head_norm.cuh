@@ -1,6 +1,6 @@
 // Norms of heads of at most 256 elements, a lane a vector of the head. A warp has several heads where they are short: a
-// block a row (norm.cu) would leave half of its lanes idle at 128 elements, and its 200,000 blocks would bound the time.
-// Bits are those of a block a row: lanes without elements add zeros there, so a tree over fewer lanes has the same sums.
+// block a row (norm.cu) would leave half of its lanes idle at 128 elements, and 200,000 blocks would bound the time.
+// Bits are those of a block a row: lanes without elements add zeros there, so a tree over fewer lanes has equal sums.
 #pragma once
 #include "reduce.cuh"
 #include "vectors.cuh"

@@ -111,7 +111,8 @@ typedef struct SegattnQkvParams {
   SegattnRows qkv;         /* bf16 [rows, (q_heads + 2 kv_heads) * head_dim]: q, k, v; join: their gradients, set */
   SegattnRows q;           /* bf16 [rows, q_heads * head_dim], rotated; join: its gradient */
   SegattnRows k, raw_k, v; /* split: bf16 [cache rows, kv_heads * head_dim], rotated, not rotated (data null: none), and
-                                values; split_qkv_norm: data null in all: none is written; join: gradients of k and v [rows, ...], raw_k unused */
+                                values; split_qkv_norm: data null in all: none of them;
+                                join: gradients of k and v [rows, ...], raw_k unused */
   SegattnRows probes;      /* split: bf16 [probe rows, q_heads * head_dim], q before rotation; data null: none */
   const float* cos;        /* [positions, head_dim / 2] */
   const float* sin;        /* [positions, head_dim / 2] */

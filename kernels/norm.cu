@@ -7,7 +7,7 @@
 //                         without x, of d_y: the gradient of a bias
 //   rms_norm_group_sums   sums = sum over the groups of a row of memory of d_y x rstd, in ascending order from zero
 //   rms_norm_chain        d_weight += sum over rows of sums, one chain over rows of memory in ascending order
-// The last two are the gradient of a weight that the groups of a row share: the heads' norms, q's and k's in one launch.
+// The last two are the gradient of a weight that the groups of a row share: the heads' norms, q's and k's together.
 // Bits: the width of a row decides the threads and the tree that sum it. The sum over rows is one chain, so it does
 // not matter how many rows a call holds. Bytes a row and element: forward 4 (with residual 8), gradient 6 (+ 2 for
 // +=), weight 4; the sums of groups are written and read again, 8 for all groups together.
@@ -121,7 +121,7 @@ SEGATTN_FN void rms_norm_grad(const SegattnNormParams& p) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- q's and k's heads
+// --------------------------------------------------------------------------------------------- q's and k's heads
 
 SEGATTN_FN void head_norms_grad(const SegattnHeadNormsParams& p) {
   const HeadPlace at = head_place(thread_index(), p.q_heads + 2 * p.kv_heads, p.head_dim);

@@ -1,5 +1,5 @@
-//! How many calls a step makes on a GPU: those of attention do not depend on how the data's breaks cut its sequences, and
-//! norms of q's and k's heads are no calls of their own. Counted on a driver that only counts.
+//! How many calls a step makes on a GPU: those of attention do not depend on how the data's breaks cut its sequences,
+//! and norms of q's and k's heads are no calls of their own. Counted on a driver that only counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};

@@ -270,8 +270,8 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         shared::moves::one_by_one(self, moves, targets, head_dim, tables, inverse, accumulate)
     }
     /// Splits the step's rows `[q | k | v]`, after `norms` of queries and keys. Rotated queries go to `q`. `store`
-    /// receives keys before and after rotation, values, and the queries before rotation that probes are made of; without
-    /// it they go nowhere.
+    /// receives keys before and after rotation, values, and the queries before rotation that probes are made of;
+    /// without it they go nowhere.
     #[allow(clippy::too_many_arguments)]
     fn split_qkv(
         &self,

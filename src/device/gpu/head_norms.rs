@@ -62,17 +62,19 @@ pub(super) fn qk_norm_grad<D: Driver>(
     d_x: RowsMut<'_, Buffer<D>>,
 ) -> Result<()> {
     let (rows, heads) = (grad.rows, grad.heads);
+    let [_, _, width] = qkv_widths(heads)?;
+    let [d_y, x] = [&grad.d_y, &grad.x].map(|all| gpu.input(all, rows, width));
+    let (d_y, x) = (d_y?, x?);
     if !are_of_heads(weights, heads) {
         return norm_grad(gpu, grad, weights, d_x);
     }
-    let [_, _, width] = qkv_widths(heads)?;
     let rstd = |part: usize, heads: usize| {
         let Rows { buffer, start, .. } = grad.rstd[part];
         gpu.exact(buffer, start, product("norms of heads", &[rows, heads])?)
     };
     let params = SegattnHeadNormsParams {
-        d_y: gpu.input(&grad.d_y, rows, width)?,
-        x: gpu.input(&grad.x, rows, width)?,
+        d_y,
+        x,
         d_x: gpu.output(&d_x, rows, width)?,
         norms: SegattnHeadNorms {
             q_weight: gpu.exact(weights[0], 0, heads.dim)?,
@@ -97,6 +99,7 @@ pub(super) fn qk_norm_weight_grad<D: Driver>(
     d_weights: [Option<&mut Buffer<D>>; 2],
 ) -> Result<()> {
     let (rows, heads) = (grad.rows, grad.heads);
+    let [column, _, _] = qkv_widths(heads)?;
     let [Some(d_q), Some(d_k)] = d_weights else {
         return norm_weight_grad(gpu, grad, d_weights);
     };
@@ -119,7 +122,6 @@ pub(super) fn qk_norm_weight_grad<D: Driver>(
             ..params
         })
     };
-    let column = product("query heads and head_dim", &[heads.q, heads.dim])?;
     let norms = [part(0, heads.q, 0, d_q)?, part(1, heads.kv, column, d_k)?];
     sum_groups(gpu, [rows, heads.dim], norms)
 }

@@ -153,6 +153,7 @@ pub(super) fn split_qkv<D: Driver>(
     let (rows, [_, _, width]) = (step.rows.tokens.len(), qkv_widths(heads)?);
     match norms {
         Some(norms) if !are_of_heads(norms.weights, heads) => {
+            gpu.input(&qkv, rows, width)?;
             let all = normed(gpu, qkv, rows, heads, norms)?;
             let qkv = Rows::packed(&all, 0, width);
             split_qkv(gpu, qkv, None, heads, tables, step, q, store)

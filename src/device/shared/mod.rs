@@ -1,6 +1,6 @@
-//! Code that several devices share. All devices use the batch of a step's spans, the checks of retrieval's arguments, and
-//! norms of queries and keys as calls of their own. Devices with buffers in host memory also share the splitting of q,
-//! k, v, moves of rows, the rounding of pools, the selected tokens, and sampling.
+//! Code that several devices share. All devices use the batch of a step's spans, the checks of retrieval's arguments,
+//! and norms of queries and keys as calls of their own. Devices with buffers in host memory also share the splitting of
+//! q, k, v, moves of rows, the rounding of pools, the selected tokens, and sampling.
 
 pub(super) mod blocks;
 pub(super) mod moves;
