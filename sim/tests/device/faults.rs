@@ -272,16 +272,16 @@ fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32], breaks: &[usize]
 
 #[test]
 fn a_prefill_whose_call_failed_goes_on_from_its_last_complete_step() {
-    prefill_with_failures(&config());
+    prefill_with_failures(&config(), 1);
 }
 
 #[test]
 fn a_prefill_that_dropped_tokens_before_a_failure_has_them_again() {
-    prefill_with_failures(&bounded());
+    prefill_with_failures(&bounded(), 3);
 }
 
-/// Over whole segments, short ones, and tails that reach over several.
-fn prefill_with_failures(config: &ModelConfig) {
+/// Over whole segments, short ones, and tails that reach over several. Every `stride`th call fails.
+fn prefill_with_failures(config: &ModelConfig, stride: usize) {
     let (gpu, fault) = faulty();
     let model = made(gpu.clone(), config);
     let before = used(gpu.memory_use());
@@ -318,7 +318,7 @@ fn prefill_with_failures(config: &ModelConfig) {
         if !has_failed {
             break;
         }
-        failing += 1;
+        failing += stride;
     }
     assert!(failing > 50, "{failing}");
 }
