@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail};
 use segattn::eval::heads::{Scores, best};
 use segattn::model::config::ModelConfig;
 use segattn::model::parameters::{index, specs};
@@ -25,21 +25,23 @@ pub fn gates(folder: &Path, config: &ModelConfig) -> Result<Scores> {
 /// The section with the names of the heads that `gate:N` stands for, by the weights in `folder`.
 pub fn named(section: &ModelSection, folder: &Path, config: &ModelConfig) -> Result<ModelSection> {
     let mut section = section.clone();
-    let names = section.segment.past_heads.as_deref();
-    let Some(count) =
-        names.and_then(|names| names.iter().find_map(|name| name.strip_prefix("gate:")))
-    else {
+    let names = section.segment.past_heads.as_deref().unwrap_or_default();
+    if !names.iter().any(|name| name.starts_with("gate:")) {
         return Ok(section);
-    };
+    }
     let all = config.num_hidden_layers * config.num_key_value_heads;
-    let number = count.parse().ok().filter(|n| (1..=all).contains(n));
-    let alone = names.is_some_and(|names| names.len() == 1);
-    ensure!(
-        number.is_some() && alone,
-        "`model.segment.past_heads`: expected gate:N alone, with 1 to {all} heads, got {:?}",
-        names.unwrap_or_default()
-    );
-    let chosen = best(&gates(folder, config)?, number.unwrap_or(all));
+    let count = match names {
+        [name] => name
+            .strip_prefix("gate:")
+            .and_then(|count| count.parse().ok()),
+        _ => None,
+    };
+    let Some(count) = count.filter(|count| (1..=all).contains(count)) else {
+        bail!(
+            "`model.segment.past_heads`: expected gate:N alone, with 1 to {all} heads, got {names:?}"
+        );
+    };
+    let chosen = best(&gates(folder, config)?, count);
     let name = |(layer, head): (usize, usize)| format!("{layer}.{head}");
     section.segment.past_heads = Some(chosen.into_iter().map(name).collect());
     Ok(section)

@@ -128,7 +128,7 @@ pub fn dry_run_serving<D: Device>(
     (0..2).try_for_each(|_| generator.advance(&all).map(drop))
 }
 
-/// Where pools drop tokens, all sequences may do so in one step, which keeps those of before it.
+/// Where pools drop tokens, all sequences may do so in one step. It keeps the pools of before until it is complete.
 fn drop_together<D: Device>(
     session: &mut Session<'_, D>,
     longest: usize,
@@ -182,7 +182,7 @@ fn read<D: Device>(
     Ok(())
 }
 
-/// Breaks of a prompt of one token, which a generator makes by itself.
+/// The breaks of a prompt of one token. A [`Generator`] adds them itself.
 fn breaks_of<D: Device>(model: &Decoder<D>) -> &'static [usize] {
     let segment = model.config.segment.as_ref();
     match segment.is_some_and(|segment| segment.break_after_prompt) {

@@ -109,9 +109,8 @@ impl<D: Device> Drop for Told<'_, D> {
     }
 }
 
-/// Reads `tokens` tokens with this stage alone, before it has neighbours. What a device does at first use (a GPU loads
-/// kernels and compares algorithms of products) is then done on all stages at a time, not by one after the other while
-/// rows go from stage to stage.
+/// Reads `tokens` tokens with this stage alone, before it has neighbours. At first use a GPU loads kernels and compares
+/// algorithms of products. All stages do so at the same time then; without a rehearsal each waits for the one before.
 ///
 /// # Errors
 /// Those of the device.
