@@ -5,8 +5,8 @@ mod common;
 
 use common::{config, model, values};
 use segattn::eval::{
-    Answer, EvalError, Greedy, Report, Respond, RunConfig, Sample, TaskKind, TaskOptions, generate,
-    run,
+    Answer, EvalError, Greedy, Oracle as EvalOracle, Report, Respond, RunConfig, Sample, TaskKind,
+    TaskOptions, generate, run,
 };
 use segattn::model::session::{Feed, Session};
 
@@ -40,7 +40,7 @@ fn settings(tasks: &[TaskKind], lengths: &[usize]) -> RunConfig {
         seed: 3,
         batch: 2,
         depth: None,
-        oracle: false,
+        oracle: None,
     }
 }
 
@@ -156,7 +156,7 @@ fn a_model_answers_each_sample_as_it_does_alone() {
         encode: &encode,
         decode: &decode,
         segments_per_step: 3,
-        oracle: false,
+        oracle: None,
     };
     let together = greedy.respond(&samples).unwrap();
     for (sample, got) in samples.iter().zip(&together) {
@@ -195,8 +195,11 @@ fn an_oracle_gives_every_head_the_statements_asked_for() {
         oracle,
     };
     let samples = std::slice::from_ref(&sample);
-    let own = greedy(false).respond(samples).unwrap().remove(0);
-    let told = greedy(true).respond(samples).unwrap().remove(0);
+    let own = greedy(None).respond(samples).unwrap().remove(0);
+    let told = greedy(Some(EvalOracle::Alone))
+        .respond(samples)
+        .unwrap()
+        .remove(0);
     // What is reported is what the model itself selects: of the four heads that read the past, not all of it.
     assert_eq!(own.recall, told.recall);
     assert_eq!(own.recall.len(), 4);

@@ -12,8 +12,8 @@ use segattn::device::Device;
 use segattn::eval::choice::ChoiceReport;
 use segattn::eval::run::Cell;
 use segattn::eval::{
-    Document, EvalError, Greedy, PerplexityConfig, PerplexityReport, Report, RunConfig, TaskKind,
-    perplexity, run as run_tasks,
+    Document, EvalError, Greedy, Oracle, PerplexityConfig, PerplexityReport, Report, RunConfig,
+    TaskKind, perplexity, run as run_tasks,
 };
 use segattn::generate::dry_run::Reading;
 use segattn::model::decoder::Decoder;
@@ -67,10 +67,10 @@ pub struct Args {
     /// Where needles lie, from 0 at the start to 1 at the end [default: anywhere]
     #[arg(long, value_name = "SHARE")]
     depth: Option<f64>,
-    /// Let an oracle select the past rows that answers read: the statements asked for. What is missing then was not
-    /// lost by retrieval. Not with `segment.pool_len`
-    #[arg(long)]
-    oracle: bool,
+    /// Let an oracle select the past rows that answers read: the statements asked for, alone or added to what a head
+    /// has selected. What is missing then was not lost by retrieval. Not with `segment.pool_len`
+    #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "alone")]
+    oracle: Option<OracleArg>,
     /// Text files or folders, JSONL with a `text` field, both also compressed (.zst), Parquet with a column `text`, or
     /// token ids in JSON (an array, or an object with `tokens` and `breaks`)
     #[arg(long, value_name = "PATH")]
@@ -93,6 +93,14 @@ pub struct Args {
     /// Where the results go, with every answer, JSON
     #[arg(short, long, value_name = "FILE", default_value = "eval.json")]
     out: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum OracleArg {
+    /// The statements asked for
+    Alone,
+    /// They, and what a head has selected
+    Added,
 }
 
 /// Samples are kept with their answers, so there is a bound to their number.
@@ -237,11 +245,11 @@ fn evaluate_on<D: Planned>(
     let opened = args.model.open_as(needs_text, adapt)?.shared(party);
     let segment = opened.config.segment.as_ref();
     ensure!(
-        !args.oracle || segment.is_some_and(|s| s.break_after_prompt),
+        args.oracle.is_none() || segment.is_some_and(|s| s.break_after_prompt),
         "--oracle: expected a model whose segments end with the prompt (`segment.break_after_prompt` in config.json)"
     );
     ensure!(
-        !args.oracle || segment.is_some_and(|s| s.pool_len == 0),
+        args.oracle.is_none() || segment.is_some_and(|s| s.pool_len == 0),
         "--oracle: expected a model whose pools hold every token, got `segment.pool_len` in config.json"
     );
     let (text, vocab_size) = (opened.text.as_ref(), opened.config.vocab_size);
@@ -418,6 +426,13 @@ impl Args {
         Ok(())
     }
 
+    fn oracle(&self) -> Option<Oracle> {
+        self.oracle.map(|oracle| match oracle {
+            OracleArg::Alone => Oracle::Alone,
+            OracleArg::Added => Oracle::Added,
+        })
+    }
+
     fn run_config(&self, tasks: Vec<TaskKind>) -> RunConfig {
         RunConfig {
             tasks,
@@ -426,7 +441,7 @@ impl Args {
             seed: self.seed,
             batch: self.batch,
             depth: self.depth,
-            oracle: self.oracle,
+            oracle: self.oracle(),
         }
     }
 
@@ -445,7 +460,7 @@ impl Args {
             encode: &encode,
             decode: &decode,
             segments_per_step: self.segments_per_step,
-            oracle: self.oracle,
+            oracle: self.oracle(),
         };
         let lengths = self.task_lengths();
         let all = tasks.iter().flat_map(|t| lengths.iter().map(|l| (*t, *l)));

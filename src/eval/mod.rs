@@ -29,6 +29,6 @@ pub use error::EvalError;
 pub use execution::{Execution, SegmentOverrides};
 pub use kind::TaskKind;
 pub use perplexity::{Document, PerplexityConfig, PerplexityReport, WindowLoss, perplexity};
-pub use recall::HeadRecall;
+pub use recall::{HeadRecall, Oracle};
 pub use run::{Answer, Greedy, Progress, Report, Respond, RunConfig, run};
 pub use task::{Sample, TaskOptions, generate};

@@ -55,9 +55,40 @@ pub(super) fn mean(samples: &[&[HeadRecall]]) -> Vec<HeadRecall> {
     sums
 }
 
-/// The tokens that an oracle selects for a head: the needles, widened to whole blocks of `block_len`, as many as are
-/// eligible and fit into `past_len` rows.
-pub(super) fn oracle(
+/// What an oracle lets the answer read: the statements asked for, where they are eligible. It shows what a model would
+/// find if retrieval never missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Oracle {
+    /// They alone: what is missing then, the model cannot read.
+    Alone,
+    /// They, and what the head has selected, less the last of it where it has no room: what is missing then, the model
+    /// cannot tell from the rest.
+    Added,
+}
+
+impl Oracle {
+    /// What a head reads, which has selected `own`.
+    pub(super) fn tokens(
+        self,
+        needles: &[Range<usize>],
+        own: &SelectedTokens,
+        [block_len, past_len]: [usize; 2],
+    ) -> Vec<usize> {
+        let mut tokens = needle_blocks(needles, &own.eligible, [block_len, past_len]);
+        if self == Self::Added {
+            let room = past_len / block_len * block_len - tokens.len();
+            let others = own.tokens.iter().filter(|t| !tokens.contains(t));
+            let others: Vec<usize> = others.copied().take(room).collect();
+            tokens.extend(others);
+            tokens.sort_unstable();
+        }
+        tokens
+    }
+}
+
+/// The needles, widened to whole blocks of `block_len`, as many as are eligible and fit into `past_len` rows.
+fn needle_blocks(
     needles: &[Range<usize>],
     eligible: &Range<usize>,
     [block_len, past_len]: [usize; 2],
@@ -113,13 +144,29 @@ mod tests {
     }
 
     #[test]
-    fn an_oracle_selects_whole_eligible_blocks() {
+    fn needles_are_widened_to_whole_eligible_blocks() {
         assert_eq!(
-            oracle(&[5..7, 13..15], &(0..16), [4, 16]),
+            needle_blocks(&[5..7, 13..15], &(0..16), [4, 16]),
             [4, 5, 6, 7, 12, 13, 14, 15]
         );
-        assert_eq!(oracle(&[5..7, 13..15], &(0..15), [4, 16]), [4, 5, 6, 7]);
-        assert_eq!(oracle(&[5..7, 13..15], &(0..16), [4, 4]), [4, 5, 6, 7]);
-        assert_eq!(oracle(&[5..7, 5..8], &(6..16), [1, 16]), [6, 7]);
+        assert_eq!(
+            needle_blocks(&[5..7, 13..15], &(0..15), [4, 16]),
+            [4, 5, 6, 7]
+        );
+        assert_eq!(
+            needle_blocks(&[5..7, 13..15], &(0..16), [4, 4]),
+            [4, 5, 6, 7]
+        );
+        assert_eq!(needle_blocks(&[5..7, 5..8], &(6..16), [1, 16]), [6, 7]);
+    }
+
+    #[test]
+    fn an_oracle_adds_the_needles_to_what_a_head_has_selected() {
+        let own = head(0, &[2, 3, 6, 7, 12, 13], 0..16);
+        let tokens = |oracle: Oracle, sizes| oracle.tokens(&[6..7, 9..10], &own, sizes);
+        assert_eq!(tokens(Oracle::Alone, [2, 9]), [6, 7, 8, 9]);
+        assert_eq!(tokens(Oracle::Added, [2, 9]), [2, 3, 6, 7, 8, 9, 12, 13]);
+        assert_eq!(tokens(Oracle::Added, [2, 7]), [2, 3, 6, 7, 8, 9]);
+        assert_eq!(tokens(Oracle::Added, [2, 4]), [6, 7, 8, 9]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::error::EvalError;
 use super::kind::TaskKind;
-use super::recall::{self, HeadRecall};
+use super::recall::{self, HeadRecall, Oracle};
 use super::score::{interval, string_match_all, string_match_part};
 use super::task::{Sample, TaskOptions, generate};
 use crate::device::Device;
@@ -29,11 +29,10 @@ pub struct RunConfig {
     pub batch: usize,
     /// Share of the filler before the statements asked for, see [`TaskOptions::depth`].
     pub depth: Option<f64>,
-    /// Whether an oracle selects the past rows that the answer reads: the statements asked for, where they are
-    /// eligible. It shows what a model would find if retrieval never missed. The prompt's end must be a break, and
-    /// pools must hold all of the prompt.
+    /// Whether an oracle selects the past rows that the answer reads. The prompt's end must be a break, and pools must
+    /// hold all of the prompt.
     #[serde(default)]
-    pub oracle: bool,
+    pub oracle: Option<Oracle>,
 }
 
 /// An answer to a sample.
@@ -337,7 +336,7 @@ pub struct Greedy<'a, D: Device> {
     /// Segments of a prompt computed side by side.
     pub segments_per_step: usize,
     /// See [`RunConfig::oracle`].
-    pub oracle: bool,
+    pub oracle: Option<Oracle>,
 }
 
 impl<D: Device> Respond for Greedy<'_, D> {
@@ -370,7 +369,7 @@ impl<D: Device> Respond for Greedy<'_, D> {
         let mut recalls = Vec::new();
         for (i, sample) in samples.iter().enumerate() {
             let positions = generator.session().holds_all(i);
-            if self.oracle && !positions && !sample.needles.is_empty() {
+            if self.oracle.is_some() && !positions && !sample.needles.is_empty() {
                 let expected = "a prompt that no pool has dropped tokens of (`segment.pool_len`)";
                 let got = format!("{} tokens", sample.tokens.len());
                 return Err(EvalError::argument("oracle", expected, got));
@@ -382,8 +381,8 @@ impl<D: Device> Respond for Greedy<'_, D> {
             }
             let selected = generator.session().selected(i).map_err(EvalError::model)?;
             recalls.push(recall::recall(&selected, &sample.needles));
-            if self.oracle {
-                self.correct(&mut generator, i, selected, sample)?;
+            if let Some(oracle) = self.oracle {
+                Self::correct(oracle, &mut generator, i, selected, sample)?;
             }
         }
         let generated = generator
@@ -399,9 +398,9 @@ impl<D: Device> Respond for Greedy<'_, D> {
 }
 
 impl<D: Device> Greedy<'_, D> {
-    /// Lets every head read the statements asked for instead of what it has selected.
+    /// Lets every head read what an oracle selects.
     fn correct(
-        &self,
+        oracle: Oracle,
         generator: &mut Generator<'_, '_, D>,
         sequence: usize,
         mut selected: Vec<SelectedTokens>,
@@ -410,7 +409,7 @@ impl<D: Device> Greedy<'_, D> {
         let session = generator.session_mut();
         let sizes = [session.block_len(), session.past_len()];
         for head in &mut selected {
-            head.tokens = recall::oracle(&sample.needles, &head.eligible, sizes);
+            head.tokens = oracle.tokens(&sample.needles, head, sizes);
         }
         session
             .replace_selected(sequence, &selected)

@@ -39,6 +39,8 @@ pub struct TaskSection {
     pub chains: f64,
     /// Share of lists: keys with several values.
     pub lists: f64,
+    /// Share of codes: keys with values of 16 to 32 hexadecimal digits.
+    pub codes: f64,
     /// Questions of a sequence at most.
     pub questions: usize,
     /// Weight of an answer's tokens in the loss. Text weighs 1, statements and questions 0.
@@ -54,6 +56,7 @@ impl Default for TaskSection {
             entries: 1.0,
             chains: 1.0,
             lists: 1.0,
+            codes: 0.0,
             questions: 8,
             answer_weight: 16.0,
             min_distance: 64,
@@ -63,8 +66,14 @@ impl Default for TaskSection {
 
 impl TaskSection {
     /// Shares of the kinds, in the order of the fields.
-    pub(in crate::train) fn shares(&self) -> [f64; 4] {
-        [self.records, self.entries, self.chains, self.lists]
+    pub(in crate::train) fn shares(&self) -> [f64; 5] {
+        [
+            self.records,
+            self.entries,
+            self.chains,
+            self.lists,
+            self.codes,
+        ]
     }
 
     fn validate(&self, key: &str) -> Result<()> {

@@ -18,10 +18,17 @@ pub(super) enum Kind {
     Entries,
     Chains,
     Lists,
+    Codes,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 4] = [Self::Records, Self::Entries, Self::Chains, Self::Lists];
+    pub(super) const ALL: [Self; 5] = [
+        Self::Records,
+        Self::Entries,
+        Self::Chains,
+        Self::Lists,
+        Self::Codes,
+    ];
 }
 
 /// A statement, and the question about it, which is the beginning of the answer.
@@ -55,6 +62,22 @@ const ENTRIES: [Form; 4] = [
     ("set {k} to {v};", "get {k} gives"),
     ("#define {k} {v}", "expand {k} ->"),
 ];
+/// Statements of long codes.
+const CODES: [Form; 4] = [
+    (
+        "Firmware of the {k} was signed as {v} last night.",
+        "How was firmware of the {k} signed? Signed as",
+    ),
+    (
+        "Checksum({k}) printed {v} on stdout.",
+        "Again, Checksum({k}) printed",
+    ),
+    (
+        "Whoever pairs with the {k} types {v} first.",
+        "Pairing with the {k}, type",
+    ),
+    ("SERIAL {k} :: {v}", "serial? {k} ::"),
+];
 /// Statements that give a key several values, one each.
 const LISTS: [Form; 3] = [
     (
@@ -71,10 +94,11 @@ const LISTS: [Form; 3] = [
 /// Facts of one kind and one form, some of which are asked about. At least one is.
 pub(super) fn facts(kind: Kind, random: &mut Random, names: &mut Names) -> Vec<Fact> {
     match kind {
-        Kind::Records => lookups(&RECORDS, Style::Words, random, names),
-        Kind::Entries => lookups(&ENTRIES, Style::Identifier, random, names),
+        Kind::Records => lookups(&RECORDS, Style::Words, random, names, Names::value),
+        Kind::Entries => lookups(&ENTRIES, Style::Identifier, random, names, Names::value),
         Kind::Chains => chains(random, names),
         Kind::Lists => lists(random, names),
+        Kind::Codes => lookups(&CODES, Style::Words, random, names, Names::code),
     }
 }
 
@@ -83,11 +107,17 @@ fn fill(form: &str, key: &str, value: &str) -> String {
 }
 
 /// One to six keys with a value each; one or two are asked.
-fn lookups(forms: &[Form], style: Style, random: &mut Random, names: &mut Names) -> Vec<Fact> {
+fn lookups(
+    forms: &[Form],
+    style: Style,
+    random: &mut Random,
+    names: &mut Names,
+    value: fn(&mut Names, &mut Random) -> String,
+) -> Vec<Fact> {
     let (statement, question) = forms[random.below(forms.len())];
     let count = 1 + random.below(6);
     let fact = |i| {
-        let (key, value) = (names.key(random, style), names.value(random));
+        let (key, value) = (names.key(random, style), value(names, random));
         Fact {
             statements: vec![fill(statement, &key, &value)],
             asked: (i < 2).then(|| (fill(question, &key, ""), value)),

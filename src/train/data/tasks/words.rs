@@ -20,6 +20,9 @@ const WORDS: [&str; 24] = [
 ];
 /// Digits of a value that is a number.
 const DIGITS: [u32; 2] = [4, 9];
+/// Groups of a code, and what stands between them.
+const GROUPS: [usize; 2] = [4, 8];
+const SEPARATORS: [&str; 3] = [":", ".", " "];
 
 /// How a key is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +76,17 @@ impl Names {
         self.distinct(|| {
             let digits = least + random.below(choices) as u32;
             random.number(digits)
+        })
+    }
+
+    /// A code: groups of four hexadecimal digits.
+    pub(super) fn code(&mut self, random: &mut Random) -> String {
+        let [least, most] = GROUPS;
+        self.distinct(|| {
+            let (count, separator) = (least + random.below(most - least + 1), SEPARATORS);
+            let separator = separator[random.below(separator.len())];
+            let groups = (0..count).map(|_| format!("{:04x}", random.below(1 << 16)));
+            groups.collect::<Vec<_>>().join(separator)
         })
     }
 
