@@ -409,7 +409,7 @@ static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, in
   p.k = p.v = rows_of(upload(r.k), dim);
   p.q = rows_of(upload(r.q), (int64_t)group * dim);
   p.heads = 1, p.head_dim = dim, p.group = group, p.window = 8, p.stride = 4, p.windows = (probe_rows - 8) / 4 + 1,
-  p.query_capacity = probe_rows, p.block_len = 8;
+  p.query_capacity = probe_rows, p.block_len = 8, p.bits = 16;
   p.blocks = tokens / 8, p.max_selected = selected, p.score_pitch = p.blocks, p.rows = tokens;
   p.probes = device<uint16_t>((size_t)3 * group * p.windows * dim), p.scores = device<float>(p.blocks),
   p.selected = device<int32_t>(selected);

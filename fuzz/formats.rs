@@ -358,7 +358,7 @@ fn read_data_by(bytes: &[u8], folder: &Path, name: &str, encode: &dyn Encode) {
         before: &[1],
         after: &[2],
         encode,
-        break_before_answers: false,
+        prompt_break: Default::default(),
         tokenizer: "bytes",
         cache: None,
         scratch: folder,

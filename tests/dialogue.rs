@@ -25,11 +25,12 @@ const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}#\n{
 const END: u32 = b'#' as u32;
 
 /// A model of bytes.
-fn bytes(break_after_prompt: bool) -> ModelConfig {
+fn bytes(break_after_prompt: bool, suffix: usize) -> ModelConfig {
     let mut config = config_of(false, 8);
     config.vocab_size = 256;
     config.eos_token_id = vec![END];
-    config.segment.as_mut().unwrap().break_after_prompt = break_after_prompt;
+    let segment = config.segment.as_mut().unwrap();
+    (segment.break_after_prompt, segment.prompt_suffix_len) = (break_after_prompt, suffix);
     config
 }
 
@@ -54,7 +55,7 @@ fn take(dialogue: &mut Dialogue<'_, Cpu>, message: &str, max_new: usize) -> Answ
 
 #[test]
 fn a_turn_that_failed_within_is_not_gone_on_from() {
-    let config = bytes(false);
+    let config = bytes(false, 0);
     let mut values = values(&config, 3);
     for (spec, values) in specs(&config).iter().zip(&mut values) {
         if matches!(spec.role, Role::Norm { .. }) {
@@ -116,8 +117,8 @@ fn bits(generated: &Generated) -> Vec<u32> {
 
 #[test]
 fn a_turn_has_the_bits_of_generation_on_all_tokens_so_far() {
-    for break_after_prompt in [false, true] {
-        let config = bytes(break_after_prompt);
+    for (break_after_prompt, suffix) in [(false, 0), (true, 0), (true, 1), (true, 11)] {
+        let config = bytes(break_after_prompt, suffix);
         let model = model_on(Cpu, &config, &values(&config, 3));
         let tokenizer = Tokenizer::bytes(&config);
         let chat = Chat::of_template(TEMPLATE, &tokenizer).unwrap();
@@ -145,7 +146,7 @@ fn a_turn_has_the_bits_of_generation_on_all_tokens_so_far() {
                 text.starts_with("system: Be brief.#\nuser: Hello#\nassistant: "),
                 "{text:?}"
             );
-            breaks.push(tokens.len());
+            breaks.push(tokens.len() - suffix);
             ends.push(answer.generated.finish);
         }
         assert!(ends.contains(&Some(Finish::Length)), "{ends:?}");
@@ -154,7 +155,7 @@ fn a_turn_has_the_bits_of_generation_on_all_tokens_so_far() {
 
 #[test]
 fn an_answer_that_ends_is_followed_by_the_template_and_one_cut_short_by_its_last_token() {
-    let config = bytes(false);
+    let config = bytes(false, 0);
     let model = model_on(Cpu, &config, &values(&config, 3));
     let tokenizer = Tokenizer::bytes(&config);
     let chat = Chat::of_template(TEMPLATE, &tokenizer).unwrap();
@@ -184,7 +185,7 @@ fn an_answer_that_ends_is_followed_by_the_template_and_one_cut_short_by_its_last
 
 #[test]
 fn a_saved_chat_goes_on_to_the_same_bits() {
-    let config = bytes(true);
+    let config = bytes(true, 0);
     let model = model_on(Cpu, &config, &values(&config, 3));
     let tokenizer = Tokenizer::bytes(&config);
     let chat = Chat::of_template(TEMPLATE, &tokenizer).unwrap();
@@ -233,7 +234,7 @@ fn a_saved_chat_goes_on_to_the_same_bits() {
 
 #[test]
 fn a_message_too_long_leaves_the_chat_as_it_was() {
-    let mut config = bytes(false);
+    let mut config = bytes(false, 0);
     config.segment = None;
     let model = model_on(Cpu, &config, &values(&config, 3));
     let tokenizer = Tokenizer::bytes(&config);

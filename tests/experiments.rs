@@ -125,7 +125,8 @@ macro_rules! smoke {
 }
 
 smoke!(
-    main, beyond, cap, far, layers, depth, heads, needles, past, pool, queries, rows, short, windows
+    main, beyond, cap, far, layers, depth, heads, needles, past, pool, queries, rows, short,
+    windows
 );
 
 #[test]

@@ -111,13 +111,11 @@ fn readings() -> [Reading; 6] {
 #[test]
 fn a_dry_run_holds_what_the_run_holds() {
     for pool_len in [0, 64, 320] {
-        for break_after_prompt in [false, true] {
+        for suffix in [None, Some(0), Some(3), Some(50)] {
             let mut config = bounded(config(8, 2, 64), pool_len);
-            config
-                .segment
-                .as_mut()
-                .expect("segments")
-                .break_after_prompt = break_after_prompt;
+            let segment = config.segment.as_mut().expect("segments");
+            segment.break_after_prompt = suffix.is_some();
+            segment.prompt_suffix_len = suffix.unwrap_or(0);
             holds_what_the_run_holds(&config);
         }
     }

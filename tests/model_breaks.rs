@@ -252,8 +252,15 @@ fn a_model_without_segments_passes_over_breaks() {
 #[test]
 fn generation_has_the_breaks_of_scoring() {
     let mut ended = 0;
-    for (seed, after_prompt) in [(1, true), (2, false), (3, true)] {
-        let config = with_breaks(vec![1, 2, 3, 9], after_prompt);
+    for (seed, after_prompt, suffix) in [
+        (1, true, 0),
+        (2, false, 0),
+        (3, true, 0),
+        (4, true, 1),
+        (5, true, 6),
+    ] {
+        let mut config = with_breaks(vec![1, 2, 3, 9], after_prompt);
+        config.segment.as_mut().unwrap().prompt_suffix_len = suffix;
         let model = model_on(Cpu, &config, &values(&config, seed));
         let prompts = [tokens(seed, 5), tokens(seed + 1, 19), tokens(seed + 2, 8)];
         let prompts: Vec<Prompt<'_>> = prompts
@@ -277,7 +284,11 @@ fn generation_has_the_breaks_of_scoring() {
             let at = prompt.tokens.len();
             let whole = Tokens {
                 ids: [prompt.tokens, &generated.tokens].concat(),
-                breaks: if after_prompt { vec![at] } else { Vec::new() },
+                // The prompt of 5 tokens is shorter than the last suffix.
+                breaks: match after_prompt {
+                    true => vec![at - suffix.min(at - 1)],
+                    false => Vec::new(),
+                },
             };
             let expected = score(&model, &whole, 2).unwrap();
             let got = bits(&generated.log_probabilities);

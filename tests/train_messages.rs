@@ -6,7 +6,7 @@ mod reading;
 
 use reading::reading;
 use segattn::model::chat::Chat;
-use segattn::model::config::ModelConfig;
+use segattn::model::config::{ModelConfig, PromptBreak};
 use segattn::model::tokenizer::Tokenizer;
 use segattn::train::TrainError;
 use segattn::train::config::DataSection;
@@ -48,10 +48,15 @@ impl Encode for Templated {
     }
 }
 
+/// A break so many tokens before the end of what a turn reads, if any.
+fn before(suffix: Option<usize>) -> PromptBreak {
+    suffix.map(PromptBreak::before_suffix).unwrap_or_default()
+}
+
 fn read(
     by: &dyn Encode,
     lines: &str,
-    breaks: bool,
+    breaks: PromptBreak,
     section: &DataSection,
 ) -> Result<Vec<Example>, TrainError> {
     let scratch = tempfile::tempdir().unwrap();
@@ -59,7 +64,7 @@ fn read(
     std::fs::write(&path, lines).unwrap();
     let reading = segattn::train::data::Reading {
         encode: by,
-        break_before_answers: breaks,
+        prompt_break: breaks,
         ..reading(section, scratch.path())
     };
     let corpus = Corpus::read(&[&[path]], &reading)?;
@@ -97,14 +102,14 @@ fn learned(example: &Example) -> String {
 fn what_the_assistant_writes_is_learned_in_whole_documents() {
     let by = Templated::new(TEMPLATE);
     let section = DataSection::default();
-    for breaks in [false, true] {
-        let examples = read(&by, LINES, breaks, &section).unwrap();
+    for breaks in [None, Some(0)] {
+        let examples = read(&by, LINES, before(breaks), &section).unwrap();
         let shown = learned(&examples[0]);
         // [user]Hi\n[assistant]Yes#\n[user]So\n[assistant]No#\n
         let expected = format!("{}|Yes#{}|No#.", ".".repeat(20), ".".repeat(21));
         assert_eq!(
             shown,
-            if breaks {
+            if breaks.is_some() {
                 expected
             } else {
                 expected.replace('|', "")
@@ -122,13 +127,19 @@ fn what_the_assistant_writes_is_learned_in_whole_documents() {
         .replace("{% endgeneration %}", "");
     let silent = Templated::new(&silent);
     let lines = LINES.split_inclusive('\n').take(2).collect::<String>();
-    let examples = read(&silent, &lines, true, &section).unwrap();
+    let examples = read(&silent, &lines, before(Some(0)), &section).unwrap();
     let expected = format!("{}|Yes#\n{}|No#\n", ".".repeat(20), ".".repeat(20));
     assert_eq!(learned(&examples[0]), expected);
     // Each answer by itself, where an earlier one is written otherwise than the last.
     let shortened = "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }}#\
                      {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
-    let examples = read(&Templated::new(shortened), &lines, true, &section).unwrap();
+    let examples = read(
+        &Templated::new(shortened),
+        &lines,
+        before(Some(0)),
+        &section,
+    )
+    .unwrap();
     let expected = [
         format!("{}|Yes#", ".".repeat(20)),
         format!("{}|No#", ".".repeat(42)),
@@ -141,13 +152,16 @@ fn what_the_assistant_writes_is_learned_in_whole_documents() {
     assert_eq!(text, b"[user]Hi#[assistant]-#[user]So#[assistant]No#");
     // Another field of the same line comes first where it is asked for.
     let line = r#"{"text": "plain", "messages": [{"role": "assistant", "content": "x"}]}"#;
-    assert_eq!(read(&by, line, false, &section).unwrap()[0].weights, None);
+    assert_eq!(
+        read(&by, line, before(None), &section).unwrap()[0].weights,
+        None
+    );
     let messages = DataSection {
         jsonl_field: "messages".into(),
         ..section
     };
     assert!(
-        read(&by, line, false, &messages).unwrap()[0]
+        read(&by, line, before(None), &messages).unwrap()[0]
             .weights
             .is_some()
     );
@@ -193,10 +207,10 @@ fn tokens_of_conversations_are_kept_under_what_they_depend_on() {
     // Large enough for the cache.
     std::fs::write(&path, LINES.repeat(6000)).unwrap();
     let cache = folder.path().join("cache");
-    let with = |breaks: bool, by: &dyn Encode| -> Vec<usize> {
+    let with = |breaks: Option<usize>, by: &dyn Encode| -> Vec<usize> {
         let reading = segattn::train::data::Reading {
             encode: by,
-            break_before_answers: breaks,
+            prompt_break: before(breaks),
             cache: Some(Path::new(&cache)),
             ..reading(&section, folder.path())
         };
@@ -206,8 +220,11 @@ fn tokens_of_conversations_are_kept_under_what_they_depend_on() {
             .unwrap()
             .breaks
     };
-    assert_eq!(with(true, &by), [20, 45]);
+    assert_eq!(with(Some(0), &by), [20, 45]);
     // From the cache: this tokenizer could not make them.
-    assert_eq!(with(true, &Bytes), [20, 45]);
-    assert_eq!(with(false, &by), [] as [usize; 0]);
+    assert_eq!(with(Some(0), &Bytes), [20, 45]);
+    assert_eq!(with(None, &by), [] as [usize; 0]);
+    assert_eq!(with(Some(3), &by), [17, 42]);
+    // A suffix longer than what a turn reads, which begins with the last token of the answer before: `#`.
+    assert_eq!(with(Some(100), &by), [1, 24]);
 }

@@ -84,6 +84,51 @@ fn the_text_stays_in_order_and_only_answers_and_text_count() {
     }
 }
 
+/// With a suffix the break stands that many bytes before the end of the question, and the answer's first token, which
+/// is predicted behind it, counts as the others.
+#[test]
+fn the_end_of_a_question_is_read_after_its_break() {
+    let text = text();
+    let plain = tasks(TaskSection::default());
+    let suffixed = tasks(TaskSection::default()).with_suffix(4);
+    for number in 0..10 {
+        let before = plain.weave(text.clone(), 7, number).unwrap();
+        let woven = suffixed.weave(text.clone(), 7, number).unwrap();
+        assert_eq!(woven.tokens, before.tokens);
+        let moved: Vec<usize> = before.breaks.iter().map(|at| at - 4).collect();
+        assert_eq!(woven.breaks, moved);
+        let (weights, plain) = (woven.weights.unwrap(), before.weights.unwrap());
+        for at in 0..LEN {
+            let first = before.breaks.contains(&at);
+            assert_eq!(weights[at], if first { 16.0 } else { plain[at] });
+        }
+    }
+}
+
+#[test]
+fn long_codes_are_asked_for_if_they_have_a_share() {
+    let section = TaskSection {
+        records: 0.0,
+        entries: 0.0,
+        chains: 0.0,
+        lists: 0.0,
+        codes: 1.0,
+        ..TaskSection::default()
+    };
+    let tasks = tasks(section);
+    for number in 0..10 {
+        let woven = tasks.weave(text(), 5, number).unwrap();
+        for (at, answer) in answers(&woven) {
+            let digits = answer.chars().filter(char::is_ascii_hexdigit).count();
+            assert!(
+                matches!(digits, 16..=32) && digits.is_multiple_of(4),
+                "{answer}"
+            );
+            assert!(string(&woven.tokens[..at]).contains(&answer), "{answer}");
+        }
+    }
+}
+
 #[test]
 fn a_sequence_is_a_function_of_text_seed_and_number() {
     let tasks = tasks(TaskSection::default());
@@ -191,7 +236,11 @@ fn words_and_sentences_are_not_those_of_the_tests() {
             tested += &sample.prompt;
         }
     }
-    let tasks = tasks(TaskSection::default());
+    let section = TaskSection {
+        codes: 1.0,
+        ..TaskSection::default()
+    };
+    let tasks = tasks(section);
     let trained: String = (0..200)
         .map(|number| put_in(&tasks.weave(text(), 1, number).unwrap()))
         .collect();

@@ -108,6 +108,9 @@ struct Segments {
     /// Let the end of a prompt end its segment, so that what the prompt asks for is retrieved before the answer
     #[arg(long, requires = "segment_len")]
     break_after_prompt: bool,
+    /// Tokens of a prompt's end that are read after its break, with what the prompt has retrieved
+    #[arg(long, value_name = "TOKENS", requires = "break_after_prompt")]
+    prompt_suffix_len: Option<usize>,
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
@@ -168,6 +171,7 @@ impl Segments {
             past_heads: self.past_heads.as_ref().and_then(PastHeads::names),
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),
+            prompt_suffix_len: self.prompt_suffix_len,
             ..SegmentSection::default()
         };
         let section = ModelSection {

@@ -11,6 +11,7 @@ use segattn::device::cpu::Cpu;
 use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::text::TextStream;
 use segattn::generate::{Generator, GeneratorConfig, Prompt};
+use segattn::model::config::PromptBreak;
 use segattn::model::decoder::Decoder;
 use segattn::model::session::{Session, score};
 use segattn::train::config::Config;
@@ -88,7 +89,7 @@ pub fn run(args: &Args, quiet: bool) -> Result<()> {
         before: &[],
         after: &[],
         encode: &Bytes,
-        break_before_answers: false,
+        prompt_break: PromptBreak::default(),
         tokenizer: "bytes",
         cache: None,
         scratch: scratch.path(),

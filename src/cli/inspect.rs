@@ -225,6 +225,7 @@ fn segment(config: &ModelConfig) -> Value {
         "retrieval": segment.retrieval.to_json(),
         "break_ids": segment.break_ids,
         "break_after_prompt": segment.break_after_prompt,
+        "prompt_suffix_len": segment.prompt_suffix_len,
         "layers": (0..config.num_hidden_layers).map(roles).collect::<Vec<_>>(),
     })
 }
@@ -347,7 +348,11 @@ fn text(report: &Value) -> String {
                 line("", format!("end early after the tokens {}", s["break_ids"]));
             }
             if s["break_after_prompt"] == true {
-                line("", "end early after a prompt".into());
+                let after = match s["prompt_suffix_len"].as_u64() {
+                    None | Some(0) => "after a prompt".into(),
+                    Some(len) => format!("{len} tokens before the end of a prompt"),
+                };
+                line("", format!("end early {after}"));
             }
             let roles = s["layers"]
                 .as_array()

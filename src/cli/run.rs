@@ -75,7 +75,7 @@ impl<'a> Data<'a> {
             before: &before,
             after: &after,
             encode: text,
-            break_before_answers: (model.segment.as_ref()).is_some_and(|s| s.break_after_prompt),
+            prompt_break: model.prompt_break(),
             tokenizer: &text.identity(),
             cache: cache.as_deref(),
             scratch: output,
@@ -115,8 +115,9 @@ impl<'a> Data<'a> {
             _ => {}
         }
         let (sections, vocab_size) = (&section.mixture, model.vocab_size);
+        let suffix_len = model.segment.as_ref().map_or(0, |s| s.prompt_suffix_len);
         let data = Self {
-            train: Mixture::new(train, sections, parts, text, vocab_size)?,
+            train: Mixture::new(train, sections, parts, text, vocab_size)?.with_suffix(suffix_len),
             corpus,
             base: None,
             validation,

@@ -102,13 +102,8 @@ fn run_on<D: Planned>(device: D, args: &Args, quiet: bool) -> Result<()> {
     let model = opened.load_for(device, |model| {
         dry_run_serving(model, running, longest, read_at_once)
     })?;
-    let segment = model.config.segment.as_ref();
-    let break_after_prompt = segment.is_some_and(|segment| segment.break_after_prompt);
-    let shared = Arc::new(Shared::new(
-        limits,
-        model.config.vocab_size,
-        break_after_prompt,
-    ));
+    let prompt_break = model.config.prompt_break();
+    let shared = Arc::new(Shared::new(limits, model.config.vocab_size, prompt_break));
     let chat = match &opened.text {
         Some(text) => Chat::open(args.model.path(), text)?,
         None => None,

@@ -7,7 +7,7 @@ use super::score::{interval, string_match_all, string_match_part};
 use super::task::{Sample, TaskOptions, generate};
 use crate::device::Device;
 use crate::generate::sampler::SamplerConfig;
-use crate::generate::{Finish, Generated, Generator, GeneratorConfig, Prompt};
+use crate::generate::{Finish, GenerateError, Generated, Generator, GeneratorConfig, Prompt};
 use crate::model::decoder::Decoder;
 use crate::model::session::{SelectedTokens, Session};
 use serde::{Deserialize, Serialize};
@@ -365,7 +365,8 @@ impl<D: Device> Respond for Greedy<'_, D> {
         };
         let mut generator =
             Generator::new(&mut session, &prompts, config).map_err(EvalError::model)?;
-        while generator.read_prompts().map_err(EvalError::model)? > 0 {}
+        self.read_to_breaks(&mut generator, samples)
+            .map_err(EvalError::model)?;
         let mut recalls = Vec::new();
         for (i, sample) in samples.iter().enumerate() {
             let positions = generator.session().holds_all(i);
@@ -385,6 +386,7 @@ impl<D: Device> Respond for Greedy<'_, D> {
                 Self::correct(oracle, &mut generator, i, selected, sample)?;
             }
         }
+        while generator.read_prompts().map_err(EvalError::model)? > 0 {}
         let generated = generator
             .run(|_| std::ops::ControlFlow::Continue(()))
             .map_err(EvalError::model)?;
@@ -398,6 +400,28 @@ impl<D: Device> Respond for Greedy<'_, D> {
 }
 
 impl<D: Device> Greedy<'_, D> {
+    /// Reads prompts up to the break at which answers' past rows are selected.
+    fn read_to_breaks(
+        &self,
+        generator: &mut Generator<'_, '_, D>,
+        samples: &[Sample],
+    ) -> Result<(), GenerateError> {
+        let own = self.model.config.prompt_break();
+        let chunk = generator.session().chunk();
+        loop {
+            let piece = |(i, sample): (usize, &Sample)| {
+                let tokens = sample.tokens.len();
+                let behind = tokens - own.of(tokens).unwrap_or(tokens);
+                (i, generator.unread_of(i).saturating_sub(behind).min(chunk))
+            };
+            let pieces: Vec<(usize, usize)> = samples.iter().enumerate().map(piece).collect();
+            if pieces.iter().all(|piece| piece.1 == 0) {
+                return Ok(());
+            }
+            generator.read(&pieces)?;
+        }
+    }
+
     /// Lets every head read what an oracle selects.
     fn correct(
         oracle: Oracle,

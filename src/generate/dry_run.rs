@@ -51,7 +51,12 @@ pub fn dry_run<D: Device>(
     ahead(session, &of_each(&|[before, _]| *before))?;
     // The first chunks fill the state, the last have the longest context. The last token of a prompt may end a segment.
     let chunk = session.chunk();
-    let asked = |tokens: usize| usize::from(new > 0 && tokens > 0);
+    let own = session.model().config.prompt_break();
+    let suffix = |tokens: usize| tokens - own.of(tokens).unwrap_or(tokens);
+    let asked = |tokens: usize| match new > 0 && tokens > 0 {
+        true => 1 + suffix(tokens),
+        false => 0,
+    };
     let passed = |tokens: usize| (tokens / chunk).saturating_sub(4) * chunk;
     let first = |tokens: usize| (tokens - asked(tokens)).min(2 * chunk);
     let last = |tokens: usize| tokens - first(tokens) - passed(tokens) - asked(tokens);
@@ -67,7 +72,7 @@ pub fn dry_run<D: Device>(
     let far = |(i, [before, tokens]): (usize, &[usize; 2])| {
         // Segments are counted from the break.
         let counted = match segment.break_after_prompt && asked(*tokens) > 0 {
-            true => before + tokens,
+            true => before + tokens - suffix(*tokens),
             false => 0,
         };
         let rest = (before + tokens + new).saturating_sub(counted + 1);
@@ -182,28 +187,23 @@ fn read<D: Device>(
     Ok(())
 }
 
-/// The breaks of a prompt of one token. A [`Generator`] adds them itself.
-fn breaks_of<D: Device>(model: &Decoder<D>) -> &'static [usize] {
-    let segment = model.config.segment.as_ref();
-    match segment.is_some_and(|segment| segment.break_after_prompt) {
-        true => &[1],
-        false => &[],
-    }
-}
-
-/// Generates after prompts of so many tokens, none or one. A stage that is not the last only passes rows on.
+/// Generates after prompts of so many tokens. A stage that is not the last only passes rows on.
 fn generate<D: Device>(
     session: &mut Session<'_, D>,
     prompts: &[usize],
     max_new: usize,
 ) -> Result<(), GenerateError> {
+    let row = vec![0; prompts.iter().copied().max().unwrap_or(0)];
     if !session.model().config.part.ends {
-        let breaks = breaks_of(session.model());
+        // A generator adds breaks itself.
+        let own = session.model().config.prompt_break();
+        let breaks = |tokens: &usize| own.of(*tokens).filter(|_| *tokens > 0);
+        let breaks: Vec<Option<usize>> = prompts.iter().map(breaks).collect();
         let feed = |(sequence, tokens): (usize, &usize)| Feed {
             sequence,
-            tokens: &[0; 1][..*tokens],
+            tokens: &row[..*tokens],
             targets: &[],
-            breaks: &breaks[..breaks.len().min(*tokens)],
+            breaks: breaks[sequence].as_slice(),
         };
         let feeds: Vec<Feed<'_>> = prompts.iter().enumerate().map(feed).collect();
         session.feed(&feeds)?;
@@ -213,7 +213,7 @@ fn generate<D: Device>(
     }
     let prompt = |tokens: &usize| Prompt {
         before: &[],
-        tokens: &[0; 1][..*tokens],
+        tokens: &row[..*tokens],
         breaks: &[],
         stream: 0,
     };

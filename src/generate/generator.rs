@@ -6,6 +6,7 @@
 
 use super::sampler::{SamplerConfig, SamplerError};
 use crate::device::{Device, DeviceError, Sampled};
+use crate::model::config::PromptBreak;
 use crate::model::segmentation;
 use crate::model::session::{Feed, Session};
 use crate::model::session_file::SavedSequence;
@@ -99,13 +100,10 @@ impl<'a> Prompt<'a> {
     }
 }
 
-/// The breaks of a prompt, with one at its end if `after_prompt`.
-fn breaks(prompt: &Prompt<'_>, after_prompt: bool) -> Vec<usize> {
+/// The breaks of a prompt, with its own among them.
+fn breaks(prompt: &Prompt<'_>, own: PromptBreak) -> Vec<usize> {
     let mut breaks = prompt.breaks.to_vec();
-    let end = prompt.tokens.len();
-    if after_prompt && breaks.last() != Some(&end) {
-        breaks.push(end);
-    }
+    own.add(prompt.tokens.len(), &mut breaks);
     breaks
 }
 
@@ -170,12 +168,12 @@ impl Sequence {
     fn new(
         prompt: &Prompt<'_>,
         config: GeneratorConfig,
-        (before, after_prompt): (usize, bool),
+        (before, own): (usize, PromptBreak),
     ) -> Self {
         Self {
             before,
             history: prompt.tokens.to_vec(),
-            breaks: breaks(prompt, after_prompt),
+            breaks: breaks(prompt, own),
             prompt: prompt.tokens.len(),
             finish: (config.max_new == 0).then_some(Finish::Length),
             config,
@@ -256,11 +254,11 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
                 got: prompts.len(),
             });
         }
-        let after_prompt = breaks_after_prompt(session);
+        let own = session.model().config.prompt_break();
         let mut sequences = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.iter().enumerate() {
             check(session, i, prompt, config.max_new)?;
-            let place = (session.position(i), after_prompt);
+            let place = (session.position(i), own);
             sequences.push(Sequence::new(prompt, config.clone(), place));
         }
         let streams: Vec<u64> = prompts.iter().map(|p| p.stream).collect();
@@ -307,7 +305,7 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         let (sampler, stream) = (&config.sampler, prompt.stream);
         (self.session).choose_one_by(sequence, sampler, stream, &history)?;
         let before = self.session.position(sequence);
-        let place = (before, breaks_after_prompt(self.session));
+        let place = (before, self.session.model().config.prompt_break());
         self.sequences[sequence] = Sequence {
             scored,
             ..Sequence::new(prompt, config, place)
@@ -499,12 +497,6 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
             }
         }
     }
-}
-
-/// Whether the end of a prompt ends a segment.
-fn breaks_after_prompt<D: Device>(session: &Session<'_, D>) -> bool {
-    let segment = session.model().config.segment.as_ref();
-    segment.is_some_and(|segment| segment.break_after_prompt)
 }
 
 fn check<D: Device>(

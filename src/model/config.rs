@@ -28,7 +28,7 @@ pub use part::Part;
 pub use retrieval::RetrievalConfig;
 pub(super) use rope_keys::rotary_dim;
 pub use rope_scaling::RopeScaling;
-pub use segment::{HeadReads, MAX_SEGMENT_LEN, SegmentConfig};
+pub use segment::{HeadReads, MAX_SEGMENT_LEN, PromptBreak, SegmentConfig};
 
 /// The file's name in a model folder.
 pub const CONFIG_FILE: &str = "config.json";

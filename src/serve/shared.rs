@@ -1,5 +1,6 @@
 //! What the engine and the HTTP side both know: limits, the model's sizes, and counts.
 
+use crate::model::config::PromptBreak;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -37,8 +38,8 @@ pub struct Shared {
     pub limits: Limits,
     /// The vocabulary's size.
     pub vocab_size: usize,
-    /// Whether the end of a prompt ends a segment.
-    pub break_after_prompt: bool,
+    /// Where prompts have their break.
+    pub prompt_break: PromptBreak,
     /// A permit for each sequence that may run or wait.
     pub(super) places: Arc<Semaphore>,
     /// Counts.
@@ -47,11 +48,11 @@ pub struct Shared {
 
 impl Shared {
     /// Of a server of one model.
-    pub fn new(limits: Limits, vocab_size: usize, break_after_prompt: bool) -> Self {
+    pub fn new(limits: Limits, vocab_size: usize, prompt_break: PromptBreak) -> Self {
         Self {
             limits,
             vocab_size,
-            break_after_prompt,
+            prompt_break,
             places: Arc::new(Semaphore::new(limits.places())),
             metrics: Metrics::default(),
         }

@@ -330,11 +330,18 @@ fn the_original_context_may_stand_beside_the_scaling() {
 fn breaks_and_bits_of_the_pool_are_read_and_written_back_and_left_out_where_there_are_none() {
     let plain = ModelConfig::from_json(small()).unwrap();
     let written = plain.to_json();
-    for key in ["break_ids", "break_after_prompt", "pool_bits", "pool_len"] {
+    for key in [
+        "break_ids",
+        "break_after_prompt",
+        "prompt_suffix_len",
+        "pool_bits",
+        "pool_len",
+    ] {
         assert!(written["segment"].get(key).is_none(), "{key}");
     }
     let value = with(small(), "/segment/break_ids", json!([9, 3]));
     let value = with(value, "/segment/break_after_prompt", json!(true));
+    let value = with(value, "/segment/prompt_suffix_len", json!(2));
     let value = with(value, "/segment/pool_bits", json!(4));
     let value = with(value, "/segment/pool_len", json!(4096));
     let config = ModelConfig::from_json(value).unwrap();
@@ -345,6 +352,7 @@ fn breaks_and_bits_of_the_pool_are_read_and_written_back_and_left_out_where_ther
     );
     assert_eq!(segment.break_ids, [9, 3]);
     assert!(segment.break_after_prompt);
+    assert_eq!(segment.prompt_suffix_len, 2);
     let again = ModelConfig::from_json(config.to_json()).unwrap();
     assert_eq!(again.segment, config.segment);
 }

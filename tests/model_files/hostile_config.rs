@@ -267,6 +267,11 @@ fn absurd_and_contradictory_values_are_refused_by_key() {
         ("/segment/past_length", json!(32), "segment.past_length"),
         ("/segment/pool_bits", json!(5), "segment.pool_bits"),
         ("/segment/pool_bits", json!("8"), "segment.pool_bits"),
+        (
+            "/segment/prompt_suffix_len",
+            json!(1),
+            "segment.prompt_suffix_len",
+        ),
         ("/segment/pool_len", json!("64"), "segment.pool_len"),
         ("/segment/pool_len", json!(-8), "segment.pool_len"),
         ("/segment/pool_len", json!(8), "segment.pool_len"),

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use segattn::model::config::PromptBreak;
 use segattn::train::TrainError;
 use segattn::train::config::DataSection;
 use segattn::train::data::{Bytes, Corpus, Document, Reading};
@@ -17,7 +18,7 @@ pub fn reading<'a>(section: &'a DataSection, scratch: &'a Path) -> Reading<'a> {
         before: &[256],
         after: &[257],
         encode: &Bytes,
-        break_before_answers: false,
+        prompt_break: PromptBreak::default(),
         tokenizer: "bytes",
         cache: None,
         scratch,

@@ -37,6 +37,39 @@ pub struct SegmentConfig {
     pub break_ids: Vec<u32>,
     /// Whether the end of a prompt is a break, in generation and in the tasks of `eval`.
     pub break_after_prompt: bool,
+    /// Tokens of a prompt's end that are read after this break, with what the prompt has retrieved.
+    pub prompt_suffix_len: usize,
+}
+
+/// Where prompts have their break, if they have one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptBreak {
+    suffix_len: Option<usize>,
+}
+
+impl PromptBreak {
+    /// Before the last `suffix_len` tokens of each prompt.
+    pub fn before_suffix(suffix_len: usize) -> Self {
+        Self {
+            suffix_len: Some(suffix_len),
+        }
+    }
+
+    /// The break of a prompt of so many tokens: after so many of them. All but the suffix, and at least one, choose
+    /// what is retrieved.
+    pub fn of(self, tokens: usize) -> Option<usize> {
+        let suffix = |len: usize| len.min(tokens.saturating_sub(1));
+        self.suffix_len.map(|len| tokens - suffix(len))
+    }
+
+    /// Adds the break of a prompt of so many tokens to others in it.
+    pub(crate) fn add(self, tokens: usize, breaks: &mut Vec<usize>) {
+        if let Some(own) = self.of(tokens)
+            && let Err(place) = breaks.binary_search(&own)
+        {
+            breaks.insert(place, own);
+        }
+    }
 }
 
 /// What a KV head, with all query heads of its group, reads besides the current segment.
@@ -54,6 +87,16 @@ impl HeadReads {
         prior: true,
         past: false,
     };
+}
+
+impl super::ModelConfig {
+    /// Where a prompt has its break.
+    pub fn prompt_break(&self) -> PromptBreak {
+        match &self.segment {
+            Some(s) if s.break_after_prompt => PromptBreak::before_suffix(s.prompt_suffix_len),
+            _ => PromptBreak::default(),
+        }
+    }
 }
 
 impl SegmentConfig {
@@ -76,6 +119,7 @@ impl SegmentConfig {
             retrieval: RetrievalConfig::default(),
             break_ids: Vec::new(),
             break_after_prompt: false,
+            prompt_suffix_len: 0,
         }
     }
 
@@ -96,6 +140,7 @@ impl SegmentConfig {
             "retrieval",
             "break_ids",
             "break_after_prompt",
+            "prompt_suffix_len",
         ])?;
         let mut segment = Self::new(
             fields.required_size("segment_len", 1..=MAX_SEGMENT_LEN)?,
@@ -118,6 +163,8 @@ impl SegmentConfig {
         segment.pool_len = fields.size("pool_len", 0..=MAX_POOL_LEN)?.unwrap_or(0);
         segment.break_ids = break_ids(&fields)?;
         segment.break_after_prompt = fields.flag("break_after_prompt")?.unwrap_or(false);
+        let suffix = fields.size("prompt_suffix_len", 0..=MAX_SEGMENT_LEN)?;
+        segment.prompt_suffix_len = suffix.unwrap_or(0);
         if let Some(by_layer) = fields.list("head_reads")? {
             segment.head_reads = by_layer
                 .iter()
@@ -166,6 +213,9 @@ impl SegmentConfig {
         if self.break_after_prompt {
             object["break_after_prompt"] = json!(true);
         }
+        if self.prompt_suffix_len > 0 {
+            object["prompt_suffix_len"] = json!(self.prompt_suffix_len);
+        }
         object
     }
 
@@ -205,6 +255,12 @@ impl SegmentConfig {
         if self.sink_len > self.segment_len {
             let expected = format!("at most segment_len = {}", self.segment_len);
             return fail("sink_len", expected, self.sink_len.to_string());
+        }
+        let suffix = self.prompt_suffix_len;
+        if suffix > MAX_SEGMENT_LEN || suffix > 0 && !self.break_after_prompt {
+            let expected =
+                format!("an integer up to {MAX_SEGMENT_LEN}, and 0 without break_after_prompt");
+            return fail("prompt_suffix_len", expected, suffix.to_string());
         }
         // What is never dropped, and a whole selection.
         let least = self.past_len + self.prior_len + self.sink_len.next_multiple_of(block_len);

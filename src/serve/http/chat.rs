@@ -14,6 +14,7 @@ use super::fields::Fields;
 use super::wanted::{MOST_TOP, Wanted};
 use super::{Server, body, new_id, now};
 use crate::model::chat::{Chat, Conversation};
+use crate::model::config::PromptBreak;
 use crate::model::error::ChatError;
 
 /// Answers messages, as the model's chat template puts them into one text.
@@ -73,14 +74,16 @@ fn prompt(fields: &mut Fields, server: &Server) -> Result<(Vec<u32>, Vec<usize>)
     let (conversation, answers) = conversation(fields)?;
     let whole = tokens(server, chat, &conversation)?;
     let mut breaks = Vec::new();
-    if server.handle.shared.break_after_prompt {
+    let own = server.handle.shared.prompt_break;
+    if own != PromptBreak::default() {
         for answer in answers.into_iter().filter(|answer| *answer > 0) {
             let mut earlier = conversation.clone();
             earlier.messages.truncate(answer);
             let earlier = tokens(server, chat, &earlier)?;
             // A template may write earlier messages otherwise: then the model never read this prompt.
-            if whole.starts_with(&earlier) && breaks.last() < Some(&earlier.len()) {
-                breaks.push(earlier.len());
+            let own = own.of(earlier.len());
+            if whole.starts_with(&earlier) && breaks.last() < own.as_ref() {
+                breaks.extend(own);
             }
         }
     }

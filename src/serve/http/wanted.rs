@@ -128,9 +128,7 @@ impl Wanted {
             for copy in 0..self.n {
                 let Some(permit) = places.next() else { break };
                 let mut breaks = breaks.to_vec();
-                if shared.break_after_prompt && breaks.last() != Some(&prompt.len()) {
-                    breaks.push(prompt.len());
-                }
+                shared.prompt_break.add(prompt.len(), &mut breaks);
                 server.handle.run(Job {
                     prompt: prompt.clone(),
                     breaks,

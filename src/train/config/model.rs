@@ -111,6 +111,8 @@ pub struct SegmentSection {
     pub break_ids: Option<Vec<u32>>,
     /// Whether the end of a prompt ends a segment, in generation.
     pub break_after_prompt: Option<bool>,
+    /// Tokens of a prompt's end that are read after this break.
+    pub prompt_suffix_len: Option<usize>,
 }
 
 impl ModelSection {
@@ -192,6 +194,7 @@ impl ModelSection {
         segment.break_after_prompt = given
             .break_after_prompt
             .unwrap_or(segment.break_after_prompt);
+        set(&mut segment.prompt_suffix_len, given.prompt_suffix_len);
         given.set_reads(&mut segment, layers, kv_heads)?;
         config.segment = Some(segment);
         config.validate().map_err(|e| typed("model", &e))

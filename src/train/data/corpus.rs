@@ -353,7 +353,7 @@ fn key(sources: &mut [Source], reading: &Reading<'_>) -> Result<String> {
         key.update((ids.len() as u64).to_le_bytes());
         key.update(bytes(ids));
     }
-    key.update([u8::from(reading.break_before_answers)]);
+    key.update(format!("{:?}", reading.prompt_break));
     for source in sources {
         key.update([source.format as u8]);
         key.update(source.hash.unwrap_or_default());

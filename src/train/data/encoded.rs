@@ -15,6 +15,7 @@ use super::pieces::{Conversed, Joiner, OVERLAP, PIECE, Place, Tokens, boundary, 
 use super::reading::Reading;
 use super::store::{Stored, Writer};
 use super::table;
+use crate::model::config::PromptBreak;
 use crate::train::error::{Result, TrainError};
 
 /// Longest line of a JSONL file, in bytes.
@@ -170,21 +171,24 @@ enum Made {
 }
 
 /// The conversation with its breaks, and the weight of each of its tokens: 1 where the assistant writes it, else 0.
-fn weighed(conversed: Conversed, breaks: bool) -> (Listed, Vec<f32>) {
+fn weighed(conversed: Conversed, own: PromptBreak) -> (Listed, Vec<f32>) {
     let Conversed { ids, answers } = conversed;
     let mut weights = vec![0.0; ids.len()];
     for answer in &answers {
         weights[answer.clone()].fill(1.0);
     }
-    let mut starts: Vec<usize> = answers
-        .iter()
-        .filter(|a| breaks && !a.is_empty())
-        .map(|a| a.start)
-        .collect();
-    starts.dedup();
+    let mut breaks = Vec::new();
+    let mut read = 0;
+    for answer in answers.iter().filter(|a| !a.is_empty()) {
+        // Two answers may follow one another.
+        let own = own.of(answer.start - read).map(|own| read + own);
+        breaks.extend(own.filter(|own| breaks.last() != Some(own)));
+        // The last token of an answer is read with the turn that follows.
+        read = answer.end - 1;
+    }
     let listed = Listed {
         tokens: ids,
-        breaks: starts,
+        breaks,
     };
     (listed, weights)
 }
@@ -428,7 +432,7 @@ impl<'a> Queue<'a> {
                     return Ok(());
                 };
                 for conversed in texts {
-                    let (listed, weights) = weighed(conversed, self.reading.break_before_answers);
+                    let (listed, weights) = weighed(conversed, self.reading.prompt_break);
                     self.writer.push_broken(listed.tokens, &listed.breaks)?;
                     self.writer.push_weights(&weights)?;
                     self.writer.end_document();

@@ -74,6 +74,15 @@ impl<'a> Mixture<'a> {
         })
     }
 
+    /// The same with tasks whose questions go on after their break ([`Tasks::with_suffix`]).
+    #[must_use]
+    pub fn with_suffix(mut self, suffix_len: usize) -> Self {
+        for part in &mut self.parts {
+            part.tasks = part.tasks.take().map(|tasks| tasks.with_suffix(suffix_len));
+        }
+        self
+    }
+
     /// Whether there is no sequence.
     pub fn is_empty(&self) -> bool {
         self.parts.iter().all(|part| part.sequences.is_empty())

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::pieces::Encode;
+use crate::model::config::PromptBreak;
 use crate::train::config::DataSection;
 
 /// How files become tokens.
@@ -17,9 +18,8 @@ pub struct Reading<'a> {
     pub after: &'a [u32],
     /// The tokenizer.
     pub encode: &'a dyn Encode,
-    /// Whether a segment ends before each answer of a conversation, as it does when the model generates
-    /// (`segment.break_after_prompt`).
-    pub break_before_answers: bool,
+    /// Where a segment ends before each answer of a conversation, as it does when the model generates.
+    pub prompt_break: PromptBreak,
     /// Names the tokenizer and the chat template: equal only for those that give equal tokens.
     pub tokenizer: &'a str,
     /// Folder that keeps the tokens of large texts for the next run.

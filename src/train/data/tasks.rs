@@ -35,6 +35,8 @@ pub struct Tasks<'a> {
     /// For each id whether a line ends with it.
     ends_line: Vec<bool>,
     newline: Vec<u32>,
+    /// Tokens of a question that are read after the break.
+    suffix_len: usize,
 }
 
 /// A fact in tokens: its statements, each with the end of its line, and the question and its answer.
@@ -65,9 +67,16 @@ impl<'a> Tasks<'a> {
             vocab_size,
             ends_line: ends_line.collect(),
             newline: Vec::new(),
+            suffix_len: 0,
         };
         tasks.newline = tasks.ids("\n")?;
         Ok(tasks)
+    }
+
+    /// The same with questions whose last tokens are read after the break (`segment.prompt_suffix_len`).
+    #[must_use]
+    pub fn with_suffix(self, suffix_len: usize) -> Self {
+        Self { suffix_len, ..self }
     }
 
     fn ids(&self, text: &str) -> Result<Vec<u32>> {
@@ -283,11 +292,14 @@ impl<'a> Sequence<'a> {
         self.push(&piece.ids, 0.0);
         if let Some(answer) = &piece.answer {
             let at = self.made.tokens.len();
-            self.made.breaks.retain(|b| *b != at);
-            self.made.breaks.push(at);
+            let suffix = self.tasks.suffix_len.min(piece.ids.len().saturating_sub(1));
+            self.made.breaks.retain(|b| *b != at - suffix);
+            self.made.breaks.push(at - suffix);
             self.push(answer, self.tasks.section.answer_weight);
             // The first is predicted before the break, when nothing has been retrieved for the question yet.
-            self.weights[at] = 1.0;
+            if suffix == 0 {
+                self.weights[at] = 1.0;
+            }
         }
     }
 
