@@ -252,6 +252,37 @@ fn the_heads_that_read_the_past_are_measured() {
     }
 }
 
+#[test]
+fn training_refuses_heads_by_gates_of_a_wrong_number_or_beside_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = golden("tiny.gguf");
+    let convert = ["convert", tiny.to_str().unwrap(), "--out", "model"];
+    printed(
+        dir.path(),
+        &[&convert[..], &["--segment-len", "64", "--past-len", "16"]].concat(),
+    );
+    std::fs::write(dir.path().join("text"), "a line\n".repeat(100)).unwrap();
+    for heads in ["gate:0", "gate:5", "gate:x", "gate:", "gate:2,0.0"] {
+        let heads = format!("{:?}", heads.split(',').collect::<Vec<_>>());
+        let train = [
+            "train",
+            "--model.folder",
+            "model",
+            "--data.train",
+            "text",
+            "--training.output",
+            "run",
+            "--model.segment.past-heads",
+            &heads,
+        ];
+        fails(
+            dir.path(),
+            &train,
+            "expected gate:N alone, with 1 to 4 heads",
+        );
+    }
+}
+
 /// The tiny file with some bytes changed.
 fn changed(change: impl FnOnce(&mut Vec<u8>)) -> Result<Gguf, ConvertError> {
     let mut bytes = std::fs::read(golden("tiny.gguf")).unwrap();

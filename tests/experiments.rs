@@ -126,7 +126,7 @@ macro_rules! smoke {
 
 smoke!(
     main, beyond, cap, far, layers, depth, heads, needles, past, pool, queries, rows, short,
-    windows
+    suffix, windows
 );
 
 #[test]
