@@ -1,6 +1,6 @@
 //! The synthetic tasks: lengths, structure as in RULER, recoverable answers, seeds; and scoring.
 
-use segattn::eval::score::{interval, string_match_all, string_match_part};
+use segattn::eval::score::{first_word_match, interval, string_match_all, string_match_part};
 use segattn::eval::{EvalError, Sample, TaskKind, TaskOptions, generate};
 use std::collections::HashMap;
 
@@ -274,6 +274,25 @@ fn scores_are_shares_of_references_contained_whatever_the_case() {
 }
 
 #[test]
+fn the_first_word_alone_counts_where_one_is_asked_for_exactly() {
+    let references = ["K".to_owned()];
+    for (prediction, score) in [
+        (" K", 1.0),
+        ("K. More", 1.0),
+        ("k", 0.0),
+        ("Key", 0.0),
+        ("A K", 0.0),
+        ("", 0.0),
+    ] {
+        assert_eq!(
+            first_word_match(prediction, &references),
+            score,
+            "{prediction:?}"
+        );
+    }
+}
+
+#[test]
 fn intervals_hold_the_mean_and_shrink_with_samples() {
     assert_eq!(interval(0.5, 0), (0.0, 1.0));
     // Wilson's interval of 8 in 10, by hand: (0.490, 0.943).
@@ -313,6 +332,9 @@ fn the_tokens_of_needles_are_those_of_the_statements_that_the_answer_needs() {
                         "{statement}"
                     );
                 }
+            } else if task == TaskKind::Relay {
+                assert_eq!(statements, [format!("Letter: {}", by_bytes.references[0])]);
+                continue;
             } else if task == TaskKind::MultiHop {
                 assert!(statements[0].contains(" picked up the "), "{statements:?}");
                 assert!(statements[1].contains(" gave the "), "{statements:?}");
@@ -412,4 +434,22 @@ fn the_thing_is_where_its_last_holder_went_last() {
         }
         assert_eq!(places[holder], sample.references[0]);
     }
+}
+
+#[test]
+fn a_letter_stands_first_and_is_asked_for_last() {
+    let mut letters = HashMap::<String, usize>::new();
+    for index in 0..320 {
+        let sample = sample(TaskKind::Relay, 256, index, 4);
+        let (text, question) = sample.prompt.split_at(sample.question_at);
+        let letter = &sample.references[0];
+        let filler = text.strip_prefix(&format!("Letter: {letter} ")).unwrap();
+        assert!(filler.bytes().all(|b| b == b' ' || b.is_ascii_lowercase()));
+        assert_eq!(question, ". Letter:");
+        // So the question ends in the last segment wherever segments end after 256 tokens or less.
+        assert!((253..=256).contains(&sample.tokens.len()));
+        *letters.entry(letter.clone()).or_default() += 1;
+    }
+    assert_eq!(letters.len(), 16);
+    assert!(letters.values().all(|n| (8..36).contains(n)), "{letters:?}");
 }

@@ -54,6 +54,30 @@ fn selected(carry: &Carry<Reference>) -> Vec<Vec<usize>> {
     carry.selected.tokens(&Reference).unwrap()
 }
 
+/// docs/contract.md, section 2, "Reach of the tail": two layers, segments of 8 tokens, a tail of 4.
+#[test]
+fn tails_reach_back_as_many_segments_as_there_are_layers() {
+    let mut config = config(true);
+    let segment = config.segment.as_mut().unwrap();
+    segment
+        .head_reads
+        .iter_mut()
+        .for_each(|layer| layer.fill(HeadReads::PRIOR));
+    let model = model(&config, &values(&config, 3));
+    let ids = tokens(7, 41);
+    let before = score(&model, &ids, 1).unwrap();
+    // The last segment that a change of token `at` of the second segment, tokens 8 to 15, is seen in.
+    let last = |at: usize| {
+        let mut ids = ids.clone();
+        ids[at] = (ids[at] + 1) % 11;
+        let after = score(&model, &ids, 1).unwrap();
+        // Number `i` is what is predicted after token `i`.
+        let differs = |i: &usize| before[*i].to_bits() != after[*i].to_bits();
+        (0..before.len()).rev().find(differs).unwrap() / 8
+    };
+    assert_eq!([8, 11, 12, 15].map(last), [2, 2, 3, 3]);
+}
+
 /// Segments of at most 8 tokens, a tail of 4 rows, probes of the last 6 queries.
 #[test]
 fn the_state_after_breaks_is_that_of_the_same_tokens() {

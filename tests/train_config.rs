@@ -321,12 +321,13 @@ fn mixture_of_the_example() -> String {
 fn a_mixture_is_tables_in_a_file_or_a_list_in_a_flag() {
     let file = format!("{SMALL}{}", mixture_of_the_example());
     let config = Config::parse(&file, &[]).unwrap();
-    let [plain, asked] = &config.data.mixture[..] else {
+    let [plain, asked, relay] = &config.data.mixture[..] else {
         panic!("{:?}", config.data.mixture);
     };
     assert_eq!((plain.name.as_str(), plain.weight), ("text", 1.0));
     assert!(plain.tasks.is_none() && plain.paths.len() == 1 && asked.paths.is_empty());
     assert_eq!(asked.tasks, Some(TaskSection::default()));
+    assert_eq!(relay.relay.as_ref().unwrap().distances, [1, 2, 3]);
     let written = config.to_toml().unwrap();
     assert_eq!(Config::parse(&written, &[]).unwrap(), config);
 
@@ -382,6 +383,31 @@ fn a_mixture_is_tables_in_a_file_or_a_list_in_a_flag() {
             r#"[{name = "a", tasks = {list = 1}}]"#,
             "data.mixture[0].tasks.list",
             "lists",
+        ),
+        (
+            r#"[{name = "a", relay = {segment_len = 32, distances = []}}]"#,
+            "data.mixture.a.relay.distances",
+            "at least 1",
+        ),
+        (
+            r#"[{name = "a", relay = {segment_len = 32, distances = [1, 0]}}]"#,
+            "data.mixture.a.relay.distances",
+            "at least 1",
+        ),
+        (
+            r#"[{name = "a", relay = {segment_len = 2048, distances = [1, 2]}}]"#,
+            "data.mixture.a.relay",
+            "training.sequence_len",
+        ),
+        (
+            r#"[{name = "a", relay = {segment_len = 32, distances = [1]}, paths = ["x"]}]"#,
+            "data.mixture.a.relay",
+            "no `paths`",
+        ),
+        (
+            r#"[{name = "a", relay = {segment_len = 32}}]"#,
+            "data.mixture[0].relay",
+            "",
         ),
         (r#"[{weight = 1}]"#, "data.mixture[0]", ""),
     ] {

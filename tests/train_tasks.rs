@@ -6,8 +6,10 @@ use std::collections::HashSet;
 
 use reading::read_with;
 use segattn::eval::{TaskKind, TaskOptions, generate};
-use segattn::train::config::{DataSection, MixtureSection, TaskSection};
-use segattn::train::data::{Bytes, Corpus, Encode, Example, Mixture, Position, Sequences, Tasks};
+use segattn::train::config::{DataSection, MixtureSection, RelaySection, TaskSection};
+use segattn::train::data::{
+    Bytes, Corpus, Encode, Example, Mixture, Position, Relay, Sequences, Tasks,
+};
 
 const LEN: usize = 4096;
 
@@ -277,6 +279,7 @@ fn part(name: &str, weight: f64, tasks: Option<TaskSection>) -> MixtureSection {
         paths: Vec::new(),
         weight,
         tasks,
+        relay: None,
     }
 }
 
@@ -348,4 +351,112 @@ fn a_part_without_a_sequence_is_an_error_that_names_it() {
     let made = Mixture::new(empty(), &sections, vec![empty()], &Bytes, 300);
     let error = made.err().unwrap().to_string();
     assert!(error.contains("data.mixture.nothing"), "{error}");
+}
+
+fn relay(segment_len: usize, distances: &[usize]) -> RelaySection {
+    let distances = distances.to_vec();
+    RelaySection {
+        segment_len,
+        distances,
+    }
+}
+
+#[test]
+fn a_relay_asks_in_a_later_segment_for_the_letter_that_it_begins_with() {
+    let made = Relay::new(relay(32, &[1, 3]), &Bytes, 256, "relay").unwrap();
+    let (mut distances, mut letters, mut places) = ([0; 4], HashSet::new(), HashSet::new());
+    for number in 0..400 {
+        let example = made.make(5, number);
+        assert_eq!(example, made.make(5, number));
+        let text = string(&example.tokens);
+        let (before, letter) = text.split_at(text.len() - 1);
+        let filler = before.strip_prefix(&format!("Letter: {letter}"));
+        let filler = filler.unwrap().strip_suffix(". Letter: ").unwrap();
+        let said = |b: u8| b == b' ' || b.is_ascii_lowercase();
+        assert!(filler.bytes().all(said), "{text}");
+        // Question and answer are in one segment.
+        let (question, last) = (text.len() - 11, text.len() - 1);
+        assert_eq!(question / 32, last / 32);
+        distances[last / 32] += 1;
+        letters.insert(letter.to_owned());
+        places.insert(question % 32);
+        let mut weights = vec![0.0; last - 1];
+        weights.extend([1.0; 2]);
+        assert_eq!(example.weights, Some(weights));
+        assert!(example.breaks.is_empty());
+    }
+    assert!(distances[0] == 0 && distances[2] == 0 && distances[1].min(distances[3]) > 150);
+    assert_eq!((letters.len(), places.len()), (16, 22));
+    assert_ne!(made.make(5, 1), made.make(6, 1));
+    let longest = (0..400).map(|n| made.make(5, n).tokens.len()).max();
+    assert_eq!(longest, Some(128));
+    assert_eq!(made.longest(), 127);
+}
+
+#[test]
+fn words_between_are_not_those_of_the_test() {
+    let words = |text: String| -> HashSet<String> {
+        let words = text.split([' ', '.']).filter(|word| word.len() == 3);
+        words.map(str::to_owned).collect()
+    };
+    let encode = |text: &str| Ok(Bytes.encode(text).expect("bytes"));
+    let test = |index| {
+        generate(
+            TaskKind::Relay,
+            4000,
+            index,
+            1,
+            TaskOptions::default(),
+            &encode,
+        )
+    };
+    let tested: String = (0..8).map(|index| test(index).unwrap().prompt).collect();
+    let made = Relay::new(relay(512, &[3]), &Bytes, 256, "relay").unwrap();
+    let trained: String = (0..20).map(|n| string(&made.make(1, n).tokens)).collect();
+    let (tested, trained) = (words(tested), words(trained));
+    assert!(tested.len() > 400 && trained.len() > 400);
+    assert_eq!(tested.intersection(&trained).count(), 0);
+}
+
+#[test]
+fn a_relay_is_a_part_that_needs_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = corpus(folder.path());
+    let made = MixtureSection {
+        relay: Some(relay(32, &[2])),
+        ..part("relay", 1.0, None)
+    };
+    let sections = [part("plain", 1.0, None), made];
+    let none = Sequences::new(Vec::new(), 0);
+    let text = Sequences::new(corpus.documents().to_vec(), 700);
+    let parts = vec![text.clone(), none.clone()];
+    let mixture = Mixture::new(text.clone(), &sections, parts, &Bytes, 256).unwrap();
+    assert_eq!((mixture.len(), mixture.longest_made()), (text.len(), 95));
+    let take = |position: &mut Position, n| mixture.next_batch(&corpus, 5, position, n).unwrap();
+    let mut position = Position::default();
+    let all = take(&mut position, 100);
+    let asked = all.iter().filter(|e| e.weights.is_some()).count();
+    assert!((30..70).contains(&asked), "{asked}");
+    let mut again = Position::default();
+    let mut cut = take(&mut again, 41);
+    cut.extend(take(&mut again, 59));
+    assert!(cut == all && again == position);
+    let alone = Mixture::new(none.clone(), &sections[1..], vec![none], &Bytes, 256).unwrap();
+    assert!(!alone.is_empty() && alone.len() == 0);
+}
+
+#[test]
+fn a_segment_without_room_for_a_question_is_an_error_that_names_it() {
+    let error = Relay::new(relay(10, &[1]), &Bytes, 256, "data.mixture.a.relay").err();
+    let error = error.unwrap().to_string();
+    assert!(
+        error.contains("data.mixture.a.relay.segment_len") && error.contains("at least 11"),
+        "{error}"
+    );
+    for distances in [&[][..], &[0], &[usize::MAX], &[1 << 21]] {
+        let error = Relay::new(relay(32, distances), &Bytes, 256, "relay").err();
+        assert!(error.unwrap().to_string().contains("`relay.distances`"));
+    }
+    let error = Relay::new(relay(32, &[1]), &Bytes, 90, "relay").err();
+    assert!(error.unwrap().to_string().contains("ids below 90"));
 }

@@ -45,7 +45,8 @@ pub struct Args {
     /// perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah (its
     /// needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
     /// vt (tracked variables), cwe, fwe (common and frequent words), ordinal (the n-th of equal titles),
-    /// multi_hop (three facts), longbench_v2 (multiple choice, needs --questions)
+    /// multi_hop (three facts), relay (the letter stated first, for models trained on it), longbench_v2 (multiple
+    /// choice, needs --questions)
     #[arg(
         short,
         long,

@@ -158,8 +158,8 @@ impl<'a> Data<'a> {
         };
         ensure!(
             parts(before) == parts(now),
-            "`data.mixture`: expected the names, weights and tasks with which the run has come to its place in the \
-             data; to train on with others, start a new run from the checkpoint's folder with --model.folder"
+            "`data.mixture`: expected the names, weights, tasks and relays with which the run has come to its place in \
+             the data; to train on with others, start a new run from the checkpoint's folder with --model.folder"
         );
         let (before, now) = (&before.training, &now.training);
         ensure!(
@@ -184,10 +184,12 @@ impl<'a> Data<'a> {
         let documents = self.corpus.documents().iter();
         let most = documents.map(|d| d.len as usize).max().unwrap_or(0);
         let predicted = most.saturating_sub(1).max(1);
-        match sequence_len {
+        let read = match sequence_len {
             0 => predicted,
             len => len.min(predicted),
-        }
+        };
+        // What is made is never cut.
+        read.max(self.train.longest_made())
     }
 
     /// The first sequences for validation.

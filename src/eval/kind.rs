@@ -48,11 +48,14 @@ pub enum TaskKind {
     /// Where a thing is that passed from hand to hand: three facts (as bAbI).
     #[serde(rename = "multi_hop")]
     MultiHop,
+    /// The letter that stands first, with nothing but filler behind it: for models trained on it.
+    #[serde(rename = "relay")]
+    Relay,
 }
 
 impl TaskKind {
     /// All tasks.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Passkey,
         Self::NiahSingle1,
         Self::NiahSingle2,
@@ -67,6 +70,7 @@ impl TaskKind {
         Self::FrequentWords,
         Self::Ordinal,
         Self::MultiHop,
+        Self::Relay,
     ];
 
     /// RULER's tasks.
@@ -96,6 +100,7 @@ impl TaskKind {
             Self::FrequentWords => "fwe",
             Self::Ordinal => "ordinal",
             Self::MultiHop => "multi_hop",
+            Self::Relay => "relay",
         }
     }
 
@@ -104,6 +109,8 @@ impl TaskKind {
         match self {
             Self::Passkey | Self::MultiHop => 16,
             Self::Ordinal => 40,
+            // A space and a letter.
+            Self::Relay => 2,
             Self::VariableTracking => 30,
             Self::CommonWords => 120,
             Self::FrequentWords => 50,
@@ -113,7 +120,7 @@ impl TaskKind {
 
     /// Whether the answer lies at a place that [`TaskOptions::depth`](super::task::TaskOptions::depth) can set.
     pub fn has_depth(self) -> bool {
-        !matches!(self, Self::CommonWords | Self::FrequentWords)
+        !matches!(self, Self::CommonWords | Self::FrequentWords | Self::Relay)
     }
 
     /// The task's number in seeds; it must never change.

@@ -3,7 +3,7 @@
 use super::error::EvalError;
 use super::kind::TaskKind;
 use super::recall::{self, HeadRecall, Oracle};
-use super::score::{interval, string_match_all, string_match_part};
+use super::score::{first_word_match, interval, string_match_all, string_match_part};
 use super::task::{Sample, TaskOptions, generate};
 use crate::device::Device;
 use crate::generate::sampler::SamplerConfig;
@@ -255,9 +255,11 @@ fn skipped(task: TaskKind, length: usize, error: &EvalError) -> Cell {
 
 fn outcome((sample, answer): (Sample, Answer)) -> SampleResult {
     let prediction = answer.text;
-    // A passkey is one answer, found or not; RULER's synthetic tasks all count shares.
+    // A passkey is one answer, found or not; RULER's synthetic tasks all count shares. A single letter may be in any
+    // answer.
     let score = match sample.task {
         TaskKind::Passkey => string_match_part(&prediction, &sample.references),
+        TaskKind::Relay => first_word_match(&prediction, &sample.references),
         _ => string_match_all(&prediction, &sample.references),
     };
     SampleResult {

@@ -37,6 +37,14 @@ pub fn string_match_part(prediction: &str, references: &[String]) -> f64 {
     f64::from(u8::from(contained(prediction, references).any(|f| f)))
 }
 
+/// 1 if the prediction's first word is one of the references exactly, else 0.
+pub fn first_word_match(prediction: &str, references: &[String]) -> f64 {
+    let words = prediction.split(|c: char| !c.is_alphanumeric());
+    let first = words.into_iter().find(|word| !word.is_empty());
+    let found = first.is_some_and(|word| references.iter().any(|r| r == word));
+    f64::from(u8::from(found))
+}
+
 /// The 95% Wilson score interval of a mean of `n` scores in 0..=1.
 ///
 /// Exact scores are shares of a few references, whose variance is at most that of a yes/no score

@@ -5,6 +5,7 @@ use super::error::EvalError;
 use super::fit::{Draft, fit};
 use super::kind::TaskKind;
 use super::needle::{Filler, Needles, Plan, Value};
+use super::relay::Relay;
 use super::seeds::Seeds;
 use super::stories::{MultiHop, Ordinal};
 use serde::{Deserialize, Serialize};
@@ -137,7 +138,7 @@ fn token_range(
 
 pub(crate) fn check_depth(task: TaskKind, depth: f64) -> Result<(), EvalError> {
     if !task.has_depth() {
-        let expected = format!("none for {task}, whose answer is everywhere");
+        let expected = format!("none for {task}, whose answer has its own place");
         return Err(EvalError::argument("depth", expected, depth));
     }
     if !(0.0..=1.0).contains(&depth) {
@@ -161,6 +162,7 @@ fn draft(seeds: Seeds, depth: Option<f64>) -> Box<dyn Draft> {
         TaskKind::FrequentWords => return Box::new(FrequentWords::new(seeds)),
         TaskKind::Ordinal => return Box::new(Ordinal::new(seeds, depth)),
         TaskKind::MultiHop => return Box::new(MultiHop::new(seeds, depth)),
+        TaskKind::Relay => return Box::new(Relay::new(seeds)),
         TaskKind::Passkey => Plan {
             filler: Filler::Noise,
             value: Value::Passkey,

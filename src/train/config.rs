@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use flags::{EXAMPLE, Flag, flags};
 pub use lora::LoraSection;
-pub use mixture::{MixtureSection, TaskSection};
+pub use mixture::{MixtureSection, RelaySection, TaskSection};
 pub use model::{ModelSection, SegmentSection, ShapeSection};
 pub(crate) use overrides::typed;
 
@@ -347,6 +347,7 @@ impl Config {
         self.model.validate()?;
         self.lora.validate(&self.model, &self.training)?;
         self.data.validate()?;
+        mixture::validate(&self.data.mixture, self.training.sequence_len)?;
         self.training.validate()?;
         self.optimizer.validate()?;
         if self.checkpoint.keep < 2 {
@@ -410,7 +411,7 @@ impl DataSection {
             let key = "data.validation_share";
             return Err(TrainError::config(key, expected, self.validation_share));
         }
-        mixture::validate(&self.mixture)
+        Ok(())
     }
 }
 

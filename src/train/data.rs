@@ -22,6 +22,7 @@ mod permutation;
 mod pieces;
 mod policy;
 mod reading;
+mod relay;
 mod store;
 mod table;
 mod tasks;
@@ -41,6 +42,7 @@ pub use permutation::Permutation;
 pub use pieces::{Bytes, Conversed, Encode, Located};
 pub use policy::Policy;
 pub use reading::Reading;
+pub use relay::Relay;
 pub use table::{compressed_text, table_texts};
 pub use tasks::Tasks;
 

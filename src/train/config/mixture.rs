@@ -1,10 +1,13 @@
-//! Parts of a mixture of data, and the tasks that are woven into their text.
+//! Parts of a mixture of data, the tasks that are woven into their text, and parts that are made.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::train::error::{Result, TrainError};
+
+/// Longest sequence that is made, in tokens.
+const MAX_MADE: usize = 1 << 26;
 
 /// A table `data.mixture`: a part that sequences are drawn from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,6 +24,9 @@ pub struct MixtureSection {
     /// Tasks in its text.
     #[serde(default)]
     pub tasks: Option<TaskSection>,
+    /// Sequences that are made, in place of text.
+    #[serde(default)]
+    pub relay: Option<RelaySection>,
 }
 
 fn one() -> f64 {
@@ -101,8 +107,41 @@ impl TaskSection {
     }
 }
 
-/// Checks the parts of a mixture.
-pub(super) fn validate(parts: &[MixtureSection]) -> Result<()> {
+/// `relay` of a part: sequences of a letter, filler, and the question which letter it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RelaySection {
+    /// Tokens of a segment of the model that is trained.
+    pub segment_len: usize,
+    /// Segments between the letter and the question, each as likely.
+    pub distances: Vec<usize>,
+}
+
+impl RelaySection {
+    /// Tokens that the longest sequence predicts.
+    pub fn longest(&self) -> usize {
+        let most = self.distances.iter().copied().max().unwrap_or(0);
+        let tokens = most.saturating_add(1).saturating_mul(self.segment_len);
+        tokens.saturating_sub(1)
+    }
+
+    pub(in crate::train) fn validate(&self, key: &str) -> Result<()> {
+        let got = format!("{:?}", self.distances);
+        if self.distances.is_empty() || self.distances.contains(&0) {
+            let key = format!("{key}.distances");
+            return Err(TrainError::config(key, "numbers of at least 1", got));
+        }
+        if self.longest() >= MAX_MADE {
+            let key = format!("{key}.distances");
+            let expected = format!("sequences of at most {MAX_MADE} tokens");
+            return Err(TrainError::config(key, expected, got));
+        }
+        Ok(())
+    }
+}
+
+/// Checks the parts of a mixture, whose sequences predict at most `sequence_len` tokens (0: any number).
+pub(super) fn validate(parts: &[MixtureSection], sequence_len: usize) -> Result<()> {
     for (i, part) in parts.iter().enumerate() {
         let key = format!("data.mixture.{}", part.name);
         if part.name.is_empty() || parts[..i].iter().any(|other| other.name == part.name) {
@@ -119,6 +158,22 @@ pub(super) fn validate(parts: &[MixtureSection]) -> Result<()> {
         }
         if let Some(tasks) = &part.tasks {
             tasks.validate(&format!("{key}.tasks"))?;
+        }
+        if let Some(relay) = &part.relay {
+            let key = format!("{key}.relay");
+            relay.validate(&key)?;
+            if part.tasks.is_some() || !part.paths.is_empty() {
+                let expected =
+                    "no `paths` and no `tasks` beside it: its sequences are made, not read";
+                return Err(TrainError::config(key, expected, "both"));
+            }
+            if sequence_len != 0 && relay.longest() > sequence_len {
+                let expected = format!(
+                    "sequences that fit into `training.sequence_len` = {sequence_len}, or 0 there"
+                );
+                let got = format!("{} tokens to predict", relay.longest());
+                return Err(TrainError::config(key, expected, got));
+            }
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! What a run reads: the sequences of one set of documents in their order, or a mixture of parts.
 
 use super::pieces::Encode;
+use super::relay::Relay;
 use super::tasks::Tasks;
 use super::{Corpus, Example, Position, Sequences};
 use crate::random::Random;
@@ -19,17 +20,32 @@ pub struct Mixture<'a> {
 
 /// A part of a mixture.
 struct Part<'a> {
-    sequences: Sequences,
+    source: Source<'a>,
     weight: f64,
-    tasks: Option<Tasks<'a>>,
+}
+
+/// Where the sequences of a part come from.
+enum Source<'a> {
+    /// Documents, with tasks in their text.
+    Text(Sequences, Option<Tasks<'a>>),
+    /// Nowhere: they are made.
+    Relay(Relay),
+}
+
+impl Source<'_> {
+    fn sequences(&self) -> Option<&Sequences> {
+        match self {
+            Self::Text(sequences, _) => Some(sequences),
+            Self::Relay(_) => None,
+        }
+    }
 }
 
 impl From<Sequences> for Mixture<'_> {
     fn from(sequences: Sequences) -> Self {
         let part = Part {
-            sequences,
+            source: Source::Text(sequences, None),
             weight: 1.0,
-            tasks: None,
         };
         Self {
             parts: vec![part],
@@ -42,7 +58,7 @@ impl<'a> Mixture<'a> {
     /// The parts that `sections` describe, with the sequences of each. Without any, those of `main`.
     ///
     /// # Errors
-    /// [`TrainError::Config`] for a part without a sequence; [`TrainError::Argument`] as [`Tasks::new`].
+    /// [`TrainError::Config`] for a part without a sequence; as [`Tasks::new`] and [`Relay::new`].
     pub fn new(
         main: Sequences,
         sections: &[MixtureSection],
@@ -54,17 +70,24 @@ impl<'a> Mixture<'a> {
             return Ok(main.into());
         }
         let part = |(section, sequences): (&MixtureSection, Sequences)| {
-            if sequences.is_empty() {
-                let key = format!("data.mixture.{}", section.name);
-                let expected = "at least one document of two tokens";
-                return Err(TrainError::config(key, expected, "none"));
-            }
-            let tasks = section.tasks.clone();
-            let tasks = tasks.map(|t| Tasks::new(t, encode, vocab_size));
+            let key = format!("data.mixture.{}", section.name);
+            let source = match (&section.relay, section.tasks.clone()) {
+                (Some(relay), _) => {
+                    let key = format!("{key}.relay");
+                    Source::Relay(Relay::new(relay.clone(), encode, vocab_size, &key)?)
+                }
+                (None, _) if sequences.is_empty() => {
+                    let expected = "at least one document of two tokens";
+                    return Err(TrainError::config(key, expected, "none"));
+                }
+                (None, tasks) => {
+                    let tasks = tasks.map(|t| Tasks::new(t, encode, vocab_size));
+                    Source::Text(sequences, tasks.transpose()?)
+                }
+            };
             Ok(Part {
-                sequences,
+                source,
                 weight: section.weight,
-                tasks: tasks.transpose()?,
             })
         };
         let parts = sections.iter().zip(sequences).map(part);
@@ -78,36 +101,54 @@ impl<'a> Mixture<'a> {
     #[must_use]
     pub fn with_suffix(mut self, suffix_len: usize) -> Self {
         for part in &mut self.parts {
-            part.tasks = part.tasks.take().map(|tasks| tasks.with_suffix(suffix_len));
+            if let Source::Text(_, tasks) = &mut part.source {
+                *tasks = tasks.take().map(|tasks| tasks.with_suffix(suffix_len));
+            }
         }
         self
     }
 
+    fn sequences(&self) -> impl Iterator<Item = &Sequences> {
+        self.parts.iter().filter_map(|part| part.source.sequences())
+    }
+
     /// Whether there is no sequence.
     pub fn is_empty(&self) -> bool {
-        self.parts.iter().all(|part| part.sequences.is_empty())
+        let text = |part: &Part<'_>| part.source.sequences().is_some_and(Sequences::is_empty);
+        self.parts.iter().all(text)
     }
 
-    /// Number of sequences in one pass over each part.
+    /// Number of sequences in one pass over each part that is read.
     pub fn len(&self) -> u64 {
-        self.parts.iter().map(|part| part.sequences.len()).sum()
+        self.sequences().map(Sequences::len).sum()
     }
 
-    /// Predicted tokens of one pass over each part.
+    /// Predicted tokens of one pass over each part that is read.
     pub fn tokens(&self) -> u64 {
-        self.parts.iter().map(|part| part.sequences.tokens()).sum()
+        self.sequences().map(Sequences::tokens).sum()
+    }
+
+    /// Tokens that the longest sequence predicts of those that are made; 0 without any.
+    pub fn longest_made(&self) -> usize {
+        let made = self.parts.iter().filter_map(|part| match &part.source {
+            Source::Text(..) => None,
+            Source::Relay(relay) => Some(relay.longest()),
+        });
+        made.max().unwrap_or(0)
     }
 
     /// Whether a cut after `sequence_len` tokens gives the same sequences.
     pub fn same_cut(&self, sequence_len: usize) -> bool {
-        let mut parts = self.parts.iter();
-        parts.all(|part| part.sequences.same_cut(sequence_len))
+        self.sequences().all(|s| s.same_cut(sequence_len))
     }
 
     /// What the documents are: those of each part, see [`fingerprint`](super::fingerprint).
     pub fn fingerprint(&self) -> String {
-        let all = self.parts.iter().map(|part| part.sequences.fingerprint());
-        all.collect::<Vec<_>>().join("+")
+        let of = |part: &Part<'_>| match &part.source {
+            Source::Text(sequences, _) => sequences.fingerprint(),
+            Source::Relay(_) => "relay".into(),
+        };
+        self.parts.iter().map(of).collect::<Vec<_>>().join("+")
     }
 
     /// The next `count` sequences from `position` on, which moves past them. Which part a sequence comes from depends
@@ -122,10 +163,8 @@ impl<'a> Mixture<'a> {
         position: &mut Position,
         count: usize,
     ) -> Result<Vec<Example>> {
-        if !self.drawn {
-            return self.parts[0]
-                .sequences
-                .next_batch(corpus, seed, position, count);
+        if let Some(sequences) = self.sequences().next().filter(|_| !self.drawn) {
+            return sequences.next_batch(corpus, seed, position, count);
         }
         if position.index == 0 {
             position.parts = vec![Position::default(); self.parts.len()];
@@ -143,12 +182,18 @@ impl<'a> Mixture<'a> {
             let number = position.index;
             let i = self.draw(seed, number);
             let (part, place) = (&self.parts[i], &mut position.parts[i]);
-            // Parts of the same documents have orders of their own.
-            let order = seed.wrapping_add((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-            let mut example = part.sequences.next(corpus, order, place)?;
-            if let Some(tasks) = &part.tasks {
-                example = tasks.weave(example, seed, number)?;
-            }
+            let example = match &part.source {
+                Source::Text(sequences, tasks) => {
+                    // Parts of the same documents have orders of their own.
+                    let order = seed.wrapping_add((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                    let example = sequences.next(corpus, order, place)?;
+                    match tasks {
+                        Some(tasks) => tasks.weave(example, seed, number)?,
+                        None => example,
+                    }
+                }
+                Source::Relay(relay) => relay.make(seed, number),
+            };
             batch.push(example);
             position.index += 1;
         }

@@ -80,18 +80,7 @@ impl<'a> Tasks<'a> {
     }
 
     fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let refused = |got: String| {
-            let expected = format!(
-                "a tokenizer with ids below {} for {text:?}",
-                self.vocab_size
-            );
-            TrainError::argument("data.mixture.tasks", expected, got)
-        };
-        let ids = self.encode.encode(text).map_err(refused)?;
-        match ids.iter().find(|id| **id as usize >= self.vocab_size) {
-            Some(id) => Err(refused(id.to_string())),
-            None => Ok(ids),
-        }
+        sentence(self.encode, text, self.vocab_size, "data.mixture.tasks")
     }
 
     /// `text` with tasks in it, of the same length: what is put in pushes text out at the end. At most half of it are
@@ -214,6 +203,24 @@ impl<'a> Tasks<'a> {
                 pieces.push(Piece { place, ids, answer });
             }
         }
+    }
+}
+
+/// Tokens of a sentence, by a tokenizer whose ids are below `vocab_size`. `name`: whose sentence it is, for messages.
+pub(super) fn sentence(
+    encode: &dyn Encode,
+    text: &str,
+    vocab_size: usize,
+    name: &'static str,
+) -> Result<Vec<u32>> {
+    let refused = |got: String| {
+        let expected = format!("a tokenizer with ids below {vocab_size} for {text:?}");
+        TrainError::argument(name, expected, got)
+    };
+    let ids = encode.encode(text).map_err(refused)?;
+    match ids.iter().find(|id| **id as usize >= vocab_size) {
+        Some(id) => Err(refused(id.to_string())),
+        None => Ok(ids),
     }
 }
 
