@@ -446,7 +446,7 @@ fn a_letter_stands_first_and_is_asked_for_last() {
         let filler = text.strip_prefix(&format!("Letter: {letter} ")).unwrap();
         assert!(filler.bytes().all(|b| b == b' ' || b.is_ascii_lowercase()));
         assert_eq!(question, ". Letter:");
-        // So the question ends in the last segment wherever segments end after 256 tokens or less.
+        // At most three tokens are missing, so the question is in the last segment.
         assert!((253..=256).contains(&sample.tokens.len()));
         *letters.entry(letter.clone()).or_default() += 1;
     }

@@ -3,8 +3,8 @@
 //! The tasks are passkey retrieval and those of RULER (Hsieh et al. 2024, arXiv:2404.06654) that use no
 //! question-answering corpus, with RULER's parameters, answer lengths and scoring; two in the manner of MRCR and bAbI;
 //! and relay, for models that are trained on it. Wording, words and filler text are this crate's own, generated from a
-//! seed, so scores compare between models run here; they are close to, but not the same as, published scores. [`choice`]
-//! reads LongBench v2's questions from a file.
+//! seed, so scores compare between models run here; they are close to, but not the same as, published scores.
+//! [`choice`] reads LongBench v2's questions from a file.
 
 pub mod choice;
 pub mod error;
