@@ -442,7 +442,7 @@ fn a_relay_is_a_part_that_needs_no_text() {
     cut.extend(take(&mut again, 59));
     assert!(cut == all && again == position);
     let alone = Mixture::new(none.clone(), &sections[1..], vec![none], &Bytes, 256).unwrap();
-    assert!(!alone.is_empty() && alone.len() == 0);
+    assert_eq!((alone.is_empty(), alone.len()), (false, 0));
 }
 
 #[test]

@@ -45,13 +45,14 @@ impl Draft for Relay {
             self.words.push(word(&mut self.random));
         }
         let statement = format!("Letter: {}", self.letter);
+        let stated = 0..statement.len();
         let text = [&statement, &self.words[..units].concat()[..]].concat();
         Built {
             question_at: text.len(),
             prompt: text + ". Letter:",
             references: vec![self.letter.to_string()],
             depths: vec![0.0],
-            needles: vec![0..statement.len()],
+            needles: vec![stated],
         }
     }
 }
