@@ -84,7 +84,7 @@ fn run(listener: TcpListener) {
         read_at_once: 16,
         cache_bytes: 1 << 20,
     };
-    let shared = Arc::new(Shared::new(limits, config.vocab_size, false));
+    let shared = Arc::new(Shared::new(limits, config.vocab_size, Default::default()));
     let (handle, inbox) = engine::connect(shared.clone());
     let server = Server {
         handle,

@@ -7,7 +7,7 @@ use segattn::device::gpu::{DryRun, Gpu};
 use segattn::generate::GeneratorConfig;
 use segattn::generate::dry_run::dry_run_serving;
 use segattn::generate::sampler::SamplerConfig;
-use segattn::model::config::ModelConfig;
+use segattn::model::config::{ModelConfig, PromptBreak};
 use segattn::model::decoder::Decoder;
 use segattn::serve::job::{Event, Events, Job};
 use segattn::serve::{Limits, Shared, engine};
@@ -63,7 +63,11 @@ fn a_server_holds_no_more_than_its_dry_run() {
 
         let gpu = dry();
         let model = Decoder::for_dry_run(gpu.clone(), config.clone(), false).expect("a model");
-        let shared = Arc::new(Shared::new(limits, config.vocab_size, false));
+        let shared = Arc::new(Shared::new(
+            limits,
+            config.vocab_size,
+            PromptBreak::default(),
+        ));
         let (handle, inbox) = engine::connect(shared.clone());
         let (to, mut from) = unbounded_channel();
         let jobs = [

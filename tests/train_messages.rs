@@ -172,8 +172,13 @@ fn conversations_that_cannot_be_learned_from_are_refused_with_their_line() {
     let by = Templated::new(TEMPLATE);
     let section = DataSection::default();
     let refused = |by: &dyn Encode, line: &str, expected: &str| {
-        let failed =
-            read(by, &format!("{{\"text\": \"x\"}}\n{line}"), false, &section).unwrap_err();
+        let failed = read(
+            by,
+            &format!("{{\"text\": \"x\"}}\n{line}"),
+            before(None),
+            &section,
+        )
+        .unwrap_err();
         let text = failed.to_string();
         assert!(text.contains("line 2") || text.contains(":2"), "{text}");
         assert!(text.contains(expected), "{text}");
