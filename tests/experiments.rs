@@ -125,8 +125,23 @@ macro_rules! smoke {
 }
 
 smoke!(
-    main, beyond, cap, far, layers, depth, heads, needles, past, pool, queries, relay, relay_small,
-    rows, short, suffix, windows
+    main,
+    beyond,
+    cap,
+    far,
+    layers,
+    depth,
+    heads,
+    needles,
+    past,
+    pool,
+    queries,
+    relay,
+    relay_small,
+    rows,
+    short,
+    suffix,
+    windows
 );
 
 #[test]
