@@ -176,6 +176,7 @@ fn segments_are_written_beside_the_model() {
     assert_eq!(segment["segment_len"], 64);
     assert_eq!(segment["break_ids"], serde_json::json!([3, 7]));
     assert_eq!(segment["break_after_prompt"], true);
+    assert_eq!(segment["prompt_suffix_len"], 1);
     let reads = serde_json::json!([
         [["prior"], ["prior", "past"]],
         [["prior", "past"], ["prior"]]

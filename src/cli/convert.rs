@@ -108,7 +108,8 @@ struct Segments {
     /// Let the end of a prompt end its segment, so that what the prompt asks for is retrieved before the answer
     #[arg(long, requires = "segment_len")]
     break_after_prompt: bool,
-    /// Tokens of a prompt's end that are read after its break, with what the prompt has retrieved
+    /// Tokens of a prompt's end that are read after its break, with what the prompt has retrieved [default: 1 with
+    /// --break-after-prompt]
     #[arg(long, value_name = "TOKENS", requires = "break_after_prompt")]
     prompt_suffix_len: Option<usize>,
 }
@@ -157,6 +158,8 @@ impl Segments {
             None => self.segment_len.map(|len| len.min(SINKS)),
             Some(_) => None,
         };
+        // It predicts the first token of the answer.
+        let last_token = self.break_after_prompt.then_some(1);
         let segment = SegmentSection {
             segment_len: self.segment_len,
             prior_len: self.prior_len,
@@ -171,7 +174,7 @@ impl Segments {
             past_heads: self.past_heads.as_ref().and_then(PastHeads::names),
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),
-            prompt_suffix_len: self.prompt_suffix_len,
+            prompt_suffix_len: self.prompt_suffix_len.or(last_token),
             ..SegmentSection::default()
         };
         let section = ModelSection {
