@@ -19,6 +19,7 @@
 #include "../kernels/retrieval.cu"
 #include "../kernels/rope.cu"
 #include "../kernels/sampling.cu"
+#include "../kernels/sink_logits.cu"
 #include "../kernels/swiglu.cu"
 
 using std::vector;
@@ -143,6 +144,7 @@ static void repeat(const char* name, const std::function<void()>& run, const vec
 
 #include "layers_check.cuh"
 #include "layers_time.cuh"
+#include "layers_sinks.cuh"
 
 int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "check";

@@ -501,6 +501,8 @@ static void check_sampling(int vocab) {
   free_all();
 }
 
+static void check_sinks(const vector<int>& spans, int heads, int dim);
+
 static void check_few() {
   repetitions = 1;
   check_norm(67, 264);
@@ -508,6 +510,7 @@ static void check_few() {
   check_qk_norms(33, 3, 1, 96);
   check_rope(33, 4, 2, 96);
   check_swiglu(21, 344);
+  check_sinks({3, 1, 40}, 3, 96);
   check_embedding(90, 264, 20);
   check_loss(3, 5003);
   check_adamw({1, 100, 17001});
@@ -527,6 +530,8 @@ static void check_all() {
   check_rope(64, 8, 2, 128);
   check_swiglu(21, 344);
   check_swiglu(16, 11008);
+  check_sinks({3, 1, 40}, 3, 96);
+  check_sinks({4096, 4096}, 16, 128);
   check_embedding(900, 264, 50);
   check_embedding(500, 4096, 700);
   check_loss(5, 259);

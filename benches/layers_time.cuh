@@ -216,6 +216,8 @@ static void time_sampling(int rows, int vocab) {
   free_all();
 }
 
+static void time_sinks(const vector<int>& spans, int heads, int dim);
+
 static void time_all() {
   const size_t bytes = (size_t)1 << 30;
   char *from = zeros<char>(bytes), *to = zeros<char>(bytes);
@@ -231,6 +233,8 @@ static void time_all() {
   time_qk_norms(1, 16, 8, 128);
   time_rope(16384, 32, 8, 128);
   time_swiglu(8192, 11008);
+  time_sinks({4096, 4096}, 16, 128);
+  time_sinks(vector<int>(8, 1), 16, 128);
   time_embedding(16384, 4096, 32000);
   time_loss(1024, 128256);
   time_loss(128, 32000);

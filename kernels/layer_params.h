@@ -136,6 +136,23 @@ typedef struct SegattnSwigluParams {
   int32_t inner; /* a multiple of 8 */
 } SegattnSwigluParams;
 
+/* sink_logits, its gradient, and the sums for the gradient of the logits. */
+typedef struct SegattnSinkParams {
+  const float* logits;       /* [q_heads] */
+  const float* lse;          /* [q_heads, rows of a span], spans one after another */
+  const int32_t* span_start; /* [spans + 1]: first row of each span, and behind the last; every span has rows */
+  SegattnRows out;           /* bf16 [rows, q_heads * head_dim]: attention's output */
+  SegattnRows y;             /* bf16 [rows, q_heads * head_dim] */
+  SegattnRows d_y;           /* gradient: bf16 [rows, q_heads * head_dim] */
+  SegattnRows d_out;         /* gradient: bf16 [rows, q_heads * head_dim], set */
+  float* d_lse;              /* gradient: as lse, set; sums: read */
+  float* d_logits;           /* sums: [spans, q_heads], set */
+  int64_t rows;
+  int32_t spans;
+  int32_t q_heads;
+  int32_t head_dim; /* a multiple of 8, at most 256 */
+} SegattnSinkParams;
+
 /* embed and its gradient. */
 typedef struct SegattnEmbedParams {
   SegattnRows table;        /* bf16 [vocab, width] */

@@ -82,7 +82,7 @@ fn model(gpu: &Gpu<Cuda>, plain: bool) -> Decoder<Gpu<Cuda>> {
         let mut draw = |_| match role {
             Role::Matrix { inner, .. } => 3.4 * next() / (inner as f32).sqrt(),
             Role::Norm { .. } => 1.0 + 0.2 * next(),
-            Role::Bias { .. } => 0.5 * next(),
+            Role::Bias { .. } | Role::Sink { .. } => 0.5 * next(),
             Role::Gate { .. } => 0.75,
         };
         let values: Vec<f32> = (0..role.len()).map(&mut draw).collect();

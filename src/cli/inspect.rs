@@ -167,7 +167,8 @@ fn counts(config: &ModelConfig) -> Value {
     let mut total = 0;
     for parameter in parameters(config) {
         let kind = match parameter.name.as_str() {
-            name if name.contains(".self_attn.past_gate") => "past gates",
+            name if name.ends_with(".self_attn.past_gate") => "past gates",
+            name if name.ends_with(".self_attn.sink_logits") => "sink logits",
             name if name.contains(".self_attn.") => "attention",
             name if name.contains(".mlp.") => "mlp",
             name if name.contains("norm") => "norms",

@@ -36,7 +36,7 @@ pub use shared::samplers::HostSamplers;
 pub use types::{
     Accumulate, AdamW, Attention, AttentionGrad, GradTensor, Heads, KeyStore, Kind, Move,
     PastHeads, PoolBits, PoolShape, Probes, QkNormGrad, QkNorms, Rows, RowsMut, SegmentCache,
-    Selection, SelectionRule, SlotSpan, StepRows, Update,
+    Selection, SelectionRule, SinkLogits, SinkLogitsGrad, SlotSpan, StepRows, Update,
 };
 
 /// Results of device calls.
@@ -360,6 +360,21 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         &self,
         call: &Attention<'_, Self::Buffer>,
         grad: AttentionGrad<'_, Self::Buffer>,
+    ) -> Result<()>;
+    /// `y = ` attention's output, each head of a row scaled by what its sink logit leaves. The spans are those of the
+    /// step.
+    fn sink_logits(
+        &self,
+        sinks: &SinkLogits<'_, Self::Buffer>,
+        step: &Self::Step,
+        y: RowsMut<'_, Self::Buffer>,
+    ) -> Result<()>;
+    /// Backward of [`Device::sink_logits`]. A span's gradient of the logits is a sum over its rows, in an order that
+    /// depends on their number alone.
+    fn sink_logits_grad(
+        &self,
+        sinks: &SinkLogits<'_, Self::Buffer>,
+        grad: SinkLogitsGrad<'_, Self::Buffer>,
     ) -> Result<()>;
 
     /// Elements of a chunk, see [`Device::grad_squares`].

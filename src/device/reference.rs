@@ -7,11 +7,13 @@ use std::ops::Range;
 
 use super::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostMemory,
-    HostSamplers, Kind, OutOfMemory, Result, Rows, RowsMut, StepRows, Update, shared::spans,
+    HostSamplers, Kind, OutOfMemory, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows,
+    Update, shared::spans,
 };
 
 mod attention;
 mod pool;
+mod sinks;
 
 pub use pool::Pool;
 
@@ -438,6 +440,25 @@ impl Device for Reference {
         grad: AttentionGrad<'_, Buf>,
     ) -> Result<()> {
         Ok(spans::backward::<Self>(call, grad)?)
+    }
+
+    fn sink_logits(
+        &self,
+        sinks: &SinkLogits<'_, Buf>,
+        step: &StepRows,
+        y: RowsMut<'_, Buf>,
+    ) -> Result<()> {
+        sinks::forward(sinks, &step.spans, y);
+        Ok(())
+    }
+
+    fn sink_logits_grad(
+        &self,
+        sinks: &SinkLogits<'_, Buf>,
+        grad: SinkLogitsGrad<'_, Buf>,
+    ) -> Result<()> {
+        sinks::backward(sinks, grad);
+        Ok(())
     }
 
     fn norm_chunk(&self) -> Result<usize> {

@@ -268,6 +268,8 @@ pub struct AttentionGrad<'a, B> {
     pub lse: Rows<'a, B>,
     /// Upstream gradient `[rows, q_heads * head_dim]`.
     pub d_out: Rows<'a, B>,
+    /// Upstream gradient of the log-sum-exp, laid out as it is; `None`: zeros.
+    pub d_lse: Option<Rows<'a, B>>,
     /// Of the rotated queries.
     pub d_q: RowsMut<'a, B>,
     /// Of the rotated current keys `[rows, kv_heads * head_dim]`.
@@ -279,6 +281,34 @@ pub struct AttentionGrad<'a, B> {
     pub d_prior: Option<(&'a mut B, &'a mut B)>,
     /// Of the gates `[span, q_heads]`, set.
     pub d_past_gate: &'a mut B,
+}
+
+/// Attention's output and the sink logits that scale it (docs/contract.md, section 2).
+#[derive(Debug)]
+pub struct SinkLogits<'a, B> {
+    /// The logits `[q_heads]`.
+    pub logits: &'a B,
+    /// Head counts and size.
+    pub heads: Heads,
+    /// Attention's output `[rows, q_heads * head_dim]`; row 0 is the buffer's row 0 of the spans.
+    pub out: Rows<'a, B>,
+    /// Its log-sum-exp, `[q_heads, rows]` for each span, spans packed.
+    pub lse: Rows<'a, B>,
+}
+
+/// Upstream gradient of the scaled output, and what it becomes. Each span starts at position 0.
+#[derive(Debug)]
+pub struct SinkLogitsGrad<'a, B> {
+    /// The rows. They lie one after another.
+    pub spans: &'a [SlotSpan],
+    /// Upstream gradient `[rows, q_heads * head_dim]`.
+    pub d_y: Rows<'a, B>,
+    /// Of attention's output.
+    pub d_out: RowsMut<'a, B>,
+    /// Of its log-sum-exp, laid out as it is.
+    pub d_lse: RowsMut<'a, B>,
+    /// Of the logits `[span, q_heads]`, set.
+    pub d_logits: &'a mut B,
 }
 
 /// The last queries of a segment, which probes are made of. They lie in a ring: query `t`, counted from the earliest

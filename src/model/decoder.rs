@@ -273,7 +273,7 @@ impl<D: Device> Decoder<D> {
         let from_x = self.read(plan, l, &x, (step, placed), states, slots)?;
         let (attended, lse) = self.attend(plan, l, &from_x.q, placed, slots.layer_mut(l).0)?;
         let tape = LayerTape { x, attended, lse };
-        let (derived, next) = self.after_attention(l, &tape, step.tokens.len(), from_x, true)?;
+        let (derived, next) = self.after_attention(plan, l, &tape, placed, from_x, true)?;
         Ok((tape, derived, next.expect("the output is asked for")))
     }
 
@@ -311,7 +311,7 @@ impl<D: Device> Decoder<D> {
         let room = slots.layers[l].kv.rows.current;
         let placed = self.device.step(step.rows(plan, room))?;
         let from_x = self.queries(plan, l, &tape.x, (rows, &placed), slots.tables(l), None)?;
-        let (derived, _) = self.after_attention(l, tape, rows, from_x, false)?;
+        let (derived, _) = self.after_attention(plan, l, tape, &placed, from_x, false)?;
         Ok(derived)
     }
 
@@ -401,13 +401,17 @@ impl<D: Device> Decoder<D> {
     /// From attention's output to the layer's, which is left out where nobody asks for the `output`.
     fn after_attention(
         &self,
+        plan: &Plan,
         l: usize,
         tape: &LayerTape<D>,
-        rows: usize,
+        placed: &D::Step,
         from_x: FromInput<D>,
         output: bool,
     ) -> Result<(Derived<D>, Option<D::Buffer>)> {
         let (device, hidden) = (&self.device, self.config.hidden_size);
+        let rows = placed.as_ref().tokens.len();
+        let scaled = self.scale_by_sinks(plan, l, tape, placed)?;
+        let attended = scaled.as_ref().unwrap_or(&tape.attended);
         let block = Block {
             layer: l,
             product: Product::Output,
@@ -415,7 +419,7 @@ impl<D: Device> Decoder<D> {
             bias: Extra::OutputBias,
             norm: index::attention_norm(l),
         };
-        let (after, mid) = self.add_block(&tape.x, &tape.attended, &block, rows, true)?;
+        let (after, mid) = self.add_block(&tape.x, attended, &block, rows, true)?;
         let mid = mid.expect("the sum is asked for");
         let attention_norm = from_x
             .norm
@@ -453,6 +457,7 @@ impl<D: Device> Decoder<D> {
             attention_norm,
             q: from_x.q,
             qk: from_x.qk,
+            scaled,
             mid,
             mlp_norm: before.or(after).expect("a norm stands before or after"),
             gate_up,

@@ -214,7 +214,7 @@ impl Count<'_> {
 
     /// One row of what is derived from that.
     fn derived(&self) -> usize {
-        let qk = self.raw_qkv();
+        let qk = self.raw_qkv() + self.scaled();
         3 * self.config.hidden_size
             + self.plan.q_width()
             + qk
@@ -227,6 +227,15 @@ impl Count<'_> {
         match self.config.switches.qk_norm {
             QkNorm::None => 0,
             QkNorm::Head | QkNorm::Full => self.plan.qkv_width(),
+        }
+    }
+
+    /// One row of attention's output as sink logits scale it, where the model has them; in a backward pass, of its
+    /// gradient before that.
+    fn scaled(&self) -> usize {
+        match self.config.switches.sink_logits {
+            true => self.plan.q_width(),
+            false => 0,
         }
     }
 
@@ -255,7 +264,7 @@ impl Count<'_> {
         let derived = self.derived() * if recompute { 1 } else { layers };
         alive * (layers * self.tape() + derived + sums + 2 * hidden)
             + (alive - rows) * layers * sums
-            + rows * (3 * inner + 2 * qkv + 2 * hidden)
+            + rows * (3 * inner + 2 * qkv + 2 * hidden + self.scaled())
             + self.logits(rows)
     }
 }

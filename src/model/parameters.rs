@@ -38,6 +38,11 @@ pub enum Role {
         /// Query heads.
         len: usize,
     },
+    /// Sink logits of a layer, one for each query head.
+    Sink {
+        /// Query heads.
+        len: usize,
+    },
 }
 
 impl Role {
@@ -45,7 +50,9 @@ impl Role {
     pub fn len(self) -> usize {
         match self {
             Role::Matrix { out, inner } => out * inner,
-            Role::Norm { len } | Role::Bias { len } | Role::Gate { len } => len,
+            Role::Norm { len } | Role::Bias { len } | Role::Gate { len } | Role::Sink { len } => {
+                len
+            }
         }
     }
 
@@ -115,16 +122,19 @@ pub enum Extra {
     QueryNorm,
     /// Norm of keys.
     KeyNorm,
+    /// Sink logits.
+    SinkLogits,
 }
 
 impl Extra {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::QkvBias,
         Self::OutputBias,
         Self::GateUpBias,
         Self::DownBias,
         Self::QueryNorm,
         Self::KeyNorm,
+        Self::SinkLogits,
     ];
 
     fn is_in(self, switches: &Switches) -> bool {
@@ -133,6 +143,7 @@ impl Extra {
             Self::OutputBias => switches.output_bias,
             Self::GateUpBias | Self::DownBias => switches.mlp_bias,
             Self::QueryNorm | Self::KeyNorm => switches.qk_norm != QkNorm::None,
+            Self::SinkLogits => switches.sink_logits,
         }
     }
 
@@ -301,19 +312,21 @@ fn extra_spec(config: &ModelConfig, layer: usize, extra: Extra) -> TensorSpec {
         Extra::DownBias => (named(&["mlp.down_proj"]), vec![hidden], None),
         Extra::QueryNorm => norm("self_attn.q_norm", heads),
         Extra::KeyNorm => norm("self_attn.k_norm", kv_heads),
+        Extra::SinkLogits => (named(&["self_attn.sink_logits"]), vec![heads], None),
     };
     let len = match extra {
         Extra::QkvBias => config.q_dim() + 2 * config.kv_dim(),
         _ => rows.iter().sum(),
     };
     let (end, role) = match extra {
-        Extra::QueryNorm | Extra::KeyNorm => ("weight", Role::Norm { len }),
-        _ => ("bias", Role::Bias { len }),
+        Extra::QueryNorm | Extra::KeyNorm => (".weight", Role::Norm { len }),
+        Extra::SinkLogits => ("", Role::Sink { len }),
+        _ => (".bias", Role::Bias { len }),
     };
     let number = config.part.first_layer + layer;
     let parts = parts
         .iter()
-        .map(|part| format!("model.layers.{number}.{part}.{end}"));
+        .map(|part| format!("model.layers.{number}.{part}{end}"));
     TensorSpec {
         heads: order,
         role,

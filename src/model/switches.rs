@@ -30,6 +30,8 @@ pub struct Switches {
     pub rotary_dim: Option<usize>,
     /// Layers whose queries and keys do not rotate, ascending.
     pub unrotated: Vec<usize>,
+    /// A logit of each query head joins the softmax's denominator (docs/contract.md, section 2).
+    pub sink_logits: bool,
     /// Factor on the embeddings.
     pub embedding_multiplier: f64,
     /// Factor on what attention and MLP add to the residual stream.
@@ -50,6 +52,7 @@ impl Switches {
         norm_after: false,
         rotary_dim: None,
         unrotated: Vec::new(),
+        sink_logits: false,
         embedding_multiplier: 1.0,
         residual_multiplier: 1.0,
         attention_scale: None,

@@ -60,7 +60,7 @@ pub fn save(folder: &Path, config: &ModelConfig) {
             let len: usize = shape.iter().product();
             let value = |_| match spec.role {
                 Role::Matrix { .. } => 1.2 * next(),
-                Role::Bias { .. } => 0.5 * next(),
+                Role::Bias { .. } | Role::Sink { .. } => 0.5 * next(),
                 Role::Norm { .. } | Role::Gate { .. } => 1.0 + 0.3 * next(),
             };
             let bytes: Vec<u8> = (0..len).map(value).flat_map(f32::to_le_bytes).collect();

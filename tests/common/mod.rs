@@ -55,6 +55,7 @@ pub fn switched(after: bool) -> ModelConfig {
         norm_after: after,
         rotary_dim: if after { None } else { Some(4) },
         unrotated: if after { vec![1] } else { Vec::new() },
+        sink_logits: true,
         embedding_multiplier: 1.5,
         residual_multiplier: if after { 0.75 } else { 1.25 },
         attention_scale: Some(0.5),
@@ -70,6 +71,7 @@ pub fn values(config: &ModelConfig, seed: u64) -> Vec<Vec<f64>> {
         Role::Matrix { .. } => (0..role.len()).map(|_| 1.2 * next()).collect(),
         Role::Norm { .. } => (0..role.len()).map(|_| 1.0 + 0.3 * next()).collect(),
         Role::Bias { .. } => (0..role.len()).map(|_| 0.5 * next()).collect(),
+        Role::Sink { .. } => (0..role.len()).map(|_| 1.0 + 2.0 * next()).collect(),
         // Gates are f32 on every device: multiples of 1/64 keep them, and steps on them, exact.
         Role::Gate { .. } => (0..role.len())
             .map(|_| 0.75 + (64.0 * next()).round() / 64.0)

@@ -59,6 +59,7 @@ pub fn values(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
                 Role::Matrix { inner, .. } => one(3.0 * next() / (inner as f32).sqrt()),
                 Role::Norm { .. } => one(1.0 + 0.3 * next()),
                 Role::Bias { .. } => one(0.5 * next()),
+                Role::Sink { .. } => 1.0 + 2.0 * next(),
                 Role::Gate { .. } => 0.75 + (64.0 * next()).round() / 64.0,
             })
             .collect()

@@ -22,6 +22,7 @@ fn switched(after: bool) -> ModelConfig {
         norm_after: after,
         rotary_dim: if after { None } else { Some(8) },
         unrotated: if after { vec![1] } else { Vec::new() },
+        sink_logits: true,
         embedding_multiplier: 3.0,
         residual_multiplier: if after { 1.0 } else { 0.22 },
         attention_scale: Some(0.3),

@@ -19,4 +19,6 @@ mod rows;
 mod rows_rules;
 mod sampling;
 mod sampling_rules;
+mod sinks;
+mod sinks_rules;
 mod windows;

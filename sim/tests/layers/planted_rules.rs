@@ -6,6 +6,7 @@ use segattn_sim::mutate::{Rule, drop_statement, replace};
 use super::head_norms_rules::{HEAD_GRAD, HEAD_NORM, SPLIT_NORM};
 use super::rows_rules::{COPY, EMBEDDING, SWIGLU, VECTORS};
 use super::sampling_rules::{SAMPLING, SELECT};
+use super::sinks_rules::SINKS;
 
 /// A file of `kernels/` and what is done to it.
 pub struct Target {
@@ -17,7 +18,7 @@ pub struct Target {
     pub rules: &'static [Rule],
 }
 
-pub const TARGETS: [Target; 20] = [
+pub const TARGETS: [Target; 21] = [
     Target {
         file: "norm.cu",
         kernels: &["norm.cu"],
@@ -137,6 +138,12 @@ pub const TARGETS: [Target; 20] = [
         kernels: &["sampling.cu"],
         tests: &["sampling::"],
         rules: &SAMPLING,
+    },
+    Target {
+        file: "sink_logits.cu",
+        kernels: &["sink_logits.cu"],
+        tests: &["sinks::"],
+        rules: &SINKS,
     },
 ];
 

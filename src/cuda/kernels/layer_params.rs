@@ -353,6 +353,23 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnSinkParams {
+    pub logits: *const f32,
+    pub lse: *const f32,
+    pub span_start: *const i32,
+    pub out: SegattnRows,
+    pub y: SegattnRows,
+    pub d_y: SegattnRows,
+    pub d_out: SegattnRows,
+    pub d_lse: *mut f32,
+    pub d_logits: *mut f32,
+    pub rows: i64,
+    pub spans: i32,
+    pub q_heads: i32,
+    pub head_dim: i32,
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnEmbedParams {
     pub table: SegattnRows,
     pub tokens: *const u32,

@@ -50,6 +50,7 @@ fn image(file: File) -> &'static [u8] {
         File::Retrieval => image!("retrieval"),
         File::Rope => image!("rope"),
         File::Sampling => image!("sampling"),
+        File::SinkLogits => image!("sink_logits"),
         File::Swiglu => image!("swiglu"),
     }
 }

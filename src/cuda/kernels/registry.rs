@@ -29,13 +29,15 @@ pub enum File {
     Rope,
     /// `sampling.cu`.
     Sampling,
+    /// `sink_logits.cu`.
+    SinkLogits,
     /// `swiglu.cu`.
     Swiglu,
 }
 
 impl File {
     /// All files.
-    pub const ALL: [File; 14] = [
+    pub const ALL: [File; 15] = [
         File::Adamw,
         File::AttentionForward,
         File::AttentionForwardHopper,
@@ -49,6 +51,7 @@ impl File {
         File::Retrieval,
         File::Rope,
         File::Sampling,
+        File::SinkLogits,
         File::Swiglu,
     ];
 
@@ -68,6 +71,7 @@ impl File {
             File::Retrieval => "retrieval",
             File::Rope => "rope",
             File::Sampling => "sampling",
+            File::SinkLogits => "sink_logits",
             File::Swiglu => "swiglu",
         }
     }

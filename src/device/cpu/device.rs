@@ -6,10 +6,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::rows::{self, Angles};
-use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, gemm};
+use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, gemm, sinks};
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
-    Kind, Result, Rows, RowsMut, StepRows, Update, shared::spans,
+    Kind, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows, Update, shared::spans,
 };
 use crate::isa::Isa;
 
@@ -53,6 +53,22 @@ impl RowsMut<'_, Buffer> {
     fn block(&mut self, rows: usize, width: usize) -> &mut [f32] {
         assert!(rows <= 1 || self.stride == width, "rows are packed");
         &mut self.buffer[self.start..self.start + rows * width]
+    }
+}
+
+/// The sink logits of rows from row `first` of the buffers on.
+fn sinks_of<'a>(
+    call: &'a SinkLogits<'_, Buffer>,
+    places: &'a [[usize; 2]],
+    first: usize,
+) -> sinks::Sinks<'a> {
+    sinks::Sinks {
+        logits: &call.logits[..call.heads.q],
+        dim: call.heads.dim,
+        places,
+        lse: call.lse.data(),
+        out: &call.out.data()[first * call.out.stride..],
+        stride: call.out.stride,
     }
 }
 
@@ -427,6 +443,41 @@ impl Device for Cpu {
         grad: AttentionGrad<'_, Buffer>,
     ) -> Result<()> {
         Ok(spans::backward::<Self>(call, grad)?)
+    }
+
+    fn sink_logits(
+        &self,
+        call: &SinkLogits<'_, Buffer>,
+        step: &StepRows,
+        mut y: RowsMut<'_, Buffer>,
+    ) -> Result<()> {
+        let batch = spans::SpanBatch::of(&step.spans);
+        let places: Vec<_> = batch.lse_places(call.heads.q).collect();
+        let (first, stride) = (batch.first_row(), y.stride);
+        let y = &mut y.data()[first * stride..];
+        sinks::forward(sinks_of(call, &places, first), y, stride);
+        Ok(())
+    }
+
+    fn sink_logits_grad(
+        &self,
+        call: &SinkLogits<'_, Buffer>,
+        mut grad: SinkLogitsGrad<'_, Buffer>,
+    ) -> Result<()> {
+        let batch = spans::SpanBatch::of(grad.spans);
+        let places: Vec<_> = batch.lse_places(call.heads.q).collect();
+        let (first, heads) = (batch.first_row(), call.heads.q);
+        let sinks = sinks_of(call, &places, first);
+        let [d_y_stride, stride] = [grad.d_y.stride, grad.d_out.stride];
+        let d_y = (&grad.d_y.data()[first * d_y_stride..], d_y_stride);
+        let d_out = (&mut grad.d_out.data()[first * stride..], stride);
+        let d_lse = sinks::backward(sinks, d_y, d_out);
+        let d_logits = grad.d_logits.chunks_mut(heads);
+        for ((span, before), d_logits) in grad.spans.iter().zip(batch.offsets()).zip(d_logits) {
+            let to = &mut grad.d_lse.data()[(first + before) * heads..];
+            sinks::place(&d_lse[before * heads..], span.rows, to, d_logits);
+        }
+        Ok(())
     }
 
     fn norm_chunk(&self) -> Result<usize> {

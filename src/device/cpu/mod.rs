@@ -19,6 +19,7 @@ mod packed;
 mod pool;
 pub mod rows;
 mod selection;
+mod sinks;
 
 pub use buffer::Buffer;
 pub use idle::release_memory;

@@ -66,7 +66,10 @@ pub(super) fn backward<D: Driver>(
         out: read(&grad.out)?,
         lse: log_sums(gpu, &grad.lse, &batch, heads.q)?,
         d_out: read(&grad.d_out)?,
-        d_lse: None,
+        d_lse: match &grad.d_lse {
+            Some(d_lse) => Some(log_sums(gpu, d_lse, &batch, heads.q)?),
+            None => None,
+        },
     };
     let gates = product("gate gradients", &[batch.spans.len(), heads.q])?;
     let gradients = Gradients {

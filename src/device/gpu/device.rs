@@ -7,11 +7,12 @@ use half::bf16;
 use super::gemm::epilogue;
 use super::{
     Blocks, Buffer, Driver, Epilogue, Gemm, Gpu, Matrix, Operand, Pool, Recording, Samplers, Step,
-    attend, bounds, bytes_of, head_norms, optimizer, record, rotation, rows,
+    attend, bounds, bytes_of, head_norms, optimizer, record, rotation, rows, sinks,
 };
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Move,
-    OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, StepRows, Update,
+    OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows,
+    Update,
 };
 
 /// The bytes of numbers in a buffer of this kind.
@@ -454,6 +455,23 @@ impl<D: Driver> Device for Gpu<D> {
         grad: AttentionGrad<'_, Buffer<D>>,
     ) -> Result<()> {
         attend::backward(self, call, &grad)
+    }
+
+    fn sink_logits(
+        &self,
+        call: &SinkLogits<'_, Buffer<D>>,
+        step: &Step<D>,
+        y: RowsMut<'_, Buffer<D>>,
+    ) -> Result<()> {
+        sinks::forward(self, call, step, &y)
+    }
+
+    fn sink_logits_grad(
+        &self,
+        call: &SinkLogits<'_, Buffer<D>>,
+        grad: SinkLogitsGrad<'_, Buffer<D>>,
+    ) -> Result<()> {
+        sinks::backward(self, call, &grad)
     }
 
     fn norm_chunk(&self) -> Result<usize> {

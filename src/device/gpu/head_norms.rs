@@ -12,7 +12,7 @@ use crate::device::shared::qkv::{norm_grad, norm_weight_grad};
 use crate::device::{Heads, QkNormGrad, QkNorms, Result, Rows, RowsMut};
 
 /// Most vectors of a head that the kernels of heads' norms take: a lane each.
-const MOST_LANES: usize = 32;
+pub(super) const MOST_LANES: usize = 32;
 /// No norms.
 pub(super) const NO_NORMS: SegattnHeadNorms = SegattnHeadNorms {
     q_weight: std::ptr::null(),

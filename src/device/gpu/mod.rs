@@ -27,6 +27,7 @@ mod rotation;
 mod rows;
 mod sample;
 mod selection;
+mod sinks;
 mod step;
 
 use std::fmt;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::bounds::{below, equal, int};
 use super::memory::Block;
 use super::{Driver, Gpu};
+use crate::device::shared::spans::SpanBatch;
 use crate::device::{DeviceError, Result, SlotSpan, StepRows};
 
 /// Columns of indices of a step, by the table that they index.
@@ -57,7 +58,8 @@ impl Column {
 #[derive(Debug)]
 pub struct Step<D: Driver> {
     pub(super) rows: StepRows,
-    /// i32: `[rows]` tokens, angles, cache rows and probe rows (-1: none); `[spans]` lengths and starts of segments.
+    /// i32: `[rows]` tokens, angles, cache rows and probe rows (-1: none); `[spans]` lengths and starts of segments;
+    /// `[spans + 1]` rows before each span, and at last of all.
     tables: Block<D>,
     /// For each column, the bound that earlier calls rely on.
     limits: [AtomicUsize; COLUMNS.len()],
@@ -141,6 +143,12 @@ impl<D: Driver> Step<D> {
         Ok([first, first.wrapping_add(self.rows.spans.len())].map(|at| at as u64))
     }
 
+    /// Address of the first row of each span.
+    pub(super) fn span_starts(&self, gpu: &Gpu<D>) -> Result<*const i32> {
+        let first = self.table(gpu, 4)?;
+        Ok(first.wrapping_add(2 * self.rows.spans.len()))
+    }
+
     fn table(&self, gpu: &Gpu<D>, number: usize) -> Result<*const i32> {
         let tables = gpu.at(&self.tables)? as usize as *const i32;
         Ok(tables.wrapping_add(number * self.rows.tokens.len()))
@@ -195,6 +203,7 @@ fn check(rows: &StepRows) -> Result<()> {
         int(column.name(), column.largest(rows).unwrap_or(0))?;
     }
     int("reach of a step", rows.reach)?;
+    int("rows of a step", count)?;
     for span in &rows.spans {
         let end = |start: usize| start.checked_add(span.rows);
         let inside = end(span.row).is_some_and(|end| end <= count)
@@ -218,6 +227,7 @@ fn tables(rows: &StepRows) -> Vec<i32> {
         probes.collect(),
         spans.iter().map(|s| (s.start + s.rows) as i32).collect(),
         spans.iter().map(|s| s.start as i32).collect(),
+        numbers(SpanBatch::of(spans).offsets()),
     ]
     .concat()
 }

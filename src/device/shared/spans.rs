@@ -60,6 +60,7 @@ pub(in crate::device) fn backward<O: Operation>(
         out,
         lse,
         d_out,
+        d_lse,
         d_q,
         d_k,
         d_v,
@@ -84,11 +85,15 @@ pub(in crate::device) fn backward<O: Operation>(
             d_past_gate: &mut d_past_gate.as_mut()[..batch.spans.len() * heads.q],
         };
         let [out, d_out] = [out, d_out].map(|rows| batch.read(rows, q));
+        let log_sums = |rows: Rows<'_, O::Buffer>| {
+            let Rows { start, stride, .. } = rows;
+            batch.log_sums(start, stride, heads.q)
+        };
         let saved = Saved {
             out,
-            lse: &lse.buffer.as_ref()[batch.log_sums(lse.start, lse.stride, heads.q)],
+            lse: &lse.buffer.as_ref()[log_sums(lse)],
             d_out,
-            d_lse: None,
+            d_lse: d_lse.map(|d_lse| &d_lse.buffer.as_ref()[log_sums(d_lse)]),
         };
         O::backward(problem, &saved, grads)
     })
@@ -117,6 +122,25 @@ impl<'a> SpanBatch<'a> {
             rows: spans.iter().map(|span| span.rows).max().unwrap_or(0),
             offsets,
         }
+    }
+
+    /// The first row of the batch in the call's buffers.
+    pub fn first_row(&self) -> usize {
+        self.row
+    }
+
+    /// Rows before each span, and at last of all.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// For each row, where the log-sum-exp of its first head is, and how far that of the next head is from it.
+    pub fn lse_places(&self, heads: usize) -> impl Iterator<Item = [usize; 2]> {
+        let spans = self.spans.iter().zip(&self.offsets);
+        spans.flat_map(move |(span, before)| {
+            let first = (self.row + before) * heads;
+            (0..span.rows).map(move |row| [first + row, span.rows])
+        })
     }
 
     /// Rows of all spans.

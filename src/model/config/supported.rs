@@ -203,6 +203,7 @@ const COMPUTING: &[&str] = &[
     "rope",
     "rotary",
     "scal",
+    "sink",
     "skip",
     "softcap",
     "ssm",

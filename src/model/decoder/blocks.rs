@@ -1,7 +1,7 @@
 //! The parts of a layer that models compute differently (`model::switches`): norms, biases and factors.
 
-use super::{Decoder, Normed};
-use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
+use super::{Decoder, LayerTape, Normed};
+use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut, SinkLogits};
 use crate::model::lora::Product;
 use crate::model::parameters::{Extra, index};
 use crate::model::state::Plan;
@@ -131,6 +131,40 @@ impl<D: Device> Decoder<D> {
         let weights = [Extra::QueryNorm, Extra::KeyNorm].map(|extra| self.extra(l, extra));
         let [q, k] = [weights[0]?, weights[1]?];
         Some([part(q, plan.heads.q), part(k, plan.heads.kv)])
+    }
+
+    /// The sink logits of a layer, where the model has them, with attention's output from row `first` on.
+    pub(crate) fn sinks<'a>(
+        &'a self,
+        plan: &Plan,
+        l: usize,
+        tape: &'a LayerTape<D>,
+        first: usize,
+    ) -> Option<SinkLogits<'a, D::Buffer>> {
+        Some(SinkLogits {
+            logits: self.weights.vector(self.extra(l, Extra::SinkLogits)?),
+            heads: plan.heads,
+            out: Rows::packed(&tape.attended, first, plan.q_width()),
+            lse: Rows::packed(&tape.lse, first, plan.heads.q),
+        })
+    }
+
+    /// Attention's output as sink logits scale it, where the model has them.
+    pub(super) fn scale_by_sinks(
+        &self,
+        plan: &Plan,
+        l: usize,
+        tape: &LayerTape<D>,
+        placed: &D::Step,
+    ) -> Result<Option<D::Buffer>> {
+        let Some(sinks) = self.sinks(plan, l, tape, 0) else {
+            return Ok(None);
+        };
+        let len = placed.as_ref().tokens.len() * plan.q_width();
+        let mut scaled = self.device.empty(Kind::Activation, len)?;
+        let y = RowsMut::packed(&mut scaled, 0, plan.q_width());
+        self.device.sink_logits(&sinks, placed, y)?;
+        Ok(Some(scaled))
     }
 
     /// What a block adds to the residual stream `x`, and the sum: `x + m norm(y wᵀ + bias)`, with the norm and the

@@ -7,7 +7,7 @@ use crate::device::Device;
 pub struct LayerTape<D: Device> {
     /// The layer's input `[rows, hidden]`.
     pub x: D::Buffer,
-    /// Attention's output `[rows, q_heads * head_dim]`.
+    /// Attention's output `[rows, q_heads * head_dim]`, before sink logits scale it.
     pub attended: D::Buffer,
     /// Attention's log-sum-exp, `[q_heads, rows]` for each span, spans packed.
     pub lse: D::Buffer,
@@ -22,6 +22,8 @@ pub struct Derived<D: Device> {
     pub q: D::Buffer,
     /// Queries and keys before their norm, where they have one.
     pub qk: Option<QkNormed<D>>,
+    /// Attention's output as sink logits scale it, where the model has them.
+    pub scaled: Option<D::Buffer>,
     /// The residual stream between attention and MLP.
     pub mid: D::Buffer,
     /// The norm of the MLP: of `mid`, or of what the MLP adds to it.

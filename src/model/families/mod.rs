@@ -83,6 +83,7 @@ pub(super) struct Sizes {
 /// All families.
 pub(super) const FAMILIES: &[&Family] = &[
     &llama::LLAMA,
+    &llama::LLAMA_SINK_LOGITS,
     &qwen::QWEN2,
     &qwen::QWEN3,
     &mistral::MISTRAL,
@@ -94,8 +95,16 @@ pub(super) const FAMILIES: &[&Family] = &[
     &seed_oss::SEED_OSS,
 ];
 
-/// The family of models that are made here.
+/// The family of plain models.
 pub(super) const LLAMA: &Family = &llama::LLAMA;
+
+/// The family of models that are made here.
+pub(crate) fn made_here(sink_logits: bool) -> &'static Family {
+    match sink_logits {
+        true => &llama::LLAMA_SINK_LOGITS,
+        false => LLAMA,
+    }
+}
 
 impl Family {
     /// The family that a `config.json` names.

@@ -10,7 +10,7 @@ use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows
 pub enum Weight<D: Device> {
     /// Packed for GEMMs.
     Matrix(D::Matrix),
-    /// A norm's weight, or a bias.
+    /// A norm's weight, a bias, or sink logits.
     Vector(D::Buffer),
     /// Past gates, on the host too since they decide which work is done.
     Gate(Vec<f32>),
@@ -45,7 +45,7 @@ impl<D: Device> Weights<D> {
                     let matrix = device.matrix(values, out, inner, training && !spec.frozen);
                     Weight::Matrix(matrix.map_err(|e| e.wanted_for(Purpose::Weights))?)
                 }
-                Role::Norm { .. } | Role::Bias { .. } => Weight::Vector(buffer),
+                Role::Norm { .. } | Role::Bias { .. } | Role::Sink { .. } => Weight::Vector(buffer),
                 Role::Gate { len } => Weight::Gate(device.read(&buffer, 0..len)?),
             }))
         };
@@ -108,7 +108,7 @@ impl<D: Device> Weights<D> {
         }
     }
 
-    /// The norm weight or bias at `i`.
+    /// The norm weight, bias or sink logits at `i`.
     pub(crate) fn vector(&self, i: usize) -> &D::Buffer {
         match &*self.weights[i] {
             Weight::Vector(vector) => vector,

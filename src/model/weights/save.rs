@@ -27,7 +27,7 @@ const PIECE: usize = 1 << 18;
 /// How weights are written.
 #[derive(Debug, Clone, Copy)]
 pub struct SaveOptions {
-    /// Number format; past gates are always F32.
+    /// Number format; past gates and sink logits are always F32.
     pub dtype: WeightType,
     /// Bytes of tensors in one file, unless a single tensor has more.
     pub max_shard_bytes: u64,
@@ -68,7 +68,7 @@ pub fn save<E: From<WeightsError>>(
     }
     prepare_folder(folder)?;
     let dtype = |i: usize| match specs[i].role {
-        Role::Gate { .. } => WeightType::F32,
+        Role::Gate { .. } | Role::Sink { .. } => WeightType::F32,
         _ => options.dtype,
     };
     let bytes = |i: usize| (specs[i].role.len() * dtype(i).size()) as u64;

@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::device::PoolBits;
 use crate::model::config::{HeadReads, ModelConfig, SegmentConfig};
 use crate::model::error::ConfigError;
+use crate::model::families;
 use crate::train::error::{Result, TrainError};
 
 /// What is trained.
@@ -48,6 +49,8 @@ pub struct ShapeSection {
     pub rope_theta: f64,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
+    /// Whether a learned number of each query head joins the softmax's denominator (docs/contract.md, section 2).
+    pub sink_logits: bool,
 }
 
 impl Default for ShapeSection {
@@ -63,6 +66,7 @@ impl Default for ShapeSection {
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
             tie_word_embeddings: true,
+            sink_logits: false,
         }
     }
 }
@@ -147,7 +151,11 @@ impl ModelSection {
         let shape = &self.shape;
         let mut object = serde_json::to_value(shape).expect("numbers and booleans are JSON");
         object["vocab_size"] = json!(shape.vocab_size.unwrap_or(vocab_size));
-        object["model_type"] = json!("llama");
+        // In `config.json` the family says it.
+        object
+            .as_object_mut()
+            .and_then(|keys| keys.remove("sink_logits"));
+        object["model_type"] = json!(families::made_here(shape.sink_logits).model_type);
         let mut config = ModelConfig::from_json(object).map_err(|e| typed("model.shape", &e))?;
         self.apply_segments(&mut config)?;
         Ok(config)

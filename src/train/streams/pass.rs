@@ -46,6 +46,8 @@ pub struct LayerSums<D: Device> {
     pub d_down: D::Buffer,
     /// Of the past gates `[span, q_heads]`.
     pub d_past_gate: D::Buffer,
+    /// Of sink logits `[span, q_heads]`, where the model has them.
+    pub d_sinks: Option<D::Buffer>,
 }
 
 impl<D: Device> LayerSums<D> {
@@ -53,6 +55,8 @@ impl<D: Device> LayerSums<D> {
     pub fn new(model: &Decoder<D>, plan: &Plan, rows: usize, spans: usize) -> Result<Self> {
         let (hidden, inner) = (model.config.hidden_size, model.config.intermediate_size);
         let empty = |width: usize| model.device.empty(Kind::Activation, rows * width);
+        let of_heads = || model.device.empty(Kind::Exact, spans * plan.heads.q);
+        let has_sinks = model.config.switches.sink_logits;
         Ok(Self {
             d_qkv: empty(plan.qkv_width())?,
             d_raw_qkv: match model.config.switches.qk_norm {
@@ -64,7 +68,8 @@ impl<D: Device> LayerSums<D> {
             d_mlp_norm: empty(hidden)?,
             d_gate_up: empty(2 * inner)?,
             d_down: empty(hidden)?,
-            d_past_gate: model.device.empty(Kind::Exact, spans * plan.heads.q)?,
+            d_past_gate: of_heads()?,
+            d_sinks: has_sinks.then(of_heads).transpose()?,
         })
     }
 }
@@ -371,6 +376,11 @@ impl<'a, D: Device> Work<'a, D> {
             })
             .collect();
         let (tape, derived, sums) = group.layers[l].parts();
+        let sinks = self.sinks_grad(l, (tape, sums), &spans, d_attended)?;
+        let (d_out, d_lse) = match &sinks {
+            Some((d_out, d_lse)) => (d_out, Some(Rows::packed(d_lse, 0, heads.q))),
+            None => (d_attended, None),
+        };
         let cache = &group.slots.layers[l].kv;
         let (gates, prior_heads) = self.model.reads(plan, l);
         let empty = |width: usize| device.empty(Kind::Activation, self.rows * width);
@@ -397,7 +407,8 @@ impl<'a, D: Device> Work<'a, D> {
         let grad = AttentionGrad {
             out: Rows::packed(&tape.attended, self.first, q_width),
             lse: Rows::packed(&tape.lse, self.first, heads.q),
-            d_out: Rows::packed(d_attended, 0, q_width),
+            d_out: Rows::packed(d_out, 0, q_width),
+            d_lse,
             d_q: RowsMut::packed(&mut d_q, 0, q_width),
             d_k: RowsMut::packed(&mut d_k, 0, kv_width),
             d_v: RowsMut::packed(&mut d_v, 0, kv_width),
@@ -405,14 +416,7 @@ impl<'a, D: Device> Work<'a, D> {
             d_past_gate: &mut d_gate,
         };
         device.attention_grad(&call, grad)?;
-        let to = RowsMut::packed(&mut sums.d_past_gate, self.spans.start, heads.q);
-        device.copy(
-            Rows::packed(&d_gate, 0, heads.q),
-            to,
-            spans.len(),
-            heads.q,
-            self.accumulate(),
-        )?;
+        self.add_heads(&d_gate, &mut sums.d_past_gate)?;
         let stride = plan.qkv_width();
         let mut own = self.own(stride)?;
         let angles = group.step.angles(plan);

@@ -245,7 +245,7 @@ impl<D: Device> Gradients<D> {
             (
                 (Product::Output, Extra::OutputBias),
                 at(&sums.d_output, hidden),
-                at(&tape.attended, q_width),
+                at(derived.scaled.as_ref().unwrap_or(&tape.attended), q_width),
                 [hidden, q_width],
             ),
             (
@@ -299,14 +299,37 @@ impl<D: Device> Gradients<D> {
             let tensors = self.two_tensors_mut(norms.map(|part| part.weight));
             device.qk_norm_weight_grad(&grad, tensors)?;
         }
+        let of_heads = [
+            (Some(index::past_gate(l)), Some(&sums.d_past_gate)),
+            (model.extra(l, Extra::SinkLogits), sums.d_sinks.as_ref()),
+        ];
+        for (tensor, sums) in of_heads {
+            if let (Some(tensor), Some(sums)) = (tensor, sums) {
+                self.add_heads(model, plan, tensor, sums, spans.clone())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds what spans give to a tensor of a number for each query head, span by span.
+    fn add_heads(
+        &mut self,
+        model: &Decoder<D>,
+        plan: &Plan,
+        tensor: usize,
+        sums: &D::Buffer,
+        spans: Range<usize>,
+    ) -> Result<()> {
         let heads = plan.heads.q;
-        let Some(gates) = self.tensor_mut(index::past_gate(l)) else {
+        let Some(tensor) = self.tensor_mut(tensor) else {
             return Ok(());
         };
         for span in spans {
-            let src = Rows::packed(&sums.d_past_gate, span, heads);
-            let gates = RowsMut::packed(gates, 0, heads);
-            device.copy(src, gates, 1, heads, Accumulate::Yes)?;
+            let (src, dst) = (
+                Rows::packed(sums, span, heads),
+                RowsMut::packed(tensor, 0, heads),
+            );
+            model.device.copy(src, dst, 1, heads, Accumulate::Yes)?;
         }
         Ok(())
     }

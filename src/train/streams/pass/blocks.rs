@@ -1,8 +1,10 @@
 //! Backward of the norms and factors around attention and MLP (`model::switches`).
 
-use super::Work;
-use crate::device::{Accumulate, Device, Kind, QkNormGrad, Result, Rows, RowsMut};
-use crate::model::decoder::{Normed, QkNormed};
+use super::{LayerSums, Work};
+use crate::device::{
+    Accumulate, Device, Kind, QkNormGrad, Result, Rows, RowsMut, SinkLogitsGrad, SlotSpan,
+};
+use crate::model::decoder::{LayerTape, Normed, QkNormed};
 use crate::model::lora::Product;
 
 impl<D: Device> Work<'_, D> {
@@ -55,6 +57,47 @@ impl<D: Device> Work<'_, D> {
         self.input_grad(d_y, product, dst, Accumulate::No)?;
         let d_normed = self.summed(&own, d_norm, hidden)?;
         self.norm_grad(d_normed, x, &norm.rstd, tensor, d)
+    }
+
+    /// Backward of sink logits, where the model has them: the gradients of attention's output and of its log-sum-exp.
+    pub(super) fn sinks_grad(
+        &self,
+        l: usize,
+        (tape, sums): (&LayerTape<D>, &mut LayerSums<D>),
+        spans: &[SlotSpan],
+        d_y: &D::Buffer,
+    ) -> Result<Option<(D::Buffer, D::Buffer)>> {
+        let (device, heads, width) = (&self.model.device, self.plan.heads.q, self.plan.q_width());
+        let sinks = self.model.sinks(self.plan, l, tape, self.first);
+        let (Some(sinks), Some(sum)) = (sinks, &mut sums.d_sinks) else {
+            return Ok(None);
+        };
+        let exact = |len: usize| device.empty(Kind::Exact, len);
+        let (mut d_lse, mut d_logits) = (exact(self.rows * heads)?, exact(spans.len() * heads)?);
+        let mut d_out = device.empty(Kind::Activation, self.rows * width)?;
+        let grad = SinkLogitsGrad {
+            spans,
+            d_y: Rows::packed(d_y, 0, width),
+            d_out: RowsMut::packed(&mut d_out, 0, width),
+            d_lse: RowsMut::packed(&mut d_lse, 0, heads),
+            d_logits: &mut d_logits,
+        };
+        device.sink_logits_grad(&sinks, grad)?;
+        self.add_heads(&d_logits, sum)?;
+        Ok(Some((d_out, d_lse)))
+    }
+
+    /// Adds numbers `[span, q_heads]` of this pass to a sum. The first pass overwrites it.
+    pub(super) fn add_heads(&self, numbers: &D::Buffer, sum: &mut D::Buffer) -> Result<()> {
+        let (heads, spans) = (self.plan.heads.q, self.spans.clone());
+        let (src, dst) = (
+            Rows::packed(numbers, 0, heads),
+            RowsMut::packed(sum, spans.start, heads),
+        );
+        let accumulate = self.accumulate();
+        self.model
+            .device
+            .copy(src, dst, spans.len(), heads, accumulate)
     }
 
     /// Backward of the norms of queries and keys: the gradient of the rows `[q | k | v]` before them.
