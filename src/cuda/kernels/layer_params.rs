@@ -368,6 +368,37 @@ pub struct SegattnSinkParams {
     pub q_heads: i32,
     pub head_dim: i32,
 }
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnSinkParams"][::core::mem::size_of::<SegattnSinkParams>() - 128usize];
+    ["Alignment of SegattnSinkParams"][::core::mem::align_of::<SegattnSinkParams>() - 8usize];
+    ["Offset of field: SegattnSinkParams::logits"]
+        [::core::mem::offset_of!(SegattnSinkParams, logits) - 0usize];
+    ["Offset of field: SegattnSinkParams::lse"]
+        [::core::mem::offset_of!(SegattnSinkParams, lse) - 8usize];
+    ["Offset of field: SegattnSinkParams::span_start"]
+        [::core::mem::offset_of!(SegattnSinkParams, span_start) - 16usize];
+    ["Offset of field: SegattnSinkParams::out"]
+        [::core::mem::offset_of!(SegattnSinkParams, out) - 24usize];
+    ["Offset of field: SegattnSinkParams::y"]
+        [::core::mem::offset_of!(SegattnSinkParams, y) - 40usize];
+    ["Offset of field: SegattnSinkParams::d_y"]
+        [::core::mem::offset_of!(SegattnSinkParams, d_y) - 56usize];
+    ["Offset of field: SegattnSinkParams::d_out"]
+        [::core::mem::offset_of!(SegattnSinkParams, d_out) - 72usize];
+    ["Offset of field: SegattnSinkParams::d_lse"]
+        [::core::mem::offset_of!(SegattnSinkParams, d_lse) - 88usize];
+    ["Offset of field: SegattnSinkParams::d_logits"]
+        [::core::mem::offset_of!(SegattnSinkParams, d_logits) - 96usize];
+    ["Offset of field: SegattnSinkParams::rows"]
+        [::core::mem::offset_of!(SegattnSinkParams, rows) - 104usize];
+    ["Offset of field: SegattnSinkParams::spans"]
+        [::core::mem::offset_of!(SegattnSinkParams, spans) - 112usize];
+    ["Offset of field: SegattnSinkParams::q_heads"]
+        [::core::mem::offset_of!(SegattnSinkParams, q_heads) - 116usize];
+    ["Offset of field: SegattnSinkParams::head_dim"]
+        [::core::mem::offset_of!(SegattnSinkParams, head_dim) - 120usize];
+};
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct SegattnEmbedParams {
