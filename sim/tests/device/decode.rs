@@ -102,6 +102,7 @@ fn a_batch_decodes_to_the_bits_of_score() {
         let mut config = config(tied);
         if plain {
             config.segment = None;
+            config.switches.sink_logits = true;
         }
         let model = model(gpu(1, Checks::All), &config, &values(&config, 21));
         let prompts: Vec<Vec<u32>> = [5, 9, 14].map(|n| tokens(n, n as usize, 27)).to_vec();
@@ -127,7 +128,8 @@ fn a_batch_decodes_to_the_bits_of_score() {
 /// Also where other tokens are read in between, over the end of a segment, and where sequences leave and come back.
 #[test]
 fn recorded_steps_equal_unrecorded_ones() {
-    let config = config(true);
+    let mut config = config(true);
+    config.switches.sink_logits = true;
     let model = model(gpu(2, Checks::None), &config, &values(&config, 22));
     let prompts: Vec<Vec<u32>> = [3, 10, 6].map(|n| tokens(n, n as usize, 27)).to_vec();
     let mut one = session(&model, &prompts, &sampled());

@@ -14,4 +14,5 @@ mod retrieval;
 #[path = "../../../tests/retrieval_cases/mod.rs"]
 mod retrieval_cases;
 mod safe_calls;
+mod sinks;
 mod switches;
