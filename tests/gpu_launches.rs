@@ -1,5 +1,5 @@
 //! How many calls a step makes on a GPU: those of attention do not depend on how the data's breaks cut its sequences,
-//! and norms of q's and k's heads are no calls of their own. Counted on a driver that only counts.
+//! norms of q's and k's heads are no calls of their own, and sink logits are few. Counted on a driver that only counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -250,4 +250,29 @@ fn norms_of_heads_are_one_call_of_a_layer_s_backward_and_two_of_its_weights() {
         ];
         assert_eq!(differences(&without, &with), expected);
     }
+}
+
+/// Also where breaks cut the sequences differently.
+#[test]
+fn sink_logits_are_one_call_of_a_layer_s_forward_and_two_of_each_backward_pass() {
+    let with_sinks = || {
+        let mut config = config(1, QkNorm::None);
+        config.switches.sink_logits = true;
+        config
+    };
+    let without = scoring_calls(config(1, QkNorm::None));
+    let with = scoring_calls(with_sinks());
+    assert_eq!(differences(&without, &with), [("sink_logits_bf16", 0, 2)]);
+    let breaks = |i| vec![50 + i, 100 - i, 150 + i];
+    let without = training_calls(config(1, QkNorm::None), breaks, false);
+    let with = training_calls(with_sinks(), breaks, false);
+    let passes = of(&without, &["attention_prepare_"]);
+    for (name, count) in [
+        ("sink_logits_bf16", of(&without, &["attention_prefill_"])),
+        ("sink_logits_grad_bf16", passes),
+        ("sink_logits_sums_f32", passes),
+    ] {
+        assert_eq!(with[name], count, "{name}");
+    }
+    assert_eq!(with["gemm"], without["gemm"]);
 }

@@ -116,6 +116,7 @@ fn a_dry_run_holds_what_the_run_holds() {
             let segment = config.segment.as_mut().expect("segments");
             segment.break_after_prompt = suffix.is_some();
             segment.prompt_suffix_len = suffix.unwrap_or(0);
+            config.switches.sink_logits = suffix == Some(3);
             holds_what_the_run_holds(&config);
         }
     }

@@ -16,7 +16,8 @@ const PIECE: usize = 1 << 16;
 ///
 /// Matrices are normal with standard deviation 0.02, those that write to the residual stream (attention's
 /// output, down) with `0.02 / sqrt(2 * layers)` (Radford et al. 2019, section 2.3); norms and past gates are
-/// 1, biases and sink logits 0. Of an adapter `A` is uniform within `1 / sqrt(inner)`, as in PEFT, and `B` is 0: it adds nothing yet.
+/// 1, biases and sink logits 0. Of an adapter `A` is uniform within `1 / sqrt(inner)`, as in PEFT, and `B` is 0: it
+/// adds nothing yet.
 #[derive(Debug)]
 pub struct Initial {
     specs: Vec<TensorSpec>,
