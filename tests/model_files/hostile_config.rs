@@ -73,13 +73,13 @@ fn unsupported_features_say_what_is_supported() {
 fn families_that_are_not_computed_are_refused_with_what_is_missing() {
     for (name, missing) in [
         ("gemma3_text", "soft caps"),
-        ("gpt_oss", "sink logits"),
+        ("gpt_oss", "sliding windows and experts"),
         ("mixtral", "experts"),
         ("qwen3_moe", "experts"),
         ("olmo3", "sliding windows"),
         ("phi", "layer norms"),
         ("ministral3", "queries scaled"),
-        ("nobody_knows", "llama, qwen2"),
+        ("nobody_knows", "llama, llama_sink_logits, qwen2"),
     ] {
         let error = ModelConfig::from_json(with(small(), "/model_type", json!(name))).unwrap_err();
         assert_eq!(key_of(&error), "model_type");

@@ -8,7 +8,7 @@ const MISSING: &[(&str, &str)] = &[
         "gemma",
         "norms by 1 + weight, GELU, soft caps and sliding windows",
     ),
-    ("gpt_oss", "sliding windows, sink logits and experts"),
+    ("gpt_oss", "sliding windows and experts"),
     ("mixtral", "experts"),
     ("phimoe", "experts and layer norms"),
     ("granitemoe", "experts"),
