@@ -39,14 +39,14 @@ pub(super) fn backward(sinks: &SinkLogits<'_, Buf>, mut grad: SinkLogitsGrad<'_,
             let row = batch.first_row() + r;
             let [out, d_y] = [sinks.out, grad.d_y].map(|rows| rows.row(row, heads * dim));
             let d_out = grad.d_out.row(row, heads * dim);
-            for head in 0..heads {
+            for (head, d_logit) in d_logits.iter_mut().enumerate() {
                 let at = first + head * step;
                 let lse = sinks.lse.buffer[sinks.lse.start + at];
                 let [share, rest] = shares(sinks.logits[head], lse);
                 let columns = head * dim..(head + 1) * dim;
                 let d_lse = share * rest * dot(&d_y[columns.clone()], &out[columns.clone()]);
                 grad.d_lse.buffer[grad.d_lse.start + at] = d_lse;
-                d_logits[head] -= d_lse;
+                *d_logit -= d_lse;
                 let pairs = d_out[columns.clone()].iter_mut().zip(&d_y[columns]);
                 pairs.for_each(|(d_out, d_y)| *d_out = share * d_y);
             }
