@@ -128,7 +128,6 @@ smoke!(
     main,
     beyond,
     cap,
-    far,
     layers,
     depth,
     heads,

@@ -65,15 +65,15 @@ const ENTRIES: [Form; 4] = [
 /// Statements of long codes.
 const CODES: [Form; 4] = [
     (
-        "Firmware of the {k} was signed as {v} last night.",
+        "Firmware of the {k} was signed as {v} by its vendor.",
         "How was firmware of the {k} signed? Signed as",
     ),
     (
         "Checksum({k}) printed {v} on stdout.",
-        "Again, Checksum({k}) printed",
+        "Rerunning Checksum({k}) printed",
     ),
     (
-        "Whoever pairs with the {k} types {v} first.",
+        "Whoever pairs with the {k} types {v} when told to.",
         "Pairing with the {k}, type",
     ),
     ("SERIAL {k} :: {v}", "serial? {k} ::"),
