@@ -3,9 +3,11 @@
 mod adapters;
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
+mod pieces;
 
 use adapters::{ERRORS, Expected, GOLDEN, TARGETS, base, bits, folders, largest, lora};
 use common::{config_of, model_on, switched, tokens, values};
+use pieces::in_pieces;
 use segattn::convert::merge::merge;
 use segattn::device::Device;
 use segattn::device::cpu::Cpu;
@@ -15,7 +17,7 @@ use segattn::model::decoder::Decoder;
 use segattn::model::lora::folder::{ADAPTER_CONFIG_FILE, ADAPTER_FILE, AdapterFolder};
 use segattn::model::lora::{AdapterError, Lora, LoraConfig};
 use segattn::model::parameters::base_specs;
-use segattn::model::session::{Feed, Session, score};
+use segattn::model::session::score;
 use segattn::model::weights::Checkpoint;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
 use serde_json::{Value, json};
@@ -93,27 +95,6 @@ fn merged_weights_are_the_model_with_its_adapters() {
         let error = largest(&scored, &expected.numbers("log_probabilities"));
         assert!(error <= ERRORS[0], "{name}: {error}");
     }
-}
-
-/// Log-probabilities, fed in pieces of 1, 2, ... tokens.
-fn in_pieces<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
-    let mut session = Session::new(model, 1, tokens.len(), 1).unwrap();
-    let (mut scored, mut at) = (Vec::new(), 0);
-    for step in 1.. {
-        let end = (at + step).min(tokens.len() - 1);
-        let feed = Feed {
-            sequence: 0,
-            tokens: &tokens[at..end],
-            targets: &tokens[at + 1..=end],
-            breaks: &[],
-        };
-        scored.extend(session.feed(&[feed]).unwrap().remove(0));
-        at = end;
-        if at + 1 == tokens.len() {
-            break;
-        }
-    }
-    scored
 }
 
 fn equal_bits<D: Device + Copy>(device: D) {

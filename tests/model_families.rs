@@ -1,9 +1,12 @@
 //! Every family and switch against Transformers: tiny random models, whose log-probabilities and gradients
 //! `tests/golden/families/make.py` writes. The same models with segments: equal bits (docs/contract.md, section 4).
 
+mod pieces;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pieces::in_pieces;
 use safetensors::SafeTensors;
 use segattn::device::Device;
 use segattn::device::cpu::Cpu;
@@ -11,7 +14,7 @@ use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::parameters::{Role, specs};
-use segattn::model::session::{Feed, Session, score};
+use segattn::model::session::score;
 use segattn::model::weights::{Checkpoint, SaveOptions, save};
 use segattn::train::checkpoint;
 use segattn::train::config::Config;
@@ -173,27 +176,6 @@ fn segment(folder: &Path) -> Value {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
-}
-
-/// The log-probabilities, fed in pieces of 1, 2, ... tokens.
-fn in_pieces<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
-    let mut session = Session::new(model, 1, tokens.len(), 1).unwrap();
-    let (mut scored, mut at) = (Vec::new(), 0);
-    for step in 1.. {
-        let end = (at + step).min(tokens.len() - 1);
-        let feed = Feed {
-            sequence: 0,
-            tokens: &tokens[at..end],
-            targets: &tokens[at + 1..=end],
-            breaks: &[],
-        };
-        scored.extend(session.feed(&[feed]).unwrap().remove(0));
-        at = end;
-        if at + 1 == tokens.len() {
-            break;
-        }
-    }
-    scored
 }
 
 fn equal_bits<D: Device + Copy>(device: D) {

@@ -5,11 +5,13 @@
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
 mod meeting;
+mod pieces;
 mod spread;
 
 use std::collections::BTreeMap;
 
 use common::{config_of, model, model_on, random, run_config, tokens, values};
+use pieces::in_pieces;
 use segattn::device::cpu::Cpu;
 use segattn::device::reference::Reference;
 use segattn::device::{
@@ -19,7 +21,7 @@ use segattn::model::config::{ModelConfig, WeightType};
 use segattn::model::decoder::Decoder;
 use segattn::model::error::{ModelError, WeightsError};
 use segattn::model::parameters::{Extra, index, parameters, specs};
-use segattn::model::session::{Feed, Session, score};
+use segattn::model::session::score;
 use segattn::model::weights::{Checkpoint, SaveOptions, initial, save};
 use segattn::train::progress::Tensors;
 use segattn::train::streams::{Gradients, StreamConfig, accumulate};
@@ -188,27 +190,6 @@ fn agrees_with_one_more_key<D: Device>(device: &D, bound: f64) {
 fn the_output_is_that_of_one_more_key() {
     agrees_with_one_more_key(&Reference, 1e-6);
     agrees_with_one_more_key(&Cpu, 1e-5);
-}
-
-/// The log-probabilities, fed in pieces of 1, 2, ... tokens.
-fn in_pieces<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
-    let mut session = Session::new(model, 1, tokens.len(), 1).unwrap();
-    let (mut scored, mut at) = (Vec::new(), 0);
-    for step in 1.. {
-        let end = (at + step).min(tokens.len() - 1);
-        let feed = Feed {
-            sequence: 0,
-            tokens: &tokens[at..end],
-            targets: &tokens[at + 1..=end],
-            breaks: &[],
-        };
-        scored.extend(session.feed(&[feed]).unwrap().remove(0));
-        at = end;
-        if at + 1 == tokens.len() {
-            break;
-        }
-    }
-    scored
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

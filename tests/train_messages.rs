@@ -204,6 +204,48 @@ fn conversations_that_cannot_be_learned_from_are_refused_with_their_line() {
     );
 }
 
+/// Gives every conversation the same answers.
+struct Answering(Vec<std::ops::Range<usize>>);
+
+impl Encode for Answering {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        Bytes.encode(text)
+    }
+
+    fn locate(&self, text: &str) -> Result<Vec<Located>, String> {
+        Bytes.locate(text)
+    }
+
+    fn converse(&self, _: &str) -> Result<Vec<Conversed>, String> {
+        let answers = self.0.clone();
+        Ok(vec![Conversed {
+            ids: vec![7; 20],
+            answers,
+        }])
+    }
+
+    fn ends_line(&self, id: u32) -> bool {
+        Bytes.ends_line(id)
+    }
+}
+
+/// A token that crosses the border between two answers is in both.
+#[test]
+fn breaks_ascend_where_answers_touch_or_overlap() {
+    let line = r#"{"messages": [{"role": "assistant", "content": "x"}]}"#;
+    let breaks = |answers: &[std::ops::Range<usize>], suffix| {
+        let by = Answering(answers.to_vec());
+        let section = DataSection::default();
+        read(&by, line, before(Some(suffix)), &section).unwrap()[0]
+            .breaks
+            .clone()
+    };
+    assert_eq!(breaks(&[4..8, 8..12], 0), [4, 8]);
+    assert_eq!(breaks(&[4..8, 7..12], 0), [4, 7]);
+    assert_eq!(breaks(&[4..8, 5..12], 0), [4, 7]);
+    assert_eq!(breaks(&[4..5, 4..12, 15..18], 2), [2, 4, 13]);
+}
+
 #[test]
 fn tokens_of_conversations_are_kept_under_what_they_depend_on() {
     let (by, section) = (Templated::new(TEMPLATE), DataSection::default());

@@ -180,9 +180,10 @@ fn weighed(conversed: Conversed, own: PromptBreak) -> (Listed, Vec<f32>) {
     let mut breaks = Vec::new();
     let mut read = 0;
     for answer in answers.iter().filter(|a| !a.is_empty()) {
-        // Two answers may follow one another.
-        let own = own.of(answer.start - read).map(|own| read + own);
-        breaks.extend(own.filter(|own| breaks.last() != Some(own)));
+        // Answers may follow one another, and share a token.
+        let own = own.of(answer.start.saturating_sub(read));
+        let own = own.map(|own| read + own);
+        breaks.extend(own.filter(|own| breaks.last().is_none_or(|last| last < own)));
         // The last token of an answer is read with the turn that follows.
         read = answer.end - 1;
     }

@@ -28,7 +28,7 @@ struct Part<'a> {
 enum Source<'a> {
     /// Documents, with tasks in their text.
     Text(Sequences, Option<Tasks<'a>>),
-    /// Nowhere: they are made.
+    /// A generator: no file is read.
     Relay(Relay),
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Plain text rarely teaches a model to use its past. Here statements stand somewhere in a sequence, and a question
 //! about them comes later, at a distance that is equally likely in each octave. The question ends with a break, so that
-//! the retrieval at the segment's end has the question's queries, and the answer comes in the next segment. Answers
-//! weigh more than text; statements and questions weigh nothing.
+//! the retrieval at the segment's end has the question's queries, and the answer comes in the next segment. With a
+//! suffix the last tokens of the question come behind the break too. Answers weigh more than text; statements and
+//! questions weigh nothing.
 //!
 //! A sequence is a function of its text, the seed and its number. Words and sentences are others than those of the
 //! tests in `eval`.
