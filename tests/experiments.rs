@@ -130,6 +130,7 @@ smoke!(
     cap,
     layers,
     depth,
+    far,
     heads,
     needles,
     past,
