@@ -178,6 +178,76 @@ fn a_model_answers_each_sample_as_it_does_alone() {
 }
 
 #[test]
+fn an_oracle_lets_a_prompts_suffix_read_what_the_whole_prompt_selects() {
+    let mut config = config(true);
+    let segment = config.segment.as_mut().unwrap();
+    (segment.break_after_prompt, segment.past_len) = (true, 64);
+    let encode = |text: &str| Ok(text.bytes().map(|b| u32::from(b % 11)).collect());
+    let decode = |tokens: &[u32]| Ok(format!("{tokens:?}"));
+    let options = TaskOptions::default();
+    let sample = |i| generate(TaskKind::NiahSingle1, 600, i, 1, options, &encode).unwrap();
+    // The second is like one of a task without statements that are asked for.
+    let mut samples = [sample(0), sample(1)];
+    samples[1].needles.clear();
+    let answers = |suffix_len: usize, oracle| {
+        let mut config = config.clone();
+        config.segment.as_mut().unwrap().prompt_suffix_len = suffix_len;
+        let model = model(&config, &values(&config, 4));
+        let mut greedy = Greedy {
+            model: &model,
+            encode: &encode,
+            decode: &decode,
+            segments_per_step: 1,
+            oracle,
+        };
+        let answers = greedy.respond(&samples).unwrap();
+        answers.into_iter().map(|a| a.text).collect::<Vec<_>>()
+    };
+    // With the break at the prompt's end, it is what the model selects anyway.
+    assert_eq!(answers(0, Some(EvalOracle::Prompt)), answers(0, None));
+    let told = answers(40, Some(EvalOracle::Prompt));
+    for (told, own) in told.iter().zip(answers(40, None)) {
+        assert_ne!(*told, own);
+    }
+    // As a session whose selection is replaced by hand.
+    config.segment.as_mut().unwrap().prompt_suffix_len = 40;
+    let model = model(&config, &values(&config, 4));
+    let tokens = &samples[0].tokens;
+    let read = |session: &mut Session<'_, _>, tokens: &[u32]| {
+        let feed = Feed {
+            sequence: 0,
+            tokens,
+            targets: &[],
+            breaks: &[tokens.len()],
+        };
+        session.feed(&[feed]).unwrap();
+        session.selected(0).unwrap()
+    };
+    let mut whole = Session::new(&model, 1, 1000, 1).unwrap();
+    let at_end = read(&mut whole, tokens);
+    let mut session = Session::new(&model, 1, 1000, 1).unwrap();
+    let (before, suffix) = tokens.split_at(tokens.len() - 40);
+    let mut heads = read(&mut session, before);
+    for (head, at_end) in heads.iter_mut().zip(at_end) {
+        let eligible = |t: &usize| {
+            head.eligible.contains(&(t / 2 * 2)) && head.eligible.contains(&(t / 2 * 2 + 1))
+        };
+        head.tokens = at_end.tokens.into_iter().filter(eligible).collect();
+    }
+    session.replace_selected(0, &heads).unwrap();
+    let feed = Feed {
+        sequence: 0,
+        tokens: suffix,
+        targets: &[],
+        breaks: &[],
+    };
+    session.feed(&[feed]).unwrap();
+    let logits = session.logits(0).unwrap();
+    let first = (0..11).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+    assert!(told[0].starts_with(&format!("[{}", first.unwrap())));
+}
+
+#[test]
 fn an_oracle_gives_every_head_the_statements_asked_for() {
     let mut config = config(true);
     let segment = config.segment.as_mut().unwrap();

@@ -132,6 +132,7 @@ smoke!(
     depth,
     far,
     heads,
+    keys,
     needles,
     past,
     pool,

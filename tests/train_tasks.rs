@@ -131,6 +131,53 @@ fn long_codes_are_asked_for_if_they_have_a_share() {
     }
 }
 
+/// The parts of the key in a line, of five letters each.
+fn parts(line: &str) -> Vec<String> {
+    let made = |word: &&str| word.len() == 5 && "aeiou".contains(&word[2..3]);
+    let words = line.split(|c: char| !c.is_ascii_lowercase());
+    let of_two: HashSet<&str> = ["bl", "dv", "fr", "gn", "kr", "pf", "sk", "tv", "vl", "zm"].into();
+    let words = words.filter(made).filter(|w| of_two.contains(&w[..2]));
+    words.map(str::to_owned).collect()
+}
+
+#[test]
+fn lookalikes_share_their_parts_with_others_and_are_told_apart_by_all_of_them() {
+    let section = TaskSection {
+        records: 0.0,
+        entries: 0.0,
+        chains: 0.0,
+        lists: 0.0,
+        lookalikes: 1.0,
+        ..TaskSection::default()
+    };
+    let tasks = tasks(section);
+    let (mut asked, mut confusable) = (0, 0);
+    for number in 0..20 {
+        let woven = tasks.weave(text(), 5, number).unwrap();
+        let whole = string(&woven.tokens);
+        for (at, answer) in answers(&woven) {
+            let question = whole[..at].lines().last().unwrap();
+            let key = parts(question);
+            assert!(key.len() >= 2, "{question}");
+            let statements: Vec<&str> = whole[..at]
+                .lines()
+                .filter(|line| *line != question && !parts(line).is_empty())
+                .collect();
+            let own = statements.iter().filter(|line| parts(line) == key);
+            let own: Vec<_> = own.filter(|line| line.contains(&answer)).collect();
+            assert_eq!(own.len(), 1, "{question}{answer}");
+            let alike =
+                |line: &&str| parts(line) != key && parts(line).iter().any(|p| key.contains(p));
+            asked += 1;
+            confusable += usize::from(statements.iter().any(|line| alike(line)));
+        }
+    }
+    assert!(
+        asked > 100 && 2 * confusable > asked,
+        "{confusable} of {asked}"
+    );
+}
+
 #[test]
 fn a_sequence_is_a_function_of_text_seed_and_number() {
     let tasks = tasks(TaskSection::default());
@@ -250,6 +297,7 @@ fn words_and_sentences_are_not_those_of_the_tests() {
     }
     let section = TaskSection {
         codes: 1.0,
+        lookalikes: 1.0,
         ..TaskSection::default()
     };
     let tasks = tasks(section);

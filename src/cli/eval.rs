@@ -69,7 +69,8 @@ pub struct Args {
     #[arg(long, value_name = "SHARE")]
     depth: Option<f64>,
     /// Let an oracle select the past rows that answers read: the statements asked for, alone or added to what a head
-    /// has selected. What is missing then was not lost by retrieval. Not with `segment.pool_len`
+    /// has selected (what is missing then was not lost by retrieval), or what the whole prompt asks for. Not with
+    /// `segment.pool_len`
     #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "alone")]
     oracle: Option<OracleArg>,
     /// Text files or folders, JSONL with a `text` field, both also compressed (.zst), Parquet with a column `text`, or
@@ -102,6 +103,8 @@ enum OracleArg {
     Alone,
     /// They, and what a head has selected
     Added,
+    /// What a head selects once the prompt is read to its end: the prompt's suffix reads what its own queries ask for
+    Prompt,
 }
 
 /// Samples are kept with their answers, so there is a bound to their number.
@@ -431,6 +434,7 @@ impl Args {
         self.oracle.map(|oracle| match oracle {
             OracleArg::Alone => Oracle::Alone,
             OracleArg::Added => Oracle::Added,
+            OracleArg::Prompt => Oracle::Prompt,
         })
     }
 

@@ -55,26 +55,36 @@ pub(super) fn mean(samples: &[&[HeadRecall]]) -> Vec<HeadRecall> {
     sums
 }
 
-/// What an oracle lets the answer read: the statements asked for, where they are eligible. It shows what a model would
-/// find if retrieval never missed.
+/// What an oracle lets be read after a prompt's break, of what is eligible there. With the statements asked for it shows
+/// what a model would find if retrieval never missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Oracle {
-    /// They alone: what is missing then, the model cannot read.
+    /// The statements asked for alone: what is missing then, the model cannot read.
     Alone,
     /// They, and what the head has selected, less the last of it where it has no room: what is missing then, the model
     /// cannot tell from the rest.
     Added,
+    /// What the head selects once the prompt is read to its end: the suffix (`segment.prompt_suffix_len`) is read with
+    /// the rows that its own queries ask for.
+    Prompt,
 }
 
 impl Oracle {
-    /// What a head reads, which has selected `own`.
+    /// What a head reads that has selected `own` at the break and `at_end` at the prompt's end.
     pub(super) fn tokens(
         self,
         needles: &[Range<usize>],
         own: &SelectedTokens,
+        at_end: &[usize],
         [block_len, past_len]: [usize; 2],
     ) -> Vec<usize> {
+        if self == Self::Prompt {
+            let tokens = at_end.iter().copied();
+            return tokens
+                .filter(|t| is_whole(t / block_len, &own.eligible, block_len))
+                .collect();
+        }
         let mut tokens = needle_blocks(needles, &own.eligible, [block_len, past_len]);
         if self == Self::Added {
             let room = past_len / block_len * block_len - tokens.len();
@@ -87,21 +97,22 @@ impl Oracle {
     }
 }
 
+/// Whether all tokens of a block are eligible.
+fn is_whole(block: usize, eligible: &Range<usize>, block_len: usize) -> bool {
+    eligible.start <= block * block_len && (block + 1) * block_len <= eligible.end
+}
+
 /// The needles, widened to whole blocks of `block_len`, as many as are eligible and fit into `past_len` rows.
 fn needle_blocks(
     needles: &[Range<usize>],
     eligible: &Range<usize>,
     [block_len, past_len]: [usize; 2],
 ) -> Vec<usize> {
-    let whole = |block: usize| {
-        let (start, end) = (block * block_len, (block + 1) * block_len);
-        eligible.start <= start && end <= eligible.end
-    };
     let blocks = |r: &Range<usize>| r.start / block_len..r.end.div_ceil(block_len);
     let mut blocks: Vec<usize> = needles
         .iter()
         .flat_map(blocks)
-        .filter(|b| whole(*b))
+        .filter(|b| is_whole(*b, eligible, block_len))
         .collect();
     blocks.sort_unstable();
     blocks.dedup();
@@ -163,10 +174,20 @@ mod tests {
     #[test]
     fn an_oracle_adds_the_needles_to_what_a_head_has_selected() {
         let own = head(0, &[2, 3, 6, 7, 12, 13], 0..16);
-        let tokens = |oracle: Oracle, sizes| oracle.tokens(&[6..7, 9..10], &own, sizes);
+        let tokens = |oracle: Oracle, sizes| oracle.tokens(&[6..7, 9..10], &own, &[], sizes);
         assert_eq!(tokens(Oracle::Alone, [2, 9]), [6, 7, 8, 9]);
         assert_eq!(tokens(Oracle::Added, [2, 9]), [2, 3, 6, 7, 8, 9, 12, 13]);
         assert_eq!(tokens(Oracle::Added, [2, 7]), [2, 3, 6, 7, 8, 9]);
         assert_eq!(tokens(Oracle::Added, [2, 4]), [6, 7, 8, 9]);
+    }
+
+    #[test]
+    fn an_oracle_takes_over_what_the_prompts_end_selects_as_far_as_it_is_eligible_in_whole_blocks()
+    {
+        let own = head(0, &[2, 3, 6, 7], 2..11);
+        let at_end = [0, 1, 4, 5, 10, 11, 20, 21];
+        let tokens = |block_len| Oracle::Prompt.tokens(&[6..7], &own, &at_end, [block_len, 8]);
+        assert_eq!(tokens(2), [4, 5]);
+        assert_eq!(tokens(1), [4, 5, 10]);
     }
 }

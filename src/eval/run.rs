@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::generate::sampler::SamplerConfig;
 use crate::generate::{Finish, GenerateError, Generated, Generator, GeneratorConfig, Prompt};
 use crate::model::decoder::Decoder;
-use crate::model::session::{SelectedTokens, Session};
+use crate::model::session::{Feed, SelectedTokens, Session};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::ops::Range;
@@ -349,6 +349,11 @@ impl<D: Device> Respond for Greedy<'_, D> {
     fn respond(&mut self, samples: &[Sample]) -> Result<Vec<Answer>, EvalError> {
         let max_new = samples.iter().map(|s| s.task.max_new()).max().unwrap_or(0);
         let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(0) + max_new;
+        let mut at_ends = match self.oracle {
+            Some(Oracle::Prompt) => self.select_at_ends(samples, longest)?,
+            _ => Vec::new(),
+        }
+        .into_iter();
         let mut session = Session::new(self.model, samples.len(), longest, self.segments_per_step)
             .map_err(EvalError::model)?;
         let prompts: Vec<Prompt<'_>> = samples
@@ -372,20 +377,25 @@ impl<D: Device> Respond for Greedy<'_, D> {
         let mut recalls = Vec::new();
         for (i, sample) in samples.iter().enumerate() {
             let positions = generator.session().holds_all(i);
-            if self.oracle.is_some() && !positions && !sample.needles.is_empty() {
+            let at_end = at_ends.next().unwrap_or_default();
+            let wanted = !sample.needles.is_empty() || self.oracle == Some(Oracle::Prompt);
+            if self.oracle.is_some() && !positions && wanted {
                 let expected = "a prompt that no pool has dropped tokens of (`segment.pool_len`)";
                 let got = format!("{} tokens", sample.tokens.len());
                 return Err(EvalError::argument("oracle", expected, got));
             }
             // Reading the selection waits for the device. It has no positions where tokens have been dropped.
-            if sample.needles.is_empty() || !positions {
+            if !wanted || !positions {
                 recalls.push(Vec::new());
                 continue;
             }
             let selected = generator.session().selected(i).map_err(EvalError::model)?;
-            recalls.push(recall::recall(&selected, &sample.needles));
+            recalls.push(match sample.needles.is_empty() {
+                true => Vec::new(),
+                false => recall::recall(&selected, &sample.needles),
+            });
             if let Some(oracle) = self.oracle {
-                Self::correct(oracle, &mut generator, i, selected, sample)?;
+                Self::correct(oracle, &mut generator, i, (selected, at_end), sample)?;
             }
         }
         while generator.read_prompts().map_err(EvalError::model)? > 0 {}
@@ -424,18 +434,42 @@ impl<D: Device> Greedy<'_, D> {
         }
     }
 
+    /// What heads select where prompts have their only break at their end.
+    fn select_at_ends(
+        &self,
+        samples: &[Sample],
+        longest: usize,
+    ) -> Result<Vec<Vec<SelectedTokens>>, EvalError> {
+        let mut session = Session::new(self.model, samples.len(), longest, self.segments_per_step)
+            .map_err(EvalError::model)?;
+        let ends: Vec<[usize; 1]> = samples.iter().map(|s| [s.tokens.len()]).collect();
+        let feed = |(sequence, breaks)| Feed {
+            sequence,
+            tokens: &samples[sequence].tokens,
+            targets: &[],
+            breaks,
+        };
+        let ends = ends.iter().map(|end| &end[..]).enumerate();
+        let feeds: Vec<Feed<'_>> = ends.map(feed).collect();
+        session.feed(&feeds).map_err(EvalError::model)?;
+        let selected = (0..samples.len()).map(|i| session.selected(i));
+        selected.collect::<Result<_, _>>().map_err(EvalError::model)
+    }
+
     /// Lets every head read what an oracle selects.
     fn correct(
         oracle: Oracle,
         generator: &mut Generator<'_, '_, D>,
         sequence: usize,
-        mut selected: Vec<SelectedTokens>,
+        (mut selected, at_end): (Vec<SelectedTokens>, Vec<SelectedTokens>),
         sample: &Sample,
     ) -> Result<(), EvalError> {
         let session = generator.session_mut();
         let sizes = [session.block_len(), session.past_len()];
+        let mut at_end = at_end.into_iter();
         for head in &mut selected {
-            head.tokens = oracle.tokens(&sample.needles, head, sizes);
+            let at_end = at_end.next().map_or_else(Vec::new, |h| h.tokens);
+            head.tokens = oracle.tokens(&sample.needles, head, &at_end, sizes);
         }
         session
             .replace_selected(sequence, &selected)

@@ -47,6 +47,8 @@ pub struct TaskSection {
     pub lists: f64,
     /// Share of codes: keys with values of 16 to 32 hexadecimal digits.
     pub codes: f64,
+    /// Share of lookalikes: made-up keys that share parts with the other keys of their group.
+    pub lookalikes: f64,
     /// Questions of a sequence at most.
     pub questions: usize,
     /// Weight of an answer's tokens in the loss. Text weighs 1, statements and questions 0.
@@ -63,6 +65,7 @@ impl Default for TaskSection {
             chains: 1.0,
             lists: 1.0,
             codes: 0.0,
+            lookalikes: 0.0,
             questions: 8,
             answer_weight: 16.0,
             min_distance: 64,
@@ -72,21 +75,21 @@ impl Default for TaskSection {
 
 impl TaskSection {
     /// Shares of the kinds, in the order of the fields.
-    pub(in crate::train) fn shares(&self) -> [f64; 5] {
+    pub(in crate::train) fn shares(&self) -> [f64; 6] {
         [
             self.records,
             self.entries,
             self.chains,
             self.lists,
             self.codes,
+            self.lookalikes,
         ]
     }
 
     fn validate(&self, key: &str) -> Result<()> {
         let shares = self.shares();
         if shares.iter().any(|s| !s.is_finite() || *s < 0.0) || shares.iter().sum::<f64>() <= 0.0 {
-            let expected =
-                "shares of records, entries, chains and lists of at least 0, one above 0";
+            let expected = "shares of the kinds of at least 0, one above 0";
             return Err(TrainError::config(key, expected, format!("{shares:?}")));
         }
         if !(self.answer_weight.is_finite() && self.answer_weight >= 0.0) {

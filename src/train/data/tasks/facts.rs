@@ -1,6 +1,6 @@
 //! What is stated and asked: the kinds of tasks and their sentences.
 
-use super::words::{Names, Style};
+use super::words::{Names, Parts, Style};
 use crate::random::Random;
 
 /// Statements that belong together, in the order in which they stand in the text.
@@ -19,15 +19,17 @@ pub(super) enum Kind {
     Chains,
     Lists,
     Codes,
+    Lookalikes,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 6] = [
         Self::Records,
         Self::Entries,
         Self::Chains,
         Self::Lists,
         Self::Codes,
+        Self::Lookalikes,
     ];
 }
 
@@ -93,12 +95,20 @@ const LISTS: [Form; 3] = [
 
 /// Facts of one kind and one form, some of which are asked about. At least one is.
 pub(super) fn facts(kind: Kind, random: &mut Random, names: &mut Names) -> Vec<Fact> {
+    let words = |names: &mut Names, random: &mut Random| names.key(random, Style::Words);
+    let identifier = |names: &mut Names, random: &mut Random| names.key(random, Style::Identifier);
     match kind {
-        Kind::Records => lookups(&RECORDS, Style::Words, random, names, Names::value),
-        Kind::Entries => lookups(&ENTRIES, Style::Identifier, random, names, Names::value),
+        Kind::Records => lookups(&RECORDS, random, names, words, Names::value),
+        Kind::Entries => lookups(&ENTRIES, random, names, identifier, Names::value),
         Kind::Chains => chains(random, names),
         Kind::Lists => lists(random, names),
-        Kind::Codes => lookups(&CODES, Style::Words, random, names, Names::code),
+        Kind::Codes => lookups(&CODES, random, names, words, Names::code),
+        Kind::Lookalikes => {
+            let parts = Parts::new(random);
+            let key = |names: &mut Names, random: &mut Random| names.lookalike(random, &parts);
+            let forms: &[Form] = [&RECORDS[..], &ENTRIES][random.below(2)];
+            lookups(forms, random, names, key, Names::value)
+        }
     }
 }
 
@@ -109,15 +119,15 @@ fn fill(form: &str, key: &str, value: &str) -> String {
 /// One to six keys with a value each; one or two are asked.
 fn lookups(
     forms: &[Form],
-    style: Style,
     random: &mut Random,
     names: &mut Names,
+    key: impl Fn(&mut Names, &mut Random) -> String,
     value: fn(&mut Names, &mut Random) -> String,
 ) -> Vec<Fact> {
     let (statement, question) = forms[random.below(forms.len())];
     let count = 1 + random.below(6);
     let fact = |i| {
-        let (key, value) = (names.key(random, style), value(names, random));
+        let (key, value) = (key(names, random), value(names, random));
         Fact {
             statements: vec![fill(statement, &key, &value)],
             asked: (i < 2).then(|| (fill(question, &key, ""), value)),

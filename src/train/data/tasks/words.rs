@@ -18,6 +18,12 @@ const WORDS: [&str; 24] = [
     "jungle", "kitchen", "lantern", "meadow", "novel", "ocean", "piano", "quilt", "river",
     "statue", "temple", "thunder", "umbrella", "valley", "whistle",
 ];
+/// A part of a made-up key is one of each: no word, and several tokens.
+const ONSETS: [&str; 10] = ["bl", "dv", "fr", "gn", "kr", "pf", "sk", "tv", "vl", "zm"];
+const VOWELS: [&str; 5] = ["a", "e", "i", "o", "u"];
+const CODAS: [&str; 10] = ["bs", "dz", "fk", "gm", "kt", "lv", "mz", "rb", "vt", "zg"];
+/// What stands between two parts of a key.
+const JOINTS: [&str; 4] = [" ", "-", "_", "."];
 /// Digits of a value that is a number.
 const DIGITS: [u32; 2] = [4, 9];
 /// Groups of a code, and what stands between them.
@@ -31,6 +37,28 @@ pub(super) enum Style {
     Words,
     /// `rusty_anchor_31`
     Identifier,
+}
+
+/// The parts that the keys of a group share, and what joins them.
+#[derive(Debug)]
+pub(super) struct Parts {
+    parts: [String; 4],
+    joint: &'static str,
+}
+
+impl Parts {
+    pub(super) fn new(random: &mut Random) -> Self {
+        Self {
+            parts: [(); 4].map(|()| part(random)),
+            joint: random.pick(&JOINTS),
+        }
+    }
+}
+
+fn part(random: &mut Random) -> String {
+    [&ONSETS[..], &VOWELS, &CODAS]
+        .map(|list| random.pick(list))
+        .concat()
 }
 
 /// Keys and values of one sequence. No key and no value is given twice.
@@ -61,6 +89,22 @@ impl Names {
                 Style::Words if round > 8 => format!("{adjective} {} {noun}", random.pick(&WORDS)),
                 Style::Words => format!("{adjective} {noun}"),
             }
+        })
+    }
+
+    /// A key of two of the parts, in either order: each part alone says little.
+    pub(super) fn lookalike(&mut self, random: &mut Random, parts: &Parts) -> String {
+        let mut round = 0;
+        self.distinct(|| {
+            round += 1;
+            let mut chosen = [(); 2]
+                .map(|()| parts.parts[random.below(4)].clone())
+                .to_vec();
+            // Keys of other groups may have taken all pairs.
+            if round > 8 {
+                chosen.push(part(random));
+            }
+            chosen.join(parts.joint)
         })
     }
 
