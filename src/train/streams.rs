@@ -26,14 +26,17 @@ use std::slice::from_mut;
 mod losses;
 mod pass;
 mod tail;
+mod teacher;
 mod turns;
 mod weight_grads;
 
 pub(super) use turns::{Sums, accumulate_batches};
+pub use teacher::Teacher;
 pub use weight_grads::Gradients;
 
 use pass::{LayerSums, Pass, Work};
 use tail::{Arrivals, StreamId};
+use teacher::{Place, Teaching};
 
 use crate::device::{Device, DeviceError, Kind, Result};
 use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
@@ -51,6 +54,24 @@ pub struct StreamConfig {
     /// Activation checkpointing: keeps only each layer's input and attention's output between forward and backward,
     /// and recomputes the rest with the same bits.
     pub recompute: bool,
+}
+
+/// What a gradient is computed of.
+#[derive(Debug)]
+pub struct Objective<'a, D: Device> {
+    /// Factor of the sum over all targets.
+    pub scale: f64,
+    /// The model whose probabilities are learned, if there is one.
+    pub teacher: Option<Teacher<'a, D>>,
+}
+
+/// Numbers of the targets of each sequence, in order.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scores {
+    /// Log-probabilities.
+    pub log_probabilities: Vec<Vec<f64>>,
+    /// Divergences from the teacher, where there is one.
+    pub divergences: Option<Vec<Vec<f64>>>,
 }
 
 /// Spans of one forward step, with its tape and the sums over the passes so far.
@@ -113,12 +134,19 @@ struct Streams<'a, D: Device> {
     sequences: &'a [ExampleRef<'a>],
     segments: &'a [Vec<Segment>],
     scale: f64,
+    teaching: Option<Teaching<'a, D>>,
     states: Vec<SequenceState<D>>,
     alive: VecDeque<Group<D>>,
     head_done: bool,
-    /// The spans of each step and the log-probabilities of their rows. They stay on the device until the end, because a
-    /// read synchronizes with the device.
-    scores: Vec<(Vec<Span>, D::Buffer)>,
+    /// They stay on the device until the end, because a read synchronizes with the device.
+    scores: Vec<StepScores<D>>,
+}
+
+/// Scores of the rows of a step.
+struct StepScores<D: Device> {
+    spans: Vec<Span>,
+    log_probabilities: D::Buffer,
+    divergences: Option<D::Buffer>,
 }
 
 /// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets, or of what
@@ -138,20 +166,39 @@ pub fn accumulate<D: Device, S: AsExample>(
     scale: f64,
     gradients: &mut Gradients<D>,
 ) -> Result<Vec<Vec<f64>>> {
+    let teacher = None;
+    let objective = Objective { scale, teacher };
+    let scores = accumulate_of(model, sequences, config, &objective, gradients);
+    Ok(scores?.log_probabilities)
+}
+
+/// [`accumulate`] of an objective that may have a teacher: each target then adds `1 - weight` of its loss and `weight *
+/// temperature^2` of the divergence (docs/contract.md, section 3).
+///
+/// # Errors
+/// As [`accumulate`]; also [`DeviceError::Argument`] for a teacher with another vocabulary, and for a weight or a
+/// temperature out of range.
+pub fn accumulate_of<D: Device, S: AsExample>(
+    model: &Decoder<D>,
+    sequences: &[S],
+    config: StreamConfig,
+    objective: &Objective<'_, D>,
+    gradients: &mut Gradients<D>,
+) -> Result<Scores> {
     let sequences: Vec<ExampleRef<'_>> = sequences.iter().map(AsExample::as_example).collect();
     let mut sums = Given {
         gradients: from_mut(gradients),
-        log_probabilities: Vec::new(),
+        scores: Scores::default(),
     };
     let group = sequences.len().max(1);
-    accumulate_batches(model, &[&sequences], group, config, scale, &mut sums)?;
-    Ok(sums.log_probabilities)
+    accumulate_batches(model, &[&sequences], group, config, objective, &mut sums)?;
+    Ok(sums.scores)
 }
 
 /// Gradients of one batch, to which its own are added.
 struct Given<'a, D: Device> {
     gradients: &'a mut [Gradients<D>],
-    log_probabilities: Vec<Vec<f64>>,
+    scores: Scores,
 }
 
 impl<D: Device> Sums<D> for Given<'_, D> {
@@ -165,8 +212,8 @@ impl<D: Device> Sums<D> for Given<'_, D> {
         self.gradients
     }
 
-    fn end(&mut self, _: usize, log_probabilities: Vec<Vec<f64>>) -> Result<()> {
-        self.log_probabilities = log_probabilities;
+    fn end(&mut self, _: usize, scores: Scores) -> Result<()> {
+        self.scores = scores;
         Ok(())
     }
 }
@@ -216,16 +263,19 @@ impl<'a, D: Device> Streams<'a, D> {
         model: &'a Decoder<D>,
         batch: &'a Batch<'a>,
         config: StreamConfig,
-        scale: f64,
+        objective: &Objective<'a, D>,
     ) -> Result<Self> {
         let state = |_| SequenceState::new(&model.device, &batch.plan);
+        let teacher = objective.teacher;
+        let teaching = teacher.map(|teacher| Teaching::new(teacher, batch.sequences));
         Ok(Self {
             model,
             plan: &batch.plan,
             config,
             sequences: batch.sequences,
             segments: &batch.segments,
-            scale,
+            scale: objective.scale,
+            teaching: teaching.transpose()?,
             states: batch.sequences.iter().map(state).collect::<Result<_>>()?,
             alive: VecDeque::new(),
             head_done: false,
@@ -252,6 +302,8 @@ impl<'a, D: Device> Streams<'a, D> {
                 segments.push(segment);
             }
         }
+        // Before this step's activations are there.
+        let taught = self.taught(&step, &segments)?;
         let device = &self.model.device;
         let room = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
         let angles = Angles::new(device, &self.model.config, self.plan, room)?;
@@ -275,7 +327,7 @@ impl<'a, D: Device> Streams<'a, D> {
         )?;
         let d_top = match (forward, gradients) {
             (Some(forward), Some(gradients)) => {
-                Some(self.losses(&step, &segments, &forward, gradients)?)
+                Some(self.losses(&step, &segments, (&forward, taught), gradients)?)
             }
             (Some(_), None) => unreachable!("no stage runs ahead of the head"),
             (None, _) => None,
@@ -296,6 +348,21 @@ impl<'a, D: Device> Streams<'a, D> {
             finished: vec![false; spans],
         });
         Ok(())
+    }
+
+    /// What the teacher's head reads for each row of a step, if there is a teacher.
+    fn taught(&mut self, step: &Step, segments: &[usize]) -> Result<Option<D::Buffer>> {
+        let Some(teaching) = &mut self.teaching else {
+            return Ok(None);
+        };
+        let place = |(span, segment): (&Span, &usize)| Place {
+            sequence: span.sequence,
+            tokens: self.segments[span.sequence][*segment].tokens.clone(),
+            row: span.rows.row,
+        };
+        let places: Vec<Place> = step.spans.iter().zip(segments).map(place).collect();
+        let taught = teaching.read(self.sequences, &places, step.tokens.len());
+        taught.map(Some)
     }
 
     /// Runs every pass that segments `[first, next)` make due. Layer by layer, it then computes the weight gradients of
