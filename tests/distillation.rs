@@ -98,10 +98,9 @@ fn targets_that_weigh_nothing_teach_nothing() {
 
 #[test]
 fn the_guard_watches_what_is_minimised() {
-    let mut config = full();
+    let config = full();
     let mut values = values(&config, 4);
     values[0][3] = f64::NAN;
-    config.validate().unwrap();
     let broken = model_on(Cpu, &config, &values);
     let on = self::config(&[ON]);
     let student = Trainer::new(Cpu, config_of(true, 8), on, &student(), None);

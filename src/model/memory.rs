@@ -376,6 +376,20 @@ mod tests {
     }
 
     #[test]
+    fn a_teacher_takes_what_reading_takes_but_reads_the_students_rows() {
+        let mut config = config();
+        config.segment = None;
+        let of = |run| memory(&config, 100, run, 4);
+        let (read, teach) = (of(Use::Read), of(Use::Teach { rows: 10 }));
+        assert_eq!([read.weights, read.slots], [teach.weights, teach.slots]);
+        let all = of(Use::Teach { rows: 1000 });
+        // What the head reads of the rows.
+        assert_eq!(all.activations - read.activations, 4 * 100 * 12);
+        let [part, all] = [teach, all].map(|m| m.activations);
+        assert_eq!(10 * part, all);
+    }
+
+    #[test]
     fn parts_of_a_model_take_together_what_it_takes() {
         let config = config();
         let of = |config: &ModelConfig| memory(config, 160, Use::Read, 4);
