@@ -48,8 +48,8 @@ static void check_divergence(int rows, int vocab, float temperature) {
     for (int i = 0; i < vocab; i++) {
       const double p_of = std::exp(own[i]), q = std::exp(of_teacher[i]);
       divergences[r] += q * (of_teacher[i] - own[i]);
-      d[(size_t)r * vocab + i] = scales[2 * r] * (std::exp(plain[i]) - (i == (int)targets[r])) +
-                                 scales[2 * r + 1] * temperature * (p_of - q);
+      d[(size_t)r * vocab + i] =
+          scales[2 * r] * (std::exp(plain[i]) - (i == (int)targets[r])) + scales[2 * r + 1] * temperature * (p_of - q);
     }
     const auto low = download((uint16_t*)(g_logits + (size_t)r * vocab), vocab);
     std::copy(low.begin(), low.end(), got.begin() + (size_t)r * vocab);

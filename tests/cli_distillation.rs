@@ -38,7 +38,9 @@ fn divergences(run: &Path) -> Vec<f64> {
     let lines = text
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    lines.filter_map(|line| line["divergence"].as_f64()).collect()
+    lines
+        .filter_map(|line| line["divergence"].as_f64())
+        .collect()
 }
 
 #[test]
@@ -50,7 +52,10 @@ fn a_run_with_a_teacher_has_divergences_and_the_same_bits_resumed_and_on_ranks()
     succeed(student(at, "one", &from, name, "9"));
     let shown = divergences(&at.join("one"));
     assert_eq!(shown.len(), 9);
-    assert!(shown.iter().all(|d| d.is_finite() && *d >= 0.0), "{shown:?}");
+    assert!(
+        shown.iter().all(|d| d.is_finite() && *d >= 0.0),
+        "{shown:?}"
+    );
     let two = student(at, "two", &from, name, "9");
     succeed(with(two, &["--ranks", "2"]));
     same(at, "one", "two");
@@ -82,11 +87,20 @@ fn what_cannot_be_is_said_before_the_first_step() {
     fail(more(&["--stages", "2"]), "not spread over stages");
     let segments = ["--distillation.execution", "segments"];
     fail(more(&segments), "no `segment` object");
-    fail(more(&["--distillation.weight", "1.5"]), "a number from 0 to 1");
-    fail(more(&["--distillation.temperature", "0"]), "a finite number > 0");
+    fail(
+        more(&["--distillation.weight", "1.5"]),
+        "a number from 0 to 1",
+    );
+    fail(
+        more(&["--distillation.temperature", "0"]),
+        "a finite number > 0",
+    );
     fail(student(at, "run", &from, "nowhere", "2"), "nowhere");
     let none = student(at, "run", &from, "none", "2");
-    fail(with(none, &["--distillation.weight", "0.5"]), "a model folder");
+    fail(
+        with(none, &["--distillation.weight", "0.5"]),
+        "a model folder",
+    );
     let mut new = train(at, "run");
     new.arg("--distillation.model").arg(&from);
     new.args(["--model.shape.vocab-size", "300"]);

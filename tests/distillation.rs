@@ -61,18 +61,23 @@ fn a_student_that_runs_in_segments_comes_closer_to_full_attention() {
         let reports: Vec<StepReport> = (0..60).map(|_| trainer.step_on(&batch).unwrap()).collect();
         let [first, last] = [&reports[0], &reports[59]].map(|report| report.divergence.unwrap());
         assert!(first > 1e-2, "{first}");
-        assert!(last < 0.5 * first, "{weight}, {temperature}: {first}, {last}");
+        assert!(
+            last < 0.5 * first,
+            "{weight}, {temperature}: {first}, {last}"
+        );
     }
 }
 
 #[test]
 fn a_share_of_zero_measures_the_divergence_and_trains_as_without_a_teacher() {
     let mut with = trainer(&[("distillation.weight", "0")]);
-    let mut without =
-        Trainer::new(Cpu, config_of(true, 8), config(&[]), &student(), None).unwrap();
+    let mut without = Trainer::new(Cpu, config_of(true, 8), config(&[]), &student(), None).unwrap();
     for step in 0..3 {
         let batch = [sequences(step, 3)];
-        let (a, b) = (with.step_on(&batch).unwrap(), without.step_on(&batch).unwrap());
+        let (a, b) = (
+            with.step_on(&batch).unwrap(),
+            without.step_on(&batch).unwrap(),
+        );
         assert!(a.divergence.unwrap() > 0.0 && b.divergence.is_none());
         assert_eq!(a.loss.to_bits(), b.loss.to_bits());
     }
@@ -107,7 +112,10 @@ fn the_guard_watches_what_is_minimised() {
     let mut trainer = student.unwrap().with_teacher(broken).unwrap();
     let before = bits(&trainer.tensors().unwrap());
     let report = trainer.step_on(&[sequences(1, 2)]).unwrap();
-    assert!(report.loss.is_finite() && report.skipped.is_some(), "{report:?}");
+    assert!(
+        report.loss.is_finite() && report.skipped.is_some(),
+        "{report:?}"
+    );
     assert!(bits(&trainer.tensors().unwrap()) == before);
 }
 
@@ -163,7 +171,10 @@ fn ranks_batches_recomputation_and_resuming_change_no_bit() {
         ("training.segments_per_step", "2"),
         ("training.recompute", "true"),
     ] {
-        same(&run(1, &[(key, value)], None, 3), &format!("{key} = {value}"));
+        same(
+            &run(1, &[(key, value)], None, 3),
+            &format!("{key} = {value}"),
+        );
     }
     let begun = run(2, &[], None, 1);
     same(&run(1, &[], Some(&begun), 3), "resumed");

@@ -266,8 +266,7 @@ fn an_arm_is_its_keys_over_the_experiments() {
         [false, true].map(|smoke| Definition::parse("x", &text, smoke, &[]).unwrap());
     let config = |definition: &Definition, arm: &str| {
         let arm = definition.arm(arm).unwrap();
-        arm.config(3, Path::new("m"), None, Path::new("o"))
-            .unwrap()
+        arm.config(3, Path::new("m"), None, Path::new("o")).unwrap()
     };
     let [a, b] = ["a", "b"].map(|arm| config(&large, arm).training);
     assert_eq!((a.steps, a.tbptt, a.seed), (40, 1, 3));
@@ -342,7 +341,8 @@ fn an_arm_with_a_teacher_learns_from_that_arms_weights() {
     };
     let longer = text.replace("name = \"a\"", "name = \"a\"\ntrain.training.steps = 41");
     assert_ne!(weights(&text), weights(&longer));
-    let untaught = |text: &str| text.replace("teacher = \"a\"\ntrain.distillation.weight = 0.5", "");
+    let untaught =
+        |text: &str| text.replace("teacher = \"a\"\ntrain.distillation.weight = 0.5", "");
     assert_eq!(weights(&untaught(&text)), weights(&untaught(&longer)));
 }
 

@@ -180,9 +180,8 @@ fn gradients(
 fn check_gradient(config: &ModelConfig, sequences: &[Tokens], k: usize, recompute: bool) {
     let base = model(config, &values(config, 1));
     let (gradients, _) = gradients(&base, sequences, k, 2, recompute);
-    let loss = |s: usize, place: usize, logits: &[f64]| {
-        surprise(logits, sequences[s].ids[place + 1])
-    };
+    let loss =
+        |s: usize, place: usize, logits: &[f64]| surprise(logits, sequences[s].ids[place + 1]);
     check_against(config, sequences, k, &gradients, &loss);
 }
 
@@ -347,13 +346,16 @@ fn all_logits(model: &Decoder<Reference>, sequences: &[Tokens]) -> Vec<Vec<Vec<f
     sequences.iter().map(of_sequence).collect()
 }
 
+/// Gradients of all tensors, and log-probabilities and divergences of all targets.
+type Taught = (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>);
+
 /// Gradient and scores with a teacher.
 fn taught(
     model: &Decoder<Reference>,
     teacher: Teacher<'_, Reference>,
     sequences: &[Tokens],
     (k, n, recompute): (usize, usize, bool),
-) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) {
+) -> Taught {
     let config = StreamConfig {
         tbptt: k,
         segments_per_step: n,

@@ -148,7 +148,10 @@ impl<'a> Data<'a> {
             train: self.train.fingerprint(),
             validation: self.validation.fingerprint(),
             base: self.base.clone(),
-            teacher: self.teacher.as_ref().map(|teacher| teacher.fingerprint.clone()),
+            teacher: self
+                .teacher
+                .as_ref()
+                .map(|teacher| teacher.fingerprint.clone()),
         }
     }
 

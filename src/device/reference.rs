@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use super::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostMemory,
-    HostSamplers, Kind, Lesson, OutOfMemory, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows,
-    Update, shared::spans,
+    HostSamplers, Kind, Lesson, OutOfMemory, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad,
+    StepRows, Update, shared::spans,
 };
 
 mod attention;

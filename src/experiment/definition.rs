@@ -212,15 +212,17 @@ impl Definition {
         line
     }
 
-    /// An arm's line, and the lines of the teachers of those in it: all whose weights are needed for its own.
+    /// An arm and all whose weights its own come from, as parents or teachers, in their order.
     pub fn needed<'a>(&'a self, arm: &'a Arm) -> Vec<&'a Arm> {
-        let mut needed = Vec::new();
-        for arm in self.line(arm) {
-            let teacher = arm.teacher.as_deref().and_then(|name| self.arm(name));
-            needed.extend(teacher.into_iter().flat_map(|teacher| self.needed(teacher)));
-            needed.push(arm);
+        let mut names = BTreeSet::from([&arm.name]);
+        // Parents and teachers stand above.
+        for arm in self.arms.iter().rev() {
+            if names.contains(&arm.name) {
+                names.extend(arm.parent.iter().chain(&arm.teacher));
+            }
         }
-        needed
+        let arms = self.arms.iter();
+        arms.filter(|arm| names.contains(&arm.name)).collect()
     }
 
     /// The seeds that an arm runs with: the first alone where nothing in its line is trained.
@@ -245,14 +247,17 @@ impl Definition {
 
     /// Identifies the weights of an arm: how they were trained, and from what.
     pub fn weights(&self, arm: &Arm) -> String {
-        let line = self.line(arm).into_iter();
-        let trained: Vec<_> = line.filter(|arm| arm.trains).collect();
-        let settings: Vec<_> = trained.iter().map(|arm| &arm.train).collect();
-        let teachers = trained.iter().filter_map(|arm| self.arm(arm.teacher.as_deref()?));
-        let teachers: String = teachers
-            .map(|teacher| format!(" {}", self.weights(teacher)))
-            .collect();
-        hash(&format!("{:?} {settings:?}{teachers}", self.model))
+        let trained = self.line(arm).into_iter().filter(|arm| arm.trains);
+        let settings: Vec<_> = trained.clone().map(|arm| &arm.train).collect();
+        let mut text = format!("{:?} {settings:?}", self.model);
+        if trained.clone().any(|arm| arm.teacher.is_some()) {
+            for arm in self.needed(arm) {
+                let settings = arm.trains.then_some(&arm.train);
+                let (name, parent, teacher) = (&arm.name, &arm.parent, &arm.teacher);
+                text += &format!(" {name:?} {parent:?} {teacher:?} {settings:?}");
+            }
+        }
+        hash(&text)
     }
 
     /// Identifies an arm's results in an evaluation: its weights, its settings, and those of the evaluation.
@@ -315,8 +320,7 @@ impl Arm {
         for [section, name] in OWNED {
             let value = self.train.get(section).and_then(|s| s.get(name));
             if let Some(value) = value {
-                let expected =
-                    "nothing, it is set by the command (`model`, `seeds`, `teacher`, --work, --minutes)";
+                let expected = "nothing, it is set by the command (`model`, `seeds`, `teacher`, --work, --minutes)";
                 let key = key(&format!("train.{section}.{name}"));
                 return Err(ExperimentError::key(key, expected, value));
             }

@@ -91,7 +91,9 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
     let activations = match run {
         Use::Read => count.forward(rows(1)),
         // What the head reads is kept until the student's losses.
-        Use::Teach { rows: most } => count.forward(rows(1).min(most)) + most.min(tokens) * config.hidden_size,
+        Use::Teach { rows: most } => {
+            count.forward(rows(1).min(most)) + most.min(tokens) * config.hidden_size
+        }
         Use::Train { recompute, .. } => {
             let [alive, side_by_side] = [alive, side_by_side].map(rows);
             count.backward(alive, side_by_side, recompute)

@@ -30,8 +30,8 @@ mod teacher;
 mod turns;
 mod weight_grads;
 
-pub(super) use turns::{Sums, accumulate_batches};
 pub use teacher::Teacher;
+pub(super) use turns::{Sums, accumulate_batches};
 pub use weight_grads::Gradients;
 
 use pass::{LayerSums, Pass, Work};

@@ -172,7 +172,10 @@ fn taught<D: Device>(
     let scores = accumulate_of(student, &sequences, config, &objective, &mut gradients);
     let read = |b: &D::Buffer| device.read(b, 0..device.len(b)).expect("a read");
     let gradients = gradients.finish(device).expect("gradients");
-    (scores.expect("scores"), gradients.iter().map(read).collect())
+    (
+        scores.expect("scores"),
+        gradients.iter().map(read).collect(),
+    )
 }
 
 #[test]
@@ -193,7 +196,8 @@ fn a_teacher_teaches_as_on_the_cpu_and_by_the_same_bits_for_any_segments_per_ste
         let (expected, exact) = taught(&on_cpu[0], &on_cpu[1], temperature, 1);
         let (got, gradients) = taught(&on_gpu[0], &on_gpu[1], temperature, 1);
         assert_close(&on_cpu[0], &gradients, &exact);
-        let divergences = |scores: &Scores| scores.divergences.clone().expect("divergences").concat();
+        let divergences =
+            |scores: &Scores| scores.divergences.clone().expect("divergences").concat();
         for (got, expected) in divergences(&got).iter().zip(divergences(&expected)) {
             assert!((got - expected).abs() < 0.05, "{got}, {expected}");
         }

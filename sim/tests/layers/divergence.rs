@@ -147,7 +147,10 @@ fn scores_and_gradient_agree_with_the_formula() {
                 assert!(error < 1e-5 * exact.abs().max(1.0), "{got}, {exact}");
             };
             near(scored[r], p[target]);
-            let terms = known.iter().zip(&own).filter(|(known, _)| known.exp() > 0.0);
+            let terms = known
+                .iter()
+                .zip(&own)
+                .filter(|(known, _)| known.exp() > 0.0);
             near(diverged[r], terms.map(|(q, p)| q.exp() * (q - p)).sum());
             let [a, b] = of.scales[r].map(f64::from);
             for i in 0..vocab {

@@ -371,16 +371,28 @@ const LOSS: [Rule; 22] = [
     drop_statement("__syncthreads()"),
     replace("p.inverse == 1.f ? plain :", "true ? plain :"),
     replace("row_softmax(g_teacher", "row_softmax(g_logits"),
-    replace("plain.log_probability(g_logits[target])", "own.log_probability(g_logits[target])"),
+    replace(
+        "plain.log_probability(g_logits[target])",
+        "own.log_probability(g_logits[target])",
+    ),
     replace("p.scales[2 * row]", "p.scales[2 * row + 1]"),
-    replace("mul_rn(p.scales[2 * row + 1], p.temperature)", "p.scales[2 * row + 1]"),
+    replace(
+        "mul_rn(p.scales[2 * row + 1], p.temperature)",
+        "p.scales[2 * row + 1]",
+    ),
     replace("logf(own.sum) - logf(teacher.sum)", "logf(own.sum)"),
     replace("over.of(next[e]) - own.max", "over.of(next[e])"),
     replace("over.of(t[e]) - teacher.max", "over.of(t[e]) - own.max"),
     replace("if (q != 0.f) sum", "sum"),
     replace("teacher_log - own_log + offset", "teacher_log - own_log"),
-    replace("mul_rn(exp_of(own_log), over_own) - q", "mul_rn(exp_of(own_log), over_own)"),
-    replace("? of_target : mul_rn(exp_of(next[e] - plain.max), factor)) + learned", "? of_target : learned)"),
+    replace(
+        "mul_rn(exp_of(own_log), over_own) - q",
+        "mul_rn(exp_of(own_log), over_own)",
+    ),
+    replace(
+        "? of_target : mul_rn(exp_of(next[e] - plain.max), factor)) + learned",
+        "? of_target : learned)",
+    ),
     replace("block_reduce<SumOf>(sum, shared.maxima)", "sum"),
 ];
 

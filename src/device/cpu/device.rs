@@ -10,7 +10,8 @@ use super::rows::{self, Angles};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, gemm, sinks};
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
-    Kind, Lesson, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows, Update, shared::spans,
+    Kind, Lesson, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows, Update,
+    shared::spans,
 };
 use crate::isa::Isa;
 
@@ -437,11 +438,13 @@ impl Device for Cpu {
     ) -> Result<()> {
         let (rows, temperature) = (targets.len(), lesson.temperature);
         let teacher = lesson.teacher.block(rows, vocab).par_chunks(vocab);
-        let lessons = teacher.zip(lesson.scales).map(|(teacher, scales)| RowLesson {
-            teacher,
-            temperature,
-            scales: scales.map(|scale| scale as f32),
-        });
+        let lessons = teacher
+            .zip(lesson.scales)
+            .map(|(teacher, scales)| RowLesson {
+                teacher,
+                temperature,
+                scales: scales.map(|scale| scale as f32),
+            });
         let of_rows = (scores.block(rows, 1), divergences.block(rows, 1));
         let logits = logits.block(rows, vocab).par_chunks_mut(vocab);
         (logits.zip(targets), lessons, of_rows)

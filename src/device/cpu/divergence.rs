@@ -60,7 +60,14 @@ fn row_on(isa: Isa, logits: &mut [f32], target: usize, lesson: RowLesson<'_>) ->
         sum: plain.sum,
         ..student
     };
-    gradient(isa, logits, teacher, plain_softmax, pair, [of_target, slope]);
+    gradient(
+        isa,
+        logits,
+        teacher,
+        plain_softmax,
+        pair,
+        [of_target, slope],
+    );
     // p - 1 cancels where p is near 1. There it is computed as minus the sum of the other probabilities.
     logits[target] = (plain.logprob as f64).exp_m1() as f32 * of_target + learned;
     [plain.logprob, divergence]

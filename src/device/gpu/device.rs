@@ -10,9 +10,9 @@ use super::{
     attend, bounds, bytes_of, head_norms, loss, optimizer, record, rotation, rows, sinks,
 };
 use crate::device::{
-    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Lesson, Move,
-    OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows,
-    Update,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Lesson,
+    Move, OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad,
+    StepRows, Update,
 };
 
 /// The bytes of numbers in a buffer of this kind.

@@ -79,12 +79,7 @@ pub(super) fn divergences<D: Driver>(
     below("target", targets.iter().map(|t| *t as usize).max(), vocab)?;
     equal("scales", rows, lesson.scales.len())?;
     let ids = gpu.upload(targets)?;
-    let scales: Vec<f32> = lesson
-        .scales
-        .iter()
-        .flatten()
-        .map(|s| *s as f32)
-        .collect();
+    let scales: Vec<f32> = lesson.scales.iter().flatten().map(|s| *s as f32).collect();
     let scales = gpu.upload(&scales)?;
     let params = SegattnDivergenceParams {
         logits: at,

@@ -4,7 +4,8 @@ use super::bounds::{NONE, VECTOR, below, int, pointer, product, rows_at};
 use super::step::Column;
 use super::{Buffer, Driver, Gpu, Matrix, Step};
 use crate::cuda::kernels::layer_params::{
-    SegattnCopyParams, SegattnEmbedParams, SegattnNormParams, SegattnNormsParams, SegattnRows, SegattnSwigluParams,
+    SegattnCopyParams, SegattnEmbedParams, SegattnNormParams, SegattnNormsParams, SegattnRows,
+    SegattnSwigluParams,
 };
 use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
 use crate::device::{Accumulate, DeviceError, Kind, Result, Rows, RowsMut};

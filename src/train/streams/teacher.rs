@@ -127,7 +127,10 @@ impl<'a, D: Device> Teaching<'a, D> {
             let hidden = forward.expect("a teacher is a whole model").hidden;
             for (span, first) in step.spans.iter().zip(first) {
                 let read = first..first + span.rows.rows;
-                for place in places.iter().filter(|place| place.sequence == span.sequence) {
+                for place in places
+                    .iter()
+                    .filter(|place| place.sequence == span.sequence)
+                {
                     let (from, to) = (
                         read.start.max(place.tokens.start),
                         read.end.min(place.tokens.end),

@@ -41,8 +41,8 @@ struct Turn {
     end: usize,
 }
 
-/// As [`accumulate_of`](super::accumulate_of), for several batches with gradients for each group of `group` sequences. They
-/// have the bits of a group computed alone.
+/// As [`accumulate_of`](super::accumulate_of), for several batches with gradients for each group of `group` sequences.
+/// They have the bits of a group computed alone.
 ///
 /// # Errors
 /// As [`accumulate_of`](super::accumulate_of), and those of `sums`.

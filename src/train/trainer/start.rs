@@ -42,7 +42,8 @@ impl<D: Device> Among<D> {
 
     fn layers(device: &D, whole: ModelConfig, config: &Config, ranks: Ranks<D>) -> Result<Self> {
         if config.distillation.is_on() && ranks.world() > 1 {
-            let expected = "1 where `distillation.model` is given: a teacher is not spread over stages";
+            let expected =
+                "1 where `distillation.model` is given: a teacher is not spread over stages";
             return Err(TrainError::argument("stages", expected, ranks.world()));
         }
         let layers = Layers::new(&whole, &config.training, ranks.world())?;

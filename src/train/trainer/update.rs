@@ -78,7 +78,10 @@ impl<D: Device> Sums<D> for StepSums<'_, D> {
             log_probabilities,
             divergences,
         } = scores;
-        for (s, divergences) in self.sequences[batch].iter().zip(divergences.unwrap_or_default()) {
+        for (s, divergences) in self.sequences[batch]
+            .iter()
+            .zip(divergences.unwrap_or_default())
+        {
             self.diverged.push(s.weighed(&divergences));
         }
         if self.model.config.part.ends {
@@ -151,7 +154,14 @@ impl<D: Device> Trainer<D> {
             diverged: Vec::new(),
             log_probabilities: Vec::new(),
         };
-        accumulate_batches(&self.model, &sequences, group, streams, &objective, &mut step)?;
+        accumulate_batches(
+            &self.model,
+            &sequences,
+            group,
+            streams,
+            &objective,
+            &mut step,
+        )?;
         let (sums, log_probabilities) = (step.weighted, step.log_probabilities);
         let diverged = step.diverged;
         self.model.stage.finish()?;

@@ -58,7 +58,10 @@ fn divergence_and_gradient_agree_with_f64() {
         );
         let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
         let off = norm(&mut logits.iter().zip(&exact).map(|(x, e)| f64::from(*x) - e));
-        assert!(off <= 2e-6 * norm(&mut exact.iter().copied()).max(1e-3), "{off}");
+        assert!(
+            off <= 2e-6 * norm(&mut exact.iter().copied()).max(1e-3),
+            "{off}"
+        );
     }
 }
 
