@@ -230,10 +230,9 @@ pub fn estimate(
     };
     let one = memory(model, longest, run, size_of::<f32>());
     let segment_len = model.segment.as_ref().map_or(longest, |s| s.segment_len);
-    let rows = segment_len.saturating_mul(training.segments_per_step.max(1));
     let rows = match training.segments_per_step {
         0 => longest,
-        _ => rows,
+        count => segment_len.saturating_mul(count),
     };
     let teacher = data.teacher.as_ref();
     let [taught, each_taught] = teacher.map_or([0; 2], |teacher| teacher.estimate(longest, rows));

@@ -21,28 +21,29 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::slice::from_mut;
 
 mod losses;
+mod objective;
 mod pass;
 mod tail;
 mod teacher;
 mod turns;
 mod weight_grads;
 
+pub use objective::{Objective, Scores, accumulate, accumulate_of};
 pub use teacher::Teacher;
 pub(super) use turns::{Sums, accumulate_batches};
 pub use weight_grads::Gradients;
 
 use pass::{LayerSums, Pass, Work};
 use tail::{Arrivals, StreamId};
-use teacher::{Place, Teaching};
+use teacher::Teaching;
 
-use crate::device::{Device, DeviceError, Kind, Result};
+use crate::device::{Device, Kind, Result};
 use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
 use crate::model::segmentation::Segment;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
-use crate::train::data::{AsExample, ExampleRef};
+use crate::train::data::ExampleRef;
 
 /// How a gradient is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,24 +55,6 @@ pub struct StreamConfig {
     /// Activation checkpointing: keeps only each layer's input and attention's output between forward and backward,
     /// and recomputes the rest with the same bits.
     pub recompute: bool,
-}
-
-/// What a gradient is computed of.
-#[derive(Debug)]
-pub struct Objective<'a, D: Device> {
-    /// Factor of the sum over all targets.
-    pub scale: f64,
-    /// The model whose probabilities are learned, if there is one.
-    pub teacher: Option<Teacher<'a, D>>,
-}
-
-/// Numbers of the targets of each sequence, in order.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Scores {
-    /// Log-probabilities.
-    pub log_probabilities: Vec<Vec<f64>>,
-    /// Divergences from the teacher, where there is one.
-    pub divergences: Option<Vec<Vec<f64>>>,
 }
 
 /// Spans of one forward step, with its tape and the sums over the passes so far.
@@ -147,75 +130,6 @@ struct StepScores<D: Device> {
     spans: Vec<Span>,
     log_probabilities: D::Buffer,
     divergences: Option<D::Buffer>,
-}
-
-/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets, or of what
-/// a policy gradient has instead of the log-probability. Targets are all tokens but the first of each sequence.
-/// `scale = 1 / sum of weights` gives the mean loss.
-///
-/// Returns the log-probabilities of each sequence's targets. Sequences may have weights and breaks; each has at least
-/// two tokens, with ids below the size of the vocabulary.
-///
-/// # Errors
-/// [`DeviceError::Argument`] for fewer tokens, another number of weights, breaks
-/// that a sequence cannot have, and token ids that the model does not have; or what the device says.
-pub fn accumulate<D: Device, S: AsExample>(
-    model: &Decoder<D>,
-    sequences: &[S],
-    config: StreamConfig,
-    scale: f64,
-    gradients: &mut Gradients<D>,
-) -> Result<Vec<Vec<f64>>> {
-    let teacher = None;
-    let objective = Objective { scale, teacher };
-    let scores = accumulate_of(model, sequences, config, &objective, gradients);
-    Ok(scores?.log_probabilities)
-}
-
-/// [`accumulate`] of an objective that may have a teacher: each target then adds `1 - weight` of its loss and `weight *
-/// temperature^2` of the divergence (docs/contract.md, section 3).
-///
-/// # Errors
-/// As [`accumulate`]; also [`DeviceError::Argument`] for a teacher with another vocabulary, and for a weight or a
-/// temperature out of range.
-pub fn accumulate_of<D: Device, S: AsExample>(
-    model: &Decoder<D>,
-    sequences: &[S],
-    config: StreamConfig,
-    objective: &Objective<'_, D>,
-    gradients: &mut Gradients<D>,
-) -> Result<Scores> {
-    let sequences: Vec<ExampleRef<'_>> = sequences.iter().map(AsExample::as_example).collect();
-    let mut sums = Given {
-        gradients: from_mut(gradients),
-        scores: Scores::default(),
-    };
-    let group = sequences.len().max(1);
-    accumulate_batches(model, &[&sequences], group, config, objective, &mut sums)?;
-    Ok(sums.scores)
-}
-
-/// Gradients of one batch, to which its own are added.
-struct Given<'a, D: Device> {
-    gradients: &'a mut [Gradients<D>],
-    scores: Scores,
-}
-
-impl<D: Device> Sums<D> for Given<'_, D> {
-    type Error = DeviceError;
-
-    fn begin(&mut self, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn gradients(&mut self) -> &mut [Gradients<D>] {
-        self.gradients
-    }
-
-    fn end(&mut self, _: usize, scores: Scores) -> Result<()> {
-        self.scores = scores;
-        Ok(())
-    }
 }
 
 /// Gradients of groups of sequences.
@@ -348,21 +262,6 @@ impl<'a, D: Device> Streams<'a, D> {
             finished: vec![false; spans],
         });
         Ok(())
-    }
-
-    /// What the teacher's head reads for each row of a step, if there is a teacher.
-    fn taught(&mut self, step: &Step, segments: &[usize]) -> Result<Option<D::Buffer>> {
-        let Some(teaching) = &mut self.teaching else {
-            return Ok(None);
-        };
-        let place = |(span, segment): (&Span, &usize)| Place {
-            sequence: span.sequence,
-            tokens: self.segments[span.sequence][*segment].tokens.clone(),
-            row: span.rows.row,
-        };
-        let places: Vec<Place> = step.spans.iter().zip(segments).map(place).collect();
-        let taught = teaching.read(self.sequences, &places, step.tokens.len());
-        taught.map(Some)
     }
 
     /// Runs every pass that segments `[first, next)` make due. Layer by layer, it then computes the weight gradients of

@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
+use super::Streams;
 use crate::device::{Accumulate, Device, DeviceError, Kind, Lesson, Result, Rows, RowsMut};
-use crate::model::decoder::{Decoder, Step};
+use crate::model::decoder::{Decoder, Span, Step};
 use crate::model::segmentation::{Cursor, Sequence};
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
 use crate::train::data::ExampleRef;
@@ -62,11 +63,11 @@ impl<D: Device> Teacher<'_, D> {
 }
 
 /// Tokens of a sequence that lie in a row of rows.
-pub(super) struct Place {
-    pub sequence: usize,
-    pub tokens: Range<usize>,
+struct Place {
+    sequence: usize,
+    tokens: Range<usize>,
     /// Row of the first of them.
-    pub row: usize,
+    row: usize,
 }
 
 /// A teacher that reads sequences side by side.
@@ -100,7 +101,7 @@ impl<'a, D: Device> Teaching<'a, D> {
 
     /// Reads on to the end of these tokens, of which a sequence has those next to what has been read. Returns what the
     /// head reads for each of their `rows` rows.
-    pub fn read(
+    fn read(
         &mut self,
         sequences: &[ExampleRef<'_>],
         places: &[Place],
@@ -163,6 +164,23 @@ impl<'a, D: Device> Teaching<'a, D> {
             cursor.advance(part);
         }
         (step, first)
+    }
+}
+
+impl<D: Device> Streams<'_, D> {
+    /// What the teacher's head reads for each row of a step, if there is a teacher.
+    pub(super) fn taught(&mut self, step: &Step, segments: &[usize]) -> Result<Option<D::Buffer>> {
+        let Some(teaching) = &mut self.teaching else {
+            return Ok(None);
+        };
+        let place = |(span, segment): (&Span, &usize)| Place {
+            sequence: span.sequence,
+            tokens: self.segments[span.sequence][*segment].tokens.clone(),
+            row: span.rows.row,
+        };
+        let places: Vec<Place> = step.spans.iter().zip(segments).map(place).collect();
+        let taught = teaching.read(self.sequences, &places, step.tokens.len());
+        taught.map(Some)
     }
 }
 
