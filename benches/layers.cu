@@ -145,6 +145,7 @@ static void repeat(const char* name, const std::function<void()>& run, const vec
 #include "layers_check.cuh"
 #include "layers_time.cuh"
 #include "layers_sinks.cuh"
+#include "layers_divergence.cuh"
 
 int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "check";

@@ -502,6 +502,7 @@ static void check_sampling(int vocab) {
 }
 
 static void check_sinks(const vector<int>& spans, int heads, int dim);
+static void check_divergence(int rows, int vocab, float temperature);
 
 static void check_few() {
   repetitions = 1;
@@ -513,6 +514,7 @@ static void check_few() {
   check_sinks({3, 1, 40}, 3, 96);
   check_embedding(90, 264, 20);
   check_loss(3, 5003);
+  check_divergence(3, 5003, 2);
   check_adamw({1, 100, 17001});
   check_retrieval(400, 20);
   check_sampling(2003);
@@ -537,6 +539,9 @@ static void check_all() {
   check_loss(5, 259);
   check_loss(3, 50257);
   check_loss(2, 128256);
+  check_divergence(5, 259, 1);
+  check_divergence(2, 128256, 1);
+  check_divergence(2, 128256, 2);
   check_adamw({1, 100, 16384, 40001, 7});
   check_retrieval(3000, 64);
   check_retrieval(100, 64);

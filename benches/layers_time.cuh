@@ -217,6 +217,7 @@ static void time_sampling(int rows, int vocab) {
 }
 
 static void time_sinks(const vector<int>& spans, int heads, int dim);
+static void time_divergence(int rows, int vocab, float temperature);
 
 static void time_all() {
   const size_t bytes = (size_t)1 << 30;
@@ -238,6 +239,8 @@ static void time_all() {
   time_embedding(16384, 4096, 32000);
   time_loss(1024, 128256);
   time_loss(128, 32000);
+  time_divergence(1024, 128256, 1);
+  time_divergence(1024, 128256, 2);
   time_adamw(1 << 24);
   time_retrieval(1 << 20);
   time_sampling(1, 128256);

@@ -326,7 +326,12 @@ pub fn experiment(bytes: &[u8], _: &Path) {
     for smoke in [false, true] {
         if let Ok(definition) = Definition::parse("name", text, smoke, &[]) {
             for (arm, seed) in definition.runs() {
-                let config = arm.config(seed, Path::new("model"), Path::new("run"));
+                let config = arm.config(
+                    seed,
+                    Path::new("model"),
+                    Some(Path::new("teacher")),
+                    Path::new("run"),
+                );
                 config.expect("what was checked");
                 for evaluation in &arm.evaluations {
                     let _ = definition.fingerprint(arm, evaluation);
@@ -432,6 +437,7 @@ pub fn checkpoint_files() -> &'static [(String, Vec<u8>)] {
                 train: "documents".into(),
                 validation: "others".into(),
                 base: None,
+                teacher: None,
             },
             extra: vec![("tokenizer.json".into(), b"{}".to_vec())],
         };

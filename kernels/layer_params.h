@@ -178,6 +178,21 @@ typedef struct SegattnLossParams {
   int32_t vocab;
 } SegattnLossParams;
 
+/* divergence: log-probabilities of targets, divergences of rows from a teacher's, and the gradient of both. */
+typedef struct SegattnDivergenceParams {
+  SegattnRows logits;      /* f32 [rows, vocab], any alignment */
+  SegattnRows teacher;     /* the same of the teacher */
+  const uint32_t* targets; /* [rows] */
+  const float* scales;     /* [rows, 2], finite: of the log-probability, and of the divergence */
+  float* log_probability;  /* [rows] */
+  float* divergence;       /* [rows] */
+  SegattnRows d_logits;    /* bf16 [rows, vocab], any alignment. A row may begin where the logits' row begins, as in
+                               SegattnLossParams */
+  int64_t rows;
+  int32_t vocab;
+  float temperature, inverse; /* T and 1 / T */
+} SegattnDivergenceParams;
+
 /* One tensor of the optimizer. */
 typedef struct SegattnAdamwTensor {
   float* values;      /* [len] */

@@ -23,6 +23,15 @@ struct RowSoftmax {
   __device__ __forceinline__ float log_probability(float x) const { return x - max - logf(sum); }
 };
 
+// What a row's elements are before the softmax: logits over a temperature.
+struct Plain {
+  SEGATTN_FN float of(float x) { return x; }
+};
+struct Tempered {
+  float inverse;
+  __device__ __forceinline__ float of(float x) const { return mul_rn(x, inverse); }
+};
+
 SEGATTN_FN float exp_of(float x) { return exp2_approx(mul_rn(x, kLog2E)); }
 
 struct RowSoftmaxShared {
@@ -30,13 +39,14 @@ struct RowSoftmaxShared {
 };
 
 // One pass over the row: each thread keeps a running maximum and sum; the block then combines them.
-SEGATTN_FN RowSoftmax row_softmax(const float* g_row, int vocab, RowSoftmaxShared& shared) {
+template <class Scale = Plain>
+SEGATTN_FN RowSoftmax row_softmax(const float* g_row, int vocab, RowSoftmaxShared& shared, Scale scale = {}) {
   float max = SEGATTN_NEG_INF, sum = 0.f;
   for (int column = threadIdx.x * kVector; column < vocab; column += blockDim.x * kVector) {
     float x[kVector], top = max, part = 0.f;
     load_logits(x, g_row, column, vocab);
 #pragma unroll
-    for (int e = 0; e < kVector; e++) top = max_f32(top, x[e]);
+    for (int e = 0; e < kVector; e++) top = max_f32(top, x[e] = scale.of(x[e]));
     const float reference = finite_max(top);
 #pragma unroll
     for (int e = 0; e < kVector; e++) part += exp_of(x[e] - reference);

@@ -6,7 +6,8 @@ mod training;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use segattn::experiment::{Definition, ExperimentError, Row, rows};
+use segattn::experiment::{Arm, Definition, ExperimentError, Row, rows};
+use segattn::train::config::DistillationSection;
 use training::{segattn, succeed};
 
 fn root() -> &'static Path {
@@ -130,6 +131,7 @@ smoke!(
     cap,
     layers,
     depth,
+    distill,
     far,
     heads,
     keys,
@@ -265,7 +267,7 @@ fn an_arm_is_its_keys_over_the_experiments() {
         [false, true].map(|smoke| Definition::parse("x", &text, smoke, &[]).unwrap());
     let config = |definition: &Definition, arm: &str| {
         let arm = definition.arm(arm).unwrap();
-        arm.config(3, Path::new("m"), Path::new("o")).unwrap()
+        arm.config(3, Path::new("m"), None, Path::new("o")).unwrap()
     };
     let [a, b] = ["a", "b"].map(|arm| config(&large, arm).training);
     assert_eq!((a.steps, a.tbptt, a.seed), (40, 1, 3));
@@ -307,6 +309,42 @@ fn fingerprints_follow_what_changes_results_and_nothing_else() {
         .iter()
         .for_each(|text| assert_ne!(print(text, 0), print(SMALL, 0), "{text}"));
     assert_ne!(print(SMALL, 0), print(SMALL, 1));
+}
+
+#[test]
+fn an_arm_with_a_teacher_learns_from_that_arms_weights() {
+    let text = SMALL.replace(
+        "name = \"b\"",
+        "name = \"b\"\nteacher = \"a\"\ntrain.distillation.weight = 0.5",
+    );
+    let definition = parse(&text).unwrap_or_else(|e| panic!("{e}"));
+    let [a, b] = &definition.arms[..] else {
+        panic!("two arms")
+    };
+    let folder = |name| Some(Path::new(name));
+    let of = |arm: &Arm| {
+        let config = arm.config(1, Path::new("m"), folder("t"), Path::new("o"));
+        config.unwrap().distillation
+    };
+    assert_eq!(of(a), DistillationSection::default());
+    assert_eq!(of(b).model.as_deref(), folder("t"));
+    assert_eq!(of(b).weight, 0.5);
+    let names = |arm| -> Vec<&str> {
+        let needed = definition.needed(arm).into_iter();
+        needed.map(|arm| &arm.name[..]).collect()
+    };
+    assert_eq!(names(a), ["a"]);
+    assert_eq!(names(b), ["a", "b"]);
+    // Other weights of the teacher make other weights of the arm.
+    let weights = |text: &str| {
+        let definition = parse(text).unwrap();
+        definition.weights(&definition.arms[1])
+    };
+    let longer = text.replace("name = \"a\"", "name = \"a\"\ntrain.training.steps = 41");
+    assert_ne!(weights(&text), weights(&longer));
+    let untaught =
+        |text: &str| text.replace("teacher = \"a\"\ntrain.distillation.weight = 0.5", "");
+    assert_eq!(weights(&untaught(&text)), weights(&untaught(&longer)));
 }
 
 #[test]
@@ -353,6 +391,26 @@ fn wrong_definitions_name_the_key() {
         "name = \"b\"",
         "name = \"b\"\nparent = \"c\"",
         &["`arm.b.parent`", "above it"],
+    );
+    refused(
+        "name = \"b\"",
+        "name = \"b\"\nteacher = \"c\"",
+        &["`arm.b.teacher`", "above it"],
+    );
+    refused(
+        "name = \"b\"",
+        "name = \"b\"\nteacher = \"a\"\ntrains = false",
+        &["`arm.b.teacher`", "does not train"],
+    );
+    refused(
+        "tbptt = 0",
+        "tbptt = 0\ntrain.distillation.model = \"m\"",
+        &["train.distillation.model", "set by the command"],
+    );
+    refused(
+        "tbptt = 0",
+        "tbptt = 0\ntrain.distillation.weight = 0.5",
+        &["distillation.model", "other keys"],
     );
     refused(
         "name = \"b\"",

@@ -13,6 +13,7 @@ use segattn::generate::sampler::SamplerConfig;
 use segattn::generate::{GenerateError, Generator, GeneratorConfig, Prompt};
 use segattn::model::config::{ModelConfig, RetrievalConfig};
 use segattn::model::decoder::Decoder;
+use segattn::model::parameters::specs;
 use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
 use segattn::ranks::Ranks;
@@ -371,6 +372,35 @@ fn later_steps_of_a_rank_take_no_more_than_the_plan() {
         let what = format!("rank {rank} of {world}");
         steps_as_planned(&gpu, trainer, world * batch, &what);
     }
+}
+
+#[test]
+fn a_teacher_and_its_keys_and_values_are_planned() {
+    let (model, mut teacher) = (config(4, 4, 128), config(2, 4, 128));
+    teacher.segment = None;
+    let taught = |on: bool| {
+        let (gpu, mut training) = (dry(None), Config::default());
+        training.training.sequence_len = 256;
+        training.training.batch = 2;
+        training.distillation.model = on.then(|| "teacher".into());
+        let run = Trainer::for_dry_run(gpu.clone(), model.clone(), training, Ranks::alone());
+        let mut run = run.unwrap();
+        if on {
+            let teacher = Decoder::for_dry_run(gpu.clone(), teacher.clone(), false).unwrap();
+            run = run.with_teacher(teacher).unwrap();
+        }
+        steps_as_planned(&gpu, run, 2, "with a teacher");
+        gpu.memory_use().buffers.high_water
+    };
+    let parameters = specs(&teacher).into_iter().map(|s| s.role.len());
+    let weights = 2 * parameters.sum::<usize>();
+    // Keys and values of two sequences of 256 tokens, in bf16. Logits are there at the losses, which is not where most
+    // is held.
+    let kept = 2 * 256 * 2 * 2 * 512 * 2;
+    let logits = 4 * 256 * 32_000;
+    let more = taught(true) - taught(false);
+    assert!(more >= weights + kept, "{more}");
+    assert!(more < weights + kept + logits, "{more}");
 }
 
 #[test]

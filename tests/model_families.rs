@@ -280,6 +280,7 @@ fn trained(folder: &Path, tokens: &[u32]) -> (tempfile::TempDir, PathBuf, Tensor
             train: String::new(),
             validation: String::new(),
             base: None,
+            teacher: None,
         },
         extra: Vec::new(),
     };

@@ -5,7 +5,7 @@
 #[allow(dead_code, reason = "each test uses a part")]
 mod common;
 
-use common::{config, model, random, switched, values};
+use common::{config, config_of, model, random, switched, values};
 use std::ops::Range;
 
 use segattn::device::Device;
@@ -15,7 +15,9 @@ use segattn::model::decoder::{Decoder, Step};
 use segattn::model::lora::{Lora, LoraConfig};
 use segattn::model::segmentation::{Segment, Sequence, Tokens};
 use segattn::model::state::{Angles, Plan, SequenceState, Slots};
-use segattn::train::streams::{Gradients, StreamConfig, accumulate};
+use segattn::train::streams::{
+    Gradients, Objective, StreamConfig, Teacher, accumulate, accumulate_of,
+};
 
 fn copy(state: &SequenceState<Reference>) -> SequenceState<Reference> {
     SequenceState {
@@ -23,13 +25,28 @@ fn copy(state: &SequenceState<Reference>) -> SequenceState<Reference> {
     }
 }
 
-/// Sum of the negative log-probabilities of a segment, leaving the state after it.
+/// What a row of logits adds to a loss: its place in the sequence, and the logits before the next token.
+type RowLoss<'a> = &'a dyn Fn(usize, &[f64]) -> f64;
+
+/// The negative log-probability of a token.
+fn surprise(logits: &[f64], token: u32) -> f64 {
+    -log_softmax(logits, 1.0)[token as usize]
+}
+
+fn log_softmax(logits: &[f64], temperature: f64) -> Vec<f64> {
+    let tempered = logits.iter().map(|x| x / temperature);
+    let log_sum = tempered.clone().map(f64::exp).sum::<f64>().ln();
+    tempered.map(|x| x - log_sum).collect()
+}
+
+/// The loss of a segment, leaving the state after it.
 fn segment_loss(
     model: &Decoder<Reference>,
     plan: &Plan,
     tokens: &[u32],
     segment: &Segment,
     state: &mut SequenceState<Reference>,
+    of_row: RowLoss<'_>,
 ) -> f64 {
     let Segment {
         tokens: Range { start, end },
@@ -59,15 +76,12 @@ fn segment_loss(
     Reference
         .linear(x, rows, model.head(), y, Accumulate::No)
         .unwrap();
-    let y = RowsMut::packed(&mut logits, 0, width);
-    let targets = &tokens[start + 1..end + 1];
-    let mut scores = vec![0.0; rows];
-    let to = RowsMut::packed(&mut scores, 0, 1);
-    Reference
-        .log_probabilities(y, width, targets, None, to)
-        .unwrap();
-    -scores.iter().sum::<f64>()
+    let rows = logits.chunks(width).enumerate();
+    rows.map(|(i, row)| of_row(start + i, row)).sum()
 }
+
+/// What the rows of each sequence add to a loss: sequence, place, and logits.
+type Loss<'a> = &'a dyn Fn(usize, usize, &[f64]) -> f64;
 
 /// L_K (times the number of targets) by its definition: `moved` runs the segments that the loss
 /// reaches, everything else comes from `base`.
@@ -76,16 +90,18 @@ fn truncated_loss(
     moved: &Decoder<Reference>,
     sequences: &[Tokens],
     k: usize,
+    of_row: Loss<'_>,
 ) -> f64 {
     let mut total = 0.0;
-    for sequence in sequences {
+    for (s, sequence) in sequences.iter().enumerate() {
+        let of_row = |place: usize, logits: &[f64]| of_row(s, place, logits);
         let (inputs, tokens) = (Sequence::from(sequence).inputs(), &sequence.ids);
         let plan = Plan::new(&base.config, inputs.tokens.len());
         let segments = plan.segments(inputs);
         let mut states = vec![SequenceState::new(&Reference, &plan).unwrap()];
         for (i, segment) in segments.iter().enumerate() {
             let mut state = copy(&states[i]);
-            segment_loss(base, &plan, tokens, segment, &mut state);
+            segment_loss(base, &plan, tokens, segment, &mut state, &of_row);
             states.push(state);
         }
         for i in 0..segments.len() {
@@ -97,7 +113,7 @@ fn truncated_loss(
                     layer.pool = constant.pool.clone();
                     layer.sinks = constant.sinks.clone();
                 }
-                let loss = segment_loss(moved, &plan, tokens, &segments[j], &mut state);
+                let loss = segment_loss(moved, &plan, tokens, &segments[j], &mut state, &of_row);
                 total += if j == i { loss } else { 0.0 };
             }
         }
@@ -162,9 +178,23 @@ fn gradients(
 
 /// Compares the gradient with finite differences of L_K, both in a random direction of each tensor.
 fn check_gradient(config: &ModelConfig, sequences: &[Tokens], k: usize, recompute: bool) {
+    let base = model(config, &values(config, 1));
+    let (gradients, _) = gradients(&base, sequences, k, 2, recompute);
+    let loss =
+        |s: usize, place: usize, logits: &[f64]| surprise(logits, sequences[s].ids[place + 1]);
+    check_against(config, sequences, k, &gradients, &loss);
+}
+
+/// The same for gradients of any loss of the model's logits.
+fn check_against(
+    config: &ModelConfig,
+    sequences: &[Tokens],
+    k: usize,
+    gradients: &[Vec<f64>],
+    loss: Loss<'_>,
+) {
     let base_values = values(config, 1);
     let base = model(config, &base_values);
-    let (gradients, _) = gradients(&base, sequences, k, 2, recompute);
     let mut next = random(9);
     for (i, gradient) in gradients.iter().enumerate() {
         let direction: Vec<f64> = gradient
@@ -177,7 +207,7 @@ fn check_gradient(config: &ModelConfig, sequences: &[Tokens], k: usize, recomput
                 .iter_mut()
                 .zip(&direction)
                 .for_each(|(v, d)| *v += step * d);
-            truncated_loss(&base, &model(config, &moved), sequences, k.min(99))
+            truncated_loss(&base, &model(config, &moved), sequences, k.min(99), loss)
         };
         // Two step sizes, extrapolated: the error is of fourth order in the step.
         let step = 1.0 / 1024.0;
@@ -295,4 +325,155 @@ fn any_number_of_segments_per_step_and_recomputation_give_the_same_bits() {
             }
         }
     }
+}
+
+/// Logits of all rows of sequences, by a model that reads each of them in one step.
+fn all_logits(model: &Decoder<Reference>, sequences: &[Tokens]) -> Vec<Vec<Vec<f64>>> {
+    let of_sequence = |sequence: &Tokens| {
+        let inputs = Sequence::from(sequence).inputs();
+        let plan = Plan::new(&model.config, inputs.tokens.len());
+        let mut state = SequenceState::new(&Reference, &plan).unwrap();
+        let logits = std::cell::RefCell::new(Vec::new());
+        let keep = |_: usize, row: &[f64]| {
+            logits.borrow_mut().push(row.to_vec());
+            0.0
+        };
+        for segment in plan.segments(inputs) {
+            segment_loss(model, &plan, inputs.tokens, &segment, &mut state, &keep);
+        }
+        logits.into_inner()
+    };
+    sequences.iter().map(of_sequence).collect()
+}
+
+/// Gradients of all tensors, and log-probabilities and divergences of all targets.
+type Taught = (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>);
+
+/// Gradient and scores with a teacher.
+fn taught(
+    model: &Decoder<Reference>,
+    teacher: Teacher<'_, Reference>,
+    sequences: &[Tokens],
+    (k, n, recompute): (usize, usize, bool),
+) -> Taught {
+    let config = StreamConfig {
+        tbptt: k,
+        segments_per_step: n,
+        recompute,
+    };
+    let objective = Objective {
+        scale: 1.0,
+        teacher: Some(teacher),
+    };
+    let mut gradients = Gradients::new(model).unwrap();
+    let scores = accumulate_of(model, sequences, config, &objective, &mut gradients).unwrap();
+    let gradients = gradients.finish(&Reference).unwrap().to_vec();
+    let divergences = scores.divergences.unwrap();
+    (gradients, scores.log_probabilities, divergences)
+}
+
+/// Another model with the same ids: wider, of other weights, with full attention or in segments of its own.
+fn teacher_config(segmented: bool) -> ModelConfig {
+    let mut config = config_of(true, 8);
+    config.num_hidden_layers = 1;
+    match &mut config.segment {
+        Some(segment) if segmented => {
+            segment.head_reads.truncate(1);
+            (segment.segment_len, segment.prior_len) = (6, 2);
+        }
+        segment => *segment = None,
+    }
+    config.validate().unwrap();
+    config
+}
+
+#[test]
+fn gradient_is_exact_with_a_teacher() {
+    let cases = [
+        (false, 1, 1.0, 1.0, sequences()),
+        (false, 0, 0.75, 2.0, broken()),
+        (true, 2, 0.5, 0.5, broken()),
+        (true, usize::MAX, 0.25, 3.0, sequences()),
+    ];
+    for (segmented, k, weight, temperature, sequences) in cases {
+        let (config, of_teacher) = (config_with_break(k == 1), teacher_config(segmented));
+        let (student, known) = (
+            model(&config, &values(&config, 1)),
+            model(&of_teacher, &values(&of_teacher, 8)),
+        );
+        let teacher = Teacher {
+            model: &known,
+            weight,
+            temperature,
+        };
+        let known = all_logits(&known, &sequences);
+        let divergence = |s: usize, place: usize, logits: &[f64]| -> f64 {
+            let q = log_softmax(&known[s][place], temperature);
+            let p = log_softmax(logits, temperature);
+            q.iter().zip(&p).map(|(q, p)| q.exp() * (q - p)).sum()
+        };
+        let loss = |s: usize, place: usize, logits: &[f64]| {
+            let surprise = surprise(logits, sequences[s].ids[place + 1]);
+            let squared = temperature * temperature;
+            (1.0 - weight) * surprise + weight * squared * divergence(s, place, logits)
+        };
+        let (gradients, _, scored) = taught(&student, teacher, &sequences, (k, 2, k == 1));
+        check_against(&config, &sequences, k, &gradients, &loss);
+        let own = all_logits(&student, &sequences);
+        for (s, scored) in scored.iter().enumerate() {
+            assert_eq!(scored.len(), sequences[s].ids.len() - 1);
+            for (place, got) in scored.iter().enumerate() {
+                let expected = divergence(s, place, &own[s][place]);
+                assert!((got - expected).abs() < 1e-12, "{got}, {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn any_number_of_segments_per_step_gives_the_same_bits_with_a_teacher() {
+    let config = config_with_break(true);
+    let student = model(&config, &values(&config, 3));
+    for segmented in [false, true] {
+        let of_teacher = teacher_config(segmented);
+        let known = model(&of_teacher, &values(&of_teacher, 8));
+        let teacher = Teacher {
+            model: &known,
+            weight: 0.5,
+            temperature: 2.0,
+        };
+        for k in [0, 1, usize::MAX] {
+            let expected = taught(&student, teacher, &broken(), (k, 1, false));
+            for n in [2, 3, usize::MAX] {
+                assert!(taught(&student, teacher, &broken(), (k, n, true)) == expected);
+            }
+            // A sequence has the same scores beside others and alone.
+            let alone = taught(&student, teacher, &broken()[1..2], (k, 2, false));
+            assert_eq!([&alone.1[0], &alone.2[0]], [&expected.1[1], &expected.2[1]]);
+        }
+    }
+}
+
+#[test]
+fn a_share_of_zero_trains_as_without_a_teacher_and_a_teacher_of_equal_bits_teaches_nothing() {
+    let mut config = config_with_break(false);
+    let values = values(&config, 3);
+    let known = |config: &ModelConfig| model(config, &values);
+    let student = known(&config);
+    let teacher = |model, weight| Teacher {
+        model,
+        weight,
+        temperature: 1.5,
+    };
+    let own = known(&config);
+    let (gradients_of, scored, _) = taught(&student, teacher(&own, 0.0), &broken(), (1, 2, false));
+    assert!((gradients_of, scored) == gradients(&student, &broken(), 1, 2, false));
+    let (zeros, _, divergences) = taught(&student, teacher(&own, 1.0), &broken(), (1, 2, false));
+    assert!(divergences.iter().flatten().all(|d| *d == 0.0));
+    assert!(zeros.iter().flatten().all(|g| *g == 0.0));
+    // With full attention the same weights say something else.
+    config.segment = None;
+    let full = known(&config);
+    let (_, _, divergences) = taught(&student, teacher(&full, 1.0), &broken(), (1, 2, false));
+    assert!(divergences[0].iter().any(|d| *d > 1e-3));
 }

@@ -46,6 +46,7 @@ fn checkpoint(step: u64) -> Checkpoint {
             train: "documents".into(),
             validation: "others".into(),
             base: None,
+            teacher: None,
         },
         extra: vec![("tokenizer.json".into(), b"{}".to_vec())],
     }

@@ -156,6 +156,7 @@ impl<D: Device> Engine for Held<D> {
             train: String::new(),
             validation: String::new(),
             base: base.clone(),
+            teacher: None,
         };
         let checkpoint = trainer.checkpoint(&data, extra)?;
         Ok(save(&mut Disk, root, &checkpoint, keep)?)
@@ -270,6 +271,7 @@ fn fresh(keys: &[(String, String)], vocab_size: usize) -> Result<Beginning> {
     // A run needs data; here each step brings its own.
     keys.push(("data.train".into(), "none".into()));
     let config = Config::parse("", &keys)?;
+    check_teacher(&config)?;
     let Some(folder) = &config.model.folder else {
         let model = config.model.new_config(vocab_size)?;
         let tensors = Tensors::initial(&model, config.training.seed);
@@ -311,6 +313,7 @@ fn saved(keys: &[(String, String)], root: &Path) -> Result<Beginning> {
     let (folder, saved) = load_latest(root)?;
     let config = Config::parse(&saved.config.to_toml()?, keys)?;
     config.check_resumed(&saved.config)?;
+    check_teacher(&config)?;
     let base = base(&config)?;
     let name = base.as_ref().map(|(_, name)| name);
     if name != saved.data.base.as_ref() {
@@ -325,6 +328,18 @@ fn saved(keys: &[(String, String)], root: &Path) -> Result<Beginning> {
         extra: saved.extra,
         base,
     })
+}
+
+/// A trainer here has no teacher.
+fn check_teacher(config: &Config) -> Result<()> {
+    match &config.distillation.model {
+        Some(folder) => {
+            let expected = "none, since only the command `segattn train` has teachers yet";
+            let got = folder.display().to_string();
+            Err(Failure::argument("distillation.model", expected, got))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The weights under the adapters that the configuration trains, where it trains some, and what names them.

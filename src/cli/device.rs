@@ -116,7 +116,7 @@ impl FromStr for Pool {
 /// Devices whose memory is planned before a run.
 pub trait Planned: Device + Clone {
     /// A device that counts memory and does nothing else.
-    type Dry: Device;
+    type Dry: Device + Clone;
 
     /// Makes the run without doing it, then takes the memory that it needs, all at once. `purpose` is what most of it
     /// beside weights and pools is for.

@@ -52,6 +52,7 @@ impl Events {
             .filter(|(_, seconds)| *seconds > 0.0);
         let scalars = [
             ("train/loss", line.loss),
+            ("train/divergence", line.divergence),
             ("train/lr", line.lr),
             ("train/grad_norm", line.grad_norm),
             (

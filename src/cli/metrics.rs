@@ -18,6 +18,9 @@ pub struct Line {
     pub step: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
+    /// From the teacher, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -40,6 +43,7 @@ impl Line {
         Self {
             step: report.step + 1,
             loss: finite(report.loss),
+            divergence: report.divergence.and_then(finite),
             lr: Some(report.lr),
             grad_norm: finite(report.grad_norm),
             tokens: Some(report.tokens),

@@ -33,6 +33,7 @@ mod score;
 mod serve;
 mod signals;
 mod stages;
+mod teacher;
 mod text;
 mod threads;
 mod train;

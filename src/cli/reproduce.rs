@@ -179,11 +179,11 @@ impl Session<'_> {
         Ok(left)
     }
 
-    /// Whether an arm's weights are gone and an arm that begins with them has results to make.
+    /// Whether an arm's weights are gone and an arm that begins with them or learns from them has results to make.
     fn trains_again(&self, plan: &Plan, run: &Planned) -> bool {
         let begins_with = |other: &Planned| {
-            let mut line = self.definition.line(other.arm).into_iter();
-            other.seed == run.seed && line.any(|arm| arm.name == run.arm.name)
+            let mut needed = self.definition.needed(other.arm).into_iter();
+            other.seed == run.seed && needed.any(|arm| arm.name == run.arm.name)
         };
         let pending = |other: &&Planned| !other.pending(self.rows.rows()).is_empty();
         run.arm.trains
@@ -193,15 +193,13 @@ impl Session<'_> {
 
     /// Why a run cannot begin now.
     fn reason_against(&self, plan: &Plan, run: &Planned) -> Option<String> {
-        let parent = run
-            .arm
-            .parent
-            .as_deref()
-            .and_then(|p| self.definition.arm(p));
-        if let Some(parent) = parent
-            && self.weights(parent, run.seed).is_none()
-        {
-            return Some(format!("its parent `{}` is not trained yet", parent.name));
+        for (what, name) in [("parent", &run.arm.parent), ("teacher", &run.arm.teacher)] {
+            let arm = name.as_deref().and_then(|name| self.definition.arm(name));
+            if let Some(arm) = arm
+                && self.weights(arm, run.seed).is_none()
+            {
+                return Some(format!("its {what} `{}` is not trained yet", arm.name));
+            }
         }
         let left = self.time_left()?;
         let needed = plan.minutes_left(run, self.rows.rows(), self.trained_share(run));

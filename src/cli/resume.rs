@@ -11,6 +11,7 @@ use super::device::{DeviceArgs, Planned, on_device};
 use super::overrides::Overrides;
 use super::ranks::{Party, RanksArgs};
 use super::run::{Data, Ended, Run, checkpoints, claim};
+use super::teacher::Teacher;
 use super::text::Text;
 use super::train::{PREPARED, base, dry_run, estimate, trainer};
 
@@ -80,7 +81,14 @@ fn go_on_alone(
         "the weights in `model.folder` are others than when {} was saved; adapters go on over the same weights",
         folder.display()
     );
+    data.teacher = Teacher::open(&config, &checkpoint.model, &text)?;
     let now = data.fingerprints();
+    ensure!(
+        now.teacher == checkpoint.data.teacher,
+        "the weights in `distillation.model` are others than when {} was saved; to learn from another teacher, start a \
+         new run with --model.folder",
+        folder.display()
+    );
     ensure!(
         now.train == checkpoint.data.train,
         "the training data changed since {} was saved; resuming needs the same documents, in the same files, and the \
@@ -98,8 +106,7 @@ fn go_on_alone(
     let pool = device.pool;
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
-        let longest = data.longest(config.training.sequence_len);
-        device.warn_of(estimate(&checkpoint.model, &config.training, longest, party)?);
+        device.warn_of(estimate(&checkpoint.model, &config, &data, party)?);
         device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &checkpoint.model, &config, &data, party))?;
         let trainer = trainer(device, checkpoint.model, config, &data, tensors, progress, party)?;
         Run::new(output, trainer, data, checkpoint.extra, peak, quiet)?.go()

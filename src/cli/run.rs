@@ -23,6 +23,7 @@ use super::metrics::{Line, Metrics};
 use super::out::note;
 use super::plot;
 use super::signals::{flag, interrupted, note_interrupts};
+use super::teacher::Teacher;
 use super::text::Text;
 
 /// Weight of the newest step in the loss and speed that the progress bar shows.
@@ -53,6 +54,8 @@ pub struct Data<'a> {
     pub corpus: Corpus,
     /// Fingerprint of the weights that adapters are added to.
     pub base: Option<String>,
+    /// The teacher, where the run has one.
+    pub teacher: Option<Teacher>,
     train: Mixture<'a>,
     validation: Sequences,
 }
@@ -120,6 +123,7 @@ impl<'a> Data<'a> {
             train: Mixture::new(train, sections, parts, text, vocab_size)?.with_suffix(suffix_len),
             corpus,
             base: None,
+            teacher: None,
             validation,
         };
         data.check_step(&config.training)?;
@@ -144,6 +148,10 @@ impl<'a> Data<'a> {
             train: self.train.fingerprint(),
             validation: self.validation.fingerprint(),
             base: self.base.clone(),
+            teacher: self
+                .teacher
+                .as_ref()
+                .map(|teacher| teacher.fingerprint.clone()),
         }
     }
 

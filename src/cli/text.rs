@@ -113,6 +113,16 @@ impl Text {
         }
     }
 
+    /// Whether a folder has the same tokenizer, as far as one can be read here.
+    pub fn is_of(&self, folder: &Path) -> Result<bool> {
+        let path = folder.join(TOKENIZER_FILE);
+        Ok(match &self.kind {
+            Kind::Tokenizer(_, hash) => path.is_file() && hash_file(&path)? == *hash,
+            Kind::Bytes => !path.is_file(),
+            Kind::Unreadable(_) => true,
+        })
+    }
+
     /// One more than the largest id of the tokenizer.
     pub fn vocab_size(&self) -> usize {
         match &self.kind {

@@ -10,7 +10,7 @@ use segattn::model::parameters::specs;
 use segattn::model::weights;
 use segattn::train::agreement::agreement;
 use segattn::train::checkpoint::list;
-use segattn::train::config::{Config, TrainingSection};
+use segattn::train::config::Config;
 use segattn::train::data::Example;
 use segattn::train::gradient_sets;
 use segattn::train::progress::{Progress, Tensors};
@@ -22,6 +22,7 @@ use super::overrides::Overrides;
 use super::past_heads;
 use super::ranks::{Party, RanksArgs};
 use super::run::{Data, Ended, Run, checkpoints, claim};
+use super::teacher::Teacher;
 use super::text::{Text, companion_files};
 
 /// What the others wait for while rank 0 makes a run's folder its own.
@@ -73,10 +74,11 @@ fn begin_alone(config: &Config, device: DeviceArgs, party: &Party, quiet: bool) 
     let text = text.with_template(&config.data, &model)?;
     let mut data = Data::read(config, &model, &text, output, quiet)?;
     data.base = base(config)?.map(|base| base.fingerprint()).transpose()?;
+    data.teacher = Teacher::open(config, &model, &text)?;
     let (extra, pool) = (companion_files(config)?, device.pool);
     on_device!(device.device, party.local_rank(), device => {
         let peak = device.peak_flops()?;
-        device.warn_of(estimate(&model, &config.training, data.longest(config.training.sequence_len), party)?);
+        device.warn_of(estimate(&model, config, &data, party)?);
         device.plan(pool, Purpose::Backward, |dry| dry_run(dry, &model, config, &data, party))?;
         let trainer = trainer(device, model, config.clone(), &data, tensors, None, party)?;
         Run::new(output, trainer, data, extra, peak, quiet)?.go()
@@ -108,12 +110,22 @@ pub fn trainer<D: Planned>(
         let trainer = Trainer::on_stages(device, model, config, &tensors, progress, ranks)?;
         return Ok(trainer);
     }
+    let longest = data.longest(config.training.sequence_len);
+    let teacher = data.teacher.as_ref().map(|teacher| {
+        teacher.warn_of_length(&config, longest);
+        teacher.load(device.clone())
+    });
+    let teacher = teacher.transpose()?;
     let trainer = match base(&config)? {
         Some(base) => {
             let base = base.load(device, model.clone(), false)?;
             Trainer::adapting(&base, model, config, &tensors, progress, ranks)?
         }
         None => Trainer::on_ranks(device, model, config, &tensors, progress, ranks)?,
+    };
+    let trainer = match teacher {
+        Some(teacher) => trainer.with_teacher(teacher)?,
+        None => trainer,
     };
     let training = &trainer.config().training;
     let (world, sequences) = (
@@ -133,7 +145,7 @@ pub fn trainer<D: Planned>(
 
 /// All that a run does, on the longest sequences there may be, for its memory. In segments there is one more step, and
 /// its sequences have breaks: its buffers have other sizes, and leave gaps between them.
-pub fn dry_run<D: Device>(
+pub fn dry_run<D: Device + Clone>(
     device: D,
     model: &ModelConfig,
     config: &Config,
@@ -142,9 +154,13 @@ pub fn dry_run<D: Device>(
 ) -> Result<()> {
     let training = &config.training;
     let (model_config, run, ranks) = (model.clone(), config.clone(), party.planned());
-    let mut trainer = match party.shares_layers() {
-        true => Trainer::stage_for_dry_run(device, model_config, run, ranks)?,
-        false => Trainer::for_dry_run(device, model_config, run, ranks)?,
+    let mut trainer = match (party.shares_layers(), &data.teacher) {
+        (true, _) => Trainer::stage_for_dry_run(device, model_config, run, ranks)?,
+        (false, None) => Trainer::for_dry_run(device, model_config, run, ranks)?,
+        (false, Some(teacher)) => {
+            let teacher = teacher.for_dry_run(device.clone())?;
+            Trainer::for_dry_run(device, model_config, run, ranks)?.with_teacher(teacher)?
+        }
     };
     let sequences = training.batch * training.accumulation;
     let tokens = data.longest(training.sequence_len);
@@ -178,17 +194,19 @@ fn broken(sequence: &[u32], most: usize, seed: usize) -> Example {
     }
 }
 
-/// Bytes that training takes on one of these processes where all numbers are f32, for sequences of `longest`
-/// predictions.
+/// Bytes that training takes on one of these processes where all numbers are f32, for the longest sequences of the
+/// data.
 ///
 /// # Errors
 /// That the model's layers cannot be spread over so many.
 pub fn estimate(
     model: &ModelConfig,
-    training: &TrainingSection,
-    longest: usize,
+    config: &Config,
+    data: &Data<'_>,
     party: &Party,
 ) -> Result<u64> {
+    let training = &config.training;
+    let longest = data.longest(training.sequence_len);
     let (rank, world) = (party.rank(), party.world());
     let (model, ranks, behind) = match party.shares_layers() {
         true => (&part_of_rank(model, rank, world)?, 1, rank),
@@ -211,10 +229,16 @@ pub fn estimate(
         behind,
     };
     let one = memory(model, longest, run, size_of::<f32>());
-    let each = one.total() - one.weights;
-    Ok(one
-        .weights
-        .saturating_add(each.saturating_mul(side_by_side as u64)))
+    let segment_len = model.segment.as_ref().map_or(longest, |s| s.segment_len);
+    let rows = match training.segments_per_step {
+        0 => longest,
+        count => segment_len.saturating_mul(count),
+    };
+    let teacher = data.teacher.as_ref();
+    let [taught, each_taught] = teacher.map_or([0; 2], |teacher| teacher.estimate(longest, rows));
+    let each = one.total() - one.weights + each_taught;
+    let weights = one.weights.saturating_add(taught);
+    Ok(weights.saturating_add(each.saturating_mul(side_by_side as u64)))
 }
 
 /// The weights that adapters are added to, where the run trains adapters.

@@ -17,6 +17,7 @@ pub mod cpu;
 mod error;
 pub mod gpu;
 mod host_memory;
+mod lesson;
 mod past;
 pub mod reference;
 pub mod sampler;
@@ -29,6 +30,7 @@ use std::ops::Range;
 pub use crate::attention::PerSource;
 pub use error::{DeviceError, OutOfMemory, Purpose};
 pub use host_memory::HostMemory;
+pub use lesson::Lesson;
 pub use past::{PastPool, SelectedBlocks};
 pub use sampling::{Sampled, Samplers};
 pub use shared::blocks::HostBlocks;
@@ -343,6 +345,19 @@ pub trait Device: Sized + Send + Sync + std::fmt::Debug {
         targets: &[u32],
         scales: Option<&[f64]>,
         scores: RowsMut<'_, Self::Buffer>,
+    ) -> Result<()>;
+
+    /// Log-probabilities of targets as [`Device::log_probabilities`], to the bit, and the divergences of rows from a
+    /// teacher's, `D = sum of q (ln q - ln p)` with `p = softmax(logits / T)` and `q = softmax(teacher / T)`, into
+    /// `scores`. The logits are replaced by the gradient of `-a * log-probability + b * T^2 * D` with the row's
+    /// `scales = [a, b]`: zeros where both are 0. A row's bits depend on its own numbers alone.
+    fn divergences(
+        &self,
+        logits: RowsMut<'_, Self::Buffer>,
+        vocab: usize,
+        targets: &[u32],
+        lesson: &Lesson<'_, Self::Buffer>,
+        scores: [RowsMut<'_, Self::Buffer>; 2],
     ) -> Result<()>;
 
     /// Segment attention, forward. Writes `out [rows, q_heads * head_dim]`, and `lse [q_heads, rows]` for each span,

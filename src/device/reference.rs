@@ -7,11 +7,12 @@ use std::ops::Range;
 
 use super::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostMemory,
-    HostSamplers, Kind, OutOfMemory, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows,
-    Update, shared::spans,
+    HostSamplers, Kind, Lesson, OutOfMemory, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad,
+    StepRows, Update, shared::spans,
 };
 
 mod attention;
+mod divergence;
 mod pool;
 mod sinks;
 
@@ -420,6 +421,18 @@ impl Device for Reference {
                 row[*target as usize] -= scale;
             }
         }
+        Ok(())
+    }
+
+    fn divergences(
+        &self,
+        logits: RowsMut<'_, Buf>,
+        vocab: usize,
+        targets: &[u32],
+        lesson: &Lesson<'_, Buf>,
+        scores: [RowsMut<'_, Buf>; 2],
+    ) -> Result<()> {
+        divergence::rows(logits, vocab, targets, lesson, scores);
         Ok(())
     }
 

@@ -14,11 +14,12 @@ use crate::train::config::{Config, typed};
 /// Largest definition that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Keys of the training configuration that belong to the command that runs the arms.
-const OWNED: [[&str; 2]; 4] = [
+const OWNED: [[&str; 2]; 5] = [
     ["training", "output"],
     ["training", "seed"],
     ["training", "time_limit_minutes"],
     ["model", "folder"],
+    ["distillation", "model"],
 ];
 /// The task that has its evaluation's name in results.
 const PERPLEXITY: &str = "perplexity";
@@ -77,6 +78,8 @@ pub struct Arm {
     pub description: String,
     /// The arm whose last weights it begins with, in place of the experiment's model.
     pub parent: Option<String>,
+    /// The arm whose last weights its teacher has, where it trains with one.
+    pub teacher: Option<String>,
     /// Whether it trains, or only runs the weights it begins with.
     pub trains: bool,
     /// The training configuration, with the arm's keys over the experiment's.
@@ -122,6 +125,7 @@ struct FileArm {
     #[serde(default)]
     description: String,
     parent: Option<String>,
+    teacher: Option<String>,
     #[serde(default = "yes")]
     trains: bool,
     #[serde(default)]
@@ -208,9 +212,22 @@ impl Definition {
         line
     }
 
+    /// An arm and all whose weights its own come from, as parents or teachers, in their order.
+    pub fn needed<'a>(&'a self, arm: &'a Arm) -> Vec<&'a Arm> {
+        let mut names = BTreeSet::from([&arm.name]);
+        // Parents and teachers stand above.
+        for arm in self.arms.iter().rev() {
+            if names.contains(&arm.name) {
+                names.extend(arm.parent.iter().chain(&arm.teacher));
+            }
+        }
+        let arms = self.arms.iter();
+        arms.filter(|arm| names.contains(&arm.name)).collect()
+    }
+
     /// The seeds that an arm runs with: the first alone where nothing in its line is trained.
     pub fn seeds_of(&self, arm: &Arm) -> &[u64] {
-        let trained = self.line(arm).iter().any(|arm| arm.trains);
+        let trained = self.needed(arm).iter().any(|arm| arm.trains);
         match (&self.model, trained) {
             (Model::Folder(_), false) => &self.seeds[..1],
             _ => &self.seeds,
@@ -230,12 +247,17 @@ impl Definition {
 
     /// Identifies the weights of an arm: how they were trained, and from what.
     pub fn weights(&self, arm: &Arm) -> String {
-        let line = self.line(arm).into_iter();
-        let trained: Vec<_> = line
-            .filter(|arm| arm.trains)
-            .map(|arm| &arm.train)
-            .collect();
-        hash(&format!("{:?} {trained:?}", self.model))
+        let trained = self.line(arm).into_iter().filter(|arm| arm.trains);
+        let settings: Vec<_> = trained.clone().map(|arm| &arm.train).collect();
+        let mut text = format!("{:?} {settings:?}", self.model);
+        if trained.clone().any(|arm| arm.teacher.is_some()) {
+            for arm in self.needed(arm) {
+                let settings = arm.trains.then_some(&arm.train);
+                let (name, parent, teacher) = (&arm.name, &arm.parent, &arm.teacher);
+                text += &format!(" {name:?} {parent:?} {teacher:?} {settings:?}");
+            }
+        }
+        hash(&text)
     }
 
     /// Identifies an arm's results in an evaluation: its weights, its settings, and those of the evaluation.
@@ -261,7 +283,8 @@ impl Definition {
             let before = &self.arms[..i];
             arm.check(before)?;
             // With any weights: which folder they lie in is known when the arm runs.
-            arm.config(self.seeds[0], Path::new("."), Path::new("run"))?;
+            let any = Path::new(".");
+            arm.config(self.seeds[0], any, Some(any), Path::new("run"))?;
         }
         Ok(())
     }
@@ -282,17 +305,22 @@ impl Arm {
                 &self.name,
             ));
         }
-        if let Some(parent) = &self.parent
-            && !before.iter().any(|arm| arm.name == *parent)
-        {
-            let expected = "the name of an arm above it";
-            return Err(ExperimentError::key(key("parent"), expected, parent));
+        for (name, arm) in [("parent", &self.parent), ("teacher", &self.teacher)] {
+            if let Some(arm) = arm
+                && !before.iter().any(|other| other.name == *arm)
+            {
+                let expected = "the name of an arm above it";
+                return Err(ExperimentError::key(key(name), expected, arm));
+            }
+        }
+        if let Some(teacher) = self.teacher.as_ref().filter(|_| !self.trains) {
+            let expected = "none, since the arm does not train";
+            return Err(ExperimentError::key(key("teacher"), expected, teacher));
         }
         for [section, name] in OWNED {
             let value = self.train.get(section).and_then(|s| s.get(name));
             if let Some(value) = value {
-                let expected =
-                    "nothing, it is set by the command (`model`, `seeds`, --work, --minutes)";
+                let expected = "nothing, it is set by the command (`model`, `seeds`, `teacher`, --work, --minutes)";
                 let key = key(&format!("train.{section}.{name}"));
                 return Err(ExperimentError::key(key, expected, value));
             }
@@ -300,22 +328,31 @@ impl Arm {
         Ok(())
     }
 
-    /// The training configuration of the arm, from the weights in `folder` to a run in `output`.
+    /// The training configuration of the arm, from the weights in `folder` to a run in `output`, with a teacher in
+    /// `teacher` where it has one.
     ///
     /// # Errors
     /// [`ExperimentError::Train`].
-    pub fn config(&self, seed: u64, folder: &Path, output: &Path) -> Result<Config> {
+    pub fn config(
+        &self,
+        seed: u64,
+        folder: &Path,
+        teacher: Option<&Path>,
+        output: &Path,
+    ) -> Result<Config> {
         let failed = |error| ExperimentError::Train {
             arm: self.name.clone(),
             error: Box::new(error),
         };
         let text = self.train.to_string();
         let given = |key: &str, path: &Path| (key.to_owned(), path.to_string_lossy().into_owned());
-        let overrides = [
+        let mut overrides = vec![
             given("model.folder", folder),
             given("training.output", output),
             ("training.seed".to_owned(), seed.to_string()),
         ];
+        let teacher = teacher.filter(|_| self.teacher.is_some());
+        overrides.extend(teacher.map(|folder| given("distillation.model", folder)));
         Config::parse(&text, &overrides).map_err(failed)
     }
 }
@@ -377,6 +414,7 @@ impl FileArm {
             name: self.name,
             description: self.description,
             parent: self.parent,
+            teacher: self.teacher,
             trains: self.trains,
             train: keys,
             minutes: self.minutes.unwrap_or(minutes),

@@ -17,6 +17,11 @@ pub enum Use {
     /// Log-probabilities of all its tokens, or the reading of a prompt and generation after it: one
     /// segment at a time.
     Read,
+    /// What the model says of the tokens that another one learns.
+    Teach {
+        /// Rows that are read at a time.
+        rows: usize,
+    },
     /// A gradient by exact TBPTT of this depth, and an AdamW update.
     Train {
         /// Segments that a loss reaches back.
@@ -63,7 +68,7 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
     let plan = Plan::new(config, tokens);
     let segments = tokens.div_ceil(plan.segment_len).max(1);
     let (alive, side_by_side) = match run {
-        Use::Read => (1, 1),
+        Use::Read | Use::Teach { .. } => (1, 1),
         Use::Train {
             tbptt,
             segments_per_step,
@@ -85,6 +90,10 @@ pub fn memory(config: &ModelConfig, tokens: usize, run: Use, element_bytes: usiz
     let bytes = |elements: usize| elements as u64 * element_bytes as u64;
     let activations = match run {
         Use::Read => count.forward(rows(1)),
+        // What the head reads is kept until the student's losses.
+        Use::Teach { rows: most } => {
+            count.forward(rows(1).min(most)) + most.min(tokens) * config.hidden_size
+        }
         Use::Train { recompute, .. } => {
             let [alive, side_by_side] = [alive, side_by_side].map(rows);
             count.backward(alive, side_by_side, recompute)
@@ -148,7 +157,7 @@ impl Count<'_> {
         // Adapters have f32 values of their own.
         let only_read = |s: &&TensorSpec| match &self.config.lora {
             Some(_) => s.frozen,
-            None => run == Use::Read,
+            None => !matches!(run, Use::Train { .. }),
         };
         let specs = specs(self.config);
         let matrices = specs.iter().filter(only_read);
@@ -202,7 +211,7 @@ impl Count<'_> {
         let rows = match run {
             _ if held == completed => completed * all,
             Use::Read => 2 * held * all + segment * most,
-            Use::Train { .. } => held * all + (held + segment) * most,
+            Use::Train { .. } | Use::Teach { .. } => held * all + (held + segment) * most,
         };
         2 * rows * self.plan.heads.dim
     }
@@ -366,6 +375,20 @@ mod tests {
         assert_eq!(weights(&config, train), weights(&wide, train));
         let in_f64 = |config: &ModelConfig| memory(config, 16, Use::Read, 8).weights;
         assert_eq!(in_f64(&config), in_f64(&wide));
+    }
+
+    #[test]
+    fn a_teacher_takes_what_reading_takes_but_reads_the_students_rows() {
+        let mut config = config();
+        config.segment = None;
+        let of = |run| memory(&config, 100, run, 4);
+        let (read, teach) = (of(Use::Read), of(Use::Teach { rows: 10 }));
+        assert_eq!([read.weights, read.slots], [teach.weights, teach.slots]);
+        let all = of(Use::Teach { rows: 1000 });
+        // What the head reads of the rows.
+        assert_eq!(all.activations - read.activations, 4 * 100 * 12);
+        let [part, all] = [teach, all].map(|m| m.activations);
+        assert_eq!(10 * part, all);
     }
 
     #[test]

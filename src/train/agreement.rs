@@ -13,11 +13,12 @@ use crate::model::config::ModelConfig;
 use crate::ranks::Agreement;
 
 /// Keys that say where a rank's files lie. What is in the files is compared.
-const PLACES: [&str; 4] = [
+const PLACES: [&str; 5] = [
     "training.output",
     "data.cache",
     "data.train",
     "data.validation",
+    "distillation.model",
 ];
 
 /// What a rank has: version, device, every key of the configuration, data, model, and the state it begins from.
@@ -50,6 +51,10 @@ pub fn agreement(
         .on(
             "weights under adapters (hash)",
             data.base.as_deref().unwrap_or("none"),
+        )
+        .on(
+            "teacher's weights (hash)",
+            data.teacher.as_deref().unwrap_or("none"),
         )
         .on(
             "model configuration (hash)",

@@ -69,6 +69,9 @@ pub struct Fingerprints {
     /// Of the weights that adapters are added to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
+    /// Of the teacher's weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]

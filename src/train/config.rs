@@ -4,6 +4,7 @@
 //! made from the default's own tree, so neither can drift from the structs. Defaults stand in the `Default`
 //! of each section, explanations in the commented example, from which `--help` takes them too.
 
+mod distillation;
 mod flags;
 mod lora;
 mod mixture;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use distillation::{DistillationSection, TeacherExecution};
 pub use flags::{EXAMPLE, Flag, flags};
 pub use lora::LoraSection;
 pub use mixture::{MixtureSection, RelaySection, TaskSection};
@@ -37,6 +39,8 @@ pub struct Config {
     pub model: ModelSection,
     /// Adapters that are trained in place of the model's own weights.
     pub lora: LoraSection,
+    /// Whose probabilities are learned.
+    pub distillation: DistillationSection,
     /// What it is trained on.
     pub data: DataSection,
     /// How it is trained.
@@ -346,6 +350,7 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.lora.validate(&self.model, &self.training)?;
+        self.distillation.validate()?;
         self.data.validate()?;
         mixture::validate(&self.data.mixture, self.training.sequence_len)?;
         self.training.validate()?;
@@ -362,14 +367,22 @@ impl Config {
     }
 
     /// Checks that a run saved under the configuration `before` can go on under this one: the model and the adapters
-    /// stay, and only the folder of the weights under adapters may be another, as it may have been moved.
+    /// stay, and only the folders of the weights under adapters and of the teacher may be others, as they may have been
+    /// moved.
     ///
     /// # Errors
-    /// [`TrainError::Config`] for `lora` or `model`.
+    /// [`TrainError::Config`] for `lora`, `distillation` or `model`.
     pub fn check_resumed(&self, before: &Config) -> Result<()> {
         if self.lora != before.lora {
             let expected = "the keys of the saved run; for other adapters start a new one";
             return Err(TrainError::config("lora", expected, "others"));
+        }
+        if self.distillation.is_on() != before.distillation.is_on() {
+            let expected = "a teacher where the saved run has one, and none where it has none; for the other start a \
+                            new run with `model.folder`";
+            let got = self.distillation.model.as_ref();
+            let got = got.map_or("none".into(), |folder| folder.display().to_string());
+            return Err(TrainError::config("distillation.model", expected, got));
         }
         let mut model = self.model.clone();
         if self.lora.is_on() {

@@ -21,25 +21,29 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::slice::from_mut;
 
 mod losses;
+mod objective;
 mod pass;
 mod tail;
+mod teacher;
 mod turns;
 mod weight_grads;
 
+pub use objective::{Objective, Scores, accumulate, accumulate_of};
+pub use teacher::Teacher;
 pub(super) use turns::{Sums, accumulate_batches};
 pub use weight_grads::Gradients;
 
 use pass::{LayerSums, Pass, Work};
 use tail::{Arrivals, StreamId};
+use teacher::Teaching;
 
-use crate::device::{Device, DeviceError, Kind, Result};
+use crate::device::{Device, Kind, Result};
 use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
 use crate::model::segmentation::Segment;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
-use crate::train::data::{AsExample, ExampleRef};
+use crate::train::data::ExampleRef;
 
 /// How a gradient is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,62 +117,19 @@ struct Streams<'a, D: Device> {
     sequences: &'a [ExampleRef<'a>],
     segments: &'a [Vec<Segment>],
     scale: f64,
+    teaching: Option<Teaching<'a, D>>,
     states: Vec<SequenceState<D>>,
     alive: VecDeque<Group<D>>,
     head_done: bool,
-    /// The spans of each step and the log-probabilities of their rows. They stay on the device until the end, because a
-    /// read synchronizes with the device.
-    scores: Vec<(Vec<Span>, D::Buffer)>,
+    /// They stay on the device until the end, because a read synchronizes with the device.
+    scores: Vec<StepScores<D>>,
 }
 
-/// Adds to `gradients` the gradient of `scale * sum of weight * negative log-probability` over all targets, or of what
-/// a policy gradient has instead of the log-probability. Targets are all tokens but the first of each sequence.
-/// `scale = 1 / sum of weights` gives the mean loss.
-///
-/// Returns the log-probabilities of each sequence's targets. Sequences may have weights and breaks; each has at least
-/// two tokens, with ids below the size of the vocabulary.
-///
-/// # Errors
-/// [`DeviceError::Argument`] for fewer tokens, another number of weights, breaks
-/// that a sequence cannot have, and token ids that the model does not have; or what the device says.
-pub fn accumulate<D: Device, S: AsExample>(
-    model: &Decoder<D>,
-    sequences: &[S],
-    config: StreamConfig,
-    scale: f64,
-    gradients: &mut Gradients<D>,
-) -> Result<Vec<Vec<f64>>> {
-    let sequences: Vec<ExampleRef<'_>> = sequences.iter().map(AsExample::as_example).collect();
-    let mut sums = Given {
-        gradients: from_mut(gradients),
-        log_probabilities: Vec::new(),
-    };
-    let group = sequences.len().max(1);
-    accumulate_batches(model, &[&sequences], group, config, scale, &mut sums)?;
-    Ok(sums.log_probabilities)
-}
-
-/// Gradients of one batch, to which its own are added.
-struct Given<'a, D: Device> {
-    gradients: &'a mut [Gradients<D>],
-    log_probabilities: Vec<Vec<f64>>,
-}
-
-impl<D: Device> Sums<D> for Given<'_, D> {
-    type Error = DeviceError;
-
-    fn begin(&mut self, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn gradients(&mut self) -> &mut [Gradients<D>] {
-        self.gradients
-    }
-
-    fn end(&mut self, _: usize, log_probabilities: Vec<Vec<f64>>) -> Result<()> {
-        self.log_probabilities = log_probabilities;
-        Ok(())
-    }
+/// Scores of the rows of a step.
+struct StepScores<D: Device> {
+    spans: Vec<Span>,
+    log_probabilities: D::Buffer,
+    divergences: Option<D::Buffer>,
 }
 
 /// Gradients of groups of sequences.
@@ -216,16 +177,19 @@ impl<'a, D: Device> Streams<'a, D> {
         model: &'a Decoder<D>,
         batch: &'a Batch<'a>,
         config: StreamConfig,
-        scale: f64,
+        objective: &Objective<'a, D>,
     ) -> Result<Self> {
         let state = |_| SequenceState::new(&model.device, &batch.plan);
+        let teacher = objective.teacher;
+        let teaching = teacher.map(|teacher| Teaching::new(teacher, batch.sequences));
         Ok(Self {
             model,
             plan: &batch.plan,
             config,
             sequences: batch.sequences,
             segments: &batch.segments,
-            scale,
+            scale: objective.scale,
+            teaching: teaching.transpose()?,
             states: batch.sequences.iter().map(state).collect::<Result<_>>()?,
             alive: VecDeque::new(),
             head_done: false,
@@ -252,6 +216,8 @@ impl<'a, D: Device> Streams<'a, D> {
                 segments.push(segment);
             }
         }
+        // Before this step's activations are there.
+        let taught = self.taught(&step, &segments)?;
         let device = &self.model.device;
         let room = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
         let angles = Angles::new(device, &self.model.config, self.plan, room)?;
@@ -275,7 +241,7 @@ impl<'a, D: Device> Streams<'a, D> {
         )?;
         let d_top = match (forward, gradients) {
             (Some(forward), Some(gradients)) => {
-                Some(self.losses(&step, &segments, &forward, gradients)?)
+                Some(self.losses(&step, &segments, (&forward, taught), gradients)?)
             }
             (Some(_), None) => unreachable!("no stage runs ahead of the head"),
             (None, _) => None,

@@ -12,12 +12,14 @@ mod kept;
 mod layers;
 mod rehearsal;
 mod start;
+mod teacher;
 mod update;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use layers::Layers;
 pub use layers::part_of_rank;
+use update::Gradient;
 
 use super::checkpoint::{Checkpoint, Fingerprints};
 use super::config::Config;
@@ -41,6 +43,8 @@ pub struct StepReport {
     pub step: u64,
     /// Mean negative log-probability of its targets, each by its weight; of a policy gradient its own loss.
     pub loss: f64,
+    /// Mean divergence from the teacher, each target's by its weight, if there is a teacher.
+    pub divergence: Option<f64>,
     /// Norm of all gradients before clipping.
     pub grad_norm: f64,
     /// Learning rate.
@@ -110,6 +114,8 @@ pub struct Trainer<D: Device> {
     spread: Spread<D>,
     /// Where the model's layers are, if they are spread over ranks.
     layers: Option<Layers>,
+    /// Whose probabilities are learned.
+    teacher: Option<Decoder<D>>,
     /// Which tensors change.
     updated: Vec<bool>,
     progress: Progress,
@@ -260,7 +266,7 @@ impl<D: Device> Trainer<D> {
     ///
     /// # Errors
     /// [`TrainError::Device`], also for weights and breaks that do not fit; [`TrainError::Argument`] for a sequence
-    /// without a prediction and for targets none of which has a weight.
+    /// without a prediction, for targets none of which has a weight, and for a teacher that is missing.
     pub fn step_on<S: AsExample>(&mut self, batches: &[Vec<S>]) -> Result<StepReport> {
         let sequences: Vec<ExampleRef<'_>> = batches.iter().flatten().map(S::as_example).collect();
         if sequences.iter().any(|s| s.targets() == 0) || sequences.is_empty() {
@@ -279,14 +285,19 @@ impl<D: Device> Trainer<D> {
                             whose targets all weigh 0";
             return Err(TrainError::argument("weights", expected, weight));
         }
+        self.check_teacher()?;
         self.settle()?;
-        let (loss, log_probabilities) = self.gradient(&sequences, 1.0 / weight)?;
+        let Gradient {
+            loss,
+            divergence,
+            log_probabilities,
+        } = self.gradient(&sequences, 1.0 / weight)?;
         let step = self.progress.step;
         let lr = self.schedule.lr(step);
         let squares = self.squares()?;
         let grad_norm = self.adamw(lr, &squares, true)?;
         let mut guard = self.progress.guard.clone();
-        let verdict = guard.decide(step, loss, grad_norm);
+        let verdict = guard.decide(step, self.objective(loss, divergence), grad_norm);
         if verdict == Verdict::Apply {
             self.adamw(lr, &squares, false)?;
             // From here on the step is done.
@@ -310,6 +321,7 @@ impl<D: Device> Trainer<D> {
         Ok(StepReport {
             step,
             loss,
+            divergence,
             grad_norm,
             lr,
             tokens,

@@ -8,7 +8,9 @@ use segattn::model::decoder::Decoder;
 use segattn::model::segmentation::Sequence;
 use segattn::model::session::{Feed, Session, score};
 use segattn::train::data::AsExample;
-use segattn::train::streams::{Gradients, StreamConfig, accumulate};
+use segattn::train::streams::{
+    Gradients, Objective, Scores, StreamConfig, Teacher, accumulate, accumulate_of,
+};
 use segattn_sim::Checks;
 
 /// Log-probabilities differ from the CPU's by this at most: bf16 keeps 8 bits, and some ten roundings lie on a
@@ -145,5 +147,60 @@ fn gradients_agree_with_the_cpu_and_do_not_depend_on_segments_per_step() {
         assert_close(&on_cpu, &got, &expected);
         let (_, all) = gradients(&on_gpu, &sequences, streams(tbptt, 9));
         assert!(got == all, "segments per step");
+    }
+}
+
+/// Scores and gradients with a teacher.
+fn taught<D: Device>(
+    student: &Decoder<D>,
+    teacher: &Decoder<D>,
+    temperature: f64,
+    segments_per_step: usize,
+) -> (Scores, Vec<Vec<f32>>) {
+    let vocab = student.config.vocab_size;
+    let sequences = [tokens(12, 25, vocab), tokens(13, 18, vocab)];
+    let objective = Objective {
+        scale: 1.0 / 41.0,
+        teacher: Some(Teacher {
+            model: teacher,
+            weight: 0.75,
+            temperature,
+        }),
+    };
+    let (device, config) = (&student.device, streams(1, segments_per_step));
+    let mut gradients = Gradients::new(student).expect("memory");
+    let scores = accumulate_of(student, &sequences, config, &objective, &mut gradients);
+    let read = |b: &D::Buffer| device.read(b, 0..device.len(b)).expect("a read");
+    let gradients = gradients.finish(device).expect("gradients");
+    (
+        scores.expect("scores"),
+        gradients.iter().map(read).collect(),
+    )
+}
+
+#[test]
+fn a_teacher_teaches_as_on_the_cpu_and_by_the_same_bits_for_any_segments_per_step() {
+    let config = config(true);
+    let mut of_teacher = crate::common::config(false);
+    for (temperature, full, checks) in [(1.0, true, Checks::None), (2.0, false, Checks::All)] {
+        if full {
+            of_teacher.segment = None;
+        } else {
+            of_teacher.segment.clone_from(&config.segment);
+        }
+        let [own, known] = [(&config, 11), (&of_teacher, 12)].map(|(c, seed)| values(c, seed));
+        let on_cpu = [(&config, &own), (&of_teacher, &known)].map(|(c, v)| model(Cpu, c, v));
+        let gpu = gpu(3, checks);
+        let on_gpu = [(&config, &own), (&of_teacher, &known)];
+        let on_gpu = on_gpu.map(|(c, v)| model(gpu.clone(), c, v));
+        let (expected, exact) = taught(&on_cpu[0], &on_cpu[1], temperature, 1);
+        let (got, gradients) = taught(&on_gpu[0], &on_gpu[1], temperature, 1);
+        assert_close(&on_cpu[0], &gradients, &exact);
+        let divergences =
+            |scores: &Scores| scores.divergences.clone().expect("divergences").concat();
+        for (got, expected) in divergences(&got).iter().zip(divergences(&expected)) {
+            assert!((got - expected).abs() < 0.05, "{got}, {expected}");
+        }
+        assert!((got, gradients) == taught(&on_gpu[0], &on_gpu[1], temperature, 9));
     }
 }

@@ -11,8 +11,8 @@ use crate::common::{gpu, upload};
 use segattn::attention::PerSource;
 use segattn::device::gpu::Gpu;
 use segattn::device::{
-    Accumulate, Attention, Device, DeviceError, Heads, KeyStore, Kind, OutOfMemory, PastHeads,
-    PastPool, PoolBits, PoolShape, Probes, QkNormGrad, Recording, Result, Rows, RowsMut,
+    Accumulate, Attention, Device, DeviceError, Heads, KeyStore, Kind, Lesson, OutOfMemory,
+    PastHeads, PastPool, PoolBits, PoolShape, Probes, QkNormGrad, Recording, Result, Rows, RowsMut,
     SegmentCache, SelectedBlocks, Selection, SelectionRule, SlotSpan, StepRows,
 };
 use segattn_sim::{Checks, Driver};
@@ -148,6 +148,21 @@ fn ids_beyond_a_table_are_errors() {
             RowsMut::packed(&mut scores, 0, 1),
         );
         assert_eq!(refused(refusal), "target");
+        let teacher = exact(&gpu, 27);
+        let mut divergences = exact(&gpu, 1);
+        let mut taught = |target: u32, scales: &[[f64; 2]], vocab: usize| {
+            let lesson = Lesson {
+                teacher: Rows::packed(&teacher, 0, vocab),
+                temperature: 1.0,
+                scales,
+            };
+            let to = [&mut scores, &mut divergences].map(|to| RowsMut::packed(to, 0, 1));
+            let rows = RowsMut::packed(&mut logits, 0, vocab);
+            refused(gpu.divergences(rows, vocab, &[target], &lesson, to))
+        };
+        assert_eq!(taught(token, &[[1.0; 2]], 27), "target");
+        assert_eq!(taught(1, &[[1.0; 2]; 2], 27), "scales");
+        assert_eq!(taught(1, &[[1.0; 2]], 28), "rows");
         let refusal = gpu.log_probabilities(
             RowsMut::packed(&mut logits, 0, 27),
             27,

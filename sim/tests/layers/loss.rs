@@ -111,6 +111,22 @@ fn run_on(
     (scored, gradient)
 }
 
+/// The loss of packed rows, and its gradient beside them.
+pub fn run_rows(
+    vocab: usize,
+    logits: &[f32],
+    targets: &[u32],
+    scales: &[f32],
+) -> (Vec<f32>, Vec<bf16>) {
+    let case = Case {
+        rows: targets.len(),
+        vocab,
+        in_place: false,
+        gap: 0,
+    };
+    run_on(1, &case, logits, targets, scales)
+}
+
 #[test]
 fn log_probabilities_and_gradient_agree_with_the_formula() {
     for (rows, vocab, in_place, gap) in [

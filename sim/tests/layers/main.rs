@@ -4,6 +4,7 @@
 
 mod adamw;
 mod common;
+mod divergence;
 mod head_norms;
 mod head_norms_rules;
 mod length;

@@ -88,13 +88,13 @@ pub const TARGETS: [Target; 21] = [
     Target {
         file: "row_softmax.cuh",
         kernels: &["loss.cu"],
-        tests: &["loss::"],
+        tests: &["loss::", "divergence::"],
         rules: &ROW_SOFTMAX,
     },
     Target {
         file: "loss.cu",
         kernels: &["loss.cu"],
-        tests: &["loss::"],
+        tests: &["loss::", "divergence::"],
         rules: &LOSS,
     },
     Target {
@@ -333,7 +333,8 @@ const ROTATION: [Rule; 4] = [
     ),
 ];
 
-const ROW_SOFTMAX: [Rule; 7] = [
+const ROW_SOFTMAX: [Rule; 8] = [
+    replace("return mul_rn(x, inverse)", "return x"),
     replace(
         "column + e < vocab ? g_row[column + e] : SEGATTN_NEG_INF",
         "column + e < vocab ? g_row[column + e] : 0.f",
@@ -349,7 +350,7 @@ const ROW_SOFTMAX: [Rule; 7] = [
     replace("mul_rn(sum, exp_of(max - finite_max(row_max)))", "sum"),
 ];
 
-const LOSS: [Rule; 9] = [
+const LOSS: [Rule; 22] = [
     replace(
         "column + kVector <= vocab && ((uintptr_t)g_row & 15) == 0",
         "((uintptr_t)g_row & 15) == 0",
@@ -368,6 +369,31 @@ const LOSS: [Rule; 9] = [
     replace("scale * expm1f(log_probability)", "expm1f(log_probability)"),
     replace("next[e] - softmax.max", "next[e]"),
     drop_statement("__syncthreads()"),
+    replace("p.inverse == 1.f ? plain :", "true ? plain :"),
+    replace("row_softmax(g_teacher", "row_softmax(g_logits"),
+    replace(
+        "plain.log_probability(g_logits[target])",
+        "own.log_probability(g_logits[target])",
+    ),
+    replace("p.scales[2 * row]", "p.scales[2 * row + 1]"),
+    replace(
+        "mul_rn(p.scales[2 * row + 1], p.temperature)",
+        "p.scales[2 * row + 1]",
+    ),
+    replace("logf(own.sum) - logf(teacher.sum)", "logf(own.sum)"),
+    replace("over.of(next[e]) - own.max", "over.of(next[e])"),
+    replace("over.of(t[e]) - teacher.max", "over.of(t[e]) - own.max"),
+    replace("if (q != 0.f) sum", "sum"),
+    replace("teacher_log - own_log + offset", "teacher_log - own_log"),
+    replace(
+        "mul_rn(exp_of(own_log), over_own) - q",
+        "mul_rn(exp_of(own_log), over_own)",
+    ),
+    replace(
+        "? of_target : mul_rn(exp_of(next[e] - plain.max), factor)) + learned",
+        "? of_target : learned)",
+    ),
+    replace("block_reduce<SumOf>(sum, shared.maxima)", "sum"),
 ];
 
 const ADAMW: [Rule; 23] = [

@@ -92,6 +92,12 @@ impl Session<'_> {
             (None, Model::Folder(folder)) => folder.clone(),
             (None, Model::Tiny) => self.tiny(arm, seed)?,
         };
+        let teacher = arm.teacher.as_deref().and_then(|t| self.definition.arm(t));
+        let teacher = teacher.map(|teacher| {
+            let weights = self.weights(teacher, seed);
+            weights.context("its teacher is not trained yet")
+        });
+        let teacher = teacher.transpose()?;
         let limit = self.time_left().map(|left| {
             let minutes = left.as_secs_f64() / 60.0 - minutes_after;
             minutes.max(f64::MIN_POSITIVE)
@@ -110,7 +116,7 @@ impl Session<'_> {
                 )?
             }
             false => {
-                let mut config = arm.config(seed, &before, &folder)?;
+                let mut config = arm.config(seed, &before, teacher.as_deref(), &folder)?;
                 config.training.time_limit_minutes = limit;
                 train::begin(&config, self.device, &Party::alone(), self.quiet)?
             }
@@ -138,8 +144,10 @@ impl Session<'_> {
 
     /// A folder with random weights of the arm's shape.
     fn tiny(&self, arm: &Arm, seed: u64) -> Result<PathBuf> {
-        let mut config = arm.config(seed, Path::new("."), self.work)?;
+        let any = Path::new(".");
+        let mut config = arm.config(seed, any, Some(any), self.work)?;
         config.model.folder = None;
+        config.distillation = Default::default();
         config.model.segment = Default::default();
         let model = config.model.new_config(segattn::model::tokenizer::BYTES)?;
         let shape = model.to_json();
@@ -162,11 +170,7 @@ impl Session<'_> {
             config: Config { ..config },
             model,
             progress,
-            data: Fingerprints {
-                train: String::new(),
-                validation: String::new(),
-                base: None,
-            },
+            data: Fingerprints::default(),
             extra: Vec::new(),
         };
         Ok(save(&mut Disk, &folder, &checkpoint, 2)?)

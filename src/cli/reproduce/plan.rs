@@ -150,10 +150,11 @@ impl<'a> Planned<'a> {
                 });
             }
         }
+        let any = Path::new(".");
         Ok(Self {
             arm,
             seed,
-            config: arm.config(seed, Path::new("."), Path::new("run"))?,
+            config: arm.config(seed, any, Some(any), Path::new("run"))?,
             cells,
         })
     }

@@ -467,6 +467,50 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SegattnDivergenceParams {
+    pub logits: SegattnRows,
+    pub teacher: SegattnRows,
+    pub targets: *const u32,
+    pub scales: *const f32,
+    pub log_probability: *mut f32,
+    pub divergence: *mut f32,
+    pub d_logits: SegattnRows,
+    pub rows: i64,
+    pub vocab: i32,
+    pub temperature: f32,
+    pub inverse: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnDivergenceParams"]
+        [::core::mem::size_of::<SegattnDivergenceParams>() - 104usize];
+    ["Alignment of SegattnDivergenceParams"]
+        [::core::mem::align_of::<SegattnDivergenceParams>() - 8usize];
+    ["Offset of field: SegattnDivergenceParams::logits"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, logits) - 0usize];
+    ["Offset of field: SegattnDivergenceParams::teacher"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, teacher) - 16usize];
+    ["Offset of field: SegattnDivergenceParams::targets"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, targets) - 32usize];
+    ["Offset of field: SegattnDivergenceParams::scales"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, scales) - 40usize];
+    ["Offset of field: SegattnDivergenceParams::log_probability"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, log_probability) - 48usize];
+    ["Offset of field: SegattnDivergenceParams::divergence"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, divergence) - 56usize];
+    ["Offset of field: SegattnDivergenceParams::d_logits"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, d_logits) - 64usize];
+    ["Offset of field: SegattnDivergenceParams::rows"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, rows) - 80usize];
+    ["Offset of field: SegattnDivergenceParams::vocab"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, vocab) - 88usize];
+    ["Offset of field: SegattnDivergenceParams::temperature"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, temperature) - 92usize];
+    ["Offset of field: SegattnDivergenceParams::inverse"]
+        [::core::mem::offset_of!(SegattnDivergenceParams, inverse) - 96usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct SegattnAdamwTensor {
     pub values: *mut f32,
     pub grads: *const f32,

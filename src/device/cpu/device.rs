@@ -5,11 +5,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::divergence::{RowLesson, divergence_row};
 use super::rows::{self, Angles};
 use super::{Buffer, Cpu, PackedMatrix, Pool, adamw, gemm, sinks};
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, HostBlocks, HostSamplers,
-    Kind, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows, Update, shared::spans,
+    Kind, Lesson, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows, Update,
+    shared::spans,
 };
 use crate::isa::Isa;
 
@@ -423,6 +425,33 @@ impl Device for Cpu {
         let rows = logits.block(targets.len(), vocab).par_chunks_mut(vocab);
         let scores = scores.block(targets.len(), 1);
         rows.zip(targets).zip(scores).enumerate().for_each(score);
+        Ok(())
+    }
+
+    fn divergences(
+        &self,
+        mut logits: RowsMut<'_, Buffer>,
+        vocab: usize,
+        targets: &[u32],
+        lesson: &Lesson<'_, Buffer>,
+        [mut scores, mut divergences]: [RowsMut<'_, Buffer>; 2],
+    ) -> Result<()> {
+        let (rows, temperature) = (targets.len(), lesson.temperature);
+        let teacher = lesson.teacher.block(rows, vocab).par_chunks(vocab);
+        let lessons = teacher
+            .zip(lesson.scales)
+            .map(|(teacher, scales)| RowLesson {
+                teacher,
+                temperature,
+                scales: scales.map(|scale| scale as f32),
+            });
+        let of_rows = (scores.block(rows, 1), divergences.block(rows, 1));
+        let logits = logits.block(rows, vocab).par_chunks_mut(vocab);
+        (logits.zip(targets), lessons, of_rows)
+            .into_par_iter()
+            .for_each(|((row, target), lesson, (score, divergence))| {
+                [*score, *divergence] = divergence_row(row, *target as usize, lesson);
+            });
         Ok(())
     }
 

@@ -10,6 +10,7 @@ mod adamw;
 mod attend;
 mod buffer;
 mod device;
+pub mod divergence;
 mod element;
 pub mod gemm;
 mod idle;

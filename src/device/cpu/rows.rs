@@ -309,18 +309,25 @@ pub fn cross_entropy_row(logits: &[f32], target: usize) -> RowSoftmax {
 
 /// Elements that are summed in f32 before their sum is added in f64. This keeps the sum over a large vocabulary exact
 /// enough.
-const SUM_BLOCK: usize = 4096;
+pub(super) const SUM_BLOCK: usize = 4096;
+
+/// The largest element, in lanes; NaN is passed over.
+#[inline(always)]
+pub(super) fn max_lanes(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (whole, rest) = row.as_chunks::<16>();
+    for chunk in whole {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    let all = lanes.iter().chain(rest);
+    all.fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+}
 
 for_each_isa! {
     fn softmax_row(logits: &[f32], target: usize) -> RowSoftmax {
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        let (whole, rest) = logits.as_chunks::<16>();
-        for chunk in whole {
-            for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                *lane = if x > *lane { x } else { *lane };
-            }
-        }
-        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
+        let max = max_lanes(logits);
         let mut sum = 0f64;
         for block in logits.chunks(SUM_BLOCK) {
             sum += sum_lanes([block], |[x], sum| sum + exp(x - max)) as f64;

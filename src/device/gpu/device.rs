@@ -7,12 +7,12 @@ use half::bf16;
 use super::gemm::epilogue;
 use super::{
     Blocks, Buffer, Driver, Epilogue, Gemm, Gpu, Matrix, Operand, Pool, Recording, Samplers, Step,
-    attend, bounds, bytes_of, head_norms, optimizer, record, rotation, rows, sinks,
+    attend, bounds, bytes_of, head_norms, loss, optimizer, record, rotation, rows, sinks,
 };
 use crate::device::{
-    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Move,
-    OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad, StepRows,
-    Update,
+    Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Lesson,
+    Move, OutOfMemory, QkNormGrad, QkNorms, Result, Rows, RowsMut, SinkLogits, SinkLogitsGrad,
+    StepRows, Update,
 };
 
 /// The bytes of numbers in a buffer of this kind.
@@ -435,7 +435,18 @@ impl<D: Driver> Device for Gpu<D> {
         scales: Option<&[f64]>,
         scores: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rows::log_probabilities(self, logits, vocab, targets, scales, scores)
+        loss::log_probabilities(self, logits, vocab, targets, scales, scores)
+    }
+
+    fn divergences(
+        &self,
+        logits: RowsMut<'_, Buffer<D>>,
+        vocab: usize,
+        targets: &[u32],
+        lesson: &Lesson<'_, Buffer<D>>,
+        scores: [RowsMut<'_, Buffer<D>>; 2],
+    ) -> Result<()> {
+        loss::divergences(self, logits, vocab, targets, lesson, scores)
     }
 
     fn attention(

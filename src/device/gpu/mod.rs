@@ -15,6 +15,7 @@ mod driver;
 mod dry_run;
 mod gemm;
 mod head_norms;
+mod loss;
 mod memory;
 mod optimizer;
 mod past_pool;

@@ -1,11 +1,11 @@
 //! Row-wise functions: choice of kernel, grid and parameters.
 
-use super::bounds::{NONE, VECTOR, below, equal, int, of_kind, pointer, product, rows_at};
+use super::bounds::{NONE, VECTOR, below, int, pointer, product, rows_at};
 use super::step::Column;
 use super::{Buffer, Driver, Gpu, Matrix, Step};
 use crate::cuda::kernels::layer_params::{
-    SegattnCopyParams, SegattnEmbedParams, SegattnLossParams, SegattnNormParams,
-    SegattnNormsParams, SegattnRows, SegattnSwigluParams,
+    SegattnCopyParams, SegattnEmbedParams, SegattnNormParams, SegattnNormsParams, SegattnRows,
+    SegattnSwigluParams,
 };
 use crate::cuda::kernels::{Entry, Error, File, Kernels, Launch};
 use crate::device::{Accumulate, DeviceError, Kind, Result, Rows, RowsMut};
@@ -498,43 +498,4 @@ pub(super) fn swiglu_grad<D: Driver>(
         threads,
         &params,
     )
-}
-
-/// Writes log-probabilities of targets to `scores`. With `scales`, one a row, the gradient overwrites the logits.
-pub(super) fn log_probabilities<D: Driver>(
-    gpu: &Gpu<D>,
-    logits: RowsMut<'_, Buffer<D>>,
-    vocab: usize,
-    targets: &[u32],
-    scales: Option<&[f64]>,
-    scores: RowsMut<'_, Buffer<D>>,
-) -> Result<()> {
-    let rows = targets.len();
-    of_kind(logits.buffer, Kind::Exact)?;
-    let at = gpu.rows(&logits.shared(), rows, vocab)?;
-    below("target", targets.iter().map(|t| *t as usize).max(), vocab)?;
-    let log_probability = gpu.exact(scores.buffer, scores.start, rows)?;
-    if let Some(scales) = scales {
-        equal("scales", rows, scales.len())?;
-    }
-    let ids = gpu.upload(targets)?;
-    let narrow = |scales: &[f64]| scales.iter().map(|s| *s as f32).collect::<Vec<_>>();
-    let factors = scales.map(|s| gpu.upload(&narrow(s))).transpose()?;
-    let params = SegattnLossParams {
-        logits: rows_at(at, logits.stride),
-        targets: pointer(&ids),
-        scales: factors.as_ref().map_or(std::ptr::null(), pointer),
-        log_probability,
-        d_logits: match scales {
-            // The same rows: bf16 elements are half as long, so twice as many lie between two rows.
-            Some(_) => rows_at(at, 2 * logits.stride),
-            None => NONE,
-        },
-        rows: rows as i64,
-        vocab: int("vocab", vocab)?,
-    };
-    let grid = Grid::Sized(rows, row_threads(vocab));
-    launch(gpu, entry(File::Loss, "cross_entropy_bf16"), grid, &params)?;
-    logits.buffer.half_rows = scales.is_some();
-    Ok(())
 }

@@ -163,6 +163,16 @@ impl<'a> ExampleRef<'a> {
         })
     }
 
+    /// Sum of a number of each target times its weight; without those that weigh nothing, whatever their numbers are.
+    pub fn weighed(&self, numbers: &[f64]) -> f64 {
+        let all = numbers.iter().enumerate();
+        let weighed = all.map(|(i, x)| match self.weight(i) {
+            0.0 => 0.0,
+            weight => weight * x,
+        });
+        weighed.sum()
+    }
+
     /// Weight of target `i` times the derivative of its objective by its log-probability, which only that of a policy
     /// gradient depends on.
     pub fn slope(&self, i: usize, log_probability: f64) -> f64 {

@@ -1,6 +1,7 @@
 //! The losses of a step's targets, and their gradient with respect to the input of the head.
 
-use super::{Groups, Streams, rows_of};
+use super::teacher::Lessons;
+use super::{Groups, Scores, StepScores, Streams, rows_of};
 use crate::device::{Accumulate, Device, Kind, Result, Rows, RowsMut};
 use crate::model::decoder::{Forward, Span, Step};
 use crate::model::parameters::index;
@@ -14,13 +15,13 @@ struct Target {
 }
 
 impl<D: Device> Streams<'_, D> {
-    /// Computes the log-probabilities of the step's targets. Returns the gradient of the losses with respect to the
-    /// input of the last norm.
+    /// Computes the scores of the step's targets, from what the head reads and what the teacher's head reads, if there
+    /// is one. Returns the gradient of the losses with respect to the input of the last norm.
     pub(super) fn losses(
         &mut self,
         step: &Step,
         segments: &[usize],
-        forward: &Forward<D>,
+        (forward, taught): (&Forward<D>, Option<D::Buffer>),
         gradients: &mut Groups<'_, D>,
     ) -> Result<D::Buffer> {
         let (device, config) = (&self.model.device, &self.model.config);
@@ -33,8 +34,14 @@ impl<D: Device> Streams<'_, D> {
             .map(|run| rows_of(&step.spans[run.clone()])[1])
             .max();
         let chunk = D::LOGIT_ROWS;
-        let mut logits = device.empty(Kind::Exact, longest.unwrap_or(0).min(chunk) * vocab)?;
+        let most = longest.unwrap_or(0).min(chunk);
+        let mut logits = device.empty(Kind::Exact, most * vocab)?;
         let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
+        let lessons = self.teaching.as_ref().zip(taught);
+        let lessons = lessons.map(|(teaching, taught)| {
+            Lessons::new(teaching.teacher, taught, [step.tokens.len(), most])
+        });
+        let mut lessons = lessons.transpose()?;
         for run in &runs {
             let targets = self.targets(&step.spans[run.clone()], segments[run.start]);
             let [mut row, _] = rows_of(&step.spans[run.clone()]);
@@ -63,7 +70,15 @@ impl<D: Device> Streams<'_, D> {
                 let scales: Vec<f64> = scales.map(scale).collect();
                 let out = RowsMut::packed(&mut logits, 0, vocab);
                 let to = RowsMut::packed(&mut scores, row, 1);
-                device.log_probabilities(out, vocab, &tokens, Some(&scales), to)?;
+                match &mut lessons {
+                    None => device.log_probabilities(out, vocab, &tokens, Some(&scales), to)?,
+                    Some(lessons) => {
+                        let weight = |t: &Target| self.sequences[t.sequence].weight(t.number);
+                        let weights = targets.iter().map(|t| self.scale * weight(t));
+                        let scales = scales.into_iter().zip(weights).collect();
+                        lessons.learn(row, &tokens, scales, [out, to])?;
+                    }
+                }
                 let d_logits = Rows::packed(&logits, 0, vocab);
                 let d_x = RowsMut::packed(&mut d_hidden, row, hidden);
                 device.linear_input_grad(d_logits, rows, head, d_x, Accumulate::No)?;
@@ -72,7 +87,11 @@ impl<D: Device> Streams<'_, D> {
                 row += rows;
             }
         }
-        self.scores.push((step.spans.clone(), scores));
+        self.scores.push(StepScores {
+            spans: step.spans.clone(),
+            log_probabilities: scores,
+            divergences: lessons.map(Lessons::divergences),
+        });
         let rows = step.tokens.len();
         let divisor = config.switches.logits_divisor;
         let d_hidden = self.model.times(1.0 / divisor, d_hidden, [rows, hidden])?;
@@ -113,14 +132,29 @@ impl<D: Device> Streams<'_, D> {
         spans.iter().flat_map(of).collect()
     }
 
-    /// Log-probabilities of every sequence's targets, in order.
-    pub(super) fn log_probabilities(&self) -> Result<Vec<Vec<f64>>> {
+    /// Scores of every sequence's targets, in order.
+    pub(super) fn scores(&self) -> Result<Scores> {
+        let log_probabilities = self.by_sequence(|step| Some(&step.log_probabilities))?;
+        let divergences = self.teaching.as_ref();
+        let divergences = divergences.map(|_| self.by_sequence(|step| step.divergences.as_ref()));
+        Ok(Scores {
+            log_probabilities,
+            divergences: divergences.transpose()?,
+        })
+    }
+
+    /// Numbers of every sequence's targets, from buffers with one for each row of a step.
+    fn by_sequence(
+        &self,
+        of: impl Fn(&StepScores<D>) -> Option<&D::Buffer>,
+    ) -> Result<Vec<Vec<f64>>> {
         let mut all = vec![Vec::new(); self.sequences.len()];
-        for (spans, scores) in &self.scores {
-            let rows = spans.iter().map(|s| s.rows.rows).sum();
-            let scores = self.model.device.read_wide(scores, 0..rows)?;
-            for Span { sequence, rows, .. } in spans {
-                all[*sequence].extend_from_slice(&scores[rows.row..rows.row + rows.rows]);
+        for step in &self.scores {
+            let rows = step.spans.iter().map(|s| s.rows.rows).sum();
+            let Some(buffer) = of(step) else { continue };
+            let numbers = self.model.device.read_wide(buffer, 0..rows)?;
+            for Span { sequence, rows, .. } in &step.spans {
+                all[*sequence].extend_from_slice(&numbers[rows.row..rows.row + rows.rows]);
             }
         }
         Ok(all)

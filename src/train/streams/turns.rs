@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Batch, Gradients, Groups, StreamConfig, Streams};
+use super::{Batch, Gradients, Groups, Objective, Scores, StreamConfig, Streams};
 use crate::device::{Device, DeviceError, Purpose, Result};
 use crate::model::decoder::Decoder;
 use crate::model::segmentation::Segment;
@@ -26,13 +26,9 @@ pub(in crate::train) trait Sums<D: Device>: Send {
     /// Those of the batch at work, for each of its groups.
     fn gradients(&mut self) -> &mut [Gradients<D>];
 
-    /// The batch's gradients are complete. Takes the log-probabilities of each sequence's targets, which are there
-    /// where the model's head is.
-    fn end(
-        &mut self,
-        batch: usize,
-        log_probabilities: Vec<Vec<f64>>,
-    ) -> std::result::Result<(), Self::Error>;
+    /// The batch's gradients are complete. Takes the scores of each sequence's targets, which are there where the
+    /// model's head is.
+    fn end(&mut self, batch: usize, scores: Scores) -> std::result::Result<(), Self::Error>;
 }
 
 /// Segments of a batch that run in one step.
@@ -45,25 +41,28 @@ struct Turn {
     end: usize,
 }
 
-/// As [`accumulate`](super::accumulate), for several batches with gradients for each group of `group` sequences. They
-/// have the bits of a group computed alone.
+/// As [`accumulate_of`](super::accumulate_of), for several batches with gradients for each group of `group` sequences.
+/// They have the bits of a group computed alone.
 ///
 /// # Errors
-/// As [`accumulate`](super::accumulate), and those of `sums`.
+/// As [`accumulate_of`](super::accumulate_of), and those of `sums`.
 pub(in crate::train) fn accumulate_batches<D: Device, S: Sums<D>>(
     model: &Decoder<D>,
     batches: &[&[ExampleRef<'_>]],
     group: usize,
     config: StreamConfig,
-    scale: f64,
+    objective: &Objective<'_, D>,
     sums: &mut S,
 ) -> std::result::Result<(), S::Error> {
+    if let Some(teacher) = &objective.teacher {
+        teacher.check(model)?;
+    }
     let batches: Vec<Batch<'_>> = batches
         .iter()
         .map(|sequences| Batch::new(model, sequences))
         .collect::<Result<_>>()?;
     let device = &model.device;
-    device.together(|| run(model, &batches, group, config, scale, sums))
+    device.together(|| run(model, &batches, group, config, objective, sums))
 }
 
 impl<'a> Batch<'a> {
@@ -101,7 +100,7 @@ fn run<D: Device, S: Sums<D>>(
     batches: &[Batch<'_>],
     group: usize,
     config: StreamConfig,
-    scale: f64,
+    objective: &Objective<'_, D>,
     sums: &mut S,
 ) -> std::result::Result<(), S::Error> {
     let turns = batches.iter().enumerate();
@@ -116,7 +115,7 @@ fn run<D: Device, S: Sums<D>>(
         }
         if let Some(turn) = turns.get(i) {
             if turn.first == 0 {
-                let streams = Streams::new(model, &batches[turn.batch], config, scale);
+                let streams = Streams::new(model, &batches[turn.batch], config, objective);
                 alive.push_back(streams.map_err(for_backward)?);
             }
             let mut groups = back.map(|_| Groups::new(sums.gradients(), group));
@@ -131,9 +130,9 @@ fn run<D: Device, S: Sums<D>>(
             let done = streams.backward(turn.first, turn.next, turn.end, &mut groups);
             done.map_err(for_backward)?;
             if turn.next == turn.end {
-                let log_probabilities = streams.log_probabilities()?;
+                let scores = streams.scores()?;
                 alive.pop_front();
-                sums.end(turn.batch, log_probabilities)?;
+                sums.end(turn.batch, scores)?;
             }
         }
     }

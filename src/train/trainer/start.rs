@@ -41,6 +41,11 @@ impl<D: Device> Among<D> {
     }
 
     fn layers(device: &D, whole: ModelConfig, config: &Config, ranks: Ranks<D>) -> Result<Self> {
+        if config.distillation.is_on() && ranks.world() > 1 {
+            let expected =
+                "1 where `distillation.model` is given: a teacher is not spread over stages";
+            return Err(TrainError::argument("stages", expected, ranks.world()));
+        }
         let layers = Layers::new(&whole, &config.training, ranks.world())?;
         let model = part_of_rank(&whole, ranks.rank(), ranks.world())?;
         Ok(Self {
@@ -98,7 +103,8 @@ impl<D: Device> Trainer<D> {
     /// Each holds weights, gradients and moments of its own layers. Otherwise as [`Trainer::on_ranks`].
     ///
     /// # Errors
-    /// As [`Trainer::on_ranks`]; also [`TrainError::Argument`] for more ranks than layers and for adapters.
+    /// As [`Trainer::on_ranks`]; also [`TrainError::Argument`] for more ranks than layers, for adapters and for a
+    /// teacher.
     pub fn on_stages(
         device: D,
         model: ModelConfig,
@@ -281,6 +287,7 @@ impl<D: Device> Trainer<D> {
             gradients: vec![Gradients::of(&model, &updated)?],
             spread,
             layers,
+            teacher: None,
             updated,
             config,
             model,

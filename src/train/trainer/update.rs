@@ -11,7 +11,17 @@ use crate::train::data::ExampleRef;
 use crate::train::error::{Result, TrainError};
 use crate::train::optimizer::{MIN_GATE, decays};
 use crate::train::spread::Spread;
-use crate::train::streams::{Gradients, Sums, accumulate_batches};
+use crate::train::streams::{Gradients, Objective, Scores, Sums, accumulate_batches};
+
+/// What a step's gradient comes with.
+pub(super) struct Gradient {
+    /// As in [`StepReport`](super::StepReport).
+    pub loss: f64,
+    /// As there.
+    pub divergence: Option<f64>,
+    /// As there.
+    pub log_probabilities: Vec<Vec<f64>>,
+}
 
 /// What a step takes from its batches.
 struct StepSums<'a, D: Device> {
@@ -29,6 +39,8 @@ struct StepSums<'a, D: Device> {
     sequences: &'a [&'a [ExampleRef<'a>]],
     /// Of each sequence, where the model's head is here.
     weighted: Vec<f64>,
+    /// The same for divergences, where there is a teacher.
+    diverged: Vec<f64>,
     log_probabilities: Vec<Vec<f64>>,
 }
 
@@ -61,7 +73,17 @@ impl<D: Device> Sums<D> for StepSums<'_, D> {
         &mut self.gradients[..self.at_work]
     }
 
-    fn end(&mut self, batch: usize, log_probabilities: Vec<Vec<f64>>) -> Result<()> {
+    fn end(&mut self, batch: usize, scores: Scores) -> Result<()> {
+        let Scores {
+            log_probabilities,
+            divergences,
+        } = scores;
+        for (s, divergences) in self.sequences[batch]
+            .iter()
+            .zip(divergences.unwrap_or_default())
+        {
+            self.diverged.push(s.weighed(&divergences));
+        }
         if self.model.config.part.ends {
             let weighted = self.sequences[batch].iter().zip(&log_probabilities);
             let sums = weighted.map(|(s, scores)| s.weighted(scores).sum::<f64>());
@@ -94,13 +116,12 @@ fn join_head<D: Device>(model: &Decoder<D>, gradients: &mut Gradients<D>) -> dev
 }
 
 impl<D: Device> Trainer<D> {
-    /// Leaves the gradient of the mean loss in `gradients`, as far as this rank owns it. Returns the loss,
-    /// and the log-probabilities of the targets of each sequence that this rank computed.
+    /// Leaves the gradient of the mean objective in `gradients`, as far as this rank owns it.
     pub(super) fn gradient(
         &mut self,
         sequences: &[ExampleRef<'_>],
         scale: f64,
-    ) -> Result<(f64, Vec<Vec<f64>>)> {
+    ) -> Result<Gradient> {
         self.spread.begin();
         let prices = self.prices_of_gates()?;
         let (batch, group) = (self.config.training.batch, self.config.training.group());
@@ -114,6 +135,11 @@ impl<D: Device> Trainer<D> {
             |at: &Range<usize>| &sequences[at.start * group..sequences.len().min(at.end * group)];
         let sequences: Vec<_> = batches.iter().map(of).collect();
         let (streams, began) = (self.streams(), Instant::now());
+        let section = &self.config.distillation;
+        let objective = Objective {
+            scale,
+            teacher: self.teacher.as_ref().map(|model| section.teaching(model)),
+        };
         let mut step = StepSums {
             model: &self.model,
             updated: &self.updated,
@@ -125,13 +151,29 @@ impl<D: Device> Trainer<D> {
             batches: &batches,
             sequences: &sequences,
             weighted: Vec::new(),
+            diverged: Vec::new(),
             log_probabilities: Vec::new(),
         };
-        accumulate_batches(&self.model, &sequences, group, streams, scale, &mut step)?;
+        accumulate_batches(
+            &self.model,
+            &sequences,
+            group,
+            streams,
+            &objective,
+            &mut step,
+        )?;
         let (sums, log_probabilities) = (step.weighted, step.log_probabilities);
+        let diverged = step.diverged;
         self.model.stage.finish()?;
         let computed = began.elapsed();
         let sums = self.ranks().concat(sums, "losses are added up")?;
+        let divergence = match &self.teacher {
+            Some(_) => {
+                let sums = self.ranks().concat(diverged, "divergences are added up")?;
+                Some(sums.iter().sum::<f64>() * scale)
+            }
+            None => None,
+        };
         let device = &self.model.device;
         let waited = began.elapsed();
         self.spread.sum(device, &mut self.gradients[0], groups)?;
@@ -141,7 +183,11 @@ impl<D: Device> Trainer<D> {
             (waited - computed).as_secs_f64(),
             (began.elapsed() - waited).as_secs_f64()
         );
-        Ok((-sums.iter().sum::<f64>() * scale, log_probabilities))
+        Ok(Gradient {
+            loss: -sums.iter().sum::<f64>() * scale,
+            divergence,
+            log_probabilities,
+        })
     }
 
     /// The gradients of `gate_l1` times the mean of the gates that are read, those above 0 of heads that read the past,
