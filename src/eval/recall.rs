@@ -55,8 +55,8 @@ pub(super) fn mean(samples: &[&[HeadRecall]]) -> Vec<HeadRecall> {
     sums
 }
 
-/// What an oracle lets be read after a prompt's break, of what is eligible there. With the statements asked for it shows
-/// what a model would find if retrieval never missed.
+/// What an oracle lets be read after a prompt's break, of what is eligible there. With the statements asked for it
+/// shows what a model would find if retrieval never missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Oracle {
