@@ -169,7 +169,7 @@ fn lookalikes_share_their_parts_with_others_and_are_told_apart_by_all_of_them() 
             let alike =
                 |line: &&str| parts(line) != key && parts(line).iter().any(|p| key.contains(p));
             asked += 1;
-            confusable += usize::from(statements.iter().any(|line| alike(line)));
+            confusable += usize::from(statements.iter().any(alike));
         }
     }
     assert!(
