@@ -186,7 +186,8 @@ mod tests {
     {
         let own = head(0, &[2, 3, 6, 7], 2..11);
         let at_end = [0, 1, 4, 5, 10, 11, 20, 21];
-        let tokens = |block_len| Oracle::Prompt.tokens(&[6..7, 9..10], &own, &at_end, [block_len, 8]);
+        let tokens =
+            |block_len| Oracle::Prompt.tokens(&[6..7, 9..10], &own, &at_end, [block_len, 8]);
         assert_eq!(tokens(2), [4, 5]);
         assert_eq!(tokens(1), [4, 5, 10]);
     }
