@@ -123,13 +123,14 @@ struct Streams<'a, D: Device> {
     head_done: bool,
     /// They stay on the device until the end, because a read synchronizes with the device.
     scores: Vec<StepScores<D>>,
+    /// Of each row of each step, where there is a teacher.
+    divergences: Vec<D::Buffer>,
 }
 
-/// Scores of the rows of a step.
+/// Log-probabilities of the rows of a step.
 struct StepScores<D: Device> {
     spans: Vec<Span>,
     log_probabilities: D::Buffer,
-    divergences: Option<D::Buffer>,
 }
 
 /// Gradients of groups of sequences.
@@ -194,6 +195,7 @@ impl<'a, D: Device> Streams<'a, D> {
             alive: VecDeque::new(),
             head_done: false,
             scores: Vec::new(),
+            divergences: Vec::new(),
         })
     }
 

@@ -90,8 +90,8 @@ impl<D: Device> Streams<'_, D> {
         self.scores.push(StepScores {
             spans: step.spans.clone(),
             log_probabilities: scores,
-            divergences: lessons.map(Lessons::divergences),
         });
+        self.divergences.extend(lessons.map(Lessons::divergences));
         let rows = step.tokens.len();
         let divisor = config.switches.logits_divisor;
         let d_hidden = self.model.times(1.0 / divisor, d_hidden, [rows, hidden])?;
@@ -134,24 +134,24 @@ impl<D: Device> Streams<'_, D> {
 
     /// Scores of every sequence's targets, in order.
     pub(super) fn scores(&self) -> Result<Scores> {
-        let log_probabilities = self.by_sequence(|step| Some(&step.log_probabilities))?;
+        let log_probabilities = self.scores.iter().map(|step| &step.log_probabilities);
+        let log_probabilities = self.by_sequence(log_probabilities)?;
         let divergences = self.teaching.as_ref();
-        let divergences = divergences.map(|_| self.by_sequence(|step| step.divergences.as_ref()));
+        let divergences = divergences.map(|_| self.by_sequence(self.divergences.iter()));
         Ok(Scores {
             log_probabilities,
             divergences: divergences.transpose()?,
         })
     }
 
-    /// Numbers of every sequence's targets, from buffers with one for each row of a step.
-    fn by_sequence(
-        &self,
-        of: impl Fn(&StepScores<D>) -> Option<&D::Buffer>,
-    ) -> Result<Vec<Vec<f64>>> {
+    /// Numbers of every sequence's targets, from a buffer for each step, with one for each of its rows.
+    fn by_sequence<'b>(&self, buffers: impl Iterator<Item = &'b D::Buffer>) -> Result<Vec<Vec<f64>>>
+    where
+        D: 'b,
+    {
         let mut all = vec![Vec::new(); self.sequences.len()];
-        for step in &self.scores {
+        for (step, buffer) in self.scores.iter().zip(buffers) {
             let rows = step.spans.iter().map(|s| s.rows.rows).sum();
-            let Some(buffer) = of(step) else { continue };
             let numbers = self.model.device.read_wide(buffer, 0..rows)?;
             for Span { sequence, rows, .. } in &step.spans {
                 all[*sequence].extend_from_slice(&numbers[rows.row..rows.row + rows.rows]);
