@@ -55,8 +55,8 @@ pub(super) fn mean(samples: &[&[HeadRecall]]) -> Vec<HeadRecall> {
     sums
 }
 
-/// What an oracle lets be read after a prompt's break, of what is eligible there. With the statements asked for it
-/// shows what a model would find if retrieval never missed.
+/// Which past rows an oracle gives to the heads after a prompt's break. It gives only what is eligible there. With the
+/// statements asked for it shows what a model would find if retrieval never missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Oracle {
@@ -71,7 +71,7 @@ pub enum Oracle {
 }
 
 impl Oracle {
-    /// What a head reads that has selected `own` at the break and `at_end` at the prompt's end.
+    /// Tokens for a head that has selected `own` at the break and `at_end` at the prompt's end.
     pub(super) fn tokens(
         self,
         needles: &[Range<usize>],

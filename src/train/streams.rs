@@ -121,9 +121,9 @@ struct Streams<'a, D: Device> {
     states: Vec<SequenceState<D>>,
     alive: VecDeque<Group<D>>,
     head_done: bool,
-    /// They stay on the device until the end, because a read synchronizes with the device.
+    /// Of each step. They stay on the device until the end, because a read synchronizes with it.
     scores: Vec<StepScores<D>>,
-    /// Of each row of each step, where there is a teacher.
+    /// Divergences of the rows of each step, where there is a teacher; they stay there too.
     divergences: Vec<D::Buffer>,
 }
 

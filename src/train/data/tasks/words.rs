@@ -18,7 +18,7 @@ const WORDS: [&str; 24] = [
     "jungle", "kitchen", "lantern", "meadow", "novel", "ocean", "piano", "quilt", "river",
     "statue", "temple", "thunder", "umbrella", "valley", "whistle",
 ];
-/// A part of a made-up key is one of each: no word, and several tokens.
+/// A part of a made-up key is an onset, a vowel and a coda: no English word, and several tokens.
 const ONSETS: [&str; 10] = ["bl", "dv", "fr", "gn", "kr", "pf", "sk", "tv", "vl", "zm"];
 const VOWELS: [&str; 5] = ["a", "e", "i", "o", "u"];
 const CODAS: [&str; 10] = ["bs", "dz", "fk", "gm", "kt", "lv", "mz", "rb", "vt", "zg"];
@@ -92,7 +92,7 @@ impl Names {
         })
     }
 
-    /// A key of two of the parts, in either order: each part alone says little.
+    /// A key of two parts. Other keys of the group have the same parts, so only both in their order name it.
     pub(super) fn lookalike(&mut self, random: &mut Random, parts: &Parts) -> String {
         let mut round = 0;
         self.distinct(|| {
