@@ -109,8 +109,20 @@ fn breaks_are_given_as_a_flag_or_beside_the_tokens() {
     let half = score(dir, &["--tokens", "half.json", "--breaks", "100,10,20"]);
     assert_eq!(half, expected);
     assert_ne!(score(dir, &["--tokens", "t.json"]), expected);
+    let rereads = serde_json::json!({
+        "tokens": tokens(1, 200), "breaks": [100], "rereads": [60, 120, 120],
+    });
+    std::fs::write(dir.join("reread.json"), rereads.to_string()).unwrap();
+    let flags = ["--breaks", "100", "--rereads", "120,60,120"];
+    let reread = score(dir, &[&["--tokens", "t.json"], &flags[..]].concat());
+    assert_eq!(score(dir, &["--tokens", "reread.json"]), reread);
+    assert_ne!(
+        score(dir, &["--tokens", "t.json", "--breaks", "100"]),
+        reread
+    );
     let with = gradients(dir, &["--breaks", "10,20,100"]);
     assert_ne!(gradients(dir, &[]), with);
+    assert_ne!(gradients(dir, &["--breaks", "100"]), gradients(dir, &flags));
     let data = [
         "eval",
         "-m",
@@ -128,6 +140,9 @@ fn breaks_are_given_as_a_flag_or_beside_the_tokens() {
     let as_flag = perplexity(&["t.json", "--breaks", "10,20,100"]);
     assert_eq!(perplexity(&["o.json"]), as_flag);
     assert_ne!(perplexity(&["t.json"]), as_flag);
+    let reread_loss = perplexity(&[&["t.json"], &flags[..]].concat());
+    assert_eq!(perplexity(&["reread.json"]), reread_loss);
+    assert_ne!(perplexity(&["t.json", "--breaks", "100"]), reread_loss);
     let loss = |value: &serde_json::Value| value["loss"].as_f64().unwrap();
     assert!((loss(&as_flag) - loss(&expected)).abs() < 1e-9);
     for (args, part) in [

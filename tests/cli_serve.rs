@@ -447,11 +447,15 @@ fn wrong_requests_are_explained() {
 const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}\
                         {% if add_generation_prompt %}<assistant>{% endif %}";
 
-/// A model with a chat template, whose prompts end segments where `breaks`.
-fn chat_folder(breaks: bool) -> tempfile::TempDir {
+/// A model with a chat template, whose prompts end segments where `breaks`: `suffix` bytes before their end, which are
+/// read again if there are any.
+fn chat_folder(breaks: bool, suffix: usize) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config();
-    config.segment.as_mut().unwrap().break_after_prompt = breaks;
+    let segment = config.segment.as_mut().unwrap();
+    (segment.break_after_prompt, segment.prompt_suffix_len) = (breaks, suffix);
+    segment.reread_suffix = suffix.min(1);
+    config.validate().unwrap();
     save(folder.path(), &config);
     std::fs::write(folder.path().join("chat_template.jinja"), TEMPLATE).unwrap();
     folder
@@ -459,8 +463,8 @@ fn chat_folder(breaks: bool) -> tempfile::TempDir {
 
 #[test]
 fn chats_have_the_bits_of_the_templates_text() {
-    for breaks in [false, true] {
-        let dir = chat_folder(breaks);
+    for (breaks, suffix) in [(false, 0), (true, 0), (true, 7)] {
+        let dir = chat_folder(breaks, suffix);
         let serving = Serving::start(dir.path(), &[]);
         let parts =
             json!([{"type": "text", "text": "What is a segment"}, {"type": "text", "text": "?"}]);
@@ -472,7 +476,12 @@ fn chats_have_the_bits_of_the_templates_text() {
         let second = format!("{first}A part.\n<user>Of what?\n<assistant>");
         for (text, earlier) in [(first, None), (&second, Some(first.len()))] {
             let ids: Vec<u32> = text.bytes().map(u32::from).collect();
-            let tokens = json!({"tokens": ids, "breaks": earlier.filter(|_| breaks).as_slice()});
+            let marked = earlier.filter(|_| breaks);
+            let tokens = json!({
+                "tokens": ids,
+                "breaks": marked.map(|end| end - suffix).as_slice(),
+                "rereads": marked.filter(|_| suffix > 0).as_slice(),
+            });
             std::fs::write(dir.path().join("t.json"), tokens.to_string()).unwrap();
             let fixed = [
                 "generate",
@@ -555,7 +564,7 @@ fn the_openai_package_agrees() {
         println!("not run: SEGATTN_OPENAI_PYTHON names no Python");
         return;
     };
-    let dir = chat_folder(false);
+    let dir = chat_folder(false, 0);
     let serving = Serving::start(dir.path(), &["--api-key", "secret"]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/serving/openai_client.py");
     let url = format!("http://{}/v1", serving.address);

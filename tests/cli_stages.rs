@@ -31,7 +31,7 @@ fn model(folder: &Path) -> PathBuf {
     command.args(["--checkpoint.every", "0", "--training.validate_every", "0"]);
     succeed(command);
     let tokens: Vec<u32> = (0..150).map(|i| (i * i + i / 3) % 251).collect();
-    let breaks = r#"{"tokens": TOKENS, "breaks": [20, 21, 70]}"#;
+    let breaks = r#"{"tokens": TOKENS, "breaks": [20, 21, 70], "rereads": [21, 24, 75]}"#;
     let text = breaks.replace("TOKENS", &format!("{tokens:?}"));
     std::fs::write(folder.join("tokens.json"), text).unwrap();
     training::newest_folder(&folder.join("run"))

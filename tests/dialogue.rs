@@ -85,11 +85,11 @@ fn a_turn_that_failed_within_is_not_gone_on_from() {
     dialogue.save("", &place).unwrap();
 }
 
-/// What the model generates after these tokens, read anew, with a break after each turn but the last.
+/// What the model generates after these tokens, read anew, with the breaks and rereads of each turn but the last.
 fn anew(
     model: &Decoder<Cpu>,
     tokens: &[u32],
-    breaks: &[usize],
+    [breaks, rereads]: [&[usize]; 2],
     config: GeneratorConfig,
 ) -> Generated {
     let longest = tokens.len() + config.max_new;
@@ -99,6 +99,7 @@ fn anew(
         tokens,
         breaks,
         stream: 0,
+        rereads,
     };
     let mut generator = Generator::new(&mut session, &[prompt], config).unwrap();
     generator
@@ -117,14 +118,23 @@ fn bits(generated: &Generated) -> Vec<u32> {
 
 #[test]
 fn a_turn_has_the_bits_of_generation_on_all_tokens_so_far() {
-    for (break_after_prompt, suffix) in [(false, 0), (true, 0), (true, 1), (true, 11)] {
-        let config = bytes(break_after_prompt, suffix);
+    for (break_after_prompt, suffix, times) in [
+        (false, 0, 0),
+        (true, 0, 0),
+        (true, 1, 0),
+        (true, 11, 0),
+        (true, 1, 1),
+        (true, 5, 2),
+    ] {
+        let mut config = bytes(break_after_prompt, suffix);
+        config.segment.as_mut().unwrap().reread_suffix = times;
+        config.validate().unwrap();
         let model = model_on(Cpu, &config, &values(&config, 3));
         let tokenizer = Tokenizer::bytes(&config);
         let chat = Chat::of_template(TEMPLATE, &tokenizer).unwrap();
         let system = Some("Be brief.".to_owned());
         let mut dialogue = Dialogue::new(&model, &chat, &tokenizer, system, (64, 1)).unwrap();
-        let mut breaks = Vec::new();
+        let (mut breaks, mut rereads) = (Vec::new(), Vec::new());
         let mut ends = Vec::new();
         for (turn, message) in ["Hello", "And?", "What else is there to say?"]
             .into_iter()
@@ -133,7 +143,8 @@ fn a_turn_has_the_bits_of_generation_on_all_tokens_so_far() {
             let before = dialogue.tokens().to_vec();
             let answer = take(&mut dialogue, message, 12 + turn);
             let tokens = [&before[..], &answer.read].concat();
-            let given: &[usize] = if break_after_prompt { &breaks } else { &[] };
+            let breaks_given: &[usize] = if break_after_prompt { &breaks } else { &[] };
+            let given = [breaks_given, &rereads];
             let expected = anew(&model, &tokens, given, settings(12 + turn, 5 + turn as u64));
             assert_eq!(answer.generated.tokens, expected.tokens);
             assert_eq!(bits(&answer.generated), bits(&expected));
@@ -147,6 +158,7 @@ fn a_turn_has_the_bits_of_generation_on_all_tokens_so_far() {
                 "{text:?}"
             );
             breaks.push(tokens.len() - suffix);
+            rereads.extend(vec![tokens.len(); times]);
             ends.push(answer.generated.finish);
         }
         assert!(ends.contains(&Some(Finish::Length)), "{ends:?}");
@@ -219,6 +231,7 @@ fn a_saved_chat_goes_on_to_the_same_bits() {
             tokens: &[1],
             targets: &[],
             breaks: &[],
+            rereads: &[],
         }])
         .unwrap();
     let place = OutputFile::open(&path).unwrap();

@@ -57,6 +57,7 @@ fn the_choice_is_the_letter_with_the_best_score_of_the_whole_text() {
             let sequence = segattn::model::segmentation::Sequence {
                 tokens: &whole,
                 breaks: &breaks,
+                rereads: &[],
             };
             *score(&model, sequence, 1).unwrap().last().unwrap()
         });

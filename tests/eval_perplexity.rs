@@ -24,6 +24,7 @@ fn document(seed: u64, len: usize) -> Document {
         tokens,
         breaks,
         bytes,
+        rereads: Vec::new(),
     }
 }
 
@@ -155,6 +156,7 @@ fn bad_settings_are_typed_errors() {
         tokens: vec![1, 11],
         breaks: Vec::new(),
         bytes: None,
+        rereads: Vec::new(),
     };
     assert_eq!(fails(&[outside], None, None), "tokens");
 }

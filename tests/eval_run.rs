@@ -219,6 +219,7 @@ fn an_oracle_lets_a_prompts_suffix_read_what_the_whole_prompt_selects() {
             tokens,
             targets: &[],
             breaks: &[tokens.len()],
+            rereads: &[],
         };
         session.feed(&[feed]).unwrap();
         session.selected(0).unwrap()
@@ -240,6 +241,7 @@ fn an_oracle_lets_a_prompts_suffix_read_what_the_whole_prompt_selects() {
         tokens: suffix,
         targets: &[],
         breaks: &[],
+        rereads: &[],
     };
     session.feed(&[feed]).unwrap();
     let logits = session.logits(0).unwrap();
@@ -283,6 +285,7 @@ fn an_oracle_gives_every_head_the_statements_asked_for() {
             tokens,
             targets: &[],
             breaks,
+            rereads: &[],
         };
         session.feed(&[feed]).unwrap();
         let logits = session.logits(0).unwrap();

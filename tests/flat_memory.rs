@@ -67,6 +67,7 @@ fn only_results_and_pool_grow_with_the_sequence() {
                 tokens: &sequence,
                 targets: &[],
                 breaks: &[],
+                rereads: &[],
             };
             session.feed(&[feed]).unwrap();
         })

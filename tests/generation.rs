@@ -47,6 +47,7 @@ fn generate(
             breaks: &[],
             tokens,
             stream: *stream,
+            rereads: &[],
         })
         .collect();
     let mut generator = Generator::new(&mut session, &prompts, config.clone()).unwrap();
@@ -144,6 +145,7 @@ fn sequences_end_by_themselves_and_others_go_on() {
         breaks: &[],
         tokens,
         stream: *stream,
+        rereads: &[],
     });
     let mut generator = Generator::new(&mut session, &given, ended).unwrap();
     let mut seen = vec![Vec::new(); 3];
@@ -189,6 +191,7 @@ fn a_session_goes_on_from_what_it_has_read() {
             breaks: &[],
             tokens,
             stream: 0,
+            rereads: &[],
         };
         let only_read = GeneratorConfig {
             max_new: 0,
@@ -220,6 +223,7 @@ fn bad_prompts_are_typed_errors() {
                 breaks: &[],
                 tokens,
                 stream: 0,
+                rereads: &[],
             })
             .collect();
         Generator::new(&mut session, &prompts, sampled(max_new)).err()

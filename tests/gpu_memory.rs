@@ -81,6 +81,7 @@ fn run(model: &Decoder<Dry>, reading: &Reading) -> Result<(), GenerateError> {
         breaks: &[],
         tokens,
         stream: 0,
+        rereads: &[],
     };
     let prompts: Vec<Prompt<'_>> = tokens.iter().map(|t| prompt(t)).collect();
     let config = GeneratorConfig {
@@ -176,6 +177,7 @@ fn breaks_take_no_more_memory_than_a_dry_run_without() {
         let sequence = Tokens {
             ids: vec![0; len],
             breaks: (1..len).filter(|i| i % 7 == 0 || i % 50 < 3).collect(),
+            rereads: Vec::new(),
         };
         score(&model, &sequence, reading.segments_per_step).expect("scores");
         let held = gpu.memory_use();
@@ -442,6 +444,7 @@ fn texts_of_different_lengths_stay_within_the_plan_of_the_longest() {
         tokens: vec![0; tokens],
         breaks: Vec::new(),
         bytes: None,
+        rereads: Vec::new(),
     });
     let settings = PerplexityConfig {
         window: Some(512),

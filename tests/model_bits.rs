@@ -33,6 +33,7 @@ fn in_pieces<D: Device>(model: &Decoder<D>, sequences: &[Vec<u32>], seed: u64) -
                 tokens,
                 targets,
                 breaks: &[],
+                rereads: &[],
             });
         }
         for (all, more) in scored.iter_mut().zip(session.feed(&feeds).unwrap()) {
@@ -103,6 +104,7 @@ fn token_by_token<D: Device>(model: &Decoder<D>, sequence: &[u32]) -> Vec<f32> {
             tokens: &pair[..1],
             targets: &[],
             breaks: &[],
+            rereads: &[],
         };
         session.feed(&[feed]).unwrap();
         session.log_probability(0, pair[1]).unwrap()

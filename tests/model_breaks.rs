@@ -30,7 +30,13 @@ fn first_layer(config: &ModelConfig, sequence: Sequence<'_>) -> Carry<Reference>
     for segment in plan.segments(sequence) {
         let mut slots = Slots::new(&Reference, &plan, &angles, 1, plan.segment_len).unwrap();
         let mut step = Step::default();
-        step.push(0, 0, 0, &sequence.tokens[segment.tokens], segment.closes);
+        step.push(
+            0,
+            0,
+            0,
+            &sequence.tokens[segment.tokens.clone()],
+            segment.end(),
+        );
         let mut placed = step.rows(&plan, slots.room);
         model
             .advance(&plan, &step, &mut placed, &mut [&mut state], &mut slots)
@@ -94,7 +100,14 @@ fn the_state_after_breaks_is_that_of_the_same_tokens() {
         let tokens = tokens(seed as u64, 26);
         let [expected, got] = [&[2, 10, 18, 26][..], breaks].map(|breaks| {
             let tokens = &tokens;
-            first_layer(&config, Sequence { tokens, breaks })
+            first_layer(
+                &config,
+                Sequence {
+                    tokens,
+                    breaks,
+                    rereads: &[],
+                },
+            )
         });
         assert_eq!(got.prior_rows, 4);
         assert_eq!(tail(&config, &got), tail(&config, &expected), "{breaks:?}");
@@ -125,8 +138,16 @@ fn a_bounded_pool_holds_as_many_tokens_wherever_segments_ended() {
             let tokens = &all[..len];
             let breaks: Vec<usize> = (1..=len).filter(|i| i % every == 0 || *i == len).collect();
             let breaks = &breaks[..];
-            let [carry, unbounded] =
-                [&config, &whole].map(|config| first_layer(config, Sequence { tokens, breaks }));
+            let [carry, unbounded] = [&config, &whole].map(|config| {
+                first_layer(
+                    config,
+                    Sequence {
+                        tokens,
+                        breaks,
+                        rereads: &[],
+                    },
+                )
+            });
             assert_eq!(
                 carry.pool.as_ref().unwrap().tokens(),
                 held,
@@ -156,7 +177,11 @@ fn a_tail_holds_no_more_than_the_tokens_so_far() {
     for (len, breaks) in [(1, &[1][..]), (2, &[1, 2]), (3, &[2, 3]), (3, &[1, 2, 3])] {
         let tokens = &all[..len];
         let [expected, got] = [&[len][..], breaks].map(|breaks| {
-            let sequence = Sequence { tokens, breaks };
+            let sequence = Sequence {
+                tokens,
+                breaks,
+                rereads: &[],
+            };
             first_layer(&config, sequence)
         });
         assert_eq!(got.prior_rows, len);
@@ -185,9 +210,23 @@ fn a_short_segment_asks_with_the_queries_that_it_has() {
         for seed in 0..4 {
             let tokens = &tokens(seed, 16 + rows);
             let breaks = &[8, 16, 16 + rows];
-            let got = first_layer(&config, Sequence { tokens, breaks });
+            let got = first_layer(
+                &config,
+                Sequence {
+                    tokens,
+                    breaks,
+                    rereads: &[],
+                },
+            );
             let breaks = &[8 + rows, 16 + rows];
-            let expected = first_layer(&shorter, Sequence { tokens, breaks });
+            let expected = first_layer(
+                &shorter,
+                Sequence {
+                    tokens,
+                    breaks,
+                    rereads: &[],
+                },
+            );
             assert_eq!(
                 selected(&got),
                 selected(&expected),
@@ -212,7 +251,14 @@ fn what_the_tail_holds_is_not_selected() {
     for len in 1..10usize {
         let breaks: Vec<usize> = (1..=len).collect();
         let (tokens, breaks) = (&all[..len], &breaks[..]);
-        let carry = first_layer(&config, Sequence { tokens, breaks });
+        let carry = first_layer(
+            &config,
+            Sequence {
+                tokens,
+                breaks,
+                rereads: &[],
+            },
+        );
         // Whole blocks of two.
         let eligible = len.saturating_sub(4) / 2 * 2;
         for tokens in selected(&carry) {
@@ -244,6 +290,7 @@ fn a_break_changes_what_follows_it() {
         let broken = Tokens {
             ids: ids.clone(),
             breaks: vec![at],
+            rereads: Vec::new(),
         };
         let with = score(&model, &broken, 1).unwrap();
         // Token `at` is predicted by the last row before the break.
@@ -254,6 +301,7 @@ fn a_break_changes_what_follows_it() {
         let broken = Tokens {
             ids: ids.clone(),
             breaks: vec![nothing],
+            rereads: Vec::new(),
         };
         let with = score(&model, &broken, 1).unwrap();
         assert_eq!(bits(&with), bits(&without), "break at {nothing}");
@@ -268,7 +316,19 @@ fn a_model_without_segments_passes_over_breaks() {
     let ids = tokens(4, 20);
     let without = score(&model, &ids, 1).unwrap();
     let breaks = vec![3, 9];
-    assert_eq!(score(&model, &Tokens { ids, breaks }, 1).unwrap(), without);
+    assert_eq!(
+        score(
+            &model,
+            &Tokens {
+                ids,
+                breaks,
+                rereads: Vec::new(),
+            },
+            1
+        )
+        .unwrap(),
+        without
+    );
 }
 
 /// Tokens that a model writes end its segments too, also several of one row in a row: what it says of them is what
@@ -294,6 +354,7 @@ fn generation_has_the_breaks_of_scoring() {
                 breaks: &[],
                 tokens,
                 stream: seed,
+                rereads: &[],
             })
             .collect();
         let mut session = Session::new(&model, 3, 60, 2).unwrap();
@@ -313,6 +374,7 @@ fn generation_has_the_breaks_of_scoring() {
                     true => vec![at - suffix.min(at - 1)],
                     false => Vec::new(),
                 },
+                rereads: Vec::new(),
             };
             let expected = score(&model, &whole, 2).unwrap();
             let got = bits(&generated.log_probabilities);
@@ -335,6 +397,7 @@ fn feed(
         tokens,
         targets: &[],
         breaks,
+        rereads: &[],
     }])
 }
 

@@ -128,6 +128,7 @@ fn sessions_beyond_all_memory_are_errors() {
                 tokens,
                 targets: &[],
                 breaks: &[],
+                rereads: &[],
             };
             let got = session.feed(&[feed(&sequence)]);
             assert!(matches!(got, Err(DeviceError::OutOfMemory(_))), "{got:?}");

@@ -13,7 +13,7 @@ use segattn::device::reference::Reference;
 use segattn::model::config::ModelConfig;
 use segattn::model::decoder::{Decoder, Step};
 use segattn::model::lora::{Lora, LoraConfig};
-use segattn::model::segmentation::{Segment, Sequence, Tokens};
+use segattn::model::segmentation::{End, Segment, Sequence, Tokens};
 use segattn::model::state::{Angles, Plan, SequenceState, Slots};
 use segattn::train::streams::{
     Gradients, Objective, StreamConfig, Teacher, accumulate, accumulate_of,
@@ -48,12 +48,9 @@ fn segment_loss(
     state: &mut SequenceState<Reference>,
     of_row: RowLoss<'_>,
 ) -> f64 {
-    let Segment {
-        tokens: Range { start, end },
-        closes,
-    } = *segment;
+    let Range { start, end } = segment.tokens;
     let mut step = Step::default();
-    step.push(0, 0, 0, &tokens[start..end], closes);
+    step.push(0, 0, 0, &tokens[start..end], segment.end());
     let angles = Angles::new(&Reference, &model.config, plan, plan.segment_len).unwrap();
     let mut slots = Slots::new(&Reference, plan, &angles, 1, plan.segment_len).unwrap();
     let mut placed = step.rows(plan, plan.segment_len);
@@ -80,6 +77,25 @@ fn segment_loss(
     rows.map(|(i, row)| of_row(start + i, row)).sum()
 }
 
+/// Reads the beginnings of a segment that are read for their queries, which leaves what they select.
+fn ask(
+    model: &Decoder<Reference>,
+    plan: &Plan,
+    tokens: &[u32],
+    (start, asks): (usize, Option<&Vec<usize>>),
+    state: &mut SequenceState<Reference>,
+) {
+    for rows in asks.into_iter().flatten() {
+        let mut step = Step::default();
+        step.push(0, 0, 0, &tokens[start..start + rows], End::Again);
+        let angles = Angles::new(&Reference, &model.config, plan, plan.segment_len).unwrap();
+        let mut slots = Slots::new(&Reference, plan, &angles, 1, plan.segment_len).unwrap();
+        let mut placed = step.rows(plan, plan.segment_len);
+        let states = &mut [&mut *state];
+        (model.advance(plan, &step, &mut placed, states, &mut slots)).unwrap();
+    }
+}
+
 /// What the rows of each sequence add to a loss: sequence, place, and logits.
 type Loss<'a> = &'a dyn Fn(usize, usize, &[f64]) -> f64;
 
@@ -97,9 +113,11 @@ fn truncated_loss(
         let of_row = |place: usize, logits: &[f64]| of_row(s, place, logits);
         let (inputs, tokens) = (Sequence::from(sequence).inputs(), &sequence.ids);
         let plan = Plan::new(&base.config, inputs.tokens.len());
-        let segments = plan.segments(inputs);
+        let (segments, asks) = (plan.segments(inputs), plan.asks(inputs));
         let mut states = vec![SequenceState::new(&Reference, &plan).unwrap()];
         for (i, segment) in segments.iter().enumerate() {
+            let asked = (segment.tokens.start, asks.get(&i));
+            ask(base, &plan, tokens, asked, &mut states[i]);
             let mut state = copy(&states[i]);
             segment_loss(base, &plan, tokens, segment, &mut state, &of_row);
             states.push(state);
@@ -128,6 +146,7 @@ fn sequences() -> Vec<Tokens> {
         Tokens {
             ids,
             breaks: Vec::new(),
+            rereads: Vec::new(),
         }
     };
     vec![tokens(38), tokens(14), tokens(2)]
@@ -144,6 +163,17 @@ fn broken() -> Vec<Tokens> {
     let broken = sequences().into_iter().zip(breaks);
     let broken = broken.map(|(sequence, breaks)| Tokens { breaks, ..sequence });
     broken.collect()
+}
+
+/// The same; some segments are read again: as a whole, to the middle, at two places, twice at one.
+fn reread() -> Vec<Tokens> {
+    let rereads = [vec![5, 12, 14, 17, 25, 25, 33], vec![3, 9, 14], vec![1]];
+    let reread = broken().into_iter().zip(rereads);
+    let reread = reread.map(|(sequence, rereads)| Tokens {
+        rereads,
+        ..sequence
+    });
+    reread.collect()
 }
 
 /// The config with sinks: more than the first segments of [`broken`] have rows, fewer than a segment.
@@ -238,6 +268,17 @@ fn gradient_is_exact_through_breaks_and_tails_over_several_segments() {
         (usize::MAX, false),
     ] {
         check_gradient(&config_with_break(tied), &broken(), k, tied);
+    }
+}
+
+#[test]
+fn gradient_is_exact_where_segments_are_read_again() {
+    for (k, tied) in [(0, true), (1, false), (2, true), (usize::MAX, false)] {
+        let config = with_sinks(config_with_break(tied));
+        let once = gradients(&model(&config, &values(&config, 1)), &broken(), k, 2, tied);
+        let twice = gradients(&model(&config, &values(&config, 1)), &reread(), k, 2, tied);
+        assert_ne!(once.1, twice.1, "rereads change what is read");
+        check_gradient(&config, &reread(), k, tied);
     }
 }
 

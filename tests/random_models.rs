@@ -125,6 +125,11 @@ fn cases() -> impl Strategy<Value = Case> {
             breaks: (0..=*n)
                 .filter(|_| (next() + 0.5) * 100.0 < breaks.0 as f64)
                 .collect(),
+            // Of one case in three.
+            rereads: (0..=2 * n)
+                .filter(|_| seed % 3 == 0 && next() > 0.4)
+                .map(|i| i / 2)
+                .collect(),
         };
         let sequences = lengths.iter().map(sequence);
         Case {
@@ -167,19 +172,24 @@ fn in_pieces(
     while (0..sequences.len()).any(|b| session.position(b) + 1 < sequences[b].ids.len()) {
         let mut pieces = Vec::new();
         for (b, sequence) in sequences.iter().enumerate() {
-            let (at, end) = (session.position(b), sequence.ids.len() - 1);
-            let until = end.min(at + ((next() + 0.5) * (most + 1.0)) as usize);
-            let breaks = Sequence::from(sequence).breaks_within(at..until);
-            pieces.push((&sequence.ids, at..until, breaks));
+            let (whole, at) = (Sequence::from(sequence).inputs(), session.position(b));
+            let piece = match ((next() + 0.5) * (most + 1.0)) as usize {
+                0 => at..at,
+                count => session.next_piece(b, whole, at, count),
+            };
+            let breaks = whole.breaks_within(piece.clone());
+            let rereads = whole.rereads_within(piece.clone());
+            pieces.push((&sequence.ids, piece, [breaks, rereads]));
         }
         let feeds: Vec<Feed<'_>> = pieces
             .iter()
             .enumerate()
-            .map(|(sequence, (ids, piece, breaks))| Feed {
+            .map(|(sequence, (ids, piece, [breaks, rereads]))| Feed {
                 sequence,
                 tokens: &ids[piece.clone()],
                 targets: &ids[piece.start + 1..=piece.end],
                 breaks,
+                rereads,
             })
             .collect();
         for (all, more) in scored.iter_mut().zip(session.feed(&feeds).unwrap()) {
@@ -257,6 +267,7 @@ proptest! {
         let document = Tokens {
             ids: (0..own).map(|_| ((next() + 0.5) * f64::from(half)) as u32).collect(),
             breaks: (1..own).filter(|_| next() > 0.3).collect(),
+            rereads: (1..own).filter(|_| next() > 0.4).collect(),
         };
         let config = StreamConfig {
             tbptt: (case.seed % 3) as usize,
@@ -267,6 +278,7 @@ proptest! {
         let others = case.sequences.iter().map(|s| Tokens {
             ids: s.ids.iter().map(|t| half + t / 2).collect(),
             breaks: s.breaks.clone(),
+            rereads: s.rereads.clone(),
         });
         let mut batch: Vec<Tokens> = others.collect();
         let place = (case.seed % (batch.len() as u64 + 1)) as usize;

@@ -100,6 +100,7 @@ fn a_server_holds_no_more_than_its_dry_run() {
                     to: to.clone(),
                 },
                 permit,
+                rereads: Vec::new(),
             };
             handle.run(job).expect("an engine");
         }

@@ -61,6 +61,7 @@ fn read(
             tokens: &s[from.min(s.len() - 1)..to.min(s.len() - 1)],
             targets: &s[(from + 1).min(s.len())..(to + 1).min(s.len())],
             breaks: &[],
+            rereads: &[],
         })
         .collect();
     session.feed(&feeds).unwrap()
@@ -333,6 +334,7 @@ fn states_in_memory_go_on_whether_their_pools_have_dropped_tokens_or_not() {
                 tokens: &all[from..to],
                 targets: &all[from + 1..to + 1],
                 breaks: &[],
+                rereads: &[],
             };
             session.feed(&[feed]).unwrap().concat()
         };

@@ -33,7 +33,7 @@ fn deep(mut model: ModelConfig) -> ModelConfig {
     model
 }
 
-/// Sequences of up to eight segments, some of them with breaks.
+/// Sequences of up to eight segments, some of them with breaks and rereads.
 fn long(step: u64, count: usize) -> Vec<Example> {
     let mut next = random(step);
     let one = |i: usize| {
@@ -41,6 +41,7 @@ fn long(step: u64, count: usize) -> Vec<Example> {
         Example {
             weights: Some(tokens.iter().map(|_| (next() + 0.5) as f32).collect()),
             breaks: if i % 2 == 1 { vec![3, 4, 17] } else { vec![] },
+            rereads: if i % 3 == 1 { vec![4, 20, 29] } else { vec![] },
             ..Example::from(tokens)
         }
     };

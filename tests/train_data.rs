@@ -259,26 +259,32 @@ fn batches_go_on_from_a_saved_position_and_an_epoch_takes_each_sequence_once() {
     assert!(sequences.same_cut(4) && !sequences.same_cut(5));
 }
 
-/// Breaks beside ids in JSON, in JSONL and beside a `.bin` file go with their tokens into every sequence.
+/// Breaks and rereads beside ids in JSON, in JSONL and beside a `.bin` file go with their tokens into every sequence.
 #[test]
-fn breaks_beside_tokens_reach_the_sequences_of_their_documents() {
+fn breaks_and_rereads_beside_tokens_reach_the_sequences_of_their_documents() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let bin: Vec<u8> = (10u16..18).flat_map(u16::to_le_bytes).collect();
-    let breaks: Vec<u8> = [0u64, 2, 5, 8]
-        .iter()
-        .flat_map(|b| b.to_le_bytes())
-        .collect();
+    let positions = |positions: &[u64]| -> Vec<u8> {
+        let bytes = positions.iter().map(|p| p.to_le_bytes());
+        bytes.flatten().collect()
+    };
+    let breaks = positions(&[0, 2, 5, 8]);
+    std::fs::write(at("a.bin.rereads"), positions(&[3, 5, 5, 7])).unwrap();
     std::fs::write(at("a.bin"), bin).unwrap();
     std::fs::write(at("a.bin.breaks"), breaks).unwrap();
     std::fs::write(
         at("b.json"),
-        r#"{"breaks": [0, 3, 4], "tokens": [1, 2, 3, 4]}"#,
+        r#"{"breaks": [0, 3, 4], "tokens": [1, 2, 3, 4], "rereads": [2, 3, 3, 3, 3, 3, 3, 3]}"#,
     )
     .unwrap();
     let nested = r#"[[1, 2], {"tokens": [3, 4, 5], "breaks": [2]}, {"tokens": [6]}]"#;
     std::fs::write(at("c.json"), nested).unwrap();
-    std::fs::write(at("d.jsonl"), "{\"text\": [7, 8, 9], \"breaks\": [1, 2]}\n").unwrap();
+    std::fs::write(
+        at("d.jsonl"),
+        "{\"text\": [7, 8, 9], \"breaks\": [1, 2], \"rereads\": [3]}\n",
+    )
+    .unwrap();
     let section = DataSection {
         document_end: Some(13),
         extensions: ["bin", "json", "jsonl"].map(str::to_owned).to_vec(),
@@ -287,32 +293,38 @@ fn breaks_beside_tokens_reach_the_sequences_of_their_documents() {
     let corpus = read_with(&[folder.path().into()], &section).unwrap();
     let whole = |d| {
         let tokens = corpus.tokens(d, 0..d.len).unwrap();
-        (tokens.ids, tokens.breaks)
+        (tokens.ids, tokens.breaks, tokens.rereads)
     };
     let all: Vec<_> = corpus.documents().iter().map(whole).collect();
     assert_eq!(
         all,
         [
-            (vec![10, 11, 12, 13], vec![2]),
-            (vec![14, 15, 16, 17], vec![1, 4]),
-            (vec![1, 2, 3, 4], vec![3, 4]),
-            (vec![1, 2], vec![]),
-            (vec![3, 4, 5], vec![2]),
-            (vec![6], vec![]),
-            (vec![7, 8, 9], vec![1, 2]),
+            (vec![10, 11, 12, 13], vec![2], vec![3]),
+            (vec![14, 15, 16, 17], vec![1, 4], vec![1, 1, 3]),
+            (vec![1, 2, 3, 4], vec![3, 4], vec![2, 3, 3, 3, 3, 3, 3, 3]),
+            (vec![1, 2], vec![], vec![]),
+            (vec![3, 4, 5], vec![2], vec![]),
+            (vec![6], vec![], vec![]),
+            (vec![7, 8, 9], vec![1, 2], vec![3]),
         ]
     );
     let sequences = Sequences::new(corpus.documents()[2..3].to_vec(), 2);
     let cut: Vec<_> = (0..2).map(|i| sequences.get(&corpus, i).unwrap()).collect();
     assert_eq!(cut[0].tokens, [1, 2, 3]);
     assert_eq!(cut[0].breaks, [3]);
+    assert_eq!(cut[0].rereads, [2, 3, 3, 3, 3, 3, 3, 3]);
     assert_eq!(cut[1].tokens, [3, 4]);
     assert_eq!(cut[1].breaks, [1, 2]);
-    // Other breaks are other data.
-    let before = fingerprint(corpus.documents());
-    std::fs::write(at("a.bin.breaks"), 3u64.to_le_bytes()).unwrap();
-    let corpus = read_with(&[folder.path().into()], &section).unwrap();
-    assert_ne!(fingerprint(corpus.documents()), before);
+    assert_eq!(cut[1].rereads, [1; 7]);
+    // Other breaks or rereads are other data.
+    let mut before = vec![fingerprint(corpus.documents())];
+    for (name, changed) in [("a.bin.breaks", &[3][..]), ("a.bin.rereads", &[3, 5, 7])] {
+        std::fs::write(at(name), positions(changed)).unwrap();
+        let corpus = read_with(&[folder.path().into()], &section).unwrap();
+        let now = fingerprint(corpus.documents());
+        assert!(!before.contains(&now), "{name}");
+        before.push(now);
+    }
 }
 
 #[test]
@@ -329,6 +341,13 @@ fn breaks_that_do_not_fit_are_named_with_what_was_expected() {
         ("a.bin.breaks", positions(&[4]), "up to the 3 tokens"),
         ("a.bin.breaks", positions(&[2, 2]), "2 before 2"),
         ("a.bin.breaks", b"abc".to_vec(), "8 bytes"),
+        ("a.bin.rereads", positions(&[2; 8]), "2 8 times"),
+        ("a.bin.rereads", positions(&[2, 1]), "2 before 1"),
+        (
+            "b.json",
+            br#"{"tokens": [1, 2], "rereads": [3]}"#.to_vec(),
+            "rereads",
+        ),
         (
             "b.json",
             br#"{"tokens": [1, 2], "breaks": [3]}"#.to_vec(),
@@ -363,10 +382,12 @@ fn breaks_that_do_not_fit_are_named_with_what_was_expected() {
         ),
     ] {
         std::fs::write(at(name), content).unwrap();
-        let read = at(name.strip_suffix(".breaks").unwrap_or(name));
+        let read = [".breaks", ".rereads"].map(|end| name.strip_suffix(end));
+        let read = at(read.into_iter().flatten().next().unwrap_or(name));
         let error = read_with(&[read], &DataSection::default()).unwrap_err();
         assert!(matches!(error, TrainError::Data { .. }), "{error}");
         assert!(error.to_string().contains(part), "{error}");
+        std::fs::remove_file(at(name)).unwrap();
     }
 }
 

@@ -244,6 +244,14 @@ fn breaks_ascend_where_answers_touch_or_overlap() {
     assert_eq!(breaks(&[4..8, 7..12], 0), [4, 7]);
     assert_eq!(breaks(&[4..8, 5..12], 0), [4, 7]);
     assert_eq!(breaks(&[4..5, 4..12, 15..18], 2), [2, 4, 13]);
+    // Suffixes that are read again end where answers begin.
+    let by = Answering(vec![4..8, 15..18]);
+    let own = PromptBreak::before_suffix(2).with_rereads(2);
+    let example = &read(&by, line, own, &DataSection::default()).unwrap()[0];
+    assert_eq!(
+        (&example.breaks[..], &example.rereads[..]),
+        (&[2, 13][..], &[4, 4, 15, 15][..])
+    );
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 
 use reading::read_with;
 use segattn::eval::{TaskKind, TaskOptions, generate};
+use segattn::model::config::PromptBreak;
 use segattn::train::config::{DataSection, MixtureSection, RelaySection, TaskSection};
 use segattn::train::data::{
     Bytes, Corpus, Encode, Example, Mixture, Position, Relay, Sequences, Tasks,
@@ -92,13 +93,21 @@ fn the_text_stays_in_order_and_only_answers_and_text_count() {
 fn the_end_of_a_question_is_read_after_its_break() {
     let text = text();
     let plain = tasks(TaskSection::default());
-    let suffixed = tasks(TaskSection::default()).with_suffix(4);
+    let suffixed = tasks(TaskSection::default()).with_break(PromptBreak::before_suffix(4));
+    let twice =
+        tasks(TaskSection::default()).with_break(PromptBreak::before_suffix(4).with_rereads(2));
     for number in 0..10 {
         let before = plain.weave(text.clone(), 7, number).unwrap();
         let woven = suffixed.weave(text.clone(), 7, number).unwrap();
         assert_eq!(woven.tokens, before.tokens);
         let moved: Vec<usize> = before.breaks.iter().map(|at| at - 4).collect();
         assert_eq!(woven.breaks, moved);
+        assert_eq!(woven.rereads, [0usize; 0]);
+        let twice = twice.weave(text.clone(), 7, number).unwrap();
+        let again: Vec<usize> = before.breaks.iter().flat_map(|at| [*at; 2]).collect();
+        assert_eq!(twice.rereads, again);
+        let rereads = Vec::new();
+        assert_eq!(Example { rereads, ..twice }, woven);
         let (weights, plain) = (woven.weights.unwrap(), before.weights.unwrap());
         for at in 0..LEN {
             let first = before.breaks.contains(&at);

@@ -242,6 +242,7 @@ fn decoding(criterion: &mut Criterion, name: &str, model: &Decoder<Cpu>, batch: 
         tokens,
         targets: &[],
         breaks: &[],
+        rereads: &[],
     };
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let prompts: Vec<Feed<'_>> = prompts.into_iter().enumerate().map(feed).collect();
@@ -279,6 +280,7 @@ fn prefill(criterion: &mut Criterion, name: &str, model: &Decoder<Cpu>) -> Value
             tokens: &prompt,
             targets: &[],
             breaks: &[],
+            rereads: &[],
         };
         session.feed(&[feed]).expect("a valid feed")
     };

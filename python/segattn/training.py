@@ -89,6 +89,7 @@ class Generator:
         streams: Optional[Sequence[int]] = None,
         end_tokens: Optional[Sequence[int]] = None,
         breaks: Optional[Sequence[Sequence[int]]] = None,
+        rereads: Optional[Sequence[Sequence[int]]] = None,
         segments_per_step: int = 1,
         on_token: Optional[Callable[[int, int, float], bool]] = None,
     ) -> list:
@@ -96,9 +97,10 @@ class Generator:
 
         temperature 0 takes the likeliest token. streams: number of each prompt's random stream; by default how often
         the prompt stands earlier in the list, so that copies of it draw other tokens, and a prompt alone draws the
-        same as among others. end_tokens: those of the model by default; an empty list goes on to `max_new`. breaks:
-        positions in each prompt where a segment ends. on_token(prompt, token, logprob) hears each token as it comes;
-        where it returns False its sequence ends. Ctrl-C ends the call.
+        same as among others. end_tokens: those of the model by default; an empty list goes on to `max_new`. breaks,
+        rereads: positions in each prompt where a segment ends, and where its tokens are read once more
+        (docs/contract.md, section 2); those of the model's configuration are added. on_token(prompt, token, logprob)
+        hears each token as it comes; where it returns False its sequence ends. Ctrl-C ends the call.
         """
         prompts = [_ids("prompts", prompt) for prompt in prompts]
         if streams is None:
@@ -116,7 +118,7 @@ class Generator:
             "end_tokens": None if end_tokens is None else list(end_tokens),
             "segments_per_step": segments_per_step,
         }
-        generated = self._model.generate(_with_breaks(prompts, breaks), list(streams), settings, on_token)
+        generated = self._model.generate(_marked(prompts, breaks, rereads), list(streams), settings, on_token)
         return [
             Sample(prompt, tokens, np.array(logprobs, np.float32), finish)
             for prompt, (tokens, logprobs, finish) in zip(prompts, generated)
@@ -127,11 +129,15 @@ class Generator:
         sequences: Sequence[Sequence[int]],
         *,
         breaks: Optional[Sequence[Sequence[int]]] = None,
+        rereads: Optional[Sequence[Sequence[int]]] = None,
         segments_per_step: int = 1,
     ) -> list:
-        """Natural-log probabilities of each sequence's tokens but the first, float32."""
+        """Natural-log probabilities of each sequence's tokens but the first, float32.
+
+        breaks, rereads: positions in each sequence, as in `generate`. None is added.
+        """
         sequences = [_ids("sequences", sequence) for sequence in sequences]
-        scored = self._model.score(_with_breaks(sequences, breaks), segments_per_step)
+        scored = self._model.score(_marked(sequences, breaks, rereads), segments_per_step)
         return [np.array(logprobs, np.float32) for logprobs in scored]
 
 
@@ -183,17 +189,19 @@ class Trainer:
         *,
         weights: Optional[Sequence[Sequence[float]]] = None,
         breaks: Optional[Sequence[Sequence[int]]] = None,
+        rereads: Optional[Sequence[Sequence[int]]] = None,
     ) -> Step:
         """One update by the mean negative log-probability of all tokens but the first of each sequence.
 
-        weights: how much each token counts, at least 0; one for each token, the first is not used. "training.batch"
-        sequences are computed side by side.
+        weights: how much each token counts, at least 0; one for each token, the first is not used. breaks, rereads:
+        positions in each sequence, as in `generate`; none is added. "training.batch" sequences are computed side by
+        side.
         """
         sequences = [_ids("sequences", sequence) for sequence in sequences]
         given = [None] * len(sequences) if weights is None else [[float(x) for x in row] for row in weights]
         if len(given) != len(sequences):
             raise ArgumentError("weights", f"one list for each of {len(sequences)} sequences", str(len(given)))
-        return self._step(sequences, breaks, given, [None] * len(sequences))
+        return self._step(sequences, (breaks, rereads), given, [None] * len(sequences))
 
     def policy_step(
         self,
@@ -203,13 +211,15 @@ class Trainer:
         clip: Union[float, tuple] = 0.2,
         weights: Optional[Sequence[Sequence[float]]] = None,
         breaks: Optional[Sequence[Sequence[int]]] = None,
+        rereads: Optional[Sequence[Sequence[int]]] = None,
     ) -> Step:
         """One update by a policy gradient with clipped ratios (docs/contract.md, section 3).
 
         The loss is the mean over all new tokens of -min(r A, clip(r, 1 - below, 1 + above) A). A is a sample's
         advantage, or one for each of its new tokens; r is the token's probability by its probability when it was
         drawn, `Step.ratios`. Before the first update r is exactly 1 for samples of this device. clip: `below` and
-        `above`, or one number for both. weights: of the new tokens, at least 0; 1 by default.
+        `above`, or one number for both. weights: of the new tokens, at least 0; 1 by default. breaks, rereads:
+        positions in each sample, as in `generate`: those of the model's configuration are added.
         """
         below, above = (clip, clip) if isinstance(clip, (int, float)) else clip
         if len(advantages) != len(samples):
@@ -224,7 +234,16 @@ class Trainer:
             sequences.append([*sample.prompt, *sample.tokens])
             all_weights.append(unused + weight)
             policies.append((unused + sample.logprobs.tolist(), unused + each, (below, above)))
-        return self._step(sequences, breaks, all_weights, policies)
+        marked = [self._prompt_marks(marks, samples) for marks in enumerate((breaks, rereads))]
+        return self._step(sequences, marked, all_weights, policies)
+
+    def _prompt_marks(self, marks, samples):
+        """Breaks (0) or rereads (1) of each sample, with those that its prompt had when it was generated."""
+        which, given = marks
+        own = [_native.prompt_marks(self._model.config(), len(sample.prompt))[which] for sample in samples]
+        if given is None or len(given) != len(own):
+            return own if given is None else given
+        return [sorted({*positions, *more}) for positions, more in zip(given, own)]
 
     def save(self, folder: Union[str, os.PathLike], *, keep: int = 2) -> str:
         """Saves all that `resume` needs; returns a folder in `folder` that is also a model folder.
@@ -234,10 +253,10 @@ class Trainer:
         """
         return os.fspath(self._model.save(os.fspath(folder), keep))
 
-    def _step(self, sequences, breaks, weights, policies) -> Step:
+    def _step(self, sequences, marks, weights, policies) -> Step:
         given = [
-            {"tokens": tokens, "breaks": ends, "weights": weight, "policy": policy}
-            for (tokens, ends), weight, policy in zip(_with_breaks(sequences, breaks), weights, policies)
+            {"tokens": tokens, "breaks": breaks, "rereads": rereads, "weights": weight, "policy": policy}
+            for (tokens, breaks, rereads), weight, policy in zip(_marked(sequences, *marks), weights, policies)
         ]
         *report, logprobs = self._model.step(given)
         return Step(*report, [np.array(row) for row in logprobs])
@@ -252,12 +271,14 @@ def _ids(name: str, ids: Sequence[int]) -> list:
     return numbers.tolist()
 
 
-def _with_breaks(sequences: list, breaks: Optional[Sequence[Sequence[int]]]) -> list:
-    if breaks is None:
-        return [(ids, []) for ids in sequences]
-    if len(breaks) != len(sequences):
-        raise ArgumentError("breaks", f"one list for each of {len(sequences)} sequences", str(len(breaks)))
-    return [(ids, list(ends)) for ids, ends in zip(sequences, breaks)]
+def _marked(sequences: list, breaks, rereads) -> list:
+    """Each sequence with its breaks and its rereads."""
+    for name, positions in (("breaks", breaks), ("rereads", rereads)):
+        if positions is not None and len(positions) != len(sequences):
+            raise ArgumentError(name, f"one list for each of {len(sequences)} sequences", str(len(positions)))
+    none = [[]] * len(sequences)
+    columns = zip(sequences, none if breaks is None else breaks, none if rereads is None else rereads)
+    return [(ids, list(ends), list(again)) for ids, ends, again in columns]
 
 
 def _flags(keys: Mapping[str, Any], table: str = "") -> list:

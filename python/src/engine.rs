@@ -104,6 +104,7 @@ impl<D: Device> Engine for Held<D> {
                 before: &[],
                 tokens: &prompt.ids,
                 breaks: &prompt.breaks,
+                rereads: &prompt.rereads,
                 stream: *stream,
             })
             .collect();

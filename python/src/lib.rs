@@ -21,7 +21,9 @@ mod _native {
     use crate::model::Model;
 
     #[pymodule_export]
-    use crate::plan::{SegmentPlan, beyond_length, round_to_pool, segment_plan, segments, select};
+    use crate::plan::{
+        SegmentPlan, beyond_length, prompt_marks, round_to_pool, segment_plan, segments, select,
+    };
 
     #[cfg(feature = "cuda")]
     #[pymodule_export]

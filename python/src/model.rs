@@ -18,8 +18,8 @@ use crate::failure::Failure;
 #[pyclass(frozen)]
 pub struct Model(Mutex<Box<dyn Engine>>);
 
-/// Token ids and breaks.
-type Ids = (Vec<u32>, Vec<usize>);
+/// Token ids, breaks and rereads.
+type Ids = (Vec<u32>, Vec<usize>, Vec<usize>);
 /// New tokens, their log-probabilities, and why the sequence ended.
 type Generated = (Vec<u32>, Vec<f32>, &'static str);
 /// Step, loss, gradient norm, learning rate, tokens, why it was skipped, whether the guard ends the run, and the
@@ -56,13 +56,18 @@ pub struct Settings {
 pub struct Sequence {
     tokens: Vec<u32>,
     breaks: Vec<usize>,
+    rereads: Vec<usize>,
     weights: Option<Vec<f32>>,
     /// Log-probabilities and advantages of all tokens, and the clip's bounds.
     policy: Option<(Vec<f32>, Vec<f32>, [f64; 2])>,
 }
 
-fn tokens((ids, breaks): Ids) -> Tokens {
-    Tokens { ids, breaks }
+fn tokens((ids, breaks, rereads): Ids) -> Tokens {
+    Tokens {
+        ids,
+        breaks,
+        rereads,
+    }
 }
 
 impl From<Sequence> for Example {
@@ -71,6 +76,7 @@ impl From<Sequence> for Example {
             tokens: sequence.tokens,
             weights: sequence.weights,
             breaks: sequence.breaks,
+            rereads: sequence.rereads,
             policy: sequence.policy.map(|(old, advantages, clip)| Policy {
                 old,
                 advantages,

@@ -30,11 +30,26 @@ pub struct SegmentPlan {
     past_heads: Vec<Vec<usize>>,
 }
 
+fn parsed(config: &str) -> Result<ModelConfig, Failure> {
+    let json = serde_json::from_str(config).map_err(Failure::other)?;
+    ModelConfig::from_json(json).map_err(Failure::other)
+}
+
 /// The plan of a config.json for sequences of at most so many tokens.
 fn plan(config: &str, longest: usize) -> Result<Plan, Failure> {
-    let json = serde_json::from_str(config).map_err(Failure::other)?;
-    let config = ModelConfig::from_json(json).map_err(Failure::other)?;
-    Ok(Plan::new(&config, longest))
+    Ok(Plan::new(&parsed(config)?, longest))
+}
+
+/// Breaks and rereads of a prompt of so many tokens, which generation adds to those that it is given.
+#[pyfunction]
+pub fn prompt_marks(
+    py: Python<'_>,
+    config: &str,
+    tokens: usize,
+) -> PyResult<(Vec<usize>, Vec<usize>)> {
+    let config = parsed(config).map_err(|failure| failure.raise(py))?;
+    let own = config.prompt_break();
+    Ok((own.of(tokens).into_iter().collect(), own.rereads_of(tokens)))
 }
 
 /// The plan of a model without its weights.
@@ -63,6 +78,7 @@ pub fn segments(
     let sequence = Sequence {
         tokens: &tokens,
         breaks: &breaks,
+        rereads: &[],
     };
     let cut = || {
         sequence.check()?;

@@ -112,6 +112,23 @@ def test_breaks_end_segments():
     assert bits(plain[0][:5]) == bits(other[0][:5])
 
 
+def test_suffixes_are_read_again():
+    reread = {"break_after_prompt": True, "prompt_suffix_len": 4, "reread_suffix": 1}
+    trainer = Trainer(None, {**KEYS, **{f"model.segment.{key}": value for key, value in reread.items()}})
+    generator = Generator(trainer)
+    samples = generator.generate([TEXT[:41], TEXT[:30]], max_new=12, seed=4)
+    whole = [sample.prompt + sample.tokens for sample in samples]
+    breaks, rereads = [[37], [26]], [[41], [30]]
+    once, twice = generator.score(whole, breaks=breaks), generator.score(whole, breaks=breaks, rereads=rereads)
+    for sample, one, two in zip(samples, once, twice):
+        new = len(sample.prompt) - 1
+        assert bits(sample.logprobs) == bits(two[new:]) != bits(one[new:])
+    step = trainer.policy_step(samples, [1.0, -1.0])
+    assert all((ratios == 1).all() for ratios in step.ratios(samples))
+    with pytest.raises(segattn.ArgumentError, match="rereads"):
+        generator.score(whole, rereads=[[3]])
+
+
 def test_tokens_are_heard_and_sequences_are_stopped():
     generator, heard = Generator(Trainer(None, KEYS)), []
 

@@ -112,6 +112,9 @@ struct Segments {
     /// --break-after-prompt]
     #[arg(long, value_name = "TOKENS", requires = "break_after_prompt")]
     prompt_suffix_len: Option<usize>,
+    /// How often to read these tokens again, each time with what they have retrieved themselves
+    #[arg(long, value_name = "TIMES", requires = "prompt_suffix_len")]
+    reread_suffix: Option<usize>,
 }
 
 pub fn run(args: &Args, quiet: bool) -> Result<()> {
@@ -175,6 +178,7 @@ impl Segments {
             break_ids: self.break_ids.clone(),
             break_after_prompt: self.break_after_prompt.then_some(true),
             prompt_suffix_len: self.prompt_suffix_len.or(last_token),
+            reread_suffix: self.reread_suffix,
             ..SegmentSection::default()
         };
         let section = ModelSection {

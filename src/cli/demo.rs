@@ -190,6 +190,7 @@ fn agree(model: &Decoder<Cpu>) -> Result<()> {
         before: &[],
         tokens: &prompt,
         breaks: &[],
+        rereads: &[],
         stream: 0,
     }];
     let mut generator = Generator::new(&mut session, &prompts, settings)?;

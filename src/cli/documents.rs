@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use segattn::eval::Document;
-use segattn::model::segmentation::Tokens;
 use segattn::model::tokenizer::Tokenizer;
 use segattn::train::data::{Format, compressed_text, is_compressed, list_files, table_texts};
 use serde::Deserialize;
@@ -50,10 +49,11 @@ fn read_file(
     );
     match format {
         Format::Ids => {
-            let Tokens { ids, breaks } = read_tokens(path, vocab)?;
+            let read = read_tokens(path, vocab)?;
             documents.push(Document {
-                tokens: ids,
-                breaks,
+                tokens: read.ids,
+                breaks: read.breaks,
+                rereads: read.rereads,
                 bytes: None,
             });
             return Ok(());
@@ -74,6 +74,7 @@ fn read_file(
         documents.push(Document {
             tokens: text.encode(content, true)?,
             breaks: Vec::new(),
+            rereads: Vec::new(),
             bytes: Some(content.len() as u64),
         });
         Ok(())

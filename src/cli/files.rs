@@ -12,42 +12,57 @@ use segattn::train::data::parse_ids;
 /// Largest token list that is read, in bytes of JSON.
 const MAX_TOKENS_FILE: u64 = 1 << 30;
 
-/// Breaks given as a flag.
+/// Breaks and rereads given as flags.
 #[derive(Debug, clap::Args)]
 pub struct BreakArgs {
     /// Ends segments early, each after so many tokens; besides the breaks that the tokens have
     #[arg(long, value_name = "P,...", value_delimiter = ',')]
     breaks: Vec<usize>,
+    /// Reads a segment's tokens once more after so many tokens, with what they have retrieved; besides the rereads that
+    /// the tokens have
+    #[arg(long, value_name = "P,...", value_delimiter = ',')]
+    rereads: Vec<usize>,
 }
 
 impl BreakArgs {
-    /// The tokens with these breaks too.
+    /// The tokens with these breaks and rereads too.
     pub fn over(&self, mut tokens: Tokens) -> Result<Tokens> {
-        self.add(&mut tokens.breaks, tokens.ids.len())?;
+        let count = tokens.ids.len();
+        self.add([&mut tokens.breaks, &mut tokens.rereads], count)?;
         Ok(tokens)
     }
 
-    /// The only document with these breaks too.
+    /// The only document with these breaks and rereads too.
     pub fn over_only(&self, documents: &mut [Document]) -> Result<()> {
+        let flag = match (self.breaks.is_empty(), self.rereads.is_empty()) {
+            (true, true) => return Ok(()),
+            (false, _) => "--breaks",
+            (true, false) => "--rereads",
+        };
         match documents {
-            _ if self.breaks.is_empty() => Ok(()),
-            [document] => self.add(&mut document.breaks, document.tokens.len()),
+            [document] => {
+                let count = document.tokens.len();
+                self.add([&mut document.breaks, &mut document.rereads], count)
+            }
             _ => Err(anyhow!(
-                "--breaks: expected one document, got {}; give several their breaks in .json files, {}",
+                "{flag}: expected one document, got {}; give several theirs in .json files, {}",
                 documents.len(),
-                r#"{"tokens": [...], "breaks": [...]}"#
+                r#"{"tokens": [...], "breaks": [...], "rereads": [...]}"#
             )),
         }
     }
 
-    fn add(&self, breaks: &mut Vec<usize>, tokens: usize) -> Result<()> {
-        if let Some(behind) = self.breaks.iter().find(|position| **position > tokens) {
-            return Err(anyhow!(
-                "--breaks: expected positions up to the {tokens} tokens, got {behind}"
-            ));
+    fn add(&self, [breaks, rereads]: [&mut Vec<usize>; 2], tokens: usize) -> Result<()> {
+        let given = [("--breaks", &self.breaks), ("--rereads", &self.rereads)];
+        for ((flag, given), to) in given.into_iter().zip([&mut *breaks, rereads]) {
+            if let Some(behind) = given.iter().find(|position| **position > tokens) {
+                return Err(anyhow!(
+                    "{flag}: expected positions up to the {tokens} tokens, got {behind}"
+                ));
+            }
+            to.extend(given);
+            to.sort_unstable();
         }
-        breaks.extend(&self.breaks);
-        breaks.sort_unstable();
         breaks.dedup();
         Ok(())
     }

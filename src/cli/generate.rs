@@ -182,6 +182,7 @@ fn run_on<D: Planned>(device: D, args: &Args, party: &Party, quiet: bool) -> Res
             before: &earlier[i],
             tokens: &input.tokens.ids,
             breaks: &input.tokens.breaks,
+            rereads: &input.tokens.rereads,
             stream: copies_before(&inputs, i),
         })
         .collect();
@@ -305,8 +306,10 @@ impl Args {
         let encode = |(title, text): (String, String)| {
             // What goes on from a saved state has its beginning there.
             let ids = tokenizer.encode(&text, saved == 0)?;
-            let breaks = Vec::new();
-            let tokens = Tokens { ids, breaks };
+            let tokens = Tokens {
+                ids,
+                ..Tokens::default()
+            };
             Ok(Input { title, tokens })
         };
         let inputs = texts

@@ -227,6 +227,7 @@ fn segment(config: &ModelConfig) -> Value {
         "break_ids": segment.break_ids,
         "break_after_prompt": segment.break_after_prompt,
         "prompt_suffix_len": segment.prompt_suffix_len,
+        "reread_suffix": segment.reread_suffix,
         "layers": (0..config.num_hidden_layers).map(roles).collect::<Vec<_>>(),
     })
 }
@@ -353,7 +354,11 @@ fn text(report: &Value) -> String {
                     None | Some(0) => "after a prompt".into(),
                     Some(len) => format!("{len} tokens before the end of a prompt"),
                 };
-                line("", format!("end early {after}"));
+                let again = match s["reread_suffix"].as_u64() {
+                    None | Some(0) => String::new(),
+                    Some(times) => format!("; these are read {times} times again"),
+                };
+                line("", format!("end early {after}{again}"));
             }
             let roles = s["layers"]
                 .as_array()

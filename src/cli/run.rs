@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use segattn::model::config::ModelConfig;
+use segattn::model::config::{ModelConfig, PromptBreak};
 use segattn::model::flops::training_flops;
 use segattn::model::parameters::specs;
 use segattn::train::TrainError;
@@ -118,9 +118,12 @@ impl<'a> Data<'a> {
             _ => {}
         }
         let (sections, vocab_size) = (&section.mixture, model.vocab_size);
-        let suffix_len = model.segment.as_ref().map_or(0, |s| s.prompt_suffix_len);
+        let mut train = Mixture::new(train, sections, parts, text, vocab_size)?;
+        if model.prompt_break() != PromptBreak::default() {
+            train = train.with_break(model.prompt_break());
+        }
         let data = Self {
-            train: Mixture::new(train, sections, parts, text, vocab_size)?.with_suffix(suffix_len),
+            train,
             corpus,
             base: None,
             teacher: None,

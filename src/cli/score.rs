@@ -64,7 +64,7 @@ fn run_on<D: Planned>(device: D, args: &Args, party: &Party, quiet: bool) -> Res
         (Some(path), ..) => read_tokens(path, opened.config.vocab_size)?,
         (None, Some(path), Some(text)) => Tokens {
             ids: text.encode(&read_prompt(path)?, true)?,
-            breaks: Vec::new(),
+            ..Tokens::default()
         },
         (None, Some(_), None) => bail!("the model has no tokenizer; give --tokens"),
         (None, None, _) => bail!("nothing to score; give --tokens or --text"),

@@ -8,6 +8,7 @@ use super::lookups::EncodeFramed;
 use super::score::interval;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
+use crate::model::segmentation::Sequence;
 use crate::model::session::{Feed, Session};
 use serde::{Deserialize, Serialize};
 
@@ -262,7 +263,7 @@ impl Reading<'_> {
         })
     }
 
-    /// Log-probability of each letter after the prompt, whose end is a break where the model's configuration says so.
+    /// Log-probability of each letter after the prompt, which has the break that the model's configuration says.
     fn letters<D: Device>(
         &self,
         model: &Decoder<D>,
@@ -270,17 +271,21 @@ impl Reading<'_> {
     ) -> crate::device::Result<[f32; 4]> {
         let count = prompt.tokens.len();
         let mut session = Session::new(model, 1, count, self.segments_per_step)?;
-        let segment = model.config.segment.as_ref();
-        let ends = segment.is_some_and(|segment| segment.break_after_prompt);
-        let chunk = session.chunk();
-        for (i, tokens) in prompt.tokens.chunks(chunk).enumerate() {
-            let last = i * chunk + tokens.len() == count;
-            let breaks: &[usize] = if ends && last { &[tokens.len()] } else { &[] };
+        let own = model.config.prompt_break();
+        let (breaks, rereads) = (own.of(count), own.rereads_of(count));
+        let whole = Sequence {
+            tokens: &prompt.tokens,
+            breaks: breaks.as_slice(),
+            rereads: &rereads,
+        };
+        while session.position(0) < count {
+            let piece = session.next_piece(0, whole, session.position(0), session.chunk());
             session.feed(&[Feed {
                 sequence: 0,
-                tokens,
+                tokens: &prompt.tokens[piece.clone()],
                 targets: &[],
-                breaks,
+                breaks: &whole.breaks_within(piece.clone()),
+                rereads: &whole.rereads_within(piece),
             }])?;
         }
         let mut scores = [0.0; 4];

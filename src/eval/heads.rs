@@ -12,6 +12,7 @@
 use super::lookups::Lookup;
 use crate::device::{Device, Result};
 use crate::model::decoder::{Decoder, Step};
+use crate::model::segmentation::End;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
 
 /// A score of each head, `[layer][kv_head]`, from 0 to 1.
@@ -64,7 +65,7 @@ fn add<D: Device>(
     let angles = Angles::new(device, &model.config, &plan, rows)?;
     let mut slots = Slots::new(device, &plan, &angles, 1, rows)?;
     let mut step = Step::default();
-    step.push(0, 0, 0, &prompt.tokens, false);
+    step.push(0, 0, 0, &prompt.tokens, End::Open);
     let mut placed = device.step(step.rows(&plan, slots.room))?;
     // The row before a token of the answer predicts it.
     let asking = prompt.answer.start - 1..prompt.answer.end - 1;

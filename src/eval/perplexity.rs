@@ -7,7 +7,7 @@
 use super::error::EvalError;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
-use crate::model::segmentation::Sequence;
+use crate::model::segmentation::{Sequence, Tokens};
 use crate::model::session::{Feed, Session};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -90,14 +90,19 @@ pub struct Document {
     pub tokens: Vec<u32>,
     /// Its breaks, as [`Sequence::breaks`].
     pub breaks: Vec<usize>,
+    /// Its rereads, as [`Sequence::rereads`].
+    pub rereads: Vec<usize>,
     /// Bytes of its text.
     pub bytes: Option<u64>,
 }
 
 impl Document {
     fn sequence(&self) -> Sequence<'_> {
-        let (tokens, breaks) = (&self.tokens, &self.breaks);
-        Sequence { tokens, breaks }
+        Sequence {
+            tokens: &self.tokens,
+            breaks: &self.breaks,
+            rereads: &self.rereads,
+        }
     }
 }
 
@@ -179,20 +184,16 @@ pub fn perplexity<D: Device>(
     let mut done = 0;
     let (mut sums, mut by_window) = (Sums::default(), Vec::new());
     for group in windows.chunks(config.batch.max(1)) {
-        let breaks = |w: &Window| {
-            documents[w.document]
-                .sequence()
-                .breaks_within(w.tokens.clone())
+        let cut = |w: &Window| {
+            let document = documents[w.document].sequence();
+            Tokens {
+                ids: document.tokens[w.tokens.clone()].to_vec(),
+                breaks: document.breaks_within(w.tokens.clone()),
+                rereads: document.rereads_within(w.tokens.clone()),
+            }
         };
-        let breaks: Vec<Vec<usize>> = group.iter().map(breaks).collect();
-        let sequences: Vec<Sequence<'_>> = group
-            .iter()
-            .zip(&breaks)
-            .map(|(w, breaks)| Sequence {
-                tokens: &documents[w.document].tokens[w.tokens.clone()],
-                breaks,
-            })
-            .collect();
+        let cut: Vec<Tokens> = group.iter().map(cut).collect();
+        let sequences: Vec<Sequence<'_>> = cut.iter().map(Sequence::from).collect();
         let scored = log_probabilities(model, &sequences, config.segments_per_step, |read| {
             done += read as u64;
             progress(done, total);
@@ -239,37 +240,45 @@ pub fn log_probabilities<D: Device>(
         .map_err(EvalError::model)?;
     let chunk = session.chunk();
     let mut scored = vec![Vec::new(); sequences.len()];
-    let mut at = 0;
-    while at < longest {
-        let piece = |s: &Sequence<'_>| at..s.tokens.len().min(at.saturating_add(chunk)).max(at);
-        let breaks = inputs.iter().map(|s| s.breaks_within(piece(s)));
-        let breaks: Vec<Vec<usize>> = breaks.collect();
-        let feeds: Vec<Feed<'_>> = inputs
+    loop {
+        let pieces: Vec<(usize, Range<usize>, [Vec<usize>; 2])> = inputs
             .iter()
             .enumerate()
-            .filter(|(_, s)| at < s.tokens.len())
-            .map(|(sequence, s)| Feed {
-                sequence,
-                tokens: &s.tokens[piece(s)],
-                targets: &sequences[sequence].tokens[at + 1..=piece(s).end],
-                breaks: &breaks[sequence],
+            .filter(|(sequence, s)| session.position(*sequence) < s.tokens.len())
+            .map(|(sequence, s)| {
+                let from = session.position(sequence);
+                let piece = session.next_piece(sequence, *s, from, chunk);
+                let breaks = s.breaks_within(piece.clone());
+                let rereads = s.rereads_within(piece.clone());
+                (sequence, piece, [breaks, rereads])
+            })
+            .collect();
+        if pieces.is_empty() {
+            return Ok(scored);
+        }
+        let feeds: Vec<Feed<'_>> = pieces
+            .iter()
+            .map(|(sequence, piece, [breaks, rereads])| Feed {
+                sequence: *sequence,
+                tokens: &inputs[*sequence].tokens[piece.clone()],
+                targets: &sequences[*sequence].tokens[piece.start + 1..=piece.end],
+                breaks,
+                rereads,
             })
             .collect();
         let more = session.feed(&feeds).map_err(EvalError::model)?;
-        for (feed, more) in feeds.iter().zip(more) {
+        for ((sequence, piece, _), more) in pieces.iter().zip(more) {
             if let Some(i) = more.iter().position(|x| !x.is_finite()) {
                 return Err(EvalError::NotFinite {
-                    sequence: feed.sequence,
-                    token: at + i + 1,
+                    sequence: *sequence,
+                    token: piece.start + i + 1,
                     got: more[i],
                 });
             }
-            scored[feed.sequence].extend(more);
+            scored[*sequence].extend(more);
         }
         progress(feeds.iter().map(|f| f.tokens.len()).sum());
-        at = at.saturating_add(chunk);
     }
-    Ok(scored)
 }
 
 /// Sums of losses by the doubling range their context falls in.

@@ -10,7 +10,9 @@ use crate::generate::sampler::SamplerConfig;
 use crate::generate::{Finish, GenerateError, Generated, Generator, GeneratorConfig, Prompt};
 use crate::model::decoder::Decoder;
 use crate::model::session::{Feed, SelectedTokens, Session};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::fmt::Write;
 use std::ops::Range;
 
@@ -55,7 +57,7 @@ impl From<String> for Answer {
 }
 
 /// Answers samples; a model with its tokenizer, or anything else in tests.
-pub trait Respond {
+pub trait Respond: Sync {
     /// Tokens of a whole prompt, with whatever the model wants at its start.
     ///
     /// # Errors
@@ -192,17 +194,22 @@ fn run_cell(
     model: &mut dyn Respond,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Cell, EvalError> {
-    let mut samples = Vec::new();
+    let (mut samples, mut made) = (Vec::new(), VecDeque::new());
     while samples.len() < config.samples {
         progress(samples.len());
-        let end = config
-            .samples
-            .min(samples.len().saturating_add(config.batch));
-        let batch = match make(config, task, length, samples.len()..end, model) {
-            Ok(batch) => batch,
-            Err(error @ EvalError::TooShort { .. }) => return Ok(skipped(task, length, &error)),
-            Err(error) => return Err(error),
-        };
+        if made.is_empty() {
+            // Making prompts takes as long as reading them where one thread does it.
+            let wanted = config.batch.max(rayon::current_num_threads());
+            let end = config.samples.min(samples.len().saturating_add(wanted));
+            made = match make(config, task, length, samples.len()..end, model) {
+                Ok(made) => made.into(),
+                Err(error @ EvalError::TooShort { .. }) => {
+                    return Ok(skipped(task, length, &error));
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        let batch: Vec<Sample> = made.drain(..config.batch.min(made.len())).collect();
         let answers = model.respond(&batch)?;
         if answers.len() != batch.len() {
             let expected = format!("one for each of {} samples", batch.len());
@@ -237,6 +244,7 @@ fn make(
     };
     let encode = |text: &str| model.encode(text);
     batch
+        .into_par_iter()
         .map(|i| generate(task, length, i, config.seed, options, &encode))
         .collect()
 }
@@ -332,9 +340,9 @@ pub struct Greedy<'a, D: Device> {
     /// The model.
     pub model: &'a Decoder<D>,
     /// Tokens of a prompt.
-    pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, EvalError>,
+    pub encode: &'a (dyn Fn(&str) -> Result<Vec<u32>, EvalError> + Sync),
     /// Text of new tokens.
-    pub decode: &'a dyn Fn(&[u32]) -> Result<String, EvalError>,
+    pub decode: &'a (dyn Fn(&[u32]) -> Result<String, EvalError> + Sync),
     /// Segments of a prompt computed side by side.
     pub segments_per_step: usize,
     /// See [`RunConfig::oracle`].
@@ -349,6 +357,16 @@ impl<D: Device> Respond for Greedy<'_, D> {
     fn respond(&mut self, samples: &[Sample]) -> Result<Vec<Answer>, EvalError> {
         let max_new = samples.iter().map(|s| s.task.max_new()).max().unwrap_or(0);
         let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(0) + max_new;
+        let segment = self.model.config.segment.as_ref();
+        let rereads = segment.is_some_and(|segment| segment.reread_suffix > 0);
+        if self.oracle.is_some() && rereads {
+            let expected = "a model that reads the ends of prompts once (`segment.reread_suffix`)";
+            return Err(EvalError::argument(
+                "oracle",
+                expected,
+                "one that reads them again",
+            ));
+        }
         let mut at_ends = match self.oracle {
             Some(Oracle::Prompt) => self.select_at_ends(samples, longest)?,
             _ => Vec::new(),
@@ -362,6 +380,7 @@ impl<D: Device> Respond for Greedy<'_, D> {
                 before: &[],
                 tokens: &s.tokens,
                 breaks: &[],
+                rereads: &[],
                 stream: 0,
             })
             .collect();
@@ -372,8 +391,13 @@ impl<D: Device> Respond for Greedy<'_, D> {
         };
         let mut generator =
             Generator::new(&mut session, &prompts, config).map_err(EvalError::model)?;
-        self.read_to_breaks(&mut generator, samples)
-            .map_err(EvalError::model)?;
+        match rereads {
+            // What answers read is selected once the suffix has been read.
+            true => while generator.read_prompts().map_err(EvalError::model)? > 0 {},
+            false => self
+                .read_to_breaks(&mut generator, samples)
+                .map_err(EvalError::model)?,
+        }
         let mut recalls = Vec::new();
         for (i, sample) in samples.iter().enumerate() {
             let positions = generator.session().holds_all(i);
@@ -448,6 +472,7 @@ impl<D: Device> Greedy<'_, D> {
             tokens: &samples[sequence].tokens,
             targets: &[],
             breaks,
+            rereads: &[],
         };
         let ends = ends.iter().map(|end| &end[..]).enumerate();
         let feeds: Vec<Feed<'_>> = ends.map(feed).collect();

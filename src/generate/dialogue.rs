@@ -10,7 +10,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::generator::{Finish, GenerateError, Generated, Generator, GeneratorConfig, Prompt};
+use super::error::GenerateError;
+use super::generator::{Finish, Generated, Generator, GeneratorConfig, Prompt};
 use super::stop::StopError;
 use super::text::TextStream;
 use crate::device::{Device, Result as DeviceResult};
@@ -182,6 +183,7 @@ impl<'m, D: Device> Dialogue<'m, D> {
             before: &self.read,
             tokens: &tokens,
             breaks: &[],
+            rereads: &[],
             stream: 0,
         };
         let mut generator = Generator::new(&mut self.session, &[prompt], config)?;

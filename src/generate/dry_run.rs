@@ -2,7 +2,8 @@
 //!
 //! It calls the code of the real run. It takes little time for texts of any length.
 
-use super::generator::{GenerateError, Generator, GeneratorConfig, Prompt};
+use super::error::GenerateError;
+use super::generator::{Generator, GeneratorConfig, Prompt};
 use super::sampler::SamplerConfig;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
@@ -116,6 +117,7 @@ pub fn dry_run_serving<D: Device>(
         before: &[],
         tokens,
         breaks: &[],
+        rereads: &[],
         stream: 0,
     };
     for sequence in 0..sequences {
@@ -179,6 +181,7 @@ fn read<D: Device>(
                 tokens,
                 targets: if scored { tokens } else { &[] },
                 breaks: &[],
+                rereads: &[],
             }
         };
         let feeds: Vec<Feed<'_>> = tokens.iter().enumerate().map(feed).collect();
@@ -197,13 +200,18 @@ fn generate<D: Device>(
     if !session.model().config.part.ends {
         // A generator adds breaks itself.
         let own = session.model().config.prompt_break();
-        let breaks = |tokens: &usize| own.of(*tokens).filter(|_| *tokens > 0);
-        let breaks: Vec<Option<usize>> = prompts.iter().map(breaks).collect();
+        let asked = prompts
+            .iter()
+            .map(|tokens| own.of(*tokens).filter(|_| *tokens > 0));
+        let breaks: Vec<Option<usize>> = asked.collect();
+        let again = prompts.iter().map(|tokens| own.rereads_of(*tokens));
+        let rereads: Vec<Vec<usize>> = again.collect();
         let feed = |(sequence, tokens): (usize, &usize)| Feed {
             sequence,
             tokens: &row[..*tokens],
             targets: &[],
             breaks: breaks[sequence].as_slice(),
+            rereads: &rereads[sequence],
         };
         let feeds: Vec<Feed<'_>> = prompts.iter().enumerate().map(feed).collect();
         session.feed(&feeds)?;
@@ -215,6 +223,7 @@ fn generate<D: Device>(
         before: &[],
         tokens: &row[..*tokens],
         breaks: &[],
+        rereads: &[],
         stream: 0,
     };
     let prompts: Vec<Prompt<'_>> = prompts.iter().map(prompt).collect();

@@ -4,69 +4,14 @@
 //! itself, so nothing that a sequence yields depends on its neighbours: not its tokens and not the
 //! bits of their log-probabilities.
 
-use super::sampler::{SamplerConfig, SamplerError};
-use crate::device::{Device, DeviceError, Sampled};
+use super::error::GenerateError;
+use super::sampler::SamplerConfig;
+use crate::device::{Device, Sampled};
 use crate::model::config::PromptBreak;
 use crate::model::segmentation;
 use crate::model::session::{Feed, Session};
 use crate::model::session_file::SavedSequence;
 use std::ops::ControlFlow;
-
-/// Generation that cannot begin or go on.
-#[derive(Debug, thiserror::Error)]
-pub enum GenerateError {
-    /// Prompts and sequences of the session do not match.
-    #[error("prompts: expected one for each of the session's {expected} sequences, got {got}")]
-    Prompts {
-        /// Sequences of the session.
-        expected: usize,
-        /// Prompts given.
-        got: usize,
-    },
-    /// A sequence that has read nothing needs a token to begin with.
-    #[error("prompt {prompt}: expected at least one token, got none")]
-    EmptyPrompt {
-        /// Which prompt, from 0.
-        prompt: usize,
-    },
-    /// A token that the model does not have.
-    #[error("prompt {prompt}, token {at}: expected an id below {vocab_size}, got {got}")]
-    Token {
-        /// Which prompt, from 0.
-        prompt: usize,
-        /// Which of its tokens, from 0.
-        at: usize,
-        /// The vocabulary's size.
-        vocab_size: usize,
-        /// The id given.
-        got: u32,
-    },
-    /// The session has no room for the prompt and the tokens after it.
-    #[error("prompt {prompt}: expected at most {capacity} tokens with those to come, got {got}")]
-    TooLong {
-        /// Which prompt, from 0.
-        prompt: usize,
-        /// Tokens that the session has room for.
-        capacity: usize,
-        /// Tokens there would be.
-        got: usize,
-    },
-    /// The next token could not be chosen.
-    #[error(transparent)]
-    Sampler(#[from] SamplerError),
-    /// The device failed.
-    #[error(transparent)]
-    Device(DeviceError),
-}
-
-impl From<DeviceError> for GenerateError {
-    fn from(error: DeviceError) -> Self {
-        match error {
-            DeviceError::Sampler(error) => Self::Sampler(error),
-            error => Self::Device(error),
-        }
-    }
-}
 
 /// Settings that all sequences share.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -89,22 +34,20 @@ pub struct Prompt<'a> {
     pub tokens: &'a [u32],
     /// Breaks: a segment ends after so many of `tokens`, strictly ascending. A break at 0 changes nothing.
     pub breaks: &'a [usize],
+    /// Rereads, as [`Sequence::rereads`](segmentation::Sequence::rereads) of `tokens`.
+    pub rereads: &'a [usize],
     /// Number of the sequence's random stream.
     pub stream: u64,
 }
 
 impl<'a> Prompt<'a> {
     fn sequence(&self) -> segmentation::Sequence<'a> {
-        let (tokens, breaks) = (self.tokens, self.breaks);
-        segmentation::Sequence { tokens, breaks }
+        segmentation::Sequence {
+            tokens: self.tokens,
+            breaks: self.breaks,
+            rereads: self.rereads,
+        }
     }
-}
-
-/// The breaks of a prompt, with its own among them.
-fn breaks(prompt: &Prompt<'_>, own: PromptBreak) -> Vec<usize> {
-    let mut breaks = prompt.breaks.to_vec();
-    own.add(prompt.tokens.len(), &mut breaks);
-    breaks
 }
 
 /// Why a sequence ended.
@@ -148,8 +91,10 @@ struct Sequence {
     config: GeneratorConfig,
     /// The prompt and what came after it.
     history: Vec<u32>,
-    /// Breaks of the prompt.
+    /// Breaks of the prompt, with its own among them.
     breaks: Vec<usize>,
+    /// Its rereads, likewise.
+    rereads: Vec<usize>,
     /// Where the new tokens begin.
     prompt: usize,
     /// Tokens that the session had read before these.
@@ -170,10 +115,13 @@ impl Sequence {
         config: GeneratorConfig,
         (before, own): (usize, PromptBreak),
     ) -> Self {
+        let [mut breaks, mut rereads] = [prompt.breaks, prompt.rereads].map(<[usize]>::to_vec);
+        own.add(prompt.tokens.len(), &mut breaks, &mut rereads);
         Self {
             before,
             history: prompt.tokens.to_vec(),
-            breaks: breaks(prompt, own),
+            breaks,
+            rereads,
             prompt: prompt.tokens.len(),
             finish: (config.max_new == 0).then_some(Finish::Length),
             config,
@@ -198,6 +146,7 @@ impl Sequence {
         segmentation::Sequence {
             tokens: &self.history[..self.prompt],
             breaks: &self.breaks,
+            rereads: &self.rereads,
         }
     }
 
@@ -349,7 +298,8 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         Ok(self.unread())
     }
 
-    /// Reads so many more tokens of the prompts of these sequences, each named once, or what is left of them.
+    /// Reads so many more tokens of the prompts of these sequences, each named once, or what is left of them; other
+    /// numbers where a segment that is read twice would be cut, but at least one token.
     ///
     /// # Errors
     /// [`GenerateError::Device`]. What is left can be read then; the scores of what had been read are lost.
@@ -357,14 +307,18 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         let mut parts = Vec::new();
         for (i, tokens) in pieces {
             let s = &self.sequences[*i];
-            let piece = s.read..s.prompt.min(s.read.saturating_add(*tokens));
-            if !piece.is_empty() {
-                parts.push((*i, piece.clone(), s.prompt().breaks_within(piece)));
+            if *tokens == 0 || s.read >= s.prompt {
+                continue;
             }
+            let prompt = s.prompt();
+            let piece = self.session.next_piece(*i, prompt, s.read, *tokens);
+            let breaks = prompt.breaks_within(piece.clone());
+            let rereads = prompt.rereads_within(piece.clone());
+            parts.push((*i, piece, breaks, rereads));
         }
         let feeds: Vec<Feed<'_>> = parts
             .iter()
-            .map(|(i, piece, breaks)| {
+            .map(|(i, piece, breaks, rereads)| {
                 let s = &self.sequences[*i];
                 let known = piece.start + 1..s.prompt.min(piece.end + 1);
                 Feed {
@@ -372,6 +326,7 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
                     tokens: &s.history[piece.clone()],
                     targets: if s.scored { &s.history[known] } else { &[] },
                     breaks,
+                    rereads,
                 }
             })
             .collect();

@@ -3,11 +3,11 @@
 #[cfg(feature = "tokenizer")]
 pub mod dialogue;
 pub mod dry_run;
+mod error;
 pub mod generator;
 pub mod stop;
 pub mod text;
 
 pub use crate::device::sampler;
-pub use generator::{
-    Finish, GenerateError, Generated, Generator, GeneratorConfig, NewToken, Prompt,
-};
+pub use error::GenerateError;
+pub use generator::{Finish, Generated, Generator, GeneratorConfig, NewToken, Prompt};

@@ -5,8 +5,8 @@
 //!
 //! 1. the norm, the q/k/v projection and the rotation; keys and values go to the slots;
 //! 2. the hand-over between segments, in the order of the spans: a segment that begins reads its prior and past rows
-//!    from the state of its sequence, a segment that is complete writes its own to the state. So a segment can follow
-//!    another within one step;
+//!    from the state of its sequence, a segment that is complete writes its own to the state, one that is read again
+//!    selects past rows. So a segment can follow another within one step;
 //! 3. one attention call over all slots;
 //! 4. the MLP.
 //!
@@ -24,6 +24,7 @@ mod tape;
 use super::config::ModelConfig;
 use super::lora::Product;
 use super::parameters::{Extra, TensorSpec, Weights, index, specs};
+use super::segmentation::End;
 use super::stage::Stage;
 use super::state::{LayerSlots, Plan, SequenceState, Slots};
 use crate::device::{
@@ -41,8 +42,8 @@ pub struct Span {
     pub sequence: usize,
     /// Range of rows, and the slot of their segment.
     pub rows: SlotSpan,
-    /// Whether the segment is complete after these rows.
-    pub closes: bool,
+    /// What comes after these rows.
+    pub end: End,
 }
 
 /// Rows that are computed together. Spans are sorted by segment, then by sequence. Their rows are packed from row 0 on.
@@ -55,15 +56,8 @@ pub struct Step {
 }
 
 impl Step {
-    /// Adds rows at position `start` of the segment in `slot`, which `closes` after them or goes on.
-    pub fn push(
-        &mut self,
-        sequence: usize,
-        slot: usize,
-        start: usize,
-        tokens: &[u32],
-        closes: bool,
-    ) {
+    /// Adds rows at position `start` of the segment in `slot`.
+    pub fn push(&mut self, sequence: usize, slot: usize, start: usize, tokens: &[u32], end: End) {
         let rows = SlotSpan {
             row: self.tokens.len(),
             rows: tokens.len(),
@@ -73,7 +67,7 @@ impl Step {
         self.spans.push(Span {
             sequence,
             rows,
-            closes,
+            end,
         });
         self.tokens.extend_from_slice(tokens);
     }

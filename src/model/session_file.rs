@@ -222,7 +222,12 @@ impl StateFile {
                 let what = "metadata `rows`";
                 return Err(self.reader.malformed(what, &expected, &rows.to_string()));
             }
-            self.restore_sequence(from, to, Cursor { position, rows }, session)?;
+            let cursor = Cursor {
+                position,
+                rows,
+                ..Cursor::default()
+            };
+            self.restore_sequence(from, to, cursor, session)?;
         }
         Ok(())
     }

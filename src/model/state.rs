@@ -9,7 +9,9 @@ pub use carry::{Carry, SequenceState};
 pub use sinks::Sinks;
 pub use slots::{Angles, LayerSlots, Slots};
 
-pub(in crate::model) use carry::{Complete, allocate_segment, close_segments, open_segments};
+pub(in crate::model) use carry::{
+    Complete, allocate_segment, ask_again, close_segments, open_segments,
+};
 
 use std::ops::Range;
 
@@ -125,6 +127,11 @@ impl Plan {
             scale,
             reads,
         }
+    }
+
+    /// Whether rows of the past are selected, in whatever layers: these may be a part of the model's.
+    pub fn retrieves(&self) -> bool {
+        self.past_len > 0
     }
 
     /// A layer's pool, if it has `heads` heads that read the past.

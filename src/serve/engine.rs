@@ -174,6 +174,7 @@ impl<D: Device> Engine<'_, '_, D> {
         let prompt = Sequence {
             tokens: &job.prompt,
             breaks: &job.breaks,
+            rereads: &job.rereads,
         };
         // The scores of tokens that were read for another request are not known.
         let hit = match job.prompt_top {
@@ -191,10 +192,13 @@ impl<D: Device> Engine<'_, '_, D> {
             }
         };
         let (before, tokens) = job.prompt.split_at(read);
-        let breaks = prompt.breaks_within(read..job.prompt.len());
+        let rest = read..job.prompt.len();
+        let breaks = prompt.breaks_within(rest.clone());
+        let rereads = prompt.rereads_within(rest);
         let left = Sequence {
             tokens,
             breaks: &breaks,
+            rereads: &rereads,
         };
         if self.prefixes.enabled() {
             let ends = self.generator.session().segment_ends(place, left);
@@ -206,6 +210,7 @@ impl<D: Device> Engine<'_, '_, D> {
             before,
             tokens,
             breaks: &breaks,
+            rereads: &rereads,
             stream: job.stream,
         };
         let scored = job.prompt_top.is_some();
@@ -407,10 +412,14 @@ impl<D: Device> Engine<'_, '_, D> {
         match SavedSequence::new(session, place, known) {
             Ok(state) => {
                 let state = Arc::new(state);
-                let within = running.job.breaks.partition_point(|b| *b <= position);
+                let read = |positions: &[usize]| {
+                    let within = positions.partition_point(|b| *b <= position);
+                    positions[..within].to_vec()
+                };
                 let read = Tokens {
                     ids: running.tokens[..position].to_vec(),
-                    breaks: running.job.breaks[..within].to_vec(),
+                    breaks: read(&running.job.breaks),
+                    rereads: read(&running.job.rereads),
                 };
                 running.saved = Some(state.clone());
                 self.prefixes.keep(read, state);

@@ -16,6 +16,8 @@ pub struct Job {
     pub prompt: Vec<u32>,
     /// Breaks in the prompt: a segment ends after so many of its tokens, strictly ascending.
     pub breaks: Vec<usize>,
+    /// Where the prompt's segments are read again.
+    pub rereads: Vec<usize>,
     /// How tokens are chosen, and what ends the sequence.
     pub config: GeneratorConfig,
     /// Number of its random stream.

@@ -126,21 +126,23 @@ impl Prefixes {
     }
 }
 
-/// Tokens that both begin with, up to the first place where only one of them has a break.
+/// Tokens that both begin with, up to the first place where only one of them has a break or a reread.
 fn common(read: &Tokens, prompt: Sequence<'_>) -> usize {
     let pairs = read.ids.iter().zip(prompt.tokens);
     let tokens = pairs.take_while(|(a, b)| a == b).count();
-    let mut breaks = (read.breaks.iter(), prompt.breaks.iter());
-    loop {
-        let differ = match (breaks.0.next(), breaks.1.next()) {
-            (None, None) => return tokens,
-            (Some(a), Some(b)) if a == b => continue,
-            (Some(a), Some(b)) => *a.min(b),
-            (Some(a), None) | (None, Some(a)) => *a,
-        };
-        // A break goes with the token before it.
-        return tokens.min(differ.saturating_sub(1));
-    }
+    let both = [
+        (&read.breaks[..], prompt.breaks),
+        (&read.rereads, prompt.rereads),
+    ];
+    let alike = both.map(|(a, b)| alike(a, b));
+    alike.into_iter().fold(tokens, usize::min)
+}
+
+/// Tokens before the first that has a position of only one of these behind it.
+fn alike(a: &[usize], b: &[usize]) -> usize {
+    let same = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let next = [a.get(same), b.get(same)].into_iter().flatten().min();
+    next.map_or(usize::MAX, |position| position.saturating_sub(1))
 }
 
 #[cfg(test)]
@@ -152,6 +154,7 @@ mod tests {
         let read = |ids: &[u32], breaks: &[usize]| Tokens {
             ids: ids.to_vec(),
             breaks: breaks.to_vec(),
+            rereads: Vec::new(),
         };
         let long = [1, 2, 3, 4, 5];
         for (entry, prompt, expected) in [

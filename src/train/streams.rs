@@ -1,7 +1,7 @@
 //! Exact TBPTT(K) by gradient streams (docs/contract.md, section 3).
 //!
-//! Every segment runs forward once. A step computes any number of segments; the gradient has the same bits for every
-//! number.
+//! Every segment runs forward once, after those readings that only ask for rows of the past. A step computes any number
+//! of segments; the gradient has the same bits for every number.
 //!
 //! After the forward of segments up to `t`, the losses that are due run backward in *passes*. A pass goes through all
 //! layers for the segments it covers. The loss of a segment beyond the first K+1 is stream K in its own segment, stream
@@ -19,7 +19,7 @@
 //! Where a model's layers are spread over stages (`model::stage`), each stage computes the same passes over its own
 //! layers. It runs forward as many steps ahead of its backward as there are stages behind it (`streams::turns`).
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
 mod losses;
@@ -41,7 +41,7 @@ use teacher::Teaching;
 
 use crate::device::{Device, Kind, Result};
 use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
-use crate::model::segmentation::Segment;
+use crate::model::segmentation::{End, Segment};
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
 use crate::train::data::ExampleRef;
 
@@ -107,6 +107,8 @@ struct Batch<'a> {
     plan: Plan,
     /// The segments of each sequence's inputs, at least one.
     segments: Vec<Vec<Segment>>,
+    /// Of each sequence, see [`Plan::asks`].
+    asks: Vec<BTreeMap<usize, Vec<usize>>>,
 }
 
 /// One gradient computation over a batch of sequences.
@@ -116,6 +118,7 @@ struct Streams<'a, D: Device> {
     config: StreamConfig,
     sequences: &'a [ExampleRef<'a>],
     segments: &'a [Vec<Segment>],
+    asks: &'a [BTreeMap<usize, Vec<usize>>],
     scale: f64,
     teaching: Option<Teaching<'a, D>>,
     states: Vec<SequenceState<D>>,
@@ -189,6 +192,7 @@ impl<'a, D: Device> Streams<'a, D> {
             config,
             sequences: batch.sequences,
             segments: &batch.segments,
+            asks: &batch.asks,
             scale: objective.scale,
             teaching: teaching.transpose()?,
             states: batch.sequences.iter().map(state).collect::<Result<_>>()?,
@@ -210,14 +214,15 @@ impl<'a, D: Device> Streams<'a, D> {
         let (mut step, mut segments) = (Step::default(), Vec::new());
         for segment in first..next {
             for (b, sequence) in self.sequences.iter().enumerate() {
-                let Some(Segment { tokens, closes }) = self.segments[b].get(segment) else {
+                let Some(at) = self.segments[b].get(segment) else {
                     continue;
                 };
-                let tokens = &sequence.tokens[tokens.clone()];
-                step.push(b, segments.len(), 0, tokens, *closes);
+                let tokens = &sequence.tokens[at.tokens.clone()];
+                step.push(b, segments.len(), 0, tokens, at.end());
                 segments.push(segment);
             }
         }
+        self.ask(first)?;
         // Before this step's activations are there.
         let taught = self.taught(&step, &segments)?;
         let device = &self.model.device;
@@ -263,6 +268,33 @@ impl<'a, D: Device> Streams<'a, D> {
             d_embedded,
             finished: vec![false; spans],
         });
+        Ok(())
+    }
+
+    /// Reads the segments with this number that are read twice for their queries. Retrieval has no gradient, so nothing
+    /// of it is kept for the backward.
+    fn ask(&mut self, segment: usize) -> Result<()> {
+        let device = &self.model.device;
+        for time in 0.. {
+            let mut step = Step::default();
+            for (b, sequence) in self.sequences.iter().enumerate() {
+                let asks = self.asks[b].get(&segment);
+                if let Some(rows) = asks.and_then(|asks| asks.get(time)) {
+                    let start = self.segments[b][segment].tokens.start;
+                    let tokens = &sequence.tokens[start..start + rows];
+                    step.push(b, step.spans.len(), 0, tokens, End::Again);
+                }
+            }
+            let Some(room) = step.spans.iter().map(|s| s.rows.rows).max() else {
+                break;
+            };
+            let angles = Angles::new(device, &self.model.config, self.plan, room)?;
+            let count = step.spans.len();
+            let mut slots = Slots::passing(device, self.plan, &angles, count, room)?;
+            let mut placed = device.step(step.rows(self.plan, slots.room))?;
+            let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
+            (self.model).advance(self.plan, &step, &mut placed, &mut states, &mut slots)?;
+        }
         Ok(())
     }
 

@@ -15,6 +15,7 @@ pub fn in_pieces<D: Device>(model: &Decoder<D>, tokens: &[u32]) -> Vec<f32> {
             tokens: &tokens[at..end],
             targets: &tokens[at + 1..=end],
             breaks: &[],
+            rereads: &[],
         };
         scored.extend(session.feed(&[feed]).unwrap().remove(0));
         at = end;

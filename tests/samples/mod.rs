@@ -244,6 +244,7 @@ fn state() -> Vec<u8> {
         tokens: &tokens[0],
         targets: &[],
         breaks: &[],
+        rereads: &[],
     };
     session.feed(&[feed]).unwrap();
     let path = folder.path().join("state");

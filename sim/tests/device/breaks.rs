@@ -21,6 +21,7 @@ fn broken(seed: u64, len: usize) -> Tokens {
     Tokens {
         ids: tokens(seed, len, 27),
         breaks: breaks.filter(|b| *b < len).collect(),
+        rereads: Vec::new(),
     }
 }
 
@@ -95,6 +96,7 @@ fn generation_with_breaks_has_the_bits_of_score() {
             tokens,
             breaks: &[],
             stream: 1,
+            rereads: &[],
         })
         .collect();
     let settings = GeneratorConfig {
@@ -116,6 +118,7 @@ fn generation_with_breaks_has_the_bits_of_score() {
         let whole = Tokens {
             ids: [prompt.tokens, &generated.tokens].concat(),
             breaks: vec![prompt.tokens.len()],
+            rereads: Vec::new(),
         };
         let expected = score(&model, &whole, 2).expect("scores");
         let expected = &expected[prompt.tokens.len() - 1..];
@@ -152,6 +155,7 @@ fn a_state_after_breaks_is_restored_wherever_its_pool_lies() {
                 tokens: &all.ids[range.clone()],
                 targets: &all.ids[range.start + 1..=range.end],
                 breaks: &Sequence::from(&all).breaks_within(range),
+                rereads: &[],
             };
             scores.extend(session.feed(&[feed]).expect("a feed").remove(0));
         };

@@ -58,6 +58,7 @@ fn feed(session: &mut Session<'_, Gpu<Driver>>, sequence: usize, tokens: &[u32])
         tokens,
         targets: &[],
         breaks: &[],
+        rereads: &[],
     };
     session.feed(&[feed]).expect("a step");
 }
@@ -71,6 +72,7 @@ fn unrecorded(session: &mut Session<'_, Gpu<Driver>>, next: &[(usize, u32)]) -> 
             tokens,
             targets: &[],
             breaks: &[],
+            rereads: &[],
         })
         .collect();
     session.feed(&feeds).expect("a step");
@@ -86,6 +88,7 @@ fn generate(model: &Model, prompts: &[Vec<u32>], settings: &GeneratorConfig) -> 
             breaks: &[],
             tokens,
             stream: i as u64,
+            rereads: &[],
         })
         .collect();
     let mut generator = Generator::new(&mut session, &prompts, settings.clone()).expect("prompts");
@@ -230,6 +233,7 @@ fn sequences_that_join_and_leave_yield_what_each_yields_alone() {
                 tokens,
                 breaks: &[],
                 stream: 0,
+                rereads: &[],
             };
             generator
                 .join(place, &prompt, settings(i), false)

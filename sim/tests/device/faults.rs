@@ -266,6 +266,7 @@ fn feed(session: &mut Session<'_, Gpu<Faulty>>, tokens: &[u32], breaks: &[usize]
         tokens,
         targets: &[],
         breaks,
+        rereads: &[],
     };
     session.feed(&[feed]).map(|_| ())
 }
@@ -292,6 +293,7 @@ fn prefill_with_failures(config: &ModelConfig, stride: usize) {
         let whole = Sequence {
             tokens: &prompt,
             breaks: &[9, 10, 13],
+            rereads: &[],
         };
         let fed = feed(&mut session, &prompt, whole.breaks);
         let has_failed = fault.end();

@@ -9,6 +9,7 @@ mod lora;
 mod memory;
 mod model;
 mod pool;
+mod rereads;
 mod retrieval;
 #[allow(dead_code, reason = "tests/retrieval.rs uses other parts")]
 #[path = "../../../tests/retrieval_cases/mod.rs"]

@@ -39,6 +39,7 @@ pub fn decoded<'a, D: Device>(model: &Decoder<D>, sequence: impl Into<Sequence<'
             tokens: &pair[..1],
             targets: &pair[1..],
             breaks: &sequence.breaks_within(i..i + 1),
+            rereads: &[],
         };
         scores.extend(session.feed(&[feed]).expect("a step").remove(0));
     }

@@ -37,6 +37,7 @@ fn feed(session: &mut Session<'_, Gpu<Driver>>, tokens: &[u32]) {
         tokens,
         targets: &[],
         breaks: &[],
+        rereads: &[],
     };
     session.feed(&[feed]).expect("a feed");
 }

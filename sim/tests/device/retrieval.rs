@@ -85,6 +85,7 @@ fn has_the_same_bits_on_every_path(pool_len: usize) {
     let sequence = Sequence {
         tokens: &tokens,
         breaks: &breaks,
+        rereads: &[],
     };
     let expected = score(&model, sequence, 1).expect("scores");
     assert_eq!(score(&model, sequence, 4).expect("scores"), expected);
@@ -101,6 +102,7 @@ fn has_the_same_bits_on_every_path(pool_len: usize) {
             tokens: &tokens[range.clone()],
             targets: &tokens[range.start + 1..range.end + 1],
             breaks: &within,
+            rereads: &[],
         };
         got.extend(session.feed(&[feed]).expect("a feed").concat());
         first += rows;

@@ -7,6 +7,7 @@ use super::RetrievalConfig;
 use super::fields::{Fields, shown};
 use crate::device::PoolBits;
 use crate::model::error::ConfigError;
+use crate::model::segmentation::MOST_REREADS;
 
 /// Longest pool accepted, in tokens.
 pub const MAX_POOL_LEN: usize = 1 << 30;
@@ -39,12 +40,15 @@ pub struct SegmentConfig {
     pub break_after_prompt: bool,
     /// Tokens of a prompt's end that are read after this break, with what the prompt has retrieved.
     pub prompt_suffix_len: usize,
+    /// How often these are read again, each time with what they have retrieved themselves.
+    pub reread_suffix: usize,
 }
 
 /// Where prompts have their break, if they have one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PromptBreak {
     suffix_len: Option<usize>,
+    rereads: usize,
 }
 
 impl PromptBreak {
@@ -52,7 +56,14 @@ impl PromptBreak {
     pub fn before_suffix(suffix_len: usize) -> Self {
         Self {
             suffix_len: Some(suffix_len),
+            rereads: 0,
         }
+    }
+
+    /// The same; each suffix is read so many times again.
+    #[must_use]
+    pub fn with_rereads(self, rereads: usize) -> Self {
+        Self { rereads, ..self }
     }
 
     /// The break of a prompt of so many tokens: after so many of them. All but the suffix, and at least one, choose
@@ -62,12 +73,28 @@ impl PromptBreak {
         self.suffix_len.map(|len| tokens - suffix(len))
     }
 
-    /// Adds the break of a prompt of so many tokens to others in it.
-    pub(crate) fn add(self, tokens: usize, breaks: &mut Vec<usize>) {
-        if let Some(own) = self.of(tokens)
-            && let Err(place) = breaks.binary_search(&own)
-        {
-            breaks.insert(place, own);
+    /// The rereads of a prompt of so many tokens
+    /// ([`Sequence::rereads`](crate::model::segmentation::Sequence::rereads)): the end of its suffix, if it has one.
+    pub fn rereads_of(self, tokens: usize) -> Vec<usize> {
+        match self.of(tokens) {
+            Some(own) if own < tokens => vec![tokens; self.rereads],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Adds the break of a prompt of so many tokens to others in it, and where its suffix is read again to the rereads.
+    pub(crate) fn add(self, tokens: usize, breaks: &mut Vec<usize>, rereads: &mut Vec<usize>) {
+        let own = [
+            (self.of(tokens).into_iter().collect(), breaks),
+            (self.rereads_of(tokens), rereads),
+        ];
+        for (own, others) in own {
+            let own: Vec<usize> = own;
+            if let Some(first) = own.first()
+                && let Err(place) = others.binary_search(first)
+            {
+                others.splice(place..place, own);
+            }
         }
     }
 }
@@ -93,7 +120,10 @@ impl super::ModelConfig {
     /// Where a prompt has its break.
     pub fn prompt_break(&self) -> PromptBreak {
         match &self.segment {
-            Some(s) if s.break_after_prompt => PromptBreak::before_suffix(s.prompt_suffix_len),
+            Some(s) if s.break_after_prompt => PromptBreak {
+                suffix_len: Some(s.prompt_suffix_len),
+                rereads: s.reread_suffix,
+            },
             _ => PromptBreak::default(),
         }
     }
@@ -120,6 +150,7 @@ impl SegmentConfig {
             break_ids: Vec::new(),
             break_after_prompt: false,
             prompt_suffix_len: 0,
+            reread_suffix: 0,
         }
     }
 
@@ -141,6 +172,7 @@ impl SegmentConfig {
             "break_ids",
             "break_after_prompt",
             "prompt_suffix_len",
+            "reread_suffix",
         ])?;
         let mut segment = Self::new(
             fields.required_size("segment_len", 1..=MAX_SEGMENT_LEN)?,
@@ -165,6 +197,8 @@ impl SegmentConfig {
         segment.break_after_prompt = fields.flag("break_after_prompt")?.unwrap_or(false);
         let suffix = fields.size("prompt_suffix_len", 0..=MAX_SEGMENT_LEN)?;
         segment.prompt_suffix_len = suffix.unwrap_or(0);
+        let rereads = fields.size("reread_suffix", 0..=MOST_REREADS)?;
+        segment.reread_suffix = rereads.unwrap_or(0);
         if let Some(by_layer) = fields.list("head_reads")? {
             segment.head_reads = by_layer
                 .iter()
@@ -216,6 +250,9 @@ impl SegmentConfig {
         if self.prompt_suffix_len > 0 {
             object["prompt_suffix_len"] = json!(self.prompt_suffix_len);
         }
+        if self.reread_suffix > 0 {
+            object["reread_suffix"] = json!(self.reread_suffix);
+        }
         object
     }
 
@@ -261,6 +298,15 @@ impl SegmentConfig {
             let expected =
                 format!("an integer up to {MAX_SEGMENT_LEN}, and 0 without break_after_prompt");
             return fail("prompt_suffix_len", expected, suffix.to_string());
+        }
+        if self.reread_suffix > MOST_REREADS {
+            let expected = format!("an integer up to {MOST_REREADS}");
+            return fail("reread_suffix", expected, self.reread_suffix.to_string());
+        }
+        if self.reread_suffix > 0 && !(1..=self.segment_len).contains(&suffix) {
+            let most = self.segment_len;
+            let expected = format!("prompt_suffix_len from 1 to segment_len = {most} beside it");
+            return fail("reread_suffix", expected, suffix.to_string());
         }
         // What is never dropped, and a whole selection.
         let least = self.past_len + self.prior_len + self.sink_len.next_multiple_of(block_len);

@@ -1,15 +1,16 @@
-//! The hand-over between segments: what a segment that begins reads of the segments before it, and what one that is
-//! complete leaves.
+//! The hand-over between segments: what a segment that begins reads of the segments before it, what one that is
+//! complete leaves, and what one that is read again selects.
 
 use super::{Decoder, Span, Step};
 use crate::device::{Device, Result};
+use crate::model::segmentation::End;
 use crate::model::state::{
-    Carry, Complete, Plan, SequenceState, Slots, close_segments, open_segments,
+    Carry, Complete, Plan, SequenceState, Slots, ask_again, close_segments, open_segments,
 };
 
 impl<D: Device> Decoder<D> {
-    /// Opens the segments that begin and closes those that are complete: of different sequences together, and those of
-    /// one sequence in their order.
+    /// Opens the segments that begin, closes those that are complete, and selects for those that are read again: of
+    /// different sequences together, and those of one sequence in their order.
     pub(super) fn pass_on(
         &self,
         plan: &Plan,
@@ -50,16 +51,23 @@ impl<D: Device> Decoder<D> {
         if !opening.is_empty() {
             open_segments(&self.device, plan, l, &opening, layer, tables)?;
         }
-        let closing = spans.iter().zip(carries).filter(|(span, _)| span.closes);
-        let closing = closing.map(|(span, carry)| Complete {
-            slot: span.rows.slot,
-            rows: span.rows.start + span.rows.rows,
-            carry,
-        });
-        let mut closing: Vec<Complete<'_, D>> = closing.collect();
-        if closing.is_empty() {
-            return Ok(());
+        let (mut complete, mut asking) = (Vec::new(), Vec::new());
+        for (span, carry) in spans.iter().zip(carries) {
+            let to = match span.end {
+                End::Open => continue,
+                End::Complete => &mut complete,
+                End::Again => &mut asking,
+            };
+            to.push(Complete {
+                slot: span.rows.slot,
+                rows: span.rows.start + span.rows.rows,
+                carry,
+            });
         }
-        close_segments(&self.device, plan, l, layer, &mut closing, tables)
+        ask_again(&self.device, plan, l, layer, &mut asking)?;
+        match complete.is_empty() {
+            true => Ok(()),
+            false => close_segments(&self.device, plan, l, layer, &mut complete, tables),
+        }
     }
 }

@@ -8,6 +8,7 @@ use super::follow::Command;
 use super::{Session, Step};
 use crate::device::sampler::SamplerConfig;
 use crate::device::{Device, Purpose, Recording, Result, Sampled, Samplers};
+use crate::model::segmentation::End;
 use crate::model::state::SequenceState;
 
 /// A recording is valid up to a number of rows of the segment. This is the first such number; it doubles up to the
@@ -180,9 +181,9 @@ impl<D: Device> Session<'_, D> {
         let mut step = Step::default();
         for (sequence, token) in next {
             let (cursor, token) = (&mut self.cursors[*sequence], std::slice::from_ref(token));
-            let part = self.plan.next_part(cursor.rows, token.into(), 0);
+            let part = self.plan.next_part(*cursor, token.into(), 0);
             let rows = &token[..part.rows];
-            step.push(*sequence, *sequence, cursor.rows, rows, part.closes);
+            step.push(*sequence, *sequence, cursor.rows, rows, part.end);
             cursor.advance(part);
         }
         step
@@ -213,7 +214,9 @@ impl<D: Device> Session<'_, D> {
 
     /// Whether a segment begins or ends in the step.
     fn hands_over(&self, step: &Step) -> bool {
-        step.spans.iter().any(|s| s.rows.start == 0 || s.closes)
+        step.spans
+            .iter()
+            .any(|s| s.rows.start == 0 || s.end != End::Open)
     }
 
     /// The device calls of a step. They use the buffers of the previous step, so that they can be recorded.

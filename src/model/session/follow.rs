@@ -29,8 +29,8 @@ pub(super) enum Command {
         longest: usize,
         segments_per_step: usize,
     },
-    /// As [`Session::feed`], without targets: sequence, tokens, breaks.
-    Feed(Vec<(usize, Vec<u32>, Vec<usize>)>),
+    /// As [`Session::feed`], without targets: sequence, tokens, breaks, rereads.
+    Feed(Vec<(usize, Vec<u32>, Vec<usize>, Vec<usize>)>),
     /// As [`Session::decode`].
     Decode(Vec<(usize, u32)>),
     /// As [`Session::restart`].
@@ -173,12 +173,15 @@ fn obey<'m, D: Device>(
     match command {
         Command::Open { .. } => {}
         Command::Feed(feeds) => {
-            let feeds = feeds.iter().map(|(sequence, tokens, breaks)| Feed {
-                sequence: *sequence,
-                tokens,
-                targets: &[],
-                breaks,
-            });
+            let feeds = feeds
+                .iter()
+                .map(|(sequence, tokens, breaks, rereads)| Feed {
+                    sequence: *sequence,
+                    tokens,
+                    targets: &[],
+                    breaks,
+                    rereads,
+                });
             session.feed(&feeds.collect::<Vec<_>>())?;
         }
         Command::Decode(next) => session.pass_on_decoding(next)?,

@@ -111,6 +111,7 @@ impl SavedSequence {
         let cursor = Cursor {
             position: tokens,
             rows: tokens - self.cursor.completed(),
+            asked: self.cursor.asked,
         };
         restore::sequence(&mut Saved(self), sequence, cursor, session)
     }

@@ -34,7 +34,7 @@ pub(super) struct Undo<D: Device> {
     /// Keys and values of the tail, and its rows.
     tail: Option<([D::Buffer; 2], usize)>,
     tokens: usize,
-    pub(super) selected: Option<D::Blocks>,
+    selected: Option<D::Blocks>,
     pub(super) pool_tokens: Option<usize>,
     /// The pool before it first dropped tokens, with no more than `pool_tokens`.
     pub(super) pool: Option<D::Pool>,
@@ -113,6 +113,14 @@ impl<D: Device> Carry<D> {
         }
         (self.prior_rows, self.tokens) = (0, 0);
         Ok(())
+    }
+
+    /// Puts another selection in place of the one that there is.
+    pub(super) fn replace_selected(&mut self, selected: D::Blocks) {
+        let old = std::mem::replace(&mut self.selected, selected);
+        if let Some(undo) = &mut self.undo {
+            undo.selected.get_or_insert(old);
+        }
     }
 
     /// Prepares the tail's buffers for the last rows of a complete segment, before which `kept` rows of the tail before
@@ -268,7 +276,7 @@ pub(in crate::model) fn open_segments<D: Device>(
     Ok(())
 }
 
-/// A segment that is complete: its slot, its rows, and the state of its sequence.
+/// A segment that is complete, or is read again: its slot, its rows, and the state of its sequence.
 pub(in crate::model) struct Complete<'a, D: Device> {
     pub slot: usize,
     pub rows: usize,
@@ -290,6 +298,18 @@ pub(in crate::model) fn close_segments<D: Device>(
         complete.remember(device, plan, layer, slots)?;
     }
     Ok(())
+}
+
+/// Selects past rows anew for segments that are read again: for each by the queries of its rows so far.
+pub(in crate::model) fn ask_again<D: Device>(
+    device: &D,
+    plan: &Plan,
+    layer: usize,
+    slots: &LayerSlots<D>,
+    asking: &mut [Complete<'_, D>],
+) -> Result<()> {
+    let mut each = asking.iter_mut();
+    each.try_for_each(|segment| segment.ask(device, plan, layer, slots))
 }
 
 /// Makes the last rows of complete segments the tails, keys before rotation, and keeps those of the rows that are

@@ -1,9 +1,9 @@
 //! The past after a segment: its tokens join the pool, those beyond the pool's length are dropped, and retrieval
-//! selects for the next segment (docs/contract.md, section 2).
+//! selects for the next segment, or for a segment that is read again (docs/contract.md, section 2).
 
 use std::ops::Range;
 
-use super::{Complete, LayerSlots, Plan};
+use super::{Complete, LayerReads, LayerSlots, Plan};
 use crate::device::{Device, PastPool, Probes, Result, Rows, Selection};
 
 impl<D: Device> Complete<'_, D> {
@@ -16,38 +16,21 @@ impl<D: Device> Complete<'_, D> {
         slots: &LayerSlots<D>,
     ) -> Result<()> {
         let Self { slot, rows, carry } = self;
-        let (slot, rows) = (*slot, *rows);
         let (reads, kv) = (&plan.reads[layer], &slots.kv);
-        carry.tokens += rows;
+        carry.tokens += *rows;
         let (Some(pool), Some(queries)) = (&mut carry.pool, &slots.probes) else {
             return Ok(());
         };
         if let Some(undo) = &mut carry.undo {
             undo.pool_tokens.get_or_insert(pool.tokens());
         }
-        let first = slot * kv.rows.current;
+        let first = *slot * kv.rows.current;
         let rows_of = |buffer| Rows::packed(buffer, first, plan.kv_width());
-        pool.append(device, &reads.past, [&kv.raw_k, &kv.v].map(rows_of), rows)?;
-        let queries_len = plan.probe_rows.min(rows);
-        let probes = Probes {
-            q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
-            rows: queries_len,
-            first: (rows - queries_len) % plan.probe_rows,
-            capacity: plan.probe_rows,
-            group: plan.heads.q / plan.heads.kv,
-        };
+        pool.append(device, &reads.past, [&kv.raw_k, &kv.v].map(rows_of), *rows)?;
+        let probes = probes(plan, queries, *slot, *rows);
         let prior_rows = carry.prior_rows;
-        let eligible = |tokens| -> Vec<Range<usize>> {
-            let of_head = |head: &usize| plan.eligible(reads, *head, [tokens, prior_rows]);
-            reads.past.iter().map(of_head).collect()
-        };
-        let selection = Selection {
-            kv_heads: &reads.past,
-            eligible: &[],
-            rows: plan.past_len,
-            rule: plan.rule,
-            scale: plan.scale,
-        };
+        let eligible = |tokens| eligible(plan, reads, [tokens, prior_rows]);
+        let selection = selection(plan, reads);
         let (tokens, held) = (pool.tokens(), plan.held(pool.tokens()));
         if held < tokens {
             let beyond = Selection {
@@ -70,10 +53,62 @@ impl<D: Device> Complete<'_, D> {
             ..selection
         };
         let selected = pool.select(device, &probes, &selection)?;
-        let old = std::mem::replace(&mut carry.selected, selected);
-        if let Some(undo) = &mut carry.undo {
-            undo.selected.get_or_insert(old);
-        }
+        carry.replace_selected(selected);
         Ok(())
+    }
+
+    /// Selects what the segment reads when it is read again: all else stays as it was before the segment.
+    pub(super) fn ask(
+        &mut self,
+        device: &D,
+        plan: &Plan,
+        layer: usize,
+        slots: &LayerSlots<D>,
+    ) -> Result<()> {
+        let (carry, reads) = (&mut *self.carry, &plan.reads[layer]);
+        let (Some(pool), Some(queries)) = (&carry.pool, &slots.probes) else {
+            return Ok(());
+        };
+        // Before the first segment has ended there is nothing to select.
+        if pool.tokens() == 0 {
+            return Ok(());
+        }
+        let probes = probes(plan, queries, self.slot, self.rows);
+        let selection = Selection {
+            eligible: &eligible(plan, reads, [pool.tokens(), carry.prior_rows]),
+            ..selection(plan, reads)
+        };
+        let selected = pool.select(device, &probes, &selection)?;
+        carry.replace_selected(selected);
+        Ok(())
+    }
+}
+
+/// The last queries of the `rows` rows of a slot.
+fn probes<'a, B>(plan: &Plan, queries: &'a B, slot: usize, rows: usize) -> Probes<'a, B> {
+    let count = plan.probe_rows.min(rows);
+    Probes {
+        q: Rows::packed(queries, slot * plan.probe_rows, plan.q_width()),
+        rows: count,
+        first: (rows - count) % plan.probe_rows,
+        capacity: plan.probe_rows,
+        group: plan.heads.q / plan.heads.kv,
+    }
+}
+
+/// What each head can select of `tokens` tokens that the pool holds, of which `prior_rows` are the tail.
+fn eligible(plan: &Plan, reads: &LayerReads, rows: [usize; 2]) -> Vec<Range<usize>> {
+    let heads = reads.past.iter();
+    heads.map(|h| plan.eligible(reads, *h, rows)).collect()
+}
+
+/// The rule by which a layer's heads select, of nothing.
+fn selection<'a>(plan: &Plan, reads: &'a LayerReads) -> Selection<'a> {
+    Selection {
+        kv_heads: &reads.past,
+        eligible: &[],
+        rows: plan.past_len,
+        rule: plan.rule,
+        scale: plan.scale,
     }
 }

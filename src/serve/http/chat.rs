@@ -24,7 +24,7 @@ pub async fn completions(
 ) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(&body(bytes)?)?;
     let wanted = Wanted::take(&mut fields, &server)?;
-    let (prompt, breaks) = prompt(&mut fields, &server)?;
+    let (prompt, [breaks, rereads]) = prompt(&mut fields, &server)?;
     let top = fields.count("top_logprobs", 0..=MOST_TOP)?;
     let logprobs = match fields.flag("logprobs")? {
         true => Some(top.unwrap_or(0)),
@@ -42,7 +42,7 @@ pub async fn completions(
     let events = wanted.start(
         &server,
         &prompts,
-        &breaks,
+        [&breaks, &rereads],
         [logprobs, wanted.prompt_logprobs],
         None,
     )?;
@@ -66,14 +66,17 @@ pub async fn completions(
     }
 }
 
-/// The tokens of the messages, up to where the model writes; and, where prompts end segments, the ends of the earlier
-/// prompts among them, at each of which the model wrote an answer.
-fn prompt(fields: &mut Fields, server: &Server) -> Result<(Vec<u32>, Vec<usize>), ApiError> {
+/// Breaks and rereads.
+type Marks = [Vec<usize>; 2];
+
+/// The tokens of the messages, up to where the model writes; and, where prompts end segments, the breaks and rereads of
+/// the earlier prompts among them, at each of which the model wrote an answer.
+fn prompt(fields: &mut Fields, server: &Server) -> Result<(Vec<u32>, Marks), ApiError> {
     let none = || ApiError::wrong("the model has no chat template: use /v1/completions");
     let chat = server.chat.as_ref().ok_or_else(none)?;
     let (conversation, answers) = conversation(fields)?;
     let whole = tokens(server, chat, &conversation)?;
-    let mut breaks = Vec::new();
+    let [mut breaks, mut rereads] = Marks::default();
     let own = server.handle.shared.prompt_break;
     if own != PromptBreak::default() {
         for answer in answers.into_iter().filter(|answer| *answer > 0) {
@@ -81,13 +84,13 @@ fn prompt(fields: &mut Fields, server: &Server) -> Result<(Vec<u32>, Vec<usize>)
             earlier.messages.truncate(answer);
             let earlier = tokens(server, chat, &earlier)?;
             // A template may write earlier messages otherwise: then the model never read this prompt.
-            let own = own.of(earlier.len());
-            if whole.starts_with(&earlier) && breaks.last() < own.as_ref() {
-                breaks.extend(own);
+            if whole.starts_with(&earlier) && breaks.last() < own.of(earlier.len()).as_ref() {
+                breaks.extend(own.of(earlier.len()));
+                rereads.extend(own.rereads_of(earlier.len()));
             }
         }
     }
-    Ok((whole, breaks))
+    Ok((whole, [breaks, rereads]))
 }
 
 fn tokens(server: &Server, chat: &Chat, conversation: &Conversation) -> Result<Vec<u32>, ApiError> {

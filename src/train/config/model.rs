@@ -117,6 +117,8 @@ pub struct SegmentSection {
     pub break_after_prompt: Option<bool>,
     /// Tokens of a prompt's end that are read after this break.
     pub prompt_suffix_len: Option<usize>,
+    /// How often these are read again, each time with what they have retrieved themselves.
+    pub reread_suffix: Option<usize>,
 }
 
 impl ModelSection {
@@ -203,6 +205,7 @@ impl ModelSection {
             .break_after_prompt
             .unwrap_or(segment.break_after_prompt);
         set(&mut segment.prompt_suffix_len, given.prompt_suffix_len);
+        set(&mut segment.reread_suffix, given.reread_suffix);
         given.set_reads(&mut segment, layers, kv_heads)?;
         config.segment = Some(segment);
         config.validate().map_err(|e| typed("model", &e))

@@ -139,7 +139,7 @@ impl Corpus {
         &self.documents[start..end(group)]
     }
 
-    /// Tokens `range` of a document, with the breaks behind them.
+    /// Tokens `range` of a document, with the breaks and rereads behind them.
     ///
     /// # Errors
     /// [`TrainError::Io`](crate::train::TrainError::Io); [`TrainError::Data`](crate::train::TrainError::Data) if the
@@ -151,7 +151,7 @@ impl Corpus {
         Ok(unmark(read))
     }
 
-    /// Tokens `range` of a document, with the breaks behind them and their weights.
+    /// Tokens `range` of a document, with the breaks and rereads behind them and their weights.
     ///
     /// # Errors
     /// As [`Corpus::tokens`].
@@ -170,6 +170,7 @@ impl Corpus {
             tokens: tokens.ids,
             weights,
             breaks: tokens.breaks,
+            rereads: tokens.rereads,
             policy: None,
         })
     }

@@ -23,11 +23,12 @@ const MAX_LINE: u64 = 1 << 28;
 /// The field of a JSONL line with a conversation.
 const MESSAGES: &str = "messages";
 /// What is read beside it, and beside ids.
-const BESIDE: [&str; 5] = [
+const BESIDE: [&str; 6] = [
     "tools",
     "documents",
     "chat_template_kwargs",
     "breaks",
+    "rereads",
     "weights",
 ];
 /// What some programs put before a text in UTF-8.
@@ -177,19 +178,23 @@ fn weighed(conversed: Conversed, own: PromptBreak) -> (Listed, Vec<f32>) {
     for answer in &answers {
         weights[answer.clone()].fill(1.0);
     }
-    let mut breaks = Vec::new();
+    let (mut breaks, mut rereads) = (Vec::new(), Vec::new());
     let mut read = 0;
     for answer in answers.iter().filter(|a| !a.is_empty()) {
         // Answers may follow one another, and share a token.
-        let own = own.of(answer.start.saturating_sub(read));
-        let own = own.map(|own| read + own);
-        breaks.extend(own.filter(|own| breaks.last().is_none_or(|last| last < own)));
+        let turn = answer.start.saturating_sub(read);
+        let at = own.of(turn).map(|own| read + own);
+        if at.is_some_and(|at| breaks.last().is_none_or(|last| *last < at)) {
+            breaks.extend(at);
+            rereads.extend(own.rereads_of(turn).iter().map(|end| read + end));
+        }
         // The last token of an answer is read with the turn that follows.
         read = answer.end - 1;
     }
     let listed = Listed {
         tokens: ids,
         breaks,
+        rereads,
     };
     (listed, weights)
 }
@@ -341,13 +346,16 @@ impl<'a> Queue<'a> {
                 self.add(Item::Tokens(self.reading.after.to_vec()))?;
             }
             Some(list @ Value::Array(_)) => {
-                let breaks = object
-                    .remove("breaks")
-                    .unwrap_or_else(|| Value::Array(Vec::new()));
+                let mut positions = |key: &str| {
+                    let given = object
+                        .remove(key)
+                        .unwrap_or_else(|| Vec::<Value>::new().into());
+                    serde_json::from_value(given).map_err(|e| wrong(format!("`{key}`: {e}")))
+                };
                 let listed = Listed {
+                    breaks: positions("breaks")?,
+                    rereads: positions("rereads")?,
                     tokens: serde_json::from_value(list).map_err(|e| wrong(e.to_string()))?,
-                    breaks: serde_json::from_value(breaks)
-                        .map_err(|e| wrong(format!("`breaks`: {e}")))?,
                 };
                 listed.check().map_err(wrong)?;
                 let tokens = listed.tokens.len();
@@ -412,7 +420,7 @@ impl<'a> Queue<'a> {
         match item {
             Item::File(path) => self.writer.begin_file(path),
             Item::Tokens(tokens) => self.writer.push(&tokens)?,
-            Item::Broken(Listed { tokens, breaks }) => self.writer.push_broken(tokens, &breaks)?,
+            Item::Broken(listed) => self.writer.push_marked(listed)?,
             Item::Weights(weights) => self.writer.push_weights(&weights)?,
             Item::End => self.writer.end_document(),
             Item::Piece { text, place, line } => {
@@ -434,7 +442,7 @@ impl<'a> Queue<'a> {
                 };
                 for conversed in texts {
                     let (listed, weights) = weighed(conversed, self.reading.prompt_break);
-                    self.writer.push_broken(listed.tokens, &listed.breaks)?;
+                    self.writer.push_marked(listed)?;
                     self.writer.push_weights(&weights)?;
                     self.writer.end_document();
                 }

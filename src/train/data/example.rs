@@ -13,6 +13,8 @@ pub struct Example {
     pub weights: Option<Vec<f32>>,
     /// Breaks, ascending: a segment ends after so many tokens.
     pub breaks: Vec<usize>,
+    /// Rereads, ascending ([`Sequence::rereads`]). The loss of a token is that of its second reading.
+    pub rereads: Vec<usize>,
     /// Makes the targets' objective that of a policy gradient; `None`: their log-probability.
     pub policy: Option<Policy>,
 }
@@ -26,6 +28,8 @@ pub struct ExampleRef<'a> {
     pub weights: Option<&'a [f32]>,
     /// See [`Example::breaks`].
     pub breaks: &'a [usize],
+    /// See [`Example::rereads`].
+    pub rereads: &'a [usize],
     /// See [`Example::policy`].
     pub policy: Option<&'a Policy>,
 }
@@ -42,6 +46,7 @@ impl AsExample for Vec<u32> {
             tokens: self,
             weights: None,
             breaks: &[],
+            rereads: &[],
             policy: None,
         }
     }
@@ -53,6 +58,7 @@ impl AsExample for Tokens {
             tokens: &self.ids,
             weights: None,
             breaks: &self.breaks,
+            rereads: &self.rereads,
             policy: None,
         }
     }
@@ -64,6 +70,7 @@ impl AsExample for Example {
             tokens: &self.tokens,
             weights: self.weights.as_deref(),
             breaks: &self.breaks,
+            rereads: &self.rereads,
             policy: self.policy.as_ref(),
         }
     }
@@ -89,6 +96,7 @@ impl From<Tokens> for Example {
         Self {
             tokens: tokens.ids,
             breaks: tokens.breaks,
+            rereads: tokens.rereads,
             ..Self::default()
         }
     }
@@ -125,11 +133,12 @@ impl<'a> ExampleRef<'a> {
         }
     }
 
-    /// Its tokens with their breaks.
+    /// Its tokens with their breaks and rereads.
     pub fn sequence(&self) -> Sequence<'a> {
         Sequence {
             tokens: self.tokens,
             breaks: self.breaks,
+            rereads: self.rereads,
         }
     }
 

@@ -12,7 +12,7 @@ use super::store::Writer;
 use crate::model::segmentation::{Sequence, Tokens};
 use crate::train::error::{Result, TrainError};
 
-/// Token ids with their breaks in JSON, `{"tokens": [...], "breaks": [...]}`.
+/// Token ids with their breaks and rereads in JSON, `{"tokens": [...], "breaks": [...], "rereads": [...]}`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Listed {
@@ -20,19 +20,25 @@ pub(super) struct Listed {
     /// Strictly ascending: a segment ends after so many of the tokens.
     #[serde(default)]
     pub(super) breaks: Vec<usize>,
+    /// Strictly ascending: the segment's tokens up to there are read once more.
+    #[serde(default)]
+    pub(super) rereads: Vec<usize>,
 }
 
 impl Listed {
-    /// What is wrong with the breaks.
+    /// What is wrong with the positions.
     pub(super) fn check(&self) -> std::result::Result<(), String> {
-        let (tokens, breaks) = (&self.tokens[..], &self.breaks[..]);
-        let checked = Sequence { tokens, breaks }.check();
-        checked.map_err(|error| error.to_string())
+        let sequence = Sequence {
+            tokens: &self.tokens,
+            breaks: &self.breaks,
+            rereads: &self.rereads,
+        };
+        sequence.check().map_err(|error| error.to_string())
     }
 }
 
-/// A JSON document of ids: an array of them, or an object `{"tokens": [...], "breaks": [...]}` whose breaks may be left
-/// out.
+/// A JSON document of ids: an array of them, or an object `{"tokens": [...], "breaks": [...], "rereads": [...]}` whose
+/// breaks and rereads may be left out.
 ///
 /// # Errors
 /// What is wrong with it, in words.
@@ -41,14 +47,17 @@ pub fn parse_ids(json: &str) -> std::result::Result<Tokens, String> {
     let failed = |error: serde_json::Error| format!("{expected}: {error}");
     if !json.trim_start().starts_with('{') {
         let ids = serde_json::from_str(json).map_err(failed)?;
-        let breaks = Vec::new();
-        return Ok(Tokens { ids, breaks });
+        return Ok(Tokens {
+            ids,
+            ..Tokens::default()
+        });
     }
     let listed: Listed = serde_json::from_str(json).map_err(failed)?;
     listed.check()?;
     Ok(Tokens {
         ids: listed.tokens,
         breaks: listed.breaks,
+        rereads: listed.rereads,
     })
 }
 
@@ -146,12 +155,9 @@ impl<'de> Visitor<'de> for Ids<'_, '_> {
             1 => self.outer(true)?,
             _ => return Err(A::Error::custom("an object among ids")),
         }
-        let Listed { tokens, breaks } = {
-            let listed = Listed::deserialize(MapAccessDeserializer::new(map))?;
-            listed.check().map_err(A::Error::custom)?;
-            listed
-        };
-        self.0.writer.push_broken(tokens, &breaks).map_err(|e| {
+        let listed = Listed::deserialize(MapAccessDeserializer::new(map))?;
+        listed.check().map_err(A::Error::custom)?;
+        self.0.writer.push_marked(listed).map_err(|e| {
             self.0.failure = Some(e);
             A::Error::custom("writing failed")
         })?;

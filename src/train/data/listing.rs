@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::error::{data_error, io_error};
-use super::marks::BREAKS;
+use super::marks::COMPANIONS;
 use crate::train::error::Result;
 use crate::train::folder::is_output;
 
@@ -47,8 +47,8 @@ impl Format {
 /// The files that `paths` name, and those at and below the folders that they name, folders in order of their names.
 ///
 /// What is named itself is read whatever its name. Of a folder's files those with one of `extensions` are read, or
-/// all without; links to files are followed. Passed over are hidden files and folders, the breaks of `.bin` files
-/// (`NAME.bin.breaks`), caches (folders with a file
+/// all without; links to files are followed. Passed over are hidden files and folders, the breaks and
+/// rereads of `.bin` files (`NAME.bin.breaks`, `NAME.bin.rereads`), caches (folders with a file
 /// `CACHEDIR.TAG`), what a run has written into its own folder, and links to folders, which could lead back up: these
 /// with a warning.
 ///
@@ -108,9 +108,11 @@ impl Folder<'_> {
         entries.sort_by(|a, b| a.0.cmp(&b.0));
         for (entry, kind) in entries {
             let name = entry.file_name().unwrap_or_default();
-            let breaks = entry.extension() == Some(BREAKS.as_ref())
+            let marks = COMPANIONS
+                .iter()
+                .any(|(_, marks)| entry.extension() == Some(marks.as_ref()))
                 && Format::of(Path::new(entry.file_stem().unwrap_or_default())) == Format::Binary;
-            if name.as_encoded_bytes().starts_with(b".") || breaks {
+            if name.as_encoded_bytes().starts_with(b".") || marks {
                 continue;
             }
             if is_output(&entry) || entry.join(CACHE_TAG).is_file() {

@@ -4,6 +4,7 @@ use super::pieces::Encode;
 use super::relay::Relay;
 use super::tasks::Tasks;
 use super::{Corpus, Example, Position, Sequences};
+use crate::model::config::PromptBreak;
 use crate::random::Random;
 use crate::train::config::MixtureSection;
 use crate::train::error::{Result, TrainError};
@@ -97,12 +98,12 @@ impl<'a> Mixture<'a> {
         })
     }
 
-    /// The same with tasks whose questions go on after their break ([`Tasks::with_suffix`]).
+    /// The same with tasks whose questions have the breaks of prompts ([`Tasks::with_break`]).
     #[must_use]
-    pub fn with_suffix(mut self, suffix_len: usize) -> Self {
+    pub fn with_break(mut self, own: PromptBreak) -> Self {
         for part in &mut self.parts {
             if let Source::Text(_, tasks) = &mut part.source {
-                *tasks = tasks.take().map(|tasks| tasks.with_suffix(suffix_len));
+                *tasks = tasks.take().map(|tasks| tasks.with_break(own));
             }
         }
         self

@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::error::{io_error, vocabulary_error};
-use super::marks::mark;
+use super::ids::Listed;
+use super::marks::{Mark, mark};
 use crate::train::error::Result;
 
 /// Bytes of the two numbers and the hash at the end.
@@ -97,10 +98,12 @@ impl Writer {
         &self.source
     }
 
-    /// Tokens of the open document that have breaks, positions in `tokens`.
-    pub(super) fn push_broken(&mut self, mut tokens: Vec<u32>, breaks: &[usize]) -> Result<()> {
+    /// Tokens of the open document that have breaks and rereads.
+    pub(super) fn push_marked(&mut self, listed: Listed) -> Result<()> {
+        let mut tokens = listed.tokens;
         self.check(&tokens)?;
-        mark(&mut tokens, breaks.iter().copied());
+        mark(&mut tokens, Mark::Break, listed.breaks);
+        mark(&mut tokens, Mark::Reread, listed.rereads);
         self.write_tokens(&tokens)
     }
 

@@ -17,6 +17,7 @@ use words::Names;
 
 use super::example::Example;
 use super::pieces::Encode;
+use crate::model::config::PromptBreak;
 use crate::random::Random;
 use crate::train::config::TaskSection;
 use crate::train::error::{Result, TrainError};
@@ -36,8 +37,8 @@ pub struct Tasks<'a> {
     /// For each id whether a line ends with it.
     ends_line: Vec<bool>,
     newline: Vec<u32>,
-    /// Tokens of a question that are read after the break.
-    suffix_len: usize,
+    /// Where a question has its break.
+    own: PromptBreak,
 }
 
 /// A fact in tokens: its statements, each with the end of its line, and the question and its answer.
@@ -68,16 +69,16 @@ impl<'a> Tasks<'a> {
             vocab_size,
             ends_line: ends_line.collect(),
             newline: Vec::new(),
-            suffix_len: 0,
+            own: PromptBreak::before_suffix(0),
         };
         tasks.newline = tasks.ids("\n")?;
         Ok(tasks)
     }
 
-    /// The same with questions whose last tokens are read after the break (`segment.prompt_suffix_len`).
+    /// The same with questions whose breaks are those of prompts, not at their ends.
     #[must_use]
-    pub fn with_suffix(self, suffix_len: usize) -> Self {
-        Self { suffix_len, ..self }
+    pub fn with_break(self, own: PromptBreak) -> Self {
+        Self { own, ..self }
     }
 
     fn ids(&self, text: &str) -> Result<Vec<u32>> {
@@ -275,9 +276,12 @@ impl<'a> Sequence<'a> {
     fn take_exactly(&mut self, end: usize) {
         let (from, to) = (self.used, end.min(self.text.tokens.len()));
         let before = self.made.tokens.len();
-        let breaks = self.text.breaks.iter();
-        let breaks = breaks.filter(|b| from < **b && **b <= to);
-        self.made.breaks.extend(breaks.map(|b| b - from + before));
+        let within = |positions: &[usize]| -> Vec<usize> {
+            let within = positions.iter().filter(|b| from < **b && **b <= to);
+            within.map(|b| b - from + before).collect()
+        };
+        self.made.breaks.extend(within(&self.text.breaks));
+        self.made.rereads.extend(within(&self.text.rereads));
         self.made.tokens.extend(&self.text.tokens[from..to]);
         match &self.text.weights {
             Some(weights) => self.weights.extend(&weights[from..to]),
@@ -299,13 +303,16 @@ impl<'a> Sequence<'a> {
         }
         self.push(&piece.ids, 0.0);
         if let Some(answer) = &piece.answer {
-            let at = self.made.tokens.len();
-            let suffix = self.tasks.suffix_len.min(piece.ids.len().saturating_sub(1));
-            self.made.breaks.retain(|b| *b != at - suffix);
-            self.made.breaks.push(at - suffix);
+            let (at, asked) = (self.made.tokens.len(), piece.ids.len());
+            let own = self.tasks.own.of(asked).unwrap_or(asked);
+            let place = at - asked + own;
+            self.made.breaks.retain(|b| *b != place);
+            self.made.breaks.push(place);
+            let rereads = self.tasks.own.rereads_of(asked);
+            self.made.rereads.extend(rereads.iter().map(|_| at));
             self.push(answer, self.tasks.section.answer_weight);
             // The first is predicted before the break, when nothing has been retrieved for the question yet.
-            if suffix == 0 {
+            if own == asked {
                 self.weights[at] = 1.0;
             }
         }

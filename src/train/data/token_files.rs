@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use super::error::{data_error, io_error};
-use super::marks::{id, mark, read_companion};
+use super::marks::{Mark, id, mark, read_companions};
 use crate::train::config::BinType;
 use crate::train::error::Result;
 
@@ -34,8 +34,8 @@ struct Bin {
     path: PathBuf,
     bytes: u64,
     changed: Option<SystemTime>,
-    /// Positions in the file, ascending.
-    breaks: Vec<u64>,
+    /// Marks, each with positions in the file, ascending.
+    marks: [(Mark, Vec<u64>); 2],
 }
 
 impl TokenFiles {
@@ -61,7 +61,7 @@ impl TokenFiles {
             path: path.to_owned(),
             bytes,
             changed: found.modified().ok(),
-            breaks: read_companion(path, bytes / width)?,
+            marks: read_companions(path, bytes / width)?,
         });
         Ok((self.bins.len(), bytes / width))
     }
@@ -74,7 +74,7 @@ impl TokenFiles {
         }
     }
 
-    /// Tokens `range` of file number `file`, marked where breaks follow.
+    /// Tokens `range` of file number `file`, marked where breaks or rereads follow.
     pub(super) fn read(&self, file: usize, range: Range<u64>) -> Result<Vec<u32>> {
         let len = range.end - range.start;
         if file == STORED {
@@ -111,11 +111,17 @@ impl TokenFiles {
         // An id in a file must not pass for a mark.
         if let Some(i) = tokens.iter().position(|token| id(*token) != *token) {
             let got = format!("{} at token {}", tokens[i], range.start + i as u64);
-            return Err(data_error(&bin.path, None, "ids below 2^31", got));
+            return Err(data_error(&bin.path, None, "ids below 2^28", got));
         }
-        let first = bin.breaks.partition_point(|b| *b <= range.start);
-        let within = bin.breaks[first..].iter().take_while(|b| **b <= range.end);
-        mark(&mut tokens, within.map(|b| (b - range.start) as usize));
+        for (kind, positions) in &bin.marks {
+            let first = positions.partition_point(|b| *b <= range.start);
+            let within = positions[first..].iter().take_while(|b| **b <= range.end);
+            mark(
+                &mut tokens,
+                *kind,
+                within.map(|b| (b - range.start) as usize),
+            );
+        }
         Ok(tokens)
     }
 

@@ -152,14 +152,19 @@ impl<'a, D: Device> Teaching<'a, D> {
     fn next_step(&mut self, sequences: &[ExampleRef<'_>], ends: &[usize]) -> (Step, Vec<usize>) {
         let (mut step, mut first) = (Step::default(), Vec::new());
         for (b, cursor) in self.cursors.iter_mut().enumerate() {
-            let Sequence { tokens, breaks } = sequences[b].sequence();
-            let tokens = &tokens[..ends[b]];
-            let at = cursor.position;
-            let part = (self.plan).next_part(cursor.rows, Sequence { tokens, breaks }, at);
+            let sequence = Sequence {
+                tokens: &sequences[b].tokens[..ends[b]],
+                breaks: sequences[b].breaks,
+                // Where the teacher's segments begin elsewhere, what a step of the student asks for would be read once
+                // by one number of segments a step and twice by another.
+                rereads: &[],
+            };
+            let (tokens, at) = (sequence.tokens, cursor.position);
+            let part = self.plan.next_part(*cursor, sequence, at);
             if part.rows == 0 {
                 continue;
             }
-            step.push(b, b, cursor.rows, &tokens[at..at + part.rows], part.closes);
+            step.push(b, b, cursor.rows, &tokens[at..at + part.rows], part.end);
             first.push(at);
             cursor.advance(part);
         }

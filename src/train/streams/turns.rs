@@ -11,7 +11,6 @@ use std::collections::VecDeque;
 use super::{Batch, Gradients, Groups, Objective, Scores, StreamConfig, Streams};
 use crate::device::{Device, DeviceError, Purpose, Result};
 use crate::model::decoder::Decoder;
-use crate::model::segmentation::Segment;
 use crate::model::state::Plan;
 use crate::train::data::ExampleRef;
 
@@ -75,22 +74,28 @@ impl<'a> Batch<'a> {
         let plan = Plan::new(&model.config, longest);
         Ok(Self {
             sequences,
-            segments: inputs.map(|s| plan.segments(s)).collect(),
+            segments: inputs.clone().map(|s| plan.segments(s)).collect(),
+            asks: inputs.map(|s| plan.asks(s)).collect(),
             plan,
         })
     }
 
-    /// Its turns, as the batch with this number.
+    /// Its turns, as the batch with this number. A segment that is read twice is the first of its turn: what it asks
+    /// for depends on the segments before.
     fn turns(&self, batch: usize, segments_per_step: usize) -> impl Iterator<Item = Turn> {
-        let end = self.segments.iter().map(Vec::<Segment>::len).max();
-        let (end, step) = (end.unwrap_or(0), segments_per_step.max(1));
-        let starts = (0..end).step_by(step);
-        starts.map(move |first| Turn {
-            batch,
-            first,
-            next: first.saturating_add(step).min(end),
-            end,
-        })
+        let end = self.segments.iter().map(Vec::len).max().unwrap_or(0);
+        let asks = |segment: &usize| self.asks.iter().any(|asks| asks.contains_key(segment));
+        let from = move |first: usize| {
+            let most = first.saturating_add(segments_per_step.max(1)).min(end);
+            let next = (first + 1..most).find(asks).unwrap_or(most);
+            (first < end).then_some(Turn {
+                batch,
+                first,
+                next,
+                end,
+            })
+        };
+        std::iter::successors(from(0), move |turn| from(turn.next))
     }
 }
 
