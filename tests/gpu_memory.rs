@@ -113,11 +113,19 @@ fn readings() -> [Reading; 6] {
 #[test]
 fn a_dry_run_holds_what_the_run_holds() {
     for pool_len in [0, 64, 320] {
-        for suffix in [None, Some(0), Some(3), Some(50)] {
+        for (suffix, rereads) in [
+            (None, 0),
+            (Some(0), 0),
+            (Some(3), 0),
+            (Some(50), 0),
+            (Some(3), 2),
+            (Some(50), 1),
+        ] {
             let mut config = bounded(config(8, 2, 64), pool_len);
             let segment = config.segment.as_mut().expect("segments");
             segment.break_after_prompt = suffix.is_some();
             segment.prompt_suffix_len = suffix.unwrap_or(0);
+            segment.reread_suffix = rereads;
             config.switches.sink_logits = suffix == Some(3);
             holds_what_the_run_holds(&config);
         }
@@ -230,6 +238,41 @@ fn a_bounded_pool_takes_the_same_memory_for_a_text_of_any_length() {
         }
         // Keys and values of one head in two layers.
         assert_eq!(short.pool.peak, 2 * 2 * 128 * (2 * 2 * 256 + 64));
+    }
+}
+
+/// The break of a prompt makes a segment of what would be a part, which is then read side by side with those before.
+#[test]
+fn segments_side_by_side_before_a_break_stay_within_their_plan() {
+    for (tokens, suffix, rereads) in [
+        (8064, 0, 0),
+        (8064, 2, 0),
+        (8064, 64, 0),
+        (8064, 64, 2),
+        (8192, 64, 2),
+        (8300, 64, 1),
+        (65_500, 64, 2),
+    ] {
+        let mut config = config(4, 4, 1024);
+        let segment = config.segment.as_mut().expect("segments");
+        segment.break_after_prompt = true;
+        (segment.prompt_suffix_len, segment.reread_suffix) = (suffix, rereads);
+        config.validate().expect("a config");
+        let reading = Reading {
+            sequences: vec![[0, tokens]; 4],
+            scored: false,
+            new: 30,
+            segments_per_step: 8,
+        };
+        let planned = dry_run_use(&config, &reading, usize::MAX);
+        let gpu = dry(None);
+        let model = Decoder::for_dry_run(gpu.clone(), config, false).expect("a model");
+        run(&model, &reading).expect("a run");
+        let held = gpu.memory_use();
+        assert!(
+            held.buffers.peak <= planned.buffers.peak,
+            "{reading:?}, {suffix}, {rereads}: {held:?} {planned:?}"
+        );
     }
 }
 

@@ -19,6 +19,7 @@ pub mod task;
 
 mod aggregate;
 mod fit;
+mod greedy;
 mod needle;
 mod recall;
 mod relay;
@@ -28,8 +29,9 @@ mod text;
 
 pub use error::EvalError;
 pub use execution::{Execution, SegmentOverrides};
+pub use greedy::Greedy;
 pub use kind::TaskKind;
 pub use perplexity::{Document, PerplexityConfig, PerplexityReport, WindowLoss, perplexity};
 pub use recall::{HeadRecall, Oracle};
-pub use run::{Answer, Greedy, Progress, Report, Respond, RunConfig, run};
+pub use run::{Answer, Progress, Report, Respond, RunConfig, run};
 pub use task::{Sample, TaskOptions, generate};

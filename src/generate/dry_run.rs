@@ -50,40 +50,59 @@ pub fn dry_run<D: Device>(
         drop_together(session, longest)?;
     }
     ahead(session, &of_each(&|[before, _]| *before))?;
-    // The first chunks fill the state, the last have the longest context. The last token of a prompt may end a segment.
+    if new > 0 && model.config.part.ends {
+        let (streams, none) = (vec![0; sequences.len()], vec![&[][..]; sequences.len()]);
+        session.choose_by(&SamplerConfig::greedy(), &streams, &none)?;
+    }
+    // The first chunks fill the state, the last have the longest context. The last token of a prompt may end a segment,
+    // and its break makes a whole one of what is before it, which is read side by side with others.
     let chunk = session.chunk();
-    let own = session.model().config.prompt_break();
-    let suffix = |tokens: usize| tokens - own.of(tokens).unwrap_or(tokens);
-    let asked = |tokens: usize| match new > 0 && tokens > 0 {
-        true => 1 + suffix(tokens),
-        false => 0,
+    let own = model.config.prompt_break();
+    let own = |tokens: usize| own.of(tokens).filter(|_| new > 0 && tokens > 0);
+    let before = |tokens: usize| {
+        let asked = usize::from(new > 0 && tokens > 0);
+        own(tokens).unwrap_or(tokens - asked)
     };
     let passed = |tokens: usize| (tokens / chunk).saturating_sub(4) * chunk;
-    let first = |tokens: usize| (tokens - asked(tokens)).min(2 * chunk);
-    let last = |tokens: usize| tokens - first(tokens) - passed(tokens) - asked(tokens);
-    read(session, &of_each(&|[_, tokens]| first(*tokens)), scored)?;
-    ahead(session, &of_each(&|[_, tokens]| passed(*tokens)))?;
-    read(session, &of_each(&|[_, tokens]| last(*tokens)), scored)?;
+    let first = |tokens: usize| before(tokens).min(2 * chunk);
+    let last = |tokens: usize| before(tokens) - first(tokens) - passed(tokens);
+    let of_tokens = |f: &dyn Fn(usize) -> usize| of_each(&|[_, tokens]| f(*tokens));
+    let lasts = of_tokens(&last);
+    let breaks: Vec<bool> = sequences.iter().map(|[_, t]| own(*t).is_some()).collect();
+    let ends_first = lasts.iter().zip(&breaks);
+    let ends_first: Vec<bool> = ends_first.map(|(last, ends)| *last == 0 && *ends).collect();
+    read(session, &of_tokens(&first), (scored, &ends_first))?;
+    ahead(session, &of_tokens(&passed))?;
+    read(session, &lasts, (scored, &breaks))?;
     // Of three steps in a segment one is recorded; two in a row begin or end one.
-    generate(session, &of_each(&|[_, tokens]| asked(*tokens)), new.min(6))?;
-    // Generation ends a segment for the last time, and begins one. The last new token is never read.
+    generate(
+        session,
+        &of_tokens(&|tokens| tokens - before(tokens)),
+        new.min(6),
+    )?;
+    generate_far(session, reading, own)
+}
+
+/// Generation ends a segment for the last time, and begins one. The last new token is never read. Segments are counted
+/// from the break that `own` says.
+fn generate_far<D: Device>(
+    session: &mut Session<'_, D>,
+    reading: &Reading,
+    own: impl Fn(usize) -> Option<usize>,
+) -> Result<(), GenerateError> {
     let Some(segment) = &session.model().config.segment else {
         return Ok(());
     };
     let far = |(i, [before, tokens]): (usize, &[usize; 2])| {
-        // Segments are counted from the break.
-        let counted = match segment.break_after_prompt && asked(*tokens) > 0 {
-            true => before + tokens - suffix(*tokens),
-            false => 0,
-        };
-        let rest = (before + tokens + new).saturating_sub(counted + 1);
+        let counted = own(*tokens).map_or(0, |own| before + own);
+        let rest = (before + tokens + reading.new).saturating_sub(counted + 1);
         let end = counted + rest / segment.segment_len * segment.segment_len;
         end.saturating_sub(session.position(i) + 1)
     };
-    let far: Vec<usize> = sequences.iter().enumerate().map(far).collect();
+    let far: Vec<usize> = reading.sequences.iter().enumerate().map(far).collect();
     ahead(session, &far)?;
     let one: Vec<usize> = far.iter().map(|far| usize::from(*far > 0)).collect();
-    (0..2).try_for_each(|_| read(session, &one, false))
+    (0..2).try_for_each(|_| read(session, &one, (false, &[])))
 }
 
 /// Runs what a server does ([`Generator::idle`]) on a dry-run device: `sequences` of `longest` tokens each that go on
@@ -148,7 +167,7 @@ fn drop_together<D: Device>(
     let all = |tokens: usize| vec![tokens; session.sequences()];
     let (before, last) = (all(end.saturating_sub(1)), all(end.min(1)));
     ahead(session, &before)?;
-    read(session, &last, false)?;
+    read(session, &last, (false, &[]))?;
     (0..last.len()).try_for_each(|sequence| session.restart(sequence))?;
     Ok(())
 }
@@ -164,23 +183,28 @@ fn ahead<D: Device>(session: &mut Session<'_, D>, tokens: &[usize]) -> Result<()
     Ok(())
 }
 
-/// Reads so many tokens of each sequence, a chunk at a time.
+/// Reads so many tokens of each sequence, a chunk at a time; where `broken`, a break comes after the last of them.
 fn read<D: Device>(
     session: &mut Session<'_, D>,
     tokens: &[usize],
-    scored: bool,
+    (scored, broken): (bool, &[bool]),
 ) -> Result<(), GenerateError> {
     let chunk = session.chunk();
     let most = tokens.iter().copied().max().unwrap_or(0);
     let row = vec![0; chunk.min(most)];
     for first in (0..most).step_by(chunk) {
+        let ends = |(sequence, tokens): (usize, &usize)| {
+            let here = first < *tokens && *tokens <= first + row.len();
+            (here && broken.get(sequence) == Some(&true)).then(|| tokens - first)
+        };
+        let breaks: Vec<Option<usize>> = tokens.iter().enumerate().map(ends).collect();
         let feed = |(sequence, tokens): (usize, &usize)| {
             let tokens = &row[..row.len().min(tokens.saturating_sub(first))];
             Feed {
                 sequence,
                 tokens,
                 targets: if scored { tokens } else { &[] },
-                breaks: &[],
+                breaks: breaks[sequence].as_slice(),
                 rereads: &[],
             }
         };

@@ -43,6 +43,16 @@ pub(crate) struct Epoch {
     pub flags: u16,
 }
 
+impl Epoch {
+    /// All of it, for a comparison without branches.
+    #[inline]
+    fn words(&self) -> [u64; 2] {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let last = u32::from(self.id) | u32::from(self.flags) << 16;
+        [pair(self.clock, self.block), pair(self.site, last)]
+    }
+}
+
 /// Shadow of `GRANULE` bytes. All zero means: never touched.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
@@ -131,20 +141,19 @@ impl ReaderSet {
         at
     }
 
-    /// Adds a read in place of its actor's last one. What `is_known` may be forgotten.
-    fn insert(&mut self, epoch: Epoch, is_known: impl Fn(&Epoch) -> bool) {
+    /// Adds a read in place of its actor's last one. What `is_known` may be forgotten. `left` is used for a moment.
+    fn insert(&mut self, epoch: Epoch, is_known: impl Fn(&Epoch) -> bool, left: &mut Vec<Epoch>) {
         if 2 * self.used >= self.slots.len() {
-            let old = std::mem::take(&mut self.slots);
-            let left: Vec<Epoch> = old
-                .into_iter()
-                .filter(|read| read.clock != 0 && !is_known(read))
-                .collect();
+            left.clear();
+            let kept = |read: &&Epoch| read.clock != 0 && !is_known(read);
+            left.extend(self.slots.iter().filter(kept));
             let slots = (4 * left.len()).next_power_of_two().max(Self::LEAST);
+            self.slots.clear();
             self.slots.resize(slots, Epoch::default());
             self.used = left.len();
-            for read in left {
-                let at = self.find(&read);
-                self.slots[at] = read;
+            for read in &*left {
+                let at = self.find(read);
+                self.slots[at] = *read;
             }
         }
         let at = self.find(&epoch);
@@ -164,6 +173,8 @@ impl ReaderSet {
 pub(crate) struct Readers {
     sets: Vec<ReaderSet>,
     free: Vec<u32>,
+    /// Of a set that is laid out anew: kept, since that happens at every few reads.
+    left: Vec<Epoch>,
 }
 
 impl Readers {
@@ -173,9 +184,13 @@ impl Readers {
             self.sets.len() as u32 - 1
         });
         for read in reads {
-            self.sets[index as usize].insert(read, |_| false);
+            self.insert(index, read, |_| false);
         }
         index
+    }
+
+    fn insert(&mut self, index: u32, read: Epoch, is_known: impl Fn(&Epoch) -> bool) {
+        self.sets[index as usize].insert(read, is_known, &mut self.left);
     }
 
     fn release(&mut self, index: u32) {
@@ -185,6 +200,21 @@ impl Readers {
 }
 
 impl Cell {
+    /// Whether it stands for itself: what an access makes of it depends on no list of readers.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        self.read.flags & MANY_READERS == 0
+    }
+
+    #[inline]
+    pub fn is(&self, other: &Cell) -> bool {
+        let differ = |a: &Epoch, b: &Epoch| {
+            let ([a, c], [b, d]) = (a.words(), b.words());
+            (a ^ b) | (c ^ d)
+        };
+        differ(&self.write, &other.write) | differ(&self.read, &other.read) == 0
+    }
+
     /// Checks and records an access.
     #[inline]
     pub fn on_access(
@@ -224,8 +254,7 @@ impl Cell {
         }
         let conflict = self.problem_of_read(actor);
         if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
-            let set = &mut readers.sets[self.read.clock as usize];
-            set.insert(new, |old| actor.knows(old));
+            readers.insert(self.read.clock, new, |old| actor.knows(old));
         } else if actor.knows(&self.read) || self.read.flags & MANY_READERS != 0 {
             self.read = new;
         } else {

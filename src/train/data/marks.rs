@@ -22,7 +22,7 @@ const BREAK: u32 = 1 << 31;
 /// Added to a token for each time that its segment is read again after it.
 const REREAD: u32 = 1 << 28;
 /// Ids are below this.
-pub(super) const IDS: u32 = REREAD;
+const IDS: u32 = REREAD;
 /// Each mark, and what the name of a `.bin` file has behind it in the name of the file with its positions.
 pub(super) const COMPANIONS: [(Mark, &str); 2] =
     [(Mark::Break, "breaks"), (Mark::Reread, "rereads")];
