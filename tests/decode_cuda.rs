@@ -128,6 +128,7 @@ fn a_batch_decodes_to_the_bits_of_score_and_of_one_alone() {
                 breaks: &[],
                 tokens,
                 stream: i as u64,
+                rereads: &[],
             })
             .collect();
         let config = GeneratorConfig {
@@ -171,6 +172,7 @@ fn unrecorded(
             tokens: &next,
             targets: &[],
             breaks: &[],
+            rereads: &[],
         };
         session.feed(&[feed]).expect("a step");
         let sampled = session.sample(&[0]).expect("a token")[0];
@@ -195,6 +197,7 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
         tokens: &history,
         targets: &[],
         breaks: &[],
+        rereads: &[],
     };
     session.feed(&[feed]).expect("a step");
     let mut host = Sampler::new(by, 9).expect("settings");

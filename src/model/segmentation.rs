@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::state::Plan;
 use crate::device::{DeviceError, Result};
 
@@ -27,7 +29,7 @@ pub struct Sequence<'a> {
 }
 
 /// A sequence that owns its tokens.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Tokens {
     /// The tokens.
     pub ids: Vec<u32>,

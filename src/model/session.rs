@@ -49,7 +49,8 @@ impl<'m, D: Device> Session<'m, D> {
     /// `segments_per_step` of their segments side by side where many tokens come at once.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] for what the device or the host cannot hold, or another error of the device.
+    /// [`DeviceError::OutOfMemory`](crate::device::DeviceError::OutOfMemory) for what the device or the host cannot
+    /// hold, or another error of the device.
     pub fn new(
         model: &'m Decoder<D>,
         sequences: usize,

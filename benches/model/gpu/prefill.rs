@@ -57,6 +57,7 @@ pub fn read_prompt<D: Device>(
             tokens,
             targets,
             breaks: &[],
+            rereads: &[],
         }])?;
     }
     Ok(())
@@ -72,6 +73,7 @@ pub fn greedy<'s, 'm, D: Device>(
         breaks: &[],
         tokens: &[],
         stream: stream as u64,
+        rereads: &[],
     };
     let prompts: Vec<_> = (0..session.sequences()).map(prompt).collect();
     let config = GeneratorConfig {

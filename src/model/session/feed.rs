@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{Command, Session};
 use crate::device::{Accumulate, Device, DeviceError, Kind, Purpose, Result, Rows, RowsMut};
 use crate::model::decoder::{Decoder, Forward, Span, Step};
-use crate::model::segmentation::{End, Sequence};
+use crate::model::segmentation::{End, Sequence, Tokens};
 use crate::model::state::{Carry, SequenceState};
 
 /// Tokens for one sequence of a session.
@@ -118,8 +118,12 @@ impl<D: Device> Session<'_, D> {
             self.model.check_tokens("targets", feed.targets)?;
         }
         let told = |feed: &Feed<'_>| {
-            let [breaks, rereads] = [feed.breaks, feed.rereads].map(<[usize]>::to_vec);
-            (feed.sequence, feed.tokens.to_vec(), breaks, rereads)
+            let tokens = Tokens {
+                ids: feed.tokens.to_vec(),
+                breaks: feed.breaks.to_vec(),
+                rereads: feed.rereads.to_vec(),
+            };
+            (feed.sequence, tokens)
         };
         if !self.model.stage.is_whole() {
             let feeds = feeds.iter().map(told);

@@ -11,6 +11,7 @@ use super::{Feed, SelectedTokens, Session};
 use crate::device::{Device, DeviceError, Result};
 use crate::model::decoder::Decoder;
 use crate::model::parameters::index;
+use crate::model::segmentation::Tokens;
 use crate::model::session_file::stages;
 use crate::model::stage::DISMISSAL;
 use crate::ranks::RankError;
@@ -29,8 +30,8 @@ pub(super) enum Command {
         longest: usize,
         segments_per_step: usize,
     },
-    /// As [`Session::feed`], without targets: sequence, tokens, breaks, rereads.
-    Feed(Vec<(usize, Vec<u32>, Vec<usize>, Vec<usize>)>),
+    /// As [`Session::feed`], without targets: sequences, and their tokens.
+    Feed(Vec<(usize, Tokens)>),
     /// As [`Session::decode`].
     Decode(Vec<(usize, u32)>),
     /// As [`Session::restart`].
@@ -173,15 +174,13 @@ fn obey<'m, D: Device>(
     match command {
         Command::Open { .. } => {}
         Command::Feed(feeds) => {
-            let feeds = feeds
-                .iter()
-                .map(|(sequence, tokens, breaks, rereads)| Feed {
-                    sequence: *sequence,
-                    tokens,
-                    targets: &[],
-                    breaks,
-                    rereads,
-                });
+            let feeds = feeds.iter().map(|(sequence, tokens)| Feed {
+                sequence: *sequence,
+                tokens: &tokens.ids,
+                targets: &[],
+                breaks: &tokens.breaks,
+                rereads: &tokens.rereads,
+            });
             session.feed(&feeds.collect::<Vec<_>>())?;
         }
         Command::Decode(next) => session.pass_on_decoding(next)?,
