@@ -90,22 +90,11 @@ impl Checker {
             first_block,
         };
         let mut first = None;
-        // Neighbours mostly have the same past, and then the same access makes the same of them.
-        let mut before: Option<[Cell; 2]> = None;
         for (i, cell) in cells.iter_mut().enumerate() {
-            if let Some([old, new]) = &before
-                && cell.is(old)
-            {
-                *cell = *new;
-                continue;
-            }
-            let old = *cell;
             if shared {
                 cell.claim_for_block(who.serial, first_block, &mut self.readers);
             }
             let conflict = cell.on_access(&actor, access.mode, &mut self.readers);
-            let same = conflict.is_none() && old.is_plain() && cell.is_plain();
-            before = same.then_some([old, *cell]);
             if let (None, Some(conflict)) = (&first, conflict) {
                 first = Some((i, conflict));
             }

@@ -43,16 +43,6 @@ pub(crate) struct Epoch {
     pub flags: u16,
 }
 
-impl Epoch {
-    /// All of it, for a comparison without branches.
-    #[inline]
-    fn words(&self) -> [u64; 2] {
-        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-        let last = u32::from(self.id) | u32::from(self.flags) << 16;
-        [pair(self.clock, self.block), pair(self.site, last)]
-    }
-}
-
 /// Shadow of `GRANULE` bytes. All zero means: never touched.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
@@ -200,21 +190,6 @@ impl Readers {
 }
 
 impl Cell {
-    /// Whether it stands for itself: what an access makes of it depends on no list of readers.
-    #[inline]
-    pub fn is_plain(&self) -> bool {
-        self.read.flags & MANY_READERS == 0
-    }
-
-    #[inline]
-    pub fn is(&self, other: &Cell) -> bool {
-        let differ = |a: &Epoch, b: &Epoch| {
-            let ([a, c], [b, d]) = (a.words(), b.words());
-            (a ^ b) | (c ^ d)
-        };
-        differ(&self.write, &other.write) | differ(&self.read, &other.read) == 0
-    }
-
     /// Checks and records an access.
     #[inline]
     pub fn on_access(
