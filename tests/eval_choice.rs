@@ -7,6 +7,7 @@ use common::{config_of, model_on, values};
 use segattn::device::cpu::Cpu;
 use segattn::eval::EvalError;
 use segattn::eval::choice::{LETTERS, Question, Reading, read};
+use segattn::model::config::ModelConfig;
 use segattn::model::session::score;
 
 /// A token a byte, and one before a text.
@@ -36,10 +37,20 @@ fn questions() -> Vec<Question> {
 
 #[test]
 fn the_choice_is_the_letter_with_the_best_score_of_the_whole_text() {
-    let mut config = config_of(false, 8);
-    config.vocab_size = 257;
-    config.segment.as_mut().unwrap().break_after_prompt = true;
-    let model = model_on(Cpu, &config, &values(&config, 3));
+    // The break stands where the model's configuration says, and what is behind it may be read again.
+    for (suffix, times) in [(0, 0), (5, 0), (5, 2)] {
+        let mut config = config_of(false, 8);
+        config.vocab_size = 257;
+        let segment = config.segment.as_mut().unwrap();
+        (segment.break_after_prompt, segment.prompt_suffix_len) = (true, suffix);
+        segment.reread_suffix = times;
+        config.validate().unwrap();
+        choices_have_the_best_scores(&config);
+    }
+}
+
+fn choices_have_the_best_scores(config: &ModelConfig) {
+    let model = model_on(Cpu, config, &values(config, 3));
     let reading = Reading {
         encode: &encode,
         longest: None,
@@ -53,11 +64,12 @@ fn the_choice_is_the_letter_with_the_best_score_of_the_whole_text() {
         let scores = LETTERS.map(|letter| {
             let mut whole = prompt.tokens.clone();
             whole.extend(letter.bytes().map(u32::from));
-            let breaks = [prompt.tokens.len()];
+            let (own, count) = (config.prompt_break(), prompt.tokens.len());
+            let (breaks, rereads) = (own.of(count), own.rereads_of(count));
             let sequence = segattn::model::segmentation::Sequence {
                 tokens: &whole,
-                breaks: &breaks,
-                rereads: &[],
+                breaks: breaks.as_slice(),
+                rereads: &rereads,
             };
             *score(&model, sequence, 1).unwrap().last().unwrap()
         });
