@@ -234,16 +234,11 @@ class Trainer:
             sequences.append([*sample.prompt, *sample.tokens])
             all_weights.append(unused + weight)
             policies.append((unused + sample.logprobs.tolist(), unused + each, (below, above)))
-        marked = [self._prompt_marks(marks, samples) for marks in enumerate((breaks, rereads))]
-        return self._step(sequences, marked, all_weights, policies)
-
-    def _prompt_marks(self, marks, samples):
-        """Breaks (0) or rereads (1) of each sample, with those that its prompt had when it was generated."""
-        which, given = marks
-        own = [_native.prompt_marks(self._model.config(), len(sample.prompt))[which] for sample in samples]
-        if given is None or len(given) != len(own):
-            return own if given is None else given
-        return [sorted({*positions, *more}) for positions, more in zip(given, own)]
+        config = self._model.config()
+        own = [_native.prompt_marks(config, len(sample.prompt)) for sample in samples]
+        own_breaks, own_rereads = [marks[0] for marks in own], [marks[1] for marks in own]
+        marks = _with_own(breaks, own_breaks), _with_own(rereads, own_rereads)
+        return self._step(sequences, marks, all_weights, policies)
 
     def save(self, folder: Union[str, os.PathLike], *, keep: int = 2) -> str:
         """Saves all that `resume` needs; returns a folder in `folder` that is also a model folder.
@@ -269,6 +264,18 @@ def _ids(name: str, ids: Sequence[int]) -> list:
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < 2**32:
         raise ArgumentError(name, "token ids from 0 to 2^32 - 1", f"{numbers.min()} to {numbers.max()}")
     return numbers.tolist()
+
+
+def _with_own(given: Optional[Sequence[Sequence[int]]], own: list) -> Sequence[Sequence[int]]:
+    """Positions in each prompt with those that generation has added; one that is there already stays as it is."""
+    if given is None:
+        return own
+    if len(given) != len(own):
+        return given  # refused where sequences are counted
+    return [
+        list(positions) if set(more) <= set(positions) else sorted([*positions, *more])
+        for positions, more in zip(given, own)
+    ]
 
 
 def _marked(sequences: list, breaks, rereads) -> list:

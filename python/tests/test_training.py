@@ -114,7 +114,8 @@ def test_breaks_end_segments():
 
 def test_suffixes_are_read_again():
     reread = {"break_after_prompt": True, "prompt_suffix_len": 4, "reread_suffix": 1}
-    trainer = Trainer(None, {**KEYS, **{f"model.segment.{key}": value for key, value in reread.items()}})
+    keys = {**KEYS, **{f"model.segment.{key}": value for key, value in reread.items()}}
+    trainer = Trainer(None, keys)
     generator = Generator(trainer)
     samples = generator.generate([TEXT[:41], TEXT[:30]], max_new=12, seed=4)
     whole = [sample.prompt + sample.tokens for sample in samples]
@@ -125,6 +126,12 @@ def test_suffixes_are_read_again():
         assert bits(sample.logprobs) == bits(two[new:]) != bits(one[new:])
     step = trainer.policy_step(samples, [1.0, -1.0])
     assert all((ratios == 1).all() for ratios in step.ratios(samples))
+    # Given positions join the model's own, which may be listed several times.
+    keys["model.segment.reread_suffix"] = 2
+    trainer = Trainer(None, keys)
+    samples = Generator(trainer).generate([TEXT[:41]], max_new=12, breaks=[[10]], rereads=[[15]])
+    step = trainer.policy_step(samples, [1.0], breaks=[[10]], rereads=[[15]])
+    assert (step.ratios(samples)[0] == 1).all()
     with pytest.raises(segattn.ArgumentError, match="rereads"):
         generator.score(whole, rereads=[[3]])
 

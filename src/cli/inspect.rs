@@ -356,7 +356,7 @@ fn text(report: &Value) -> String {
                 };
                 let again = match s["reread_suffix"].as_u64() {
                     None | Some(0) => String::new(),
-                    Some(times) => format!("; these are read {times} times again"),
+                    Some(times) => format!("; these are read again, times: {times}"),
                 };
                 line("", format!("end early {after}{again}"));
             }

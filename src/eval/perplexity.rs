@@ -7,7 +7,7 @@
 use super::error::EvalError;
 use crate::device::Device;
 use crate::model::decoder::Decoder;
-use crate::model::segmentation::{Sequence, Tokens};
+use crate::model::segmentation::Sequence;
 use crate::model::session::{Feed, Session};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -184,16 +184,19 @@ pub fn perplexity<D: Device>(
     let mut done = 0;
     let (mut sums, mut by_window) = (Sums::default(), Vec::new());
     for group in windows.chunks(config.batch.max(1)) {
-        let cut = |w: &Window| {
+        let marks = |w: &Window| {
             let document = documents[w.document].sequence();
-            Tokens {
-                ids: document.tokens[w.tokens.clone()].to_vec(),
-                breaks: document.breaks_within(w.tokens.clone()),
-                rereads: document.rereads_within(w.tokens.clone()),
-            }
+            let breaks = document.breaks_within(w.tokens.clone());
+            [breaks, document.rereads_within(w.tokens.clone())]
         };
-        let cut: Vec<Tokens> = group.iter().map(cut).collect();
-        let sequences: Vec<Sequence<'_>> = cut.iter().map(Sequence::from).collect();
+        let marks: Vec<[Vec<usize>; 2]> = group.iter().map(marks).collect();
+        let sequences: Vec<Sequence<'_>> = (group.iter().zip(&marks))
+            .map(|(w, [breaks, rereads])| Sequence {
+                tokens: &documents[w.document].tokens[w.tokens.clone()],
+                breaks,
+                rereads,
+            })
+            .collect();
         let scored = log_probabilities(model, &sequences, config.segments_per_step, |read| {
             done += read as u64;
             progress(done, total);

@@ -59,13 +59,13 @@ pub fn dry_run<D: Device>(
     let chunk = session.chunk();
     let own = model.config.prompt_break();
     let own = |tokens: usize| own.of(tokens).filter(|_| new > 0 && tokens > 0);
-    let before = |tokens: usize| {
+    let up_to_break = |tokens: usize| {
         let asked = usize::from(new > 0 && tokens > 0);
         own(tokens).unwrap_or(tokens - asked)
     };
     let passed = |tokens: usize| (tokens / chunk).saturating_sub(4) * chunk;
-    let first = |tokens: usize| before(tokens).min(2 * chunk);
-    let last = |tokens: usize| before(tokens) - first(tokens) - passed(tokens);
+    let first = |tokens: usize| up_to_break(tokens).min(2 * chunk);
+    let last = |tokens: usize| up_to_break(tokens) - first(tokens) - passed(tokens);
     let of_tokens = |f: &dyn Fn(usize) -> usize| of_each(&|[_, tokens]| f(*tokens));
     let lasts = of_tokens(&last);
     let breaks: Vec<bool> = sequences.iter().map(|[_, t]| own(*t).is_some()).collect();
@@ -77,7 +77,7 @@ pub fn dry_run<D: Device>(
     // Of three steps in a segment one is recorded; two in a row begin or end one.
     generate(
         session,
-        &of_tokens(&|tokens| tokens - before(tokens)),
+        &of_tokens(&|tokens| tokens - up_to_break(tokens)),
         new.min(6),
     )?;
     generate_far(session, reading, own)

@@ -82,20 +82,18 @@ impl PromptBreak {
         }
     }
 
-    /// Adds the break of a prompt of so many tokens to others in it, and where its suffix is read again to the rereads.
+    /// Adds the break and the rereads of a prompt of so many tokens to others in it. A position that is there already
+    /// stays as it is.
     pub(crate) fn add(self, tokens: usize, breaks: &mut Vec<usize>, rereads: &mut Vec<usize>) {
-        let own = [
-            (self.of(tokens).into_iter().collect(), breaks),
-            (self.rereads_of(tokens), rereads),
-        ];
-        for (own, others) in own {
-            let own: Vec<usize> = own;
+        let add = |own: &[usize], others: &mut Vec<usize>| {
             if let Some(first) = own.first()
                 && let Err(place) = others.binary_search(first)
             {
-                others.splice(place..place, own);
+                others.splice(place..place, own.iter().copied());
             }
-        }
+        };
+        add(self.of(tokens).as_slice(), breaks);
+        add(&self.rereads_of(tokens), rereads);
     }
 }
 
@@ -120,10 +118,9 @@ impl super::ModelConfig {
     /// Where a prompt has its break.
     pub fn prompt_break(&self) -> PromptBreak {
         match &self.segment {
-            Some(s) if s.break_after_prompt => PromptBreak {
-                suffix_len: Some(s.prompt_suffix_len),
-                rereads: s.reread_suffix,
-            },
+            Some(s) if s.break_after_prompt => {
+                PromptBreak::before_suffix(s.prompt_suffix_len).with_rereads(s.reread_suffix)
+            }
             _ => PromptBreak::default(),
         }
     }

@@ -155,8 +155,8 @@ impl<'a, D: Device> Teaching<'a, D> {
             let sequence = Sequence {
                 tokens: &sequences[b].tokens[..ends[b]],
                 breaks: sequences[b].breaks,
-                // Where the teacher's segments begin elsewhere, what a step of the student asks for would be read once
-                // by one number of segments a step and twice by another.
+                // Its segments may begin elsewhere than the student's. Then what it read twice would depend on the
+                // number of segments in a step.
                 rereads: &[],
             };
             let (tokens, at) = (sequence.tokens, cursor.position);
