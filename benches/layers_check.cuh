@@ -417,16 +417,24 @@ static Retrieval retrieval_of(int tokens, int dim, int group, int probe_rows, in
   return r;
 }
 
+// Launches a kernel of retrieval for one call, which lies in the device's memory.
+template <class Kernel>
+static void retrieve(Kernel kernel, const SegattnRetrievalParams* call, int64_t blocks, int threads,
+                     size_t shared_bytes = 0) {
+  kernel<<<blocks, threads, shared_bytes>>>(SegattnRetrievalCalls{call, blocks});
+}
+
 static void check_retrieval(int tokens, int selected) {
   Retrieval r = retrieval_of(tokens, 128, 4, 64, selected);
   SegattnRetrievalParams& p = r.p;
+  const SegattnRetrievalParams* call = upload(vector<SegattnRetrievalParams>{p});
   using C = MeanScores<128>;
   repeat("retrieval",
          [&] {
-           pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p);
-           pool_probes_bf16<<<up(4 * p.windows * 128 / 8, 256), 256>>>(p);
-           pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p);
-           pool_select_f32<<<1, 1024, sizeof(PoolSelectShared)>>>(p);
+           retrieve(pool_append_bf16, call, up((int64_t)tokens * 128 / 8, 256), 256);
+           retrieve(pool_probes_bf16, call, up(4 * p.windows * 128 / 8, 256), 256);
+           retrieve(pool_scores_bf16_d128, call, up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>));
+           retrieve(pool_select_f32, call, 1, 1024, sizeof(PoolSelectShared));
          },
          {{p.scores, (size_t)p.blocks * 4}, {p.selected, (size_t)std::min(selected, p.blocks) * 4}});
   Numbers exact;

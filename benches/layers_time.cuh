@@ -177,23 +177,21 @@ static void time_adamw(int64_t len) {
 }
 
 static void time_retrieval(int tokens) {
-  Retrieval r = retrieval_of(tokens, 128, 1, 64, 64);
-  SegattnRetrievalParams p = r.p;
   using C = MeanScores<128>;
-  const auto append = [&] { pool_append_bf16<<<up((int64_t)tokens * 128 / 8, 256), 256>>>(p); };
-  time_of("pool_append", 8. * tokens * 128, append);
-  pool_probes_bf16<<<up(p.windows * 128 / 8, 256), 256>>>(p);
-  time_of("pool_scores, 15 probes", 2. * tokens * 128,
-          [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
-  time_of("pool_select, 64 of all blocks", 0, [&] { pool_select_f32<<<1, 1024, sizeof(PoolSelectShared)>>>(p); });
-  free_all();
-  r = retrieval_of(tokens, 128, 4, 64, 64);
-  p = r.p;
-  append();
-  pool_probes_bf16<<<up(4 * p.windows * 128 / 8, 256), 256>>>(p);
-  time_of("pool_scores, 60 probes", 2. * tokens * 128,
-          [&] { pool_scores_bf16_d128<<<up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)>>>(p); });
-  free_all();
+  for (const int group : {1, 4}) {
+    const SegattnRetrievalParams p = retrieval_of(tokens, 128, group, 64, 64).p;
+    const SegattnRetrievalParams* call = upload(vector<SegattnRetrievalParams>{p});
+    const auto append = [&] { retrieve(pool_append_bf16, call, up((int64_t)tokens * 128 / 8, 256), 256); };
+    if (group == 1) time_of("pool_append", 8. * tokens * 128, append);
+    else append();
+    retrieve(pool_probes_bf16, call, up(group * p.windows * 128 / 8, 256), 256);
+    time_of(group == 1 ? "pool_scores, 15 probes" : "pool_scores, 60 probes", 2. * tokens * 128,
+            [&] { retrieve(pool_scores_bf16_d128, call, up(p.blocks, 16), C::kThreads, sizeof(ScoreShared<C>)); });
+    if (group == 1)
+      time_of("pool_select, 64 of all blocks", 0,
+              [&] { retrieve(pool_select_f32, call, 1, 1024, sizeof(PoolSelectShared)); });
+    free_all();
+  }
 }
 
 static void time_sampling(int rows, int vocab) {

@@ -291,7 +291,14 @@ typedef struct SegattnRetrievalParams {
   int32_t window_before; /* tokens of a whole window before its best token */
   float scale_log2;      /* s = scale_log2 * probe . key: the scale of attention, in base 2 */
   int32_t bits;          /* of an element of the pool: 16, 8 or 4 */
+  int32_t padding;       /* so that every byte of a table of calls is set */
 } SegattnRetrievalParams;
+
+/* Calls of one of its kernels, which do not depend on each other: a launch has `blocks` blocks for each. */
+typedef struct SegattnRetrievalCalls {
+  const SegattnRetrievalParams* calls;
+  int64_t blocks; /* what a call has no work for does nothing */
+} SegattnRetrievalCalls;
 
 /* How a sequence's next token is chosen, and where its random stream stands. */
 typedef struct SegattnSampler {

@@ -11,6 +11,9 @@
 // Elements of a group, which share a step. Divides every head_dim that there are kernels of scores for.
 constexpr int kStepGroup = 32;
 
+// The thread's index within its call, in the call's block.
+SEGATTN_FN uint32_t thread_of(uint32_t block) { return block * blockDim.x + threadIdx.x; }
+
 SEGATTN_FN const SegattnPoolChunk& chunk_of(const SegattnRetrievalParams& p, int64_t token) {
   return p.chunks[(token - p.first_token) / p.chunk_tokens];
 }

@@ -4,8 +4,9 @@
 #include "pool.cuh"
 
 // A thread has one block; by the second rule a token, whose neighbours are those whose whole windows have it in them.
-SEGATTN_FN void pool_unwanted(const SegattnRetrievalParams& p) {
-  const int64_t index = thread_index(), head = index / p.score_pitch, block = index % p.score_pitch;
+SEGATTN_FN void pool_unwanted(const SegattnRetrievalParams& p, uint32_t thread_block) {
+  if (p.score_pitch == 0) return;
+  const int64_t index = thread_of(thread_block), head = index / p.score_pitch, block = index % p.score_pitch;
   if (head >= p.heads) return;
   const Blocks eligible = eligible_blocks(p, (int)head);
   if (block < eligible.begin || block >= eligible.end) return;
@@ -42,8 +43,8 @@ SEGATTN_FN void copy_held(const SegattnRetrievalParams& p, void* from, int64_t f
 }
 
 // The pool's tokens from p.token on, counted without those dropped, to the same tokens of the other pool.
-SEGATTN_FN void pool_keep(const SegattnRetrievalParams& p) {
-  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
+SEGATTN_FN void pool_keep(const SegattnRetrievalParams& p, uint32_t block) {
+  const uint32_t index = thread_of(block), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
   const int64_t row = index / row_units;
   if (row >= p.rows) return;
   const int head = index % row_units / head_units, column = index % head_units * kVector;

@@ -35,16 +35,16 @@ constexpr int kProbeParts = 3;
 struct PoolConfig {
   static constexpr int kThreads = 256, kBlocks = 5;
 };
-// Rounding takes more registers.
-struct AppendConfig {
-  static constexpr int kThreads = 256, kBlocks = 4;
+// Rounding and rotation take more registers.
+struct WideConfig {
+  static constexpr int kThreads = 256, kBlocks = 3;
 };
 
 // Row of the ring that holds query t.
 SEGATTN_FN int query_row(const SegattnRetrievalParams& p, int t) { return (p.first_query + t) % p.query_capacity; }
 
-SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
-  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
+SEGATTN_FN void pool_append(const SegattnRetrievalParams& p, uint32_t block) {
+  const uint32_t index = thread_of(block), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
   const int64_t row = index / row_units;
   if (row >= p.rows) return;
   const int head = index % row_units / head_units, column = index % head_units * kVector;
@@ -55,8 +55,8 @@ SEGATTN_FN void pool_append(const SegattnRetrievalParams& p) {
 }
 
 // The pool's tokens from p.token on, to rows of the heads named.
-SEGATTN_FN void pool_read(const SegattnRetrievalParams& p) {
-  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
+SEGATTN_FN void pool_read(const SegattnRetrievalParams& p, uint32_t block) {
+  const uint32_t index = thread_of(block), head_units = p.head_dim / kVector, row_units = head_units * p.heads;
   const int64_t row = index / row_units;
   if (row >= p.rows) return;
   const int head = index % row_units / head_units, column = index % head_units * kVector;
@@ -66,8 +66,8 @@ SEGATTN_FN void pool_read(const SegattnRetrievalParams& p) {
   *(uint4*)(row_of<Bf16>(p.v, row) + dst) = load_held(p, chunk.v, unit, column);
 }
 
-SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
-  const uint32_t index = thread_index(), head_units = p.head_dim / kVector, probe = index / head_units;
+SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p, uint32_t block) {
+  const uint32_t index = thread_of(block), head_units = p.head_dim / kVector, probe = index / head_units;
   const int count = p.group * p.windows;
   if (probe >= (uint32_t)(p.heads * count)) return;
   const int head = probe / count, within = probe % count, column = index % head_units * kVector;
@@ -94,9 +94,9 @@ SEGATTN_FN void pool_probes(const SegattnRetrievalParams& p) {
 }
 
 // A thread has eight pairs of one row of one head, of keys and values.
-SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_gather(const SegattnRetrievalParams& p, uint32_t block) {
   const int half = p.head_dim / 2;
-  const uint32_t index = thread_index(), head_units = half / kVector, slot_rows = p.max_selected * p.block_len;
+  const uint32_t index = thread_of(block), head_units = half / kVector, slot_rows = p.max_selected * p.block_len;
   const uint32_t row = index / head_units % slot_rows, head = index / head_units / slot_rows;
   if (head >= (uint32_t)p.heads) return;
   const int rows = p.selected_count[head] * p.block_len, pair = index % head_units * kVector;
@@ -263,10 +263,11 @@ struct Product {
 };
 
 template <class C>
-SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_scores(const SegattnRetrievalParams& p, uint32_t block) {
   ScoreShared<C>& shared = *(ScoreShared<C>*)shared_memory();
   const int tile_blocks = blocks_per_tile<C>(p.block_len), tiles = ceil_div(p.blocks, tile_blocks);
-  const int head = blockIdx.x / tiles, first_block = p.first_block + blockIdx.x % tiles * tile_blocks;
+  if (block >= (uint32_t)(p.heads * tiles)) return;
+  const int head = block / tiles, first_block = p.first_block + block % tiles * tile_blocks;
   const int eligible_end = eligible_blocks(p, head).end;
   const int end_block = min(min(first_block + tile_blocks, p.first_block + p.blocks), eligible_end);
   if (first_block >= end_block) return;
@@ -307,10 +308,11 @@ SEGATTN_FN void load_score_keys(uint32_t (&keys)[PoolSelectConfig::kOwn], const 
   for (int i = 0; i < PoolSelectConfig::kOwn; i++) keys[i] = first + i < count ? rank_key(g_scores[first + i]) : 0;
 }
 
-SEGATTN_FN void pool_select(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_select(const SegattnRetrievalParams& p, uint32_t block) {
   using C = PoolSelectConfig;
   PoolSelectShared& shared = *(PoolSelectShared*)shared_memory();
-  const int head = blockIdx.x;
+  if (block >= (uint32_t)p.heads) return;
+  const int head = block;
   const Blocks eligible = eligible_blocks(p, head);
   const float* g_scores = p.scores + head * p.score_pitch + eligible.begin;
   int32_t* g_selected = p.selected + (int64_t)head * p.max_selected;
@@ -346,21 +348,22 @@ SEGATTN_FN float finite_score(const SegattnRetrievalParams& p, float product) {
   return fminf(max_f32(mul_rn(product, p.scale_log2), -FLT_MAX), FLT_MAX);
 }
 
-// A tile of tokens, of those that a head may select; tiles are counted from token 0.
+// A tile of tokens, of those that a head may select; tiles are counted from token 0. A call without tiles scores none.
 struct TokenTile {
   int head, tile, first, begin, end;
 };
 template <class C>
-SEGATTN_FN TokenTile token_tile(const SegattnRetrievalParams& p) {
-  const int head = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles, first = tile * C::kKeys;
+SEGATTN_FN TokenTile token_tile(const SegattnRetrievalParams& p, uint32_t block) {
+  if (block >= (uint32_t)(p.heads * p.tiles)) return {};
+  const int head = block / p.tiles, tile = block % p.tiles, first = tile * C::kKeys;
   const SegattnPoolHead info = p.head[head];
   return {head, tile, first, max(first, info.eligible_begin), min(first + C::kKeys, info.eligible_end)};
 }
 
 template <class C>
-SEGATTN_FN void pool_sums(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_sums(const SegattnRetrievalParams& p, uint32_t block) {
   ScoreShared<C>& shared = *(ScoreShared<C>*)shared_memory();
-  const TokenTile at = token_tile<C>(p);
+  const TokenTile at = token_tile<C>(p, block);
   if (at.begin >= at.end) return;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, count = p.group * p.windows;
   const int first_column = at.first + warp * C::kWarpKeys + lane % 4 * 2;
@@ -402,10 +405,12 @@ struct LseShared {
   float max[kMaxWarps], sum[kMaxWarps];
 };
 
-SEGATTN_FN void pool_lse(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_lse(const SegattnRetrievalParams& p, uint32_t block) {
   constexpr int kKeys = QueryScores<32>::kKeys;
   LseShared& shared = *(LseShared*)shared_memory();
-  const int count = p.group * p.windows, head = blockIdx.x / count, probe = blockIdx.x % count;
+  const int count = p.group * p.windows;
+  if (p.tiles == 0 || block >= (uint32_t)(p.heads * count)) return;
+  const int head = block / count, probe = block % count;
   const int begin = p.head[head].eligible_begin, end = p.head[head].eligible_end;
   if (begin >= end) return;
   const RowState* g_sums = (const RowState*)p.sums + (int64_t)head * p.tiles * count + probe;
@@ -419,7 +424,7 @@ SEGATTN_FN void pool_lse(const SegattnRetrievalParams& p) {
   max = block_reduce<MaxOf>(max, shared.max);
   for_each_tile([&](const RowState& tile) { sum = fma_rn(tile.sum, exp2_approx(tile.max - max), sum); });
   sum = block_reduce<SumOf>(sum, shared.sum);
-  if (threadIdx.x == 0) p.lse[blockIdx.x] = max + log2_approx(sum);
+  if (threadIdx.x == 0) p.lse[block] = max + log2_approx(sum);
 }
 
 // The second rule's score of a token for a probe: log2 of its share.
@@ -430,10 +435,10 @@ struct Share {
 };
 
 template <class C>
-SEGATTN_FN void pool_shares(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_shares(const SegattnRetrievalParams& p, uint32_t block) {
   static_assert(C::kThreads == C::kKeys, "a thread a token");
   ScoreShared<C>& shared = *(ScoreShared<C>*)shared_memory();
-  const TokenTile at = token_tile<C>(p);
+  const TokenTile at = token_tile<C>(p, block);
   if (at.begin >= at.end) return;
   const int count = p.group * p.windows, token = at.first + threadIdx.x;
   const float* g_lse = p.lse + (int64_t)at.head * count;
@@ -519,10 +524,11 @@ SEGATTN_FN void take(Tokens window, float* g_scores, SegattnBestToken* g_best, T
   }
 }
 
-SEGATTN_FN void pool_windows(const SegattnRetrievalParams& p) {
+SEGATTN_FN void pool_windows(const SegattnRetrievalParams& p, uint32_t block) {
   using C = WindowConfig;
   WindowShared& shared = *(WindowShared*)shared_memory();
-  const int head = blockIdx.x;
+  if (block >= (uint32_t)p.heads) return;
+  const int head = block;
   const Tokens eligible = {(uint32_t)p.head[head].eligible_begin, (uint32_t)p.head[head].eligible_end};
   const uint32_t count = eligible.end - eligible.begin, selected = min(count, (uint32_t)p.max_selected);
   int32_t* g_selected = p.selected + (int64_t)head * p.max_selected;
@@ -552,20 +558,25 @@ SEGATTN_FN void pool_windows(const SegattnRetrievalParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
+// Each call in the blocks that it has.
 #define POOL(name, Config, shared_bytes, body)                                                           \
   SEGATTN_INFO(name, (SegattnKernelInfo{Config::kThreads, (int)(shared_bytes), Config::kBlocks, 0, 0, 0, \
-                                        sizeof(SegattnRetrievalParams)}))                                \
-  SEGATTN_KERNEL(name, Config, SegattnRetrievalParams) { body(params); }
+                                        sizeof(SegattnRetrievalCalls)}))                                 \
+  SEGATTN_KERNEL(name, Config, SegattnRetrievalCalls) {                                                  \
+    const uint32_t blocks = (uint32_t)params.blocks;                                                     \
+    const SegattnRetrievalParams call = params.calls[blockIdx.x / blocks];                               \
+    body(call, blockIdx.x % blocks);                                                                     \
+  }
 
-// A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.
-POOL(pool_append_bf16, AppendConfig, 0, pool_append)
+// Of each call. A thread eight elements: rows * heads * head_dim / 8 threads; heads * group * windows * head_dim / 8.
+POOL(pool_append_bf16, WideConfig, 0, pool_append)
 POOL(pool_read_bf16, PoolConfig, 0, pool_read)
 POOL(pool_keep_bf16, PoolConfig, 0, pool_keep)
 POOL(pool_probes_bf16, PoolConfig, 0, pool_probes)
 // A thread a block, or a token: heads * score_pitch.
 POOL(pool_unwanted_f32, PoolConfig, 0, pool_unwanted)
 // A thread eight pairs: heads * max_selected * block_len * head_dim / 16.
-POOL(pool_gather_bf16, PoolConfig, 0, pool_gather)
+POOL(pool_gather_bf16, WideConfig, 0, pool_gather)
 // A block a head.
 POOL(pool_select_f32, PoolSelectConfig, sizeof(PoolSelectShared), pool_select)
 // A block a head and probe.

@@ -144,6 +144,7 @@ smoke!(
     rows,
     short,
     suffix,
+    whole,
     windows
 );
 
@@ -345,6 +346,21 @@ fn an_arm_with_a_teacher_learns_from_that_arms_weights() {
     let untaught =
         |text: &str| text.replace("teacher = \"a\"\ntrain.distillation.weight = 0.5", "");
     assert_eq!(weights(&untaught(&text)), weights(&untaught(&longer)));
+}
+
+#[test]
+fn each_training_of_a_line_reads_its_data_in_another_order() {
+    let text = format!(
+        "{SMALL}\n[[arm]]\nname = \"run\"\nparent = \"a\"\ntrains = false\n[[arm]]\nname = \"on\"\nparent = \"run\"\n"
+    );
+    let definition = parse(&text).unwrap();
+    let seeds = |seed| {
+        let named = |name| definition.training_seed(definition.arm(name).unwrap(), seed);
+        ["a", "b", "on"].map(named)
+    };
+    let [first, beside, on] = seeds(1);
+    assert_eq!([first, beside], [1, 1]);
+    assert!(on != first && !seeds(2).contains(&on), "{on}");
 }
 
 #[test]

@@ -9,10 +9,11 @@ use std::ops::Range;
 use proptest::prelude::*;
 use retrieval_cases::{
     GROUP, HEADS, Tokens, a_device_drops_what_the_reference_does,
-    a_device_selects_what_the_reference_does, keys_of_any_finite_size_give_a_selection,
-    length::lowest, pool, pools_of_fewer_bits_select_by_what_they_hold, pools_round_to_their_bits,
-    pools_take_any_runs, select, selections_do_not_depend_on_chunks_and_rings,
-    what_cannot_be_dropped_is_refused, what_is_left_is_what_it_was,
+    a_device_selects_what_the_reference_does, calls_together_are_calls_alone,
+    keys_of_any_finite_size_give_a_selection, length::lowest, pool,
+    pools_of_fewer_bits_select_by_what_they_hold, pools_round_to_their_bits, pools_take_any_runs,
+    select, selections_do_not_depend_on_chunks_and_rings, what_cannot_be_dropped_is_refused,
+    what_is_left_is_what_it_was,
 };
 use segattn::device::SelectionRule;
 use segattn::device::cpu::Cpu;
@@ -46,6 +47,12 @@ fn the_cpu_selects_what_the_reference_does() {
 fn keys_of_any_finite_size_give_a_selection_on_the_cpu() {
     keys_of_any_finite_size_give_a_selection(&Reference);
     keys_of_any_finite_size_give_a_selection(&Cpu);
+}
+
+#[test]
+fn calls_for_several_pools_have_the_bits_of_one_call_each() {
+    calls_together_are_calls_alone(&Reference);
+    calls_together_are_calls_alone(&Cpu);
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub use crate::attention::PerSource;
 pub use error::{DeviceError, OutOfMemory, Purpose};
 pub use host_memory::HostMemory;
 pub use lesson::Lesson;
-pub use past::{PastPool, SelectedBlocks};
+pub use past::{Asking, Gathering, Joining, PastPool, SelectedBlocks};
 pub use sampling::{Sampled, Samplers};
 pub use shared::blocks::HostBlocks;
 pub use shared::samplers::HostSamplers;

@@ -88,6 +88,87 @@ pub trait PastPool<D: Device>: Sized + Send + Sync + Debug {
         tables: (&D::Buffer, &D::Buffer),
         kv: [RowsMut<'_, D::Buffer>; 2],
     ) -> Result<()>;
+
+    /// [`append`](Self::append) for several pools, with the bits of one call each. If it fails, pools may have some of
+    /// the tokens.
+    ///
+    /// # Errors
+    /// Those of [`append`](Self::append).
+    fn append_each(
+        device: &D,
+        heads: &[usize],
+        joining: &mut [Joining<'_, Self, D::Buffer>],
+    ) -> Result<()> {
+        for Joining { pool, runs } in joining {
+            for ([k, v], rows) in runs {
+                pool.append(device, heads, [*k, *v], *rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// [`select`](Self::select) for several pools, or several times for one, with the bits of one call each.
+    ///
+    /// # Errors
+    /// Those of [`select`](Self::select).
+    fn select_each(device: &D, asking: &[Asking<'_, Self, D::Buffer>]) -> Result<Vec<D::Blocks>> {
+        let select = |ask: &Asking<'_, Self, D::Buffer>| {
+            ask.pool.select(device, &ask.probes, &ask.selection)
+        };
+        asking.iter().map(select).collect()
+    }
+
+    /// [`gather`](Self::gather) for several pools, or several times for one, to different rows of `width` elements.
+    ///
+    /// # Errors
+    /// Those of [`gather`](Self::gather).
+    fn gather_each(
+        device: &D,
+        gathering: &[Gathering<'_, Self, D::Blocks>],
+        tables: (&D::Buffer, &D::Buffer),
+        [k, v]: [&mut D::Buffer; 2],
+        width: usize,
+    ) -> Result<()> {
+        for one in gathering {
+            let rows = [&mut *k, &mut *v].map(|x| RowsMut::packed(x, one.row, width));
+            one.pool
+                .gather(device, one.blocks, &one.past, tables, rows)?;
+        }
+        Ok(())
+    }
+}
+
+/// Tokens that join a pool: runs of rows of keys and of values, one behind the other, and how many rows each has.
+#[derive(Debug)]
+pub struct Joining<'a, P, B> {
+    /// The pool.
+    pub pool: &'a mut P,
+    /// See [`PastPool::append`].
+    pub runs: Vec<([Rows<'a, B>; 2], usize)>,
+}
+
+/// What is asked of a pool: see [`PastPool::select`].
+#[derive(Debug)]
+pub struct Asking<'a, P, B> {
+    /// The pool.
+    pub pool: &'a P,
+    /// The queries that ask.
+    pub probes: Probes<'a, B>,
+    /// How tokens are selected.
+    pub selection: Selection<'a>,
+}
+
+/// Selected tokens of a pool that are copied to rows: see [`PastPool::gather`].
+#[derive(Debug)]
+pub struct Gathering<'a, P, S> {
+    /// The pool.
+    pub pool: &'a P,
+    /// The selected tokens.
+    pub blocks: &'a S,
+    /// Where they go.
+    pub past: PastHeads<'a>,
+    /// The first row that is written, of buffers of rows of all KV heads.
+    pub row: usize,
 }
 
 /// Blocks that the heads of a pool have selected, in order of position.

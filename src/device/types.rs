@@ -327,6 +327,13 @@ pub struct Probes<'a, B> {
     pub group: usize,
 }
 
+impl<B> Clone for Probes<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Probes<'_, B> {}
+
 impl<B> Probes<'_, B> {
     /// Row of `q` that holds query `t`.
     pub fn row(&self, t: usize) -> usize {
@@ -439,6 +446,13 @@ impl Selection<'_> {
     /// The scale of attention.
     pub(in crate::device) fn scale(&self, head_dim: usize) -> f32 {
         self.scale.unwrap_or((head_dim as f32).sqrt().recip())
+    }
+
+    /// How many tokens a head selects.
+    pub fn count(&self, head: usize) -> usize {
+        let block_len = self.rule.block_len();
+        let blocks = self.blocks(head, block_len).len();
+        blocks.min(self.rows / block_len) * block_len
     }
 
     /// The blocks of `block_len` tokens that lie wholly inside the eligible tokens of a head.

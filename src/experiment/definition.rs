@@ -21,6 +21,8 @@ const OWNED: [[&str; 2]; 5] = [
     ["model", "folder"],
     ["distillation", "model"],
 ];
+/// Added to the seed for each training that an arm's weights have had before its own.
+const GENERATION: u64 = 1_000_000;
 /// The task that has its evaluation's name in results.
 const PERPLEXITY: &str = "perplexity";
 /// Flags that change no result of a task at a length.
@@ -234,6 +236,15 @@ impl Definition {
         }
     }
 
+    /// The seed of an arm's training. Each training of a line has another: where an arm goes on with its parent's
+    /// settings, it reads other sequences than those it has just read.
+    pub fn training_seed(&self, arm: &Arm, seed: u64) -> u64 {
+        let line = self.line(arm);
+        let trained = line.iter().filter(|arm| arm.trains).count();
+        let before = trained - usize::from(arm.trains);
+        seed.wrapping_add(before as u64 * GENERATION)
+    }
+
     /// All runs, in their order: every arm with the first seed, then with the next.
     pub fn runs(&self) -> Vec<(&Arm, u64)> {
         let with = |seed: &u64| {
@@ -328,7 +339,7 @@ impl Arm {
         Ok(())
     }
 
-    /// The training configuration of the arm, from the weights in `folder` to a run in `output`, with a teacher in
+    /// The training configuration of the arm by [`Definition::training_seed`], from the weights in `folder` to a run in `output`, with a teacher in
     /// `teacher` where it has one.
     ///
     /// # Errors

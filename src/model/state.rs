@@ -10,8 +10,9 @@ pub use sinks::Sinks;
 pub use slots::{Angles, LayerSlots, Slots};
 
 pub(in crate::model) use carry::{
-    Complete, allocate_segment, ask_again, close_segments, open_segments,
+    Complete, Opening, allocate_segment, close_segments, open_segments,
 };
+pub(in crate::model) use remember::PastCalls;
 
 use std::ops::Range;
 

@@ -4,6 +4,8 @@
 pub mod length;
 #[path = "rounding.rs"]
 mod rounding;
+#[path = "together.rs"]
+mod together;
 
 use std::ops::Range;
 
@@ -18,6 +20,7 @@ use segattn::device::{
     Device, Kind, PastPool, PoolBits, PoolShape, Probes, Rows, SelectedBlocks, Selection,
     SelectionRule,
 };
+pub use together::calls_together_are_calls_alone;
 
 const KV_HEADS: usize = 3;
 pub const GROUP: usize = 2;

@@ -52,6 +52,11 @@ fn what_is_left_of_a_pool_is_what_it_was() {
 }
 
 #[test]
+fn calls_for_several_pools_have_the_bits_of_one_call_each() {
+    retrieval_cases::calls_together_are_calls_alone(&gpu(40, Checks::All));
+}
+
+#[test]
 fn what_a_pool_cannot_drop_is_refused() {
     retrieval_cases::what_cannot_be_dropped_is_refused(&gpu(39, Checks::All));
 }

@@ -7,7 +7,9 @@ use bytemuck::Pod;
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use segattn::cuda::kernels::layer_params::SegattnRows;
+use segattn::cuda::kernels::layer_params::{
+    SegattnRetrievalCalls, SegattnRetrievalParams, SegattnRows,
+};
 use segattn_sim::{Buffer, Checks, Gpu, Module, Source};
 
 /// Names a folder whose kernels are run instead of the real ones: those with a planted bug.
@@ -82,6 +84,26 @@ pub fn launch<P: Copy>(
         gpu.launch(&function, grid, [threads, 1, 1], info.shared, params)
             .unwrap_or_else(|e| panic!("{e}"));
     }
+}
+
+/// Launches a kernel of retrieval for calls, each with two blocks more than the largest one needs.
+pub fn retrieve(
+    gpu: &mut Gpu,
+    module: &Arc<Module>,
+    kernel: &str,
+    blocks: usize,
+    calls: &[SegattnRetrievalParams],
+) {
+    // SAFETY: the struct has no padding, so every byte is initialised.
+    let bytes =
+        unsafe { std::slice::from_raw_parts(calls.as_ptr().cast::<u8>(), size_of_val(calls)) };
+    let table = gpu.input("calls", bytes).expect("memory");
+    let blocks = blocks + 2;
+    let params = SegattnRetrievalCalls {
+        calls: table.ptr(),
+        blocks: blocks as i64,
+    };
+    launch(gpu, module, kernel, calls.len() * blocks, None, &params);
 }
 
 /// Rows in a buffer of their own: those outside, and the columns between two rows, are never to be touched.

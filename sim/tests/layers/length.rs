@@ -52,6 +52,7 @@ fn params() -> SegattnRetrievalParams {
         window_before: 0,
         scale_log2: 0.0,
         bits: 16,
+        padding: 0,
     }
 }
 
@@ -82,13 +83,12 @@ fn unwanted(pitch: usize, block_len: usize, blocks: [Range<usize>; HEADS], windo
         ..params()
     };
     let blocks_of_threads = (HEADS * pitch).div_ceil(256);
-    launch(
+    retrieve(
         gpu,
         &module,
         "pool_unwanted_f32",
         blocks_of_threads,
-        None,
-        &params,
+        &[params],
     );
     let mut written = 0;
     for (head, blocks) in blocks.iter().enumerate() {
@@ -232,13 +232,12 @@ fn keep(case: &Case, dropped: [&[i32]; HEADS]) {
             ..params
         };
         let threads = rows * HEADS * case.dim / 8;
-        launch(
+        retrieve(
             gpu,
             &module,
             "pool_keep_bf16",
             threads.div_ceil(256),
-            None,
-            &params,
+            &[params],
         );
     }
     let mut written = [0; 2];

@@ -504,7 +504,12 @@ const LENGTH: [Rule; 19] = [
     ),
 ];
 
-const RETRIEVAL: [Rule; 29] = [
+const RETRIEVAL: [Rule; 31] = [
+    replace("  if (block >= (uint32_t)(p.heads * tiles)) return;\n", ""),
+    replace(
+        "  if (block >= (uint32_t)p.heads) return;\n  const int head = block;\n  const Blocks",
+        "  const int head = block;\n  const Blocks",
+    ),
     replace("if (row >= p.rows) return", "if (row > p.rows) return"),
     replace(
         "p.head[head].kv_head * p.head_dim, unit",
@@ -578,7 +583,22 @@ const RETRIEVAL: [Rule; 29] = [
     replace("eligible.begin + first + i", "eligible.begin + first"),
 ];
 
-const WINDOWS: [Rule; 40] = [
+const WINDOWS: [Rule; 46] = [
+    replace("params.calls[blockIdx.x / blocks]", "params.calls[0]"),
+    replace("body(call, blockIdx.x % blocks)", "body(call, blockIdx.x)"),
+    replace(
+        "  if (block >= (uint32_t)(p.heads * p.tiles)) return {};\n",
+        "",
+    ),
+    replace(
+        "block >= (uint32_t)(p.heads * count)) return;\n  const int head = block / count",
+        "false) return;\n  const int head = block / count",
+    ),
+    replace(
+        "  if (block >= (uint32_t)p.heads) return;\n  const int head = block;\n  const Tokens",
+        "  const int head = block;\n  const Tokens",
+    ),
+    replace("p.lse[block] =", "p.lse[head] ="),
     replace(
         "token >= at.begin && token < at.end ? finite",
         "token < at.end ? finite",

@@ -307,6 +307,7 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         window_before: 0,
         scale_log2: 0.0,
         bits: case.bits as i32,
+        padding: 0,
     };
     for range in [0..case.tokens / 3, case.tokens / 3..case.tokens] {
         let mut append = params;
@@ -318,23 +319,21 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
                 .wrapping_byte_add(range.start * matrix.view().stride as usize * 2);
         }
         let threads = range.len() * HEADS.len() * case.dim / 8;
-        launch(
+        retrieve(
             gpu,
             &module,
             "pool_append_bf16",
             threads.div_ceil(256),
-            None,
-            &append,
+            &[append],
         );
     }
     check_what_is_held(gpu, case, &module, params);
-    launch(
+    retrieve(
         gpu,
         &module,
         "pool_probes_bf16",
         (probe_count * case.dim / 8).div_ceil(256),
-        None,
-        &params,
+        &[params],
     );
     let kernel = format!("pool_scores_bf16_d{}", case.dim);
     let per_item = (128 / case.block_len).max(1);
@@ -343,19 +342,18 @@ fn run(seed: u64, case: &Case, at_once: usize) -> Outputs {
         some.first_block = first as i32;
         some.blocks = at_once.min(blocks - first) as i32;
         let items = (some.blocks as usize).div_ceil(per_item);
-        launch(gpu, &module, &kernel, HEADS.len() * items, None, &some);
+        retrieve(gpu, &module, &kernel, HEADS.len() * items, &[some]);
     }
-    launch(gpu, &module, "pool_select_f32", HEADS.len(), None, &params);
+    retrieve(gpu, &module, "pool_select_f32", HEADS.len(), &[params]);
     let mut gather = params;
     (gather.k, gather.v) = (past_k.view(), past_v.view());
     let threads = HEADS.len() * past_rows * case.dim / 16;
-    launch(
+    retrieve(
         gpu,
         &module,
         "pool_gather_bf16",
         threads.div_ceil(256),
-        None,
-        &gather,
+        &[gather],
     );
     let counts: Vec<i32> = gpu.download(selected_count);
     Outputs {
@@ -385,7 +383,7 @@ fn check_what_is_held(
     (params.k, params.v) = (k.view(), v.view());
     (params.token, params.rows) = (tokens.start as i64, tokens.len() as i64);
     let blocks = (tokens.len() * HEADS.len() * case.dim / 8).div_ceil(256);
-    launch(gpu, module, "pool_read_bf16", blocks, None, &params);
+    retrieve(gpu, module, "pool_read_bf16", blocks, &[params]);
     for (rows, held) in [(k, &inputs.k), (v, &inputs.v)] {
         let got: Vec<bf16> = rows.read(gpu);
         let held = &held[tokens.start * width..];

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use segattn::cuda::kernels::layer_params::{
     SegattnBestToken, SegattnPoolHead, SegattnRetrievalParams,
 };
-use segattn_sim::Gpu;
+use segattn_sim::{Buffer, Gpu};
 
 use super::common::*;
 
@@ -150,7 +150,7 @@ fn lse(logits: &[f64]) -> f64 {
 }
 
 /// Writes the pool's keys into chunks, and returns the table of them.
-fn chunks(gpu: &mut Gpu, case: &Case, inputs: &Inputs) -> segattn_sim::Buffer {
+fn chunks(gpu: &mut Gpu, case: &Case, inputs: &Inputs) -> Buffer {
     let len = case.chunk_tokens * HEADS.len() * case.dim;
     let mut table: Vec<u64> = Vec::new();
     for keys in inputs.k.chunks(len) {
@@ -161,10 +161,19 @@ fn chunks(gpu: &mut Gpu, case: &Case, inputs: &Inputs) -> segattn_sim::Buffer {
     gpu.input("chunks", &table).expect("memory")
 }
 
-fn run(seed: u64, case: &Case) -> Outputs {
+/// A call's parameters, and the buffers that it writes.
+struct Call<'a> {
+    case: &'a Case,
+    params: SegattnRetrievalParams,
+    lse: Buffer,
+    scores: Buffer,
+    best: Buffer,
+    selected: Buffer,
+    count: Buffer,
+}
+
+fn call<'a>(gpu: &mut Gpu, case: &'a Case) -> Call<'a> {
     let inputs = case.inputs();
-    let gpu = &mut gpu(seed);
-    let module = module("retrieval.cu");
     let (tiles, probes, capacity) = (case.tiles(), GROUP * case.queries, case.queries + 2);
     let ring = Matrix::poisoned::<bf16>(gpu, "q", [capacity, KV_HEADS * GROUP * case.dim], 8);
     for (t, row) in inputs.q.chunks(ring.width).enumerate() {
@@ -228,43 +237,76 @@ fn run(seed: u64, case: &Case) -> Outputs {
         window_before: case.window_before as i32,
         scale_log2: std::f32::consts::LOG2_E / (case.dim as f32).sqrt(),
         bits: 16,
+        padding: 0,
     };
-    let each_tile = HEADS.len() * tiles;
-    let [by_dim, shares] = ["sums", "shares"].map(|name| format!("pool_{name}_bf16_d{}", case.dim));
-    launch(gpu, &module, &by_dim, each_tile, None, &params);
-    launch(
-        gpu,
-        &module,
-        "pool_lse_f32",
-        HEADS.len() * probes,
-        None,
-        &params,
-    );
-    launch(gpu, &module, &shares, each_tile, None, &params);
-    let of_tokens = |gpu: &mut Gpu| {
-        [0, 1].map(|h| {
-            let of = case.eligible(h);
-            gpu.download_range(scores, (h * pitch + of.start) * 4, of.len())
-        })
-    };
-    let before = of_tokens(gpu);
-    let best = (0..2).flat_map(|h| {
-        let tiles = case.first_tokens(h).map(|first| first / TILE);
-        let at = |tile: usize| (h * case.tiles() + tile) * 8;
-        let words = tiles.map(|tile| gpu.download_range::<u32>(best, at(tile), 2));
-        words.map(|w| [w[0], w[1]]).collect::<Vec<_>>()
-    });
-    let best = best.collect();
-    launch(gpu, &module, "pool_windows_f32", HEADS.len(), None, &params);
-    let counts: Vec<i32> = gpu.download(count);
-    Outputs {
-        lse: [0, 1].map(|h| gpu.download_range(lse, h * probes * 4, probes)),
-        scores: before,
+    Call {
+        case,
+        params,
+        lse,
+        scores,
         best,
-        left: of_tokens(gpu),
-        selected: [0, 1]
-            .map(|h| gpu.download_range(selected, h * case.max_selected * 4, counts[h] as usize)),
+        selected,
+        count,
     }
+}
+
+impl Call<'_> {
+    /// The scores of the eligible tokens.
+    fn scores(&self, gpu: &mut Gpu) -> [Vec<f32>; 2] {
+        let pitch = self.params.score_pitch as usize;
+        [0, 1].map(|h| {
+            let of = self.case.eligible(h);
+            gpu.download_range(self.scores, (h * pitch + of.start) * 4, of.len())
+        })
+    }
+
+    /// The best token of each tile with eligible tokens.
+    fn best(&self, gpu: &mut Gpu) -> Vec<[u32; 2]> {
+        let mut best = Vec::new();
+        for h in 0..HEADS.len() {
+            for first in self.case.first_tokens(h) {
+                let at = (h * self.case.tiles() + first / TILE) * 8;
+                let words = gpu.download_range::<u32>(self.best, at, 2);
+                best.push([words[0], words[1]]);
+            }
+        }
+        best
+    }
+}
+
+fn run(seed: u64, case: &Case) -> Outputs {
+    run_together(seed, &[*case]).remove(0)
+}
+
+/// Calls of one head size in the same launches.
+fn run_together(seed: u64, cases: &[Case]) -> Vec<Outputs> {
+    let (gpu, module) = (&mut gpu(seed), module("retrieval.cu"));
+    let calls: Vec<Call<'_>> = cases.iter().map(|case| call(gpu, case)).collect();
+    let params: Vec<SegattnRetrievalParams> = calls.iter().map(|call| call.params).collect();
+    let most = |size: fn(&Case) -> usize| HEADS.len() * cases.iter().map(size).max().unwrap();
+    let launch = |gpu: &mut Gpu, name: &str, blocks| retrieve(gpu, &module, name, blocks, &params);
+    let by_dim = |name| format!("pool_{name}_bf16_d{}", cases[0].dim);
+    launch(gpu, &by_dim("sums"), most(Case::tiles));
+    launch(gpu, "pool_lse_f32", most(|case| GROUP * case.queries));
+    launch(gpu, &by_dim("shares"), most(Case::tiles));
+    let before: Vec<_> = calls
+        .iter()
+        .map(|call| (call.scores(gpu), call.best(gpu)))
+        .collect();
+    launch(gpu, "pool_windows_f32", HEADS.len());
+    let outputs = calls.iter().zip(before).map(|(call, (scores, best))| {
+        let (counts, most): (Vec<i32>, _) = (gpu.download(call.count), call.case.max_selected);
+        let probes = GROUP * call.case.queries;
+        Outputs {
+            lse: [0, 1].map(|h| gpu.download_range(call.lse, h * probes * 4, probes)),
+            scores,
+            best,
+            left: call.scores(gpu),
+            selected: [0, 1]
+                .map(|h| gpu.download_range(call.selected, h * most * 4, counts[h] as usize)),
+        }
+    });
+    outputs.collect()
 }
 
 /// The contract's windows over given scores: which tokens they have.
@@ -446,6 +488,29 @@ fn windows_longer_than_a_block_of_threads() {
         period: 900,
         ..CASE
     });
+}
+
+#[test]
+fn calls_of_a_launch_have_the_bits_of_one_call_each() {
+    let short = Case {
+        tokens: 150,
+        queries: 2,
+        max_selected: 17,
+        ..CASE
+    };
+    let all = Case {
+        max_selected: 400,
+        tokens: 160,
+        ..CASE
+    };
+    let cases = [short, CASE, all];
+    for (together, case) in run_together(2, &cases).iter().zip(&cases) {
+        let alone = run(1, case);
+        assert_eq!(together.lse, alone.lse);
+        assert_eq!(together.scores, alone.scores);
+        assert_eq!(together.best, alone.best);
+        assert_eq!(together.selected, alone.selected);
+    }
 }
 
 #[test]

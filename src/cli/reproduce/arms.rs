@@ -116,6 +116,7 @@ impl Session<'_> {
                 )?
             }
             false => {
+                let seed = self.definition.training_seed(arm, seed);
                 let mut config = arm.config(seed, &before, teacher.as_deref(), &folder)?;
                 config.training.time_limit_minutes = limit;
                 train::begin(&config, self.device, &Party::alone(), self.quiet)?

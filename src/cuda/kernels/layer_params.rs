@@ -708,6 +708,7 @@ pub struct SegattnRetrievalParams {
     pub window_before: i32,
     pub scale_log2: f32,
     pub bits: i32,
+    pub padding: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -792,6 +793,22 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 260usize];
     ["Offset of field: SegattnRetrievalParams::bits"]
         [::core::mem::offset_of!(SegattnRetrievalParams, bits) - 264usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SegattnRetrievalCalls {
+    pub calls: *const SegattnRetrievalParams,
+    pub blocks: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SegattnRetrievalCalls"][::core::mem::size_of::<SegattnRetrievalCalls>() - 16usize];
+    ["Alignment of SegattnRetrievalCalls"]
+        [::core::mem::align_of::<SegattnRetrievalCalls>() - 8usize];
+    ["Offset of field: SegattnRetrievalCalls::calls"]
+        [::core::mem::offset_of!(SegattnRetrievalCalls, calls) - 0usize];
+    ["Offset of field: SegattnRetrievalCalls::blocks"]
+        [::core::mem::offset_of!(SegattnRetrievalCalls, blocks) - 8usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -4,14 +4,13 @@ use std::ops::Range;
 
 use super::bounds::{VECTOR, equal, product};
 use super::pool::Pool;
-use super::pool_tables::{Tables, kv_width};
-use super::rows::{Grid, entry, launch};
+use super::pool_tables::{Calls, PoolCall, Tables, kv_width};
+use super::rows::Grid;
 use super::{Blocks, Buffer, Driver, Gpu};
-use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::SegattnRetrievalParams;
 use crate::device::{
-    Device, DeviceError, Kind, PastHeads, PastPool, PoolBits, PoolShape, Probes, Result, Rows,
-    RowsMut, Selection,
+    Asking, Device, DeviceError, Gathering, Joining, Kind, PastHeads, PastPool, PoolBits,
+    PoolShape, Probes, Result, Rows, RowsMut, Selection,
 };
 
 impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
@@ -37,26 +36,8 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         [k, v]: [Rows<'_, Buffer<D>>; 2],
         rows: usize,
     ) -> Result<()> {
-        let width = kv_width(self, heads)?;
-        let (k, v) = (gpu.input(&k, rows, width)?, gpu.input(&v, rows, width)?);
-        let units = product("elements of rows", &[rows, heads.len(), self.head_dim])? / VECTOR;
-        if rows == 0 {
-            return Ok(());
-        }
-        let token = self.tokens as i64;
-        self.extend(gpu, rows, |pool| {
-            let none = vec![0..0; heads.len()];
-            let tables = Tables::new(gpu, pool, heads, &none, &vec![0; heads.len()])?;
-            let params = SegattnRetrievalParams {
-                k,
-                v,
-                token,
-                rows: rows as i64,
-                ..tables.params(pool)?
-            };
-            let append = entry(File::Retrieval, "pool_append_bf16");
-            launch(gpu, append, Grid::Threads(units), &params)
-        })
+        let runs = vec![([k, v], rows)];
+        append(gpu, heads, &mut [Joining { pool: self, runs }])
     }
 
     fn truncate(&mut self, tokens: usize) {
@@ -117,7 +98,13 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         probes: &Probes<'_, Buffer<D>>,
         selection: &Selection<'_>,
     ) -> Result<Blocks<D>> {
-        super::selection::select(gpu, self, probes, selection)
+        let ask = Asking {
+            pool: self,
+            probes: *probes,
+            selection: *selection,
+        };
+        let mut selected = super::selection::select(gpu, &[ask])?;
+        Ok(selected.remove(0))
     }
 
     fn lowest(
@@ -141,11 +128,122 @@ impl<D: Driver> PastPool<Gpu<D>> for Pool<D> {
         tables: (&Buffer<D>, &Buffer<D>),
         kv: [RowsMut<'_, Buffer<D>>; 2],
     ) -> Result<()> {
-        super::retrieval::gather(gpu, self, blocks, past, tables, kv)
+        let [k, v] = kv;
+        equal("strides of keys and values", k.stride, v.stride)?;
+        let at = [k.start, v.start];
+        let one = Gathering {
+            pool: self,
+            blocks,
+            past: *past,
+            row: 0,
+        };
+        super::retrieval::gather(gpu, &[one], tables, [k.buffer, v.buffer], (at, k.stride))
+    }
+
+    fn append_each(
+        gpu: &Gpu<D>,
+        heads: &[usize],
+        joining: &mut [Joining<'_, Pool<D>, Buffer<D>>],
+    ) -> Result<()> {
+        append(gpu, heads, joining)
+    }
+
+    fn select_each(
+        gpu: &Gpu<D>,
+        asking: &[Asking<'_, Pool<D>, Buffer<D>>],
+    ) -> Result<Vec<Blocks<D>>> {
+        super::selection::select(gpu, asking)
+    }
+
+    fn gather_each(
+        gpu: &Gpu<D>,
+        gathering: &[Gathering<'_, Pool<D>, Blocks<D>>],
+        tables: (&Buffer<D>, &Buffer<D>),
+        kv: [&mut Buffer<D>; 2],
+        width: usize,
+    ) -> Result<()> {
+        super::retrieval::gather(gpu, gathering, tables, kv, ([0; 2], width))
     }
 }
 
+/// Appends tokens to pools, all in one launch. If it fails, none has any of them.
+fn append<D: Driver>(
+    gpu: &Gpu<D>,
+    heads: &[usize],
+    joining: &mut [Joining<'_, Pool<D>, Buffer<D>>],
+) -> Result<()> {
+    let before: Vec<usize> = joining.iter().map(|joining| joining.pool.tokens).collect();
+    let appended = append_runs(gpu, heads, joining);
+    if appended.is_err() {
+        for (joining, tokens) in joining.iter_mut().zip(before) {
+            joining.pool.keep(tokens);
+        }
+    }
+    appended
+}
+
+/// [`append`] that leaves what it has done after an error.
+fn append_runs<D: Driver>(
+    gpu: &Gpu<D>,
+    heads: &[usize],
+    joining: &mut [Joining<'_, Pool<D>, Buffer<D>>],
+) -> Result<()> {
+    // Of each run the pool, and rows of keys and of values from a token on.
+    let (mut runs, mut most) = (Vec::new(), 0);
+    for (
+        i,
+        Joining {
+            pool,
+            runs: of_pool,
+        },
+    ) in joining.iter_mut().enumerate()
+    {
+        let width = kv_width(pool, heads)?;
+        for ([k, v], rows) in of_pool {
+            let kv = [gpu.input(k, *rows, width)?, gpu.input(v, *rows, width)?];
+            let units = product("elements of rows", &[*rows, heads.len(), pool.head_dim])?;
+            if *rows > 0 {
+                runs.push((i, kv, [pool.tokens, *rows]));
+            }
+            most = most.max(units / VECTOR);
+            pool.extend(gpu, *rows, |_| Ok(()))?;
+        }
+    }
+    if runs.is_empty() {
+        return Ok(());
+    }
+    // A pool that grows may move chunks of another one's, so addresses are taken now.
+    let pool = |i: usize| &*joining[i].pool;
+    let of_runs = runs.iter().map(|(i, ..)| pool(*i).call(heads));
+    let tables = Tables::new(gpu, &of_runs.collect::<Vec<_>>())?;
+    let call = |(call, (i, [k, v], [token, rows])): (usize, &(usize, [_; 2], [usize; 2]))| {
+        Ok(SegattnRetrievalParams {
+            k: *k,
+            v: *v,
+            token: *token as i64,
+            rows: *rows as i64,
+            ..tables.params(call, pool(*i))?
+        })
+    };
+    let calls = runs
+        .iter()
+        .enumerate()
+        .map(call)
+        .collect::<Result<Vec<_>>>()?;
+    Calls::new(gpu, &calls)?.launch("pool_append_bf16", Grid::Threads(most))
+}
+
 impl<D: Driver> Pool<D> {
+    /// A call that neither selects nor gathers.
+    pub(super) fn call<'a>(&'a self, kv_heads: &'a [usize]) -> PoolCall<'a, D> {
+        PoolCall {
+            pool: self,
+            kv_heads,
+            eligible: &[],
+            ends: &[],
+        }
+    }
+
     /// What a pool of fewer than 16 bits holds of some of its tokens.
     fn widened(&self, gpu: &Gpu<D>, tokens: Range<usize>) -> Result<(Vec<f32>, Vec<f32>)> {
         let (rows, width) = (tokens.len(), self.heads * self.head_dim);
@@ -154,17 +252,15 @@ impl<D: Driver> Pool<D> {
         let mut k = gpu.empty(Kind::Activation, len)?;
         let mut v = gpu.empty(Kind::Activation, len)?;
         if rows > 0 {
-            let none = vec![0..0; self.heads];
-            let tables = Tables::new(gpu, self, &heads, &none, &vec![0; self.heads])?;
+            let tables = Tables::one(gpu, self.call(&heads))?;
             let params = SegattnRetrievalParams {
                 k: gpu.output(&RowsMut::packed(&mut k, 0, width), rows, width)?,
                 v: gpu.output(&RowsMut::packed(&mut v, 0, width), rows, width)?,
                 token: tokens.start as i64,
                 rows: rows as i64,
-                ..tables.params(self)?
+                ..tables.params(0, self)?
             };
-            let read = entry(File::Retrieval, "pool_read_bf16");
-            launch(gpu, read, Grid::Threads(len / VECTOR), &params)?;
+            Calls::new(gpu, &[params])?.launch("pool_read_bf16", Grid::Threads(len / VECTOR))?;
         }
         Ok((gpu.read(&k, 0..len)?, gpu.read(&v, 0..len)?))
     }

@@ -3,13 +3,12 @@
 use super::bounds::{VECTOR, below, equal, int, product};
 use super::memory::Block;
 use super::pool::Pool;
-use super::pool_tables::{Tables, kv_width};
-use super::rows::{Grid, entry, launch};
+use super::pool_tables::{Calls, PoolCall, Tables, kv_width};
+use super::rows::Grid;
 use super::{Buffer, Driver, Gpu};
-use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::SegattnRetrievalParams;
 use crate::device::shared::selection;
-use crate::device::{DeviceError, PastHeads, PastPool, Result, RowsMut, SelectedBlocks};
+use crate::device::{DeviceError, Gathering, PastPool, Result, RowsMut, SelectedBlocks};
 
 /// Blocks that the heads of a pool have selected.
 #[derive(Debug)]
@@ -149,84 +148,106 @@ pub(super) fn without<D: Driver>(
         ..*pool
     };
     let width = product("elements of tokens", &[heads, pool.head_dim])?;
-    let of_heads = |pool: &Pool<D>| {
-        let heads: Vec<usize> = (0..heads).collect();
-        Tables::new(
-            gpu,
-            pool,
-            &heads,
-            &vec![0..0; heads.len()],
-            &vec![0; heads.len()],
-        )
-    };
+    let of_heads: Vec<usize> = (0..heads).collect();
     left.extend(gpu, kept, |left| {
-        let (from, to) = (of_heads(pool)?, of_heads(left)?);
+        let tables = Tables::new(gpu, &[pool.call(&of_heads), left.call(&of_heads)])?;
         let params = SegattnRetrievalParams {
-            kept: to.params(left)?.chunks,
-            ..dropped.params(gpu, from.params(pool)?)?
+            kept: tables.params(1, left)?.chunks,
+            ..dropped.params(gpu, tables.params(0, pool)?)?
         };
-        for (chunk, rows) in left.pieces(0..kept) {
-            let params = SegattnRetrievalParams {
+        let pieces = left
+            .pieces(0..kept)
+            .map(|(chunk, rows)| SegattnRetrievalParams {
                 token: (chunk * left.run) as i64,
                 rows: rows.len() as i64,
                 ..params
-            };
-            let units = product("elements of rows", &[rows.len(), width])? / VECTOR;
-            launch(
-                gpu,
-                entry(File::Retrieval, "pool_keep_bf16"),
-                Grid::Threads(units),
-                &params,
-            )?;
+            });
+        let calls: Vec<SegattnRetrievalParams> = pieces.collect();
+        let units = product("elements of rows", &[left.run.min(kept), width])? / VECTOR;
+        match calls.is_empty() {
+            true => Ok(()),
+            false => Calls::new(gpu, &calls)?.launch("pool_keep_bf16", Grid::Threads(units)),
         }
-        Ok(())
     })?;
     Ok(left)
 }
 
-/// Copies the selected tokens of every head to rows, keys rotated.
+/// Copies selected tokens of every head to rows, keys rotated. `at`: where row 0 of keys, and of values, begins, and
+/// the stride of rows.
 pub(super) fn gather<D: Driver>(
     gpu: &Gpu<D>,
-    pool: &Pool<D>,
-    selected: &Blocks<D>,
-    past: &PastHeads<'_>,
-    tables: (&Buffer<D>, &Buffer<D>),
-    [k, v]: [RowsMut<'_, Buffer<D>>; 2],
+    gathering: &[Gathering<'_, Pool<D>, Blocks<D>>],
+    angles: (&Buffer<D>, &Buffer<D>),
+    [k, v]: [&mut Buffer<D>; 2],
+    (at, stride): ([usize; 2], usize),
 ) -> Result<()> {
-    let (heads, dim) = (pool.heads, pool.head_dim);
-    let width = kv_width(pool, past.kv_heads)?;
-    equal("heads with selected blocks", heads, selected.known.len())?;
-    equal("heads with an end", heads, past.ends.len())?;
+    let (mut calls, mut most) = (Vec::new(), 0);
+    let mut filled = Vec::new();
+    for one in gathering {
+        let rows = checked_rows(one)?;
+        if rows > 0 {
+            filled.push((one, rows));
+        }
+    }
+    let of_pools = filled.iter().map(|(one, _)| PoolCall {
+        pool: one.pool,
+        kv_heads: one.past.kv_heads,
+        eligible: &[],
+        ends: one.past.ends,
+    });
+    let of_pools: Vec<PoolCall<'_, D>> = of_pools.collect();
+    if of_pools.is_empty() {
+        return Ok(());
+    }
+    let tables = Tables::new(gpu, &of_pools)?;
+    for (call, (one, rows)) in filled.iter().enumerate() {
+        let Gathering {
+            pool, blocks, past, ..
+        } = one;
+        let last = past.ends.iter().copied().max().unwrap_or(0).checked_sub(1);
+        let [cos, sin] = gpu.angle_tables(angles, pool.head_dim, last)?;
+        let first = product("rows", &[one.row, stride])?;
+        let width = kv_width(pool, past.kv_heads)?;
+        let rows_of = |buffer: &mut Buffer<D>, at: usize| {
+            let start = at.saturating_add(first);
+            let view = RowsMut {
+                buffer,
+                start,
+                stride,
+            };
+            gpu.output(&view, *rows, width)
+        };
+        calls.push(SegattnRetrievalParams {
+            k: rows_of(k, at[0])?,
+            v: rows_of(v, at[1])?,
+            cos,
+            sin,
+            ..blocks.params(gpu, tables.params(call, pool)?)?
+        });
+        let sizes = [pool.heads, blocks.most, blocks.block_len, pool.head_dim];
+        most = most.max(product("selected elements", &sizes)? / (2 * VECTOR));
+    }
+    Calls::new(gpu, &calls)?.launch("pool_gather_bf16", Grid::Threads(most))
+}
+
+/// Rows that a call writes; checks the blocks against the pool, and the ends of heads against the blocks.
+fn checked_rows<D: Driver>(one: &Gathering<'_, Pool<D>, Blocks<D>>) -> Result<usize> {
+    let Gathering {
+        pool, blocks, past, ..
+    } = one;
+    kv_width(pool, past.kv_heads)?;
+    equal("heads with selected blocks", pool.heads, blocks.known.len())?;
+    equal("heads with an end", pool.heads, past.ends.len())?;
     below(
         "tokens of selected blocks",
-        Some(selected.end),
+        Some(blocks.end),
         pool.tokens() + 1,
     )?;
-    let last = past.ends.iter().copied().max().unwrap_or(0).checked_sub(1);
-    let [cos, sin] = gpu.angle_tables(tables, dim, last)?;
     let mut rows = 0;
     for (head, end) in past.ends.iter().enumerate() {
-        let count = selected.count(head);
+        let count = blocks.count(head);
         below("tokens before the end of a head", Some(count), end + 1)?;
         rows = rows.max(count);
     }
-    if rows == 0 {
-        return Ok(());
-    }
-    let held = Tables::new(gpu, pool, past.kv_heads, &vec![0..0; heads], past.ends)?;
-    let params = SegattnRetrievalParams {
-        k: gpu.output(&k, rows, width)?,
-        v: gpu.output(&v, rows, width)?,
-        cos,
-        sin,
-        ..selected.params(gpu, held.params(pool)?)?
-    };
-    let sizes = [heads, selected.most, selected.block_len, dim];
-    let threads = Grid::Threads(product("selected elements", &sizes)? / (2 * VECTOR));
-    launch(
-        gpu,
-        entry(File::Retrieval, "pool_gather_bf16"),
-        threads,
-        &params,
-    )
+    Ok(rows)
 }

@@ -4,15 +4,16 @@
 use std::ops::Range;
 
 use super::bounds::{VECTOR, int, pointer, product};
+use super::memory::Block;
 use super::pool::Pool;
-use super::pool_tables::{Tables, kv_width};
+use super::pool_tables::{Calls, PoolCall, Tables, kv_width};
 use super::retrieval::Blocks;
-use super::rows::{Grid, entry, launch};
+use super::rows::Grid;
 use super::{Buffer, Driver, Gpu};
+use crate::cuda::kernels::Error;
 use crate::cuda::kernels::layer_params::{SegattnBestToken, SegattnRetrievalParams};
-use crate::cuda::kernels::{Error, File};
 use crate::device::shared::selection::{check, check_dropped};
-use crate::device::{Probes, Result, Selection, SelectionRule};
+use crate::device::{Asking, DeviceError, Probes, Result, Selection, SelectionRule};
 
 /// Bytes of an element of a mean: three bf16, whose sum it is.
 const MEAN_BYTES: usize = 6;
@@ -37,15 +38,22 @@ macro_rules! by_head_dim {
     };
 }
 
-/// Selects the tokens of every head.
-pub(super) fn select<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &Pool<D>,
-    probes: &Probes<'_, Buffer<D>>,
-    selection: &Selection<'_>,
-) -> Result<Blocks<D>> {
-    check(probes, selection, [pool.heads, pool.tokens])?;
-    scored(gpu, pool, probes, selection, Best::Highest)
+/// Bytes of scores, and of what they are made of, that calls have in memory together, if there is more than one.
+const TOGETHER: usize = 64 << 20;
+
+/// What a pool is asked.
+type Ask<'a, D> = Asking<'a, Pool<D>, Buffer<D>>;
+
+/// Selects the tokens of every head, of each pool that is asked.
+pub(super) fn select<D: Driver>(gpu: &Gpu<D>, asking: &[Ask<'_, D>]) -> Result<Vec<Blocks<D>>> {
+    for ask in asking {
+        check(
+            &ask.probes,
+            &ask.selection,
+            [ask.pool.heads, ask.pool.tokens],
+        )?;
+    }
+    scored(gpu, asking, Best::Highest)
 }
 
 /// The tokens that every head drops.
@@ -56,7 +64,13 @@ pub(super) fn lowest<D: Driver>(
     selection: &Selection<'_>,
 ) -> Result<Blocks<D>> {
     check_dropped(probes, selection, [pool.heads, pool.tokens])?;
-    scored(gpu, pool, probes, selection, Best::Lowest)
+    let (probes, selection) = (*probes, *selection);
+    let ask = Asking {
+        pool,
+        probes,
+        selection,
+    };
+    Ok(scored(gpu, &[ask], Best::Lowest)?.remove(0))
 }
 
 /// Which scores are looked for.
@@ -66,178 +80,305 @@ enum Best {
     Lowest,
 }
 
-fn scored<D: Driver>(
-    gpu: &Gpu<D>,
-    pool: &Pool<D>,
-    probes: &Probes<'_, Buffer<D>>,
-    selection: &Selection<'_>,
-    wanted: Best,
-) -> Result<Blocks<D>> {
-    let heads = pool.heads;
-    let kv_width = kv_width(pool, selection.kv_heads)?;
-    let q_width = product("query heads", &[kv_width, probes.group])?;
-    let q = gpu.input(&probes.q, probes.capacity, q_width)?;
-    let end = selection.eligible.iter().map(|range| range.end).max();
-    let end = end.unwrap_or(0);
-    let block_len = selection.rule.block_len();
-    let most = selection.rows / block_len;
-    let known = (0..heads).map(|head| most.min(selection.blocks(head, block_len).len()));
-    let selected = Blocks::unwritten(gpu, known.collect(), [most, block_len, end])?;
-    let tables = Tables::new(
-        gpu,
-        pool,
-        selection.kv_heads,
-        selection.eligible,
-        &vec![0; heads],
-    )?;
-    let params = SegattnRetrievalParams {
-        q,
-        group: int("query heads of a KV head", probes.group)?,
-        first_query: int("first query", probes.first)?,
-        query_capacity: int("rows of queries", probes.capacity)?,
-        ..selected.params(gpu, tables.params(pool)?)?
-    };
-    let call = Call {
-        gpu,
-        heads,
-        head_dim: pool.head_dim,
-        group: probes.group,
-        end,
-        wanted,
-        params,
-    };
-    match selection.rule {
-        SelectionRule::Blocks {
-            probe_window,
-            probe_stride,
-            ..
-        } => {
-            let window = probe_window.min(probes.rows);
-            let windows = (probes.rows - window) / probe_stride + 1;
-            call.blocks(block_len, windows, [window, probe_stride])?;
+/// Calls of one rule and head size together, as many as have room.
+fn scored<D: Driver>(gpu: &Gpu<D>, asking: &[Ask<'_, D>], wanted: Best) -> Result<Vec<Blocks<D>>> {
+    let kind = |ask: &Ask<'_, D>| (ask.selection.rule, ask.pool.head_dim);
+    let (mut selected, mut left) = (Vec::with_capacity(asking.len()), asking);
+    while let Some(first) = left.first() {
+        let (mut count, mut bytes) = (1, Work::new(first, wanted)?.bytes()?);
+        while let Some(next) = left.get(count).filter(|next| kind(next) == kind(first)) {
+            bytes = bytes.saturating_add(Work::new(next, wanted)?.bytes()?);
+            if bytes > TOGETHER {
+                break;
+            }
+            count += 1;
         }
-        SelectionRule::Windows {
-            window_len,
-            window_before,
-        } => {
-            let fits = |range: &Range<usize>| range.len() <= most;
-            let all = wanted == Best::Highest && selection.eligible.iter().all(fits);
-            let scale = selection.scale(pool.head_dim);
-            call.windows(probes.rows, [window_len, window_before], scale, all)?;
-        }
+        let (now, later) = left.split_at(count);
+        selected.extend(together(gpu, now, wanted)?);
+        left = later;
     }
     Ok(selected)
 }
 
-/// What both rules need.
-struct Call<'a, D: Driver> {
-    gpu: &'a Gpu<D>,
+/// Calls of one rule and head size.
+fn together<D: Driver>(
+    gpu: &Gpu<D>,
+    asking: &[Ask<'_, D>],
+    wanted: Best,
+) -> Result<Vec<Blocks<D>>> {
+    let of_pools = asking.iter().map(|ask| PoolCall {
+        pool: ask.pool,
+        kv_heads: ask.selection.kv_heads,
+        eligible: ask.selection.eligible,
+        ends: &[],
+    });
+    let tables = Tables::new(gpu, &of_pools.collect::<Vec<_>>())?;
+    let (mut all, mut held) = (Vec::new(), Vec::new());
+    let (mut calls, mut works) = (Vec::new(), Vec::new());
+    for (i, ask) in asking.iter().enumerate() {
+        let Asking {
+            pool,
+            probes,
+            selection,
+        } = ask;
+        let width = product(
+            "query heads",
+            &[kv_width(pool, selection.kv_heads)?, probes.group],
+        )?;
+        let work = Work::new(ask, wanted)?;
+        let block_len = selection.rule.block_len();
+        let known = (0..pool.heads).map(|head| selection.count(head) / block_len);
+        let most = selection.rows / block_len;
+        let selected = Blocks::unwritten(gpu, known.collect(), [most, block_len, work.end])?;
+        let params = SegattnRetrievalParams {
+            q: gpu.input(&probes.q, probes.capacity, width)?,
+            group: int("query heads of a KV head", probes.group)?,
+            first_query: int("first query", probes.first)?,
+            query_capacity: int("rows of queries", probes.capacity)?,
+            ..selected.params(gpu, tables.params(i, pool)?)?
+        };
+        let (params, memory) = work.params(gpu, params)?;
+        all.push(selected);
+        held.push(memory);
+        calls.push(params);
+        works.push(work);
+    }
+    let Some(first) = asking.first() else {
+        return Ok(all);
+    };
+    let launches = Launches {
+        calls: Calls::new(gpu, &calls)?,
+        works: &works,
+        head_dim: first.pool.head_dim,
+    };
+    match first.selection.rule {
+        SelectionRule::Blocks { .. } => launches.blocks()?,
+        SelectionRule::Windows { .. } => launches.windows()?,
+    }
+    let select = match (wanted, first.selection.rule) {
+        (Best::Lowest, _) => {
+            launches.launch("pool_unwanted_f32", Grid::Threads, Work::scores)?;
+            let unwanted = |params: &SegattnRetrievalParams| SegattnRetrievalParams {
+                scores: params.unwanted,
+                ..*params
+            };
+            let calls: Vec<SegattnRetrievalParams> = calls.iter().map(unwanted).collect();
+            let launches = Launches {
+                calls: Calls::new(gpu, &calls)?,
+                ..launches
+            };
+            return launches
+                .launch("pool_select_f32", Grid::Blocks, |work| Ok(work.heads))
+                .map(|()| all);
+        }
+        (Best::Highest, SelectionRule::Blocks { .. }) => "pool_select_f32",
+        (Best::Highest, SelectionRule::Windows { .. }) => "pool_windows_f32",
+    };
+    launches.launch(select, Grid::Blocks, |work| Ok(work.heads))?;
+    Ok(all)
+}
+
+/// Sizes of a call.
+#[derive(Clone, Copy)]
+struct Work {
     heads: usize,
     head_dim: usize,
     /// Query heads of a KV head.
     group: usize,
+    /// Queries of a query head.
+    queries: usize,
     /// Behind the last token that any head may select.
     end: usize,
+    rule: SelectionRule,
+    scale: f32,
     wanted: Best,
-    params: SegattnRetrievalParams,
+    /// Whether no head has more tokens to select from than it selects, so that none is scored. By the second rule.
+    all: bool,
 }
 
-impl<D: Driver> Call<'_, D> {
+impl Work {
+    fn new<D: Driver>(ask: &Ask<'_, D>, wanted: Best) -> Result<Self> {
+        let Asking {
+            pool,
+            probes,
+            selection,
+        } = ask;
+        let end = selection.eligible.iter().map(|range| range.end).max();
+        let fits = |range: &Range<usize>| range.len() <= selection.rows;
+        Ok(Self {
+            heads: pool.heads,
+            head_dim: pool.head_dim,
+            group: probes.group,
+            queries: probes.rows,
+            end: end.unwrap_or(0),
+            rule: selection.rule,
+            scale: selection.scale(pool.head_dim),
+            wanted,
+            all: wanted == Best::Highest && selection.eligible.iter().all(fits),
+        })
+    }
+
+    /// Probes of a query head.
+    fn windows(&self) -> usize {
+        match self.rule {
+            SelectionRule::Blocks {
+                probe_window,
+                probe_stride,
+                ..
+            } => (self.queries - probe_window.min(self.queries)) / probe_stride + 1,
+            SelectionRule::Windows { .. } => self.queries,
+        }
+    }
+
+    /// Probes of a head.
+    fn probes(&self) -> Result<usize> {
+        product("probes", &[self.group, self.windows()])
+    }
+
+    /// Blocks of the first rule, or tokens, that are scored.
+    fn scored(&self) -> usize {
+        match self.rule {
+            SelectionRule::Windows { .. } if self.all => 0,
+            rule => self.end / rule.block_len(),
+        }
+    }
+
+    /// Tiles of keys that thread blocks score.
+    fn tiles(&self) -> usize {
+        let tile_blocks = (SCORED_KEYS / self.rule.block_len()).max(1);
+        self.scored().div_ceil(tile_blocks)
+    }
+
+    fn scores(&self) -> Result<usize> {
+        product("scores", &[self.heads, self.scored()])
+    }
+
+    /// Bytes of each array that the call needs: means or sums, lse, scores, best tokens, what is unwanted.
+    fn arrays(&self) -> Result<[usize; 5]> {
+        let (heads, tiles, probes) = (self.heads, self.tiles(), self.probes()?);
+        let scores = product("scores", &[self.scores()?, size_of::<f32>()])?;
+        let unwanted = match self.wanted {
+            Best::Highest => 0,
+            Best::Lowest => scores,
+        };
+        Ok(match self.rule {
+            SelectionRule::Blocks { .. } => {
+                let means = product("probes", &[heads, probes, self.head_dim, MEAN_BYTES])?;
+                [means, 0, scores, 0, unwanted]
+            }
+            SelectionRule::Windows { .. } if tiles == 0 => [0; 5],
+            SelectionRule::Windows { .. } => {
+                let sums = product("sums", &[heads, tiles, probes, 2 * size_of::<f32>()])?;
+                let lse = product("probes", &[heads, probes, size_of::<f32>()])?;
+                let best = product("tiles", &[heads, tiles, size_of::<SegattnBestToken>()])?;
+                [sums, lse, scores, best, unwanted]
+            }
+        })
+    }
+
+    fn bytes(&self) -> Result<usize> {
+        Ok(self.arrays()?.into_iter().fold(0, usize::saturating_add))
+    }
+
+    /// The parameters of the call, and memory for its arrays.
+    fn params<D: Driver>(
+        &self,
+        gpu: &Gpu<D>,
+        params: SegattnRetrievalParams,
+    ) -> Result<(SegattnRetrievalParams, [Block<D>; 5])> {
+        let [made_of, lse, scores, best, unwanted] = self.arrays()?;
+        let memory = [
+            gpu.block(made_of)?,
+            gpu.block(lse)?,
+            gpu.block(scores)?,
+            gpu.block(best)?,
+            gpu.block(unwanted)?,
+        ];
+        let [made_of, lse, scores, best, unwanted] = &memory;
+        let scored = self.scored();
+        let params = SegattnRetrievalParams {
+            lse: pointer::<f32>(lse).cast_mut(),
+            scores: pointer::<f32>(scores).cast_mut(),
+            best: pointer::<SegattnBestToken>(best).cast_mut(),
+            unwanted: pointer::<f32>(unwanted).cast_mut(),
+            score_pitch: scored as i64,
+            windows: int("probes of a query head", self.windows())?,
+            ..params
+        };
+        let params = match self.rule {
+            SelectionRule::Blocks {
+                probe_window,
+                probe_stride,
+                ..
+            } => SegattnRetrievalParams {
+                probes: pointer::<f32>(made_of).cast_mut().cast(),
+                window: int("queries of a probe window", probe_window.min(self.queries))?,
+                stride: int("stride of probe windows", probe_stride)?,
+                blocks: int("blocks of a pool", scored)?,
+                window_len: 1,
+                ..params
+            },
+            SelectionRule::Windows {
+                window_len,
+                window_before,
+            } => SegattnRetrievalParams {
+                sums: pointer::<f32>(made_of).cast_mut(),
+                tiles: int("tiles of a pool", self.tiles())?,
+                window_len: int("window_len", window_len)?,
+                window_before: int("window_before", window_before)?,
+                scale_log2: std::f32::consts::LOG2_E * self.scale,
+                ..params
+            },
+        };
+        Ok((params, memory))
+    }
+}
+
+/// Launches for calls of one rule and head size.
+struct Launches<'a, D: Driver> {
+    calls: Calls<'a, D>,
+    works: &'a [Work],
+    head_dim: usize,
+}
+
+impl<D: Driver> Launches<'_, D> {
+    /// Launches a kernel. `size`: the threads, or blocks, that a call needs.
     fn launch(
         &self,
         name: &'static str,
-        grid: Grid,
-        params: &SegattnRetrievalParams,
+        grid: impl FnOnce(usize) -> Grid,
+        size: impl Fn(&Work) -> Result<usize>,
     ) -> Result<()> {
-        launch(self.gpu, entry(File::Retrieval, name), grid, params)
+        let mut sizes = self.works.iter().map(size);
+        let most = sizes.try_fold(0, |most, size| Ok::<_, DeviceError>(size?.max(most)))?;
+        self.calls.launch(name, grid(most))
     }
 
-    /// The best blocks, by `windows` means of a query head over so many queries and so many apart.
-    fn blocks(&self, block_len: usize, windows: usize, [window, stride]: [usize; 2]) -> Result<()> {
-        let (gpu, blocks) = (self.gpu, self.end / block_len);
-        let units = product("probes", &[self.heads, self.group, windows, self.head_dim])?;
-        let means = gpu.block(product("probes", &[units, MEAN_BYTES])?)?;
-        let scores = gpu.block(product("scores", &[self.heads, blocks, size_of::<f32>()])?)?;
-        let params = SegattnRetrievalParams {
-            probes: pointer::<f32>(&means).cast_mut().cast(),
-            scores: pointer::<f32>(&scores).cast_mut(),
-            score_pitch: blocks as i64,
-            windows: int("probe windows", windows)?,
-            window: int("queries of a probe window", window)?,
-            stride: int("stride of probe windows", stride)?,
-            blocks: int("blocks of a pool", blocks)?,
-            ..self.params
+    /// Scores of blocks.
+    fn blocks(&self) -> Result<()> {
+        let threads = |work: &Work| {
+            let sizes = [work.heads, work.probes()?, work.head_dim / VECTOR];
+            product("probes", &sizes)
         };
-        self.launch("pool_probes_bf16", Grid::Threads(units / VECTOR), &params)?;
-        let tiles = blocks.div_ceil((SCORED_KEYS / block_len).max(1));
-        let grid = Grid::Blocks(product("tiles of scores", &[self.heads, tiles])?);
-        self.launch(
-            by_head_dim!("pool_scores_bf16", self.head_dim)?,
-            grid,
-            &params,
-        )?;
-        match self.wanted {
-            Best::Highest => self.launch("pool_select_f32", Grid::Blocks(self.heads), &params),
-            Best::Lowest => self.lowest([1, 0], &params),
-        }
+        self.launch("pool_probes_bf16", Grid::Threads, threads)?;
+        let scores = by_head_dim!("pool_scores_bf16", self.head_dim)?;
+        self.launch(scores, Grid::Blocks, Self::tiles)
     }
 
-    /// The blocks, or tokens, with the lowest scores. `window`: as below, of what is dropped one by one.
-    fn lowest(&self, window: [usize; 2], params: &SegattnRetrievalParams) -> Result<()> {
-        let scores = product("scores", &[self.heads, params.score_pitch as usize])?;
-        let unwanted = self
-            .gpu
-            .block(product("scores", &[scores, size_of::<f32>()])?)?;
-        let params = SegattnRetrievalParams {
-            unwanted: pointer::<f32>(&unwanted).cast_mut(),
-            window_len: int("window_len", window[0])?,
-            window_before: int("window_before", window[1])?,
-            ..*params
+    /// Scores of tokens.
+    fn windows(&self) -> Result<()> {
+        let sums = by_head_dim!("pool_sums_bf16", self.head_dim)?;
+        self.launch(sums, Grid::Blocks, Self::tiles)?;
+        let probes = |work: &Work| match work.tiles() {
+            0 => Ok(0),
+            _ => product("probes", &[work.heads, work.probes()?]),
         };
-        self.launch("pool_unwanted_f32", Grid::Threads(scores), &params)?;
-        let params = SegattnRetrievalParams {
-            scores: params.unwanted,
-            ..params
-        };
-        self.launch("pool_select_f32", Grid::Blocks(self.heads), &params)
+        self.launch("pool_lse_f32", Grid::Blocks, probes)?;
+        let shares = by_head_dim!("pool_shares_bf16", self.head_dim)?;
+        self.launch(shares, Grid::Blocks, Self::tiles)
     }
 
-    /// Windows around the best tokens, by so many queries of a query head. `window`: its length, and the tokens of a
-    /// whole one before its best. `all`: no head has more tokens to select
-    /// from than it selects.
-    fn windows(&self, queries: usize, window: [usize; 2], scale: f32, all: bool) -> Result<()> {
-        let (gpu, tiles) = (self.gpu, self.end.div_ceil(SCORED_KEYS));
-        let probes = product("probes", &[self.group, queries])?;
-        let block = |what, sizes: &[usize]| gpu.block(product(what, sizes)?);
-        let sums = block("sums", &[self.heads, tiles, probes, 2 * size_of::<f32>()])?;
-        let lse = block("probes", &[self.heads, probes, size_of::<f32>()])?;
-        let scores = block("scores", &[self.heads, self.end, size_of::<f32>()])?;
-        let best = block("tiles", &[self.heads, tiles, size_of::<SegattnBestToken>()])?;
-        let params = SegattnRetrievalParams {
-            sums: pointer::<f32>(&sums).cast_mut(),
-            lse: pointer::<f32>(&lse).cast_mut(),
-            scores: pointer::<f32>(&scores).cast_mut(),
-            best: pointer::<SegattnBestToken>(&best).cast_mut(),
-            score_pitch: self.end as i64,
-            windows: int("queries", queries)?,
-            tiles: int("tiles of a pool", tiles)?,
-            window_len: int("window_len", window[0])?,
-            window_before: int("window_before", window[1])?,
-            scale_log2: std::f32::consts::LOG2_E * scale,
-            ..self.params
-        };
-        if !all {
-            let work = product("tiles of a pool", &[self.heads, tiles])?;
-            let each = product("probes", &[self.heads, probes])?;
-            let sums = by_head_dim!("pool_sums_bf16", self.head_dim)?;
-            self.launch(sums, Grid::Blocks(work), &params)?;
-            self.launch("pool_lse_f32", Grid::Blocks(each), &params)?;
-            let shares = by_head_dim!("pool_shares_bf16", self.head_dim)?;
-            self.launch(shares, Grid::Blocks(work), &params)?;
-        }
-        match self.wanted {
-            Best::Highest => self.launch("pool_windows_f32", Grid::Blocks(self.heads), &params),
-            Best::Lowest => self.lowest(window, &params),
-        }
+    fn tiles(work: &Work) -> Result<usize> {
+        product("tiles of scores", &[work.heads, work.tiles()])
     }
 }

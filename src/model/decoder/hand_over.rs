@@ -5,7 +5,7 @@ use super::{Decoder, Span, Step};
 use crate::device::{Device, Result};
 use crate::model::segmentation::End;
 use crate::model::state::{
-    Carry, Complete, Plan, SequenceState, Slots, ask_again, close_segments, open_segments,
+    Carry, Complete, Opening, PastCalls, Plan, SequenceState, Slots, close_segments, open_segments,
 };
 
 impl<D: Device> Decoder<D> {
@@ -20,6 +20,7 @@ impl<D: Device> Decoder<D> {
         slots: &mut Slots<D>,
     ) -> Result<()> {
         let mut spans = &step.spans[..];
+        let mut past = PastCalls::new(states.len());
         while !spans.is_empty() {
             let mut carries: Vec<Option<&mut Carry<D>>> =
                 states.iter_mut().map(|s| Some(&mut s.layers[l])).collect();
@@ -27,8 +28,17 @@ impl<D: Device> Decoder<D> {
             let taken = spans.iter().map_while(|span| carries[span.sequence].take());
             let taken: Vec<&mut Carry<D>> = taken.collect();
             let (now, later) = spans.split_at(taken.len());
-            self.hand_over(plan, l, now, taken, slots)?;
+            self.hand_over(plan, l, now, taken, slots, &mut past)?;
             spans = later;
+            // What a pool drops after a segment depends on what it dropped after the one before.
+            let now = spans.is_empty() || plan.pool_len.is_some();
+            if now && !past.is_empty() {
+                let calls = std::mem::replace(&mut past, PastCalls::new(states.len()));
+                let carries = states.iter_mut().map(|state| &mut state.layers[l]);
+                let mut carries: Vec<&mut Carry<D>> = carries.collect();
+                let (layer, tables) = slots.layer_mut(l);
+                calls.run(&self.device, plan, l, &mut carries, layer, tables)?;
+            }
         }
         Ok(())
     }
@@ -41,33 +51,39 @@ impl<D: Device> Decoder<D> {
         spans: &[Span],
         carries: Vec<&mut Carry<D>>,
         slots: &mut Slots<D>,
+        past: &mut PastCalls,
     ) -> Result<()> {
         let (layer, tables) = slots.layer_mut(l);
         let opening = spans.iter().zip(&carries);
         let opening = opening.filter(|(span, _)| span.rows.start == 0);
-        let opening: Vec<(usize, &Carry<D>)> = opening
-            .map(|(span, carry)| (span.rows.slot, &**carry))
+        let opening: Vec<Opening<'_, D>> = opening
+            .map(|(span, carry)| Opening {
+                sequence: span.sequence,
+                slot: span.rows.slot,
+                carry,
+            })
             .collect();
         if !opening.is_empty() {
-            open_segments(&self.device, plan, l, &opening, layer, tables)?;
+            open_segments(&self.device, plan, l, &opening, layer, tables, past)?;
         }
-        let (mut complete, mut asking) = (Vec::new(), Vec::new());
+        let mut complete = Vec::new();
         for (span, carry) in spans.iter().zip(carries) {
-            let to = match span.end {
-                End::Open => continue,
-                End::Complete => &mut complete,
-                End::Again => &mut asking,
-            };
-            to.push(Complete {
-                slot: span.rows.slot,
-                rows: span.rows.start + span.rows.rows,
-                carry,
-            });
+            let (sequence, slot) = (span.sequence, span.rows.slot);
+            let rows = span.rows.start + span.rows.rows;
+            match span.end {
+                End::Open => {}
+                End::Complete => complete.push(Complete {
+                    sequence,
+                    slot,
+                    rows,
+                    carry,
+                }),
+                End::Again => past.ask(plan, &plan.reads[l], [sequence, slot, rows], carry),
+            }
         }
-        ask_again(&self.device, plan, l, layer, &mut asking)?;
         match complete.is_empty() {
             true => Ok(()),
-            false => close_segments(&self.device, plan, l, layer, &mut complete, tables),
+            false => close_segments(&self.device, plan, l, layer, &mut complete, tables, past),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::layout::{Part, Shapes};
 use crate::device::{Accumulate, Device, DeviceError, PastPool, Rows, RowsMut, SelectedBlocks};
 use crate::model::segmentation::Cursor;
 use crate::model::session::Session;
-use crate::model::state::open_segments;
+use crate::model::state::{Opening, PastCalls, open_segments};
 
 /// Where the tensors of one sequence come from.
 pub(super) trait Source {
@@ -102,8 +102,15 @@ fn segment<D: Device, S: Source>(
     let slots = session.flight.open(device, plan)?;
     let room = slots.room;
     let (layer, tables) = slots.layer_mut(l);
-    let carry = &session.states[to].layers[l];
-    open_segments(device, plan, l, &[(to, carry)], layer, tables)?;
+    let carry = &mut session.states[to].layers[l];
+    let mut past = PastCalls::new(1);
+    let opening = [Opening {
+        sequence: 0,
+        slot: to,
+        carry,
+    }];
+    open_segments(device, plan, l, &opening, layer, tables, &mut past)?;
+    past.run(device, plan, l, &mut [carry], layer, tables)?;
     let width = plan.kv_width();
     let first = to * room;
     let rows = source.floats(Part::Segment(l), &shapes.segment())?;

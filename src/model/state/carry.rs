@@ -1,10 +1,10 @@
 //! What a sequence carries from segment to segment: of each layer the prior tail, the sinks, the selected rows of the
 //! past, and the pool.
 
-use super::{LayerReads, LayerSlots, Plan, Sinks};
+use super::{LayerReads, LayerSlots, PastCalls, Plan, Sinks};
 use crate::device::{
-    Accumulate, Device, DeviceError, HostMemory, Kind, Move, PastHeads, PastPool, Purpose, Result,
-    Rows, RowsMut, SelectedBlocks,
+    Accumulate, Device, DeviceError, HostMemory, Kind, Move, PastPool, Purpose, Result, Rows,
+    SelectedBlocks,
 };
 
 /// State of one layer that a complete segment hands to the next.
@@ -196,21 +196,34 @@ impl<D: Device> SequenceState<D> {
     }
 }
 
-/// Writes the prior and past rows of slots, sinks included, for the segments that begin in them: each with the state of
-/// its sequence.
+/// A segment that begins, and the state of its sequence.
+pub(in crate::model) struct Opening<'a, D: Device> {
+    pub sequence: usize,
+    pub slot: usize,
+    pub carry: &'a Carry<D>,
+}
+
+/// Writes the prior rows of slots and their sinks, for the segments that begin in them: each with the state of its
+/// sequence. What has been selected for them is put off.
 pub(in crate::model) fn open_segments<D: Device>(
     device: &D,
     plan: &Plan,
     layer: usize,
-    opening: &[(usize, &Carry<D>)],
+    opening: &[Opening<'_, D>],
     slots: &mut LayerSlots<D>,
     tables: (&D::Buffer, &D::Buffer),
+    past: &mut PastCalls,
 ) -> Result<()> {
     let (width, reads) = (plan.kv_width(), &plan.reads[layer]);
     let kv = &mut slots.kv;
     let (prior_room, past_room) = (kv.rows.prior, kv.rows.past);
-    let (mut moves, mut ends) = (Vec::new(), Vec::new());
-    for &(slot, carry) in opening {
+    let mut moves = Vec::new();
+    for &Opening {
+        sequence,
+        slot,
+        carry,
+    } in opening
+    {
         let rows = carry.prior_rows;
         kv.prior_len[slot] = rows;
         let prior = [
@@ -234,8 +247,9 @@ pub(in crate::model) fn open_segments<D: Device>(
         let end: Vec<usize> = heads.clone().map(|h| plan.origin() - tail(h)).collect();
         let sinks: Vec<usize> = heads.map(|h| plan.sinks(carry.tokens, tail(h))).collect();
         let mut selected = vec![0; plan.heads.kv];
-        for (i, head) in reads.past.iter().enumerate() {
-            selected[*head] = carry.selected.count(i);
+        let counts = past.selected(plan, reads, (sequence, carry));
+        for (head, count) in reads.past.iter().zip(counts) {
+            selected[*head] = count;
         }
         let before: Vec<usize> = end.iter().zip(&selected).map(|(e, n)| e - n).collect();
         let lens = slot * plan.heads.kv..(slot + 1) * plan.heads.kv;
@@ -247,7 +261,8 @@ pub(in crate::model) fn open_segments<D: Device>(
             let first = slot * past_room * width;
             moves.extend(carry.sinks.place(plan, first, (&sinks, &before)));
         }
-        ends.push(end);
+        let ends = reads.past.iter().map(|head| end[*head]);
+        past.open(sequence, slot, ends.collect());
     }
     moves.retain(|at| at.rows > 0);
     let mut targets: [&mut D::Buffer; 4] = [
@@ -257,34 +272,19 @@ pub(in crate::model) fn open_segments<D: Device>(
         &mut kv.past_v,
     ];
     let (dim, add) = (plan.heads.dim, Accumulate::No);
-    device.move_rows(&moves, &mut targets, dim, tables, false, add)?;
-    for (&(slot, carry), ends) in opening.iter().zip(&ends) {
-        let Some(pool) = &carry.pool else {
-            continue;
-        };
-        let ends: Vec<usize> = reads.past.iter().map(|&h| ends[h]).collect();
-        let past = PastHeads {
-            kv_heads: &reads.past,
-            ends: &ends,
-        };
-        // A head that has selected rows has all sinks before them: what is eligible begins after these.
-        let first = slot * past_room + plan.sink_len;
-        let k = RowsMut::packed(&mut kv.past_k, first, width);
-        let v = RowsMut::packed(&mut kv.past_v, first, width);
-        pool.gather(device, &carry.selected, &past, tables, [k, v])?;
-    }
-    Ok(())
+    device.move_rows(&moves, &mut targets, dim, tables, false, add)
 }
 
-/// A segment that is complete, or is read again: its slot, its rows, and the state of its sequence.
+/// A segment that is complete, its rows, and the state of its sequence.
 pub(in crate::model) struct Complete<'a, D: Device> {
+    pub sequence: usize,
     pub slot: usize,
     pub rows: usize,
     pub carry: &'a mut Carry<D>,
 }
 
-/// Updates the states of different sequences after complete segments: their tails, the sinks, their tokens in the
-/// pools, and the past rows that their probes select.
+/// Updates the states of different sequences after complete segments: their tails and the sinks. What joins the pools,
+/// and the past rows that their queries select, are put off.
 pub(in crate::model) fn close_segments<D: Device>(
     device: &D,
     plan: &Plan,
@@ -292,24 +292,20 @@ pub(in crate::model) fn close_segments<D: Device>(
     slots: &LayerSlots<D>,
     closing: &mut [Complete<'_, D>],
     tables: (&D::Buffer, &D::Buffer),
+    past: &mut PastCalls,
 ) -> Result<()> {
     move_tails(device, plan, layer, slots, closing, tables)?;
-    for complete in closing {
-        complete.remember(device, plan, layer, slots)?;
+    for Complete {
+        sequence,
+        slot,
+        rows,
+        carry,
+    } in closing
+    {
+        carry.tokens += *rows;
+        past.complete(plan, &plan.reads[layer], [*sequence, *slot, *rows], carry);
     }
     Ok(())
-}
-
-/// Selects past rows anew for segments that are read again: for each by the queries of its rows so far.
-pub(in crate::model) fn ask_again<D: Device>(
-    device: &D,
-    plan: &Plan,
-    layer: usize,
-    slots: &LayerSlots<D>,
-    asking: &mut [Complete<'_, D>],
-) -> Result<()> {
-    let mut each = asking.iter_mut();
-    each.try_for_each(|segment| segment.ask(device, plan, layer, slots))
 }
 
 /// Makes the last rows of complete segments the tails, keys before rotation, and keeps those of the rows that are
