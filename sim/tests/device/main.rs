@@ -8,6 +8,7 @@ mod faults;
 mod lora;
 mod memory;
 mod model;
+mod norms;
 mod pool;
 mod rereads;
 mod retrieval;
