@@ -2,10 +2,14 @@
 //! at its highest, whatever the operating system keeps for itself.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering::Relaxed};
 
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// Whether [`peak_of`] counts. Otherwise nobody writes to memory that all threads share: they would wait for each
+/// other at every allocation.
+static COUNTING: AtomicBool = AtomicBool::new(false);
+/// Bytes beyond those of when it began, now and at their highest.
+static NOW: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
 
 /// The system's allocator with a count.
 struct Counting;
@@ -16,14 +20,19 @@ static ALLOCATOR: Counting = Counting;
 // SAFETY: every call goes to the system's allocator with the same arguments.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.fetch_add(layout.size(), Relaxed) + layout.size();
-        PEAK.fetch_max(now, Relaxed);
+        if COUNTING.load(Relaxed) {
+            let size = layout.size() as isize;
+            let now = NOW.fetch_add(size, Relaxed) + size;
+            PEAK.fetch_max(now, Relaxed);
+        }
         // SAFETY: the caller's obligations are those of the system's allocator.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Relaxed);
+        if COUNTING.load(Relaxed) {
+            NOW.fetch_sub(layout.size() as isize, Relaxed);
+        }
         // SAFETY: as above.
         unsafe { System.dealloc(place, layout) }
     }
@@ -43,8 +52,11 @@ pub fn keep_freed_memory() {
 pub fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     // What the CPU device keeps from before would serve this work uncounted.
     segattn::device::cpu::release_memory();
-    let before = NOW.load(Relaxed);
-    PEAK.store(before, Relaxed);
+    for count in [&NOW, &PEAK] {
+        count.store(0, Relaxed);
+    }
+    COUNTING.store(true, Relaxed);
     let result = work();
-    (result, PEAK.load(Relaxed).saturating_sub(before))
+    COUNTING.store(false, Relaxed);
+    (result, PEAK.load(Relaxed).unsigned_abs())
 }

@@ -339,8 +339,8 @@ impl Arm {
         Ok(())
     }
 
-    /// The training configuration of the arm by [`Definition::training_seed`], from the weights in `folder` to a run in `output`, with a teacher in
-    /// `teacher` where it has one.
+    /// The training configuration of the arm by [`Definition::training_seed`], from the weights in `folder` to a run in
+    /// `output`, with a teacher in `teacher` where it has one.
     ///
     /// # Errors
     /// [`ExperimentError::Train`].
