@@ -218,7 +218,11 @@ impl<D: Driver> Memory<D> {
             None => {
                 let piece = self.piece(arena, bytes);
                 if arena != Arena::Host && self.planned.load(Ordering::Relaxed) {
-                    tracing::warn!("{piece} bytes of device memory beyond the plan");
+                    let (used, all) = (regions.used, regions.bytes());
+                    tracing::warn!(
+                        "{piece} bytes of device memory beyond the plan: {used} of {all} are in use, and no free \
+                         range has {bytes}"
+                    );
                 }
                 self.grow(&mut regions, arena, piece)?;
                 regions.take(bytes).expect("a new region has room")
@@ -384,6 +388,11 @@ impl Regions {
             high: 0,
         };
         self.all.insert(address, region);
+    }
+
+    /// Bytes of all regions.
+    fn bytes(&self) -> usize {
+        self.all.values().map(|region| region.bytes).sum()
     }
 
     /// The lowest free range of any region that is large enough.
