@@ -86,7 +86,13 @@ fn inspect_plans_the_memory_of_a_gpu_that_is_not_there() {
         let (short, long) = (&host[run], &host[3 + run]);
         assert_eq!((number(long, "pool"), number(long, "host")), (0, pool));
         if name != "train" {
-            assert_eq!(number(short, "device"), number(long, "device"));
+            // What grows with the context there: the addresses of chunks, and scores, of one layer at a time.
+            let (chunks, blocks) = (6400 / 8, 6400 / 2);
+            let [short, long] = [short, long].map(|row| number(row, "device"));
+            assert!(
+                short <= long && long <= short + 16 * chunks + 2 * 4 * blocks,
+                "{short}, {long}"
+            );
         }
     }
     // Two sequences, two segments at a time: more activations, the same weights.

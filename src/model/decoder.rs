@@ -46,35 +46,84 @@ pub struct Span {
     pub end: End,
 }
 
-/// Rows that are computed together. Spans are sorted by segment, then by sequence. Their rows are packed from row 0 on.
+/// Rows that are computed together. Spans are sorted by segment, then by sequence. Their rows are packed from row 0 on,
+/// those of asks behind them.
 #[derive(Debug, Clone, Default)]
 pub struct Step {
     /// The spans.
     pub spans: Vec<Span>,
+    /// Readings of a segment from its start that only select for the next reading, which is here too: each with the
+    /// number of the span that it comes before.
+    pub asks: Vec<(usize, Span)>,
     /// The token of each row.
     pub tokens: Vec<u32>,
 }
 
 impl Step {
-    /// Adds rows at position `start` of the segment in `slot`.
+    /// Adds rows at position `start` of the segment in `slot`. All asks come later.
     pub fn push(&mut self, sequence: usize, slot: usize, start: usize, tokens: &[u32], end: End) {
+        debug_assert!(self.asks.is_empty(), "rows of spans come first");
+        let span = self.span(sequence, slot, start, tokens, end);
+        self.spans.push(span);
+    }
+
+    /// Adds a reading that only selects for that of span `before`, or for the next one that comes before it.
+    pub fn push_ask(&mut self, before: usize, slot: usize, tokens: &[u32]) {
+        let sequence = self.spans[before].sequence;
+        let span = self.span(sequence, slot, 0, tokens, End::Again);
+        self.asks.push((before, span));
+    }
+
+    fn span(
+        &mut self,
+        sequence: usize,
+        slot: usize,
+        start: usize,
+        tokens: &[u32],
+        end: End,
+    ) -> Span {
         let rows = SlotSpan {
             row: self.tokens.len(),
             rows: tokens.len(),
             start,
             slot,
         };
-        self.spans.push(Span {
+        self.tokens.extend_from_slice(tokens);
+        Span {
             sequence,
             rows,
             end,
-        });
-        self.tokens.extend_from_slice(tokens);
+        }
+    }
+
+    /// Number of rows that are not of asks.
+    pub fn own_rows(&self) -> usize {
+        self.spans.iter().map(|span| span.rows.rows).sum()
+    }
+
+    /// All spans in the order of their rows.
+    fn by_row(&self) -> impl Iterator<Item = &Span> {
+        self.spans
+            .iter()
+            .chain(self.asks.iter().map(|(_, ask)| ask))
+    }
+
+    /// All spans in the order in which segments hand over to each other.
+    fn in_order(&self) -> Vec<Span> {
+        let mut asks = self.asks.iter().peekable();
+        let mut all = Vec::with_capacity(self.spans.len() + self.asks.len());
+        for (i, span) in self.spans.iter().enumerate() {
+            while let Some((_, ask)) = asks.next_if(|(before, _)| *before == i) {
+                all.push(*ask);
+            }
+            all.push(*span);
+        }
+        all
     }
 
     /// Row of the angle tables for the position of each row.
     pub fn angles(&self, plan: &Plan) -> Vec<usize> {
-        let rows = self.spans.iter().map(|s| s.rows);
+        let rows = self.by_row().map(|s| s.rows);
         rows.flat_map(|s| s.start..s.start + s.rows)
             .map(|position| plan.origin() + position)
             .collect()
@@ -82,7 +131,7 @@ impl Step {
 
     /// Description of the rows for [`Device::step`]. A slot has room for `room` rows.
     pub fn rows(&self, plan: &Plan, room: usize) -> StepRows {
-        let spans: Vec<SlotSpan> = self.spans.iter().map(|s| s.rows).collect();
+        let spans: Vec<SlotSpan> = self.by_row().map(|s| s.rows).collect();
         let row = |s: &SlotSpan, position| {
             let probe = plan.probe_row(s.slot, position, s.start + s.rows);
             (s.slot * room + position, probe)

@@ -1,7 +1,7 @@
 //! Exact TBPTT(K) by gradient streams (docs/contract.md, section 3).
 //!
-//! Every segment runs forward once, after those readings that only ask for rows of the past. A step computes any number
-//! of segments; the gradient has the same bits for every number.
+//! Every segment runs forward once, beside those readings that only ask for rows of the past. A step computes any
+//! number of segments; the gradient has the same bits for every number.
 //!
 //! After the forward of segments up to `t`, the losses that are due run backward in *passes*. A pass goes through all
 //! layers for the segments it covers. The loss of a segment beyond the first K+1 is stream K in its own segment, stream
@@ -41,7 +41,7 @@ use teacher::Teaching;
 
 use crate::device::{Device, Kind, Result};
 use crate::model::decoder::{Decoder, Derived, LayerTape, Span, Step};
-use crate::model::segmentation::{End, Segment};
+use crate::model::segmentation::Segment;
 use crate::model::state::{Angles, Plan, SequenceState, Slots};
 use crate::train::data::ExampleRef;
 
@@ -222,13 +222,14 @@ impl<'a, D: Device> Streams<'a, D> {
                 segments.push(segment);
             }
         }
-        self.ask(first)?;
+        self.push_asks(&mut step, &segments);
         // Before this step's activations are there.
         let taught = self.taught(&step, &segments)?;
         let device = &self.model.device;
         let room = step.spans.iter().map(|s| s.rows.rows).max().unwrap_or(0);
         let angles = Angles::new(device, &self.model.config, self.plan, room)?;
-        let mut slots = Slots::new(device, self.plan, &angles, segments.len(), room)?;
+        let count = step.spans.len() + step.asks.len();
+        let mut slots = Slots::new(device, self.plan, &angles, count, room)?;
         let mut layers = Vec::with_capacity(self.model.config.num_hidden_layers);
         let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
         let mut placed = device.step(step.rows(self.plan, slots.room))?;
@@ -253,7 +254,7 @@ impl<'a, D: Device> Streams<'a, D> {
             (Some(_), None) => unreachable!("no stage runs ahead of the head"),
             (None, _) => None,
         };
-        let (rows, spans) = (step.tokens.len(), step.spans.len());
+        let (rows, spans) = (step.own_rows(), step.spans.len());
         let embedded = match self.model.config.part.begins {
             true => rows * self.model.config.hidden_size,
             false => 0,
@@ -271,31 +272,18 @@ impl<'a, D: Device> Streams<'a, D> {
         Ok(())
     }
 
-    /// Reads the segments with this number that are read twice for their queries. Retrieval has no gradient, so nothing
-    /// of it is kept for the backward.
-    fn ask(&mut self, segment: usize) -> Result<()> {
-        let device = &self.model.device;
-        for time in 0.. {
-            let mut step = Step::default();
-            for (b, sequence) in self.sequences.iter().enumerate() {
-                let asks = self.asks[b].get(&segment);
-                if let Some(rows) = asks.and_then(|asks| asks.get(time)) {
-                    let start = self.segments[b][segment].tokens.start;
-                    let tokens = &sequence.tokens[start..start + rows];
-                    step.push(b, step.spans.len(), 0, tokens, End::Again);
-                }
+    /// Adds the readings that only select for those of a step's segments. Retrieval has no gradient, so they have no
+    /// part in the backward.
+    fn push_asks(&self, step: &mut Step, segments: &[usize]) {
+        for (i, segment) in segments.iter().enumerate() {
+            let b = step.spans[i].sequence;
+            let start = self.segments[b][*segment].tokens.start;
+            for rows in self.asks[b].get(segment).into_iter().flatten() {
+                let slot = step.spans.len() + step.asks.len();
+                let tokens = &self.sequences[b].tokens[start..start + rows];
+                step.push_ask(i, slot, tokens);
             }
-            let Some(room) = step.spans.iter().map(|s| s.rows.rows).max() else {
-                break;
-            };
-            let angles = Angles::new(device, &self.model.config, self.plan, room)?;
-            let count = step.spans.len();
-            let mut slots = Slots::passing(device, self.plan, &angles, count, room)?;
-            let mut placed = device.step(step.rows(self.plan, slots.room))?;
-            let mut states: Vec<&mut SequenceState<D>> = self.states.iter_mut().collect();
-            (self.model).advance(self.plan, &step, &mut placed, &mut states, &mut slots)?;
         }
-        Ok(())
     }
 
     /// Runs every pass that segments `[first, next)` make due. Layer by layer, it then computes the weight gradients of
@@ -460,7 +448,7 @@ impl<D: Device> Group<D> {
             layer.derived = Some(derived);
         }
         if layer.sums.is_none() {
-            let (rows, spans) = (self.step.tokens.len(), self.step.spans.len());
+            let (rows, spans) = (self.step.own_rows(), self.step.spans.len());
             layer.sums = Some(LayerSums::new(model, plan, rows, spans)?);
         }
         Ok(())

@@ -181,7 +181,6 @@ pub(super) fn gather<D: Driver>(
     [k, v]: [&mut Buffer<D>; 2],
     (at, stride): ([usize; 2], usize),
 ) -> Result<()> {
-    let (mut calls, mut most) = (Vec::new(), 0);
     let mut filled = Vec::new();
     for one in gathering {
         let rows = checked_rows(one)?;
@@ -200,6 +199,7 @@ pub(super) fn gather<D: Driver>(
         return Ok(());
     }
     let tables = Tables::new(gpu, &of_pools)?;
+    let (mut calls, mut most) = (Vec::with_capacity(filled.len()), 0);
     for (call, (one, rows)) in filled.iter().enumerate() {
         let Gathering {
             pool, blocks, past, ..

@@ -113,69 +113,90 @@ fn together<D: Driver>(
         ends: &[],
     });
     let tables = Tables::new(gpu, &of_pools.collect::<Vec<_>>())?;
-    let (mut all, mut held) = (Vec::new(), Vec::new());
-    let (mut calls, mut works) = (Vec::new(), Vec::new());
-    for (i, ask) in asking.iter().enumerate() {
-        let Asking {
-            pool,
-            probes,
-            selection,
-        } = ask;
-        let width = product(
-            "query heads",
-            &[kv_width(pool, selection.kv_heads)?, probes.group],
-        )?;
-        let work = Work::new(ask, wanted)?;
-        let block_len = selection.rule.block_len();
-        let known = (0..pool.heads).map(|head| selection.count(head) / block_len);
-        let most = selection.rows / block_len;
-        let selected = Blocks::unwritten(gpu, known.collect(), [most, block_len, work.end])?;
-        let params = SegattnRetrievalParams {
-            q: gpu.input(&probes.q, probes.capacity, width)?,
-            group: int("query heads of a KV head", probes.group)?,
-            first_query: int("first query", probes.first)?,
-            query_capacity: int("rows of queries", probes.capacity)?,
-            ..selected.params(gpu, tables.params(i, pool)?)?
-        };
-        let (params, memory) = work.params(gpu, params)?;
-        all.push(selected);
-        held.push(memory);
-        calls.push(params);
-        works.push(work);
-    }
-    let Some(first) = asking.first() else {
-        return Ok(all);
+    let ready = asking.iter().enumerate().map(|(i, ask)| {
+        let params = tables.params(i, ask.pool)?;
+        Ready::new(gpu, ask, wanted, params)
+    });
+    let ready: Vec<Ready<D>> = ready.collect::<Result<_>>()?;
+    let calls: Vec<SegattnRetrievalParams> = ready.iter().map(|call| call.params).collect();
+    let Some(Ready { work, .. }) = ready.first() else {
+        return Ok(Vec::new());
     };
     let launches = Launches {
         calls: Calls::new(gpu, &calls)?,
-        works: &works,
-        head_dim: first.pool.head_dim,
+        ready: &ready,
+        head_dim: work.head_dim,
     };
-    match first.selection.rule {
-        SelectionRule::Blocks { .. } => launches.blocks()?,
-        SelectionRule::Windows { .. } => launches.windows()?,
-    }
-    let select = match (wanted, first.selection.rule) {
-        (Best::Lowest, _) => {
+    let select = match work.rule {
+        SelectionRule::Blocks { .. } => {
+            launches.blocks()?;
+            "pool_select_f32"
+        }
+        SelectionRule::Windows { .. } => {
+            launches.windows()?;
+            "pool_windows_f32"
+        }
+    };
+    match wanted {
+        Best::Highest => launches.of_heads(select)?,
+        Best::Lowest => {
             launches.launch("pool_unwanted_f32", Grid::Threads, Work::scores)?;
             let unwanted = |params: &SegattnRetrievalParams| SegattnRetrievalParams {
                 scores: params.unwanted,
                 ..*params
             };
             let calls: Vec<SegattnRetrievalParams> = calls.iter().map(unwanted).collect();
-            let launches = Launches {
-                calls: Calls::new(gpu, &calls)?,
-                ..launches
-            };
-            return launches
-                .launch("pool_select_f32", Grid::Blocks, |work| Ok(work.heads))
-                .map(|()| all);
+            let calls = Calls::new(gpu, &calls)?;
+            Launches { calls, ..launches }.of_heads("pool_select_f32")?;
         }
-        (Best::Highest, SelectionRule::Blocks { .. }) => "pool_select_f32",
-        (Best::Highest, SelectionRule::Windows { .. }) => "pool_windows_f32",
-    };
-    launches.launch(select, Grid::Blocks, |work| Ok(work.heads))?;
-    Ok(all)
+    }
+    Ok(ready.into_iter().map(|call| call.selected).collect())
+}
+
+/// A call whose memory is there.
+struct Ready<D: Driver> {
+    work: Work,
+    params: SegattnRetrievalParams,
+    selected: Blocks<D>,
+    /// What `params` points to beside the selection.
+    _memory: [Option<Block<D>>; 5],
+}
+
+impl<D: Driver> Ready<D> {
+    /// `params`: what they are for any call of its pool.
+    fn new(
+        gpu: &Gpu<D>,
+        ask: &Ask<'_, D>,
+        wanted: Best,
+        params: SegattnRetrievalParams,
+    ) -> Result<Self> {
+        let Asking {
+            pool,
+            probes,
+            selection,
+        } = ask;
+        let kv_width = kv_width(pool, selection.kv_heads)?;
+        let width = product("query heads", &[kv_width, probes.group])?;
+        let work = Work::new(ask, wanted)?;
+        let block_len = selection.rule.block_len();
+        let known = (0..pool.heads).map(|head| selection.count(head) / block_len);
+        let sizes = [selection.rows / block_len, block_len, work.end];
+        let selected = Blocks::unwritten(gpu, known.collect(), sizes)?;
+        let params = SegattnRetrievalParams {
+            q: gpu.input(&probes.q, probes.capacity, width)?,
+            group: int("query heads of a KV head", probes.group)?,
+            first_query: int("first query", probes.first)?,
+            query_capacity: int("rows of queries", probes.capacity)?,
+            ..selected.params(gpu, params)?
+        };
+        let (params, memory) = work.params(gpu, params)?;
+        Ok(Self {
+            work,
+            params,
+            selected,
+            _memory: memory,
+        })
+    }
 }
 
 /// Sizes of a call.
@@ -285,22 +306,24 @@ impl Work {
         &self,
         gpu: &Gpu<D>,
         params: SegattnRetrievalParams,
-    ) -> Result<(SegattnRetrievalParams, [Block<D>; 5])> {
-        let [made_of, lse, scores, best, unwanted] = self.arrays()?;
-        let memory = [
-            gpu.block(made_of)?,
-            gpu.block(lse)?,
-            gpu.block(scores)?,
-            gpu.block(best)?,
-            gpu.block(unwanted)?,
-        ];
-        let [made_of, lse, scores, best, unwanted] = &memory;
+    ) -> Result<(SegattnRetrievalParams, [Option<Block<D>>; 5])> {
+        let mut memory = [const { None }; 5];
+        for (block, bytes) in memory.iter_mut().zip(self.arrays()?) {
+            if bytes > 0 {
+                *block = Some(gpu.block(bytes)?);
+            }
+        }
+        let at = |block: &Option<Block<D>>| match block {
+            Some(block) => pointer::<u8>(block).cast_mut(),
+            None => std::ptr::null_mut(),
+        };
+        let [made_of, lse, scores, best, unwanted] = memory.each_ref().map(at);
         let scored = self.scored();
         let params = SegattnRetrievalParams {
-            lse: pointer::<f32>(lse).cast_mut(),
-            scores: pointer::<f32>(scores).cast_mut(),
-            best: pointer::<SegattnBestToken>(best).cast_mut(),
-            unwanted: pointer::<f32>(unwanted).cast_mut(),
+            lse: lse.cast(),
+            scores: scores.cast(),
+            best: best.cast(),
+            unwanted: unwanted.cast(),
             score_pitch: scored as i64,
             windows: int("probes of a query head", self.windows())?,
             ..params
@@ -311,7 +334,7 @@ impl Work {
                 probe_stride,
                 ..
             } => SegattnRetrievalParams {
-                probes: pointer::<f32>(made_of).cast_mut().cast(),
+                probes: made_of.cast(),
                 window: int("queries of a probe window", probe_window.min(self.queries))?,
                 stride: int("stride of probe windows", probe_stride)?,
                 blocks: int("blocks of a pool", scored)?,
@@ -322,7 +345,7 @@ impl Work {
                 window_len,
                 window_before,
             } => SegattnRetrievalParams {
-                sums: pointer::<f32>(made_of).cast_mut(),
+                sums: made_of.cast(),
                 tiles: int("tiles of a pool", self.tiles())?,
                 window_len: int("window_len", window_len)?,
                 window_before: int("window_before", window_before)?,
@@ -337,7 +360,7 @@ impl Work {
 /// Launches for calls of one rule and head size.
 struct Launches<'a, D: Driver> {
     calls: Calls<'a, D>,
-    works: &'a [Work],
+    ready: &'a [Ready<D>],
     head_dim: usize,
 }
 
@@ -349,9 +372,14 @@ impl<D: Driver> Launches<'_, D> {
         grid: impl FnOnce(usize) -> Grid,
         size: impl Fn(&Work) -> Result<usize>,
     ) -> Result<()> {
-        let mut sizes = self.works.iter().map(size);
+        let mut sizes = self.ready.iter().map(|call| size(&call.work));
         let most = sizes.try_fold(0, |most, size| Ok::<_, DeviceError>(size?.max(most)))?;
         self.calls.launch(name, grid(most))
+    }
+
+    /// A kernel that has a block for each head.
+    fn of_heads(&self, name: &'static str) -> Result<()> {
+        self.launch(name, Grid::Blocks, |work| Ok(work.heads))
     }
 
     /// Scores of blocks.

@@ -19,7 +19,8 @@ impl<D: Device> Decoder<D> {
         states: &mut [&mut SequenceState<D>],
         slots: &mut Slots<D>,
     ) -> Result<()> {
-        let mut spans = &step.spans[..];
+        let spans = step.in_order();
+        let mut spans = &spans[..];
         let mut past = PastCalls::new(states.len());
         while !spans.is_empty() {
             let mut carries: Vec<Option<&mut Carry<D>>> =

@@ -26,8 +26,8 @@ impl<D: Device> Streams<'_, D> {
     ) -> Result<D::Buffer> {
         let (device, config) = (&self.model.device, &self.model.config);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let head = self.model.head();
-        let mut d_hidden = device.empty(Kind::Activation, step.tokens.len() * hidden)?;
+        let (head, all) = (self.model.head(), step.own_rows());
+        let mut d_hidden = device.empty(Kind::Activation, all * hidden)?;
         let runs = gradients.runs_of_segment(step, segments);
         let longest = runs
             .iter()
@@ -36,11 +36,10 @@ impl<D: Device> Streams<'_, D> {
         let chunk = D::LOGIT_ROWS;
         let most = longest.unwrap_or(0).min(chunk);
         let mut logits = device.empty(Kind::Exact, most * vocab)?;
-        let mut scores = device.empty(Kind::Exact, step.tokens.len())?;
+        let mut scores = device.empty(Kind::Exact, all)?;
         let lessons = self.teaching.as_ref().zip(taught);
-        let lessons = lessons.map(|(teaching, taught)| {
-            Lessons::new(teaching.teacher, taught, [step.tokens.len(), most])
-        });
+        let lessons =
+            lessons.map(|(teaching, taught)| Lessons::new(teaching.teacher, taught, [all, most]));
         let mut lessons = lessons.transpose()?;
         for run in &runs {
             let targets = self.targets(&step.spans[run.clone()], segments[run.start]);
@@ -92,10 +91,9 @@ impl<D: Device> Streams<'_, D> {
             log_probabilities: scores,
         });
         self.divergences.extend(lessons.map(Lessons::divergences));
-        let rows = step.tokens.len();
         let divisor = config.switches.logits_divisor;
-        let d_hidden = self.model.times(1.0 / divisor, d_hidden, [rows, hidden])?;
-        let mut d_top = device.zeros(Kind::Activation, rows * hidden)?;
+        let d_hidden = self.model.times(1.0 / divisor, d_hidden, [all, hidden])?;
+        let mut d_top = device.zeros(Kind::Activation, all * hidden)?;
         let norm = index::final_norm(config.num_hidden_layers);
         let x = Rows::packed(&forward.x, 0, hidden);
         let (rstd, d_y) = (
@@ -114,7 +112,7 @@ impl<D: Device> Streams<'_, D> {
         }
         let weight = self.model.weights.vector(norm);
         let d_x = RowsMut::packed(&mut d_top, 0, hidden);
-        device.rms_norm_grad(d_y, x, rstd, [rows, 1], weight, d_x)?;
+        device.rms_norm_grad(d_y, x, rstd, [all, 1], weight, d_x)?;
         Ok(d_top)
     }
 

@@ -184,7 +184,7 @@ impl<D: Device> Streams<'_, D> {
             row: span.rows.row,
         };
         let places: Vec<Place> = step.spans.iter().zip(segments).map(place).collect();
-        let taught = teaching.read(self.sequences, &places, step.tokens.len());
+        let taught = teaching.read(self.sequences, &places, step.own_rows());
         taught.map(Some)
     }
 }

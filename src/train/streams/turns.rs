@@ -80,18 +80,14 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// Its turns, as the batch with this number. A segment that is read twice is the first of its turn: what it asks
-    /// for depends on the segments before.
+    /// Its turns, as the batch with this number.
     fn turns(&self, batch: usize, segments_per_step: usize) -> impl Iterator<Item = Turn> {
         let end = self.segments.iter().map(Vec::len).max().unwrap_or(0);
-        let asks = |segment: &usize| self.asks.iter().any(|asks| asks.contains_key(segment));
         let from = move |first: usize| {
-            let most = first.saturating_add(segments_per_step.max(1)).min(end);
-            let next = (first + 1..most).find(asks).unwrap_or(most);
             (first < end).then_some(Turn {
                 batch,
                 first,
-                next,
+                next: first.saturating_add(segments_per_step.max(1)).min(end),
                 end,
             })
         };
