@@ -793,6 +793,8 @@ const _: () = {
         [::core::mem::offset_of!(SegattnRetrievalParams, scale_log2) - 260usize];
     ["Offset of field: SegattnRetrievalParams::bits"]
         [::core::mem::offset_of!(SegattnRetrievalParams, bits) - 264usize];
+    ["Offset of field: SegattnRetrievalParams::padding"]
+        [::core::mem::offset_of!(SegattnRetrievalParams, padding) - 268usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
