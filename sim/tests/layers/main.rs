@@ -13,6 +13,7 @@ mod norm;
 mod planted;
 mod planted_rules;
 mod retrieval;
+mod retrieval_rules;
 mod rotation;
 #[path = "../../../tests/retrieval_cases/rounding.rs"]
 mod rounding;

@@ -7,7 +7,7 @@ use half::bf16;
 use super::gemm::epilogue;
 use super::{
     Blocks, Buffer, Driver, Epilogue, Gemm, Gpu, Matrix, Operand, Pool, Recording, Samplers, Step,
-    attend, bounds, bytes_of, head_norms, loss, optimizer, record, rotation, rows, sinks,
+    attend, bounds, bytes_of, head_norms, loss, norms, optimizer, record, rotation, rows, sinks,
 };
 use crate::device::{
     Accumulate, AdamW, Attention, AttentionGrad, Device, GradTensor, Heads, KeyStore, Kind, Lesson,
@@ -300,7 +300,7 @@ impl<D: Driver> Device for Gpu<D> {
         y: RowsMut<'_, Buffer<D>>,
         rstd: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rows::rms_norm(self, x, shape, weight, eps, y, rstd)
+        norms::rms_norm(self, x, shape, weight, eps, y, rstd)
     }
 
     fn rms_norm_grad(
@@ -312,7 +312,7 @@ impl<D: Driver> Device for Gpu<D> {
         weight: &Buffer<D>,
         d_x: RowsMut<'_, Buffer<D>>,
     ) -> Result<()> {
-        rows::rms_norm_grad(self, [d_y, x, rstd], shape, weight, d_x)
+        norms::rms_norm_grad(self, [d_y, x, rstd], shape, weight, d_x)
     }
 
     fn rms_norm_weight_grad(
@@ -323,11 +323,11 @@ impl<D: Driver> Device for Gpu<D> {
         shape: [usize; 2],
         d_weight: &mut Buffer<D>,
     ) -> Result<()> {
-        rows::rms_norm_weight_grad(self, [d_y, x, rstd], shape, d_weight)
+        norms::rms_norm_weight_grad(self, [d_y, x, rstd], shape, d_weight)
     }
 
     fn column_sums(&self, x: Rows<'_, Buffer<D>>, rows: usize, sums: &mut Buffer<D>) -> Result<()> {
-        rows::column_sums(self, x, rows, sums)
+        norms::column_sums(self, x, rows, sums)
     }
 
     fn rope(

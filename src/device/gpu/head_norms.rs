@@ -1,8 +1,9 @@
 //! The norms of heads of queries and of keys: choice of kernel, grid and parameters.
 
 use super::bounds::{VECTOR, int, product};
+use super::norms::{sum_groups, sums_len, weight_grad_params};
 use super::rotation::qkv_widths;
-use super::rows::{Grid, entry, launch, sum_groups, sums_len, weight_grad_params};
+use super::rows::{Grid, entry, launch};
 use super::{Buffer, Driver, Gpu};
 use crate::cuda::kernels::File;
 use crate::cuda::kernels::layer_params::{

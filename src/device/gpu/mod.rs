@@ -17,6 +17,7 @@ mod gemm;
 mod head_norms;
 mod loss;
 mod memory;
+mod norms;
 mod optimizer;
 mod past_pool;
 mod plan;

@@ -252,7 +252,7 @@ impl<D: Driver> Pool<D> {
         let mut k = gpu.empty(Kind::Activation, len)?;
         let mut v = gpu.empty(Kind::Activation, len)?;
         if rows > 0 {
-            let tables = Tables::one(gpu, self.call(&heads))?;
+            let tables = Tables::new(gpu, &[self.call(&heads)])?;
             let params = SegattnRetrievalParams {
                 k: gpu.output(&RowsMut::packed(&mut k, 0, width), rows, width)?,
                 v: gpu.output(&RowsMut::packed(&mut v, 0, width), rows, width)?,

@@ -69,11 +69,6 @@ impl<D: Driver> Tables<D> {
         })
     }
 
-    /// Tables of one call.
-    pub(super) fn one(gpu: &Gpu<D>, call: PoolCall<'_, D>) -> Result<Self> {
-        Self::new(gpu, &[call])
-    }
-
     /// The parameters of a call, which has this pool.
     pub(super) fn params(&self, call: usize, pool: &Pool<D>) -> Result<SegattnRetrievalParams> {
         let rows = pointer::<SegattnPoolChunk>(&self.block);
@@ -132,7 +127,7 @@ pub(super) struct Calls<'a, D: Driver> {
 
 impl<'a, D: Driver> Calls<'a, D> {
     pub(super) fn new(gpu: &'a Gpu<D>, calls: &[SegattnRetrievalParams]) -> Result<Self> {
-        // 17 addresses and strides beside three of rows, 18 numbers of 4 bytes: nothing between them.
+        // 14 addresses, three more with their strides, five numbers of 8 bytes, 18 of 4: nothing between them.
         const { assert!(size_of::<SegattnRetrievalParams>() == 25 * 8 + 18 * 4) };
         // SAFETY: the struct has no padding, so every byte is initialised.
         let bytes: &[u8] =
@@ -147,18 +142,13 @@ impl<'a, D: Driver> Calls<'a, D> {
     /// Launches a kernel for all of them. `grid`: what the largest call needs.
     pub(super) fn launch(&self, name: &'static str, grid: Grid) -> Result<()> {
         let (gpu, entry) = (self.gpu, entry(File::Retrieval, name));
-        let blocks = match grid {
-            Grid::Threads(threads) => {
-                int("threads of a call", threads)?;
-                threads.div_ceil(gpu.driver().kernels().info(entry)?.threads as usize)
-            }
-            Grid::Blocks(blocks) | Grid::Sized(blocks, _) => blocks,
-        };
+        let own = gpu.driver().kernels().info(entry)?.threads as usize;
+        let [blocks, threads] = grid.size(own)?;
         let params = SegattnRetrievalCalls {
             calls: pointer(&self.block),
             blocks: blocks as i64,
         };
         let all = product("blocks of a grid", &[self.count, blocks])?;
-        launch(gpu, entry, Grid::Blocks(all), &params)
+        launch(gpu, entry, Grid::Sized(all, threads), &params)
     }
 }

@@ -106,24 +106,18 @@ impl PastCalls {
         [sequence, slot, rows]: [usize; 3],
         carry: &Carry<D>,
     ) {
-        let Some(pool) = &carry.pool else { return };
-        self.joins.push(Join {
-            sequence,
-            slot,
-            rows,
-        });
-        self.joined[sequence] += rows;
-        let held = plan.held(pool.tokens() + self.joined[sequence]);
-        let eligible = eligible(plan, reads, [held, carry.prior_rows]);
-        self.push(Ask {
-            sequence,
-            slot,
-            rows,
-            eligible,
-        });
+        if carry.pool.is_some() {
+            self.joins.push(Join {
+                sequence,
+                slot,
+                rows,
+            });
+            self.joined[sequence] += rows;
+            self.ask(plan, reads, [sequence, slot, rows], carry);
+        }
     }
 
-    /// A segment is read again: its queries select anew, and all else stays as it was before the segment.
+    /// The queries of a segment that is complete, or is read again, select anew.
     pub(in crate::model) fn ask<D: Device>(
         &mut self,
         plan: &Plan,
@@ -132,22 +126,17 @@ impl PastCalls {
         carry: &Carry<D>,
     ) {
         let Some(pool) = &carry.pool else { return };
-        let tokens = pool.tokens() + self.joined[sequence];
+        let held = plan.held(pool.tokens() + self.joined[sequence]);
         // Before the first segment has ended there is nothing to select.
-        if tokens > 0 {
-            let eligible = eligible(plan, reads, [tokens, carry.prior_rows]);
-            self.push(Ask {
+        if held > 0 {
+            self.asked[sequence] = Some(self.asks.len());
+            self.asks.push(Ask {
                 sequence,
                 slot,
                 rows,
-                eligible,
+                eligible: eligible(plan, reads, [held, carry.prior_rows]),
             });
         }
-    }
-
-    fn push(&mut self, ask: Ask) {
-        self.asked[ask.sequence] = Some(self.asks.len());
-        self.asks.push(ask);
     }
 
     /// Computes all of it, for the states of a layer.
