@@ -7,7 +7,7 @@ use super::actors::{Names, Who};
 use super::clock::Clock;
 use super::happens_before::{Effect, Order, SyncVariables, ThreadClocks};
 use super::report::{Kind, RawParty, RawReport, Report, ReportLog};
-use super::shadow::{ATOMIC, Actor, Cell, Conflict, Epoch, Readers};
+use super::shadow::{self, ATOMIC, Actor, Cell, Conflict, Epoch, Readers};
 use super::symbols::Site;
 
 /// The checks of a launch.
@@ -89,17 +89,12 @@ impl Checker {
             proxied: by.is_agent.then_some(&clock.proxied[..]),
             first_block,
         };
-        let mut first = None;
-        for (i, cell) in cells.iter_mut().enumerate() {
-            if shared {
+        if shared {
+            for cell in &mut *cells {
                 cell.claim_for_block(who.serial, first_block, &mut self.readers);
             }
-            let conflict = cell.on_access(&actor, access.mode, &mut self.readers);
-            if let (None, Some(conflict)) = (&first, conflict) {
-                first = Some((i, conflict));
-            }
         }
-        first
+        shadow::on_access(cells, &actor, access.mode, &mut self.readers)
     }
 
     /// Passes knowledge between a thread and the location of its atomic operation.

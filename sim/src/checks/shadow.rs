@@ -33,7 +33,7 @@ pub(crate) enum Mode {
 }
 
 /// One access in time and space: clock of actor `id` of block `block`, at code site `site`.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Epoch {
     pub clock: u32,
@@ -44,7 +44,7 @@ pub(crate) struct Epoch {
 }
 
 /// Shadow of `GRANULE` bytes. All zero means: never touched.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Cell {
     pub write: Epoch,
@@ -104,12 +104,14 @@ pub(crate) enum Conflict {
     Unfenced(Epoch),
 }
 
-/// The readers of one cell since its last write, by actor: a hash table with open addressing, so that a read costs the
-/// same whether two threads or a thousand have read the cell. A clock of 0 is an empty slot.
+/// The readers of cells since their last write, by actor: a hash table with open addressing, so that a read costs the
+/// same whether two threads or a thousand have read the cells. A clock of 0 is an empty slot.
 #[derive(Default)]
 struct ReaderSet {
     slots: Vec<Epoch>,
     used: usize,
+    /// Cells that have this set.
+    cells: usize,
 }
 
 impl ReaderSet {
@@ -158,7 +160,8 @@ impl ReaderSet {
     }
 }
 
-/// Readers of cells that several unordered actors have read since the last write.
+/// Readers of cells that several unordered actors have read since the last write. Cells with the same readers share a
+/// set: those of one row of a tile, say, which are read together.
 #[derive(Default)]
 pub(crate) struct Readers {
     sets: Vec<ReaderSet>,
@@ -168,14 +171,13 @@ pub(crate) struct Readers {
 }
 
 impl Readers {
-    fn allocate(&mut self, reads: [Epoch; 2]) -> u32 {
+    /// An empty set for so many cells.
+    fn allocate(&mut self, cells: usize) -> u32 {
         let index = self.free.pop().unwrap_or_else(|| {
             self.sets.push(ReaderSet::default());
             self.sets.len() as u32 - 1
         });
-        for read in reads {
-            self.insert(index, read, |_| false);
-        }
+        self.sets[index as usize].cells = cells;
         index
     }
 
@@ -183,64 +185,105 @@ impl Readers {
         self.sets[index as usize].insert(read, is_known, &mut self.left);
     }
 
-    fn release(&mut self, index: u32) {
-        self.sets[index as usize].clear();
-        self.free.push(index);
+    /// A set with the same readers for these of a set's cells alone.
+    fn apart(&mut self, index: u32, cells: usize) -> u32 {
+        if self.sets[index as usize].cells == cells {
+            return index;
+        }
+        let copy = self.allocate(cells);
+        let sets = self.sets.get_disjoint_mut([index as usize, copy as usize]);
+        let [from, to] = sets.expect("a set in use and another");
+        from.cells -= cells;
+        to.slots.clone_from(&from.slots);
+        to.used = from.used;
+        copy
+    }
+
+    /// So many of a set's cells have it no longer.
+    fn release(&mut self, index: u32, cells: usize) {
+        let set = &mut self.sets[index as usize];
+        set.cells -= cells;
+        if set.cells == 0 {
+            set.clear();
+            self.free.push(index);
+        }
     }
 }
 
-impl Cell {
-    /// Checks and records an access.
-    #[inline]
-    pub fn on_access(
-        &mut self,
-        actor: &Actor,
-        mode: Mode,
-        readers: &mut Readers,
-    ) -> Option<Conflict> {
-        match mode {
-            Mode::Read => self.on_read(actor, readers),
-            Mode::Write => self.on_write(actor, readers),
-            Mode::Land => self.on_land(actor),
+/// Checks and records an access to cells. The first conflict, with the index of its cell.
+#[inline]
+pub(crate) fn on_access(
+    cells: &mut [Cell],
+    actor: &Actor,
+    mode: Mode,
+    readers: &mut Readers,
+) -> Option<(usize, Conflict)> {
+    let (mut first, mut start) = (None, 0);
+    while start < cells.len() {
+        let old = cells[start];
+        let alike = cells[start..].iter().take_while(|cell| **cell == old);
+        let run = start..start + alike.count();
+        let (new, conflict) = match mode {
+            Mode::Read => old.on_read(actor, readers, run.len()),
+            Mode::Write => old.on_write(actor, readers, run.len()),
+            Mode::Land => (old.on_land(actor), None),
+        };
+        if let (None, Some(conflict)) = (&first, conflict) {
+            first = Some((start, conflict));
         }
+        start = run.end;
+        cells[run].fill(new);
     }
+    first
+}
 
+/// What follows an access to `alike` cells that are like this one: their new state and what is wrong.
+impl Cell {
     /// Forgets what blocks that no longer exist did to a cell of shared memory.
     #[inline]
     pub fn claim_for_block(&mut self, serial: u32, first_block: u32, readers: &mut Readers) {
         if self.write.block != serial {
             if self.read.flags & MANY_READERS != 0 && self.read.block >= first_block {
-                readers.release(self.read.clock);
+                readers.release(self.read.clock, 1);
             }
             *self = Cell::default();
             self.write.block = serial;
         }
     }
 
-    /// Checks and records a read.
     #[inline]
-    fn on_read(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
+    fn on_read(
+        mut self,
+        actor: &Actor,
+        readers: &mut Readers,
+        alike: usize,
+    ) -> (Self, Option<Conflict>) {
         let new = actor.epoch;
         let last = self.read;
         if (last.clock, last.block, last.id, last.flags)
             == (new.clock, new.block, new.id, new.flags)
         {
-            return None;
+            return (self, None);
         }
         let conflict = self.problem_of_read(actor);
         if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
-            readers.insert(self.read.clock, new, |old| actor.knows(old));
+            let index = readers.apart(self.read.clock, alike);
+            readers.insert(index, new, |old| actor.knows(old));
+            self.read.clock = index;
         } else if actor.knows(&self.read) || self.read.flags & MANY_READERS != 0 {
             self.read = new;
         } else {
-            let index = readers.allocate([self.read, new]);
+            let index = readers.allocate(alike);
+            for read in [self.read, new] {
+                readers.insert(index, read, |_| false);
+            }
             self.read = Epoch {
                 clock: index,
                 flags: MANY_READERS,
                 ..new
             };
         }
-        conflict
+        (self, conflict)
     }
 
     fn problem_of_read(&self, actor: &Actor) -> Option<Conflict> {
@@ -263,27 +306,32 @@ impl Cell {
         }
     }
 
-    /// Checks and records a write; `actor.epoch.flags` become the cell's flags.
+    /// `actor.epoch.flags` become the cell's flags.
     #[inline]
-    fn on_write(&mut self, actor: &Actor, readers: &mut Readers) -> Option<Conflict> {
+    fn on_write(
+        self,
+        actor: &Actor,
+        readers: &mut Readers,
+        alike: usize,
+    ) -> (Self, Option<Conflict>) {
         let conflict = self.problem_of_write(actor, readers);
         if self.read.flags & MANY_READERS != 0 && self.read.block >= actor.first_block {
-            readers.release(self.read.clock);
+            readers.release(self.read.clock, alike);
         }
-        *self = Cell {
+        let new = Cell {
             write: actor.epoch,
             read: Epoch::default(),
         };
-        conflict
+        (new, conflict)
     }
 
     /// The copy issued into the cell has landed and is now the actor's own write. A write that came in between
     /// was reported when it was made.
-    fn on_land(&mut self, actor: &Actor) -> Option<Conflict> {
+    fn on_land(mut self, actor: &Actor) -> Self {
         if self.write.flags & PENDING != 0 {
             self.write = actor.epoch;
         }
-        None
+        self
     }
 
     fn problem_of_write(&self, actor: &Actor, readers: &Readers) -> Option<Conflict> {
