@@ -17,7 +17,8 @@ use segattn::model::parameters::specs;
 use segattn::model::segmentation::Tokens;
 use segattn::model::session::{Session, score};
 use segattn::ranks::Ranks;
-use segattn::train::config::Config;
+use segattn::train::config::{Config, MixtureSection, TaskSection};
+use segattn::train::data::Example;
 use segattn::train::trainer::Trainer;
 
 type Dry = Gpu<DryRun<KernelMetadata>>;
@@ -395,7 +396,7 @@ fn a_plan_that_does_not_fit_says_what_would() {
 
 /// After a rehearsal for `sequences` sequences, three steps take no more memory.
 fn steps_as_planned(gpu: &Dry, mut trainer: Trainer<Dry>, sequences: usize, what: &str) {
-    trainer.rehearse(sequences, 256, Vec::new()).unwrap();
+    trainer.rehearse(sequences, 256).unwrap();
     let planned = gpu.memory_use().buffers.high_water;
     for _ in 0..3 {
         let step = vec![vec![0u32; 257]; sequences];
@@ -417,6 +418,41 @@ fn later_steps_of_a_rank_take_no_more_than_the_plan() {
         let what = format!("rank {rank} of {world}");
         steps_as_planned(&gpu, trainer, world * batch, &what);
     }
+}
+
+/// A question that is read twice takes a slot of its own, with the keys and values that its first reading retrieves.
+#[test]
+fn questions_that_are_read_twice_are_planned() {
+    let mut model = config(4, 4, 128);
+    let segment = model.segment.as_mut().unwrap();
+    (segment.break_after_prompt, segment.prompt_suffix_len) = (true, 16);
+    segment.reread_suffix = 1;
+    let mut training = Config::default();
+    (training.training.sequence_len, training.training.batch) = (256, 2);
+    training.data.mixture = vec![MixtureSection {
+        name: "questions".into(),
+        paths: Vec::new(),
+        weight: 1.0,
+        tasks: Some(TaskSection {
+            questions: 3,
+            ..TaskSection::default()
+        }),
+        relay: None,
+    }];
+    let gpu = dry(None);
+    let trainer = Trainer::for_dry_run(gpu.clone(), model, training, Ranks::alone());
+    let mut trainer = trainer.unwrap();
+    trainer.rehearse(2, 256).unwrap();
+    let planned = gpu.memory_use().buffers.high_water;
+    let asking = Example {
+        tokens: vec![0; 257],
+        breaks: vec![50, 100, 150],
+        rereads: vec![50, 100, 150],
+        ..Example::default()
+    };
+    trainer.step_on(&[vec![asking.clone(), asking]]).unwrap();
+    let held = gpu.memory_use().buffers.high_water;
+    assert!(held <= planned, "{held} of {planned}");
 }
 
 #[test]

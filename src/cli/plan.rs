@@ -206,7 +206,7 @@ impl Planner<'_> {
                 false => Trainer::for_dry_run(dry.clone(), model, config(), ranks)?,
             };
             made.set(used(&dry));
-            Ok(trainer.rehearse(self.batch * self.ranks, tokens, Vec::new())?)
+            Ok(trainer.rehearse(self.batch * self.ranks, tokens)?)
         })?;
         let optimizer = made.get() - weights;
         Ok(row("train", tokens, &plan, [weights, optimizer, 0]))

@@ -11,7 +11,6 @@ use segattn::model::weights;
 use segattn::train::agreement::agreement;
 use segattn::train::checkpoint::list;
 use segattn::train::config::Config;
-use segattn::train::data::Example;
 use segattn::train::gradient_sets;
 use segattn::train::progress::{Progress, Tensors};
 use segattn::train::trainer::{Trainer, part_of_rank};
@@ -143,8 +142,7 @@ pub fn trainer<D: Planned>(
     Ok(trainer)
 }
 
-/// All that a run does, on the longest sequences there may be, for its memory. In segments there is one more step, and
-/// its sequences have breaks: its buffers have other sizes, and leave gaps between them.
+/// All that a run does, on the longest sequences there may be, for its memory.
 pub fn dry_run<D: Device + Clone>(
     device: D,
     model: &ModelConfig,
@@ -164,34 +162,7 @@ pub fn dry_run<D: Device + Clone>(
     };
     let sequences = training.batch * training.accumulation;
     let tokens = data.longest(training.sequence_len);
-    let sequence = vec![0u32; tokens + 1];
-    let broken = model
-        .segment
-        .iter()
-        .flat_map(|segment| (0..sequences).map(|i| broken(&sequence, segment.segment_len, i)));
-    let broken: Vec<Example> = broken.collect();
-    Ok(trainer.rehearse(sequences, tokens, broken)?)
-}
-
-/// A sequence with breaks up to `most` tokens apart, at other places for each `seed`.
-fn broken(sequence: &[u32], most: usize, seed: usize) -> Example {
-    let (mut random, mut at, mut breaks) = (seed as u64, 0, Vec::new());
-    loop {
-        // Knuth's multiplier; its upper bits are random enough.
-        random = random
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        at += 1 + (random >> 33) as usize % most;
-        if at >= sequence.len() {
-            break;
-        }
-        breaks.push(at);
-    }
-    Example {
-        tokens: sequence.to_vec(),
-        breaks,
-        ..Example::default()
-    }
+    Ok(trainer.rehearse(sequences, tokens)?)
 }
 
 /// Bytes that training takes on one of these processes where all numbers are f32, for the longest sequences of the

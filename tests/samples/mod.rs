@@ -39,7 +39,7 @@ pub fn of(name: &str) -> Vec<Vec<u8>> {
             .collect(),
         "rows" => lines_of("experiments/results/short.jsonl", 8),
         "template" => in_folder("tests/golden/chat/templates", ".jinja"),
-        "tokenizer" => ["tests/model_files/data", "tests/golden/chat"]
+        "tokenizer" => ["tests/model/files/data", "tests/golden/chat"]
             .iter()
             .flat_map(|folder| in_folder(folder, "tokenizer.json"))
             .collect(),

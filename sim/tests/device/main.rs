@@ -12,7 +12,7 @@ mod norms;
 mod pool;
 mod rereads;
 mod retrieval;
-#[allow(dead_code, reason = "tests/retrieval.rs uses other parts")]
+#[allow(dead_code, reason = "tests/model/retrieval.rs uses other parts")]
 #[path = "../../../tests/retrieval_cases/mod.rs"]
 mod retrieval_cases;
 mod safe_calls;

@@ -18,9 +18,9 @@ use super::hopper_rules;
 use super::simulated::{Simulated, folder, only};
 
 /// One mutant in so many is planted by the quick test.
-const QUICK: usize = 14;
+const QUICK: usize = 42;
 /// The same of the prefill for Hopper.
-const QUICK_HOPPER: usize = 40;
+const QUICK_HOPPER: usize = 120;
 
 /// Names a folder whose kernels are run instead of the real ones, and the number of the target that they belong to.
 const PLANTED: [&str; 2] = ["SEGATTN_PLANTED_KERNELS", "SEGATTN_PLANTED_TARGET"];

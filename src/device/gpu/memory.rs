@@ -66,6 +66,9 @@ struct Regions {
     peak: usize,
     /// Budget in bytes.
     budget: usize,
+    /// Allocated beyond the plan, and how much of it the last warning told of.
+    beyond: usize,
+    told: usize,
 }
 
 #[derive(Debug)]
@@ -218,11 +221,7 @@ impl<D: Driver> Memory<D> {
             None => {
                 let piece = self.piece(arena, bytes);
                 if arena != Arena::Host && self.planned.load(Ordering::Relaxed) {
-                    let (used, all) = (regions.used, regions.bytes());
-                    tracing::warn!(
-                        "{piece} bytes of device memory beyond the plan: {used} of {all} are in use, and no free \
-                         range has {bytes}"
-                    );
+                    regions.tell_of(piece, bytes);
                 }
                 self.grow(&mut regions, arena, piece)?;
                 regions.take(bytes).expect("a new region has room")
@@ -366,6 +365,8 @@ impl Default for Regions {
             used: 0,
             peak: 0,
             budget: usize::MAX,
+            beyond: 0,
+            told: 0,
         }
     }
 }
@@ -388,6 +389,20 @@ impl Regions {
             high: 0,
         };
         self.all.insert(address, region);
+    }
+
+    /// Warns that `piece` bytes beyond the plan are allocated for a block of `bytes`: at first, and whenever they have
+    /// doubled.
+    fn tell_of(&mut self, piece: usize, bytes: usize) {
+        self.beyond += piece;
+        if self.beyond >= 2 * self.told {
+            self.told = self.beyond;
+            let (beyond, used, all) = (self.beyond, self.used, self.bytes());
+            tracing::warn!(
+                "{beyond} bytes of device memory beyond the plan: {used} of {all} are in use, and no free range has \
+                 {bytes}"
+            );
+        }
     }
 
     /// Bytes of all regions.

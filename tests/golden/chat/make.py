@@ -1,4 +1,4 @@
-"""Renders the templates of this folder with Transformers, for tests/chat_templates.rs to compare with.
+"""Renders the templates of this folder with Transformers, for tests/eval/chat_templates.rs to compare with.
 
     python tests/golden/chat/make.py
 

@@ -1,4 +1,4 @@
-"""Writes the golden files of tests/model_families.rs: tiny random models of every family and switch, with their
+"""Writes the golden files of tests/model/families.rs: tiny random models of every family and switch, with their
 log-probabilities and gradients as Transformers computes them in f64 on the CPU.
 
     python tests/golden/families/make.py            # all

@@ -1,4 +1,4 @@
-"""Makes the golden files of tests/convert_gguf.rs: random blocks of every quantisation with their values by the
+"""Makes the golden files of tests/cli/convert_gguf.rs: random blocks of every quantisation with their values by the
 package gguf, and a tiny Llama as GGUF with the log-probabilities of Transformers.
 
     pip install gguf torch transformers safetensors && python make.py

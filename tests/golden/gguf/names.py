@@ -1,4 +1,4 @@
-"""Writes names.json for tests/convert_families.rs: the names that the package gguf gives to the tensors of a layer, by
+"""Writes names.json for tests/model/convert_families.rs: the names that the package gguf gives to the tensors of a layer, by
 architecture.
 
     pip install gguf && python tests/golden/gguf/names.py

@@ -1,4 +1,4 @@
-"""Tables as data sets are published, for tests/train_tables.rs to read.
+"""Tables as data sets are published, for tests/train/tables.rs to read.
 
     python tests/golden/parquet/make.py
 

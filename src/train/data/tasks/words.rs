@@ -1,4 +1,4 @@
-//! Keys and values: words that no task of `eval` uses (`tests/train_tasks.rs` compares).
+//! Keys and values: words that no task of `eval` uses (`tests/train/tasks.rs` compares).
 
 use std::collections::HashSet;
 
