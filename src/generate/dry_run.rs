@@ -132,15 +132,18 @@ pub fn dry_run_serving<D: Device>(
         end_tokens: Vec::new(),
     };
     let tokens = vec![0; piece];
-    let prompt = |tokens| Prompt {
+    let own = model.config.prompt_break();
+    let (mut breaks, mut rereads) = (Vec::new(), Vec::new());
+    own.mark(0..piece, &mut breaks, &mut rereads);
+    let prompt = |len: usize| Prompt {
         before: &[],
-        tokens,
-        breaks: &[],
-        rereads: &[],
+        tokens: &tokens[..len],
+        breaks: if len == piece { &breaks } else { &[] },
+        rereads: if len == piece { &rereads } else { &[] },
         stream: 0,
     };
     for sequence in 0..sequences {
-        generator.join(sequence, &prompt(&tokens[..1]), config.clone(), false)?;
+        generator.join(sequence, &prompt(1), config.clone(), false)?;
     }
     let all: Vec<usize> = (0..sequences).collect();
     while generator.read_prompts()? > 0 {}
@@ -148,7 +151,7 @@ pub fn dry_run_serving<D: Device>(
     (0..STEPS / 2).try_for_each(|_| generator.advance(&all).map(drop))?;
     // Whole segments are read in slots of their own, beside those of the sequences.
     generator.leave(0)?;
-    generator.join(0, &prompt(&tokens), config, true)?;
+    generator.join(0, &prompt(piece), config, true)?;
     generator.read(&[(0, piece)])?;
     generator.session().likeliest(0, MOST_LIKELIEST)?;
     (0..2).try_for_each(|_| generator.advance(&all).map(drop))

@@ -236,8 +236,8 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
     }
 
     /// Gives a sequence a prompt, which it reads after what the session's sequence has read already. What it did
-    /// before is forgotten. With `scored`, the tokens of the prompt are scored as they are read
-    /// ([`Generator::scores`]).
+    /// before is forgotten. Its breaks and rereads are all that there are: none is added at its end. With `scored`, the
+    /// tokens of the prompt are scored as they are read ([`Generator::scores`]).
     ///
     /// # Errors
     /// As [`Generator::new`]; the sequence is idle then.
@@ -253,8 +253,7 @@ impl<'s, 'm, D: Device> Generator<'s, 'm, D> {
         let history = [prompt.before, prompt.tokens].concat();
         let (sampler, stream) = (&config.sampler, prompt.stream);
         (self.session).choose_one_by(sequence, sampler, stream, &history)?;
-        let before = self.session.position(sequence);
-        let place = (before, self.session.model().config.prompt_break());
+        let place = (self.session.position(sequence), PromptBreak::default());
         self.sequences[sequence] = Sequence {
             scored,
             ..Sequence::new(prompt, config, place)

@@ -280,6 +280,48 @@ fn training_refuses_heads_by_gates_of_a_wrong_number_or_beside_others() {
     }
 }
 
+#[test]
+fn segments_for_long_texts_are_one_flag_which_others_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = golden("tiny.gguf");
+    let segment = |name: &str, flags: &[&str]| {
+        let convert = ["convert", tiny.to_str().unwrap(), "--out", name, "-q"];
+        printed(dir.path(), &[&convert[..], flags].concat());
+        ModelConfig::load(&dir.path().join(name))
+            .unwrap()
+            .segment
+            .unwrap()
+    };
+    let whole = segment("long", &["--long"]);
+    let got = [
+        whole.segment_len,
+        whole.prior_len,
+        whole.past_len,
+        whole.sink_len,
+        whole.prompt_suffix_len,
+        whole.reread_suffix,
+    ];
+    assert_eq!(got, [1024, 1024, 2048, 4, 64, 1]);
+    assert!(whole.break_after_prompt);
+    assert!(
+        whole
+            .head_reads
+            .iter()
+            .flatten()
+            .all(|head| head.prior && head.past)
+    );
+    let other = segment(
+        "other",
+        &["--long", "--segment-len", "512", "--past-heads", "0.0"],
+    );
+    assert_eq!((other.segment_len, other.prior_len), (512, 512));
+    let past = other.head_reads.iter().flatten().filter(|head| head.past);
+    assert_eq!(past.count(), 1);
+    let convert = ["convert", tiny.to_str().unwrap(), "--out", "none"];
+    let alone = [&convert[..], &["--reread-suffix", "1"]].concat();
+    fails(dir.path(), &alone, "--long");
+}
+
 /// The tiny file with some bytes changed.
 fn changed(change: impl FnOnce(&mut Vec<u8>)) -> Result<Gguf, ConvertError> {
     let mut bytes = std::fs::read(golden("tiny.gguf")).unwrap();

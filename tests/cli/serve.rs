@@ -456,6 +456,41 @@ fn chat_folder(breaks: bool, suffix: usize) -> tempfile::TempDir {
     folder
 }
 
+/// A turn that is shorter than the suffix of prompts: what was read before it is not read again.
+#[test]
+fn a_short_turn_of_a_chat_is_read_again_alone() {
+    let (dir, plain) = (chat_folder(true, 40), chat_folder(false, 0));
+    let first = "<system>Be short.\n<user>What is a segment?\n<assistant>";
+    let answered = format!("{first}A part.\n");
+    let second = format!("{answered}<user>Of what?\n<assistant>");
+    let tokens = json!({
+        "tokens": second.bytes().map(u32::from).collect::<Vec<_>>(),
+        // The last byte of the answer is read with the turn that follows.
+        "breaks": [first.len() - 40, answered.len()],
+        "rereads": [first.len(), second.len()],
+    });
+    std::fs::write(plain.path().join("t.json"), tokens.to_string()).unwrap();
+    let fixed = ["generate", "-m", ".", "-q", "-n", "20", "--logprobs"];
+    let files = ["out.json", "--tokens", "t.json"];
+    printed(plain.path(), &[&fixed[..], &files, &SAMPLING].concat());
+    let expected = json(&plain.path().join("out.json"));
+    let serving = Serving::start(dir.path(), &[]);
+    let mut wanted = request(&[]);
+    wanted["messages"] = json!([
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "What is a segment?"},
+        {"role": "assistant", "content": "A part."},
+        {"role": "user", "content": "Of what?"},
+    ]);
+    wanted["logprobs"] = true.into();
+    let answer = serving.good("/v1/chat/completions", &wanted);
+    let choice = &answer["choices"][0];
+    let places = choice["logprobs"]["content"].as_array().unwrap();
+    let scores: Vec<&Value> = places.iter().map(|place| &place["logprob"]).collect();
+    assert_eq!(json!(scores), expected["logprobs"]);
+    assert_eq!(choice["token_ids"], expected["tokens"]);
+}
+
 #[test]
 fn chats_have_the_bits_of_the_templates_text() {
     for (breaks, suffix) in [(false, 0), (true, 0), (true, 7)] {

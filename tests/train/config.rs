@@ -29,6 +29,15 @@ fn the_example_loads_and_differs_from_the_defaults_only_where_a_run_needs_it() {
 }
 
 #[test]
+fn the_run_for_long_texts_is_one() {
+    let data = pairs(&[("data.train", "text")]);
+    let run = Config::parse(include_str!("../../configs/long.toml"), &data).unwrap();
+    assert_eq!(run.training.sequence_len, 32_768);
+    let tasks = run.data.mixture[1].tasks.as_ref().unwrap();
+    assert_eq!((tasks.questions, tasks.lookalikes), (32, 2.0));
+}
+
+#[test]
 fn every_key_is_a_flag_with_an_explanation_from_the_example() {
     let flags = flags();
     assert!(flags.len() > 60, "{}", flags.len());

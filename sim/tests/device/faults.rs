@@ -286,13 +286,13 @@ fn prefill_with_failures(config: &ModelConfig, stride: usize) {
     let (gpu, fault) = faulty();
     let model = made(gpu.clone(), config);
     let before = used(gpu.memory_use());
-    let prompt = tokens(9, 15, 11);
+    let prompt = tokens(9, 10, 11);
     let read = |failing: usize| {
         let mut session = Session::new(&model, 1, 40, 2).expect("a session");
         fault.after(failing);
         let whole = Sequence {
             tokens: &prompt,
-            breaks: &[9, 10, 13],
+            breaks: &[5, 6],
             rereads: &[],
         };
         let fed = feed(&mut session, &prompt, whole.breaks);

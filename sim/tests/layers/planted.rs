@@ -13,7 +13,7 @@ use super::common::{PLANTED, kernels_folder, source};
 use super::planted_rules::{SURVIVORS, TARGETS, Target};
 
 /// One bug in so many is planted by the quick test.
-const QUICK: usize = 16;
+const QUICK: usize = 48;
 
 /// Does something with how the target's bugs are tried.
 fn with<R>(target: &Target, action: impl FnOnce(&Prepared) -> R) -> R {

@@ -205,6 +205,19 @@ impl Chat {
         Ok(each)
     }
 
+    /// The text up to the end of the answer that is message `message` of a conversation. The last of what is generated
+    /// in it is this answer, as [`Chat::answers`] has it.
+    ///
+    /// # Errors
+    /// As [`Chat::answers`].
+    pub fn up_to_answer(&self, conversation: &Conversation, message: usize) -> Result<Rendered> {
+        let text = self.render(&conversation.first(message + 1), false)?;
+        match text.generated.is_empty() {
+            true => self.answer(conversation, message),
+            false => Ok(text),
+        }
+    }
+
     /// The text up to the end of one answer.
     fn answer(&self, conversation: &Conversation, message: usize) -> Result<Rendered> {
         let failed = |what| ChatError::Answer { message, what };

@@ -1,6 +1,8 @@
 //! The `segment` object of `config.json`: how a sequence is cut, what each head reads from earlier
 //! segments, and how past rows are chosen.
 
+use std::ops::Range;
+
 use serde_json::{Map, Value, json};
 
 use super::RetrievalConfig;
@@ -94,6 +96,22 @@ impl PromptBreak {
         };
         add(self.of(tokens).as_slice(), breaks);
         add(&self.rereads_of(tokens), rereads);
+    }
+
+    /// Marks the end of a turn, which a model reads before it writes: its break and its rereads, behind those of the
+    /// turns before. No token before the turn is read again.
+    pub(crate) fn mark(
+        self,
+        turn: Range<usize>,
+        breaks: &mut Vec<usize>,
+        rereads: &mut Vec<usize>,
+    ) {
+        let at = self.of(turn.len()).map(|own| turn.start + own);
+        if at.is_some_and(|at| breaks.last().is_none_or(|last| *last < at)) {
+            breaks.extend(at);
+            let again = self.rereads_of(turn.len()).into_iter();
+            rereads.extend(again.map(|end| turn.start + end));
+        }
     }
 }
 

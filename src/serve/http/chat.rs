@@ -13,7 +13,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::wanted::{MOST_TOP, Wanted};
 use super::{Server, body, new_id, now};
-use crate::model::chat::{Chat, Conversation};
+use crate::model::chat::{Chat, Conversation, Encoded, Rendered};
 use crate::model::config::PromptBreak;
 use crate::model::error::ChatError;
 
@@ -24,7 +24,7 @@ pub async fn completions(
 ) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(&body(bytes)?)?;
     let wanted = Wanted::take(&mut fields, &server)?;
-    let (prompt, [breaks, rereads]) = prompt(&mut fields, &server)?;
+    let (prompt, read, marks) = prompt(&mut fields, &server)?;
     let top = fields.count("top_logprobs", 0..=MOST_TOP)?;
     let logprobs = match fields.flag("logprobs")? {
         true => Some(top.unwrap_or(0)),
@@ -42,7 +42,7 @@ pub async fn completions(
     let events = wanted.start(
         &server,
         &prompts,
-        [&breaks, &rereads],
+        (read, &marks),
         [logprobs, wanted.prompt_logprobs],
         None,
     )?;
@@ -69,35 +69,48 @@ pub async fn completions(
 /// Breaks and rereads.
 type Marks = [Vec<usize>; 2];
 
-/// The tokens of the messages, up to where the model writes; and, where prompts end segments, the breaks and rereads of
-/// the earlier prompts among them, at each of which the model wrote an answer.
-fn prompt(fields: &mut Fields, server: &Server) -> Result<(Vec<u32>, Marks), ApiError> {
+/// The tokens of the messages, up to where the model writes; how many of them lie before the last turn; and, where
+/// prompts end segments, the breaks and rereads of the turns before it, behind each of which the model wrote an answer.
+/// They lie where `segattn chat` and training on conversations have them.
+fn prompt(fields: &mut Fields, server: &Server) -> Result<(Vec<u32>, usize, Marks), ApiError> {
     let none = || ApiError::wrong("the model has no chat template: use /v1/completions");
     let chat = server.chat.as_ref().ok_or_else(none)?;
     let (conversation, answers) = conversation(fields)?;
-    let whole = tokens(server, chat, &conversation)?;
-    let [mut breaks, mut rereads] = Marks::default();
+    let whole = tokens(server, chat, chat.render(&conversation, true))?.ids;
+    let (mut read, [mut breaks, mut rereads]) = (0, Marks::default());
     let own = server.handle.shared.prompt_break;
     if own != PromptBreak::default() {
         for answer in answers.into_iter().filter(|answer| *answer > 0) {
-            let mut earlier = conversation.clone();
-            earlier.messages.truncate(answer);
-            let earlier = tokens(server, chat, &earlier)?;
             // A template may write earlier messages otherwise: then the model never read this prompt.
-            if whole.starts_with(&earlier) && breaks.last() < own.of(earlier.len()).as_ref() {
-                breaks.extend(own.of(earlier.len()));
-                rereads.extend(own.rereads_of(earlier.len()));
+            let up_to = chat.up_to_answer(&conversation, answer);
+            let Ok(up_to) = tokens(server, chat, up_to) else {
+                continue;
+            };
+            let Some(answer) = up_to.generated.last() else {
+                continue;
+            };
+            if whole.starts_with(&up_to.ids[..answer.start]) {
+                own.mark(read..answer.start.max(read), &mut breaks, &mut rereads);
+                let goes_on = whole.starts_with(&up_to.ids[..answer.end]);
+                // The last token of an answer is read with the turn that follows.
+                read = match goes_on && !answer.is_empty() {
+                    true => answer.end - 1,
+                    false => answer.start,
+                };
             }
         }
     }
-    Ok((whole, [breaks, rereads]))
+    Ok((whole, read, [breaks, rereads]))
 }
 
-fn tokens(server: &Server, chat: &Chat, conversation: &Conversation) -> Result<Vec<u32>, ApiError> {
+fn tokens(
+    server: &Server,
+    chat: &Chat,
+    rendered: Result<Rendered, ChatError>,
+) -> Result<Encoded, ApiError> {
     let wrong = |error: ChatError| ApiError::wrong(format!("messages: {error}"));
-    let rendered = chat.render(conversation, true).map_err(wrong)?;
-    let encoded = chat.encode(server.tokenizer()?, &rendered);
-    Ok(encoded.map_err(wrong)?.ids)
+    let encoded = chat.encode(server.tokenizer()?, &rendered.map_err(wrong)?);
+    encoded.map_err(wrong)
 }
 
 /// The messages, with contents in parts put together, and what else the template is given; and which messages are the

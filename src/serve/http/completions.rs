@@ -37,7 +37,7 @@ pub async fn completions(
     let events = wanted.start(
         &server,
         &prompts,
-        [&[], &[]],
+        (0, &Default::default()),
         [logprobs, prompt_top],
         Wanted::default_new(),
     )?;

@@ -86,10 +86,10 @@ impl Wanted {
         })
     }
 
-    /// Gives the engine `n` sequences of each prompt, with `breaks` and `rereads` in it beside those at its end. It
-    /// reports `top` of the likeliest tokens and, with `prompt_top`, scores the prompt. Where nothing says how many new
-    /// tokens there may be, there are as many as the model's settings say, else `default_new`, else as many as there is
-    /// room for.
+    /// Gives the engine `n` sequences of each prompt, with the breaks and rereads of the turns that end in its first
+    /// `read` tokens, and of the turn behind them. It reports `top` of the likeliest tokens and, with `prompt_top`,
+    /// scores the prompt. Where nothing says how many new tokens there may be, there are as many as the model's
+    /// settings say, else `default_new`, else as many as there is room for.
     ///
     /// # Errors
     /// A prompt that is too long or has tokens that the model has not; no place.
@@ -97,7 +97,7 @@ impl Wanted {
         &self,
         server: &Server,
         prompts: &[Vec<u32>],
-        [breaks, rereads]: [&[usize]; 2],
+        (read, [breaks, rereads]): (usize, &[Vec<usize>; 2]),
         [top, prompt_top]: [Option<usize>; 2],
         default_new: Option<usize>,
     ) -> Result<UnboundedReceiver<(usize, Event)>, ApiError> {
@@ -128,8 +128,9 @@ impl Wanted {
         for (number, prompt) in prompts.iter().enumerate() {
             for copy in 0..self.n {
                 let Some(permit) = places.next() else { break };
-                let [mut breaks, mut rereads] = [breaks, rereads].map(<[usize]>::to_vec);
-                (shared.prompt_break).add(prompt.len(), &mut breaks, &mut rereads);
+                let (mut breaks, mut rereads) = (breaks.clone(), rereads.clone());
+                let turn = read..prompt.len();
+                (shared.prompt_break).mark(turn, &mut breaks, &mut rereads);
                 server.handle.run(Job {
                     prompt: prompt.clone(),
                     breaks,

@@ -182,12 +182,7 @@ fn weighed(conversed: Conversed, own: PromptBreak) -> (Listed, Vec<f32>) {
     let mut read = 0;
     for answer in answers.iter().filter(|a| !a.is_empty()) {
         // Answers may follow one another, and share a token.
-        let turn = answer.start.saturating_sub(read);
-        let at = own.of(turn).map(|own| read + own);
-        if at.is_some_and(|at| breaks.last().is_none_or(|last| *last < at)) {
-            breaks.extend(at);
-            rereads.extend(own.rereads_of(turn).iter().map(|end| read + end));
-        }
+        own.mark(read..answer.start.max(read), &mut breaks, &mut rereads);
         // The last token of an answer is read with the turn that follows.
         read = answer.end - 1;
     }

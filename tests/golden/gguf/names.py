@@ -1,5 +1,5 @@
-"""Writes names.json for tests/model/convert_families.rs: the names that the package gguf gives to the tensors of a layer, by
-architecture.
+"""Writes names.json for tests/model/convert_families.rs: the names that the package gguf gives to the tensors of a
+layer, by architecture.
 
     pip install gguf && python tests/golden/gguf/names.py
 """
