@@ -23,14 +23,14 @@ fn gradients_do_not_depend_on_the_neighbours_in_the_batch() {
 
 #[test]
 fn batch_elements_of_unequal_lengths_need_no_padding() {
-    for (i, head_dim) in HEAD_DIMS.into_iter().step_by(2).enumerate() {
+    for (i, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         bits::packing_changes_no_bit(&mut Simulated::new(6), DTYPES[i % 2], head_dim);
     }
 }
 
 #[test]
 fn gradients_of_gates_keep_their_bound() {
-    for (i, head_dim) in HEAD_DIMS.into_iter().step_by(2).enumerate() {
+    for (i, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         suite::gates_keep_their_bound(&mut Simulated::new(5), DTYPES[i % 2], head_dim);
     }
 }
