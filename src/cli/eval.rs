@@ -16,6 +16,7 @@ use segattn::eval::{
     TaskKind, perplexity, run as run_tasks,
 };
 use segattn::generate::dry_run::Reading;
+use segattn::model::config::ModelConfig;
 use segattn::model::decoder::Decoder;
 use segattn::model::tokenizer::Tokenizer;
 use serde::Serialize;
@@ -42,6 +43,10 @@ pub struct Args {
     model: ModelArgs,
     #[command(flatten)]
     stages: StageArgs,
+    /// Positions scaled by this object instead of the model's own `rope_scaling`, JSON with the keys of config.json and
+    /// `rope_theta`
+    #[arg(long, value_name = "JSON", value_parser = object)]
+    rope_scaling: Option<Object>,
     /// perplexity (needs --data), passkey, ruler (all of RULER that needs no download), niah (its
     /// needle tasks), niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery,
     /// vt (tracked variables), cwe, fwe (common and frequent words), ordinal (the n-th of equal titles),
@@ -107,6 +112,12 @@ enum OracleArg {
     Prompt,
 }
 
+type Object = serde_json::Map<String, serde_json::Value>;
+
+fn object(text: &str) -> Result<Object, String> {
+    serde_json::from_str(text).map_err(|error| format!("expected an object in JSON: {error}"))
+}
+
 /// Samples are kept with their answers, so there is a bound to their number.
 fn count() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..=1 << 20)
@@ -121,6 +132,9 @@ struct Results {
     execution: String,
     /// The segments the model ran with.
     segment: Option<serde_json::Value>,
+    /// As asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rope_scaling: Option<Object>,
     perplexity: Vec<WindowResult>,
     tasks: Option<Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -201,6 +215,7 @@ fn report(args: &Args, party: &Party, quiet: bool) -> Result<()> {
         device: ran.device,
         execution: args.model.execution().to_string(),
         segment: ran.segment,
+        rope_scaling: args.rope_scaling.clone(),
         perplexity: everything.perplexity,
         tasks,
         choices: everything.choices,
@@ -246,7 +261,13 @@ fn evaluate_on<D: Planned>(
 ) -> Result<Ran> {
     let (tasks, with_perplexity) = args.parts()?;
     let needs_text = !tasks.is_empty() || args.questions.is_some();
-    let opened = args.model.open_as(needs_text, adapt)?.shared(party);
+    let adapt = |config: &mut ModelConfig| {
+        adapt(config)?;
+        let scaling = args.rope_scaling.clone();
+        let scaled = scaling.map_or(Ok(()), |scaling| config.scale_positions(scaling));
+        scaled.context("--rope-scaling")
+    };
+    let opened = args.model.open_as(needs_text, &adapt)?.shared(party);
     let segment = opened.config.segment.as_ref();
     ensure!(
         args.oracle.is_none() || segment.is_some_and(|s| s.break_after_prompt),

@@ -323,6 +323,23 @@ impl ModelConfig {
         Value::Object(object)
     }
 
+    /// Scales positions as `scaling` says, an object like `rope_scaling` of a `config.json`, in place of what the
+    /// configuration had. The base of the frequencies stays, unless the object has a `rope_theta`.
+    ///
+    /// # Errors
+    /// For an object that a `config.json` could not have either.
+    pub fn scale_positions(&mut self, scaling: Map<String, Value>) -> Result<(), ConfigError> {
+        let Value::Object(mut object) = self.to_json() else {
+            unreachable!("a configuration is an object")
+        };
+        rope_keys::replace(&mut object, scaling);
+        let scaled = Self::from_json(Value::Object(object))?;
+        self.rope_theta = scaled.rope_theta;
+        self.rope_scaling = scaled.rope_scaling;
+        self.source = scaled.source;
+        Ok(())
+    }
+
     /// Checks every bound, and what ties the fields to each other.
     pub fn validate(&self) -> Result<(), ConfigError> {
         for (key, size, most) in [

@@ -257,6 +257,21 @@ fn original_positions(fields: &Fields<'_>, top: &Fields<'_>) -> Result<usize, Co
     }
 }
 
+/// Puts `scaling` in place of both objects. What rotates of a head stays.
+pub(super) fn replace(object: &mut Map<String, Value>, mut scaling: Map<String, Value>) {
+    let part = "partial_rotary_factor";
+    for name in ["rope_parameters", "rope_scaling"] {
+        let old = object.remove(name);
+        if let Some(share) = old.as_ref().and_then(|old| old.get(part)) {
+            scaling.entry(part).or_insert_with(|| share.clone());
+        }
+    }
+    if scaling.contains_key("rope_theta") {
+        object.remove("rope_theta");
+    }
+    object.insert("rope_scaling".into(), Value::Object(scaling));
+}
+
 /// Sets the rotary keys of `object`. Kinds with keys of their own are left as they are where they say the same.
 pub(super) fn write_json(
     object: &mut Map<String, Value>,
