@@ -287,7 +287,7 @@ fn fresh(keys: &[(String, String)], vocab_size: usize) -> Result<Beginning> {
     };
     let mut model = ModelConfig::load(folder).map_err(Failure::other)?;
     model.check_training().map_err(Failure::other)?;
-    config.model.apply_segments(&mut model)?;
+    config.model.apply(&mut model)?;
     model.eos_token_id = end_ids(folder, &model).map_err(Failure::other)?;
     let files = weights::Checkpoint::open(folder).map_err(Failure::other)?;
     files.check(&model).map_err(Failure::other)?;

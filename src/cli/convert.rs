@@ -228,6 +228,6 @@ impl Segments {
         if let Some(heads) = &self.past_heads {
             heads.check(config)?;
         }
-        Ok(section.apply_segments(config)?)
+        Ok(section.apply(config)?)
     }
 }

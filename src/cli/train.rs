@@ -235,7 +235,7 @@ fn start(config: &Config, text: &Text) -> Result<(ModelConfig, Tensors)> {
     };
     let mut model = load_config(folder)?;
     model.check_training()?;
-    past_heads::named(&config.model, folder, &model)?.apply_segments(&mut model)?;
+    past_heads::named(&config.model, folder, &model)?.apply(&mut model)?;
     let files = weights::Checkpoint::open(folder)?;
     files.check(&model)?;
     model.lora = config.lora.adapters(&model)?;

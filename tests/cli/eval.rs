@@ -128,6 +128,42 @@ fn perplexity_reads_text_lines_and_ids() {
     assert_ne!(shorter[0]["result"]["loss"], whole[0]["result"]["loss"]);
 }
 
+#[test]
+fn positions_are_scaled_as_by_the_key_in_the_configuration() {
+    let dir = folder();
+    let dir = dir.path();
+    let perplexity = |args: &[&str]| {
+        let fixed = [
+            "eval",
+            "-m",
+            ".",
+            "--task=perplexity",
+            "--data=data",
+            "--out=r.json",
+        ];
+        printed(dir, &[&fixed[..], args].concat());
+        json(&dir.join("r.json"))
+    };
+    let plain = perplexity(&[]);
+    assert!(plain.get("rope_scaling").is_none());
+    let scaling = r#"{"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}"#;
+    let scaled = perplexity(&["--rope-scaling", scaling]);
+    assert_ne!(scaled["perplexity"], plain["perplexity"]);
+    let scaling: serde_json::Value = serde_json::from_str(scaling).unwrap();
+    assert_eq!(scaled["rope_scaling"], scaling);
+    let path = dir.join("config.json");
+    let mut config = json(&path);
+    config.as_object_mut().unwrap().remove("rope_theta");
+    config["rope_scaling"] = scaling;
+    std::fs::write(&path, config.to_string()).unwrap();
+    assert_eq!(perplexity(&[])["perplexity"], scaled["perplexity"]);
+    let none = r#"{"rope_type": "default", "rope_theta": 10000.0}"#;
+    assert_eq!(
+        perplexity(&["--rope-scaling", none])["perplexity"],
+        plain["perplexity"]
+    );
+}
+
 /// What is selected of a pool that has dropped tokens has no positions: there is no recall of it, and no oracle.
 #[test]
 fn a_bounded_pool_has_recall_until_it_drops_tokens_and_no_oracle() {
@@ -161,6 +197,13 @@ fn wrong_use_is_explained() {
     fails(&["--task", "perplexity", "--data", "nowhere"], "nowhere");
     fails(&["--task", "passkey", "--samples", "0"], "samples");
     fails(&["--task", "cwe", "--depth", "0.5"], "depth");
+    let scaled = |scaling, what| fails(&["--task", "passkey", "--rope-scaling", scaling], what);
+    scaled("yarn", "--rope-scaling");
+    scaled(r#"{"rope_type": "linear"}"#, "rope_scaling.factor");
+    scaled(
+        r#"{"rope_type": "yarn", "factor": 4}"#,
+        "original_max_position_embeddings",
+    );
     let both = [
         "--task",
         "passkey",

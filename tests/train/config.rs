@@ -1,5 +1,6 @@
 //! The training configuration: file, flags over it, and errors that name the key.
 
+use segattn::model::config::RopeScaling;
 use segattn::train::TrainError;
 use segattn::train::config::{Config, EXAMPLE, TaskSection, flags};
 
@@ -296,7 +297,7 @@ fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_the
     let lay = |overrides: &[(&str, &str)]| {
         let mut model = of_folder.clone();
         let config = Config::parse(SMALL, &pairs(overrides)).unwrap_or_else(|e| panic!("{e}"));
-        config.model.apply_segments(&mut model).unwrap();
+        config.model.apply(&mut model).unwrap();
         model.segment
     };
     let kept = of_folder.segment.clone().unwrap();
@@ -319,6 +320,36 @@ fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_the
 }
 
 /// The mixture of the example, which is commented out there.
+#[test]
+fn scaled_positions_take_the_place_of_the_folders() {
+    let scaling = r#"{ rope_type = "linear", factor = 4.0, rope_theta = 2e4 }"#;
+    let config = Config::parse(SMALL, &pairs(&[("model.rope_scaling", scaling)])).unwrap();
+    let again = Config::parse(&config.to_toml().unwrap(), &[]).unwrap();
+    assert_eq!(again, config);
+    let mut model = Config::parse(EXAMPLE, &[])
+        .unwrap()
+        .model
+        .new_config(256)
+        .unwrap();
+    config.model.apply(&mut model).unwrap();
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    assert_eq!((model.rope_theta, &model.rope_scaling), (2e4, &linear));
+    Config::parse(SMALL, &[])
+        .unwrap()
+        .model
+        .apply(&mut model)
+        .unwrap();
+    assert_eq!(model.rope_scaling, linear);
+    let (key, ..) = refusal(
+        SMALL,
+        &[(
+            "model.rope_scaling",
+            r#"{ rope_type = "linear", factor = 0.5 }"#,
+        )],
+    );
+    assert_eq!(key, "model.rope_scaling.factor");
+}
+
 fn mixture_of_the_example() -> String {
     let lines = EXAMPLE.lines().map(|line| line.trim_start_matches("# "));
     let from = lines.skip_while(|line| *line != "[[data.mixture]]");

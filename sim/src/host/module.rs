@@ -1,12 +1,13 @@
 //! Compiles kernels with g++ into shared objects, kept by content, and loads them.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::{CString, c_void};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::machine::calls;
 use crate::machine::stack::{CONTEXT_BYTES, STACK_BYTES};
@@ -114,7 +115,43 @@ impl Source {
     /// # Errors
     /// As for [`Module::compile`].
     pub fn object(&self) -> Result<PathBuf, CompileError> {
-        build(self)
+        /// What this process has built, by [`Source::stamp`]: the preprocessor takes as long as a small launch.
+        static BUILT: Mutex<BTreeMap<u64, PathBuf>> = Mutex::new(BTreeMap::new());
+        let built = || BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamp = self.stamp();
+        if let Some(path) = built().get(&stamp).filter(|path| path.exists()) {
+            return Ok(path.clone());
+        }
+        let path = build(self)?;
+        built().insert(stamp, path.clone());
+        Ok(path)
+    }
+
+    /// Identifies the source with the files as they are now that it may include.
+    fn stamp(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        let Source {
+            path,
+            text,
+            flags,
+            checked,
+            optimization,
+        } = self;
+        (path, text, flags, checked, optimization).hash(&mut hasher);
+        let named = flags.iter().filter_map(|flag| flag.strip_prefix("-I"));
+        let folders = named.map(Path::new).chain(path.parent());
+        for file in folders
+            .filter_map(|folder| std::fs::read_dir(folder).ok())
+            .flatten()
+            .flatten()
+        {
+            let state = file
+                .metadata()
+                .ok()
+                .map(|data| (data.len(), data.modified().ok()));
+            (file.path(), state).hash(&mut hasher);
+        }
+        hasher.finish()
     }
 
     /// The optimisation level, 0 to 3; 2 unless told.

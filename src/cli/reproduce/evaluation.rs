@@ -116,7 +116,7 @@ impl Session<'_> {
             // The arm's own segments, which are not the checkpoint's where an arm only runs another's weights.
             let adapt = |model: &mut _| {
                 let named = past_heads::named(section, &weights, model)?;
-                Ok(named.apply_segments(model)?)
+                Ok(named.apply(model)?)
             };
             eval::evaluate(&args, &adapt, &mut collect, &Party::alone(), self.quiet)
                 .with_context(|| format!("evaluation `{}`", evaluation.name))?;

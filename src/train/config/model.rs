@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use crate::device::PoolBits;
 use crate::model::config::{HeadReads, ModelConfig, SegmentConfig};
@@ -19,6 +19,8 @@ pub struct ModelSection {
     pub folder: Option<PathBuf>,
     /// Folder with a `tokenizer.json`; by default the model folder's, else bytes.
     pub tokenizer: Option<PathBuf>,
+    /// Scaling of positions in place of the folder's: keys of `rope_scaling` in `config.json`, and `rope_theta`.
+    pub rope_scaling: Option<Map<String, Value>>,
     /// Sizes of a new model.
     pub shape: ShapeSection,
     /// Segments, over those of the folder.
@@ -159,15 +161,23 @@ impl ModelSection {
             .and_then(|keys| keys.remove("sink_logits"));
         object["model_type"] = json!(families::made_here(shape.sink_logits).model_type);
         let mut config = ModelConfig::from_json(object).map_err(|e| typed("model.shape", &e))?;
-        self.apply_segments(&mut config)?;
+        self.apply(&mut config)?;
         Ok(config)
     }
 
-    /// Lays section `segment` over a model's own.
+    /// Lays `rope_scaling` and section `segment` over a model's own.
     ///
     /// # Errors
     /// [`TrainError::Config`] where the result does not fit together.
-    pub fn apply_segments(&self, config: &mut ModelConfig) -> Result<()> {
+    pub fn apply(&self, config: &mut ModelConfig) -> Result<()> {
+        if let Some(scaling) = &self.rope_scaling {
+            let scaled = config.scale_positions(scaling.clone());
+            scaled.map_err(|e| typed("model", &e))?;
+        }
+        self.apply_segments(config)
+    }
+
+    fn apply_segments(&self, config: &mut ModelConfig) -> Result<()> {
         let given = &self.segment;
         let (layers, kv_heads) = (config.num_hidden_layers, config.num_key_value_heads);
         if given.segment_len == Some(0) {

@@ -1,9 +1,11 @@
 //! Rotary tables against the formulas of the published implementations, written here a second time.
 
 use std::f64::consts::PI;
+use std::path::Path;
 
 use segattn::model::config::{ModelConfig, RopeScaling};
 use segattn::model::rope::Rope;
+use serde_json::json;
 
 fn config(head_dim: usize, theta: f64, scaling: RopeScaling) -> ModelConfig {
     let mut config = ModelConfig::new(16, 2 * head_dim, 8, 1, 2, 2).unwrap();
@@ -119,4 +121,50 @@ fn empty_and_reversed_ranges_give_empty_tables() {
         let tables = rope.tables(range);
         assert_eq!((tables.rows, tables.cos.len()), (0, 0));
     }
+}
+
+#[test]
+fn scaling_takes_the_place_of_what_was_there() {
+    let object = |value: serde_json::Value| value.as_object().unwrap().clone();
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    let mut config = config(8, 20_000.0, linear.clone());
+    let before = config.clone();
+    let wrong = config.scale_positions(object(json!({"rope_type": "linear", "factor": 0.5})));
+    let said = wrong.unwrap_err().to_string();
+    assert!(said.contains("rope_scaling.factor"), "{said}");
+    assert_eq!(config, before);
+    config
+        .scale_positions(object(json!({"rope_type": "default"})))
+        .unwrap();
+    assert_eq!(
+        (config.rope_theta, &config.rope_scaling),
+        (20_000.0, &RopeScaling::Default)
+    );
+    let scaling = json!({"type": "linear", "factor": 4, "rope_theta": 5e5});
+    config.scale_positions(object(scaling)).unwrap();
+    assert_eq!((config.rope_theta, &config.rope_scaling), (5e5, &linear));
+    let again = ModelConfig::from_json(config.to_json()).unwrap();
+    assert_eq!((again.rope_theta, again.rope_scaling), (5e5, linear));
+}
+
+/// In the newer layout, of a family of which a part of a head rotates.
+#[test]
+fn scaling_leaves_what_rotates() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families/phi3_long");
+    let mut config = ModelConfig::load(&path).unwrap();
+    let rotated = |config: &ModelConfig| {
+        let rope = Rope::new(config);
+        rope.inv_freq().iter().filter(|x| **x > 0.0).count()
+    };
+    let before = rotated(&config);
+    assert!(2 * before < config.head_dim);
+    let divisors = [1.5; 6];
+    let scaling = json!({"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors});
+    config
+        .scale_positions(scaling.as_object().unwrap().clone())
+        .unwrap();
+    assert_eq!(rotated(&config), before);
+    let again = ModelConfig::from_json(config.to_json()).unwrap();
+    assert_eq!(rotated(&again), before);
+    assert_eq!(again.rope_scaling, config.rope_scaling);
 }
