@@ -159,7 +159,8 @@ fn scaling_leaves_what_rotates() {
     let before = rotated(&config);
     assert!(2 * before < config.head_dim);
     let divisors = [1.5; 6];
-    let scaling = json!({"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors});
+    let scaling =
+        json!({"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors});
     config
         .scale_positions(scaling.as_object().unwrap().clone())
         .unwrap();
