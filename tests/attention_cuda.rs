@@ -215,7 +215,6 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
         bits::rows_stand_alone(&mut gpu, dtype, head_dim);
         bits::neighbours_change_no_gradient(&mut gpu, dtype, head_dim);
         bits::packing_changes_no_bit(&mut gpu, dtype, head_dim);
-        bits::packing_of_a_long_past_changes_no_bit(&mut gpu, dtype, head_dim);
     }
 }
 

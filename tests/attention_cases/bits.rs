@@ -137,6 +137,13 @@ pub fn neighbours_change_no_gradient(gpu: &mut impl Gpu, dtype: Dtype, head_dim:
 /// Batch elements of unequal lengths without padding have, to the bit, the results that they have with padding. Nothing
 /// is written behind the last.
 pub fn packing_changes_no_bit(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
+    let past = Shape {
+        segment_len: vec![3, 0, 1, 5],
+        prior_len: vec![5, 1, 0, 9],
+        past_len: vec![8192 + 40, 7, 0, 66],
+        past_gate: vec![2.0],
+        ..Shape::plain(1, 1, head_dim, [0; 3])
+    };
     let lengths = Shape {
         segment_len: vec![0, 129, 1, 7, 64],
         prior_len: vec![65, 0, 1, 3, 64],
@@ -147,55 +154,38 @@ pub fn packing_changes_no_bit(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize)
         ..Shape::plain(1, 3, head_dim, [0; 3])
     };
     let decoded = Some(vec![0, 128, 0, 5, 60]);
-    let ragged = Arrangement::Ragged;
-    // Keys without padding, too, where the queries are whole segments.
-    assert_packing_changes_no_bit(gpu, dtype, &lengths, (None, None), Arrangement::RaggedKeys);
-    for phase in [Phase::Prefill, Phase::Decode] {
-        let run = (decoded.clone(), Some(phase));
-        assert_packing_changes_no_bit(gpu, dtype, &lengths, run, ragged);
-    }
-}
-
-/// The same where the keys of a row are several items' work.
-pub fn packing_of_a_long_past_changes_no_bit(gpu: &mut impl Gpu, dtype: Dtype, head_dim: usize) {
-    let past = Shape {
-        segment_len: vec![3, 0, 1, 5],
-        prior_len: vec![5, 1, 0, 9],
-        past_len: vec![8192 + 40, 7, 0, 66],
-        past_gate: vec![2.0],
-        ..Shape::plain(1, 1, head_dim, [0; 3])
-    };
-    let run = (None, Some(Phase::Prefill));
-    assert_packing_changes_no_bit(gpu, dtype, &past, run, Arrangement::Ragged);
-}
-
-/// Compares the results of `shape` packed and in another arrangement, its queries from `query_start` on in a phase.
-fn assert_packing_changes_no_bit(
-    gpu: &mut impl Gpu,
-    dtype: Dtype,
-    shape: &Shape,
-    (query_start, phase): (Option<Vec<i32>>, Option<Phase>),
-    other: Arrangement,
-) {
-    let mut run = |arrangement| {
-        let shape = Shape {
-            arrangement,
-            ..shape.clone()
+    let runs = [
+        (&past, None, Some(Phase::Prefill)),
+        (&lengths, None, None),
+        (&lengths, decoded.clone(), Some(Phase::Prefill)),
+        (&lengths, decoded, Some(Phase::Decode)),
+    ];
+    for (i, (shape, query_start, phase)) in runs.into_iter().enumerate() {
+        // Keys without padding, too, where the queries are whole segments.
+        let arranged = match i {
+            1 => [Arrangement::Packed, Arrangement::RaggedKeys],
+            _ => [Arrangement::Packed, Arrangement::Ragged],
         };
-        let case = Case::starting_at(&shape, query_start.clone()).rounded(dtype);
-        let options = Options {
-            phase,
-            with_d_lse: phase != Some(Phase::Prefill),
-            ..Options::new(dtype)
+        let run = |gpu: &mut _, arrangement| {
+            let shape = Shape {
+                arrangement,
+                ..shape.clone()
+            };
+            let case = Case::starting_at(&shape, query_start.clone()).rounded(dtype);
+            let options = Options {
+                phase,
+                with_d_lse: i % 2 == 1,
+                ..Options::new(dtype)
+            };
+            results(gpu, &case, options)
         };
-        results(gpu, &case, options)
-    };
-    let [packed, other] = [Arrangement::Packed, other].map(&mut run);
-    for ((name, expected), (_, got)) in packed.iter().zip(other) {
-        assert!(
-            *expected == got,
-            "{name} of {shape:?} in {phase:?}, {dtype}: other bits"
-        );
+        let [padded, packed] = arranged.map(|arrangement| run(gpu, arrangement));
+        for ((name, expected), (_, got)) in padded.iter().zip(packed) {
+            assert!(
+                *expected == got,
+                "{name} of run {i}, {dtype} D {head_dim}: other bits"
+            );
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use crate::cli_model::{config, fails, json, printed, save, tokens};
 
 fn folder() -> tempfile::TempDir {
@@ -74,24 +76,27 @@ fn tasks_make_a_table_and_a_file_with_every_answer() {
     );
 }
 
+/// What perplexity on `data` shows, and the file of its results.
+fn perplexity(dir: &Path, args: &[&str]) -> (String, Value) {
+    let fixed = [
+        "eval",
+        "-m",
+        ".",
+        "--task=perplexity",
+        "--data=data",
+        "--out=r.json",
+    ];
+    let shown = printed(dir, &[&fixed[..], args].concat());
+    (shown, json(&dir.join("r.json")))
+}
+
 #[test]
 fn perplexity_reads_text_lines_and_ids() {
     let dir = folder();
     let dir = dir.path();
     let perplexity = |args: &[&str]| {
-        let fixed = [
-            "eval",
-            "-m",
-            ".",
-            "--task",
-            "perplexity",
-            "--data",
-            "data",
-            "--out",
-            "r.json",
-        ];
-        let shown = printed(dir, &[&fixed[..], args].concat());
-        (shown, json(&dir.join("r.json"))["perplexity"].clone())
+        let (shown, results) = perplexity(dir, args);
+        (shown, results["perplexity"].clone())
     };
     let (shown, whole) = perplexity(&[]);
     assert!(shown.contains("whole"));
@@ -132,24 +137,13 @@ fn perplexity_reads_text_lines_and_ids() {
 fn positions_are_scaled_as_by_the_key_in_the_configuration() {
     let dir = folder();
     let dir = dir.path();
-    let perplexity = |args: &[&str]| {
-        let fixed = [
-            "eval",
-            "-m",
-            ".",
-            "--task=perplexity",
-            "--data=data",
-            "--out=r.json",
-        ];
-        printed(dir, &[&fixed[..], args].concat());
-        json(&dir.join("r.json"))
-    };
+    let perplexity = |args: &[&str]| perplexity(dir, args).1;
     let plain = perplexity(&[]);
     assert!(plain.get("rope_scaling").is_none());
     let scaling = r#"{"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}"#;
     let scaled = perplexity(&["--rope-scaling", scaling]);
     assert_ne!(scaled["perplexity"], plain["perplexity"]);
-    let scaling: serde_json::Value = serde_json::from_str(scaling).unwrap();
+    let scaling: Value = serde_json::from_str(scaling).unwrap();
     assert_eq!(scaled["rope_scaling"], scaling);
     let path = dir.join("config.json");
     let mut config = json(&path);

@@ -319,7 +319,6 @@ fn segments_given_here_replace_those_of_a_folder_key_by_key_and_zero_removes_the
     assert!(broken.break_after_prompt);
 }
 
-/// The mixture of the example, which is commented out there.
 #[test]
 fn scaled_positions_take_the_place_of_the_folders() {
     let scaling = r#"{ rope_type = "linear", factor = 4.0, rope_theta = 2e4 }"#;
@@ -350,6 +349,7 @@ fn scaled_positions_take_the_place_of_the_folders() {
     assert_eq!(key, "model.rope_scaling.factor");
 }
 
+/// The mixture of the example, which is commented out there.
 fn mixture_of_the_example() -> String {
     let lines = EXAMPLE.lines().map(|line| line.trim_start_matches("# "));
     let from = lines.skip_while(|line| *line != "[[data.mixture]]");

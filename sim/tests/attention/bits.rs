@@ -26,7 +26,6 @@ fn batch_elements_of_unequal_lengths_need_no_padding() {
     for (i, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         bits::packing_changes_no_bit(&mut Simulated::new(6), DTYPES[i % 2], head_dim);
     }
-    bits::packing_of_a_long_past_changes_no_bit(&mut Simulated::new(6), DTYPES[0], 64);
 }
 
 #[test]

@@ -125,7 +125,6 @@ fn batch_elements_of_unequal_lengths_need_no_padding() {
     for (dtype, head_dim) in [(Dtype::Bf16, 64), (Dtype::F16, 128)] {
         bits::packing_changes_no_bit(&mut Simulated::of(6, kernels()), dtype, head_dim);
     }
-    bits::packing_of_a_long_past_changes_no_bit(&mut Simulated::of(6, kernels()), Dtype::F16, 128);
 }
 
 #[test]

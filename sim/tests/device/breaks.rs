@@ -88,7 +88,7 @@ fn generation_with_breaks_has_the_bits_of_score() {
         .as_mut()
         .expect("segments")
         .break_after_prompt = true;
-    let model = model(gpu(1, Checks::None), &config, &values(&config, 21));
+    let model = model(gpu(1, Checks::All), &config, &values(&config, 21));
     let prompts: Vec<Vec<u32>> = [5, 9, 14].map(|n| tokens(n, n as usize, 27)).to_vec();
     let prompts: Vec<Prompt<'_>> = (prompts.iter())
         .map(|tokens| Prompt {

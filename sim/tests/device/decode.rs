@@ -199,7 +199,7 @@ fn a_sequence_that_ends_leaves_the_others_as_they_are() {
 #[test]
 fn sequences_that_join_and_leave_yield_what_each_yields_alone() {
     let config = config(true);
-    let model = model(gpu(9, Checks::None), &config, &values(&config, 26));
+    let model = model(gpu(9, Checks::All), &config, &values(&config, 26));
     let settings = |i: usize| GeneratorConfig {
         sampler: SamplerConfig {
             seed: i as u64,

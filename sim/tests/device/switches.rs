@@ -51,10 +51,9 @@ fn switches_agree_with_the_cpu_and_have_equal_bits() {
             tokens(30 + seed, 26, config.vocab_size),
         );
         let on_cpu = model(Cpu, &config, &values);
-        let on_gpu = |checks| model(gpu(seed, checks), &config, &values);
+        let on_gpu = model(gpu(seed, Checks::All), &config, &values);
         let expected = score(&on_cpu, &tokens, 1).expect("scores");
-        let got = score(&on_gpu(Checks::All), &tokens, 1).expect("scores");
-        let on_gpu = on_gpu(Checks::None);
+        let got = score(&on_gpu, &tokens, 1).expect("scores");
         let errors = expected.iter().zip(&got).map(|(a, b)| (a - b).abs());
         let worst = errors.fold(0.0, f32::max);
         assert!(worst < SCORE_BOUND, "{name}: {worst}");
